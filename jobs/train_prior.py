@@ -1,0 +1,10 @@
+#!/usr/bin/env python3
+"""Train the prior with Ray Train: `ray job submit --working-dir . jobs/train_prior.py [--config FILE] [--dry-run] [key.sub=value …]`."""
+
+from pathlib import Path
+
+from rebeca_ray.config import TrainConfig
+from rebeca_ray.job import train, run_job
+
+if __name__ == "__main__":
+    run_job(TrainConfig, train, default=Path(__file__).parent / "configs" / "train_stickers.yaml")

@@ -1,0 +1,64 @@
+"""The one pointer: `latest.json` is moved to a complete snapshot by a compare-and-swap, or not at all."""
+
+import fcntl
+import json
+from pathlib import Path
+from typing import Any
+
+from botocore.exceptions import ClientError
+
+from rebeca_ray.errors import UserError
+from rebeca_ray.storage import is_local, join, open_filesystem, read_json, write_json
+
+POINTER = "latest.json"
+
+
+class LostRaceError(UserError):
+    """Another run published since this one started."""
+
+    exit_code = 5
+
+
+def read_pointer(root: str) -> tuple[dict[str, Any] | None, str | None]:
+    """The published `latest.json` and its version (an ETag on S3, None locally); (None, None) before the first."""
+    filesystem, path = open_filesystem(join(root, POINTER))
+    if is_local(filesystem):
+        return read_json(join(root, POINTER)), None
+    filesystem.invalidate_cache()
+    try:
+        version = filesystem.info(path)["ETag"]
+    except FileNotFoundError:
+        return None, None
+    return json.loads(filesystem.cat_file(path)), version
+
+
+def publish(root: str, snapshot: str, *, run_id: str, run_date: str, epoch: int) -> None:
+    """Point `latest.json` at `snapshot` if nobody published since the run of `epoch` started.
+
+    On S3 by `If-Match` / `If-None-Match`, locally under a file lock. Raises LostRaceError otherwise.
+    """
+    pointer = {"run_id": run_id, "run_date": run_date, "snapshot": snapshot, "epoch": epoch}
+    filesystem, path = open_filesystem(join(root, POINTER))
+    if is_local(filesystem):
+        with (Path(root) / ".latest.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            refuse_stale(root, read_pointer(root)[0], epoch)
+            write_json(pointer, join(root, POINTER))
+        return
+    current, version = read_pointer(root)
+    refuse_stale(root, current, epoch)
+    condition = {"IfMatch": version} if version else {"IfNoneMatch": "*"}
+    try:
+        filesystem.pipe_file(path, json.dumps(pointer, indent=2).encode(), **condition)
+    except (ClientError, OSError) as error:
+        if "PreconditionFailed" in str(error) or "412" in str(error) or "pre-conditions" in str(error):
+            refuse_stale(root, read_pointer(root)[0], epoch)
+        raise
+
+
+def refuse_stale(root: str, current: dict[str, Any] | None, epoch: int) -> None:
+    if current and current["epoch"] >= epoch:
+        raise LostRaceError(
+            f"catalog {root}: run {current['run_id']} published epoch {current['epoch']} while this run (epoch {epoch}) was at work; "
+            "this snapshot stays unpublished, run again"
+        )

@@ -1,0 +1,86 @@
+"""Reading a published snapshot: pointer, manifest, file list, files; no prefix is ever listed."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
+import pyarrow.parquet as pq
+
+from rebeca_ray.catalog.publish import read_pointer
+from rebeca_ray.errors import UserError
+from rebeca_ray.schemas import SCHEMA_VERSION
+from rebeca_ray.storage import arrow_filesystem, join, open_filesystem, read_json, read_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """One published snapshot, pinned: what is published later does not change what it reads."""
+
+    root: str
+    manifest: dict[str, Any]
+    files: pa.Table  # schemas.FILES
+
+    def paths(self, table: str) -> list[str]:
+        """The files of a table in the order of their number, below the root."""
+        chosen = self.files.filter(pc.equal(self.files["table"], table)).sort_by("file")
+        return list(chosen["path"].to_pylist())
+
+    def table(self, name: str, columns: list[str] | None = None, filter: pc.Expression | None = None) -> pa.Table:
+        """Rows of one of the snapshot's tables in memory."""
+        filesystem, root = open_filesystem(self.root)
+        files = [join(root, path) for path in self.paths(name)]
+        dataset = pyarrow.dataset.dataset(files, filesystem=arrow_filesystem(filesystem), format="parquet")
+        return dataset.to_table(columns=columns, filter=filter)
+
+    def items(self, columns: list[str] | None = None, user_ids: list[str] | None = None) -> pa.Table:
+        """Items, of all users or of some, sorted by user and rank; without pixels."""
+        chosen = None if user_ids is None else pc.field("user_id").isin(user_ids)
+        return self.table("items", columns, chosen)
+
+    def images(self, items: pa.Table) -> list[bytes]:
+        """The encoded images of rows of `items`, in their order; reads only the row groups that hold them."""
+        filesystem, root = open_filesystem(self.root)
+        paths = self.paths("images")
+        wanted: dict[int, dict[int, int]] = {}
+        for place, (file, row) in enumerate(zip(items["image_file"].to_pylist(), items["image_row"].to_pylist(), strict=True)):
+            wanted.setdefault(file, {})[row] = place
+        found: list[bytes] = [b""] * items.num_rows
+        for file, rows in wanted.items():
+            with filesystem.open(join(root, paths[file]), "rb") as handle:
+                parquet = pq.ParquetFile(handle)
+                start = 0
+                for group in range(parquet.num_row_groups):
+                    stop = start + parquet.metadata.row_group(group).num_rows
+                    inside = [row for row in rows if start <= row < stop]
+                    if inside:
+                        column = parquet.read_row_group(group, columns=["image"])["image"]
+                        for row in inside:
+                            found[rows[row]] = column[row - start]["bytes"].as_py()
+                    start = stop
+        return found
+
+
+def published(root: str) -> Snapshot | None:
+    """The snapshot `latest.json` points to, or None before the first publication."""
+    pointer, _ = read_pointer(root)
+    return open_snapshot(root, pointer["snapshot"]) if pointer else None
+
+
+def read_catalog(root: str) -> Snapshot:
+    """The published snapshot of the catalog at `root`. Raises UserError if there is none."""
+    snapshot = published(root)
+    if snapshot is None:
+        raise UserError(f"catalog {root}: nothing is published there (no latest.json); run `rebeca generate`, or give another root")
+    return snapshot
+
+
+def open_snapshot(root: str, path: str) -> Snapshot:
+    """One snapshot by its folder below the root. Raises UserError if it is gone or newer than this version reads."""
+    manifest = read_json(join(root, path, "manifest.json"))
+    if manifest is None:
+        raise UserError(f"catalog {root}: snapshot {path} has no manifest.json; it was removed or never finished")
+    if manifest["schema_version"] > SCHEMA_VERSION:
+        raise UserError(f"catalog {root}: schema version {manifest['schema_version']}, this version reads {SCHEMA_VERSION}; upgrade rebeca-ray")
+    return Snapshot(root=root, manifest=manifest, files=read_table(join(root, manifest["files"]["path"]), "catalog"))

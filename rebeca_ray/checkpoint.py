@@ -1,0 +1,158 @@
+"""A prior directory: everything needed to sample, described by itself, in safetensors, JSON and Parquet.
+
+    config.json         network, diffusion, scaler, users, versions, sha256 of the weights
+    model.safetensors   the averaged weights
+    users.parquet       user_id, user_index, num_likes, history_digest
+    training.csv        the loss curve
+    README.md           the model card
+"""
+
+import hashlib
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import rebeca_ray
+from rebeca_ray.config import DiffusionSettings, NetworkSettings, parse_config
+from rebeca_ray.embeds import EmbedScaler
+from rebeca_ray.errors import UserError
+from rebeca_ray.prior import Prior
+from rebeca_ray.storage import is_local, join, open_filesystem, read_json, require_writable
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedPrior:
+    """A prior ready to sample: the network in eval mode, its process, its scaler and its users."""
+
+    network: Prior
+    diffusion: DiffusionSettings
+    scaler: EmbedScaler
+    users: pa.Table
+    fingerprint: str  # of config and weights
+    clip: str | None  # fingerprint of the CLIP that made the training embeddings, if the items told
+
+
+def build_network(settings: NetworkSettings, *, embed_dim: int, num_users: int) -> Prior:
+    return Prior(embed_dim=embed_dim, num_users=num_users, **settings.model_dump())
+
+
+def save_prior(
+    out: str,
+    *,
+    weights: dict[str, torch.Tensor],
+    network: NetworkSettings,
+    diffusion: DiffusionSettings,
+    scaler: EmbedScaler,
+    users: pa.Table,
+    clip: str | None,
+    curve: str,
+    metrics: dict[str, float],
+) -> None:
+    """Write the directory `out` (local or `s3://`); `config.json` goes last, so a half-written prior cannot be loaded."""
+    require_writable(out, "prior")
+    filesystem, path = open_filesystem(out)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+        pq.write_table(users, folder / "users.parquet", compression="zstd")
+        (folder / "training.csv").write_text(curve)
+        config = {
+            "format": FORMAT,
+            "rebeca_ray": rebeca_ray.__version__,
+            "network": network.model_dump(),
+            "diffusion": diffusion.model_dump(),
+            "scaler": scaler.to_dict(),
+            "num_users": users.num_rows,
+            "clip": clip,
+            "metrics": metrics,
+            "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        }
+        (folder / "README.md").write_text(model_card(config))
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        names = ["model.safetensors", "users.parquet", "training.csv", "README.md", "config.json"]
+        if filesystem.exists(f"{path}/config.json"):
+            filesystem.rm_file(f"{path}/config.json")
+        for name in names:
+            filesystem.put_file(str(folder / name), f"{path}/{name}")
+
+
+def load_prior(uri: str, device: str = "cpu") -> TrainedPrior:
+    """Load a prior directory. Raises UserError if it is missing, incomplete, of another format, or altered."""
+    config = read_prior_config(uri)
+    filesystem, path = open_filesystem(uri)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(path)
+        if not is_local(filesystem):
+            folder = Path(scratch)
+            for name in ("model.safetensors", "users.parquet"):
+                filesystem.get_file(f"{path}/{name}", str(folder / name))
+        try:
+            digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+            weights = load_file(folder / "model.safetensors")
+            users = pq.read_table(folder / "users.parquet")
+        except (OSError, SafetensorError, pa.ArrowInvalid) as error:
+            raise UserError(f"prior {uri}: incomplete or damaged ({error}); train it again") from None
+    if digest != config["sha256"]:
+        raise UserError(f"prior {uri}: model.safetensors is not the file config.json describes (sha256 differs); copy both again")
+    if users.num_rows != config["num_users"]:
+        raise UserError(f"prior {uri}: users.parquet has {users.num_rows} users, config.json says {config['num_users']}; copy both again")
+    scaler = EmbedScaler(**config["scaler"])
+    settings = parse_config(NetworkSettings, config["network"], where=f"prior {uri}: config.json: network")
+    network = build_network(settings, embed_dim=scaler.embed_dim, num_users=users.num_rows)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"prior {uri}: weights do not fit config.json ({' '.join(str(error).split())[:200]})") from None
+    return TrainedPrior(
+        network=network.eval().to(device),
+        diffusion=parse_config(DiffusionSettings, config["diffusion"], where=f"prior {uri}: config.json: diffusion"),
+        scaler=scaler,
+        users=users,
+        fingerprint=fingerprint(config),
+        clip=config["clip"],
+    )
+
+
+def read_prior_config(uri: str) -> dict[str, Any]:
+    """The `config.json` of a prior. Raises UserError if there is none or it is of another format."""
+    config = read_json(join(uri, "config.json"))
+    if config is None:
+        raise UserError(f"prior {uri}: no config.json there; train one with `rebeca train`, or give its directory")
+    if config.get("format") != FORMAT:
+        raise UserError(f"prior {uri}: format {config.get('format')!r}, this version reads {FORMAT}; upgrade rebeca-ray or train again")
+    return config
+
+
+def fingerprint(config: dict[str, Any]) -> str:
+    """16 hex digits that change whenever the prior would sample something else."""
+    told = {name: config[name] for name in ("network", "diffusion", "scaler", "sha256")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def model_card(config: dict[str, Any]) -> str:
+    """A short README for the directory."""
+    rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in config["metrics"].items())
+    return f"""# REBECA prior
+
+Draws CLIP image embeddings a user would like, from the user's past ratings alone.
+
+Made by rebeca-ray {config["rebeca_ray"]}: {config["num_users"]} users, D = {config["scaler"]["embed_dim"]},
+network {json.dumps(config["network"])}, diffusion {json.dumps(config["diffusion"])}.
+
+| figure | value |
+|---|---|
+{rows}
+
+Load it with `rebeca_ray.checkpoint.load_prior(directory)`. The users table holds outside user ids: treat the
+directory as personal data.
+"""

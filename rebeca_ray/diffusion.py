@@ -1,0 +1,84 @@
+"""The forward process: noise schedules, the training loss, and `prediction_type` -> `denoised`, resolved once here.
+
+Shapes: B batch, D embed dim, T training timesteps.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from rebeca_ray.config import DiffusionSettings
+
+Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_BD, timestep_B) -> denoised_BD
+
+
+def alphas_cumprod(settings: DiffusionSettings) -> torch.Tensor:
+    """Signal power at every training timestep, [T] in float64.
+
+    `squaredcos_cap_v2`: Nichol & Dhariwal 2021, eq. 17, betas capped at 0.999. `linear`: Ho et al. 2020, betas from
+    1e-4 to 0.02. `laplace`: Hang et al. 2024, log-SNR at the quantiles of a Laplace(0, 0.5) law.
+    """
+    steps = settings.num_train_timesteps
+    if settings.schedule == "linear":
+        return torch.cumprod(1 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64), 0)
+    if settings.schedule == "laplace":
+        quantile = torch.linspace(0, 1, steps + 2, dtype=torch.float64)[1:-1]
+        log_snr = -0.5 * torch.sign(0.5 - quantile) * torch.log(1 - 2 * (0.5 - quantile).abs())
+        return torch.sigmoid(-log_snr)
+    bar = lambda share: torch.cos((share + 0.008) / 1.008 * math.pi / 2) ** 2  # noqa: E731
+    share = torch.arange(steps + 1, dtype=torch.float64) / steps
+    betas = (1 - bar(share[1:]) / bar(share[:-1])).clamp(max=0.999)
+    return torch.cumprod(1 - betas, 0)
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """A variance-preserving process `x_t = alpha_t x_0 + sigma_t noise` and how to read a network's prediction."""
+
+    settings: DiffusionSettings
+    alpha: torch.Tensor  # [T]
+    sigma: torch.Tensor  # [T]
+
+    @classmethod
+    def build(cls, settings: DiffusionSettings, device: torch.device | str = "cpu") -> "Diffusion":
+        signal_power = alphas_cumprod(settings).to(device)
+        return cls(settings, signal_power.sqrt().float(), (1 - signal_power).sqrt().float())
+
+    def coefficients(self, timestep_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """alpha and sigma at `timestep_B`, each [B, 1]."""
+        return self.alpha[timestep_B][:, None], self.sigma[timestep_B][:, None]
+
+    def add_noise(self, x0_BD: torch.Tensor, noise_BD: torch.Tensor, timestep_B: torch.Tensor) -> torch.Tensor:
+        """`x_t` [B, D] (Ho et al. 2020, eq. 4)."""
+        alpha, sigma = self.coefficients(timestep_B)
+        return alpha * x0_BD + sigma * noise_BD
+
+    def target(self, x0_BD: torch.Tensor, noise_BD: torch.Tensor, timestep_B: torch.Tensor) -> torch.Tensor:
+        """What the network is asked to predict: the noise, the sample, or v (Salimans & Ho 2022)."""
+        if self.settings.prediction_type == "epsilon":
+            return noise_BD
+        if self.settings.prediction_type == "sample":
+            return x0_BD
+        alpha, sigma = self.coefficients(timestep_B)
+        return alpha * noise_BD - sigma * x0_BD
+
+    def denoised(self, prediction_BD: torch.Tensor, x_BD: torch.Tensor, timestep_B: torch.Tensor) -> torch.Tensor:
+        """The estimate of `x_0` that a prediction stands for, [B, D]."""
+        if self.settings.prediction_type == "sample":
+            return prediction_BD
+        alpha, sigma = self.coefficients(timestep_B)
+        if self.settings.prediction_type == "epsilon":
+            return (x_BD - sigma * prediction_BD) / alpha
+        return alpha * x_BD - sigma * prediction_BD
+
+    def loss(self, prediction_BD: torch.Tensor, target_BD: torch.Tensor) -> torch.Tensor:
+        """Simplified mean squared error (Ho et al. 2020, eq. 14), a scalar."""
+        return F.mse_loss(prediction_BD, target_BD)
+
+    def inference_timesteps(self, num_inference_steps: int) -> list[int]:
+        """`num_inference_steps` timesteps from T-1 downwards, evenly spaced ("trailing")."""
+        steps = self.settings.num_train_timesteps
+        return [round(steps - index * steps / num_inference_steps) - 1 for index in range(num_inference_steps)]

@@ -1,0 +1,43 @@
+"""`EmbedScaler`: the space the prior works in, and the way back to the decoder's."""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+
+from rebeca_ray.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedScaler:
+    """L2-normalise, multiply by sqrt(D), clamp to ±`clamp`, divide by `clamp` (the authors' setting: 5).
+
+    A coordinate then has a standard deviation of about 1/clamp. The way back gives every embedding the length
+    `norm`, the mean length of the embeddings the prior was trained on, which is what the decoder is used to.
+    """
+
+    embed_dim: int
+    norm: float
+    clamp: float = 5.0
+
+    @classmethod
+    def fit(cls, image_embeds: torch.Tensor) -> "EmbedScaler":
+        """Measure the mean length of `image_embeds` [N, D]. Raises UserError for zero or non-finite rows."""
+        lengths = image_embeds.norm(dim=1)
+        bad = ~torch.isfinite(lengths) | (lengths == 0)
+        if bad.any():
+            raise UserError(f"image_embeds: {int(bad.sum())} of {len(bad)} rows are zero or not finite; embed those items again")
+        return cls(embed_dim=image_embeds.shape[1], norm=float(lengths.mean()))
+
+    def scale(self, image_embeds: torch.Tensor) -> torch.Tensor:
+        """CLIP embeddings [..., D] to the prior's space, in [-1, 1]."""
+        unit = F.normalize(image_embeds, dim=-1)
+        return (unit * math.sqrt(self.embed_dim)).clamp(-self.clamp, self.clamp) / self.clamp
+
+    def unscale(self, x: torch.Tensor) -> torch.Tensor:
+        """The prior's space [..., D] back to CLIP embeddings of length `norm`."""
+        return F.normalize(x, dim=-1) * self.norm
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)

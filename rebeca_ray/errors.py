@@ -1,0 +1,23 @@
+"""The errors a person can mend, each with the exit code its job ends with."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """Something outside the code must change: names the thing, what was found, what was expected, the remedy."""
+
+    exit_code = 2
+
+
+class ErrorBudgetExceededError(UserError):
+    """More items failed than the run allows; nothing was published."""
+
+    exit_code = 3
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A clause naming the nearest known word, or all of them if none is near."""
+    known = list(known)
+    near = get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"

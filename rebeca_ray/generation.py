@@ -1,0 +1,44 @@
+"""The main job: plan, render, assemble, publish. Nothing is visible to a reader before the last line."""
+
+import time
+from typing import Any
+
+from rebeca_ray.catalog.assemble import assemble, code_version
+from rebeca_ray.catalog.layout import Run
+from rebeca_ray.catalog.publish import publish
+from rebeca_ray.checkpoint import fingerprint, read_prior_config
+from rebeca_ray.config import GenerateConfig
+from rebeca_ray.decoding import decoder_fingerprint
+from rebeca_ray.errors import UserError
+from rebeca_ray.planning import check_request, plan_items
+from rebeca_ray.rendering import render_items
+from rebeca_ray.storage import join, open_filesystem, require_writable
+
+
+def generate_catalog(config: GenerateConfig) -> dict[str, Any]:
+    """Generate and publish one snapshot; returns its manifest with the seconds of each stage under `seconds`."""
+    requested = check_request(config)
+    require_writable(config.root, "root")
+    run = Run.start(config)
+    filesystem, snapshot = open_filesystem(join(run.root, run.snapshot))
+    if filesystem.exists(snapshot):
+        raise UserError(f"root {config.root}: run {run.run_id} of {run.run_date} already exists; choose another run_id")
+    seconds = {}
+    for name, stage in (("plan", plan_items), ("render", render_items)):
+        started = time.perf_counter()
+        stage(config, run)
+        seconds[name] = round(time.perf_counter() - started, 2)
+    started = time.perf_counter()
+    manifest = assemble(
+        run,
+        requested=requested,
+        error_budget=config.error_budget,
+        versions={
+            "prior": fingerprint(read_prior_config(config.prior)),
+            "decoder": decoder_fingerprint(config.decoder),
+            "code": code_version(),
+        },
+    )
+    publish(run.root, run.snapshot, run_id=run.run_id, run_date=run.run_date, epoch=run.epoch)
+    seconds["assemble"] = round(time.perf_counter() - started, 2)
+    return {**manifest, "seconds": seconds}

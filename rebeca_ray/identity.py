@@ -1,0 +1,28 @@
+"""Identities and seeds: what an item is called follows from what made it, never from order or attempt."""
+
+import hashlib
+
+
+def hash128(*parts: str | int) -> str:
+    """32 hex digits of BLAKE2b over the parts, the same on every machine."""
+    return hashlib.blake2b("\x1f".join(str(part) for part in parts).encode(), digest_size=16).hexdigest()
+
+
+def plan_key(*, prior: str, settings: str, user_id: str, history_digest: str, generation: int) -> str:
+    """What decides a user's candidates: models, settings, the user's history, and how often it was rotated."""
+    return hash128("plan", prior, settings, user_id, history_digest, generation)
+
+
+def item_id(key: str, candidate: int, decoder: str) -> str:
+    """The id of one generated item: its plan, its candidate number, and the decoder that draws it."""
+    return hash128("item", key, candidate, decoder)
+
+
+def candidate_seed(key: str, candidate: int) -> int:
+    """64 bits that seed a candidate's noise in the prior."""
+    return int(hash128("candidate", key, candidate)[:16], 16)
+
+
+def image_seed(item: str, safety_attempt: int = 0) -> int:
+    """63 bits that seed an image's noise in the decoder (signed 64-bit columns hold them)."""
+    return int(hash128("image", item, safety_attempt)[:16], 16) >> 1

@@ -1,0 +1,181 @@
+"""Who rated what: read and validate interactions, turn ratings into likes, choose users, split off a hold-out.
+
+Works on numpy columns, because twenty million ratings fit easily and a per-user split needs them sorted once.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rebeca_ray import schemas
+from rebeca_ray.config import InteractionSettings
+from rebeca_ray.errors import UserError, did_you_mean
+from rebeca_ray.storage import open_table, read_table
+
+MAX_EXAMPLES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interactions:
+    """N validated interactions, sorted by user and time: `like` is 0/1, `user_index` counts kept users from 0."""
+
+    user_id: np.ndarray  # [U] of the kept users, in the order of user_index
+    user_index: np.ndarray  # [N] int32
+    item_id: np.ndarray  # [N] str
+    like: np.ndarray  # [N] int8
+    held_out: np.ndarray  # [N] bool, never trained on
+
+    @property
+    def num_users(self) -> int:
+        return len(self.user_id)
+
+
+def read_interactions(settings: InteractionSettings) -> Interactions:
+    """Read, validate, filter and split the interactions of `settings.path`.
+
+    The hold-out takes the same share of every user's interactions, chosen by a hash of user and item, so that it does
+    not depend on the file's order. Raises UserError naming the defect, how many rows have it, and examples.
+    """
+    table = validate(read_columns(settings.path), settings.path)
+    user_id, item_id = (table[name].to_numpy(zero_copy_only=False).astype(str) for name in ("user_id", "item_id"))
+    like = likes(table, settings.like_threshold)
+
+    users, user_of = np.unique(user_id, return_inverse=True)
+    num_likes = np.bincount(user_of, weights=like, minlength=len(users))
+    kept = num_likes >= settings.min_likes
+    if not kept.any():
+        raise UserError(
+            f"interactions {settings.path}: none of {len(users)} users has {settings.min_likes} likes "
+            f"(most: {int(num_likes.max())}); lower interactions.min_likes or interactions.like_threshold"
+        )
+    new_index = np.cumsum(kept) - 1
+    rows = np.flatnonzero(kept[user_of])
+    timestamp = (
+        table["timestamp"].fill_null(0).cast(pa.int64()).to_numpy() if "timestamp" in table.column_names else np.zeros(len(like), np.int64)
+    )
+    rows = rows[np.lexsort((item_id[rows], timestamp[rows], user_of[rows]))]
+    user_index = new_index[user_of[rows]].astype(np.int32)
+    return Interactions(
+        user_id=users[kept],
+        user_index=user_index,
+        item_id=item_id[rows],
+        like=like[rows],
+        held_out=hold_out(users[kept], user_index, item_id[rows], settings.hold_out),
+    )
+
+
+def read_columns(uri: str) -> pa.Table:
+    """The interaction columns of a file, with a clear error for a missing or mistyped one."""
+    _, found = open_table(uri, "interactions")
+    columns = []
+    for field in schemas.INTERACTIONS:
+        if field.name not in found.names:
+            if field.nullable:
+                continue
+            raise UserError(f"interactions {uri}: column {field.name!r} is missing; {did_you_mean(field.name, found.names)}")
+        actual = found.field(field.name).type
+        if not compatible(actual, field.type):
+            raise UserError(f"interactions {uri}: column {field.name!r} is {actual}, expected {field.type}; cast it and write again")
+        columns.append(field.name)
+    table = read_table(uri, "interactions", columns)
+    return table.cast(pa.schema([schemas.INTERACTIONS.field(name).with_nullable(True) for name in columns]))
+
+
+def compatible(actual: pa.DataType, expected: pa.DataType) -> bool:
+    """Whether a column of `actual` can be read as `expected` without a change of meaning."""
+    if pa.types.is_dictionary(actual):
+        actual = actual.value_type
+    if pa.types.is_string(expected):
+        return pa.types.is_string(actual) or pa.types.is_large_string(actual)
+    if pa.types.is_floating(expected):
+        return pa.types.is_floating(actual) or pa.types.is_integer(actual)
+    return pa.types.is_timestamp(actual) or pa.types.is_date(actual)
+
+
+def validate(table: pa.Table, uri: str) -> pa.Table:
+    """Refuse empty ids, ratings that are no numbers, and repeated (user, item) pairs, with counts and examples."""
+    if table.num_rows == 0:
+        raise UserError(f"interactions {uri}: has no rows; give at least one rating")
+    for name in ("user_id", "item_id"):
+        bad = pc.or_kleene(pc.is_null(table[name]), pc.equal(pc.fill_null(table[name], ""), ""))
+        refuse(uri, bad, f"an empty {name}", row_numbers(bad), "drop or fill them")
+    if "rating" in table.column_names:
+        bad = pc.invert(pc.fill_null(pc.is_finite(table["rating"]), False))
+        refuse(uri, bad, "a rating that is null, NaN or infinite", examples(table, bad), "drop them, or drop the column if every row is a like")
+    pair = pc.binary_join_element_wise(table["user_id"], table["item_id"], "\x1f")
+    codes = pc.dictionary_encode(pair).combine_chunks()
+    indices = codes.indices.to_numpy()
+    repeated = np.ones(len(indices), bool)
+    repeated[np.unique(indices, return_index=True)[1]] = False
+    refuse(uri, pa.array(repeated), "a (user_id, item_id) pair seen before", examples(table, pa.array(repeated)), "keep one rating a pair, the latest say")
+    return table
+
+
+def refuse(uri: str, bad: pa.Array, what: str, shown: str, remedy: str) -> None:
+    count = pc.sum(bad).as_py() or 0
+    if count:
+        raise UserError(f"interactions {uri}: {count} of {len(bad)} rows have {what} ({shown}); {remedy}")
+
+
+def row_numbers(bad: pa.Array) -> str:
+    rows = np.flatnonzero(bad.to_numpy(zero_copy_only=False))[:MAX_EXAMPLES]
+    return "rows " + ", ".join(str(row) for row in rows)
+
+
+def examples(table: pa.Table, bad: pa.Array) -> str:
+    rows = table.filter(bad).slice(0, MAX_EXAMPLES).select(["user_id", "item_id"]).to_pylist()
+    return "; ".join(f"{row['user_id']} × {row['item_id']}" for row in rows)
+
+
+def likes(table: pa.Table, threshold: float) -> np.ndarray:
+    """1 where rating >= threshold (paper, section 4.1); all 1 if there is no rating column. [N] int8."""
+    if "rating" not in table.column_names:
+        return np.ones(table.num_rows, np.int8)
+    return (table["rating"].to_numpy() >= threshold).astype(np.int8)
+
+
+def hold_out(user_id: np.ndarray, user_index: np.ndarray, item_id: np.ndarray, share: float) -> np.ndarray:
+    """True for `floor(share * count)` interactions of each user, those with the smallest hash of (user, item)."""
+    keys = np.fromiter(
+        (stable_hash(user_id[user], item) for user, item in zip(user_index, item_id, strict=True)), np.uint64, len(item_id)
+    )
+    order = np.lexsort((keys, user_index))
+    counts = np.bincount(user_index, minlength=len(user_id))
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    place = np.arange(len(order)) - starts[user_index[order]]
+    held = np.zeros(len(order), bool)
+    held[order] = place < np.floor(share * counts)[user_index[order]]
+    return held
+
+
+def stable_hash(*parts: str) -> int:
+    """64 bits that are the same on every machine and run."""
+    return int.from_bytes(hashlib.blake2b("\x1f".join(parts).encode(), digest_size=8).digest(), "big")
+
+
+def history_digests(interactions: Interactions) -> list[str]:
+    """One digest a user of everything trained on, to tell later whether a history changed."""
+    digests = []
+    bounds = np.searchsorted(interactions.user_index, np.arange(interactions.num_users + 1))
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        rows: Sequence[str] = [f"{item}={like}" for item, like in zip(interactions.item_id[start:stop], interactions.like[start:stop], strict=True)]
+        digests.append(hashlib.blake2b("\x1f".join(rows).encode(), digest_size=16).hexdigest())
+    return digests
+
+
+def user_table(interactions: Interactions) -> pa.Table:
+    """The `users.parquet` of a prior: who has which `user_index`, with how many likes."""
+    num_likes = np.bincount(interactions.user_index, weights=interactions.like, minlength=interactions.num_users)
+    return pa.table(
+        {
+            "user_id": interactions.user_id,
+            "user_index": np.arange(interactions.num_users, dtype=np.int32),
+            "num_likes": num_likes.astype(np.int32),
+            "history_digest": history_digests(interactions),
+        },
+        schema=schemas.PRIOR_USERS,
+    )

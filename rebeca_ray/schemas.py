@@ -1,0 +1,122 @@
+"""The Arrow schema of every table, written once.
+
+Embeddings are float32 rounded to half precision (Spark refuses float16), fixed-size lists without nulls at any
+level, so that every Parquet reader opens them.
+"""
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])  # the Hugging Face convention
+
+INTERACTIONS = pa.schema(
+    [
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("item_id", pa.string(), nullable=False),
+        pa.field("rating", pa.float32()),
+        pa.field("timestamp", pa.timestamp("us")),
+    ]
+)
+
+REQUEST = pa.schema(
+    [
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("num_images", pa.int32()),
+        pa.field("prompt", pa.string()),
+    ]
+)
+
+PRIOR_USERS = pa.schema(
+    [
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("user_index", pa.int32(), nullable=False),
+        pa.field("num_likes", pa.int32(), nullable=False),
+        pa.field("history_digest", pa.string(), nullable=False),
+    ]
+)
+
+ERRORS = pa.schema(
+    [
+        pa.field("item_id", pa.string(), nullable=False),
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("error", pa.string(), nullable=False),
+        pa.field("attempt", pa.int32(), nullable=False),
+    ]
+)
+
+CHANGES = pa.schema(
+    [
+        pa.field("item_id", pa.string(), nullable=False),
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("change", pa.string(), nullable=False),  # added | removed
+    ]
+)
+
+IMAGES = pa.schema(
+    [
+        pa.field("item_id", pa.string(), nullable=False),
+        pa.field("image", IMAGE),
+        pa.field("thumbnail", pa.binary()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("safety_probability", pa.float32()),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("error", pa.string()),
+    ]
+)
+
+FILES = pa.schema(
+    [
+        pa.field("table", pa.string(), nullable=False),
+        pa.field("bucket", pa.int32(), nullable=False),
+        pa.field("file", pa.int32(), nullable=False),  # the number `items.image_file` points to, within its table
+        pa.field("path", pa.string(), nullable=False),  # below the catalog's root
+        pa.field("rows", pa.int64(), nullable=False),
+        pa.field("bytes", pa.int64(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+        pa.field("min_user_id", pa.string()),
+        pa.field("max_user_id", pa.string()),
+    ]
+)
+
+
+def image_embeds(embed_dim: int) -> pa.DataType:
+    """`fixed_size_list<float32>[embed_dim]`, non-null throughout."""
+    return pa.list_(pa.field("element", pa.float32(), nullable=False), embed_dim)
+
+
+def plan(embed_dim: int) -> pa.Schema:
+    """Planned items of one run: private, between planning and rendering."""
+    return pa.schema(
+        [
+            pa.field("item_id", pa.string(), nullable=False),
+            pa.field("user_id", pa.string(), nullable=False),
+            pa.field("rank", pa.int16(), nullable=False),
+            pa.field("image_embeds", image_embeds(embed_dim), nullable=False),
+            pa.field("nearest_item_id", pa.string()),
+            pa.field("nearest_similarity", pa.float32()),
+            pa.field("prompt", pa.string(), nullable=False),
+        ]
+    )
+
+
+def items(embed_dim: int) -> pa.Schema:
+    """The published table: one row an item, sorted by `user_id`, `rank`."""
+    return pa.schema(
+        [
+            pa.field("item_id", pa.string(), nullable=False),
+            pa.field("user_id", pa.string(), nullable=False),
+            pa.field("rank", pa.int16(), nullable=False),
+            pa.field("image_embeds", image_embeds(embed_dim), nullable=False),
+            pa.field("like_probability", pa.float32()),
+            pa.field("nearest_item_id", pa.string()),
+            pa.field("nearest_similarity", pa.float32()),
+            pa.field("safety_flag", pa.bool_(), nullable=False),
+            pa.field("origin", pa.string(), nullable=False),  # new | carried | population
+            pa.field("generated_at", pa.timestamp("us", tz="UTC"), nullable=False),
+            pa.field("image_file", pa.int32(), nullable=False),
+            pa.field("image_row", pa.int32(), nullable=False),
+        ]
+    )

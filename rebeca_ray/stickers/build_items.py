@@ -1,0 +1,161 @@
+"""Rebuild `assets/items.parquet` from the emoji packages of the npm registry.
+
+One command, `python -m rebeca_ray.stickers.build_items` (six minutes, most of them in WebP's lossless search): installs five pinned packages into a scratch
+directory with `npm`, draws every emoji on white at 64x64, drops flags, keycaps, components, drawings that
+repeat within a style and gendered forms of a neutral one, and writes lossless WebP.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from rebeca_ray.stickers import ASSETS, IMAGE_SIZE
+
+PACKAGES = (
+    "emoji-datasource-google@16.0.0",
+    "emoji-datasource-twitter@16.0.0",
+    "@iconify-json/fluent-emoji@1.2.7",
+    "@iconify-json/fluent-emoji-flat@1.2.6",
+    "@iconify-json/fluent-emoji-high-contrast@1.2.6",
+)
+DATASOURCE = {
+    "noto": ("emoji-datasource-google", "img/google/64"),
+    "twemoji": ("emoji-datasource-twitter", "img/twitter/64"),
+}
+ICONIFY = {
+    "fluent": "@iconify-json/fluent-emoji",
+    "flat": "@iconify-json/fluent-emoji-flat",
+    "contrast": "@iconify-json/fluent-emoji-high-contrast",
+}
+SKIPPED_CATEGORIES = {"Flags", "Component"}
+SKIPPED_SUBCATEGORIES = {"keycap", "skin-tone"}
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Flatten transparency onto white at the catalog's size."""
+    rgba = image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, "white")
+    flat = Image.alpha_composite(white, rgba).convert("RGB")
+    return flat if flat.size == (IMAGE_SIZE, IMAGE_SIZE) else flat.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+
+
+def draw_icon(icons: dict[str, Any], name: str) -> Image.Image | None:
+    """Rasterise one icon of an iconify set, following aliases; None if the set has no such icon."""
+    import resvg_py
+
+    name = icons.get("aliases", {}).get(name, {}).get("parent", name)
+    if name not in icons["icons"]:
+        return None
+    icon = icons["icons"][name]
+    width, height = icon.get("width", icons.get("width", 16)), icon.get("height", icons.get("height", 16))
+    left, top = icon.get("left", 0), icon.get("top", 0)
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}" color="black">{icon["body"]}</svg>'
+    )
+    # No icon holds text; without system fonts every machine draws the same.
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=IMAGE_SIZE, height=IMAGE_SIZE, skip_system_fonts=True))
+    return Image.open(io.BytesIO(png))
+
+
+def icon_of(entry: dict[str, Any], names: dict[str, str]) -> str | None:
+    """The name iconify gives an emoji, found by its code points with or without variation selectors."""
+    code = entry["unified"].lower()
+    spellings = (code, (entry["non_qualified"] or code).lower(), code.replace("-fe0f", ""))
+    return next((names[spelling] for spelling in spellings if spelling in names), None)
+
+
+def sticker_name(entry: dict[str, Any], names: dict[str, str]) -> str:
+    """One name for all styles: iconify's if it has one, else Unicode's."""
+    icon_name = icon_of(entry, names)
+    return icon_name.replace("-", " ") if icon_name else str(entry["name"]).lower()
+
+
+def has_neutral_form(name: str, names: set[str]) -> bool:
+    """True for "man rowing boat" where "person rowing boat" exists: such triples would be a sixth of the world."""
+    found = re.match(r"(?:man|woman|men|women) (.+)", name)
+    return found is not None and bool({f"person {found[1]}", f"people {found[1]}", found[1]} & names)
+
+
+def drawings(node_modules: Path) -> Iterator[tuple[dict[str, str], Image.Image]]:
+    """Yield `(columns, image)` for every drawing, in a fixed order."""
+    emoji = json.loads((node_modules / "emoji-datasource-google" / "emoji.json").read_text())
+    emoji = [
+        entry
+        for entry in emoji
+        if entry["category"] not in SKIPPED_CATEGORIES and entry["subcategory"] not in SKIPPED_SUBCATEGORIES
+    ]
+    emoji.sort(key=lambda entry: (entry["sort_order"], entry["unified"]))
+    names = json.loads((node_modules / ICONIFY["flat"] / "chars.json").read_text())
+    all_names = {sticker_name(entry, names) for entry in emoji}
+    icon_sets = {style: json.loads((node_modules / package / "icons.json").read_text()) for style, package in ICONIFY.items()}
+    for entry in emoji:
+        name = sticker_name(entry, names)
+        if has_neutral_form(name, all_names):
+            continue
+        code, icon_name = entry["unified"].lower(), icon_of(entry, names)
+        columns = {"category": entry["category"], "subcategory": entry["subcategory"], "name": name}
+        for style, (package, folder) in DATASOURCE.items():
+            path = node_modules / package / folder / entry["image"]
+            if path.exists():
+                yield {"item_id": f"{style}-{code}", "style": style, **columns}, Image.open(path)
+        for style, icons in icon_sets.items():
+            image = draw_icon(icons, icon_name) if icon_name else None
+            if image is not None:
+                yield {"item_id": f"{style}-{code}", "style": style, **columns}, image
+
+
+def build_items(node_modules: Path) -> pa.Table:
+    """All drawings as a table `item_id, image, style, category, subcategory, name`, in a fixed order."""
+    rows: list[dict[str, Any]] = []
+    seen: set[tuple[str, str]] = set()
+    for columns, drawing in drawings(node_modules):
+        image = on_white(drawing)
+        digest = hashlib.sha256(np.asarray(image).tobytes()).hexdigest()
+        if (columns["style"], digest) in seen:
+            continue
+        seen.add((columns["style"], digest))
+        buffer = io.BytesIO()
+        image.save(buffer, "WEBP", lossless=True, quality=100, method=6)
+        rows.append({**columns, "image": {"bytes": buffer.getvalue(), "path": f"{columns['item_id']}.webp"}})
+    rows.sort(key=lambda row: row["item_id"])
+    schema = pa.schema(
+        [
+            ("item_id", pa.string()),
+            ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+            ("style", pa.string()),
+            ("category", pa.string()),
+            ("subcategory", pa.string()),
+            ("name", pa.string()),
+        ]
+    )
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--node-modules", type=Path, help="use packages already installed here instead of running npm")
+    parser.add_argument("--out", type=Path, default=ASSETS / "items.parquet")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.node_modules is None:
+            subprocess.run(["npm", "install", "--silent", "--no-save", "--prefix", scratch, *PACKAGES], check=True)
+        table = build_items(args.node_modules or Path(scratch) / "node_modules")
+    pq.write_table(table, args.out, compression="zstd", row_group_size=1000, use_dictionary=["style", "category", "subcategory", "name"])
+    print(f"{args.out}: {table.num_rows} items, {args.out.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

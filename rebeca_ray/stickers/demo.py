@@ -1,0 +1,159 @@
+"""The demo: the whole main job on the bundled world, then a page that shows what came out."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from rebeca_ray.catalog.read import Snapshot, read_catalog
+from rebeca_ray.checkpoint import load_prior
+from rebeca_ray.config import DecoderSettings, EmbedConfig, GenerateConfig, SamplerSettings, TrainConfig, parse_config
+from rebeca_ray.decoding import DiffusersDecoder
+from rebeca_ray.diffusion import Diffusion
+from rebeca_ray.generation import generate_catalog
+from rebeca_ray.interactions import Interactions, read_interactions
+from rebeca_ray.items import embed_items
+from rebeca_ray.job import console
+from rebeca_ray.sampling import sample_liked
+from rebeca_ray.stickers.judge import Judge
+from rebeca_ray.stickers.report import write_report
+from rebeca_ray.stickers.simulate import simulate
+from rebeca_ray.stickers.training_data import Stickers, load_stickers, to_pixels
+from rebeca_ray.stickers.truth import Truth, TruthCheck
+from rebeca_ray.training import train_prior
+
+NUM_NO_USER = 100
+
+
+@dataclass
+class Phases:
+    """Wall-clock seconds of each phase, printed as they pass."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        console.rule(name, align="left")
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+        console.print(f"[dim]{self.seconds[name]:.1f} s[/dim]")
+
+
+def settings_in(data: Path, name: str) -> dict[str, object]:
+    """A shipped sticker config with `~/rebeca-stickers` replaced by the demo's own folder."""
+    text = (Path(__file__).parent / "configs" / f"{name}_stickers.yaml").read_text()
+    return dict(yaml.safe_load(text.replace("~/rebeca-stickers", str(data))))
+
+
+def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
+    """Run everything; files go to `data`, the page to `out/report.html`."""
+    phases = Phases()
+    data = data.absolute()
+    for name in ("items", "prior", "train"):  # a demo starts afresh; the catalog gains a snapshot
+        shutil.rmtree(data / name, ignore_errors=True)
+    embed = parse_config(EmbedConfig, settings_in(data, "embed"), where="demo")
+    train = parse_config(TrainConfig, settings_in(data, "train"), where="demo")
+    generate = parse_config(GenerateConfig, settings_in(data, "generate"), where="demo")
+
+    with phases("Simulate users"):
+        ratings = simulate(num_users, seed, data)
+        console.print(f"{num_users:,} users, {ratings:,} ratings")
+    with phases("Embed items with CLIP"):
+        num_items = embed_items(embed)
+        console.print(f"{num_items:,} items")
+    with phases("Train the prior"):
+        train_prior(train)
+    with phases("Plan, render, publish"):
+        manifest = generate_catalog(generate)
+        stages = manifest["seconds"]
+        console.print(
+            f"{manifest['counts']['new']:,} images for {manifest['counts']['users']:,} users: plan {stages['plan']:.1f} s, "
+            f"render {stages['render']:.1f} s ({manifest['counts']['new'] / stages['render']:.1f} images/s), "
+            f"assemble and publish {stages['assemble']:.1f} s"
+        )
+    with phases("Check against the hidden truth"):
+        judge, stickers = Judge(), load_stickers()
+        interactions = read_interactions(train.interactions)
+        snapshot = read_catalog(generate.root)
+        check = check_truth(data, judge, stickers, interactions, snapshot, generate)
+        print_check(check, judge)
+    with phases("Write the report"):
+        page = write_report(
+            out, prior=Path(generate.prior), snapshot=snapshot, interactions=interactions, check=check, judge=judge, phases=phases.seconds
+        )
+    console.rule()
+    console.print(f"[bold]Look at it:[/bold]  {page}\n[bold]Catalog:[/bold]     {generate.root}\n[bold]Prior:[/bold]       {generate.prior}")
+    console.print(
+        "\nNext:\n"
+        f"  rebeca catalog show {generate.root}\n"
+        "  rebeca generate --config jobs/configs/generate_stickers.yaml num_images=8\n"
+        "  ray job submit --working-dir . jobs/generate_catalog.py      # after: ray start --head",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return check
+
+
+def check_truth(
+    data: Path, judge: Judge, stickers: Stickers, interactions: Interactions, snapshot: Snapshot, generate: GenerateConfig
+) -> TruthCheck:
+    """Judge the five sets of `TruthCheck` for the users of the snapshot."""
+    items = snapshot.items(["user_id", "image_file", "image_row"])
+    owners = items["user_id"].to_pylist()
+    pixels = to_pixels(snapshot.images(items))
+    users = sorted(set(owners))
+    truth = Truth(data / "truth.parquet", judge, users)
+    random = np.random.default_rng(0)
+
+    held_users, held_rows = held_out_likes(interactions, stickers, set(users))
+    stickers_NHWC = stickers.image_NCHW.permute(0, 2, 3, 1).numpy()
+    return TruthCheck(
+        own=float(truth.like_probability(owners, pixels).mean()),
+        dealt=truth.mean_over_users(users, pixels),
+        random_real=float(
+            truth.like_probability(owners, stickers_NHWC[random.integers(0, len(stickers_NHWC), len(owners))]).mean()
+        ),
+        no_user=truth.mean_over_users(users, no_user_images(generate.prior, generate.sampler, generate.decoder)),
+        held_out=float(truth.like_probability(held_users, stickers_NHWC[held_rows]).mean()),
+    )
+
+
+def held_out_likes(interactions: Interactions, stickers: Stickers, users: set[str]) -> tuple[list[str], np.ndarray]:
+    """The held-out likes of `users`, as users and rows of `stickers`."""
+    chosen = interactions.held_out & (interactions.like == 1) & np.isin(interactions.user_id[interactions.user_index], list(users))
+    row_of = {item: row for row, item in enumerate(stickers.item_id)}
+    owners = interactions.user_id[interactions.user_index[chosen]].tolist()
+    return owners, np.array([row_of[item] for item in interactions.item_id[chosen]])
+
+
+def no_user_images(prior_uri: str, sampler: SamplerSettings, decoder: DecoderSettings) -> np.ndarray:
+    """Images of what nobody in particular likes: the prior told the rating, but no user."""
+    prior = load_prior(prior_uri)
+    x0 = sample_liked(
+        prior.network,
+        Diffusion.build(prior.diffusion),
+        [prior.network.null_user_index] * NUM_NO_USER,
+        list(range(NUM_NO_USER)),
+        sampler=sampler.name,
+        num_inference_steps=sampler.num_inference_steps,
+        guidance_scale=sampler.prior_guidance_scale,
+    )
+    embeds = prior.scaler.unscale(x0).numpy()
+    return DiffusersDecoder(decoder).decode(embeds, list(range(NUM_NO_USER)), [""] * NUM_NO_USER)
+
+
+def print_check(check: TruthCheck, judge: Judge) -> None:
+    from rich.table import Table
+
+    table = Table("", "mean true like probability of", "", title_justify="left")
+    for letter, what, figure in check.rows():
+        table.add_row(letter, what, f"{figure:.3f}")
+    console.print(table)
+    console.print(check.verdict)
+    console.print(f"[dim]{judge.accuracy_line}[/dim]")

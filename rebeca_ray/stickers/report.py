@@ -1,0 +1,95 @@
+"""The demo's page: self-contained HTML with liked beside generated stickers, the loss curve and the truth check."""
+
+import base64
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from rebeca_ray.catalog.read import Snapshot
+from rebeca_ray.interactions import Interactions
+from rebeca_ray.stickers import ITEMS
+from rebeca_ray.stickers.judge import Judge
+from rebeca_ray.stickers.truth import TruthCheck
+
+NUM_SHOWN = 12
+NUM_LIKED = 10
+
+
+def write_report(
+    out: Path, *, prior: Path, snapshot: Snapshot, interactions: Interactions, check: TruthCheck, judge: Judge, phases: dict[str, float]
+) -> Path:
+    """Write `out/report.html` and return its path."""
+    template = Environment(loader=PackageLoader("rebeca_ray.stickers", "."), autoescape=select_autoescape()).get_template("report.html.j2")
+    page = out / "report.html"
+    out.mkdir(parents=True, exist_ok=True)
+    page.write_text(
+        template.render(
+            users=shown_users(snapshot, interactions),
+            check=check,
+            ratio=check.own / check.dealt,
+            of_held_out=check.own / check.held_out,
+            judge=judge.accuracy_line,
+            curve=loss_curve(prior / "training.csv"),
+            phases=phases,
+            manifest=snapshot.manifest,
+        )
+    )
+    return page.absolute()
+
+
+def shown_users(snapshot: Snapshot, interactions: Interactions) -> list[dict[str, Any]]:
+    """Twelve users of the snapshot by rule: ordered by number of likes, evenly spaced from fewest to most.
+
+    Each with the likes the prior was trained on (latest first) and all generated items in rank order.
+    """
+    items = snapshot.items(["user_id", "rank", "image_file", "image_row"])
+    users = sorted(set(items["user_id"].to_pylist()))
+    index_of = {user: index for index, user in enumerate(interactions.user_id.tolist())}
+    liked = interactions.like.astype(bool) & ~interactions.held_out
+    num_likes = np.bincount(interactions.user_index[liked], minlength=interactions.num_users)
+    users.sort(key=lambda user: (num_likes[index_of[user]], user))
+    chosen = [users[round(place)] for place in np.linspace(0, len(users) - 1, min(NUM_SHOWN, len(users)))]
+    pictures = dict(zip(*pq.read_table(ITEMS, columns=["item_id", "image"]).to_pydict().values(), strict=True))
+    shown = []
+    for user in chosen:
+        own = items.filter(np.array([owner == user for owner in items["user_id"].to_pylist()]))
+        likes = interactions.item_id[liked & (interactions.user_index == index_of[user])][::-1]
+        shown.append(
+            {
+                "user_id": user,
+                "num_likes": int(num_likes[index_of[user]]),
+                "liked": [data_uri(pictures[item]["bytes"]) for item in likes[:NUM_LIKED]],
+                "generated": [data_uri(image) for image in snapshot.images(own)],
+            }
+        )
+    return shown
+
+
+def data_uri(image: bytes) -> str:
+    return "data:image/webp;base64," + base64.b64encode(image).decode()
+
+
+def loss_curve(path: Path, width: int = 640, height: int = 220) -> dict[str, Any]:
+    """Points of an SVG line for training and validation loss, and the axis ends."""
+    with path.open() as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    losses = [row[name] for row in rows for name in ("train_loss", "val_loss")]
+    low, high = min(losses), max(losses)
+
+    def points(name: str) -> str:
+        across = width / max(1, len(rows) - 1)
+        return " ".join(f"{index * across:.1f},{height * (high - row[name]) / (high - low or 1):.1f}" for index, row in enumerate(rows))
+
+    return {
+        "width": width,
+        "height": height,
+        "train": points("train_loss"),
+        "validation": points("val_loss"),
+        "low": low,
+        "high": high,
+        "epochs": len(rows),
+    }

@@ -1,0 +1,98 @@
+"""Train the bundled judge: `python -m rebeca_ray.stickers.train_judge` (resumes; about ten minutes on one core).
+
+Another architecture, another seed and no text: it shares with the CLIP only the names that both may see.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from rebeca_ray.stickers import JUDGE
+from rebeca_ray.stickers.judge import Judge, JudgeNetwork
+from rebeca_ray.stickers.training_data import Progress, Stickers, batches, class_ids, load_stickers, shift_and_flip
+
+
+def write_judge(network: JudgeNetwork, stickers: Stickers, directory: Path) -> None:
+    """Write `config.json` and fp16 weights, then measure the written judge on held-out names into the config."""
+    config = {
+        "styles": class_ids(stickers.style)[1],
+        "subcategories": class_ids(stickers.subcategory)[1],
+        "category_of": dict(sorted(zip(stickers.subcategory, stickers.category, strict=True))),
+        "held_out_accuracy": {},
+    }
+    weights = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in network.state_dict().items()}
+    save_file(weights, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    judge = Judge(directory)
+    rows = np.flatnonzero(stickers.held_out)
+    judgement = judge(stickers.image_NCHW[rows].permute(0, 2, 3, 1).numpy())
+    best_subcategory = [judge.subcategories[best] for best in judgement.subcategory.argmax(1)]
+    config["held_out_accuracy"] = {
+        "style": round(float(np.mean([a == stickers.style[r] for a, r in zip(judge.style(judgement), rows, strict=True)])), 4),
+        "category": round(float(np.mean([a == stickers.category[r] for a, r in zip(judge.category(judgement), rows, strict=True)])), 4),
+        "subcategory": round(float(np.mean([a == stickers.subcategory[r] for a, r in zip(best_subcategory, rows, strict=True)])), 4),
+    }
+    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=JUDGE)
+    parser.add_argument("--work", type=Path, default=Path("runs/stickers/judge"), help="where the resumable state is kept")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1000)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+
+    stickers = load_stickers()
+    style_ids, styles = class_ids(stickers.style)
+    subcategory_ids, subcategories = class_ids(stickers.subcategory)
+    progress = Progress(args.work, args.out / "training.csv", ["style", "subcategory"])
+    network = JudgeNetwork(len(styles), len(subcategories)).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / 50, 0.5 * (1 + math.cos(math.pi * min(1.0, step / args.steps))) + 1e-3),
+    )
+    start = 0
+    if state := progress.resume():
+        network.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        start = state["step"]
+    generator = torch.Generator().manual_seed(args.seed + start)
+    stream = batches(stickers.train_rows, 128, np.random.default_rng((args.seed, start)))
+    sums = np.zeros(2)
+    for step in range(start + 1, args.steps + 1):
+        rows = next(stream)
+        image = shift_and_flip(stickers.image_NCHW[rows].float() / 255, generator) * 2 - 1
+        image = image + 0.05 * torch.rand(len(rows), 1, 1, 1, generator=generator) * torch.randn(image.shape, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            style, subcategory = network(image.contiguous(memory_format=torch.channels_last))
+        style_loss = F.cross_entropy(style.float(), style_ids[rows], label_smoothing=0.05)
+        subcategory_loss = F.cross_entropy(subcategory.float(), subcategory_ids[rows], label_smoothing=0.05)
+        optimizer.zero_grad()
+        (style_loss + subcategory_loss).backward()
+        optimizer.step()
+        schedule.step()
+        sums += (style_loss.item(), subcategory_loss.item())
+        if step % 50 == 0:
+            progress.log(step, *(sums / 50))
+            sums[:] = 0
+        if step % 250 == 0 or step == args.steps:
+            state = {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            progress.save({"step": step, **state})
+            write_judge(network, stickers, args.out)
+            print(Judge(args.out).accuracy_line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Train the bundled autoencoder: `python -m rebeca_ray.stickers.train_vae` (resumes; about half an hour on one core).
+
+A small `AutoencoderKL`, 64x64x3 -> 16x16x4. The loss is L1 + L2 plus the same on differences of neighbouring
+pixels, which keeps outlines sharp; the KL term only keeps the latents bounded.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import nn
+
+from rebeca_ray.stickers import DECODER, IMAGE_SIZE
+from rebeca_ray.stickers.training_data import Progress, batches, load_stickers, shift_and_flip
+
+BATCH_SIZE = 32
+KL_WEIGHT = 1e-3  # of the mean KL of one latent value
+
+
+def build_vae(scaling_factor: float = 1.0) -> AutoencoderKL:
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 64, 96),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=16,
+        sample_size=IMAGE_SIZE,
+        mid_block_add_attention=False,
+        scaling_factor=scaling_factor,
+    )
+
+
+def reconstruction_loss(drawn: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """L1 + L2 of pixels and of horizontal and vertical differences; images [B, 3, H, W] in [-1, 1]."""
+    error = drawn - wanted
+    edges = (error.diff(dim=-1), error.diff(dim=-2))
+    pixels = error.abs().mean() + error.square().mean()
+    return pixels + sum(edge.abs().mean() + edge.square().mean() for edge in edges)
+
+
+def save_half(vae: AutoencoderKL, scaling_factor: float, directory: Path) -> None:
+    """Save in fp16, leaving `vae` itself in fp32; `scaling_factor` brings the latents to unit variance."""
+    half = build_vae(scaling_factor)
+    half.load_state_dict(vae.state_dict())
+    half.half().save_pretrained(directory)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=DECODER / "vae")
+    parser.add_argument("--work", type=Path, default=Path("runs/stickers/vae"), help="where the resumable state is kept")
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+
+    stickers = load_stickers()
+    progress = Progress(args.work, args.out / "training.csv", ["loss", "kl"])
+    vae = build_vae()  # not channels-last: group norm runs backwards at half the speed there
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-3, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * min(1.0, step / args.steps))) + 1e-3),
+    )
+    start = 0
+    if state := progress.resume():
+        vae.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        start = state["step"]
+
+    generator = torch.Generator().manual_seed(args.seed + start)
+    stream = batches(stickers.train_rows, BATCH_SIZE, np.random.default_rng((args.seed, start)))
+    sums = np.zeros(2)
+    for step in range(start + 1, args.steps + 1):
+        image = shift_and_flip(stickers.image_NCHW[next(stream)].float() / 255, generator) * 2 - 1
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(image).latent_dist
+            drawn = vae.decode(posterior.sample(generator)).sample
+        kl = posterior.kl().float().mean() / posterior.mean[0].numel()
+        loss = reconstruction_loss(drawn.float(), image) + KL_WEIGHT * kl
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        sums += (loss.item(), kl.item())
+        if step % 50 == 0:
+            progress.log(step, *(sums / 50))
+            sums[:] = 0
+        if step % 250 == 0 or step == args.steps:
+            with torch.no_grad():
+                latents = vae.encode(stickers.image_NCHW[stickers.train_rows[::25]].float() / 127.5 - 1).latent_dist.mean
+            state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            progress.save({"step": step, **state})
+            save_half(vae, round(1 / latents.std().item(), 4), args.out)
+
+
+if __name__ == "__main__":
+    main()

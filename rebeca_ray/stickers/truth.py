@@ -1,0 +1,76 @@
+"""The truth check: how much would the simulated users like what was made for them?
+
+Every figure goes through the judge, for real and generated images alike: the mean over the judge's style and
+subcategory probabilities of the user's true like probability. Only this module reads `truth.parquet`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from rebeca_ray.stickers.judge import Judge
+
+
+class Truth:
+    """Hidden tastes of some users, laid out like the judge's outputs."""
+
+    def __init__(self, path: Path, judge: Judge, user_ids: list[str]) -> None:
+        self.judge = judge
+        self.row = {user: index for index, user in enumerate(user_ids)}
+        table = pq.read_table(path, filters=pc.field("user_id").isin(user_ids))
+        user, style, subcategory = (
+            pc.index_in(table[name].combine_chunks(), value_set=values).to_numpy()
+            for name, values in (
+                ("user_id", pa.array(user_ids)),
+                ("style", pa.array(judge.styles)),
+                ("subcategory", pa.array(judge.subcategories)),
+            )
+        )
+        self.like_USC = np.full((len(user_ids), len(judge.styles), len(judge.subcategories)), np.nan, np.float32)
+        self.like_USC[user, style, subcategory] = table["like_probability"].to_numpy()
+
+    def like_probability(self, user_ids: list[str], images: np.ndarray) -> np.ndarray:
+        """True like probability [N] of uint8 images [N, 64, 64, 3], each for the user beside it."""
+        like_NSC = self.like_USC[[self.row[user] for user in user_ids]]
+        joint_NSC = self.joint(images) * ~np.isnan(like_NSC)  # a pair no sticker has is no one's taste
+        return (np.nan_to_num(like_NSC) * joint_NSC).sum((1, 2)) / joint_NSC.sum((1, 2))
+
+    def mean_over_users(self, user_ids: list[str], images: np.ndarray) -> float:
+        """The mean of every image for every user: what dealing the images at random gives, without its noise."""
+        like_USC = self.like_USC[[self.row[user] for user in user_ids]]
+        joint_NSC = self.joint(images) * ~np.isnan(like_USC[0])
+        joint_NSC /= joint_NSC.sum((1, 2), keepdims=True)
+        return float(np.einsum("usc,nsc->", np.nan_to_num(like_USC), joint_NSC) / (len(like_USC) * len(joint_NSC)))
+
+    def joint(self, images: np.ndarray) -> np.ndarray:
+        judgement = self.judge(images)
+        return judgement.style[:, :, None] * judgement.subcategory[:, None, :]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruthCheck:
+    """Mean true like probability of five sets of images, each [N] uint8 images with their N users."""
+
+    own: float  # (a) generated items for their own users
+    dealt: float  # (b) the same items dealt to random users
+    random_real: float  # (c) random real items
+    no_user: float  # (d) items of the prior without user condition
+    held_out: float  # (e) each user's own held-out liked items
+
+    def rows(self) -> list[tuple[str, str, float]]:
+        """`(letter, what, figure)` in the order of a report."""
+        return [
+            ("a", "generated, for their own users", self.own),
+            ("b", "the same items dealt to random users", self.dealt),
+            ("c", "random real items", self.random_real),
+            ("d", "from the prior without user condition", self.no_user),
+            ("e", "the users' own held-out liked items", self.held_out),
+        ]
+
+    @property
+    def verdict(self) -> str:
+        return f"(a) is {self.own / self.dealt:.2f} × (b) and {self.own / self.held_out:.0%} of (e)"

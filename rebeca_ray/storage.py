@@ -1,0 +1,224 @@
+"""Where data lives: one resolver for local paths and `s3://`, and writes that are never seen half-done.
+
+S3 goes through s3fs; endpoint and credentials come from the usual AWS environment (`AWS_ENDPOINT_URL`,
+`AWS_ACCESS_KEY_ID`, …) or the instance's role, never from a config file.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.fs
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
+
+from rebeca_ray.errors import UserError
+
+
+def open_filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
+    """The fsspec filesystem of `uri`, and the path inside it.
+
+    Raises UserError for a scheme other than local and `s3://`.
+    """
+    scheme = uri.partition("://")[0] if "://" in uri else "file"
+    if scheme not in ("file", "s3"):
+        raise UserError(f"{uri}: storage {scheme!r} is not supported; give a local path or s3://bucket/prefix")
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    return filesystem, path
+
+
+def is_local(filesystem: AbstractFileSystem) -> bool:
+    return isinstance(filesystem, LocalFileSystem)
+
+
+def arrow_filesystem(filesystem: AbstractFileSystem) -> pyarrow.fs.FileSystem:
+    """The same filesystem for pyarrow and Ray Data."""
+    if is_local(filesystem):
+        return pyarrow.fs.LocalFileSystem()
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem))
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` with `parts` below it."""
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def open_table(uri: str, what: str) -> tuple[list[str], pa.Schema]:
+    """The Parquet files of `uri` (a file or a folder of files), sorted, and their schema.
+
+    Raises UserError, naming `what`, if there is nothing there or the first file is not Parquet.
+    """
+    filesystem, path = open_filesystem(uri)
+    try:
+        if filesystem.isfile(path):
+            files = [path]
+        else:
+            files = sorted(str(name) for name in filesystem.find(path) if str(name).endswith(".parquet"))
+        if not files:
+            raise UserError(f"{what} {uri}: not found; give a Parquet file, or a folder that holds some")
+        with filesystem.open(files[0], "rb") as file:
+            return files, pq.read_schema(file)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        raise UserError(f"{what} {uri}: {Path(files[0]).name} is not a readable Parquet file; write it again") from None
+    except (OSError, PermissionError) as error:
+        raise UserError(f"{what} {uri}: cannot be read ({describe(error)}); check the path and the credentials") from None
+
+
+def read_table(uri: str, what: str, columns: list[str] | None = None) -> pa.Table:
+    """All of `uri` in memory. Raises UserError, naming `what`, for anything unreadable."""
+    files, _ = open_table(uri, what)
+    filesystem, _ = open_filesystem(uri)
+    try:
+        dataset = pyarrow.dataset.dataset(files, filesystem=arrow_filesystem(filesystem), format="parquet")
+        return dataset.to_table(columns=columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{what} {uri}: not readable as Parquet ({describe(error)}); write it again") from None
+
+
+def write_table(table: pa.Table, uri: str, *, row_group_size: int, embed_column: str | None = None) -> dict[str, Any]:
+    """Write one Parquet file and return its `rows`, `bytes` and `sha256`, hashed while writing.
+
+    The embedding column is stored byte-stream-split without a dictionary or statistics, everything with zstd.
+    Locally the file appears by one rename, so that a crash leaves no half-written file behind.
+    """
+    filesystem, path = open_filesystem(uri)
+    plain = [field.name for field in table.schema if field.name != embed_column and field.name != "image"]
+    leaf = f"{embed_column}.list.element"
+    sink = HashingSink(filesystem, path)
+    with sink, pq.ParquetWriter(
+        pa.PythonFile(sink, mode="w"),
+        table.schema,
+        compression="zstd",
+        use_dictionary=[name for name in plain if pa.types.is_string(table.schema.field(name).type)],
+        use_byte_stream_split=[leaf] if embed_column else False,
+        write_statistics=plain,
+    ) as writer:
+        writer.write_table(table, row_group_size=row_group_size)
+    return {"rows": table.num_rows, **sink.record()}
+
+
+class HashingSink:
+    """A file opened for writing that hashes what passes and, locally, appears only when complete."""
+
+    def __init__(self, filesystem: AbstractFileSystem, path: str) -> None:
+        self.local = is_local(filesystem)
+        self.path = path
+        self.digest = hashlib.sha256()
+        self.size = 0
+        if self.local:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self.file = filesystem.open(f"{path}.partial" if self.local else path, "wb")
+
+    closed = False
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        self.file.write(data)
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self.file.close()
+        if self.local:
+            Path(f"{self.path}.partial").replace(self.path)
+
+    def record(self) -> dict[str, Any]:
+        """What a reader can check the file against."""
+        return {"bytes": self.size, "sha256": self.digest.hexdigest()}
+
+    def __enter__(self) -> "HashingSink":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.close()
+        elif not self.closed:
+            self.closed = True
+            self.file.discard() if hasattr(self.file, "discard") else self.file.close()
+            if self.local:
+                Path(f"{self.path}.partial").unlink(missing_ok=True)
+
+
+class ChecksumHandler(pyarrow.fs.FSSpecHandler):
+    """A pyarrow filesystem that leaves, for every file closed, its size and sha256 in a folder of its own.
+
+    For writers that are not ours (Ray Data's): the checksum is taken while writing, never by reading back.
+    """
+
+    def __init__(self, filesystem: AbstractFileSystem, checksums: str) -> None:
+        super().__init__(filesystem)
+        self.checksums = checksums
+
+    def open_output_stream(self, path: str, metadata: object) -> pa.PythonFile:
+        return pa.PythonFile(RecordedSink(self.fs, path, join(self.checksums, f"{Path(path).name}.json")), mode="w")
+
+
+class RecordedSink(HashingSink):
+    """A HashingSink that writes its record on closing."""
+
+    def __init__(self, filesystem: AbstractFileSystem, path: str, record: str) -> None:
+        super().__init__(filesystem, path)
+        self.record_uri = record
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            write_json(self.record(), self.record_uri)
+
+
+def read_json(uri: str) -> dict[str, Any] | None:
+    """The object at `uri`, or None if there is none."""
+    filesystem, path = open_filesystem(uri)
+    try:
+        return dict(json.loads(filesystem.cat_file(path)))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError(f"{uri}: not valid JSON; restore it from a backup or remove it") from None
+
+
+def write_json(value: dict[str, Any], uri: str) -> None:
+    """Write an object so that a reader sees the old one or the new one, never a part."""
+    filesystem, path = open_filesystem(uri)
+    data = json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"
+    if not is_local(filesystem):
+        filesystem.pipe_file(path, data)
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=Path(path).parent, delete=False) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(file.name).replace(path)
+
+
+def require_writable(uri: str, what: str) -> None:
+    """Raise UserError, naming `what`, unless something can be written below `uri`."""
+    filesystem, path = open_filesystem(uri)
+    probe = f"{path.rstrip('/')}/.write-probe-{os.getpid()}"
+    try:
+        if is_local(filesystem):
+            Path(path).mkdir(parents=True, exist_ok=True)
+        filesystem.pipe_file(probe, b"")
+        filesystem.rm_file(probe)
+    except (OSError, PermissionError) as error:
+        raise UserError(f"{what} {uri}: cannot be written ({describe(error)}); choose another place or mend its permissions") from None
+
+
+def describe(error: BaseException) -> str:
+    """One line of an exception: its system message if it has one."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split())[:200]
