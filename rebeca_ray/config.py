@@ -27,6 +27,7 @@ def expand(location: str) -> str:
 Location = Annotated[str, AfterValidator(expand)]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Cpus = Annotated[float, Field(gt=0, description="CPUs reserved an actor; leave one of the cluster's for reading")]
 Device = Literal["cpu", "cuda"]
 
 
@@ -100,6 +101,7 @@ class EmbedConfig(Settings):
     out: Location
     batch_size: Positive = 256
     num_actors: Positive = 1
+    cpus_per_actor: Cpus = 1.0
     device: Device = "cpu"
 
 
@@ -125,6 +127,7 @@ class SamplerSettings(Settings):
     prior_guidance_scale: Annotated[float, Field(ge=1)] = 4.0
     batch_size: Annotated[int, Field(gt=0, description="items a forward pass; short batches are padded to it")] = 256
     num_actors: Positive = 1
+    cpus_per_actor: Cpus = 1.0
     device: Device = "cpu"
 
 
@@ -144,6 +147,7 @@ class DecoderSettings(Settings):
     thumbnail_size: Positive = 128
     batch_size: Annotated[int, Field(gt=0, description="images decoded together; short batches are padded to it")] = 16
     num_actors: Positive = 1
+    cpus_per_actor: Cpus = 1.0
     device: Device = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 

@@ -136,7 +136,7 @@ def decoder_embed_dim(settings: DecoderSettings) -> int | None:
 
 def decoder_fingerprint(settings: DecoderSettings) -> str:
     """16 hex digits that change whenever the decoder would draw something else: settings, and weights if local."""
-    told = settings.model_dump(exclude={"batch_size", "num_actors", "device", "thumbnail_size", "model", "ip_adapter_repo"})
+    told = settings.model_dump(exclude={"batch_size", "num_actors", "cpus_per_actor", "device", "thumbnail_size", "model", "ip_adapter_repo"})
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     for repo in (settings.model, settings.ip_adapter_repo):
         folder = Path(repo) if repo else None

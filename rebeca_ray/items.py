@@ -107,7 +107,8 @@ def embed_items(config: EmbedConfig) -> int:
             fn_constructor_args=(config.clip, config.batch_size, config.device),
             batch_size=config.batch_size,
             batch_format="pyarrow",
-            concurrency=config.num_actors,
+            compute=ray.data.ActorPoolStrategy(size=config.num_actors),
+            num_cpus=config.cpus_per_actor,
             num_gpus=1 if config.device == "cuda" else 0,
         )
         .materialize()

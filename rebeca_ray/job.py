@@ -1,5 +1,6 @@
 """The jobs, and how one is run: read the config, reach a cluster or start a local Ray, end with a truthful exit code."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +14,12 @@ from rebeca_ray.config import EmbedConfig, GenerateConfig, Settings, TrainConfig
 from rebeca_ray.errors import UserError
 
 console = Console()
+
+QUIET = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line a worker prints shows twice
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
 C = TypeVar("C", bound=Settings)
 
 
@@ -73,12 +80,12 @@ def execute(model: type[C], work: Callable[[C], Any], path: Path, overrides: lis
 
 def start_ray() -> None:
     """Join the cluster of `RAY_ADDRESS`, or of the job that runs us, or start Ray on this machine alone."""
-    import logging
-
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     import ray
 
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else every line of a worker shows twice
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for logger in ("ray.data", "ray._private.authentication"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=True, logging_level=logging.WARNING)
     context = ray.data.DataContext.get_current()

@@ -21,6 +21,7 @@ from rebeca_ray.items import read_image_embeds
 from rebeca_ray.storage import arrow_filesystem, join, open_filesystem, open_table, read_table
 
 ITEMS_A_FILE = 20_000
+LIGHT = 0.25  # CPUs of a stage that mostly waits; a whole one each would starve a small machine
 
 
 def check_request(config: GenerateConfig) -> int:
@@ -78,17 +79,25 @@ def plan_items(config: GenerateConfig, run: Run) -> None:
             RequestedItems,
             fn_constructor_args=(config.prior, sampler, decoder_fingerprint(config.decoder), config.num_images),
             batch_format="pyarrow",
-            concurrency=1,
+            compute=ray.data.ActorPoolStrategy(size=1),
+            num_cpus=LIGHT,
         )
         .map_batches(
             SampleEmbeds,
             fn_constructor_args=(config.prior, sampler),
             batch_size=sampler.batch_size,
             batch_format="pyarrow",
-            concurrency=sampler.num_actors,
+            compute=ray.data.ActorPoolStrategy(size=sampler.num_actors),
+            num_cpus=sampler.cpus_per_actor,
             num_gpus=1 if sampler.device == "cuda" else 0,
         )
-        .map_batches(NearestItems, fn_constructor_args=(config.items,), batch_format="pyarrow", concurrency=1)
+        .map_batches(
+            NearestItems,
+            fn_constructor_args=(config.items,),
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=1),
+            num_cpus=LIGHT,
+        )
         .write_parquet(plan_path, filesystem=arrow_filesystem(plan_filesystem), max_rows_per_file=ITEMS_A_FILE)
     )
 
@@ -100,7 +109,7 @@ class RequestedItems:
         loaded = load_prior(prior)
         self.users = {row["user_id"]: (row["user_index"], row["history_digest"]) for row in loaded.users.to_pylist()}
         self.prior, self.decoder, self.num_images = loaded.fingerprint, decoder, num_images
-        told = sampler.model_dump(exclude={"batch_size", "num_actors", "device"})
+        told = sampler.model_dump(exclude={"batch_size", "num_actors", "cpus_per_actor", "device"})
         self.settings = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def __call__(self, batch: pa.Table) -> pa.Table:

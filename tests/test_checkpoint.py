@@ -1,0 +1,73 @@
+"""Prior directories: what is written is what is read, and anything altered is refused by name."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from rebeca_ray.checkpoint import load_prior
+from rebeca_ray.errors import UserError
+from tests.conftest import D, USERS
+
+
+def edit(prior: str, **changes: object) -> None:
+    path = Path(prior) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_round_trip(tiny_prior: str) -> None:
+    loaded = load_prior(tiny_prior)
+    assert loaded.users["user_id"].to_pylist() == USERS
+    assert (loaded.scaler.embed_dim, loaded.scaler.norm) == (D, 3.0)
+    assert not loaded.network.training
+    out = loaded.network(torch.ones(1, D), torch.tensor([5]), torch.tensor([0]), torch.tensor([1]))
+    again = load_prior(tiny_prior).network(torch.ones(1, D), torch.tensor([5]), torch.tensor([0]), torch.tensor([1]))
+    assert (out == again).all()
+    assert out.abs().max() > 0
+    assert sorted(path.name for path in Path(tiny_prior).iterdir()) == ["README.md", "config.json", "model.safetensors", "training.csv", "users.parquet"]
+
+
+def test_missing_directory(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no config.json there; train one with `rebeca train`"):
+        load_prior(str(tmp_path / "nothing"))
+
+
+def test_altered_weights(tiny_prior: str) -> None:
+    path = Path(tiny_prior) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(UserError, match="sha256 differs"):
+        load_prior(tiny_prior)
+
+
+def test_missing_and_damaged_files(tiny_prior: str) -> None:
+    (Path(tiny_prior) / "users.parquet").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="incomplete or damaged"):
+        load_prior(tiny_prior)
+    (Path(tiny_prior) / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="incomplete or damaged"):
+        load_prior(tiny_prior)
+
+
+def test_users_that_do_not_belong(tiny_prior: str) -> None:
+    path = Path(tiny_prior) / "users.parquet"
+    pq.write_table(pq.read_table(path).slice(1), path)
+    with pytest.raises(UserError, match=r"users.parquet has 6 users, config.json says 7"):
+        load_prior(tiny_prior)
+
+
+def test_another_format_and_another_network(tiny_prior: str) -> None:
+    edit(tiny_prior, network={"num_layers": 3, "num_heads": 2, "width": 16, "num_tokens": 3})
+    with pytest.raises(UserError, match="weights do not fit config.json"):
+        load_prior(tiny_prior)
+    edit(tiny_prior, format=99)
+    with pytest.raises(UserError, match="format 99, this version reads 1"):
+        load_prior(tiny_prior)
+
+
+def test_fingerprint_follows_the_content_not_the_place(tiny_prior: str, tmp_path: Path) -> None:
+    Path(tiny_prior).rename(tmp_path / "moved")
+    before = load_prior(str(tmp_path / "moved")).fingerprint
+    edit(str(tmp_path / "moved"), scaler={"embed_dim": D, "norm": 4.0, "clamp": 5.0})
+    assert load_prior(str(tmp_path / "moved")).fingerprint != before

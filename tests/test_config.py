@@ -1,0 +1,81 @@
+"""Config: strict, frozen, with suggestions; every shipped file is valid."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from rebeca_ray.config import EmbedConfig, GenerateConfig, TrainConfig, expand, load_config
+from rebeca_ray.errors import UserError
+
+CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
+MODELS = {"embed": EmbedConfig, "train": TrainConfig, "generate": GenerateConfig}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path: Path) -> None:
+    load_config(MODELS[path.stem.split("_")[0]], path)
+
+
+def test_unknown_key_suggests_the_nearest_known_one() -> None:
+    with pytest.raises(UserError, match=r"unknown key 'decoder\.num_inference_step'; did you mean 'num_inference_steps'\?"):
+        load_config(GenerateConfig, CONFIGS / "generate_stickers.yaml", ["decoder.num_inference_step=3"])
+
+
+def test_unknown_top_level_key_suggests_too() -> None:
+    with pytest.raises(UserError, match="did you mean 'num_images'"):
+        load_config(GenerateConfig, CONFIGS / "generate_stickers.yaml", ["num_image=3"])
+
+
+def test_override_reaches_nested_keys_and_keeps_the_rest() -> None:
+    config = load_config(GenerateConfig, CONFIGS / "generate_stickers.yaml", ["decoder.batch_size=3", "sampler.name=ddpm"])
+    assert (config.decoder.batch_size, config.sampler.name, config.num_images) == (3, "ddpm", 4)
+
+
+def test_config_is_frozen() -> None:
+    config = load_config(GenerateConfig, CONFIGS / "generate_stickers.yaml")
+    with pytest.raises(ValidationError, match="frozen"):
+        config.num_images = 5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["num_images=zero"], "num_images = 'zero'"),
+        (["num_images=0"], "num_images = 0: input should be greater than 0"),
+        (["run_date=tomorrow"], "run_date = 'tomorrow'"),
+        (["decoder.image_size=63"], "image_size = 63"),
+        (["num_images"], "expected key.sub=value"),
+        (["prior.sub=1"], "prior is a value, not a section"),
+    ],
+)
+def test_bad_values_name_the_key_and_the_value(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(GenerateConfig, CONFIGS / "generate_stickers.yaml", overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_key_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("items: a\nclip: b\n")
+    with pytest.raises(UserError, match="key 'out' is missing"):
+        load_config(EmbedConfig, tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("text", ["a: [", "- a\n- b\n", "7"])
+def test_files_that_are_no_mapping_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        load_config(EmbedConfig, tmp_path / "config.yaml")
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="give an existing YAML file"):
+        load_config(EmbedConfig, tmp_path / "nothing.yaml")
+
+
+def test_locations_expand_home_and_package() -> None:
+    assert expand("~/x") == str(Path.home() / "x")
+    assert Path(expand("package:stickers/assets/items.parquet")).is_file()
+    assert Path(expand("local-dir:package:stickers/assets/clip").removeprefix("local-dir:")).is_dir()
+    assert expand("s3://bucket/~x") == "s3://bucket/~x"

@@ -1,0 +1,41 @@
+"""The forward process against diffusers, and every prediction type against its own definition."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from rebeca_ray.config import DiffusionSettings
+from rebeca_ray.diffusion import Diffusion, alphas_cumprod
+
+
+@pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "linear"])
+def test_schedules_equal_diffusers(schedule: str) -> None:
+    ours = alphas_cumprod(DiffusionSettings(schedule=schedule))
+    theirs = DDPMScheduler(beta_schedule=schedule).alphas_cumprod
+    torch.testing.assert_close(ours.float(), theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_laplace_schedule_falls_through_half_at_the_middle() -> None:
+    power = alphas_cumprod(DiffusionSettings(schedule="laplace"))
+    assert (power.diff() < 0).all()
+    assert power[499:501].mean().item() == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "linear", "laplace"])
+def test_a_perfect_prediction_gives_back_the_sample(prediction_type: str, schedule: str) -> None:
+    diffusion = Diffusion.build(DiffusionSettings(prediction_type=prediction_type, schedule=schedule))
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 50, 8, generator=generator)
+    timestep = torch.arange(0, 900, 18)
+    noisy = diffusion.add_noise(x0, noise, timestep)
+    target = diffusion.target(x0, noise, timestep)
+    tolerance = 1e-3 if prediction_type == "epsilon" else 1e-5  # epsilon divides by a small alpha
+    torch.testing.assert_close(diffusion.denoised(target, noisy, timestep), x0, atol=tolerance, rtol=tolerance)
+    assert diffusion.loss(target, target).item() == 0.0
+
+
+def test_inference_timesteps_are_evenly_spaced_from_the_end() -> None:
+    diffusion = Diffusion.build(DiffusionSettings())
+    assert diffusion.inference_timesteps(4) == [999, 749, 499, 249]
+    assert diffusion.inference_timesteps(1000) == list(range(999, -1, -1))

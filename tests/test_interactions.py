@@ -1,0 +1,112 @@
+"""Interactions: every defect is named with counts and examples; likes, filter and hold-out are exact."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rebeca_ray.config import InteractionSettings
+from rebeca_ray.errors import UserError
+from rebeca_ray.interactions import history_digests, hold_out, read_interactions, user_table
+
+GOOD = {
+    "user_id": ["b", "a", "a", "a", "c", "b"],
+    "item_id": ["i1", "i1", "i2", "i3", "i1", "i2"],
+    "rating": pa.array([5, 4, 3, 5, 1, 2], pa.float32()),
+    "timestamp": pa.array([3, 2, 1, 3, 4, 5], pa.timestamp("us")),
+}
+
+
+def write(folder: Path, **changes: Any) -> str:
+    path = folder / "interactions.parquet"
+    columns = {name: value for name, value in {**GOOD, **changes}.items() if value is not None}
+    pq.write_table(pa.table(columns), path)
+    return str(path)
+
+
+def read(path: str, **changes: Any) -> Any:
+    return read_interactions(InteractionSettings(path=path, hold_out=0.0, **changes))
+
+
+def test_likes_users_and_order(tmp_path: Path) -> None:
+    found = read(write(tmp_path))
+    assert found.user_id.tolist() == ["a", "b"]  # c liked nothing
+    assert found.user_index.tolist() == [0, 0, 0, 1, 1]
+    assert found.item_id.tolist() == ["i2", "i1", "i3", "i1", "i2"]  # by time within a user
+    assert found.like.tolist() == [0, 1, 1, 1, 0]
+
+
+def test_threshold_and_minimum_likes(tmp_path: Path) -> None:
+    found = read(write(tmp_path), like_threshold=3.0, min_likes=3)
+    assert found.user_id.tolist() == ["a"]
+    assert found.like.tolist() == [1, 1, 1]
+
+
+def test_without_ratings_every_row_is_a_like(tmp_path: Path) -> None:
+    found = read(write(tmp_path, rating=None))
+    assert found.like.tolist() == [1] * 6
+    assert found.user_id.tolist() == ["a", "b", "c"]
+
+
+def test_integer_ratings_and_large_strings_are_read(tmp_path: Path) -> None:
+    found = read(write(tmp_path, rating=pa.array([5, 4, 3, 5, 1, 2], pa.int64()), user_id=pa.array(GOOD["user_id"], pa.large_string())))
+    assert found.like.sum() == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"item_id": None}, "column 'item_id' is missing"),
+        ({"user_id": pa.array([1, 2, 3, 4, 5, 6])}, "column 'user_id' is int64, expected string"),
+        ({"rating": pa.array(["good"] * 6)}, "column 'rating' is string, expected float"),
+        ({"rating": pa.array([5, float("nan"), 3, 5, None, 2], pa.float32())}, r"2 of 6 rows have a rating that is null, NaN or infinite (a × i1; c × i1)"),
+        ({"user_id": ["b", "", "a", "a", "c", None]}, "2 of 6 rows have an empty user_id (rows 1, 5)"),
+        ({"item_id": ["i1", "i1", "i1", "i3", "i1", "i1"]}, "2 of 6 rows have a (user_id, item_id) pair seen before (a × i1; b × i1)"),
+    ],
+)
+def test_defects_are_named_with_counts_and_examples(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read(write(tmp_path, **changes))
+    assert message in str(caught.value)
+
+
+def test_empty_file_and_no_likes_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table(GOOD).slice(0, 0), tmp_path / "empty.parquet")
+    with pytest.raises(UserError, match="has no rows"):
+        read(str(tmp_path / "empty.parquet"))
+    with pytest.raises(UserError, match="none of 3 users has 9 likes"):
+        read(write(tmp_path), min_likes=9)
+
+
+def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not found"):
+        read(str(tmp_path / "nothing"))
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 this is no Parquet")
+    with pytest.raises(UserError, match="not a readable Parquet file"):
+        read(str(tmp_path / "bad.parquet"))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.sampled_from([0.0, 0.1, 0.25, 0.5]), st.integers(0, 2**32 - 1))
+def test_hold_out_takes_the_same_share_of_everyone_whatever_the_order(counts: list[int], share: float, seed: int) -> None:
+    users = np.array([f"u{number}" for number in range(len(counts))])
+    user_index = np.repeat(np.arange(len(counts)), counts)
+    items = np.array([f"i{number}" for number in range(len(user_index))])
+    held = hold_out(users, user_index, items, share)
+    assert np.bincount(user_index, weights=held, minlength=len(counts)).tolist() == [float(int(share * count)) for count in counts]
+    order = np.random.default_rng(seed).permutation(len(items))
+    assert (hold_out(users, user_index[order], items[order], share) == held[order]).all()
+
+
+def test_history_digest_changes_with_the_history_alone(tmp_path: Path) -> None:
+    before = read(write(tmp_path))
+    after = read(write(tmp_path, rating=pa.array([5, 4, 3, 5, 1, 5], pa.float32())))
+    digests = history_digests(before), history_digests(after)
+    assert digests[0][0] == digests[1][0]
+    assert digests[0][1] != digests[1][1]
+    assert user_table(before).column("num_likes").to_pylist() == [2, 1]
