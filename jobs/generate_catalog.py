@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Generate and publish one catalog snapshot: `ray job submit --working-dir . jobs/generate_catalog.py [--config FILE] [--dry-run] [key.sub=value …]`."""
+"""Generate and publish one catalog snapshot.
+
+`ray job submit --working-dir . jobs/generate_catalog.py [--config FILE] [--dry-run] [key.sub=value …]`
+"""
 
 from pathlib import Path
 

@@ -4,7 +4,7 @@
 from pathlib import Path
 
 from rebeca_ray.config import TrainConfig
-from rebeca_ray.job import train, run_job
+from rebeca_ray.job import run_job, train
 
 if __name__ == "__main__":
     run_job(TrainConfig, train, default=Path(__file__).parent / "configs" / "train_stickers.yaml")

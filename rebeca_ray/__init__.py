@@ -1,3 +1,25 @@
-"""Nightly generated recommendations: a diffusion prior over CLIP embeddings, decoded into a Parquet catalog."""
+"""Nightly generated recommendations: a diffusion prior over CLIP embeddings, decoded into a Parquet catalog.
+
+Public names load on first use, so that importing the package is cheap.
+"""
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "read_catalog": "rebeca_ray.catalog.read",
+    "load_prior": "rebeca_ray.checkpoint",
+    "load_config": "rebeca_ray.config",
+    "generate_catalog": "rebeca_ray.generation",
+    "train_prior": "rebeca_ray.training",
+    "embed_items": "rebeca_ray.items",
+    "UserError": "rebeca_ray.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'rebeca_ray' has no attribute {name!r}; public: {', '.join(sorted(_PUBLIC))}")
+    return getattr(import_module(_PUBLIC[name]), name)

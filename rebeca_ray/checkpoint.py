@@ -1,10 +1,10 @@
 """A prior directory: everything needed to sample, described by itself, in safetensors, JSON and Parquet.
 
-    config.json         network, diffusion, scaler, users, versions, sha256 of the weights
-    model.safetensors   the averaged weights
-    users.parquet       user_id, user_index, num_likes, history_digest
-    training.csv        the loss curve
-    README.md           the model card
+config.json         network, diffusion, scaler, users, versions, sha256 of the weights
+model.safetensors   the averaged weights
+users.parquet       user_id, user_index, num_likes, history_digest
+training.csv        the loss curve
+README.md           the model card
 """
 
 import hashlib

@@ -73,7 +73,7 @@ class DiffusersDecoder:
             rows = slice(start, start + self.settings.batch_size)
             padding = self.settings.batch_size - len(seeds[rows])
             embeds = np.concatenate([image_embeds_BD[rows], np.repeat(image_embeds_BD[:1], padding, axis=0)])
-            drawn = self.decode_tile(embeds, [*seeds[rows], *seeds[:1] * padding], [*prompts[rows], *[""] * padding])
+            drawn = self.decode_tile(embeds, [*seeds[rows], *[seeds[0]] * padding], [*prompts[rows], *[""] * padding])
             images.append(drawn[: len(drawn) - padding])
         return np.concatenate(images)
 
@@ -120,7 +120,9 @@ def adapter_location(settings: DecoderSettings) -> tuple[str, str, str]:
     if not file.endswith(".safetensors"):
         raise UserError(f"decoder.ip_adapter {settings.ip_adapter}: a pickle can run code when loaded; give the .safetensors file")
     if Path(repo).is_dir() and not (Path(repo) / folder / file).is_file():
-        raise UserError(f"decoder.ip_adapter {settings.ip_adapter}: no such file in {repo}; set decoder.ip_adapter or decoder.ip_adapter_repo")
+        raise UserError(
+            f"decoder.ip_adapter {settings.ip_adapter}: no such file in {repo}; set decoder.ip_adapter or decoder.ip_adapter_repo"
+        )
     return repo, folder, file
 
 
@@ -136,7 +138,9 @@ def decoder_embed_dim(settings: DecoderSettings) -> int | None:
 
 def decoder_fingerprint(settings: DecoderSettings) -> str:
     """16 hex digits that change whenever the decoder would draw something else: settings, and weights if local."""
-    told = settings.model_dump(exclude={"batch_size", "num_actors", "cpus_per_actor", "device", "thumbnail_size", "model", "ip_adapter_repo"})
+    told = settings.model_dump(
+        exclude={"batch_size", "num_actors", "cpus_per_actor", "device", "thumbnail_size", "model", "ip_adapter_repo"}
+    )
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     for repo in (settings.model, settings.ip_adapter_repo):
         folder = Path(repo) if repo else None

@@ -28,9 +28,9 @@ def alphas_cumprod(settings: DiffusionSettings) -> torch.Tensor:
         quantile = torch.linspace(0, 1, steps + 2, dtype=torch.float64)[1:-1]
         log_snr = -0.5 * torch.sign(0.5 - quantile) * torch.log(1 - 2 * (0.5 - quantile).abs())
         return torch.sigmoid(log_snr)
-    bar = lambda share: torch.cos((share + 0.008) / 1.008 * math.pi / 2) ** 2  # noqa: E731
     share = torch.arange(steps + 1, dtype=torch.float64) / steps
-    betas = (1 - bar(share[1:]) / bar(share[:-1])).clamp(max=0.999)
+    bar = torch.cos((share + 0.008) / 1.008 * math.pi / 2) ** 2
+    betas = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
     return torch.cumprod(1 - betas, 0)
 
 

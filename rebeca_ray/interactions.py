@@ -6,6 +6,7 @@ Works on numpy columns, because twenty million ratings fit easily and a per-user
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -105,13 +106,21 @@ def validate(table: pa.Table, uri: str) -> pa.Table:
         refuse(uri, bad, f"an empty {name}", row_numbers(bad), "drop or fill them")
     if "rating" in table.column_names:
         bad = pc.invert(pc.fill_null(pc.is_finite(table["rating"]), False))
-        refuse(uri, bad, "a rating that is null, NaN or infinite", examples(table, bad), "drop them, or drop the column if every row is a like")
+        refuse(
+            uri, bad, "a rating that is null, NaN or infinite", examples(table, bad), "drop them, or drop the column if every row is a like"
+        )
     pair = pc.binary_join_element_wise(table["user_id"], table["item_id"], "\x1f")
     codes = pc.dictionary_encode(pair).combine_chunks()
     indices = codes.indices.to_numpy()
     repeated = np.ones(len(indices), bool)
     repeated[np.unique(indices, return_index=True)[1]] = False
-    refuse(uri, pa.array(repeated), "a (user_id, item_id) pair seen before", examples(table, pa.array(repeated)), "keep one rating a pair, the latest say")
+    refuse(
+        uri,
+        pa.array(repeated),
+        "a (user_id, item_id) pair seen before",
+        examples(table, pa.array(repeated)),
+        "keep one rating a pair, the latest say",
+    )
     return table
 
 
@@ -140,9 +149,7 @@ def likes(table: pa.Table, threshold: float) -> np.ndarray:
 
 def hold_out(user_id: np.ndarray, user_index: np.ndarray, item_id: np.ndarray, share: float) -> np.ndarray:
     """True for `floor(share * count)` interactions of each user, those with the smallest hash of (user, item)."""
-    keys = np.fromiter(
-        (stable_hash(user_id[user], item) for user, item in zip(user_index, item_id, strict=True)), np.uint64, len(item_id)
-    )
+    keys = np.fromiter((stable_hash(user_id[user], item) for user, item in zip(user_index, item_id, strict=True)), np.uint64, len(item_id))
     order = np.lexsort((keys, user_index))
     counts = np.bincount(user_index, minlength=len(user_id))
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
@@ -161,8 +168,10 @@ def history_digests(interactions: Interactions) -> list[str]:
     """One digest a user of everything trained on, to tell later whether a history changed."""
     digests = []
     bounds = np.searchsorted(interactions.user_index, np.arange(interactions.num_users + 1))
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
-        rows: Sequence[str] = [f"{item}={like}" for item, like in zip(interactions.item_id[start:stop], interactions.like[start:stop], strict=True)]
+    for start, stop in pairwise(bounds):
+        rows: Sequence[str] = [
+            f"{item}={like}" for item, like in zip(interactions.item_id[start:stop], interactions.like[start:stop], strict=True)
+        ]
         digests.append(hashlib.blake2b("\x1f".join(rows).encode(), digest_size=16).hexdigest())
     return digests
 

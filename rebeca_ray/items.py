@@ -16,7 +16,6 @@ from rebeca_ray.errors import UserError, did_you_mean
 from rebeca_ray.storage import arrow_filesystem, join, open_filesystem, open_table, read_table, require_writable
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedItems:
     """I items: ids [I], embeddings [I, D] float32, and which CLIP made them (None if the file does not say)."""
@@ -128,7 +127,9 @@ def read_image_embeds(uri: str) -> EmbeddedItems:
     table = read_table(uri, "items", ["item_id", "image_embeds"])
     column = table["image_embeds"].combine_chunks()
     if column.null_count or not (pa.types.is_fixed_size_list(column.type) or pa.types.is_list(column.type)):
-        raise UserError(f"items {uri}: image_embeds is {column.type} with {column.null_count} nulls; expected fixed_size_list<float32>[D] without nulls")
+        raise UserError(
+            f"items {uri}: image_embeds is {column.type} with {column.null_count} nulls; expected fixed_size_list<float32>[D] without nulls"
+        )
     values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     if table.num_rows == 0 or len(values) % table.num_rows:
         raise UserError(f"items {uri}: {len(values)} embedding values for {table.num_rows} items; every item needs the same D")

@@ -3,7 +3,8 @@
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -94,17 +95,17 @@ def start_ray() -> None:
         context.enable_progress_bars = False
 
 
-class plain_errors:  # noqa: N801 - used as a statement
-    """Context manager: a UserError, also one raised inside Ray, ends the process with one line and its exit code."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """A UserError, also one raised inside Ray, ends the process with one line and its exit code."""
+    try:
+        yield
+    except Exception as error:
         found = user_error(error)
         if found is None:
-            return False
+            raise
         print(f"error: {found}", file=sys.stderr)
-        raise SystemExit(found.exit_code)
+        raise SystemExit(found.exit_code) from None
 
 
 def user_error(error: BaseException | None) -> UserError | None:

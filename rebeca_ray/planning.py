@@ -1,6 +1,6 @@
 """Planning: the request's users become planned items, each with the embedding to draw. One Ray Data graph.
 
-    request -> one row an item -> embeddings from the prior -> nearest real item -> work/…/plan
+request -> one row an item -> embeddings from the prior -> nearest real item -> work/…/plan
 """
 
 import hashlib
@@ -45,9 +45,13 @@ def check_request(config: GenerateConfig) -> int:
     if request.num_rows == 0:
         raise UserError(f"request {config.request}: has no rows; ask for at least one user")
     if users.null_count or pc.any(pc.equal(users, "")).as_py():
-        raise UserError(f"request {config.request}: {users.null_count + pc.sum(pc.equal(users, '')).as_py()} rows have an empty user_id; drop them")
+        raise UserError(
+            f"request {config.request}: {users.null_count + pc.sum(pc.equal(users, '')).as_py()} rows have an empty user_id; drop them"
+        )
     if len(users) != pc.count_distinct(users).as_py():
-        raise UserError(f"request {config.request}: {len(users) - pc.count_distinct(users).as_py()} user_ids are repeated; ask for each user once")
+        raise UserError(
+            f"request {config.request}: {len(users) - pc.count_distinct(users).as_py()} user_ids are repeated; ask for each user once"
+        )
     known = read_table(join(config.prior, "users.parquet"), "prior", ["user_id"])["user_id"]
     unknown = users.filter(pc.invert(pc.is_in(users, value_set=known.combine_chunks())))
     if len(unknown):

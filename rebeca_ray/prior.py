@@ -15,6 +15,7 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.frequencies: torch.Tensor
         frequencies = torch.exp(-math.log(10_000) * torch.arange(width // 2) / (width // 2))
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.mlp = nn.Sequential(nn.Linear(2 * (width // 2), width), nn.SiLU(), nn.Linear(width, width))
@@ -60,9 +61,10 @@ class Block(nn.Module):
         self.cross_attention = Attention(width, num_heads)
         self.cross_gate = nn.Parameter(torch.zeros(width))
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        nn.init.zeros_(self.modulation[1].weight)
-        nn.init.zeros_(self.modulation[1].bias)
+        modulation = nn.Linear(width, 6 * width)
+        nn.init.zeros_(modulation.weight)
+        nn.init.zeros_(modulation.bias)
+        self.modulation = nn.Sequential(nn.SiLU(), modulation)
 
     def forward(self, x_BKH: torch.Tensor, condition_BCH: torch.Tensor, pooled_BH: torch.Tensor) -> torch.Tensor:
         shift_self, scale_self, gate_self, shift_mlp, scale_mlp, gate_mlp = self.modulation(pooled_BH)[:, None].chunk(6, dim=-1)
@@ -108,9 +110,7 @@ class Prior(nn.Module):
         nn.init.zeros_(self.detokenizer.weight)
         nn.init.zeros_(self.detokenizer.bias)
 
-    def forward(
-        self, x_BD: torch.Tensor, timestep_B: torch.Tensor, user_index_B: torch.Tensor, rating_B: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, x_BD: torch.Tensor, timestep_B: torch.Tensor, user_index_B: torch.Tensor, rating_B: torch.Tensor) -> torch.Tensor:
         """Prediction [B, D] for noisy `x_BD` at `timestep_B`; `rating_B` is 0 dislike, 1 like, 2 not told."""
         tokens = self.tokenizer(x_BD).view(len(x_BD), self.num_tokens, -1)
         x_BKH = self.lift(tokens) + self.position

@@ -1,6 +1,6 @@
 """Rendering: planned items become encoded images in Parquet files. One Ray Data graph.
 
-    work/…/plan -> decode and encode -> images/run_id=…/bucket=…/part-<epoch>-*.parquet
+work/…/plan -> decode and encode -> images/run_id=…/bucket=…/part-<epoch>-*.parquet
 """
 
 from typing import Any
@@ -86,9 +86,7 @@ class RenderImages:
         assert len(rows) == batch.num_rows
         return pa.Table.from_pylist(rows, schema=schemas.IMAGES)
 
-    def draw(
-        self, chosen: np.ndarray, embeds_BD: np.ndarray, seeds: list[int], prompts: list[str]
-    ) -> list[tuple[int, np.ndarray | str]]:
+    def draw(self, chosen: np.ndarray, embeds_BD: np.ndarray, seeds: list[int], prompts: list[str]) -> list[tuple[int, np.ndarray | str]]:
         """`(index, image or reason)` of every chosen row; a batch that fails is tried row by row."""
         if len(chosen) == 0:
             return []

@@ -57,10 +57,8 @@ def open_table(uri: str, what: str) -> tuple[list[str], pa.Schema]:
     """
     filesystem, path = open_filesystem(uri)
     try:
-        if filesystem.isfile(path):
-            files = [path]
-        else:
-            files = sorted(str(name) for name in filesystem.find(path) if str(name).endswith(".parquet"))
+        found = [path] if filesystem.isfile(path) else filesystem.find(path)
+        files = sorted(str(name) for name in found if str(name).endswith(".parquet") or name == path)
         if not files:
             raise UserError(f"{what} {uri}: not found; give a Parquet file, or a folder that holds some")
         with filesystem.open(files[0], "rb") as file:
@@ -92,14 +90,17 @@ def write_table(table: pa.Table, uri: str, *, row_group_size: int, embed_column:
     plain = [field.name for field in table.schema if field.name != embed_column and field.name != "image"]
     leaf = f"{embed_column}.list.element"
     sink = HashingSink(filesystem, path)
-    with sink, pq.ParquetWriter(
-        pa.PythonFile(sink, mode="w"),
-        table.schema,
-        compression="zstd",
-        use_dictionary=[name for name in plain if pa.types.is_string(table.schema.field(name).type)],
-        use_byte_stream_split=[leaf] if embed_column else False,
-        write_statistics=plain,
-    ) as writer:
+    with (
+        sink,
+        pq.ParquetWriter(
+            pa.PythonFile(sink, mode="w"),
+            table.schema,
+            compression="zstd",
+            use_dictionary=[name for name in plain if pa.types.is_string(table.schema.field(name).type)],
+            use_byte_stream_split=[leaf] if embed_column else False,
+            write_statistics=plain,
+        ) as writer,
+    ):
         writer.write_table(table, row_group_size=row_group_size)
     return {"rows": table.num_rows, **sink.record()}
 
@@ -152,7 +153,7 @@ class HashingSink:
                 Path(f"{self.path}.partial").unlink(missing_ok=True)
 
 
-class ChecksumHandler(pyarrow.fs.FSSpecHandler):
+class ChecksumHandler(pyarrow.fs.FSSpecHandler):  # type: ignore[misc]  # pyarrow has no types
     """A pyarrow filesystem that leaves, for every file closed, its size and sha256 in a folder of its own.
 
     For writers that are not ours (Ray Data's): the checksum is taken while writing, never by reading back.

@@ -10,7 +10,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -219,7 +219,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
                 if bar is not None:
                     bar.update(1)
         train_loss = mean_over_workers(total / steps)
-        val_loss = validation_loss(average.module, diffusion, data, rank, world_size, device)
+        val_loss = validation_loss(cast(Prior, average.module), diffusion, data, rank, world_size, device)
         if not math.isfinite(train_loss):
             raise RuntimeError(f"training diverged in epoch {epoch} at learning rate {optimizer.param_groups[0]['lr']:.3g}; lower it")
         plateau.step(val_loss)
@@ -257,7 +257,13 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
 
 
 def batch_loss(
-    model: nn.Module, network: Prior, diffusion: Diffusion, data: TrainingSet, rows: np.ndarray, generator: torch.Generator, config: TrainConfig
+    model: nn.Module,
+    network: Prior,
+    diffusion: Diffusion,
+    data: TrainingSet,
+    rows: np.ndarray,
+    generator: torch.Generator,
+    config: TrainConfig,
 ) -> torch.Tensor:
     """The denoising loss of one batch, user and rating dropped independently (Ho & Salimans 2022, algorithm 1)."""
     device = generator.device

@@ -139,7 +139,13 @@ def request_file(tmp_path: Path) -> str:
     """Five users, one with a prompt and one with a count of its own."""
     path = tmp_path / "request.parquet"
     pq.write_table(
-        pa.table({"user_id": USERS[:5], "num_images": pa.array([None, 4, None, None, None], pa.int32()), "prompt": [None, None, "noto food pizza", None, None]}),
+        pa.table(
+            {
+                "user_id": USERS[:5],
+                "num_images": pa.array([None, 4, None, None, None], pa.int32()),
+                "prompt": [None, None, "noto food pizza", None, None],
+            }
+        ),
         path,
     )
     return str(path)

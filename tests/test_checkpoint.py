@@ -9,7 +9,7 @@ import torch
 
 from rebeca_ray.checkpoint import load_prior
 from rebeca_ray.errors import UserError
-from tests.conftest import D, USERS
+from tests.conftest import USERS, D
 
 
 def edit(prior: str, **changes: object) -> None:
@@ -26,7 +26,13 @@ def test_round_trip(tiny_prior: str) -> None:
     again = load_prior(tiny_prior).network(torch.ones(1, D), torch.tensor([5]), torch.tensor([0]), torch.tensor([1]))
     assert (out == again).all()
     assert out.abs().max() > 0
-    assert sorted(path.name for path in Path(tiny_prior).iterdir()) == ["README.md", "config.json", "model.safetensors", "training.csv", "users.parquet"]
+    assert sorted(path.name for path in Path(tiny_prior).iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "training.csv",
+        "users.parquet",
+    ]
 
 
 def test_missing_directory(tmp_path: Path) -> None:

@@ -64,7 +64,10 @@ def test_integer_ratings_and_large_strings_are_read(tmp_path: Path) -> None:
         ({"item_id": None}, "column 'item_id' is missing"),
         ({"user_id": pa.array([1, 2, 3, 4, 5, 6])}, "column 'user_id' is int64, expected string"),
         ({"rating": pa.array(["good"] * 6)}, "column 'rating' is string, expected float"),
-        ({"rating": pa.array([5, float("nan"), 3, 5, None, 2], pa.float32())}, r"2 of 6 rows have a rating that is null, NaN or infinite (a × i1; c × i1)"),
+        (
+            {"rating": pa.array([5, float("nan"), 3, 5, None, 2], pa.float32())},
+            r"2 of 6 rows have a rating that is null, NaN or infinite (a × i1; c × i1)",
+        ),
         ({"user_id": ["b", "", "a", "a", "c", None]}, "2 of 6 rows have an empty user_id (rows 1, 5)"),
         ({"item_id": ["i1", "i1", "i1", "i3", "i1", "i1"]}, "2 of 6 rows have a (user_id, item_id) pair seen before (a × i1; b × i1)"),
     ],

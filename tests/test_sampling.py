@@ -29,7 +29,9 @@ def prior() -> Prior:
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "linear"])
 @torch.inference_mode()
-def test_ddpm_equals_diffusers_with_the_same_noise(prior: Prior, prediction_type: str, schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ddpm_equals_diffusers_with_the_same_noise(
+    prior: Prior, prediction_type: str, schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     diffusion = Diffusion.build(DiffusionSettings(num_train_timesteps=50, prediction_type=prediction_type, schedule=schedule))
     users = torch.tensor([0, 3, 4])
     noise = item_noise([1, 2, 3], 50, D)
@@ -102,7 +104,13 @@ def test_the_same_tile_in_any_order_gives_the_same_bits(prior: Prior, order: lis
     def sample(chosen: list[int]) -> torch.Tensor:
         tile = [*chosen, *[0] * (8 - len(chosen))]
         return sample_liked(
-            prior, diffusion, [users[i] for i in tile], [seeds[i] for i in tile], sampler="dpm_solver", num_inference_steps=5, guidance_scale=3.0
+            prior,
+            diffusion,
+            [users[i] for i in tile],
+            [seeds[i] for i in tile],
+            sampler="dpm_solver",
+            num_inference_steps=5,
+            guidance_scale=3.0,
         )[: len(chosen)]
 
     assert (sample(order) == sample([0, 1, 2, 3])[order]).all()

@@ -46,8 +46,8 @@ def assemble(run: Run, *, requested: int, error_budget: float, versions: dict[st
     place = pc.index_in(plan["item_id"].combine_chunks(), value_set=images.item_id)
     if plan.num_rows != requested or place.null_count:
         raise IncompleteRunError(
-            f"run {run.run_id}: {requested} items requested, {plan.num_rows} planned, {plan.num_rows - place.null_count} rendered; "
-            "nothing is published, start the run again"
+            f"run {run.run_id}: {requested} items requested, {plan.num_rows} planned, "
+            f"{plan.num_rows - place.null_count} rendered; nothing is published, start the run again"
         )
     error = images.error.take(place)
     failed = pc.is_valid(error)
@@ -55,7 +55,8 @@ def assemble(run: Run, *, requested: int, error_budget: float, versions: dict[st
     if num_failed > error_budget * requested:
         reasons = ", ".join(str(reason) for reason in pc.unique(error.filter(failed))[:3].to_pylist())
         raise ErrorBudgetExceededError(
-            f"run {run.run_id}: {num_failed} of {requested} items failed, the budget is {error_budget:.2%} ({reasons}); nothing is published"
+            f"run {run.run_id}: {num_failed} of {requested} items failed ({reasons}), "
+            f"the budget is {error_budget:.2%}; nothing is published"
         )
     rendered = pc.invert(failed)
     items = items_table(plan.filter(rendered), place.filter(rendered).to_numpy(), images)
@@ -79,7 +80,15 @@ def assemble(run: Run, *, requested: int, error_budget: float, versions: dict[st
         written = write_table(table, join(run.root, run.table(name)), row_group_size=ITEM_ROW_GROUP, embed_column=embed_column)
         ends = pc.min_max(table["user_id"]).as_py()
         files.append(
-            {"table": name, "bucket": BUCKET, "file": 0, "path": run.table(name), "min_user_id": ends["min"], "max_user_id": ends["max"], **written}
+            {
+                "table": name,
+                "bucket": BUCKET,
+                "file": 0,
+                "path": run.table(name),
+                "min_user_id": ends["min"],
+                "max_user_id": ends["max"],
+                **written,
+            }
         )
     listing = f"{run.snapshot}/files.parquet"
     list_written = write_table(pa.Table.from_pylist(files, schema=schemas.FILES), join(run.root, listing), row_group_size=10_000)

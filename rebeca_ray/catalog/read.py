@@ -82,5 +82,7 @@ def open_snapshot(root: str, path: str) -> Snapshot:
     if manifest is None:
         raise UserError(f"catalog {root}: snapshot {path} has no manifest.json; it was removed or never finished")
     if manifest["schema_version"] > SCHEMA_VERSION:
-        raise UserError(f"catalog {root}: schema version {manifest['schema_version']}, this version reads {SCHEMA_VERSION}; upgrade rebeca-ray")
+        raise UserError(
+            f"catalog {root}: schema version {manifest['schema_version']}, this version reads {SCHEMA_VERSION}; upgrade rebeca-ray"
+        )
     return Snapshot(root=root, manifest=manifest, files=read_table(join(root, manifest["files"]["path"]), "catalog"))

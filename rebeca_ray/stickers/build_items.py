@@ -1,6 +1,7 @@
 """Rebuild `assets/items.parquet` from the emoji packages of the npm registry.
 
-One command, `python -m rebeca_ray.stickers.build_items` (six minutes, most of them in WebP's lossless search): installs five pinned packages into a scratch
+One command, `python -m rebeca_ray.stickers.build_items` (six minutes, most of them in WebP's lossless search):
+installs five pinned packages into a scratch
 directory with `npm`, draws every emoji on white at 64x64, drops flags, keycaps, components, drawings that
 repeat within a style or in another one, and gendered forms of a neutral one, and writes lossless WebP.
 """
@@ -93,11 +94,7 @@ def has_neutral_form(name: str, names: set[str]) -> bool:
 def drawings(node_modules: Path) -> Iterator[tuple[dict[str, str], Image.Image]]:
     """Yield `(columns, image)` for every drawing, in a fixed order."""
     emoji = json.loads((node_modules / "emoji-datasource-google" / "emoji.json").read_text())
-    emoji = [
-        entry
-        for entry in emoji
-        if entry["category"] not in SKIPPED_CATEGORIES and entry["subcategory"] not in SKIPPED_SUBCATEGORIES
-    ]
+    emoji = [entry for entry in emoji if entry["category"] not in SKIPPED_CATEGORIES and entry["subcategory"] not in SKIPPED_SUBCATEGORIES]
     emoji.sort(key=lambda entry: (entry["sort_order"], entry["unified"]))
     names = json.loads((node_modules / ICONIFY["flat"] / "chars.json").read_text())
     all_names = {sticker_name(entry, names) for entry in emoji}

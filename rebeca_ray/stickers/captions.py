@@ -15,11 +15,14 @@ def caption(style: str, category: str, subcategory: str, name: str) -> str:
     return " ".join(f"{style} {category} {subcategory} {name}".lower().replace("&", " ").replace("-", " ").split())
 
 
-def random_caption(style: str, category: str, subcategory: str, name: str, random: np.random.Generator) -> str:
-    """A caption with each part left out now and then, so that short prompts ("noto food pizza") are understood."""
+def random_caption(parts: tuple[str, str, str, str], random: np.random.Generator) -> str:
+    """A caption of (style, category, subcategory, name) with each left out now and then.
+
+    So that short prompts ("noto food pizza") are understood.
+    """
     keep = random.random(4) < (0.85, 0.6, 0.4, 0.9)
-    parts = [part if kept else "" for part, kept in zip((style, category, subcategory, name), keep, strict=True)]
-    return caption(*parts)
+    style, category, subcategory, name = (part if kept else "" for part, kept in zip(parts, keep, strict=True))
+    return caption(style, category, subcategory, name)
 
 
 def train_tokenizer(captions: list[str], directory: Path) -> None:
@@ -42,7 +45,5 @@ def train_tokenizer(captions: list[str], directory: Path) -> None:
     (directory / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-    clip = CLIPTokenizer(
-        vocab=str(directory / "vocab.json"), merges=str(directory / "merges.txt"), model_max_length=CONTEXT_LENGTH
-    )
+    clip = CLIPTokenizer(vocab=str(directory / "vocab.json"), merges=str(directory / "merges.txt"), model_max_length=CONTEXT_LENGTH)
     clip.save_pretrained(directory)

@@ -88,7 +88,9 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
             out, prior=Path(generate.prior), snapshot=snapshot, interactions=interactions, check=check, judge=judge, phases=phases.seconds
         )
     console.rule()
-    console.print(f"[bold]Look at it:[/bold]  {page}\n[bold]Catalog:[/bold]     {generate.root}\n[bold]Prior:[/bold]       {generate.prior}")
+    console.print(
+        f"[bold]Look at it:[/bold]  {page}\n[bold]Catalog:[/bold]     {generate.root}\n[bold]Prior:[/bold]       {generate.prior}"
+    )
     console.print(
         "\nNext:\n"
         f"  rebeca catalog show {generate.root}\n"
@@ -116,9 +118,7 @@ def check_truth(
     return TruthCheck(
         own=float(truth.like_probability(owners, pixels).mean()),
         dealt=truth.mean_over_users(users, pixels),
-        random_real=float(
-            truth.like_probability(owners, stickers_NHWC[random.integers(0, len(stickers_NHWC), len(owners))]).mean()
-        ),
+        random_real=float(truth.like_probability(owners, stickers_NHWC[random.integers(0, len(stickers_NHWC), len(owners))]).mean()),
         no_user=truth.mean_over_users(users, no_user_images(generate.prior, generate.sampler, generate.decoder)),
         held_out=float(truth.like_probability(held_users, stickers_NHWC[held_rows]).mean()),
     )

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -25,7 +26,7 @@ from rebeca_ray.stickers import CLIP, EMBED_DIM, IMAGE_SIZE
 from rebeca_ray.stickers.captions import CONTEXT_LENGTH, VOCAB_SIZE, caption, random_caption, train_tokenizer
 from rebeca_ray.stickers.training_data import Progress, batches, class_ids, load_stickers, shift_and_flip
 
-OPEN_CLIP_CONFIG = {
+OPEN_CLIP_CONFIG: dict[str, dict[str, Any]] = {
     "model_cfg": {
         "embed_dim": EMBED_DIM,
         "custom_text": True,
@@ -78,10 +79,7 @@ def turn_and_hide(image_BCHW: torch.Tensor, generator: torch.Generator) -> torch
 def write_clip(model: nn.Module, directory: Path) -> None:
     """Write the directory that `open_clip.create_model_and_transforms("local-dir:…")` loads, in fp16."""
     (directory / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP_CONFIG, indent=2) + "\n")
-    weights = {
-        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
-        for name, tensor in model.state_dict().items()
-    }
+    weights = {name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, directory / "open_clip_model.safetensors")
 
 
@@ -126,17 +124,16 @@ def main() -> None:
         return POLISH_RATE * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - polish_from) / (args.steps - polish_from)))) + 1e-3
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
     start = 0
     if state := progress.resume():
         model.load_state_dict(state["model"])
         heads.load_state_dict(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
+        average.load_state_dict(state["average"])
         start = state["step"]
 
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
-    if start > polish_from:
-        average.load_state_dict(state["average"])
     contrastive_loss = ClipLoss()
     random = np.random.default_rng((args.seed, start))
     generator = torch.Generator().manual_seed(args.seed + start)
@@ -147,7 +144,7 @@ def main() -> None:
         polishing = step > polish_from
         image = shift_and_flip(stickers.image_NCHW[rows].float() / 255, generator) * 2 - 1
         image = turn_and_hide(image, generator) if polishing else image
-        tokens = tokenizer([random_caption(*parts[row], random) for row in rows])
+        tokens = tokenizer([random_caption(parts[row], random) for row in rows])
         with torch.autocast("cpu", torch.bfloat16):
             out = model(image.contiguous(memory_format=torch.channels_last), tokens)
         image_embeds, text_embeds = out["image_features"].float(), out["text_features"].float()

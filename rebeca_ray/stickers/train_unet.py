@@ -9,6 +9,7 @@ The loss is v-prediction (Salimans & Ho 2022); the learning rate falls linearly 
 import argparse
 import math
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import open_clip
@@ -215,7 +216,7 @@ def main() -> None:
         chosen = next(stream)
         text_only = bool(random.random() < TEXT_ONLY_SHARE)
         captions = [
-            random_caption(*parts[rows[index]], random) if random.random() > (0.1 if text_only else CAPTION_DROPOUT) else ""
+            random_caption(parts[rows[index]], random) if random.random() > (0.1 if text_only else CAPTION_DROPOUT) else ""
             for index in chosen
         ]
         tokens = tokenizer(captions, padding="max_length", max_length=CONTEXT_LENGTH, truncation=True, return_tensors="pt")
@@ -249,7 +250,7 @@ def main() -> None:
         if step % 200 == 0 or step == args.steps:
             state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
             progress.save({"step": step, **state})
-            write_decoder(average.module, tokenizer, mean_length, args.out)
+            write_decoder(cast(Model, average.module), tokenizer, mean_length, args.out)
 
 
 if __name__ == "__main__":

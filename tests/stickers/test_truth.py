@@ -1,0 +1,56 @@
+"""The truth check's arithmetic, on a judge that knows the answer."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rebeca_ray.stickers.judge import Judgement
+from rebeca_ray.stickers.truth import Truth, TruthCheck
+
+
+class KnowingJudge:
+    """Reads style and subcategory off the first two channel values of the first pixel."""
+
+    styles, subcategories = ("noto", "flat"), ("cat", "food")
+
+    def __call__(self, images: np.ndarray) -> Judgement:
+        style, subcategory = images[:, 0, 0, 0], images[:, 0, 0, 1]
+        return Judgement(style=np.eye(2)[style], subcategory=np.eye(2)[subcategory])
+
+
+@pytest.fixture
+def truth(tmp_path: Path) -> Truth:
+    rows = [("u", "noto", "cat", 0.9), ("u", "noto", "food", 0.2), ("u", "flat", "cat", 0.4), ("v", "noto", "cat", 0.1)]
+    rows += [("v", "noto", "food", 0.6), ("v", "flat", "cat", 0.5), ("w", "noto", "cat", 0.0)]
+    user, style, subcategory, like = zip(*rows, strict=True)
+    pq.write_table(
+        pa.table({"user_id": user, "style": style, "subcategory": subcategory, "like_probability": pa.array(like, pa.float32())}),
+        tmp_path / "truth.parquet",
+    )
+    judge: Any = KnowingJudge()
+    return Truth(tmp_path / "truth.parquet", judge, ["u", "v"])
+
+
+def image(style: int, subcategory: int) -> np.ndarray:
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[0, 0] = (style, subcategory, 0)
+    return picture
+
+
+def test_each_image_is_read_for_the_user_beside_it(truth: Truth) -> None:
+    images = np.stack([image(0, 0), image(0, 0), image(0, 1), image(1, 0)])
+    np.testing.assert_allclose(truth.like_probability(["u", "v", "u", "v"], images), [0.9, 0.1, 0.2, 0.5], rtol=1e-6)
+
+
+def test_the_mean_over_users_is_every_image_for_everyone(truth: Truth) -> None:
+    images = np.stack([image(0, 0), image(0, 1)])
+    assert truth.mean_over_users(["u", "v"], images) == pytest.approx((0.9 + 0.2 + 0.1 + 0.6) / 4)
+
+
+def test_the_verdict_states_both_ratios() -> None:
+    check = TruthCheck(own=0.4, dealt=0.2, random_real=0.1, no_user=0.15, held_out=0.5)
+    assert check.verdict == "(a) is 2.00 × (b) and 80% of (e)"

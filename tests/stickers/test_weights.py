@@ -1,0 +1,151 @@
+"""The shipped models keep their bars, read on names that no model saw in training.
+
+Figures are printed (`pytest -s`), with the judge's own accuracy beside everything it judges.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression
+
+from rebeca_ray.config import DecoderSettings
+from rebeca_ray.decoding import DiffusersDecoder
+from rebeca_ray.stickers import ASSETS, CLIP, DECODER
+from rebeca_ray.stickers.captions import caption
+from rebeca_ray.stickers.judge import Judge
+from rebeca_ray.stickers.training_data import Stickers, load_stickers
+
+SAMPLE = 150
+
+
+@pytest.fixture(scope="module")
+def stickers() -> Stickers:
+    return load_stickers()
+
+
+@pytest.fixture(scope="module")
+def clip() -> open_clip.CLIP:
+    return open_clip.create_model(f"local-dir:{CLIP}").eval()
+
+
+@torch.inference_mode()
+def embed(clip: open_clip.CLIP, image_NHWC: np.ndarray) -> np.ndarray:
+    image = torch.from_numpy(image_NHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.cat([clip.encode_image(chunk) for chunk in image.split(512)]).numpy()
+
+
+@pytest.fixture(scope="module")
+def embeds(clip: open_clip.CLIP, stickers: Stickers) -> np.ndarray:
+    return embed(clip, pixels(stickers, np.arange(len(stickers.item_id))))
+
+
+@pytest.fixture(scope="module")
+def decoder() -> DiffusersDecoder:
+    return DiffusersDecoder(DecoderSettings(model=str(DECODER), num_inference_steps=12, decoder_guidance_scale=3.0, batch_size=30))
+
+
+def pixels(stickers: Stickers, rows: np.ndarray) -> np.ndarray:
+    return stickers.image_NCHW[rows].permute(0, 2, 3, 1).numpy()
+
+
+def unit(embeds: np.ndarray) -> np.ndarray:
+    return embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
+
+
+def share(judged: list[str], wanted: list[str], rows: np.ndarray) -> float:
+    return float(np.mean([found == wanted[row] for found, row in zip(judged, rows, strict=True)]))
+
+
+def test_assets_are_small_licensed_and_no_pickles() -> None:
+    files = [path for path in ASSETS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 60e6
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".parquet", ".csv", ".txt", ""}
+    notice = (ASSETS / "NOTICE").read_text()
+    for style in ("noto", "twemoji", "fluent", "flat", "contrast"):
+        assert f"\n{style} " in notice
+
+
+def test_items(stickers: Stickers) -> None:
+    assert 6500 <= len(stickers.item_id) <= 8000
+    assert len(set(stickers.item_id)) == len(stickers.item_id)
+    assert len(set(stickers.style)) == 5
+    assert {"Flags", "Component"} & set(stickers.category) == set()
+    assert "keycap" not in stickers.subcategory
+    held = {name for name, out in zip(stickers.name, stickers.held_out, strict=True) if out}
+    assert len(held) / len(set(stickers.name)) == pytest.approx(0.20, abs=0.01)
+
+
+def test_linear_probes_on_held_out_names(stickers: Stickers, embeds: np.ndarray) -> None:
+    x, train = unit(embeds) * 16, ~stickers.held_out
+    style, category = np.array(stickers.style), np.array(stickers.category)
+    style_probe = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.01).fit(x[train], style[train])
+    category_probe = LogisticRegression(max_iter=200, C=0.01).fit(x[train], category[train])
+    figures = style_probe.score(x[~train], style[~train]), category_probe.score(x[~train], category[~train])
+    print(f"\nlinear probes on {int((~train).sum())} items of held-out names: style {figures[0]:.1%}, category {figures[1]:.1%}")
+    assert figures[0] >= 0.95
+    assert figures[1] >= 0.60
+
+
+@pytest.mark.parametrize(("held_out", "style_bar", "category_bar"), [(True, 0.80, 0.50), (False, 0.90, 0.75)], ids=["held-out", "trained"])
+def test_images_decoded_from_real_embeddings(
+    stickers: Stickers,
+    embeds: np.ndarray,
+    clip: open_clip.CLIP,
+    decoder: DiffusersDecoder,
+    held_out: bool,
+    style_bar: float,
+    category_bar: float,
+) -> None:
+    rows = np.random.default_rng(0).permutation(np.flatnonzero(stickers.held_out == held_out))[:SAMPLE]
+    drawn = decoder.decode(embeds[rows], rows.tolist(), [""] * SAMPLE)
+    judge = Judge()
+    judgement = judge(drawn)
+    style, category = share(judge.style(judgement), stickers.style, rows), share(judge.category(judgement), stickers.category, rows)
+    again = unit(embed(clip, drawn))
+    wanted = float((again * unit(embeds[rows])).sum(1).mean())
+    random = float((again @ unit(embeds).T).mean())
+    print(
+        f"\ndecoded from {SAMPLE} {'held-out' if held_out else 'trained'} names: style {style:.1%}, category {category:.1%}, "
+        f"cosine to the wanted embedding {wanted:.3f}, to random items {random:.3f}; {judge.accuracy_line}"
+    )
+    assert style >= style_bar
+    assert category >= category_bar
+    assert wanted > random + 0.25
+
+
+def test_the_prompt_alone_steers_style_and_category(stickers: Stickers, decoder: DiffusersDecoder) -> None:
+    """Without the adapter, "noto food pizza" must look more like Noto, and more like food, than other prompts do."""
+    text_only = DiffusersDecoder(decoder.settings.model_copy(update={"ip_adapter_scale": 0.0}))
+    judge = Judge()
+    asked = [(style, category) for style in judge.styles for category in ("Food & Drink", "Smileys & Emotion", "Animals & Nature")] * 4
+    prompts = [caption(style, category, "", "") for style, category in asked]
+    judgement = judge(text_only.decode(np.zeros((len(asked), 256), np.float32), list(range(len(asked))), prompts))
+    style = np.mean([found == wanted for found, (wanted, _) in zip(judge.style(judgement), asked, strict=True)])
+    category = np.mean([found == wanted for found, (_, wanted) in zip(judge.category(judgement), asked, strict=True)])
+    print(f"\nprompt alone: style {style:.1%} (chance 20%), category {category:.1%} (chance 13%); {judge.accuracy_line}")
+    assert style >= 0.5
+    assert category >= 0.3
+
+
+def test_the_embedding_alone_moves_the_image_towards_it(
+    stickers: Stickers, embeds: np.ndarray, clip: open_clip.CLIP, decoder: DiffusersDecoder
+) -> None:
+    rows = np.flatnonzero(stickers.held_out)[::90][:15]
+    other = np.roll(rows, 1)
+    seeds = [7] * len(rows)
+    one, two = (unit(embed(clip, decoder.decode(embeds[chosen], seeds, [""] * len(rows)))) for chosen in (rows, other))
+    own, swapped = (one * unit(embeds[rows])).sum(1), (two * unit(embeds[rows])).sum(1)
+    assert (own > swapped).mean() >= 0.9
+
+
+def test_every_model_ships_its_loss_curve() -> None:
+    for folder in (CLIP, DECODER, DECODER / "vae", ASSETS / "judge"):
+        lines = (Path(folder) / "training.csv").read_text().splitlines()
+        assert lines[0].startswith("step,")
+        assert len(lines) > 20
+    assert json.loads((ASSETS / "judge" / "config.json").read_text())["held_out_accuracy"]["style"] > 0.85

@@ -1,0 +1,61 @@
+"""The command line: light to import, honest exit codes, one-line errors."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REBECA = str(Path(sys.executable).parent / "rebeca")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([REBECA, *arguments], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("statement", ["import rebeca_ray", "import rebeca_ray.cli"])
+def test_importing_loads_neither_torch_nor_ray(statement: str) -> None:
+    heavy = "[name for name in ('torch', 'ray', 'diffusers', 'pandas', 'pyarrow') if name in sys.modules]"
+    found = subprocess.run([sys.executable, "-c", f"import sys; {statement}; print({heavy})"], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_help_lists_the_commands() -> None:
+    out = run("--help")
+    assert out.returncode == 0
+    for command in ("demo", "embed", "train", "generate", "stickers", "catalog"):
+        assert command in out.stdout
+
+
+def test_lazy_public_names() -> None:
+    import rebeca_ray
+    from rebeca_ray.catalog.read import read_catalog
+
+    assert rebeca_ray.read_catalog is read_catalog
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = rebeca_ray.no_such_name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--config", "nothing.yaml"], "cannot be read"),
+        (["generate", "--config", "jobs/configs/generate_stickers.yaml", "decoder.guidance=3"], "did you mean 'decoder_guidance_scale'"),
+        (["catalog", "show", "/nothing/here"], "nothing is published there"),
+        (["catalog", "show", "gs://bucket/catalog"], "is not supported; give a local path or s3://"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+    out = run(*arguments)
+    assert out.returncode == 2
+    assert message in out.stderr
+    assert out.stderr.startswith("error: ")
+    assert out.stderr.count("\n") == 1
+    assert "Traceback" not in out.stdout + out.stderr
+
+
+def test_dry_run_prints_the_resolved_config_and_starts_nothing() -> None:
+    out = run("generate", "--config", "jobs/configs/generate_stickers.yaml", "--dry-run", "num_images=9")
+    assert out.returncode == 0
+    assert '"num_images": 9' in out.stdout
+    assert "rebeca-stickers/prior" in out.stdout

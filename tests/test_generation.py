@@ -1,0 +1,282 @@
+"""The main job on real Ray and real storage: a complete snapshot is published, a partial one never."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rebeca_ray import schemas
+from rebeca_ray.catalog.assemble import IncompleteRunError, assemble
+from rebeca_ray.catalog.layout import Run
+from rebeca_ray.catalog.publish import LostRaceError, publish, read_pointer
+from rebeca_ray.catalog.read import open_snapshot, published, read_catalog
+from rebeca_ray.config import DecoderSettings, GenerateConfig, SamplerSettings
+from rebeca_ray.errors import ErrorBudgetExceededError, UserError
+from rebeca_ray.generation import generate_catalog
+from rebeca_ray.planning import plan_items
+from rebeca_ray.rendering import RenderImages, render_items
+from rebeca_ray.stickers.training_data import to_pixels
+from tests.conftest import D, USERS
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+
+@pytest.fixture
+def items_file(tmp_path: Path) -> str:
+    embeds = np.random.default_rng(3).standard_normal((20, D)).astype(np.float32)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(D))
+    pq.write_table(pa.table({"item_id": [f"real-{number}" for number in range(20)], "image_embeds": column}), tmp_path / "items.parquet")
+    return str(tmp_path / "items.parquet")
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_prior: str, tiny_decoder: DecoderSettings, request_file: str, items_file: str) -> GenerateConfig:
+    return GenerateConfig(
+        prior=tiny_prior,
+        decoder=tiny_decoder,
+        request=request_file,
+        root=str(tmp_path / "catalog"),
+        items=items_file,
+        num_images=3,
+        sampler=SamplerSettings(num_inference_steps=4, batch_size=8, prior_guidance_scale=2.0, cpus_per_actor=0.5),
+    )
+
+
+def test_a_complete_snapshot_is_published(config: GenerateConfig) -> None:
+    manifest = generate_catalog(config)
+    assert manifest["counts"] == {"requested": 16, "new": 16, "carried": 0, "population": 0, "failed": 0, "filtered": 0, "users": 5}
+    snapshot = read_catalog(config.root)
+    items = snapshot.items()
+    assert items.schema.remove_metadata() == schemas.items(D)
+    assert items["user_id"].to_pylist() == sorted(items["user_id"].to_pylist())
+    assert [items.filter(np.array(items["user_id"]) == user)["rank"].to_pylist() for user in USERS[:5]] == [
+        [0, 1, 2], [0, 1, 2, 3], [0, 1, 2], [0, 1, 2], [0, 1, 2],
+    ]  # fmt: skip
+    assert len(set(items["item_id"].to_pylist())) == 16
+    embeds = items["image_embeds"].combine_chunks().flatten().to_numpy().reshape(16, D)
+    assert np.array_equal(embeds, embeds.astype(np.float16).astype(np.float32))
+    np.testing.assert_allclose(np.linalg.norm(embeds, axis=1), 3.0, rtol=1e-3)
+
+    real = pq.read_table(config.items)
+    real_embeds = real["image_embeds"].combine_chunks().flatten().to_numpy().reshape(20, D)
+    cosine = embeds @ real_embeds.T / np.linalg.norm(embeds, axis=1)[:, None] / np.linalg.norm(real_embeds, axis=1)
+    assert items["nearest_item_id"].to_pylist() == [real["item_id"][int(best)].as_py() for best in cosine.argmax(1)]
+    np.testing.assert_allclose(items["nearest_similarity"].to_numpy(), cosine.max(1), rtol=1e-4)
+
+    images = to_pixels(snapshot.images(items))
+    assert images.shape == (16, 16, 16, 3)
+    rows = snapshot.table("images")
+    assert rows.schema.remove_metadata() == schemas.IMAGES
+    by_id = {row["item_id"]: row["image"]["bytes"] for row in rows.to_pylist()}
+    assert snapshot.images(items) == [by_id[item] for item in items["item_id"].to_pylist()]
+
+
+def test_the_file_list_describes_every_file_exactly(config: GenerateConfig) -> None:
+    import hashlib
+
+    generate_catalog(config)
+    snapshot = read_catalog(config.root)
+    for row in snapshot.files.to_pylist():
+        data = (Path(config.root) / row["path"]).read_bytes()
+        assert (row["bytes"], row["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+        assert row["rows"] == pq.read_metadata(Path(config.root) / row["path"]).num_rows
+    assert {row["table"] for row in snapshot.files.to_pylist()} == {"images", "items", "errors", "changes"}
+    assert not list(Path(config.root).rglob("*.partial"))
+
+
+def test_two_runs_agree_whatever_batches_and_actors(config: GenerateConfig, tmp_path: Path) -> None:
+    generate_catalog(config)
+    shuffled = pq.read_table(config.request).take([4, 2, 0, 3, 1])
+    pq.write_table(shuffled, tmp_path / "shuffled.parquet")
+    other = config.model_copy(
+        update={
+            "root": str(tmp_path / "other"),
+            "request": str(tmp_path / "shuffled.parquet"),
+            "decoder": config.decoder.model_copy(update={"num_actors": 2, "cpus_per_actor": 0.5}),
+        }
+    )
+    generate_catalog(other)
+    first, second = (read_catalog(root) for root in (config.root, other.root))
+    left, right = (snapshot.items().drop_columns(["generated_at", "image_file", "image_row"]) for snapshot in (first, second))
+    assert left.equals(right)
+    assert first.images(first.items()) == second.images(second.items())
+
+
+def test_the_second_snapshot_follows_the_first(config: GenerateConfig, tmp_path: Path) -> None:
+    first = generate_catalog(config)
+    before = read_catalog(config.root)
+    pq.write_table(pq.read_table(config.request).slice(1), tmp_path / "fewer.parquet")
+    second = generate_catalog(config.model_copy(update={"request": str(tmp_path / "fewer.parquet")}))
+    assert (first["epoch"], second["epoch"]) == (1, 2)
+    changes = read_catalog(config.root).table("changes").to_pylist()
+    assert {(row["user_id"], row["change"]) for row in changes} == {(USERS[0], "removed")}
+    assert len(changes) == 3
+    assert before.items().num_rows == 16  # a reader that holds the first snapshot still reads it
+
+
+def test_failed_rows_are_kept_apart_and_the_budget_decides(config: GenerateConfig) -> None:
+    run = Run.start(config)
+    plan_items(config, run)
+    break_one_embedding(run)
+    render_items(config, run)
+    with pytest.raises(ErrorBudgetExceededError, match=r"1 of 16 items failed \(image_embeds is not finite\)") as caught:
+        assemble(run, requested=16, error_budget=0.01, versions={})
+    assert caught.value.exit_code == 3
+    assert published(config.root) is None
+    manifest = assemble(run, requested=16, error_budget=0.1, versions={})
+    assert (manifest["counts"]["new"], manifest["counts"]["failed"]) == (15, 1)
+    snapshot = open_snapshot(config.root, run.snapshot)
+    error = snapshot.table("errors").to_pylist()[0]
+    assert (error["stage"], error["error"]) == ("render", "image_embeds is not finite")
+    items = snapshot.items()
+    assert error["item_id"] not in items["item_id"].to_pylist()
+    assert items.filter(np.array(items["user_id"]) == error["user_id"])["rank"].to_pylist() == [0, 1]  # no gap
+
+
+def break_one_embedding(run: Run) -> None:
+    path = sorted(Path(run.plan).glob("*.parquet"))[0]
+    table = pq.read_table(path)
+    values = table["image_embeds"].combine_chunks().flatten().to_numpy().copy()
+    values[0] = np.nan
+    column = pa.FixedSizeListArray.from_arrays(pa.array(values), type=schemas.image_embeds(D))
+    pq.write_table(table.set_column(table.column_names.index("image_embeds"), "image_embeds", column), path)
+
+
+def test_a_partial_run_is_not_published(config: GenerateConfig) -> None:
+    run = Run.start(config)
+    plan_items(config, run)
+    render_items(config, run)
+    for record in Path(run.checksums).glob("*.json"):
+        record.unlink()
+    with pytest.raises(IncompleteRunError, match="nothing is published") as caught:
+        assemble(run, requested=16, error_budget=0.1, versions={})
+    assert caught.value.exit_code == 75
+    with pytest.raises(IncompleteRunError, match="17 items requested, 16 planned"):
+        render_items(config, run)
+        assemble(run, requested=17, error_budget=0.1, versions={})
+    assert not (Path(config.root) / "latest.json").exists()
+
+
+def test_a_batch_that_fails_costs_only_the_row_at_fault(tiny_decoder: DecoderSettings) -> None:
+    stage = RenderImages(tiny_decoder)
+    whole = stage.decoder.decode
+
+    def picky(embeds: np.ndarray, seeds: Any, prompts: Any) -> np.ndarray:
+        if "bad" in prompts:
+            raise RuntimeError("out of\nluck")
+        return whole(embeds, seeds, prompts)
+
+    stage.decoder.decode = picky  # type: ignore[method-assign]
+    embeds = np.random.default_rng(0).standard_normal((3, D)).astype(np.float32)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(D))
+    out = stage(pa.table({"item_id": ["a", "b", "c"], "image_embeds": column, "prompt": ["", "bad", ""]}))
+    assert out.schema == schemas.IMAGES
+    assert out["item_id"].to_pylist() == ["a", "b", "c"]
+    assert out["error"].to_pylist() == [None, "RuntimeError: out of luck", None]
+    assert [row["image"] is None for row in out.to_pylist()] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("request_table", "message"),
+    [
+        ({"user": ["user-0"]}, "column 'user_id' is missing"),
+        ({"user_id": pa.array([], pa.string())}, "has no rows"),
+        ({"user_id": ["user-0", "", None]}, "2 rows have an empty user_id"),
+        ({"user_id": ["user-0", "user-0"]}, "1 user_ids are repeated"),
+        ({"user_id": ["user-0", "stranger"]}, r"1 of 2 users are unknown to prior .* \('stranger'\)"),
+        ({"user_id": ["user-0"], "num_images": pa.array([0], pa.int32())}, "num_images goes down to 0"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_is_written(
+    config: GenerateConfig, tmp_path: Path, request_table: dict[str, Any], message: str
+) -> None:
+    pq.write_table(pa.table(request_table), tmp_path / "bad.parquet")
+    with pytest.raises(UserError, match=message):
+        generate_catalog(config.model_copy(update={"request": str(tmp_path / "bad.parquet")}))
+    assert not Path(config.root).exists()
+
+
+def test_a_prior_that_does_not_fit_the_decoder_is_refused(config: GenerateConfig) -> None:
+    path = Path(config.prior) / "config.json"
+    told = json.loads(path.read_text())
+    told["scaler"]["embed_dim"] = 24
+    path.write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"draws embeddings of size 24, decoder .* reads 16"):
+        generate_catalog(config)
+    assert not Path(config.root).exists()
+
+
+def test_a_root_that_cannot_be_written_is_refused(config: GenerateConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        generate_catalog(config.model_copy(update={"root": str(tmp_path / "file" / "catalog")}))
+
+
+def test_only_one_of_two_runs_that_started_together_publishes(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    publish(root, "snapshots/a", run_id="a", run_date="2026-01-01", epoch=1)
+    with pytest.raises(LostRaceError, match="run a published epoch 1") as caught:
+        publish(root, "snapshots/b", run_id="b", run_date="2026-01-01", epoch=1)
+    assert caught.value.exit_code == 5
+    assert read_pointer(root)[0]["run_id"] == "a"  # type: ignore[index]
+
+
+def test_reading_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing is published there \(no latest.json\)"):
+        read_catalog(str(tmp_path))
+    publish(str(tmp_path), "snapshots/a", run_id="a", run_date="2026-01-01", epoch=1)
+    with pytest.raises(UserError, match=r"has no manifest.json"):
+        read_catalog(str(tmp_path))
+
+
+def test_the_same_on_s3(config: GenerateConfig, s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything on S3: prior, request, items, catalog; then the pointer's compare-and-swap against the real server."""
+    import ray
+
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    fsspec.config.conf.clear()
+    filesystem = fsspec.filesystem("s3")
+    filesystem.put(config.prior, "rebeca/in/prior", recursive=True)
+    filesystem.put_file(config.request, "rebeca/in/request.parquet")
+    filesystem.put_file(config.items, "rebeca/in/items.parquet")
+    on_s3 = config.model_copy(
+        update={
+            "prior": "s3://rebeca/in/prior",
+            "request": "s3://rebeca/in/request.parquet",
+            "items": "s3://rebeca/in/items.parquet",
+            "root": "s3://rebeca/catalog",
+        }
+    )
+    ray.shutdown()
+    ray.init(runtime_env={"env_vars": s3_server}, include_dashboard=False)
+    try:
+        manifest = generate_catalog(on_s3)
+        again = generate_catalog(on_s3)
+        local = generate_catalog(config)
+    finally:
+        ray.shutdown()
+        os.environ.pop("RAY_ADDRESS", None)
+        from rebeca_ray.job import start_ray
+
+        start_ray()
+    assert manifest["counts"] == local["counts"]
+    assert (manifest["epoch"], again["epoch"]) == (1, 2)
+    there, here = read_catalog(on_s3.root), read_catalog(config.root)
+    dropped = ["generated_at", "image_file", "image_row"]
+    assert there.items().drop_columns(dropped).equals(here.items().drop_columns(dropped))
+    assert there.images(there.items()) == here.images(here.items())
+    with pytest.raises(LostRaceError):
+        publish(on_s3.root, "snapshots/late", run_id="late", run_date="2026-01-01", epoch=2)
+    pointer, version = read_pointer(on_s3.root)
+    assert pointer is not None
+    assert pointer["run_id"] == again["run_id"]
+    with pytest.raises(Exception, match=r"(?i)precondition|pre-condition|412"):
+        filesystem.pipe_file("rebeca/catalog/latest.json", b"{}", IfMatch='"stale"')
+    assert read_pointer(on_s3.root)[1] == version

@@ -1,0 +1,60 @@
+"""Embedding items with the bundled CLIP through Ray Data."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from rebeca_ray.config import EmbedConfig
+from rebeca_ray.errors import UserError
+from rebeca_ray.items import embed_items, load_clip, read_image_embeds
+from rebeca_ray.stickers import CLIP, EMBED_DIM, ITEMS
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_every_item_gets_open_clips_own_embedding(tmp_path: Path) -> None:
+    some = pq.read_table(ITEMS).slice(0, 30)
+    pq.write_table(some, tmp_path / "items.parquet")
+    config = EmbedConfig(
+        items=str(tmp_path / "items.parquet"), clip=f"local-dir:{CLIP}", out=str(tmp_path / "out"), batch_size=8, cpus_per_actor=0.5
+    )
+    assert embed_items(config) == 30
+    found = read_image_embeds(config.out)
+    assert found.item_id.tolist() == some["item_id"].to_pylist()
+    assert found.image_embeds.shape == (30, EMBED_DIM)
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{CLIP}")
+    image = preprocess(Image.open(io.BytesIO(some["image"][7]["bytes"].as_py())).convert("RGB"))
+    with torch.inference_mode():
+        expected = model.eval().encode_image(image[None])[0].numpy()
+    np.testing.assert_allclose(found.image_embeds[7], expected, atol=1e-4)
+    assert found.clip is not None
+    assert len(found.clip) == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("local-dir:/nothing/here", "cannot be loaded"),
+        ("ViT-H-14", "names no weights"),
+        ("NoSuchModel/openai", "cannot be loaded"),
+    ],
+)
+def test_a_clip_that_cannot_be_had_is_one_line(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_clip(name)
+
+
+def test_repeated_items_are_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    from rebeca_ray import schemas
+
+    column = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(16, np.float32)), type=schemas.image_embeds(8))
+    pq.write_table(pa.table({"item_id": ["a", "a"], "image_embeds": column}), tmp_path / "items.parquet")
+    with pytest.raises(UserError, match="1 item_ids are repeated"):
+        read_image_embeds(str(tmp_path / "items.parquet"))

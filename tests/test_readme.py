@@ -1,0 +1,32 @@
+"""The README stays true: every module in its tree, every path it names, no figure without its file."""
+
+import re
+from pathlib import Path
+
+REPO = Path(__file__).parents[1]
+README = (REPO / "README.md").read_text()
+
+
+def test_every_module_stands_in_the_tree_with_one_line() -> None:
+    tree = README.split("## The tree")[1].split("\n## ")[0]
+    named = set(re.findall(r"^\s*([\w./]+\.py)\s{2,}\S", tree, re.MULTILINE))
+    modules = {path.name for path in (REPO / "rebeca_ray").rglob("*.py")} | {path.name for path in (REPO / "jobs").glob("*.py")}
+    assert {Path(name).name for name in named} == modules - {"__init__.py"} | {"__init__.py"}
+
+
+def test_every_relative_link_and_picture_exists() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (REPO / target).exists(), target
+
+
+def test_every_command_named_is_there() -> None:
+    makefile = (REPO / "Makefile").read_text()
+    for target in set(re.findall(r"`?make ([a-z]+)`?", README)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for path in set(re.findall(r"(?:jobs|tests)/[\w/]+\.(?:py|yaml)", README)):
+        assert (REPO / path).exists(), path
+
+
+def test_no_module_is_over_400_lines() -> None:
+    for path in (REPO / "rebeca_ray").rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path

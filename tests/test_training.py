@@ -1,0 +1,154 @@
+"""Training with Ray Train: balanced users, two workers, a kill and a resume, and a prior that learned something."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from rebeca_ray import schemas
+from rebeca_ray.checkpoint import load_prior
+from rebeca_ray.config import TrainConfig
+from rebeca_ray.diffusion import Diffusion
+from rebeca_ray.errors import UserError
+from rebeca_ray.sampling import sample_liked
+from rebeca_ray.training import BalancedUserSampler, train_prior
+from tests.conftest import D
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> dict[str, str]:
+    """Two kinds of items far apart; users a and b like one kind each."""
+    random = np.random.default_rng(0)
+    centres = random.standard_normal((2, D)) * 3
+    embeds = (np.repeat(centres, 20, axis=0) + 0.3 * random.standard_normal((40, D))).astype(np.float32)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(D))
+    pq.write_table(pa.table({"item_id": [f"i{number:02d}" for number in range(40)], "image_embeds": column}), tmp_path / "items.parquet")
+    rows = [(user, f"i{item:02d}", 5.0 if (item < 20) == (user == "a") else 1.0) for user in "ab" for item in range(40)]
+    user_id, item_id, rating = zip(*rows, strict=True)
+    pq.write_table(
+        pa.table({"user_id": user_id, "item_id": item_id, "rating": pa.array(rating, pa.float32())}), tmp_path / "interactions.parquet"
+    )
+    np.save(tmp_path / "centres.npy", centres)
+    return {"interactions": str(tmp_path / "interactions.parquet"), "items": str(tmp_path / "items.parquet"), "folder": str(tmp_path)}
+
+
+def configure(world: dict[str, str], **optimization: object) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {
+            "interactions": {"path": world["interactions"]},
+            "items": world["items"],
+            "out": f"{world['folder']}/prior",
+            "storage": f"{world['folder']}/storage",
+            "network": {"num_layers": 2, "num_heads": 2, "width": 32, "num_tokens": 2},
+            "diffusion": {"num_train_timesteps": 100},
+            "optimization": {
+                "learning_rate": 5e-3,
+                "batch_size": 64,
+                "samples_per_user": 256,
+                "max_epochs": 12,
+                "ema_decay": 0.9,
+                **optimization,
+            },
+            "workers": {"cpus_per_worker": 1},
+        }
+    )
+
+
+def test_every_user_is_drawn_equally_often_and_never_from_the_hold_out() -> None:
+    user_index = np.array([0] * 50 + [1] * 3 + [2] * 10)
+    held_out = np.zeros(63, bool)
+    held_out[[0, 52, 60]] = True
+    sampler = BalancedUserSampler(user_index, held_out, 3, samples_per_user=200, seed=1)
+    rows = sampler.epoch(4)
+    assert np.bincount(user_index[rows]).tolist() == [200, 200, 200]
+    assert not held_out[rows].any()
+    assert set(rows[user_index[rows] == 1]) == {50, 51}
+    assert np.array_equal(rows, sampler.epoch(4))
+    assert not np.array_equal(rows, sampler.epoch(5))
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_the_prior_learns_who_likes_what_and_a_rerun_changes_nothing(world: dict[str, str]) -> None:
+    config = configure(world)
+    metrics = train_prior(config)
+    prior = load_prior(config.out)
+    assert prior.users["user_id"].to_pylist() == ["a", "b"]
+    centres = torch.from_numpy(np.load(f"{world['folder']}/centres.npy")).float()
+    for user in (0, 1):
+        drawn = sample_liked(
+            prior.network,
+            Diffusion.build(prior.diffusion),
+            [user] * 20,
+            list(range(20)),
+            sampler="dpm_solver",
+            num_inference_steps=10,
+            guidance_scale=2.0,
+        )
+        nearest = torch.nn.functional.cosine_similarity(drawn[:, None], centres[None], dim=-1).argmax(1)
+        assert (nearest == user).float().mean() >= 0.9
+    lines = (Path(config.out) / "training.csv").read_text().splitlines()
+    assert lines[0] == "epoch,train_loss,val_loss,learning_rate"
+    assert float(lines[-1].split(",")[1]) < 0.7 * float(lines[1].split(",")[1])
+    assert train_prior(config) == metrics  # the finished run is found again, not repeated
+    assert list(Path(config.storage).rglob("events.out.tfevents*"))
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_two_workers_share_an_epoch(world: dict[str, str]) -> None:
+    config = configure(world, max_epochs=2).model_copy(update={"run_name": "two"})
+    workers = config.workers.model_copy(update={"num_workers": 2})
+    metrics = train_prior(config.model_copy(update={"workers": workers}))
+    assert metrics["epochs"] == 2
+    assert np.isfinite(metrics["val_loss"])
+
+
+def test_a_killed_run_goes_on_from_its_last_epoch(world: dict[str, str], tmp_path: Path) -> None:
+    """Kill the driver in the middle with SIGKILL; the same command again joins the curve up."""
+    config = configure(world, max_epochs=8, samples_per_user=1024)
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    script = textwrap.dedent(
+        """
+        import sys
+        from rebeca_ray.config import TrainConfig
+        from rebeca_ray.job import start_ray
+        from rebeca_ray.training import train_prior
+        start_ray()
+        print(train_prior(TrainConfig.model_validate_json(open(sys.argv[1]).read())))
+        """
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "config.json")]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert first.stdout is not None
+    for line in first.stdout:
+        if "epoch 3/8" in line:
+            break
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    time.sleep(2)
+    second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "epoch 1/8" not in second.stdout + second.stderr
+    epochs = [int(line.split(",")[0]) for line in (Path(config.out) / "training.csv").read_text().splitlines()[1:]]
+    assert epochs == list(range(1, 9))
+
+
+def test_rated_items_without_an_embedding_are_named(world: dict[str, str]) -> None:
+    pq.write_table(pq.read_table(world["items"]).slice(1), world["items"])
+    with pytest.raises(UserError, match=r"2 of 80 interactions rate an item that has no embedding there \(i00\)"):
+        train_prior(configure(world))
+
+
+def test_items_without_embeddings_are_refused(world: dict[str, str]) -> None:
+    pq.write_table(pa.table({"item_id": ["i00"], "image": [b""]}), world["items"])
+    with pytest.raises(UserError, match="column 'image_embeds' is missing; run `rebeca embed` on them first"):
+        train_prior(configure(world))
