@@ -5,6 +5,7 @@ request -> one row an item -> embeddings from the prior -> nearest real item -> 
 
 import hashlib
 import json
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pyarrow.compute as pc
 
 from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import Run
-from rebeca_ray.checkpoint import load_prior, read_prior_config
+from rebeca_ray.checkpoint import fingerprint, load_prior, read_prior_config
 from rebeca_ray.config import GenerateConfig, SamplerSettings
 from rebeca_ray.decoding import decoder_embed_dim, decoder_fingerprint
 from rebeca_ray.errors import UserError, did_you_mean
@@ -21,7 +22,6 @@ from rebeca_ray.items import read_image_embeds
 from rebeca_ray.storage import arrow_filesystem, join, open_filesystem, open_table, read_table
 
 ITEMS_A_FILE = 20_000
-LIGHT = 0.25  # CPUs of a stage that mostly waits; a whole one each would starve a small machine
 
 
 def check_request(config: GenerateConfig) -> int:
@@ -79,13 +79,7 @@ def plan_items(config: GenerateConfig, run: Run) -> None:
     sampler = config.sampler
     (
         ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem), columns=columns)
-        .map_batches(
-            RequestedItems,
-            fn_constructor_args=(config.prior, sampler, decoder_fingerprint(config.decoder), config.num_images),
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=1),
-            num_cpus=LIGHT,
-        )
+        .map_batches(RequestedItems(config), batch_format="pyarrow")
         .map_batches(
             SampleEmbeds,
             fn_constructor_args=(config.prior, sampler),
@@ -95,13 +89,7 @@ def plan_items(config: GenerateConfig, run: Run) -> None:
             num_cpus=sampler.cpus_per_actor,
             num_gpus=1 if sampler.device == "cuda" else 0,
         )
-        .map_batches(
-            NearestItems,
-            fn_constructor_args=(config.items,),
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=1),
-            num_cpus=LIGHT,
-        )
+        .map_batches(NearestItems(config.items), batch_format="pyarrow")
         .write_parquet(plan_path, filesystem=arrow_filesystem(plan_filesystem), max_rows_per_file=ITEMS_A_FILE)
     )
 
@@ -109,17 +97,17 @@ def plan_items(config: GenerateConfig, run: Run) -> None:
 class RequestedItems:
     """One row a user in, `num_images` rows out: `item_id`, `user_id`, `rank`, `seed`, `user_index`, `prompt`."""
 
-    def __init__(self, prior: str, sampler: SamplerSettings, decoder: str, num_images: int) -> None:
-        loaded = load_prior(prior)
-        self.users = {row["user_id"]: (row["user_index"], row["history_digest"]) for row in loaded.users.to_pylist()}
-        self.prior, self.decoder, self.num_images = loaded.fingerprint, decoder, num_images
-        told = sampler.model_dump(exclude={"batch_size", "num_actors", "cpus_per_actor", "device"})
+    def __init__(self, config: GenerateConfig) -> None:
+        told = config.sampler.model_dump(exclude={"batch_size", "num_actors", "cpus_per_actor", "device"})
         self.settings = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        self.prior_uri, self.prior = config.prior, fingerprint(read_prior_config(config.prior))
+        self.decoder, self.num_images = decoder_fingerprint(config.decoder), config.num_images
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        users = known_users(self.prior_uri)
         rows: list[dict[str, Any]] = []
         for asked in batch.to_pylist():
-            user_index, history_digest = self.users[asked["user_id"]]
+            user_index, history_digest = users[asked["user_id"]]
             key = identity.plan_key(
                 prior=self.prior, settings=self.settings, user_id=asked["user_id"], history_digest=history_digest, generation=0
             )
@@ -136,6 +124,13 @@ class RequestedItems:
                     }
                 )
         return pa.Table.from_pylist(rows)
+
+
+@cache
+def known_users(prior: str) -> dict[str, tuple[int, str]]:
+    """`user_id` -> (`user_index`, `history_digest`), read once a process."""
+    table = read_table(join(prior, "users.parquet"), "prior")
+    return {row["user_id"]: (row["user_index"], row["history_digest"]) for row in table.to_pylist()}
 
 
 class SampleEmbeds:
@@ -175,21 +170,24 @@ class NearestItems:
     """
 
     def __init__(self, items: str | None) -> None:
-        self.item_id = None
-        if items is not None:
-            found = read_image_embeds(items)
-            self.item_id = pa.array(found.item_id)
-            self.unit_ID = found.image_embeds / np.linalg.norm(found.image_embeds, axis=1, keepdims=True)
+        self.items = items
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         embeds = batch["image_embeds"].combine_chunks()
-        if self.item_id is None:
+        if self.items is None:
             nearest, similarity = pa.nulls(batch.num_rows, pa.string()), pa.nulls(batch.num_rows, pa.float32())
         else:
+            item_id, unit_ID = unit_embeds(self.items)
             values = embeds.flatten().to_numpy().reshape(batch.num_rows, -1)
-            cosine_BI = values / np.linalg.norm(values, axis=1, keepdims=True) @ self.unit_ID.T
-            best = cosine_BI.argmax(axis=1)
-            nearest, similarity = self.item_id.take(pa.array(best)), pa.array(cosine_BI.max(axis=1).astype(np.float32))
+            cosine_BI = values / np.linalg.norm(values, axis=1, keepdims=True) @ unit_ID.T
+            nearest, similarity = item_id.take(pa.array(cosine_BI.argmax(axis=1))), pa.array(cosine_BI.max(axis=1).astype(np.float32))
         schema = schemas.plan(embeds.type.list_size)
         columns = {"nearest_item_id": nearest, "nearest_similarity": similarity}
         return pa.table([columns[name] if name in columns else batch[name] for name in schema.names], names=schema.names).cast(schema)
+
+
+@cache
+def unit_embeds(items: str) -> tuple[pa.Array, np.ndarray]:
+    """Ids and unit embeddings of the real items, read once a process."""
+    found = read_image_embeds(items)
+    return pa.array(found.item_id), found.image_embeds / np.linalg.norm(found.image_embeds, axis=1, keepdims=True)

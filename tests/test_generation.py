@@ -22,7 +22,7 @@ from rebeca_ray.generation import generate_catalog
 from rebeca_ray.planning import plan_items
 from rebeca_ray.rendering import RenderImages, render_items
 from rebeca_ray.stickers.training_data import to_pixels
-from tests.conftest import D, USERS
+from tests.conftest import USERS, D
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -44,7 +44,7 @@ def config(tmp_path: Path, tiny_prior: str, tiny_decoder: DecoderSettings, reque
         root=str(tmp_path / "catalog"),
         items=items_file,
         num_images=3,
-        sampler=SamplerSettings(num_inference_steps=4, batch_size=8, prior_guidance_scale=2.0, cpus_per_actor=0.5),
+        sampler=SamplerSettings(num_inference_steps=4, batch_size=32, prior_guidance_scale=2.0, cpus_per_actor=0.5),
     )
 
 
@@ -157,8 +157,8 @@ def test_a_partial_run_is_not_published(config: GenerateConfig) -> None:
     with pytest.raises(IncompleteRunError, match="nothing is published") as caught:
         assemble(run, requested=16, error_budget=0.1, versions={})
     assert caught.value.exit_code == 75
+    render_items(config, run)
     with pytest.raises(IncompleteRunError, match="17 items requested, 16 planned"):
-        render_items(config, run)
         assemble(run, requested=17, error_budget=0.1, versions={})
     assert not (Path(config.root) / "latest.json").exists()
 

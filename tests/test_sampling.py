@@ -102,7 +102,7 @@ def test_the_same_tile_in_any_order_gives_the_same_bits(prior: Prior, order: lis
     users, seeds = [0, 1, 1, 4], [11, 12, 13, 14]
 
     def sample(chosen: list[int]) -> torch.Tensor:
-        tile = [*chosen, *[0] * (8 - len(chosen))]
+        tile = [*chosen, *[0] * (32 - len(chosen))]
         return sample_liked(
             prior,
             diffusion,

@@ -41,7 +41,8 @@ def test_files_have_the_contracts_shape(tmp_path: Path) -> None:
     assert set(frame["rating"]) == {1, 2, 3, 4, 5}
     counts = frame.groupby("user_id").size()
     assert len(counts) == 300
-    assert (counts.min() >= 20) and (counts.max() <= 400) and (counts.mean() > 1.15 * counts.median())  # a long tail
+    assert counts.between(20, 400).all()
+    assert counts.mean() > 1.15 * counts.median()  # a long tail
     popularity = frame["item_id"].value_counts().to_numpy()
     assert popularity[:355].sum() > 0.12 * popularity.sum()  # the top 5% of items get well over 5% of the ratings
     truth = pq.read_table(tmp_path / "truth.parquet").to_pandas()
