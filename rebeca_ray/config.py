@@ -67,6 +67,9 @@ class OptimizationSettings(Settings):
     """One training run: AdamW, plateau schedule, early stopping, exponential moving average."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    user_learning_rate: Annotated[
+        float | None, Field(gt=0, description="of the user table, whose rows see few batches each; default: learning_rate")
+    ] = None
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
     batch_size: Annotated[int, Field(gt=0, description="samples a step, over all workers")] = 64
     samples_per_user: Annotated[int, Field(gt=0, description="draws a user an epoch")] = 100

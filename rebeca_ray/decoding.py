@@ -42,15 +42,17 @@ class DiffusersDecoder:
     def __init__(self, settings: DecoderSettings) -> None:
         from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
         from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
 
         diffusers_logging.set_verbosity_error()
         diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
         repo, folder, file = adapter_location(settings)
         self.settings = settings
         dtype = DTYPES[settings.dtype]
         try:
             pipeline: Any = StableDiffusionPipeline.from_pretrained(
-                settings.model, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+                settings.model, dtype=dtype, safety_checker=None, requires_safety_checker=False
             )
             pipeline.load_ip_adapter(repo, subfolder=folder, weight_name=file, image_encoder_folder=None)
         except (OSError, ValueError, KeyError) as error:

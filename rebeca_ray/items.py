@@ -101,6 +101,7 @@ def embed_items(config: EmbedConfig) -> int:
 
     dataset = (
         ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem))
+        .repartition(target_num_rows_per_block=config.batch_size)  # a small file is one block, which one actor would get
         .map_batches(
             EmbedImages,
             fn_constructor_args=(config.clip, config.batch_size, config.device),

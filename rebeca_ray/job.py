@@ -85,8 +85,7 @@ def start_ray() -> None:
         os.environ.setdefault(name, value)
     import ray
 
-    for logger in ("ray.data", "ray._private.authentication"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=True, logging_level=logging.WARNING)
     context = ray.data.DataContext.get_current()

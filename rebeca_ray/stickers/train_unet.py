@@ -16,7 +16,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -150,6 +150,20 @@ def write_decoder(model: Model, tokenizer: CLIPTokenizer, mean_length: float, di
     save_file(official_ip_adapter(model.unet, mean_length), directory / "ip_adapter" / "ip-adapter.safetensors")
 
 
+def load_shipped(model: Model, mean_length: float, directory: Path) -> None:
+    """Start from the weights in `directory` instead of from noise: where a machine has no resumable state."""
+    shipped = UNet2DConditionModel.from_pretrained(directory / "unet", dtype=torch.float32)
+    adapter = load_file(directory / "ip_adapter" / "ip-adapter.safetensors")
+    groups: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for name, tensor in adapter.items():
+        group, _, rest = name.partition(".")
+        groups[group][rest] = tensor.float()
+    groups["image_proj"]["proj.weight"] *= mean_length / math.sqrt(EMBED_DIM)
+    shipped._load_ip_adapter_weights([groups], low_cpu_mem_usage=False)
+    model.unet.load_state_dict(shipped.state_dict())
+    model.text_encoder.load_state_dict(CLIPTextModel.from_pretrained(directory / "text_encoder", dtype=torch.float32).state_dict())
+
+
 @torch.no_grad()
 def training_pairs(stickers: Stickers, vae: AutoencoderKL, copies: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """`(row, latents, embeds, mean length)` of `copies` variants of every training image, the image itself first.
@@ -182,6 +196,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch-size", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--continue-shipped", action="store_true", help="without a state in --work, start from the weights in --out")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -199,6 +214,8 @@ def main() -> None:
 
     progress = Progress(args.work, args.out / "training.csv", ["loss", "loss_text_only"])
     model = Model()
+    if args.continue_shipped and not progress.checkpoint.exists():
+        load_shipped(model, mean_length, args.out)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=1e-2, betas=(0.9, 0.98))
     start = 0
