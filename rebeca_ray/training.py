@@ -180,14 +180,11 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(optimization.ema_decay))
     parallel: nn.Module = DistributedDataParallel(network) if world_size > 1 else network
     users = network.user.weight
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [parameter for parameter in network.parameters() if parameter is not users]},
-            {"params": [users], "lr": optimization.user_learning_rate or optimization.learning_rate, "weight_decay": 0.0},
-        ],
-        lr=optimization.learning_rate,
-        weight_decay=optimization.weight_decay,
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in network.parameters() if parameter is not users]},
+        {"params": [users], "lr": optimization.user_learning_rate or optimization.learning_rate, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=optimization.learning_rate, weight_decay=optimization.weight_decay)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimizer, factor=optimization.plateau_factor, patience=optimization.plateau_patience
     )

@@ -42,6 +42,10 @@ def ray_local() -> Iterator[None]:
 
 @pytest.fixture
 def tiny_prior(tmp_path: Path) -> str:
+    return write_tiny_prior(tmp_path)
+
+
+def write_tiny_prior(folder: Path) -> str:
     """A prior directory with random weights for USERS, D = 16."""
     torch.manual_seed(0)
     network = build_network(TINY_NETWORK, embed_dim=D, num_users=len(USERS))
@@ -56,7 +60,7 @@ def tiny_prior(tmp_path: Path) -> str:
         schema=schemas.PRIOR_USERS,
     )
     save_prior(
-        str(tmp_path / "prior"),
+        str(folder / "prior"),
         weights=network.state_dict(),
         network=TINY_NETWORK,
         diffusion=DiffusionSettings(num_train_timesteps=100),
@@ -66,7 +70,7 @@ def tiny_prior(tmp_path: Path) -> str:
         curve="epoch,train_loss,val_loss,learning_rate\n1,1.0,1.0,0.001\n",
         metrics={"val_loss": 1.0},
     )
-    return str(tmp_path / "prior")
+    return str(folder / "prior")
 
 
 @pytest.fixture(scope="session")
@@ -134,21 +138,15 @@ def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> DecoderSettings:
     return DecoderSettings(model=str(folder / "sd"), num_inference_steps=3, batch_size=4, image_format="PNG", thumbnail_size=8)
 
 
-@pytest.fixture
-def request_file(tmp_path: Path) -> str:
-    """Five users, one with a prompt and one with a count of its own."""
-    path = tmp_path / "request.parquet"
-    pq.write_table(
-        pa.table(
-            {
-                "user_id": USERS[:5],
-                "num_images": pa.array([None, 4, None, None, None], pa.int32()),
-                "prompt": [None, None, "noto food pizza", None, None],
-            }
-        ),
-        path,
-    )
-    return str(path)
+def write_request(folder: Path) -> str:
+    """Five users, one with a prompt and one with a count of its own: 16 items at three images a user."""
+    columns = {
+        "user_id": USERS[:5],
+        "num_images": pa.array([None, 4, None, None, None], pa.int32()),
+        "prompt": [None, None, "noto food pizza", None, None],
+    }
+    pq.write_table(pa.table(columns), folder / "request.parquet")
+    return str(folder / "request.parquet")
 
 
 def free_port() -> int:
