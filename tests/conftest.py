@@ -206,5 +206,5 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
     else:
         raise RuntimeError((folder / "log").read_text()[-2000:])
     yield environment
-    process.terminate()
-    process.wait(20)
+    process.kill()  # it takes its time to stop by itself, and its data is thrown away
+    process.wait()

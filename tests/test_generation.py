@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -248,54 +247,3 @@ def test_reading_what_is_not_there(tmp_path: Path) -> None:
     publish(str(tmp_path), "snapshots/a", run_id="a", run_date="2026-01-01", epoch=1)
     with pytest.raises(UserError, match=r"has no manifest.json"):
         read_catalog(str(tmp_path))
-
-
-def test_the_same_on_s3(
-    generated: tuple[GenerateConfig, dict[str, Any]], s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Everything on S3: prior, request, items, catalog; then the pointer's compare-and-swap against the real server."""
-    import ray
-
-    config, local = generated
-    expected = read_catalog(config.root)
-    for name, value in s3_server.items():
-        monkeypatch.setenv(name, value)
-    fsspec.config.conf.clear()
-    filesystem = fsspec.filesystem("s3")
-    filesystem.put(config.prior, "rebeca/in/prior", recursive=True)
-    filesystem.put_file(config.request, "rebeca/in/request.parquet")
-    filesystem.put_file(config.items, "rebeca/in/items.parquet")
-    on_s3 = config.model_copy(
-        update={
-            "prior": "s3://rebeca/in/prior",
-            "request": "s3://rebeca/in/request.parquet",
-            "items": "s3://rebeca/in/items.parquet",
-            "root": "s3://rebeca/catalog",
-        }
-    )
-    ray.shutdown()
-    ray.init(runtime_env={"env_vars": s3_server}, include_dashboard=False)
-    try:
-        manifest = generate_catalog(on_s3)
-        again = generate_catalog(on_s3)
-    finally:
-        ray.shutdown()
-        os.environ.pop("RAY_ADDRESS", None)
-        from rebeca_ray.job import start_ray
-
-        start_ray()
-    assert manifest["counts"] == local["counts"]
-    assert (manifest["epoch"], again["epoch"]) == (1, 2)
-    there = read_catalog(on_s3.root)
-    kept = np.isin(there.items()["user_id"].to_pylist(), expected.items()["user_id"].to_pylist())
-    found = there.items().filter(kept)
-    assert_same_items(found, expected.items())
-    assert_same_pixels(there.images(found), expected.images(expected.items()))
-    with pytest.raises(LostRaceError):
-        publish(on_s3.root, "snapshots/late", run_id="late", run_date="2026-01-01", epoch=2)
-    pointer, version = read_pointer(on_s3.root)
-    assert pointer is not None
-    assert pointer["run_id"] == again["run_id"]
-    with pytest.raises(Exception, match=r"(?i)precondition|pre-condition|412"):
-        filesystem.pipe_file("rebeca/catalog/latest.json", b"{}", IfMatch='"stale"')
-    assert read_pointer(on_s3.root)[1] == version
