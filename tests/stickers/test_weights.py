@@ -125,7 +125,7 @@ def test_images_decoded_from_real_embeddings(
     assert wanted > random + 0.25
 
 
-@UNDERTRAINED
+@pytest.mark.xfail(reason="not measured yet on the shipped UNet, which stopped at step 3,900", strict=False)
 def test_the_prompt_alone_steers_style_and_category(stickers: Stickers, decoder: DiffusersDecoder) -> None:
     """Without the adapter, "noto food pizza" must look more like Noto, and more like food, than other prompts do."""
     text_only = DiffusersDecoder(decoder.settings.model_copy(update={"ip_adapter_scale": 0.0}))
