@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from safetensors import SafetensorError, safe_open
 
 from rebeca_ray import schemas
 from rebeca_ray.config import EmbedConfig
@@ -71,8 +72,12 @@ def load_clip(name: str) -> tuple[Any, Any]:
 
 
 def clip_fingerprint(name: str) -> str:
-    """16 hex digits for a CLIP: of the weights and config of a local directory, else of its name."""
+    """16 hex digits for a CLIP: of the weights and config of a local directory, else of its name.
+
+    Raises UserError, in the driver, for what would fail in every actor.
+    """
     if not name.startswith("local-dir:"):
+        load_clip(name)  # downloads it once, before the actors look for it
         return hashlib.sha256(name.encode()).hexdigest()[:16]
     folder = Path(name.removeprefix("local-dir:"))
     digest = hashlib.sha256()
@@ -80,6 +85,12 @@ def clip_fingerprint(name: str) -> str:
         if not (folder / file).is_file():
             raise UserError(f"clip {name!r}: {file} is not in {folder}; give a directory saved by open_clip")
         digest.update((folder / file).read_bytes())
+    try:
+        json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["embed_dim"]
+        with safe_open(folder / "open_clip_model.safetensors", framework="numpy"):
+            pass
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"clip {name!r}: {folder} is damaged ({type(error).__name__}: {error}); save it again with open_clip") from None
     return digest.hexdigest()[:16]
 
 
@@ -92,7 +103,6 @@ def embed_items(config: EmbedConfig) -> int:
         if name not in schema.names:
             raise UserError(f"items {config.items}: column {name!r} is missing; {did_you_mean(name, schema.names)}")
     fingerprint = clip_fingerprint(config.clip)
-    load_clip(config.clip)  # fails here, in the driver, with one line, rather than in every actor
     require_writable(config.out, "out")
     filesystem, _ = open_filesystem(config.items)
     out_filesystem, out_path = open_filesystem(config.out)

@@ -84,14 +84,17 @@ def start_ray() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     import ray
+    from ray.util.debug import disable_log_once_globally
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # a warning that only a Ray open to others needs
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=True, logging_level=logging.WARNING)
     context = ray.data.DataContext.get_current()
     context.print_on_execution_start = False
     if not sys.stderr.isatty():
         context.enable_progress_bars = False
+        disable_log_once_globally()  # a reminder that bars are off, in every log
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 import math
 import os
 import sys
@@ -167,6 +168,7 @@ def curve_csv(curve: list[list[float]]) -> str:
 
 def train_loop_per_worker(settings: dict[str, Any]) -> None:
     """Ray Train's loop: one epoch, one validation, one report with a checkpoint, until it stops improving."""
+    logging.getLogger().setLevel(logging.WARNING)  # else Ray Train prints every report in full
     config = TrainConfig.model_validate(settings["config"])
     data: TrainingSet = ray.get(settings["data"])
     context = train.get_context()
@@ -184,7 +186,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
         {"params": [parameter for parameter in network.parameters() if parameter is not users]},
         {"params": [users], "lr": optimization.user_learning_rate or optimization.learning_rate, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=optimization.learning_rate, weight_decay=optimization.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=optimization.learning_rate, weight_decay=optimization.weight_decay, fused=True)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimizer, factor=optimization.plateau_factor, patience=optimization.plateau_patience
     )

@@ -28,13 +28,14 @@ USERS = [f"user-{number}" for number in range(7)]
 
 
 @pytest.fixture(scope="session")
-def ray_local() -> Iterator[None]:
-    """One local Ray for the whole test run."""
+def ray_local(s3_server: dict[str, str]) -> Iterator[None]:
+    """One local Ray for the whole test run, whose workers reach the S3 server."""
     import ray
 
     from rebeca_ray.job import start_ray
 
     os.environ.pop("RAY_ADDRESS", None)
+    os.environ.update(s3_server)
     start_ray()
     yield
     ray.shutdown()
@@ -117,7 +118,7 @@ def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> DecoderSettings:
             )
         ),
         tokenizer=tokenizer,
-        scheduler=DPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        scheduler=DPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

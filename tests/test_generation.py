@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.assemble import IncompleteRunError, assemble
@@ -149,6 +151,26 @@ def test_two_runs_agree_whatever_order_and_actors_and_the_second_follows(
     assert before.items().num_rows == 16  # a reader that holds the first snapshot still reads it
 
 
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    asked=st.lists(st.tuples(st.sampled_from(USERS), st.none() | st.integers(1, 5)), min_size=1, unique_by=lambda row: row[0]),
+    cut=st.integers(0, len(USERS)),
+)
+def test_any_request_is_planned_item_by_item_whatever_the_batches(
+    config: GenerateConfig, asked: list[tuple[str, int | None]], cut: int
+) -> None:
+    """Every user gets their count, ranks without a gap, and the same identities and seeds however the request is cut."""
+    users, counts = (list(column) for column in zip(*asked, strict=True))
+    request = pa.table({"user_id": users, "num_images": pa.array(counts, pa.int32())})
+    stage = RequestedItems(config)
+    whole = stage(request)
+    wanted = {user: count or config.num_images for user, count in asked}
+    assert [(row["user_id"], row["rank"]) for row in whole.to_pylist()] == [(u, rank) for u in users for rank in range(wanted[u])]
+    assert len(set(whole["item_id"].to_pylist())) == whole.num_rows == len(set(whole["seed"].to_pylist()))
+    parts = [stage(part) for part in (request.slice(0, cut), request.slice(cut)) if part.num_rows]
+    assert pa.concat_tables(parts) == whole
+
+
 def test_failed_rows_are_kept_apart_and_the_budget_decides(config: GenerateConfig) -> None:
     run = prepare(config, break_first=True)
     with pytest.raises(ErrorBudgetExceededError, match=r"1 of 16 items failed \(image_embeds is not finite\)") as caught:
@@ -247,3 +269,38 @@ def test_reading_what_is_not_there(tmp_path: Path) -> None:
     publish(str(tmp_path), "snapshots/a", run_id="a", run_date="2026-01-01", epoch=1)
     with pytest.raises(UserError, match=r"has no manifest.json"):
         read_catalog(str(tmp_path))
+
+
+def test_the_same_on_s3(generated: tuple[GenerateConfig, dict[str, Any]]) -> None:
+    """Everything on S3: prior, request, items, catalog; then the pointer's compare-and-swap against the real server."""
+    config, local = generated
+    expected = read_catalog(config.root)
+    filesystem = fsspec.filesystem("s3")
+    filesystem.put(config.prior, "rebeca/in/prior", recursive=True)
+    filesystem.put_file(config.request, "rebeca/in/request.parquet")
+    filesystem.put_file(config.items, "rebeca/in/items.parquet")
+    on_s3 = config.model_copy(
+        update={
+            "prior": "s3://rebeca/in/prior",
+            "request": "s3://rebeca/in/request.parquet",
+            "items": "s3://rebeca/in/items.parquet",
+            "root": "s3://rebeca/catalog",
+        }
+    )
+    manifest = generate_catalog(on_s3)
+    again = generate_catalog(on_s3)
+    assert manifest["counts"] == local["counts"]
+    assert (manifest["epoch"], again["epoch"]) == (1, 2)
+    there = read_catalog(on_s3.root)
+    kept = np.isin(there.items()["user_id"].to_pylist(), expected.items()["user_id"].to_pylist())
+    found = there.items().filter(kept)
+    assert_same_items(found, expected.items())
+    assert_same_pixels(there.images(found), expected.images(expected.items()))
+    with pytest.raises(LostRaceError):
+        publish(on_s3.root, "snapshots/late", run_id="late", run_date="2026-01-01", epoch=2)
+    pointer, version = read_pointer(on_s3.root)
+    assert pointer is not None
+    assert pointer["run_id"] == again["run_id"]
+    with pytest.raises(Exception, match=r"(?i)precondition|pre-condition|412"):
+        filesystem.pipe_file("rebeca/catalog/latest.json", b"{}", IfMatch='"stale"')
+    assert read_pointer(on_s3.root)[1] == version

@@ -1,6 +1,7 @@
 """Embedding items with the bundled CLIP through Ray Data."""
 
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from rebeca_ray.config import EmbedConfig
 from rebeca_ray.errors import UserError
-from rebeca_ray.items import embed_items, load_clip, read_image_embeds
+from rebeca_ray.items import clip_fingerprint, embed_items, load_clip, read_image_embeds
 from rebeca_ray.stickers import CLIP, EMBED_DIM, ITEMS
 
 
@@ -47,6 +48,17 @@ def test_every_item_gets_open_clips_own_embedding(tmp_path: Path) -> None:
 def test_a_clip_that_cannot_be_had_is_one_line(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_clip(name)
+
+
+def test_a_damaged_clip_directory_is_refused_before_any_actor_starts(tmp_path: Path) -> None:
+    shutil.copytree(CLIP, tmp_path / "clip")
+    weights = tmp_path / "clip" / "open_clip_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"is damaged \(SafetensorError: .*save it again with open_clip"):
+        clip_fingerprint(f"local-dir:{tmp_path / 'clip'}")
+    weights.unlink()
+    with pytest.raises(UserError, match=r"open_clip_model.safetensors is not in"):
+        clip_fingerprint(f"local-dir:{tmp_path / 'clip'}")
 
 
 def test_repeated_items_are_refused(tmp_path: Path) -> None:

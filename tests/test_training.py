@@ -1,15 +1,25 @@
 """Training with Ray Train: balanced users, two workers, a kill and a resume, and a prior that learned something."""
 
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from rebeca_ray import schemas
+from rebeca_ray.checkpoint import load_prior
 from rebeca_ray.config import TrainConfig
+from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.errors import UserError
+from rebeca_ray.sampling import sample_liked
 from rebeca_ray.training import BalancedUserSampler, train_prior
 from tests.conftest import D
 
@@ -64,6 +74,72 @@ def test_every_user_is_drawn_equally_often_and_never_from_the_hold_out() -> None
     assert set(rows[user_index[rows] == 1]) == {50, 51}
     assert np.array_equal(rows, sampler.epoch(4))
     assert not np.array_equal(rows, sampler.epoch(5))
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_the_prior_learns_who_likes_what_and_a_rerun_changes_nothing(world: dict[str, str]) -> None:
+    config = configure(world)
+    metrics = train_prior(config)
+    prior = load_prior(config.out)
+    assert prior.users["user_id"].to_pylist() == ["a", "b"]
+    centres = torch.from_numpy(np.load(f"{world['folder']}/centres.npy")).float()
+    for user in (0, 1):
+        drawn = sample_liked(
+            prior.network,
+            Diffusion.build(prior.diffusion),
+            [user] * 20,
+            list(range(20)),
+            sampler="dpm_solver",
+            num_inference_steps=10,
+            guidance_scale=2.0,
+        )
+        nearest = torch.nn.functional.cosine_similarity(drawn[:, None], centres[None], dim=-1).argmax(1)
+        assert (nearest == user).float().mean() >= 0.9
+    lines = (Path(config.out) / "training.csv").read_text().splitlines()
+    assert lines[0] == "epoch,train_loss,val_loss,learning_rate"
+    assert float(lines[-1].split(",")[1]) < 0.7 * float(lines[1].split(",")[1])
+    assert train_prior(config) == metrics  # the finished run is found again, not repeated
+    assert list(Path(config.storage).rglob("events.out.tfevents*"))
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_two_workers_share_an_epoch(world: dict[str, str]) -> None:
+    config = configure(world, max_epochs=2).model_copy(update={"run_name": "two"})
+    workers = config.workers.model_copy(update={"num_workers": 2})
+    metrics = train_prior(config.model_copy(update={"workers": workers}))
+    assert metrics["epochs"] == 2
+    assert np.isfinite(metrics["val_loss"])
+
+
+def test_a_killed_run_goes_on_from_its_last_epoch(world: dict[str, str], tmp_path: Path) -> None:
+    """Kill the driver in the middle with SIGKILL; the same command again joins the curve up."""
+    config = configure(world, max_epochs=8, samples_per_user=1024)
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    script = textwrap.dedent(
+        """
+        import sys
+        from rebeca_ray.config import TrainConfig
+        from rebeca_ray.job import start_ray
+        from rebeca_ray.training import train_prior
+        start_ray()
+        print(train_prior(TrainConfig.model_validate_json(open(sys.argv[1]).read())))
+        """
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "config.json")]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert first.stdout is not None
+    for line in first.stdout:
+        if "epoch 3/8" in line:
+            break
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    time.sleep(2)
+    second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "epoch 1/8" not in second.stdout + second.stderr
+    epochs = [int(line.split(",")[0]) for line in (Path(config.out) / "training.csv").read_text().splitlines()[1:]]
+    assert epochs == list(range(1, 9))
 
 
 def test_rated_items_without_an_embedding_are_named(world: dict[str, str]) -> None:

@@ -4,7 +4,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from rebeca_ray.stickers.report import write_report
 from rebeca_ray.stickers.simulate import simulate
 from rebeca_ray.stickers.training_data import Stickers, load_stickers, to_pixels
 from rebeca_ray.stickers.truth import Truth, TruthCheck
+from rebeca_ray.storage import write_json
 from rebeca_ray.training import train_prior
 
 NUM_NO_USER = 100
@@ -87,6 +88,16 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
         page = write_report(
             out, prior=Path(generate.prior), snapshot=snapshot, interactions=interactions, check=check, judge=judge, phases=phases.seconds
         )
+    figures = {
+        "seconds": {name: round(value, 1) for name, value in phases.seconds.items()},
+        "seconds_of_stages": manifest["seconds"],
+        "items_embedded": num_items,
+        "images_rendered": manifest["counts"]["new"],
+        "images_a_second": round(manifest["counts"]["new"] / manifest["seconds"]["render"], 2),
+        "like_probability": {name: round(value, 4) for name, value in asdict(check).items()},
+        "judge_accuracy": judge.held_out_accuracy,
+    }
+    write_json(figures, str(out / "figures.json"))
     console.rule()
     console.print(
         f"[bold]Look at it:[/bold]  {page}\n[bold]Catalog:[/bold]     {generate.root}\n[bold]Prior:[/bold]       {generate.prior}"

@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rebeca_ray.stickers import CLIP, EMBED_DIM, IMAGE_SIZE
 from rebeca_ray.stickers.captions import CONTEXT_LENGTH, VOCAB_SIZE, caption, random_caption, train_tokenizer
-from rebeca_ray.stickers.training_data import Progress, batches, class_ids, load_stickers, shift_and_flip
+from rebeca_ray.stickers.training_data import Progress, autocast, batches, class_ids, load_stickers, shift_and_flip
 
 OPEN_CLIP_CONFIG: dict[str, dict[str, Any]] = {
     "model_cfg": {
@@ -145,7 +145,7 @@ def main() -> None:
         image = shift_and_flip(stickers.image_NCHW[rows].float() / 255, generator) * 2 - 1
         image = turn_and_hide(image, generator) if polishing else image
         tokens = tokenizer([random_caption(parts[row], random) for row in rows])
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu"):
             out = model(image.contiguous(memory_format=torch.channels_last), tokens)
         image_embeds, text_embeds = out["image_features"].float(), out["text_features"].float()
         contrastive = contrastive_loss(image_embeds, text_embeds, out["logit_scale"].float().clamp(max=100))

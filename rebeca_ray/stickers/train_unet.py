@@ -24,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from rebeca_ray.stickers import CLIP, DECODER, EMBED_DIM
 from rebeca_ray.stickers.captions import CONTEXT_LENGTH, VOCAB_SIZE, random_caption
-from rebeca_ray.stickers.training_data import Progress, Stickers, batches, load_stickers, shift_and_flip
+from rebeca_ray.stickers.training_data import Progress, Stickers, autocast, batches, load_stickers, shift_and_flip
 
 LATENT_SIZE = 16
 CONTEXT_DIM = 128
@@ -165,12 +165,14 @@ def load_shipped(model: Model, mean_length: float, directory: Path) -> None:
 
 
 @torch.no_grad()
-def training_pairs(stickers: Stickers, vae: AutoencoderKL, copies: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+def training_pairs(
+    stickers: Stickers, vae: AutoencoderKL, device: str, copies: int = 4
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """`(row, latents, embeds, mean length)` of `copies` variants of every training image, the image itself first.
 
     The embeddings are brought to length sqrt(D); the mean length is what they had.
     """
-    clip = open_clip.create_model(f"local-dir:{CLIP}").eval()
+    clip = open_clip.create_model(f"local-dir:{CLIP}").eval().to(device)
     generator = torch.Generator().manual_seed(0)
     rows, latents, embeds = [], [], []
     for copy in range(copies):
@@ -180,9 +182,10 @@ def training_pairs(stickers: Stickers, vae: AutoencoderKL, copies: int = 4) -> t
                 image = image.flip(-1)
             elif copy > 1:
                 image = shift_and_flip(image, generator, pixels=3)
-            with torch.autocast("cpu", torch.bfloat16):
-                latents.append(vae.encode(image * 2 - 1).latent_dist.mean.float() * vae.config.scaling_factor)
-            embeds.append(clip.encode_image(image * 2 - 1))
+            image = (image * 2 - 1).to(device)
+            with autocast(device):
+                latents.append(vae.encode(image).latent_dist.mean.float().cpu() * vae.config.scaling_factor)
+            embeds.append(clip.encode_image(image).cpu())
             rows.append(chunk)
     lengths = torch.cat(embeds).norm(dim=1, keepdim=True)
     scaled = torch.cat(embeds) / lengths * math.sqrt(EMBED_DIM)
@@ -195,7 +198,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/stickers/unet"), help="where the resumable state is kept")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch-size", type=int, default=40)
+    parser.add_argument("--learning-rate", type=float, default=7e-4, help="at its peak")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--continue-shipped", action="store_true", help="without a state in --work, start from the weights in --out")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -203,11 +208,11 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     stickers = load_stickers()
-    vae = AutoencoderKL.from_pretrained(args.out / "vae", torch_dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(args.out / "vae", torch_dtype=torch.float32).eval().to(args.device)
     pairs = args.work / "pairs.pt"
     if not pairs.exists():
         args.work.mkdir(parents=True, exist_ok=True)
-        torch.save(training_pairs(stickers, vae), pairs)
+        torch.save(training_pairs(stickers, vae, args.device), pairs)
     rows, latents, embeds, mean_length = torch.load(pairs, weights_only=True)
     parts = list(zip(stickers.style, stickers.category, stickers.subcategory, stickers.name, strict=True))
     tokenizer = CLIPTokenizer.from_pretrained(CLIP)
@@ -216,8 +221,9 @@ def main() -> None:
     model = Model()
     if args.continue_shipped and not progress.checkpoint.exists():
         load_shipped(model, mean_length, args.out)
+    model.to(args.device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=1e-2, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=1e-2, betas=(0.9, 0.98), fused=True)
     start = 0
     if state := progress.resume():
         model.load_state_dict(state["model"])
@@ -233,7 +239,7 @@ def main() -> None:
     for step in range(start + 1, args.steps + 1):
         decay = min(1.0, 3 * (1 - (step - 1) / args.steps))
         for group in optimizer.param_groups:
-            group["lr"] = 7e-4 * min(step / 200, decay)
+            group["lr"] = args.learning_rate * min(step / 200, decay)
         chosen = next(stream)
         text_only = bool(random.random() < TEXT_ONLY_SHARE)
         captions = [
@@ -253,15 +259,15 @@ def main() -> None:
         noise = torch.randn(clean.shape, generator=generator)
         set_adapter_scale(model.unet, 0.0 if text_only else 1.0)
         # Plain attention: at 64 tokens the CPU's flash kernel takes twice as long backwards.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            context = model.text_encoder(tokens.input_ids).last_hidden_state
+        with autocast(args.device), sdpa_kernel(SDPBackend.MATH):
+            context = model.text_encoder(tokens.input_ids.to(args.device)).last_hidden_state
             predicted = model.unet(
-                signal * clean + noise_level * noise,
-                timestep,
+                (signal * clean + noise_level * noise).to(args.device),
+                timestep.to(args.device),
                 context,
-                added_cond_kwargs={"image_embeds": [embed[:, None]]},
+                added_cond_kwargs={"image_embeds": [embed[:, None].to(args.device)]},
             ).sample
-            loss = F.mse_loss(predicted.float(), signal * noise - noise_level * clean)
+            loss = F.mse_loss(predicted.float(), (signal * noise - noise_level * clean).to(args.device))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

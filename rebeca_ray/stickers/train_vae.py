@@ -1,7 +1,8 @@
 """Train the bundled autoencoder: `python -m rebeca_ray.stickers.train_vae` (resumes; about half an hour on one core).
 
 A small `AutoencoderKL`, 64x64x3 -> 16x16x4. The loss is L1 + L2 plus the same on differences of neighbouring
-pixels, which keeps outlines sharp; the KL term only keeps the latents bounded.
+pixels, which keeps outlines sharp; the KL term only keeps the latents bounded. `--decoder-only` goes on with the shipped
+weights and leaves the latents as they are, so that the UNet trained on them stays right.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from rebeca_ray.stickers import DECODER, IMAGE_SIZE
-from rebeca_ray.stickers.training_data import Progress, batches, load_stickers, shift_and_flip
+from rebeca_ray.stickers.training_data import Progress, autocast, batches, load_stickers, shift_and_flip
 
 BATCH_SIZE = 32
 KL_WEIGHT = 1e-3  # of the mean KL of one latent value
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DECODER / "vae")
     parser.add_argument("--work", type=Path, default=Path("runs/stickers/vae"), help="where the resumable state is kept")
     parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--decoder-only", action="store_true", help="start from the weights in --out and keep the encoder")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -63,9 +65,17 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     stickers = load_stickers()
-    progress = Progress(args.work, args.out / "training.csv", ["loss", "kl"])
+    progress = Progress(args.work, args.out / f"training{'_decoder' if args.decoder_only else ''}.csv", ["loss", "kl"])
     vae = build_vae()  # not channels-last: group norm runs backwards at half the speed there
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-3, betas=(0.9, 0.95))
+    scaling_factor: float | None = None
+    if args.decoder_only:
+        shipped = AutoencoderKL.from_pretrained(args.out, torch_dtype=torch.float32)
+        vae.load_state_dict(shipped.state_dict())
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+        scaling_factor = shipped.config.scaling_factor
+    trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=1e-3, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * min(1.0, step / args.steps))) + 1e-3),
@@ -82,14 +92,14 @@ def main() -> None:
     sums = np.zeros(2)
     for step in range(start + 1, args.steps + 1):
         image = shift_and_flip(stickers.image_NCHW[next(stream)].float() / 255, generator) * 2 - 1
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu"):
             posterior = vae.encode(image).latent_dist
             drawn = vae.decode(posterior.sample(generator)).sample
         kl = posterior.kl().float().mean() / posterior.mean[0].numel()
         loss = reconstruction_loss(drawn.float(), image) + KL_WEIGHT * kl
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         sums += (loss.item(), kl.item())
@@ -101,7 +111,7 @@ def main() -> None:
                 latents = vae.encode(stickers.image_NCHW[stickers.train_rows[::25]].float() / 127.5 - 1).latent_dist.mean
             state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
             progress.save({"step": step, **state})
-            save_half(vae, round(1 / latents.std().item(), 4), args.out)
+            save_half(vae, scaling_factor or round(1 / latents.std().item(), 4), args.out)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,11 @@ def batches(rows: np.ndarray, batch_size: int, random: np.random.Generator) -> I
             yield order[start : start + batch_size]
 
 
+def autocast(device: str) -> torch.autocast:
+    """Mixed precision where it pays: a processor without AVX-512 computes bfloat16 some hundred times slower than float32."""
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512")
+
+
 class Progress:
     """The resumable state of one training script: a checkpoint in `work`, a loss curve beside the weights."""
 

@@ -1,0 +1,107 @@
+"""The jobs as people run them: a head node with its token, then `ray job submit`, with default configs."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO, free_port
+
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """`ray start --head` with a token in a home of its own; yields the submitter's environment."""
+    home = tmp_path_factory.mktemp("home")
+    port, dashboard = free_port(), free_port()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
+    process = subprocess.Popen(
+        [
+            BIN / "ray",
+            "start",
+            "--head",
+            "--block",
+            "--node-ip-address=127.0.0.1",
+            f"--port={port}",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={dashboard}",
+            f"--dashboard-agent-listen-port={free_port()}",
+            f"--ray-client-server-port={free_port()}",
+            "--num-cpus=2",
+            f"--temp-dir=/tmp/rebeca-{port}",
+        ],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
+    yield environment
+    process.terminate()
+    process.wait(60)
+
+
+def submit(environment: dict[str, str], *entrypoint: str) -> subprocess.CompletedProcess[str]:
+    command = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", *entrypoint]
+    return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def wait_for_dashboard(environment: dict[str, str]) -> None:
+    for _ in range(60):
+        listed = subprocess.run([BIN / "ray", "job", "list"], env=environment, capture_output=True, text=True, check=False)
+        if listed.returncode == 0:
+            return
+        time.sleep(1)
+    raise AssertionError(listed.stdout + listed.stderr)
+
+
+@pytest.mark.timeout(600)
+def test_the_three_jobs_in_order_with_their_default_configs(head: dict[str, str]) -> None:
+    wait_for_dashboard(head)
+    data = Path(head["HOME"]) / "rebeca-stickers"
+    subprocess.run([BIN / "rebeca", "stickers", "simulate", "--users", "100"], env=head, check=True, capture_output=True)
+
+    early = submit(head, "jobs/generate_catalog.py")
+    assert early.returncode == 1
+    assert f"prior {data}/prior: no config.json there; train one with `rebeca train`" in early.stdout + early.stderr
+
+    for job in (
+        ["jobs/embed_items.py"],
+        ["jobs/train_prior.py", "optimization.max_epochs=1"],
+        ["jobs/generate_catalog.py", "num_images=1", "decoder.num_inference_steps=2"],
+    ):
+        out = submit(head, *job)
+        assert out.returncode == 0, out.stdout + out.stderr
+    pointer = json.loads((data / "catalog" / "latest.json").read_text())
+    manifest = json.loads((data / "catalog" / pointer["snapshot"] / "manifest.json").read_text())
+    assert manifest["counts"]["new"] == 100
+    assert manifest["counts"]["users"] == 100
+
+
+def test_a_submitter_without_the_token_is_refused(head: dict[str, str], tmp_path: Path) -> None:
+    wait_for_dashboard(head)
+    out = submit({**head, "HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled"}, "jobs/generate_catalog.py")
+    assert out.returncode != 0
+    assert "401" in out.stdout + out.stderr or "nauthorized" in out.stdout + out.stderr
+
+
+def test_the_upload_is_small_and_holds_no_weights(tmp_path: Path) -> None:
+    """What Ray would upload, by its own rules for `.gitignore` and `.rayignore`."""
+    from ray._private.runtime_env.packaging import create_package
+
+    package = tmp_path / "package.zip"
+    create_package(str(REPO), package, include_gitignore=True)
+    names = zipfile.ZipFile(package).namelist()
+    assert package.stat().st_size < 1_000_000
+    assert {name.split("/")[0] for name in names} >= {"jobs"}
+    assert not [
+        name for name in names if name.endswith((".safetensors", ".parquet")) or name.startswith(("rebeca_ray/", ".venv/", ".git/"))
+    ]
