@@ -51,9 +51,10 @@ def configure(world: dict[str, str], **optimization: object) -> TrainConfig:
             "network": {"num_layers": 2, "num_heads": 2, "width": 32, "num_tokens": 2},
             "diffusion": {"num_train_timesteps": 100},
             "optimization": {
-                "learning_rate": 5e-3,
+                "learning_rate": 3e-3,
+                "user_learning_rate": 3e-2,
                 "batch_size": 64,
-                "samples_per_user": 256,
+                "samples_per_user": 1024,
                 "max_epochs": 12,
                 "ema_decay": 0.9,
                 **optimization,
@@ -113,7 +114,7 @@ def test_two_workers_share_an_epoch(world: dict[str, str]) -> None:
 
 def test_a_killed_run_goes_on_from_its_last_epoch(world: dict[str, str], tmp_path: Path) -> None:
     """Kill the driver in the middle with SIGKILL; the same command again joins the curve up."""
-    config = configure(world, max_epochs=8, samples_per_user=1024)
+    config = configure(world, max_epochs=8)
     (tmp_path / "config.json").write_text(config.model_dump_json())
     script = textwrap.dedent(
         """
