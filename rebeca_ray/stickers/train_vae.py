@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DECODER / "vae")
     parser.add_argument("--work", type=Path, default=Path("runs/stickers/vae"), help="where the resumable state is kept")
     parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="at its peak")
     parser.add_argument("--decoder-only", action="store_true", help="start from the weights in --out and keep the encoder")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -75,7 +76,7 @@ def main() -> None:
         vae.quant_conv.requires_grad_(False)
         scaling_factor = shipped.config.scaling_factor
     trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=1e-3, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=1e-3, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * min(1.0, step / args.steps))) + 1e-3),
