@@ -52,13 +52,17 @@ def save_prior(
     weights: dict[str, torch.Tensor],
     network: NetworkSettings,
     diffusion: DiffusionSettings,
+    condition_dropout: float,
     scaler: EmbedScaler,
     users: pa.Table,
     clip: str | None,
     curve: str,
     metrics: dict[str, float],
 ) -> None:
-    """Write the directory `out` (local or `s3://`); `config.json` goes last, so a half-written prior cannot be loaded."""
+    """Write the directory `out` (local or `s3://`); `config.json` goes last, so a half-written prior cannot be loaded.
+
+    `condition_dropout` is the smaller of the user's and the rating's in training: at 0 there is nothing to guide away from.
+    """
     require_writable(out, "prior")
     filesystem, path = open_filesystem(out)
     with tempfile.TemporaryDirectory() as scratch:
@@ -71,6 +75,7 @@ def save_prior(
             "rebeca_ray": rebeca_ray.__version__,
             "network": network.model_dump(),
             "diffusion": diffusion.model_dump(),
+            "condition_dropout": condition_dropout,
             "scaler": scaler.to_dict(),
             "num_users": users.num_rows,
             "clip": clip,

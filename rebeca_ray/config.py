@@ -1,14 +1,16 @@
 """What a job can be told: frozen, strict models, a YAML loader, and `key.sub=value` overrides.
 
-An unknown key is an error that suggests the nearest known one. Every path may be local or `s3://`.
+An unknown key is an error that suggests the nearest known one. Every `Location` may be local or `s3://`.
 """
 
+import datetime
+import os
 import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rebeca_ray.errors import UserError, did_you_mean
 
@@ -24,8 +26,17 @@ def expand(location: str) -> str:
     return f"{scheme}{Path(path).expanduser()}" if path.startswith("~") else location
 
 
-Location = Annotated[str, AfterValidator(expand)]
+def absolute(location: str) -> str:
+    """A local path from the root, because the cluster's workers have another working directory; `s3://` as it is."""
+    location = expand(location)
+    return location if "://" in location else os.path.abspath(location)
+
+
+Location = Annotated[str, AfterValidator(absolute)]
+ModelName = Annotated[str, AfterValidator(expand)]  # a hub id, or a directory that every node sees
+Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", coerce_numbers_to_str=True)]
 Positive = Annotated[int, Field(gt=0)]
+MAX_IMAGES = 32_767  # a rank is an int16
 Share = Annotated[float, Field(ge=0, lt=1)]
 Cpus = Annotated[float, Field(gt=0, description="CPUs reserved an actor; leave one of the cluster's for reading")]
 Device = Literal["cpu", "cuda"]
@@ -53,6 +64,12 @@ class NetworkSettings(Settings):
     num_heads: Positive = 8
     width: Positive = 128
     num_tokens: Positive = 32
+
+    @model_validator(mode="after")
+    def heads_share_the_width(self) -> Self:
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}; change one of them")
+        return self
 
 
 class DiffusionSettings(Settings):
@@ -100,7 +117,7 @@ class EmbedConfig(Settings):
     """`rebeca embed`: items with images -> the same items with `image_embeds`."""
 
     items: Location
-    clip: Annotated[Location, Field(description="an open_clip name: local-dir:…, hf-hub:…, or architecture/pretrained-tag")]
+    clip: Annotated[ModelName, Field(description="an open_clip name: local-dir:…, hf-hub:…, or architecture/pretrained-tag")]
     out: Location
     batch_size: Positive = 256
     num_actors: Positive = 1
@@ -118,8 +135,10 @@ class TrainConfig(Settings):
     diffusion: DiffusionSettings = DiffusionSettings()
     optimization: OptimizationSettings = OptimizationSettings()
     workers: WorkerSettings = WorkerSettings()
-    storage: Annotated[Location, Field(description="where Ray Train keeps checkpoints; the run resumes from here")] = "runs/train"
-    run_name: Annotated[str | None, Field(description="default: a hash of config and data, so that new data starts a new run")] = None
+    storage: Annotated[
+        Location, Field(description="where Ray Train keeps checkpoints; the run resumes from here", validate_default=True)
+    ] = "runs/train"
+    run_name: Annotated[Identifier, Field(description="a hash of settings and data follows it, so that new data starts anew")] = "prior"
 
 
 class SamplerSettings(Settings):
@@ -137,9 +156,9 @@ class SamplerSettings(Settings):
 class DecoderSettings(Settings):
     """The decoder: a Stable Diffusion directory or hub id and its IP-Adapter file."""
 
-    model: Location
+    model: ModelName
     ip_adapter: Annotated[str, Field(description="path of the adapter inside `ip_adapter_repo`")] = "ip_adapter/ip-adapter.safetensors"
-    ip_adapter_repo: Annotated[Location | None, Field(description="hub id or directory; default: the model's own")] = None
+    ip_adapter_repo: Annotated[ModelName | None, Field(description="hub id or directory; default: the model's own")] = None
     scheduler: Literal["dpm_solver", "ddim"] = "dpm_solver"
     num_inference_steps: Positive = 20
     decoder_guidance_scale: Annotated[float, Field(ge=1, description="1 means a single pass")] = 5.0
@@ -164,9 +183,9 @@ class GenerateConfig(Settings):
     root: Location
     items: Annotated[Location | None, Field(description="real items, for nearest_item_id")] = None
     sampler: SamplerSettings = SamplerSettings()
-    num_images: Annotated[int, Field(gt=0, description="images a user, where the request does not say")] = 10
-    run_date: Annotated[str | None, Field(pattern=r"^\d{4}-\d{2}-\d{2}$", description="default: today, UTC")] = None
-    run_id: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = None
+    num_images: Annotated[int, Field(gt=0, le=MAX_IMAGES, description="images a user, where the request does not say")] = 10
+    run_date: Annotated[datetime.date | None, Field(description="default: today, UTC")] = None
+    run_id: Annotated[Identifier | None, Field(description="default: the time and six random digits")] = None
     error_budget: Annotated[Share, Field(description="share of items that may fail; above it nothing is published")] = 0.001
 
 
@@ -180,7 +199,7 @@ def load_config(model: type[C], path: str | Path, overrides: list[str] | None = 
         values = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
         raise UserError(f"config {path}: cannot be read ({error.strerror}); give an existing YAML file to --config") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise UserError(f"config {path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise UserError(f"config {path}: found {type(values).__name__} at the top, expected a mapping of settings")
@@ -199,7 +218,10 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise UserError(f"override {override!r}: {parent} is a value, not a section")
-    values[leaf] = yaml.safe_load(text)
+    try:
+        values[leaf] = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+        raise UserError(f"override {override!r}: {text!r} is not valid YAML ({' '.join(str(error).split())}); quote it") from None
 
 
 def parse_config(model: type[C], values: dict[str, Any], *, where: str) -> C:
@@ -215,7 +237,7 @@ def parse_config(model: type[C], values: dict[str, Any], *, where: str) -> C:
             raise UserError(f"{where}: unknown key {key!r}; {hint}") from None
         if first["type"] == "missing":
             raise UserError(f"{where}: key {key!r} is missing; set it in the file or as {key}=…") from None
-        raise UserError(f"{where}: {key} = {first['input']!r}: {first['msg'].lower()}") from None
+        raise UserError(f"{where}: {key} = {first['input']!r}: {first['msg'].removeprefix('Value error, ').lower()}") from None
 
 
 def section_at(model: type[Settings], parents: list[str]) -> type[Settings]:

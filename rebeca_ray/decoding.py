@@ -80,7 +80,10 @@ class DiffusersDecoder:
         return np.concatenate(images)
 
     def decode_tile(self, image_embeds_BD: np.ndarray, seeds: Sequence[int], prompts: Sequence[str]) -> np.ndarray:
-        """One full batch: the denoising loop of Stable Diffusion, guidance as one doubled batch."""
+        """One full batch: the denoising loop of Stable Diffusion, guidance as one doubled batch.
+
+        Raises RuntimeError for pixels that are not finite.
+        """
         device, dtype, guidance = self.settings.device, self.unet.dtype, self.settings.decoder_guidance_scale
         size, channels = self.latent_size, self.unet.config.in_channels
         image = torch.from_numpy(np.ascontiguousarray(image_embeds_BD)).to(device, dtype)[:, None]
@@ -102,6 +105,8 @@ class DiffusersDecoder:
                 predicted = unconditional + guidance * (conditional - unconditional)
             latents = self.scheduler.step(predicted, timestep, latents, return_dict=False)[0]
         pixels = self.vae.decode((latents / self.vae.config.scaling_factor).to(dtype), return_dict=False)[0]
+        if not torch.isfinite(pixels).all():  # the usual end of float16 overflow; rounded, it would be a black image
+            raise RuntimeError(f"the decoder drew values that are not finite in {self.settings.dtype}")
         rounded = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
         return rounded.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -121,6 +126,11 @@ def adapter_location(settings: DecoderSettings) -> tuple[str, str, str]:
     folder, _, file = settings.ip_adapter.rpartition("/")
     if not file.endswith(".safetensors"):
         raise UserError(f"decoder.ip_adapter {settings.ip_adapter}: a pickle can run code when loaded; give the .safetensors file")
+    if settings.model.startswith(("/", ".")) and not (Path(settings.model) / "model_index.json").is_file():
+        raise UserError(
+            f"decoder.model {settings.model}: no model_index.json there; give a diffusers directory, or a hub id such as "
+            "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        )
     if Path(repo).is_dir() and not (Path(repo) / folder / file).is_file():
         raise UserError(
             f"decoder.ip_adapter {settings.ip_adapter}: no such file in {repo}; set decoder.ip_adapter or decoder.ip_adapter_repo"

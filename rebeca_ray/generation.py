@@ -3,9 +3,11 @@
 import time
 from typing import Any
 
-from rebeca_ray.catalog.assemble import assemble, code_version
+import rebeca_ray
+from rebeca_ray.catalog.assemble import assemble
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.publish import publish
+from rebeca_ray.catalog.read import published
 from rebeca_ray.checkpoint import fingerprint, read_prior_config
 from rebeca_ray.config import GenerateConfig
 from rebeca_ray.decoding import decoder_fingerprint
@@ -20,24 +22,29 @@ def generate_catalog(config: GenerateConfig) -> dict[str, Any]:
     requested = check_request(config)
     require_writable(config.root, "root")
     run = Run.start(config)
-    filesystem, snapshot = open_filesystem(join(run.root, run.snapshot))
-    if filesystem.exists(snapshot):
-        raise UserError(f"root {config.root}: run {run.run_id} of {run.run_date} already exists; choose another run_id")
+    for place in (run.snapshot, run.images, f"work/run_id={run.run_id}"):
+        filesystem, path = open_filesystem(join(run.root, place))
+        if filesystem.exists(path):
+            raise UserError(f"root {config.root}: run_id {run.run_id} was used before ({place} is there); choose another, or give none")
+    published(run.root)  # a damaged one is found now, not after rendering
+    versions = {
+        "prior": fingerprint(read_prior_config(config.prior)),
+        "decoder": decoder_fingerprint(config.decoder),
+        "code": rebeca_ray.__version__,
+    }
     seconds = {}
-    for name, stage in (("plan", plan_items), ("render", render_items)):
-        started = time.perf_counter()
-        stage(config, run)
-        seconds[name] = round(time.perf_counter() - started, 2)
+    started = time.perf_counter()
+    plan_items(config, run, versions)
+    seconds["plan"] = round(time.perf_counter() - started, 2)
+    started = time.perf_counter()
+    render_items(config, run)
+    seconds["render"] = round(time.perf_counter() - started, 2)
     started = time.perf_counter()
     manifest = assemble(
         run,
         requested=requested,
         error_budget=config.error_budget,
-        versions={
-            "prior": fingerprint(read_prior_config(config.prior)),
-            "decoder": decoder_fingerprint(config.decoder),
-            "code": code_version(),
-        },
+        versions=versions,
     )
     publish(run.root, run.snapshot, run_id=run.run_id, run_date=run.run_date, epoch=run.epoch)
     seconds["assemble"] = round(time.perf_counter() - started, 2)

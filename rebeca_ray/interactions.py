@@ -3,8 +3,6 @@
 Works on numpy columns, because twenty million ratings fit easily and a per-user split needs them sorted once.
 """
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,6 +13,8 @@ import pyarrow.compute as pc
 from rebeca_ray import schemas
 from rebeca_ray.config import InteractionSettings
 from rebeca_ray.errors import UserError, did_you_mean
+from rebeca_ray.identity import hash128
+from rebeca_ray.schemas import compatible
 from rebeca_ray.storage import open_table, read_table
 
 MAX_EXAMPLES = 3
@@ -83,18 +83,10 @@ def read_columns(uri: str) -> pa.Table:
             raise UserError(f"interactions {uri}: column {field.name!r} is {actual}, expected {field.type}; cast it and write again")
         columns.append(field.name)
     table = read_table(uri, "interactions", columns)
+    if "timestamp" in columns:  # below a microsecond nothing is lost that matters
+        place = table.column_names.index("timestamp")
+        table = table.set_column(place, "timestamp", table["timestamp"].cast(schemas.INTERACTIONS.field("timestamp").type, safe=False))
     return table.cast(pa.schema([schemas.INTERACTIONS.field(name).with_nullable(True) for name in columns]))
-
-
-def compatible(actual: pa.DataType, expected: pa.DataType) -> bool:
-    """Whether a column of `actual` can be read as `expected` without a change of meaning."""
-    if pa.types.is_dictionary(actual):
-        actual = actual.value_type
-    if pa.types.is_string(expected):
-        return pa.types.is_string(actual) or pa.types.is_large_string(actual)
-    if pa.types.is_floating(expected):
-        return pa.types.is_floating(actual) or pa.types.is_integer(actual)
-    return pa.types.is_timestamp(actual) or pa.types.is_date(actual)
 
 
 def validate(table: pa.Table, uri: str) -> pa.Table:
@@ -149,7 +141,8 @@ def likes(table: pa.Table, threshold: float) -> np.ndarray:
 
 def hold_out(user_id: np.ndarray, user_index: np.ndarray, item_id: np.ndarray, share: float) -> np.ndarray:
     """True for `floor(share * count)` interactions of each user, those with the smallest hash of (user, item)."""
-    keys = np.fromiter((stable_hash(user_id[user], item) for user, item in zip(user_index, item_id, strict=True)), np.uint64, len(item_id))
+    pairs = zip(user_id[user_index], item_id, strict=True)
+    keys = np.fromiter((int(hash128(user, item)[:16], 16) for user, item in pairs), np.uint64, len(item_id))
     order = np.lexsort((keys, user_index))
     counts = np.bincount(user_index, minlength=len(user_id))
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
@@ -159,21 +152,11 @@ def hold_out(user_id: np.ndarray, user_index: np.ndarray, item_id: np.ndarray, s
     return held
 
 
-def stable_hash(*parts: str) -> int:
-    """64 bits that are the same on every machine and run."""
-    return int.from_bytes(hashlib.blake2b("\x1f".join(parts).encode(), digest_size=8).digest(), "big")
-
-
 def history_digests(interactions: Interactions) -> list[str]:
-    """One digest a user of everything trained on, to tell later whether a history changed."""
-    digests = []
+    """One digest a user of the whole history, hold-out included, to tell later whether it changed."""
     bounds = np.searchsorted(interactions.user_index, np.arange(interactions.num_users + 1))
-    for start, stop in pairwise(bounds):
-        rows: Sequence[str] = [
-            f"{item}={like}" for item, like in zip(interactions.item_id[start:stop], interactions.like[start:stop], strict=True)
-        ]
-        digests.append(hashlib.blake2b("\x1f".join(rows).encode(), digest_size=16).hexdigest())
-    return digests
+    told = [f"{item}={like}" for item, like in zip(interactions.item_id, interactions.like, strict=True)]
+    return [hash128(*told[start:stop]) for start, stop in pairwise(bounds)]
 
 
 def user_table(interactions: Interactions) -> pa.Table:

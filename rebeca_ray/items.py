@@ -9,12 +9,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
 from rebeca_ray import schemas
 from rebeca_ray.config import EmbedConfig
 from rebeca_ray.errors import UserError, did_you_mean
-from rebeca_ray.storage import arrow_filesystem, join, open_filesystem, open_table, read_table, require_writable
+from rebeca_ray.storage import arrow_filesystem, join, open_filesystem, open_table, read_json, read_table, require_writable, write_json
+
+MARKER = "embedding.json"  # beside embedded items: how many, and by which CLIP
+UNFINISHED: dict[str, Any] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,26 +34,35 @@ class EmbedImages:
     """Ray Data actor: encoded images in, CLIP image embeddings out; one row for one row.
 
     Adds `image_embeds` [D], not normalised, because that is what IP-Adapter was trained on, and drops `image`.
+    Raises UserError, naming the item, for an image that cannot be decoded.
     """
 
-    def __init__(self, clip: str, batch_size: int, device: str) -> None:
+    def __init__(self, clip: str, device: str) -> None:
         import torch
 
         self.torch, self.device = torch, device
         self.model, self.preprocess = load_clip(clip)
         self.model = self.model.eval().to(device)
-        self.batch_size = batch_size
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        from PIL import Image
-
         encoded = batch["image"].combine_chunks().field("bytes")
-        images = [self.preprocess(Image.open(io.BytesIO(value.as_py())).convert("RGB")) for value in encoded]
+        images = [self.preprocess(open_image(value, item)) for value, item in zip(encoded.to_pylist(), batch["item_id"], strict=True)]
         with self.torch.inference_mode():
             embeds = self.model.encode_image(self.torch.stack(images).to(self.device), normalize=False).float().cpu().numpy()
         assert len(embeds) == batch.num_rows
         column = pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(embeds.shape[1]))
-        return batch.drop_columns(["image"]).append_column("image_embeds", column)
+        kept = [name for name in batch.column_names if name not in ("image", "image_embeds")]
+        return batch.select(kept).append_column("image_embeds", column)
+
+
+def open_image(encoded: bytes | None, item_id: pa.Scalar) -> Any:
+    """The RGB picture of one item."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(io.BytesIO(encoded or b"")).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"items: the image of {item_id.as_py()!r} cannot be decoded ({error}); mend or drop that item") from None
 
 
 def load_clip(name: str) -> tuple[Any, Any]:
@@ -102,19 +115,19 @@ def embed_items(config: EmbedConfig) -> int:
     for name in ("item_id", "image"):
         if name not in schema.names:
             raise UserError(f"items {config.items}: column {name!r} is missing; {did_you_mean(name, schema.names)}")
+    if f"{config.items}/".startswith(f"{config.out}/"):
+        raise UserError(f"out {config.out}: holds the items themselves and would be replaced; choose another folder")
     fingerprint = clip_fingerprint(config.clip)
     require_writable(config.out, "out")
     filesystem, _ = open_filesystem(config.items)
     out_filesystem, out_path = open_filesystem(config.out)
-    if out_filesystem.exists(out_path):
-        out_filesystem.rm(out_path, recursive=True)
 
     dataset = (
         ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem))
         .repartition(target_num_rows_per_block=config.batch_size)  # a small file is one block, which one actor would get
         .map_batches(
             EmbedImages,
-            fn_constructor_args=(config.clip, config.batch_size, config.device),
+            fn_constructor_args=(config.clip, config.device),
             batch_size=config.batch_size,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=config.num_actors),
@@ -123,18 +136,18 @@ def embed_items(config: EmbedConfig) -> int:
         )
         .materialize()
     )
+    if out_filesystem.exists(out_path):  # only now that the new ones are complete
+        out_filesystem.rm(out_path, recursive=True)
+    write_json(UNFINISHED, join(config.out, MARKER))
     dataset.write_parquet(out_path, filesystem=arrow_filesystem(out_filesystem))
     meta = {"clip": fingerprint, "clip_name": config.clip, "rows": dataset.count()}
-    out_filesystem.pipe_file(join(out_path, "embedding.json"), json.dumps(meta, indent=2).encode())
+    write_json(meta, join(config.out, MARKER))
     return int(meta["rows"])
 
 
 def read_image_embeds(uri: str) -> EmbeddedItems:
     """All embedded items of `uri` in memory. Raises UserError for a missing column, nulls or repeated ids."""
-    _, schema = open_table(uri, "items")
-    if "image_embeds" not in schema.names:
-        remedy = "run `rebeca embed` on them first" if "image" in schema.names else did_you_mean("image_embeds", schema.names)
-        raise UserError(f"items {uri}: column 'image_embeds' is missing; {remedy}")
+    embedded_with(uri)
     table = read_table(uri, "items", ["item_id", "image_embeds"])
     column = table["image_embeds"].combine_chunks()
     if column.null_count or not (pa.types.is_fixed_size_list(column.type) or pa.types.is_list(column.type)):
@@ -147,7 +160,23 @@ def read_image_embeds(uri: str) -> EmbeddedItems:
     item_id = table["item_id"].to_numpy(zero_copy_only=False).astype(str)
     if len(np.unique(item_id)) != len(item_id):
         raise UserError(f"items {uri}: {len(item_id) - len(np.unique(item_id))} item_ids are repeated; keep one row an item")
-    filesystem, path = open_filesystem(uri)
-    marker = join(path, "embedding.json")
-    clip = json.loads(filesystem.cat_file(marker))["clip"] if filesystem.exists(marker) else None
-    return EmbeddedItems(item_id=item_id, image_embeds=values.reshape(len(item_id), -1), clip=clip)
+    return EmbeddedItems(item_id=item_id, image_embeds=values.reshape(len(item_id), -1), clip=embedded_with(uri)[1])
+
+
+def embedded_with(uri: str) -> tuple[int, str | None]:
+    """`(D, fingerprint of the CLIP)` of embedded items, read from the first row and the marker; None if there is no marker."""
+    files, schema = open_table(uri, "items")
+    if "image_embeds" not in schema.names:
+        remedy = "run `rebeca embed` on them first" if "image" in schema.names else did_you_mean("image_embeds", schema.names)
+        raise UserError(f"items {uri}: column 'image_embeds' is missing; {remedy}")
+    column = schema.field("image_embeds").type
+    filesystem, _ = open_filesystem(uri)
+    if pa.types.is_fixed_size_list(column):
+        embed_dim = column.list_size
+    else:
+        with filesystem.open(files[0], "rb") as file:
+            embed_dim = len(pq.ParquetFile(file).read_row_group(0, columns=["image_embeds"])["image_embeds"][0])
+    marker = read_json(join(uri, MARKER))
+    if marker == UNFINISHED:
+        raise UserError(f"items {uri}: the embedding that wrote them did not finish; run `rebeca embed` again")
+    return embed_dim, marker["clip"] if marker else None

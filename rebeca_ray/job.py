@@ -92,6 +92,7 @@ def start_ray() -> None:
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=True, logging_level=logging.WARNING)
     context = ray.data.DataContext.get_current()
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # so that a UserError in a stage arrives as one
     if not sys.stderr.isatty():
         context.enable_progress_bars = False
         disable_log_once_globally()  # a reminder that bars are off, in every log
@@ -111,9 +112,14 @@ def plain_errors() -> Iterator[None]:
 
 
 def user_error(error: BaseException | None) -> UserError | None:
-    """The UserError behind an exception, through Ray's wrappers and causes."""
-    while error is not None:
-        if isinstance(error, UserError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
+    """The UserError behind an exception, through Ray's wrappers and causes.
+
+    The cause comes first: what Ray raises for a UserError in a task is one too, but its text is a traceback.
+    """
+    if error is None:
+        return None
+    failures = getattr(error, "worker_failures", None) or {}  # Ray Train: one exception a rank
+    for inner in (getattr(error, "cause", None), error.__cause__, *failures.values()):
+        if found := user_error(inner):
+            return found
+    return error if isinstance(error, UserError) else None

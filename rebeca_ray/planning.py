@@ -5,7 +5,7 @@ request -> one row an item -> embeddings from the prior -> nearest real item -> 
 
 import hashlib
 import json
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,12 @@ import pyarrow.compute as pc
 
 from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import Run
-from rebeca_ray.checkpoint import fingerprint, load_prior, read_prior_config
-from rebeca_ray.config import GenerateConfig, SamplerSettings
-from rebeca_ray.decoding import decoder_embed_dim, decoder_fingerprint
+from rebeca_ray.checkpoint import load_prior, read_prior_config
+from rebeca_ray.config import MAX_IMAGES, GenerateConfig, SamplerSettings
+from rebeca_ray.decoding import decoder_embed_dim
 from rebeca_ray.errors import UserError, did_you_mean
-from rebeca_ray.items import read_image_embeds
+from rebeca_ray.items import embedded_with, read_image_embeds
+from rebeca_ray.schemas import compatible
 from rebeca_ray.storage import arrow_filesystem, join, open_filesystem, open_table, read_table
 
 ITEMS_A_FILE = 20_000
@@ -37,10 +38,17 @@ def check_request(config: GenerateConfig) -> int:
             f"prior {config.prior} draws embeddings of size {embed_dim}, decoder {config.decoder.model} reads {wanted}; "
             "train the prior on items embedded with the decoder's CLIP"
         )
+    check_prior_can(config, prior)
+    if config.items is not None:
+        check_items_fit(config.items, prior)
     _, schema = open_table(config.request, "request")
     if "user_id" not in schema.names:
         raise UserError(f"request {config.request}: column 'user_id' is missing; {did_you_mean('user_id', schema.names)}")
     request = read_table(config.request, "request", [name for name in schemas.REQUEST.names if name in schema.names])
+    for name in request.column_names:
+        actual, expected = schema.field(name).type, schemas.REQUEST.field(name).type
+        if not compatible(actual, expected):
+            raise UserError(f"request {config.request}: column {name!r} is {actual}, expected {expected}; cast it and write again")
     users = request["user_id"]
     if request.num_rows == 0:
         raise UserError(f"request {config.request}: has no rows; ask for at least one user")
@@ -62,14 +70,44 @@ def check_request(config: GenerateConfig) -> int:
         )
     if "num_images" not in request.column_names:
         return len(users) * config.num_images
-    counts = pc.fill_null(request["num_images"], config.num_images)
-    if pc.min(counts).as_py() < 1:
-        raise UserError(f"request {config.request}: num_images goes down to {pc.min(counts).as_py()}; ask for at least 1 image a user")
+    counts = pc.fill_null(request["num_images"].cast(pa.int64()), config.num_images)
+    least, most = pc.min_max(counts).as_py().values()
+    if least < 1 or most > MAX_IMAGES:
+        raise UserError(f"request {config.request}: num_images goes from {least} to {most}; ask for 1 to {MAX_IMAGES:,} images a user")
     return int(pc.sum(counts).as_py())
 
 
-def plan_items(config: GenerateConfig, run: Run) -> None:
-    """Write the run's plan. Every requested item becomes exactly one row."""
+def check_prior_can(config: GenerateConfig, prior: dict[str, Any]) -> None:
+    """Raise UserError for sampler settings this prior was not trained for."""
+    sampler, trained_steps = config.sampler, prior["diffusion"]["num_train_timesteps"]
+    if sampler.num_inference_steps > trained_steps:
+        raise UserError(
+            f"sampler.num_inference_steps is {sampler.num_inference_steps}, prior {config.prior} was trained on {trained_steps}; "
+            "take at most that many"
+        )
+    if sampler.prior_guidance_scale > 1 and prior["condition_dropout"] == 0:
+        raise UserError(
+            f"sampler.prior_guidance_scale is {sampler.prior_guidance_scale}, but prior {config.prior} was trained without condition "
+            "dropout and cannot be guided; set it to 1, or train with user_dropout and rating_dropout above 0"
+        )
+
+
+def check_items_fit(items: str, prior: dict[str, Any]) -> None:
+    """Raise UserError for real items that the prior's embeddings cannot be compared with."""
+    embed_dim, clip = embedded_with(items)
+    wanted = prior["scaler"]["embed_dim"]
+    if embed_dim != wanted or (clip and prior["clip"] and clip != prior["clip"]):
+        raise UserError(
+            f"items {items}: embeddings of size {embed_dim} by CLIP {clip}, the prior knows size {wanted} by CLIP {prior['clip']}; "
+            "give the items it was trained on, or leave `items` out"
+        )
+
+
+def plan_items(config: GenerateConfig, run: Run, versions: dict[str, str]) -> None:
+    """Write the run's plan. Every requested item becomes exactly one row.
+
+    Raises UserError if the prior is no longer the one of `versions`.
+    """
     import ray
 
     files, schema = open_table(config.request, "request")
@@ -79,17 +117,17 @@ def plan_items(config: GenerateConfig, run: Run) -> None:
     sampler = config.sampler
     (
         ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem), columns=columns)
-        .map_batches(RequestedItems(config), batch_format="pyarrow")
+        .map_batches(RequestedItems(config, run.run_id, versions), batch_format="pyarrow")
         .map_batches(
             SampleEmbeds,
-            fn_constructor_args=(config.prior, sampler),
+            fn_constructor_args=(config.prior, versions["prior"], sampler),
             batch_size=sampler.batch_size,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=sampler.num_actors),
             num_cpus=sampler.cpus_per_actor,
             num_gpus=1 if sampler.device == "cuda" else 0,
         )
-        .map_batches(NearestItems(config.items), batch_format="pyarrow")
+        .map_batches(NearestItems(config.items, run.run_id), batch_format="pyarrow")
         .write_parquet(plan_path, filesystem=arrow_filesystem(plan_filesystem), max_rows_per_file=ITEMS_A_FILE)
     )
 
@@ -97,14 +135,14 @@ def plan_items(config: GenerateConfig, run: Run) -> None:
 class RequestedItems:
     """One row a user in, `num_images` rows out: `item_id`, `user_id`, `rank`, `seed`, `user_index`, `prompt`."""
 
-    def __init__(self, config: GenerateConfig) -> None:
+    def __init__(self, config: GenerateConfig, run_id: str, versions: dict[str, str]) -> None:
         told = config.sampler.model_dump(exclude={"batch_size", "num_actors", "cpus_per_actor", "device"})
         self.settings = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-        self.prior_uri, self.prior = config.prior, fingerprint(read_prior_config(config.prior))
-        self.decoder, self.num_images = decoder_fingerprint(config.decoder), config.num_images
+        self.prior_uri, self.run_id, self.num_images = config.prior, run_id, config.num_images
+        self.prior, self.decoder = versions["prior"], versions["decoder"]
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        users = known_users(self.prior_uri)
+        users = known_users(self.prior_uri, self.run_id)
         rows: list[dict[str, Any]] = []
         for asked in batch.to_pylist():
             user_index, history_digest = users[asked["user_id"]]
@@ -126,9 +164,9 @@ class RequestedItems:
         return pa.Table.from_pylist(rows)
 
 
-@cache
-def known_users(prior: str) -> dict[str, tuple[int, str]]:
-    """`user_id` -> (`user_index`, `history_digest`), read once a process."""
+@lru_cache(maxsize=1)
+def known_users(prior: str, run_id: str) -> dict[str, tuple[int, str]]:
+    """`user_id` -> (`user_index`, `history_digest`), read once a process and run: the next run may find another prior there."""
     table = read_table(join(prior, "users.parquet"), "prior")
     return {row["user_id"]: (row["user_index"], row["history_digest"]) for row in table.to_pylist()}
 
@@ -136,10 +174,12 @@ def known_users(prior: str) -> dict[str, tuple[int, str]]:
 class SampleEmbeds:
     """One row in, the same row out with `image_embeds` drawn from the prior (rounded to half precision)."""
 
-    def __init__(self, prior: str, sampler: SamplerSettings) -> None:
+    def __init__(self, prior: str, version: str, sampler: SamplerSettings) -> None:
         from rebeca_ray.diffusion import Diffusion
 
         self.prior, self.sampler = load_prior(prior, sampler.device), sampler
+        if self.prior.fingerprint != version:
+            raise UserError(f"prior {prior}: was replaced while this run was planning; run again")
         self.diffusion = Diffusion.build(self.prior.diffusion, sampler.device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -169,15 +209,15 @@ class NearestItems:
     Brute force in batches: one matrix product of B x D by D x I.
     """
 
-    def __init__(self, items: str | None) -> None:
-        self.items = items
+    def __init__(self, items: str | None, run_id: str) -> None:
+        self.items, self.run_id = items, run_id
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         embeds = batch["image_embeds"].combine_chunks()
         if self.items is None:
             nearest, similarity = pa.nulls(batch.num_rows, pa.string()), pa.nulls(batch.num_rows, pa.float32())
         else:
-            item_id, unit_ID = unit_embeds(self.items)
+            item_id, unit_ID = unit_embeds(self.items, self.run_id)
             values = embeds.flatten().to_numpy().reshape(batch.num_rows, -1)
             cosine_BI = values / np.linalg.norm(values, axis=1, keepdims=True) @ unit_ID.T
             nearest, similarity = item_id.take(pa.array(cosine_BI.argmax(axis=1))), pa.array(cosine_BI.max(axis=1).astype(np.float32))
@@ -186,8 +226,8 @@ class NearestItems:
         return pa.table([columns[name] if name in columns else batch[name] for name in schema.names], names=schema.names).cast(schema)
 
 
-@cache
-def unit_embeds(items: str) -> tuple[pa.Array, np.ndarray]:
-    """Ids and unit embeddings of the real items, read once a process."""
+@lru_cache(maxsize=1)
+def unit_embeds(items: str, run_id: str) -> tuple[pa.Array, np.ndarray]:
+    """Ids and unit embeddings of the real items, read once a process and run."""
     found = read_image_embeds(items)
     return pa.array(found.item_id), found.image_embeds / np.linalg.norm(found.image_embeds, axis=1, keepdims=True)

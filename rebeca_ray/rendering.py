@@ -8,15 +8,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs
+import torch
 from ray.data.datasource import FilenameProvider
 
 from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.config import DecoderSettings, GenerateConfig
+from rebeca_ray.errors import UserError
 from rebeca_ray.storage import ChecksumHandler, arrow_filesystem, join, open_filesystem
 
 ROW_GROUP = 100
-IMAGES_A_FILE = 2000
+IMAGES_A_FILE = 256  # some 100 MB of 512-pixel PNG
 
 
 def render_items(config: GenerateConfig, run: Run) -> None:
@@ -93,7 +95,13 @@ class RenderImages:
         try:
             images = self.decoder.decode(embeds_BD[chosen], [seeds[i] for i in chosen], [prompts[i] for i in chosen])
             return list(zip(chosen.tolist(), images, strict=True))
-        except RuntimeError as error:  # what torch raises; anything else is our mistake and should stop the run
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"decoder: {self.settings.batch_size} images at once do not fit the device's memory; lower decoder.batch_size"
+            ) from None
+        except torch.AcceleratorError:  # the device is lost to this process: let Ray start another actor
+            raise
+        except RuntimeError as error:  # what torch and the decoder raise; anything else is our mistake and should stop the run
             if len(chosen) == 1:
                 return [(int(chosen[0]), f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")]
             return [result for index in chosen for result in self.draw(np.array([index]), embeds_BD, seeds, prompts)]

@@ -120,3 +120,16 @@ def items(embed_dim: int) -> pa.Schema:
             pa.field("image_row", pa.int32(), nullable=False),
         ]
     )
+
+
+def compatible(actual: pa.DataType, expected: pa.DataType) -> bool:
+    """Whether a column of `actual` can be read as `expected` without a change of meaning."""
+    if pa.types.is_dictionary(actual):
+        actual = actual.value_type
+    if pa.types.is_string(expected):
+        return pa.types.is_string(actual) or pa.types.is_large_string(actual)
+    if pa.types.is_integer(expected):
+        return pa.types.is_integer(actual)
+    if pa.types.is_floating(expected):
+        return pa.types.is_floating(actual) or pa.types.is_integer(actual)
+    return pa.types.is_timestamp(actual) or pa.types.is_date(actual)

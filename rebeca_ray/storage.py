@@ -7,7 +7,6 @@ S3 goes through s3fs; endpoint and credentials come from the usual AWS environme
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,13 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet as pq
+from botocore.exceptions import BotoCoreError
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from rebeca_ray.errors import UserError
+
+UNREACHABLE = (OSError, BotoCoreError)  # what a file system raises; BotoCoreError: no credentials, no such endpoint
 
 
 def open_filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
@@ -65,7 +67,7 @@ def open_table(uri: str, what: str) -> tuple[list[str], pa.Schema]:
             return files, pq.read_schema(file)
     except (pa.ArrowInvalid, pa.ArrowTypeError):
         raise UserError(f"{what} {uri}: {Path(files[0]).name} is not a readable Parquet file; write it again") from None
-    except (OSError, PermissionError) as error:
+    except UNREACHABLE as error:
         raise UserError(f"{what} {uri}: cannot be read ({describe(error)}); check the path and the credentials") from None
 
 
@@ -76,7 +78,7 @@ def read_table(uri: str, what: str, columns: list[str] | None = None) -> pa.Tabl
     try:
         dataset = pyarrow.dataset.dataset(files, filesystem=arrow_filesystem(filesystem), format="parquet")
         return dataset.to_table(columns=columns)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, *UNREACHABLE) as error:
         raise UserError(f"{what} {uri}: not readable as Parquet ({describe(error)}); write it again") from None
 
 
@@ -148,9 +150,11 @@ class HashingSink:
             self.close()
         elif not self.closed:
             self.closed = True
-            self.file.discard() if hasattr(self.file, "discard") else self.file.close()
             if self.local:
+                self.file.close()
                 Path(f"{self.path}.partial").unlink(missing_ok=True)
+            else:
+                self.file.discard()
 
 
 class ChecksumHandler(pyarrow.fs.FSSpecHandler):  # type: ignore[misc]  # pyarrow has no types
@@ -185,8 +189,10 @@ def read_json(uri: str) -> dict[str, Any] | None:
     filesystem, path = open_filesystem(uri)
     try:
         return dict(json.loads(filesystem.cat_file(path)))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except UNREACHABLE as error:
+        raise UserError(f"{uri}: cannot be read ({describe(error)}); check the path and the credentials") from None
     except ValueError:
         raise UserError(f"{uri}: not valid JSON; restore it from a backup or remove it") from None
 
@@ -199,11 +205,15 @@ def write_json(value: dict[str, Any], uri: str) -> None:
         filesystem.pipe_file(path, data)
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=Path(path).parent, delete=False) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)
+    partial = Path(f"{path}.partial-{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def require_writable(uri: str, what: str) -> None:
@@ -215,7 +225,7 @@ def require_writable(uri: str, what: str) -> None:
             Path(path).mkdir(parents=True, exist_ok=True)
         filesystem.pipe_file(probe, b"")
         filesystem.rm_file(probe)
-    except (OSError, PermissionError) as error:
+    except UNREACHABLE as error:
         raise UserError(f"{what} {uri}: cannot be written ({describe(error)}); choose another place or mend its permissions") from None
 
 

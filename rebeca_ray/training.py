@@ -1,10 +1,10 @@
 """Training the prior with Ray Train: the loop every worker runs, the balanced user sampler, early stopping."""
 
 import csv
+import hashlib
 import io
 import logging
 import math
-import os
 import sys
 import tempfile
 import time
@@ -33,7 +33,7 @@ from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.embeds import EmbedScaler
 from rebeca_ray.errors import UserError
 from rebeca_ray.interactions import Interactions, read_interactions, user_table
-from rebeca_ray.items import read_image_embeds
+from rebeca_ray.items import EmbeddedItems, read_image_embeds
 from rebeca_ray.prior import Prior
 from rebeca_ray.storage import require_writable
 
@@ -110,7 +110,7 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
     data = build_training_set(interactions, items.item_id, scaler.scale(image_embeds).numpy(), config.items)
 
     users = user_table(interactions)
-    config = config.model_copy(update={"run_name": config.run_name or run_name(config, users), "storage": absolute(config.storage)})
+    config = config.model_copy(update={"run_name": run_name(config, users, items)})
     workers = config.workers
     trainer = TorchTrainer(
         train_loop_per_worker,
@@ -140,6 +140,7 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
         weights=state["average"],
         network=config.network,
         diffusion=config.diffusion,
+        condition_dropout=min(config.optimization.user_dropout, config.optimization.rating_dropout),
         scaler=scaler,
         users=users,
         clip=items.clip,
@@ -149,14 +150,12 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
     return metrics
 
 
-def run_name(config: TrainConfig, users: pa.Table) -> str:
-    """The same for the same settings and ratings, so that a rerun resumes; another for anything new."""
-    told = config.model_dump_json(exclude={"out", "storage", "workers"})
-    return "prior-" + identity.hash128(told, *users["history_digest"].to_pylist())[:12]
-
-
-def absolute(location: str) -> str:
-    return location if "://" in location else os.path.abspath(location)
+def run_name(config: TrainConfig, users: pa.Table, items: EmbeddedItems) -> str:
+    """The same for the same settings, ratings and embeddings, so that a rerun resumes; another for anything new."""
+    told = config.model_dump_json(exclude={"interactions": {"path"}, "items": True, "out": True, "storage": True, "workers": True})
+    embeds = hashlib.sha256(items.image_embeds.tobytes()).hexdigest()
+    histories = [*users["user_id"].to_pylist(), *users["history_digest"].to_pylist()]
+    return f"{config.run_name}-{identity.hash128(told, embeds, *items.item_id, *histories)[:12]}"
 
 
 def curve_csv(curve: list[list[float]]) -> str:
@@ -228,7 +227,10 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
         train_loss = mean_over_workers(total / steps)
         val_loss = validation_loss(cast(Prior, average.module), diffusion, data, rank, world_size, device)
         if not math.isfinite(train_loss):
-            raise RuntimeError(f"training diverged in epoch {epoch} at learning rate {optimizer.param_groups[0]['lr']:.3g}; lower it")
+            raise UserError(
+                f"training diverged in epoch {epoch} at learning rate {optimizer.param_groups[0]['lr']:.3g}; "
+                "lower optimization.learning_rate and user_learning_rate"
+            )
         plateau.step(val_loss)
         learning_rate = optimizer.param_groups[0]["lr"]
         stale_epochs = 0 if val_loss < best_loss else stale_epochs + 1

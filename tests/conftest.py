@@ -65,6 +65,7 @@ def write_tiny_prior(folder: Path) -> str:
         weights=network.state_dict(),
         network=TINY_NETWORK,
         diffusion=DiffusionSettings(num_train_timesteps=100),
+        condition_dropout=0.15,
         scaler=EmbedScaler(embed_dim=D, norm=3.0),
         users=users,
         clip=None,

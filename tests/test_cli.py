@@ -5,6 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from ray.exceptions import RayTaskError
+from ray.train import WorkerGroupError
+
+from rebeca_ray.catalog.assemble import IncompleteRunError
+from rebeca_ray.catalog.publish import LostRaceError
+from rebeca_ray.errors import ErrorBudgetExceededError, UserError
+from rebeca_ray.job import plain_errors
 
 REBECA = str(Path(sys.executable).parent / "rebeca")
 
@@ -52,6 +59,19 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(arguments: list[str], messa
     assert out.stderr.startswith("error: ")
     assert out.stderr.count("\n") == 1
     assert "Traceback" not in out.stdout + out.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(UserError("a"), 2), (ErrorBudgetExceededError("a"), 3), (LostRaceError("a"), 5), (IncompleteRunError("a"), 75)],
+)
+def test_every_mistake_has_its_exit_code_also_behind_rays_wrappers(error: UserError, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    wrapped = WorkerGroupError("a worker failed", {0: RayTaskError("stage", "a traceback", error)})
+    for raised in (error, wrapped):
+        with pytest.raises(SystemExit) as caught, plain_errors():
+            raise raised
+        assert caught.value.code == code
+        assert capsys.readouterr().err == "error: a\n"
 
 
 def test_dry_run_prints_the_resolved_config_and_starts_nothing() -> None:

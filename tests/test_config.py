@@ -1,5 +1,6 @@
 """Config: strict, frozen, with suggestions; every shipped file is valid."""
 
+import datetime
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,9 @@ def test_config_is_frozen() -> None:
         (["decoder.image_size=63"], "image_size = 63"),
         (["num_images"], "expected key.sub=value"),
         (["prior.sub=1"], "prior is a value, not a section"),
+        (["run_date=2026-99-99"], "'2026-99-99' is not valid YAML (month must be in 1..12)"),
+        (["num_images=["], "'[' is not valid YAML ("),
+        (["num_images=40000"], "num_images = 40000: input should be less than or equal to 32767"),
     ],
 )
 def test_bad_values_name_the_key_and_the_value(overrides: list[str], message: str) -> None:
@@ -54,6 +58,21 @@ def test_bad_values_name_the_key_and_the_value(overrides: list[str], message: st
         load_config(GenerateConfig, CONFIGS / "generate_stickers.yaml", overrides)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_dates_and_ids_may_be_typed_as_they_look() -> None:
+    config = load_config(GenerateConfig, CONFIGS / "generate_stickers.yaml", ["run_date=2026-01-05", "run_id=20260105"])
+    assert (config.run_date, config.run_id) == (datetime.date(2026, 1, 5), "20260105")
+
+
+def test_heads_that_do_not_share_the_width_are_refused() -> None:
+    with pytest.raises(UserError, match="width 100 is not divisible by num_heads 8; change one of them"):
+        load_config(TrainConfig, CONFIGS / "train_stickers.yaml", ["network.width=100", "network.num_heads=8"])
+
+
+def test_data_has_absolute_paths_and_hub_ids_stay() -> None:
+    config = load_config(GenerateConfig, CONFIGS / "generate_stickers.yaml", ["root=catalog", "decoder.model=owner/model"])
+    assert (config.root, config.decoder.model) == (str(Path.cwd() / "catalog"), "owner/model")
 
 
 def test_missing_key_is_named(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_fingerprint_follows_what_is_drawn(tiny_decoder: DecoderSettings) -> Non
 
 
 def test_missing_weights_and_pickles_are_refused(tiny_decoder: DecoderSettings, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="no model_index.json there; give a diffusers directory"):
         DiffusersDecoder(tiny_decoder.model_copy(update={"model": str(tmp_path), "ip_adapter_repo": tiny_decoder.model}))
     with pytest.raises(UserError, match="no such file"):
         adapter_location(tiny_decoder.model_copy(update={"ip_adapter": "other/ip-adapter.safetensors"}))

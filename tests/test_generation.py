@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,9 @@ from rebeca_ray.catalog.assemble import IncompleteRunError, assemble
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.publish import LostRaceError, publish, read_pointer
 from rebeca_ray.catalog.read import open_snapshot, published, read_catalog
+from rebeca_ray.checkpoint import fingerprint, read_prior_config
 from rebeca_ray.config import DecoderSettings, GenerateConfig, SamplerSettings
+from rebeca_ray.decoding import decoder_fingerprint
 from rebeca_ray.errors import ErrorBudgetExceededError, UserError
 from rebeca_ray.generation import generate_catalog
 from rebeca_ray.planning import NearestItems, RequestedItems, SampleEmbeds
@@ -62,10 +65,16 @@ def generated(
     return shared, generate_catalog(shared)
 
 
+def versions_of(config: GenerateConfig) -> dict[str, str]:
+    return {"prior": fingerprint(read_prior_config(config.prior)), "decoder": decoder_fingerprint(config.decoder)}
+
+
 def prepare(config: GenerateConfig, *, break_first: bool = False) -> Run:
     """Plan and render a run by calling the stages one after the other, without Ray."""
     run = Run.start(config)
-    plan = NearestItems(config.items)(SampleEmbeds(config.prior, config.sampler)(RequestedItems(config)(pq.read_table(config.request))))
+    versions = versions_of(config)
+    requested = RequestedItems(config, run.run_id, versions)(pq.read_table(config.request))
+    plan = NearestItems(config.items, run.run_id)(SampleEmbeds(config.prior, versions["prior"], config.sampler)(requested))
     if break_first:
         values = plan["image_embeds"].combine_chunks().flatten().to_numpy().copy()
         values[0] = np.nan
@@ -162,7 +171,7 @@ def test_any_request_is_planned_item_by_item_whatever_the_batches(
     """Every user gets their count, ranks without a gap, and the same identities and seeds however the request is cut."""
     users, counts = (list(column) for column in zip(*asked, strict=True))
     request = pa.table({"user_id": users, "num_images": pa.array(counts, pa.int32())})
-    stage = RequestedItems(config)
+    stage = RequestedItems(config, "run", versions_of(config))
     whole = stage(request)
     wanted = {user: count or config.num_images for user, count in asked}
     assert [(row["user_id"], row["rank"]) for row in whole.to_pylist()] == [(u, rank) for u in users for rank in range(wanted[u])]
@@ -226,7 +235,9 @@ def test_a_batch_that_fails_costs_only_the_row_at_fault(tiny_decoder: DecoderSet
         ({"user_id": ["user-0", "", None]}, "2 rows have an empty user_id"),
         ({"user_id": ["user-0", "user-0"]}, "1 user_ids are repeated"),
         ({"user_id": ["user-0", "stranger"]}, r"1 of 2 users are unknown to prior .* \('stranger'\)"),
-        ({"user_id": ["user-0"], "num_images": pa.array([0], pa.int32())}, "num_images goes down to 0"),
+        ({"user_id": ["user-0"], "num_images": pa.array([0], pa.int32())}, "num_images goes from 0 to 0"),
+        ({"user_id": ["user-0"], "num_images": pa.array([40_000], pa.int32())}, "num_images goes from 40000 to 40000; ask for 1 to 32,767"),
+        ({"user_id": pa.array([7], pa.int64())}, "column 'user_id' is int64, expected string"),
     ],
 )
 def test_bad_requests_are_refused_before_anything_is_written(
@@ -246,6 +257,68 @@ def test_a_prior_that_does_not_fit_the_decoder_is_refused(config: GenerateConfig
     with pytest.raises(UserError, match=r"draws embeddings of size 24, decoder .* reads 16"):
         generate_catalog(config)
     assert not Path(config.root).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampler": {"num_inference_steps": 101}}, "num_inference_steps is 101, prior .* was trained on 100"),
+        ({"decoder": {"model": "/no/such/decoder"}}, r"no model_index.json there; give a diffusers directory"),
+        ({"items": "nothing.parquet"}, "items .*nothing.parquet: not found"),
+    ],
+)
+def test_what_the_models_cannot_do_is_refused_before_anything_is_written(
+    config: GenerateConfig, changes: dict[str, Any], message: str
+) -> None:
+    told = config.model_dump()
+    for name, value in changes.items():
+        told[name] = {**told[name], **value} if isinstance(value, dict) else value
+    with pytest.raises(UserError, match=message):
+        generate_catalog(GenerateConfig.model_validate(told))
+    assert not Path(config.root).exists()
+
+
+def test_a_prior_without_condition_dropout_refuses_guidance(config: GenerateConfig) -> None:
+    path = Path(config.prior) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "condition_dropout": 0.0}))
+    with pytest.raises(UserError, match=r"prior_guidance_scale is 2.0, but prior .* was trained without condition dropout"):
+        generate_catalog(config)
+    assert not Path(config.root).exists()
+
+
+def test_real_items_by_another_clip_are_refused(config: GenerateConfig) -> None:
+    wide = np.zeros((2, 24), np.float32)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(wide.ravel()), type=schemas.image_embeds(24))
+    pq.write_table(pa.table({"item_id": ["a", "b"], "image_embeds": column}), str(config.items))
+    with pytest.raises(UserError, match=r"embeddings of size 24 by CLIP None, the prior knows size 16"):
+        generate_catalog(config)
+
+
+def test_a_prior_replaced_while_planning_is_noticed(config: GenerateConfig) -> None:
+    with pytest.raises(UserError, match="was replaced while this run was planning; run again"):
+        SampleEmbeds(config.prior, "another version", config.sampler)
+
+
+def test_a_run_id_is_used_once(config: GenerateConfig) -> None:
+    run = prepare(config)
+    with pytest.raises(UserError, match=rf"run_id {run.run_id} was used before \(images/run_id={run.run_id}"):
+        generate_catalog(config.model_copy(update={"run_id": run.run_id}))
+
+
+def test_a_decoder_that_overflows_draws_no_black_image(tiny_decoder: DecoderSettings) -> None:
+    stage = RenderImages(tiny_decoder)
+    with torch.no_grad():
+        stage.decoder.vae.decoder.conv_out.bias.fill_(float("nan"))
+    column = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(D, np.float32)), type=schemas.image_embeds(D))
+    row = stage(pa.table({"item_id": ["a"], "image_embeds": column, "prompt": [""]})).to_pylist()[0]
+    assert row["image"] is None
+    assert row["error"] == "RuntimeError: the decoder drew values that are not finite in float32"
+
+
+def test_images_of_repeated_rows_are_all_found(generated: tuple[GenerateConfig, dict[str, Any]]) -> None:
+    snapshot = read_catalog(generated[0].root)
+    one, other = snapshot.images(snapshot.items().slice(0, 2))
+    assert snapshot.images(snapshot.items().take([0, 1, 0])) == [one, other, one]
 
 
 def test_a_root_that_cannot_be_written_is_refused(config: GenerateConfig, tmp_path: Path) -> None:

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import open_clip
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
+from rebeca_ray import schemas
 from rebeca_ray.config import EmbedConfig
 from rebeca_ray.errors import UserError
 from rebeca_ray.items import clip_fingerprint, embed_items, load_clip, read_image_embeds
+from rebeca_ray.job import user_error
 from rebeca_ray.stickers import CLIP, EMBED_DIM, ITEMS
 
 
@@ -62,11 +65,40 @@ def test_a_damaged_clip_directory_is_refused_before_any_actor_starts(tmp_path: P
 
 
 def test_repeated_items_are_refused(tmp_path: Path) -> None:
-    import pyarrow as pa
-
-    from rebeca_ray import schemas
-
     column = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(16, np.float32)), type=schemas.image_embeds(8))
     pq.write_table(pa.table({"item_id": ["a", "a"], "image_embeds": column}), tmp_path / "items.parquet")
     with pytest.raises(UserError, match="1 item_ids are repeated"):
         read_image_embeds(str(tmp_path / "items.parquet"))
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_an_item_that_is_no_image_is_named_and_the_last_embedding_stays(tmp_path: Path) -> None:
+    """Raised in an actor, it reaches the command line as one line with its exit code."""
+    some = pq.read_table(ITEMS, columns=["item_id", "image"]).slice(0, 3).to_pylist()
+    some[1]["image"]["bytes"] = b"no picture"
+    pq.write_table(pa.Table.from_pylist(some), tmp_path / "items.parquet")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "yesterday.parquet").write_bytes(b"")
+    config = EmbedConfig(items=str(tmp_path / "items.parquet"), clip=f"local-dir:{CLIP}", out=str(tmp_path / "out"), cpus_per_actor=0.5)
+    with pytest.raises(Exception, match="cannot be decoded") as caught:
+        embed_items(config)
+    found = user_error(caught.value)
+    assert found is not None
+    assert str(found).startswith(f"items: the image of {some[1]['item_id']!r} cannot be decoded")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["yesterday.parquet"]
+
+
+def test_an_output_that_holds_the_items_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pq.read_table(ITEMS).slice(0, 3), tmp_path / "items.parquet")
+    with pytest.raises(UserError, match="holds the items themselves and would be replaced"):
+        embed_items(EmbedConfig(items=str(tmp_path / "items.parquet"), clip=f"local-dir:{CLIP}", out=str(tmp_path)))
+    assert (tmp_path / "items.parquet").exists()
+
+
+def test_an_embedding_that_did_not_finish_is_not_read(tmp_path: Path) -> None:
+    column = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(8, np.float32)), type=schemas.image_embeds(8))
+    pq.write_table(pa.table({"item_id": ["a"], "image_embeds": column}), tmp_path / "part.parquet")
+    assert read_image_embeds(str(tmp_path)).clip is None
+    (tmp_path / "embedding.json").write_text("{}")
+    with pytest.raises(UserError, match="did not finish; run `rebeca embed` again"):
+        read_image_embeds(str(tmp_path))

@@ -1,21 +1,27 @@
 """Tables and the pointer on a real S3 server: what is written is what is read, and a stale writer is refused."""
 
+from pathlib import Path
+from typing import Any
+
 import fsspec
 import pyarrow as pa
 import pytest
+from s3fs import S3FileSystem
 
+from rebeca_ray.catalog import publish as publish_module
 from rebeca_ray.catalog.publish import LostRaceError, publish, read_pointer
-from rebeca_ray.storage import read_json, read_table, write_json, write_table
+from rebeca_ray.errors import UserError
+from rebeca_ray.storage import HashingSink, open_filesystem, read_json, read_table, write_json, write_table
 
 
 def test_tables_and_pointer_on_s3(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
-    root = "s3://rebeca/catalog"
+    root = "s3://rebeca/storage"
     table = pa.table({"user_id": ["a", "b"], "rank": [0, 1]})
     written = write_table(table, f"{root}/items/part.parquet", row_group_size=10)
     assert written["rows"] == 2
-    assert written["bytes"] == fsspec.filesystem("s3").info("rebeca/catalog/items/part.parquet")["size"]
+    assert written["bytes"] == fsspec.filesystem("s3").info("rebeca/storage/items/part.parquet")["size"]
     assert read_table(f"{root}/items", "items").equals(table)
     write_json({"a": 1}, f"{root}/one.json")
     assert read_json(f"{root}/one.json") == {"a": 1}
@@ -30,5 +36,60 @@ def test_tables_and_pointer_on_s3(s3_server: dict[str, str], monkeypatch: pytest
     assert pointer is not None
     assert (pointer["run_id"], pointer["epoch"]) == ("b", 2)
     with pytest.raises(OSError, match=r"(?i)condition"):
-        fsspec.filesystem("s3").pipe_file("rebeca/catalog/latest.json", b"{}", IfMatch='"stale"')
+        fsspec.filesystem("s3").pipe_file("rebeca/storage/latest.json", b"{}", IfMatch='"stale"')
     assert read_pointer(root)[1] == version
+
+
+class LostAnswer:
+    """An S3 file system whose conditional write is stored, but answered 412 to the client's second try."""
+
+    def __init__(self, real: Any) -> None:
+        self.real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def pipe_file(self, path: str, data: bytes, **condition: str) -> None:
+        self.real.pipe_file(path, data, **condition)
+        self.real.pipe_file(path, data, IfNoneMatch="*")
+
+
+def test_a_publication_whose_answer_was_lost_is_not_a_lost_race(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    filesystem, path = open_filesystem("s3://rebeca/lost/latest.json")
+    monkeypatch.setattr(publish_module, "open_filesystem", lambda uri: (LostAnswer(filesystem), path))
+    publish("s3://rebeca/lost", "snapshots/a", run_id="a", run_date="2026-01-01", epoch=1)
+    pointer, _ = read_pointer("s3://rebeca/lost")
+    assert pointer is not None
+    assert pointer["run_id"] == "a"
+
+
+def test_s3_without_credentials_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(S3FileSystem, "_cache", {})
+    with pytest.raises(UserError, match=r"catalog s3://bucket/catalog: cannot be read \(.*check the path and the credentials"):
+        read_pointer("s3://bucket/catalog")
+
+
+def test_a_failed_write_leaves_nothing_and_says_why(tmp_path: Path) -> None:
+    def write_half() -> None:
+        with HashingSink(fsspec.filesystem("file"), str(tmp_path / "a.parquet")) as sink:
+            sink.write(b"half")
+            raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_half()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_written_can_be_read_by_others(tmp_path: Path) -> None:
+    """A pointer or manifest that only its writer may read would hide the catalog from the ranking service."""
+    (tmp_path / "plain").write_text("")
+    write_json({}, str(tmp_path / "latest.json"))
+    assert (tmp_path / "latest.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    publish(f"file://{tmp_path}", "snapshots/a", run_id="a", run_date="2026-01-01", epoch=1)
+    assert read_pointer(str(tmp_path))[0] == read_pointer(f"file://{tmp_path}")[0]

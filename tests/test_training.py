@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,10 @@ from rebeca_ray.checkpoint import load_prior
 from rebeca_ray.config import TrainConfig
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.errors import UserError
+from rebeca_ray.interactions import read_interactions, user_table
+from rebeca_ray.items import read_image_embeds
 from rebeca_ray.sampling import sample_liked
-from rebeca_ray.training import BalancedUserSampler, train_prior
+from rebeca_ray.training import BalancedUserSampler, run_name, train_prior
 from tests.conftest import D
 
 
@@ -105,11 +108,25 @@ def test_the_prior_learns_who_likes_what_and_a_rerun_changes_nothing(world: dict
 
 @pytest.mark.usefixtures("ray_local")
 def test_two_workers_share_an_epoch(world: dict[str, str]) -> None:
-    config = configure(world, max_epochs=2).model_copy(update={"run_name": "two"})
+    """Half the batch each and shared gradients: two workers learn as well as one with the whole batch."""
+    config = configure(world, max_epochs=2)
+    alone = train_prior(config)
     workers = config.workers.model_copy(update={"num_workers": 2})
-    metrics = train_prior(config.model_copy(update={"workers": workers}))
-    assert metrics["epochs"] == 2
-    assert np.isfinite(metrics["val_loss"])
+    both = train_prior(config.model_copy(update={"workers": workers, "run_name": "two"}))
+    assert both["epochs"] == 2
+    assert both["val_loss"] == pytest.approx(alone["val_loss"], rel=0.25)
+
+
+def test_new_embeddings_or_users_start_a_new_run(world: dict[str, str]) -> None:
+    config = configure(world)
+    users = user_table(read_interactions(config.interactions))
+    items = read_image_embeds(config.items)
+    name = run_name(config, users, items)
+    assert name.startswith("prior-")
+    assert run_name(config.model_copy(update={"out": "/elsewhere"}), users, items) == name
+    assert run_name(config, users, replace(items, image_embeds=items.image_embeds * 2)) != name
+    renamed = users.set_column(0, "user_id", pa.array(["a", "c"]))
+    assert run_name(config, renamed, items) != name
 
 
 def test_a_killed_run_goes_on_from_its_last_epoch(world: dict[str, str], tmp_path: Path) -> None:
@@ -130,15 +147,14 @@ def test_a_killed_run_goes_on_from_its_last_epoch(world: dict[str, str], tmp_pat
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert first.stdout is not None
-    for line in first.stdout:
-        if "epoch 3/8" in line:
-            break
+    assert any("epoch 3/8" in line for line in first.stdout)
     first.send_signal(signal.SIGKILL)
     first.wait()
     time.sleep(2)
     second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert second.returncode == 0, second.stdout + second.stderr
     assert "epoch 1/8" not in second.stdout + second.stderr
+    assert "epoch 8/8" in second.stdout + second.stderr
     epochs = [int(line.split(",")[0]) for line in (Path(config.out) / "training.csv").read_text().splitlines()[1:]]
     assert epochs == list(range(1, 9))
 

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-import rebeca_ray
 from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import BUCKET, Run
 from rebeca_ray.catalog.read import Snapshot, published
@@ -178,9 +177,5 @@ def changes_table(items: pa.Table, previous: Snapshot | None) -> pa.Table:
 
 
 def file_metadata(versions: dict[str, str]) -> dict[str, str]:
-    """Every data file says what made it."""
+    """Items, errors and changes say what made them; for images the manifest does."""
     return {"rebeca.schema_version": str(schemas.SCHEMA_VERSION), **{f"rebeca.{name}": value for name, value in versions.items()}}
-
-
-def code_version() -> str:
-    return rebeca_ray.__version__

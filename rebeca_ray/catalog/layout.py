@@ -37,7 +37,7 @@ class Run:
         now = datetime.now(UTC)
         return cls(
             root=config.root.rstrip("/"),
-            run_date=config.run_date or now.date().isoformat(),
+            run_date=(config.run_date or now.date()).isoformat(),
             run_id=config.run_id or f"{now:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}",
             epoch=pointer["epoch"] + 1 if pointer else 1,
         )

@@ -8,7 +8,7 @@ from typing import Any
 from botocore.exceptions import ClientError
 
 from rebeca_ray.errors import UserError
-from rebeca_ray.storage import is_local, join, open_filesystem, read_json, write_json
+from rebeca_ray.storage import UNREACHABLE, describe, is_local, join, open_filesystem, read_json, write_json
 
 POINTER = "latest.json"
 
@@ -29,6 +29,8 @@ def read_pointer(root: str) -> tuple[dict[str, Any] | None, str | None]:
         version = filesystem.info(path)["ETag"]
     except FileNotFoundError:
         return None, None
+    except UNREACHABLE as error:
+        raise UserError(f"catalog {root}: cannot be read ({describe(error)}); check the path and the credentials") from None
     return json.loads(filesystem.cat_file(path)), version
 
 
@@ -40,7 +42,7 @@ def publish(root: str, snapshot: str, *, run_id: str, run_date: str, epoch: int)
     pointer = {"run_id": run_id, "run_date": run_date, "snapshot": snapshot, "epoch": epoch}
     filesystem, path = open_filesystem(join(root, POINTER))
     if is_local(filesystem):
-        with (Path(root) / ".latest.lock").open("w") as lock:
+        with Path(path).with_name(".latest.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             refuse_stale(root, read_pointer(root)[0], epoch)
             write_json(pointer, join(root, POINTER))
@@ -52,7 +54,10 @@ def publish(root: str, snapshot: str, *, run_id: str, run_date: str, epoch: int)
         filesystem.pipe_file(path, json.dumps(pointer, indent=2).encode(), **condition)
     except (ClientError, OSError) as error:
         if "PreconditionFailed" in str(error) or "412" in str(error) or "pre-conditions" in str(error):
-            refuse_stale(root, read_pointer(root)[0], epoch)
+            found = read_pointer(root)[0]
+            if found == pointer:  # stored, but the answer was lost and the client asked again
+                return
+            refuse_stale(root, found, epoch)
         raise
 
 

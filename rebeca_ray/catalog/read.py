@@ -43,9 +43,9 @@ class Snapshot:
         """The encoded images of rows of `items`, in their order; reads only the row groups that hold them."""
         filesystem, root = open_filesystem(self.root)
         paths = self.paths("images")
-        wanted: dict[int, dict[int, int]] = {}
+        wanted: dict[int, dict[int, list[int]]] = {}
         for place, (file, row) in enumerate(zip(items["image_file"].to_pylist(), items["image_row"].to_pylist(), strict=True)):
-            wanted.setdefault(file, {})[row] = place
+            wanted.setdefault(file, {}).setdefault(row, []).append(place)
         found: list[bytes] = [b""] * items.num_rows
         for file, rows in wanted.items():
             with filesystem.open(join(root, paths[file]), "rb") as handle:
@@ -57,7 +57,9 @@ class Snapshot:
                     if inside:
                         column = parquet.read_row_group(group, columns=["image"])["image"]
                         for row in inside:
-                            found[rows[row]] = column[row - start]["bytes"].as_py()
+                            image = column[row - start]["bytes"].as_py()
+                            for place in rows[row]:
+                                found[place] = image
                     start = stop
         return found
 

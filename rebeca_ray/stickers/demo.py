@@ -15,6 +15,7 @@ from rebeca_ray.checkpoint import load_prior
 from rebeca_ray.config import DecoderSettings, EmbedConfig, GenerateConfig, SamplerSettings, TrainConfig, parse_config
 from rebeca_ray.decoding import DiffusersDecoder
 from rebeca_ray.diffusion import Diffusion
+from rebeca_ray.errors import UserError
 from rebeca_ray.generation import generate_catalog
 from rebeca_ray.interactions import Interactions, read_interactions
 from rebeca_ray.items import embed_items
@@ -56,6 +57,8 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
     """Run everything; files go to `data`, the page to `out/report.html`."""
     phases = Phases()
     data = data.absolute()
+    if data.exists() and any(data.iterdir()) and not (data / "truth.parquet").exists():
+        raise UserError(f"--data {data}: holds something else than a demo's data; give an empty folder")
     for name in ("items", "prior", "train"):  # a demo starts afresh; the catalog gains a snapshot
         shutil.rmtree(data / name, ignore_errors=True)
     embed = parse_config(EmbedConfig, settings_in(data, "embed"), where="demo")

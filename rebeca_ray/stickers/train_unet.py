@@ -217,7 +217,8 @@ def main() -> None:
     parts = list(zip(stickers.style, stickers.category, stickers.subcategory, stickers.name, strict=True))
     tokenizer = CLIPTokenizer.from_pretrained(CLIP)
 
-    progress = Progress(args.work, args.out / "training.csv", ["loss", "loss_text_only"])
+    curve = "training_continued.csv" if args.continue_shipped else "training.csv"
+    progress = Progress(args.work, args.out / curve, ["loss", "loss_text_only"])
     model = Model()
     if args.continue_shipped and not progress.checkpoint.exists():
         load_shipped(model, mean_length, args.out)

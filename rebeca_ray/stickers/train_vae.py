@@ -55,18 +55,19 @@ def save_half(vae: AutoencoderKL, scaling_factor: float, directory: Path) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=DECODER / "vae")
-    parser.add_argument("--work", type=Path, default=Path("runs/stickers/vae"), help="where the resumable state is kept")
+    parser.add_argument("--work", type=Path, help="where the resumable state is kept; default: runs/stickers/vae…")
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="at its peak")
     parser.add_argument("--decoder-only", action="store_true", help="start from the weights in --out and keep the encoder")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    mode = "_decoder" if args.decoder_only else ""
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
     stickers = load_stickers()
-    progress = Progress(args.work, args.out / f"training{'_decoder' if args.decoder_only else ''}.csv", ["loss", "kl"])
+    progress = Progress(args.work or Path(f"runs/stickers/vae{mode}"), args.out / f"training{mode}.csv", ["loss", "kl"])
     vae = build_vae()  # not channels-last: group norm runs backwards at half the speed there
     scaling_factor: float | None = None
     if args.decoder_only:
