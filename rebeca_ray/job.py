@@ -107,7 +107,7 @@ def plain_errors() -> Iterator[None]:
         found = user_error(error)
         if found is None:
             raise
-        print(f"error: {found}", file=sys.stderr)
+        print(f"error: {str(found).splitlines()[0]}", file=sys.stderr)  # Ray Data appends advice on retries
         raise SystemExit(found.exit_code) from None
 
 

@@ -345,7 +345,7 @@ def test_reading_what_is_not_there(tmp_path: Path) -> None:
 
 
 def test_the_same_on_s3(generated: tuple[GenerateConfig, dict[str, Any]]) -> None:
-    """Everything on S3: prior, request, items, catalog; then the pointer's compare-and-swap against the real server."""
+    """Everything on S3: prior, request, items, catalog."""
     config, local = generated
     expected = read_catalog(config.root)
     filesystem = fsspec.filesystem("s3")
@@ -361,19 +361,10 @@ def test_the_same_on_s3(generated: tuple[GenerateConfig, dict[str, Any]]) -> Non
         }
     )
     manifest = generate_catalog(on_s3)
-    again = generate_catalog(on_s3)
     assert manifest["counts"] == local["counts"]
-    assert (manifest["epoch"], again["epoch"]) == (1, 2)
+    assert manifest["epoch"] == 1
     there = read_catalog(on_s3.root)
     kept = np.isin(there.items()["user_id"].to_pylist(), expected.items()["user_id"].to_pylist())
     found = there.items().filter(kept)
     assert_same_items(found, expected.items())
     assert_same_pixels(there.images(found), expected.images(expected.items()))
-    with pytest.raises(LostRaceError):
-        publish(on_s3.root, "snapshots/late", run_id="late", run_date="2026-01-01", epoch=2)
-    pointer, version = read_pointer(on_s3.root)
-    assert pointer is not None
-    assert pointer["run_id"] == again["run_id"]
-    with pytest.raises(Exception, match=r"(?i)precondition|pre-condition|412"):
-        filesystem.pipe_file("rebeca/catalog/latest.json", b"{}", IfMatch='"stale"')
-    assert read_pointer(on_s3.root)[1] == version

@@ -2,6 +2,8 @@
 
 import io
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,6 @@ from rebeca_ray import schemas
 from rebeca_ray.config import EmbedConfig
 from rebeca_ray.errors import UserError
 from rebeca_ray.items import clip_fingerprint, embed_items, load_clip, read_image_embeds
-from rebeca_ray.job import user_error
 from rebeca_ray.stickers import CLIP, EMBED_DIM, ITEMS
 
 
@@ -71,20 +72,20 @@ def test_repeated_items_are_refused(tmp_path: Path) -> None:
         read_image_embeds(str(tmp_path / "items.parquet"))
 
 
-@pytest.mark.usefixtures("ray_local")
 def test_an_item_that_is_no_image_is_named_and_the_last_embedding_stays(tmp_path: Path) -> None:
-    """Raised in an actor, it reaches the command line as one line with its exit code."""
+    """Raised in a Ray actor, it ends the command with its exit code and, after what Ray logs itself, its one line."""
     some = pq.read_table(ITEMS, columns=["item_id", "image"]).slice(0, 3).to_pylist()
     some[1]["image"]["bytes"] = b"no picture"
     pq.write_table(pa.Table.from_pylist(some), tmp_path / "items.parquet")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "yesterday.parquet").write_bytes(b"")
-    config = EmbedConfig(items=str(tmp_path / "items.parquet"), clip=f"local-dir:{CLIP}", out=str(tmp_path / "out"), cpus_per_actor=0.5)
-    with pytest.raises(Exception, match="cannot be decoded") as caught:
-        embed_items(config)
-    found = user_error(caught.value)
-    assert found is not None
-    assert str(found).startswith(f"items: the image of {some[1]['item_id']!r} cannot be decoded")
+    (tmp_path / "embed.yaml").write_text(
+        f"items: {tmp_path}/items.parquet\nclip: local-dir:{CLIP}\nout: {tmp_path}/out\ncpus_per_actor: 0.5\n"
+    )
+    command = [Path(sys.executable).parent / "rebeca", "embed", "--config", tmp_path / "embed.yaml"]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert out.returncode == 2
+    assert out.stderr.splitlines()[-1].startswith(f"error: items: the image of {some[1]['item_id']!r} cannot be decoded")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["yesterday.parquet"]
 
 

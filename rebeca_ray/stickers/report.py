@@ -16,7 +16,7 @@ from rebeca_ray.stickers.judge import Judge
 from rebeca_ray.stickers.truth import TruthCheck
 
 NUM_SHOWN = 12
-NUM_LIKED = 10
+NUM_LIKED = 9
 
 
 def write_report(
