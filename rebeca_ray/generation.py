@@ -22,8 +22,8 @@ def generate_catalog(config: GenerateConfig) -> dict[str, Any]:
     requested = check_request(config)
     require_writable(config.root, "root")
     run = Run.start(config)
-    for place in (run.snapshot, run.images, f"work/run_id={run.run_id}"):
-        filesystem, path = open_filesystem(join(run.root, place))
+    for place in (join(run.root, run.snapshot), join(run.root, run.images), run.work):
+        filesystem, path = open_filesystem(place)
         if filesystem.exists(path):
             raise UserError(f"root {config.root}: run_id {run.run_id} was used before ({place} is there); choose another, or give none")
     published(run.root)  # a damaged one is found now, not after rendering

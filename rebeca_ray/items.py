@@ -115,7 +115,7 @@ def embed_items(config: EmbedConfig) -> int:
     for name in ("item_id", "image"):
         if name not in schema.names:
             raise UserError(f"items {config.items}: column {name!r} is missing; {did_you_mean(name, schema.names)}")
-    if f"{config.items}/".startswith(f"{config.out}/"):
+    if f"{config.items}/".startswith(f"{config.out.rstrip('/')}/"):
         raise UserError(f"out {config.out}: holds the items themselves and would be replaced; choose another folder")
     fingerprint = clip_fingerprint(config.clip)
     require_writable(config.out, "out")

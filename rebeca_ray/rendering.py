@@ -99,7 +99,7 @@ class RenderImages:
             raise UserError(
                 f"decoder: {self.settings.batch_size} images at once do not fit the device's memory; lower decoder.batch_size"
             ) from None
-        except torch.AcceleratorError:  # the device is lost to this process: let Ray start another actor
+        except torch.AcceleratorError:  # the device is lost, not the rows: stop the run instead of failing them all
             raise
         except RuntimeError as error:  # what torch and the decoder raise; anything else is our mistake and should stop the run
             if len(chosen) == 1:
