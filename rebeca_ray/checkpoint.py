@@ -27,7 +27,7 @@ from rebeca_ray.errors import UserError
 from rebeca_ray.prior import Prior
 from rebeca_ray.storage import is_local, join, open_filesystem, read_json, require_writable
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
