@@ -5,10 +5,6 @@ from typing import Annotated
 
 import typer
 
-from rebeca_ray import job
-from rebeca_ray.config import EmbedConfig, GenerateConfig, TrainConfig
-from rebeca_ray.job import console, plain_errors, start_ray
-
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Nightly generated image recommendations (REBECA on Ray).")
 stickers = typer.Typer(no_args_is_help=True, help="The bundled world of rated stickers.")
 catalog = typer.Typer(no_args_is_help=True, help="Look at published catalogs.")
@@ -30,28 +26,37 @@ def demo(
     seed: Annotated[int, typer.Option(help="seed of the simulation")] = 0,
 ) -> None:
     """The whole flow on the bundled stickers: simulate, embed, train, generate, publish, check, report."""
+    from rebeca_ray.job import plain_errors
     from rebeca_ray.stickers.demo import run_demo
 
     with plain_errors():
-        start_ray()
         run_demo(out=out, data=data.expanduser(), num_users=users, seed=seed)
 
 
 @app.command()
 def embed(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Items with images -> the same items with CLIP embeddings."""
+    from rebeca_ray import job
+    from rebeca_ray.config import EmbedConfig
+
     job.execute(EmbedConfig, job.embed, config, overrides or [], dry_run=dry_run)
 
 
 @app.command()
 def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Interactions + embedded items -> a prior directory."""
+    from rebeca_ray import job
+    from rebeca_ray.config import TrainConfig
+
     job.execute(TrainConfig, job.train, config, overrides or [], dry_run=dry_run)
 
 
 @app.command()
 def generate(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Prior + decoder + request -> a published snapshot."""
+    from rebeca_ray import job
+    from rebeca_ray.config import GenerateConfig
+
     job.execute(GenerateConfig, job.generate, config, overrides or [], dry_run=dry_run)
 
 
@@ -62,6 +67,7 @@ def simulate(
     out: Annotated[Path, typer.Option(help="folder for the three files")] = Path("~/rebeca-stickers"),
 ) -> None:
     """Write interactions.parquet, request.parquet and, for evaluation only, truth.parquet."""
+    from rebeca_ray.job import console, plain_errors
     from rebeca_ray.stickers.simulate import simulate as simulate_users
 
     with plain_errors():
@@ -75,6 +81,7 @@ def show(root: Annotated[str, typer.Argument(help="local path or s3://bucket/pre
     from rich.table import Table
 
     from rebeca_ray.catalog.read import read_catalog
+    from rebeca_ray.job import console, plain_errors
 
     with plain_errors():
         manifest = read_catalog(root).manifest

@@ -237,6 +237,9 @@ def parse_config(model: type[C], values: dict[str, Any], *, where: str) -> C:
             raise UserError(f"{where}: unknown key {key!r}; {hint}") from None
         if first["type"] == "missing":
             raise UserError(f"{where}: key {key!r} is missing; set it in the file or as {key}=…") from None
+        if first["type"] == "model_type":
+            keys = ", ".join(f"{key}.{name}" for name in section_at(model, [str(part) for part in first["loc"]]).model_fields)
+            raise UserError(f"{where}: {key} is a section, not the value {first['input']!r}; set one of its keys ({keys})") from None
         raise UserError(f"{where}: {key} = {first['input']!r}: {first['msg'].removeprefix('Value error, ').lower()}") from None
 
 

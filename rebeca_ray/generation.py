@@ -9,6 +9,7 @@ from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.publish import publish
 from rebeca_ray.catalog.read import published
 from rebeca_ray.checkpoint import fingerprint, read_prior_config
+from rebeca_ray.cluster import start_ray
 from rebeca_ray.config import GenerateConfig
 from rebeca_ray.decoding import decoder_fingerprint
 from rebeca_ray.errors import UserError
@@ -32,6 +33,7 @@ def generate_catalog(config: GenerateConfig) -> dict[str, Any]:
         "decoder": decoder_fingerprint(config.decoder),
         "code": rebeca_ray.__version__,
     }
+    start_ray()
     seconds = {}
     started = time.perf_counter()
     plan_items(config, run, versions)

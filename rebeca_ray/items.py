@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
 from rebeca_ray import schemas
+from rebeca_ray.cluster import start_ray
 from rebeca_ray.config import EmbedConfig
 from rebeca_ray.errors import UserError, did_you_mean
 from rebeca_ray.storage import arrow_filesystem, join, open_filesystem, open_table, read_json, read_table, require_writable, write_json
@@ -109,8 +110,6 @@ def clip_fingerprint(name: str) -> str:
 
 def embed_items(config: EmbedConfig) -> int:
     """Embed every item of `config.items` and write `config.out` (a folder of Parquet files); returns the row count."""
-    import ray
-
     files, schema = open_table(config.items, "items")
     for name in ("item_id", "image"):
         if name not in schema.names:
@@ -121,6 +120,8 @@ def embed_items(config: EmbedConfig) -> int:
     require_writable(config.out, "out")
     filesystem, _ = open_filesystem(config.items)
     out_filesystem, out_path = open_filesystem(config.out)
+    start_ray()
+    import ray
 
     dataset = (
         ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem))

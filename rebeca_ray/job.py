@@ -1,7 +1,5 @@
-"""The jobs, and how one is run: read the config, reach a cluster or start a local Ray, end with a truthful exit code."""
+"""The jobs, and how one is run: read the config, do the work, end with a truthful exit code."""
 
-import logging
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,11 +14,6 @@ from rebeca_ray.errors import UserError
 
 console = Console()
 
-QUIET = {
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line a worker prints shows twice
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-}
 C = TypeVar("C", bound=Settings)
 
 
@@ -75,27 +68,7 @@ def execute(model: type[C], work: Callable[[C], Any], path: Path, overrides: lis
         if dry_run:
             console.print_json(config.model_dump_json())
             return
-        start_ray()
         work(config)
-
-
-def start_ray() -> None:
-    """Join the cluster of `RAY_ADDRESS`, or of the job that runs us, or start Ray on this machine alone."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    import ray
-    from ray.util.debug import disable_log_once_globally
-
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # a warning that only a Ray open to others needs
-    if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=True, logging_level=logging.WARNING)
-    context = ray.data.DataContext.get_current()
-    context.print_on_execution_start = False
-    context.raise_original_map_exception = True  # so that a UserError in a stage arrives as one
-    if not sys.stderr.isatty():
-        context.enable_progress_bars = False
-        disable_log_once_globally()  # a reminder that bars are off, in every log
 
 
 @contextmanager

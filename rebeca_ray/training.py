@@ -28,6 +28,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from rebeca_ray import identity
 from rebeca_ray.checkpoint import build_network, save_prior
+from rebeca_ray.cluster import start_ray
 from rebeca_ray.config import TrainConfig
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.embeds import EmbedScaler
@@ -108,6 +109,7 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
     image_embeds = torch.from_numpy(items.image_embeds)
     scaler = EmbedScaler.fit(image_embeds)
     data = build_training_set(interactions, items.item_id, scaler.scale(image_embeds).numpy(), config.items)
+    start_ray()
 
     users = user_table(interactions)
     config = config.model_copy(update={"run_name": run_name(config, users, items)})

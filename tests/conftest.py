@@ -32,7 +32,7 @@ def ray_local(s3_server: dict[str, str]) -> Iterator[None]:
     """One local Ray for the whole test run, whose workers reach the S3 server."""
     import ray
 
-    from rebeca_ray.job import start_ray
+    from rebeca_ray.cluster import start_ray
 
     os.environ.pop("RAY_ADDRESS", None)
     os.environ.update(s3_server)

@@ -22,7 +22,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("statement", ["import rebeca_ray", "import rebeca_ray.cli"])
 def test_importing_loads_neither_torch_nor_ray(statement: str) -> None:
-    heavy = "[name for name in ('torch', 'ray', 'diffusers', 'pandas', 'pyarrow') if name in sys.modules]"
+    heavy = "[name for name in ('torch', 'ray', 'diffusers', 'pandas', 'pyarrow', 'pydantic') if name in sys.modules]"
     found = subprocess.run([sys.executable, "-c", f"import sys; {statement}; print({heavy})"], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 

@@ -137,9 +137,7 @@ def test_a_killed_run_goes_on_from_its_last_epoch(world: dict[str, str], tmp_pat
         """
         import sys
         from rebeca_ray.config import TrainConfig
-        from rebeca_ray.job import start_ray
         from rebeca_ray.training import train_prior
-        start_ray()
         print(train_prior(TrainConfig.model_validate_json(open(sys.argv[1]).read())))
         """
     )

@@ -1,8 +1,9 @@
 """Train the bundled autoencoder: `python -m rebeca_ray.stickers.train_vae` (resumes; about half an hour on one core).
 
 A small `AutoencoderKL`, 64x64x3 -> 16x16x4. The loss is L1 + L2 plus the same on differences of neighbouring
-pixels, which keeps outlines sharp; the KL term only keeps the latents bounded. `--decoder-only` goes on with the shipped
-weights and leaves the latents as they are, so that the UNet trained on them stays right.
+pixels, which keeps outlines sharp; the KL term only keeps the latents bounded. `--continue-shipped` goes on with the
+shipped weights (the UNet then has to follow: `train_unet --continue-shipped`); `--decoder-only` does so and leaves the
+latents as they are, so that the UNet trained on them stays right.
 """
 
 import argparse
@@ -17,7 +18,6 @@ from torch import nn
 from rebeca_ray.stickers import DECODER, IMAGE_SIZE
 from rebeca_ray.stickers.training_data import Progress, autocast, batches, load_stickers, shift_and_flip
 
-BATCH_SIZE = 32
 KL_WEIGHT = 1e-3  # of the mean KL of one latent value
 
 
@@ -58,11 +58,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where the resumable state is kept; default: runs/stickers/vae…")
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="at its peak")
-    parser.add_argument("--decoder-only", action="store_true", help="start from the weights in --out and keep the encoder")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--continue-shipped", action="store_true", help="without a state in --work, start from the weights in --out")
+    parser.add_argument("--decoder-only", action="store_true", help="the same, and keep the encoder as it is")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    mode = "_decoder" if args.decoder_only else ""
+    mode = "_decoder" if args.decoder_only else "_continued" if args.continue_shipped else ""
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
@@ -70,9 +72,10 @@ def main() -> None:
     progress = Progress(args.work or Path(f"runs/stickers/vae{mode}"), args.out / f"training{mode}.csv", ["loss", "kl"])
     vae = build_vae()  # not channels-last: group norm runs backwards at half the speed there
     scaling_factor: float | None = None
-    if args.decoder_only:
+    if mode:
         shipped = AutoencoderKL.from_pretrained(args.out, torch_dtype=torch.float32)
         vae.load_state_dict(shipped.state_dict())
+    if args.decoder_only:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
         scaling_factor = shipped.config.scaling_factor
@@ -90,7 +93,7 @@ def main() -> None:
         start = state["step"]
 
     generator = torch.Generator().manual_seed(args.seed + start)
-    stream = batches(stickers.train_rows, BATCH_SIZE, np.random.default_rng((args.seed, start)))
+    stream = batches(stickers.train_rows, args.batch_size, np.random.default_rng((args.seed, start)))
     sums = np.zeros(2)
     for step in range(start + 1, args.steps + 1):
         image = shift_and_flip(stickers.image_NCHW[next(stream)].float() / 255, generator) * 2 - 1

@@ -1,0 +1,34 @@
+"""Ray, joined or started, and quieted to what a reader of the log needs."""
+
+import logging
+import os
+import sys
+
+QUIET = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line a worker prints shows twice
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+
+
+def start_ray() -> None:
+    """Join the cluster of `RAY_ADDRESS`, or of the job that runs us, or start Ray on this machine alone.
+
+    Each job calls it once its input is checked: a mistake is told at once, not after Ray's start. Does nothing to a Ray
+    that runs already but make its errors and its log ours.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+    from ray.util.debug import disable_log_once_globally
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # a warning that only a Ray open to others needs
+    if not ray.is_initialized():
+        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=True, logging_level=logging.WARNING)
+    context = ray.data.DataContext.get_current()
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # so that a UserError in a stage arrives as one
+    if not sys.stderr.isatty():
+        context.enable_progress_bars = False
+        disable_log_once_globally()  # a reminder that bars are off, in every log
