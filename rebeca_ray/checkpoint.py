@@ -1,6 +1,6 @@
 """A prior directory: everything needed to sample, described by itself, in safetensors, JSON and Parquet.
 
-config.json         network, diffusion, scaler, users, versions, sha256 of the weights
+config.json         network, diffusion, scaler, versions, sha256 of the weights and of the users
 model.safetensors   the averaged weights
 users.parquet       user_id, user_index, num_likes, history_digest
 training.csv        the loss curve
@@ -17,17 +17,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 import rebeca_ray
 from rebeca_ray.config import DiffusionSettings, NetworkSettings, parse_config
 from rebeca_ray.embeds import EmbedScaler
 from rebeca_ray.errors import UserError
 from rebeca_ray.prior import Prior
-from rebeca_ray.storage import is_local, join, open_filesystem, read_json, require_writable
+from rebeca_ray.storage import UNREACHABLE, describe, join, open_filesystem, read_json, require_writable
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,7 @@ class TrainedPrior:
     diffusion: DiffusionSettings
     scaler: EmbedScaler
     users: pa.Table
-    fingerprint: str  # of config and weights
+    fingerprint: str  # of config, weights and users
     clip: str | None  # fingerprint of the CLIP that made the training embeddings, if the items told
 
 
@@ -80,7 +79,7 @@ def save_prior(
             "num_users": users.num_rows,
             "clip": clip,
             "metrics": metrics,
-            "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+            "sha256": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("model.safetensors", "users.parquet")},
         }
         (folder / "README.md").write_text(model_card(config))
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -94,23 +93,8 @@ def save_prior(
 def load_prior(uri: str, device: str = "cpu") -> TrainedPrior:
     """Load a prior directory. Raises UserError if it is missing, incomplete, of another format, or altered."""
     config = read_prior_config(uri)
-    filesystem, path = open_filesystem(uri)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(path)
-        if not is_local(filesystem):
-            folder = Path(scratch)
-            for name in ("model.safetensors", "users.parquet"):
-                filesystem.get_file(f"{path}/{name}", str(folder / name))
-        try:
-            digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-            weights = load_file(folder / "model.safetensors")
-            users = pq.read_table(folder / "users.parquet")
-        except (OSError, SafetensorError, pa.ArrowInvalid) as error:
-            raise UserError(f"prior {uri}: incomplete or damaged ({error}); train it again") from None
-    if digest != config["sha256"]:
-        raise UserError(f"prior {uri}: model.safetensors is not the file config.json describes (sha256 differs); copy both again")
-    if users.num_rows != config["num_users"]:
-        raise UserError(f"prior {uri}: users.parquet has {users.num_rows} users, config.json says {config['num_users']}; copy both again")
+    weights = load(verified_file(uri, "model.safetensors", config))
+    users = read_prior_users(uri, config)
     scaler = EmbedScaler(**config["scaler"])
     settings = parse_config(NetworkSettings, config["network"], where=f"prior {uri}: config.json: network")
     network = build_network(settings, embed_dim=scaler.embed_dim, num_users=users.num_rows)
@@ -126,6 +110,23 @@ def load_prior(uri: str, device: str = "cpu") -> TrainedPrior:
         fingerprint=fingerprint(config),
         clip=config["clip"],
     )
+
+
+def read_prior_users(uri: str, config: dict[str, Any]) -> pa.Table:
+    """The `users.parquet` that belongs to the weights of `config`: another night's would give users each other's taste."""
+    return pq.read_table(pa.BufferReader(verified_file(uri, "users.parquet", config)))
+
+
+def verified_file(uri: str, name: str, config: dict[str, Any]) -> bytes:
+    """The bytes of one file of a prior. Raises UserError if it is missing or not the one `config` describes."""
+    filesystem, path = open_filesystem(uri)
+    try:
+        data: bytes = filesystem.cat_file(f"{path}/{name}")
+    except UNREACHABLE as error:
+        raise UserError(f"prior {uri}: {name} cannot be read ({describe(error)}); copy the whole directory again") from None
+    if hashlib.sha256(data).hexdigest() != config["sha256"][name]:
+        raise UserError(f"prior {uri}: {name} is not the file config.json describes (sha256 differs); copy the whole directory again")
+    return data
 
 
 def read_prior_config(uri: str) -> dict[str, Any]:

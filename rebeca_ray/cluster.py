@@ -12,7 +12,7 @@ QUIET = {
 
 
 def start_ray() -> None:
-    """Join the cluster of `RAY_ADDRESS`, or of the job that runs us, or start Ray on this machine alone.
+    """Join the cluster of `RAY_ADDRESS`, of the job that runs us, or one on this machine; else start Ray here.
 
     Each job calls it once its input is checked: a mistake is told at once, not after Ray's start. Does nothing to a Ray
     that runs already but make its errors and its log ours.
@@ -22,11 +22,13 @@ def start_ray() -> None:
     import ray
     from ray.util.debug import disable_log_once_globally
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # a warning that only a Ray open to others needs
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=True, logging_level=logging.WARNING)
-    context = ray.data.DataContext.get_current()
+    context = ray.data.DataContext.get_current()  # this sets up Ray Data's log, so only now:
+    for handler in logging.getLogger("ray.data").handlers:
+        if not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.CRITICAL)  # its errors are raised too, and its log file keeps all of it
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # so that a UserError in a stage arrives as one
     if not sys.stderr.isatty():

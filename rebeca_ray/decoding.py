@@ -15,8 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from huggingface_hub import hf_hub_download
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from rebeca_ray.config import DecoderSettings
 from rebeca_ray.errors import UserError
@@ -29,12 +30,23 @@ class Decoder(Protocol):
     """What rendering needs: embeddings, seeds and prompts in, pictures out, row by row independent."""
 
     def decode(self, image_embeds_BD: np.ndarray, seeds: Sequence[int], prompts: Sequence[str]) -> np.ndarray:
-        """uint8 images [B, height, width, 3]."""
+        """uint8 images [B, height, width, 3]. Raises NonFiniteImagesError if any is not finite."""
         ...
 
 
+class NonFiniteImagesError(RuntimeError):
+    """Rows of a batch came out NaN or infinite, the usual end of float16 overflow; rounded, they would be black images.
+
+    `images` holds the whole batch, `finite` [B] says which of its rows are good.
+    """
+
+    def __init__(self, dtype: str, images: np.ndarray, finite: np.ndarray) -> None:
+        super().__init__(f"the decoder drew values that are not finite in {dtype}")
+        self.images, self.finite = images, finite
+
+
 class DiffusersDecoder:
-    """A diffusers Stable Diffusion 1.x/2.x directory or hub id with any IP-Adapter file.
+    """A diffusers Stable Diffusion 1.x/2.x directory or hub id with an IP-Adapter file that reads one global embedding.
 
     Raises UserError if weights are missing, or are pickles.
     """
@@ -62,27 +74,32 @@ class DiffusersDecoder:
         self.vae = pipeline.vae.to(settings.device, dtype).eval()
         self.text_encoder = pipeline.text_encoder.to(settings.device, dtype).eval()
         self.tokenizer = pipeline.tokenizer
-        scheduler = {"dpm_solver": DPMSolverMultistepScheduler, "ddim": DDIMScheduler}[settings.scheduler]
-        self.scheduler: Any = scheduler.from_config(pipeline.scheduler.config)
+        if settings.scheduler == "ddim":  # its default clips to [-1, 1], right for pixels and wrong for latents
+            self.scheduler: Any = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+        else:
+            self.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
         image_size = settings.image_size or self.unet.config.sample_size * pipeline.vae_scale_factor
         self.latent_size = image_size // pipeline.vae_scale_factor
 
     @torch.inference_mode()
     def decode(self, image_embeds_BD: np.ndarray, seeds: Sequence[int], prompts: Sequence[str]) -> np.ndarray:
         """Draw one image a row; short batches are padded to `batch_size`, so that bits do not depend on company."""
-        images = []
+        images, finite = [], []
         for start in range(0, len(seeds), self.settings.batch_size):
             rows = slice(start, start + self.settings.batch_size)
             padding = self.settings.batch_size - len(seeds[rows])
             embeds = np.concatenate([image_embeds_BD[rows], np.repeat(image_embeds_BD[:1], padding, axis=0)])
-            drawn = self.decode_tile(embeds, [*seeds[rows], *[seeds[0]] * padding], [*prompts[rows], *[""] * padding])
+            drawn, good = self.decode_tile(embeds, [*seeds[rows], *[seeds[0]] * padding], [*prompts[rows], *[""] * padding])
             images.append(drawn[: len(drawn) - padding])
+            finite.append(good[: len(good) - padding])
+        if not np.concatenate(finite).all():
+            raise NonFiniteImagesError(self.settings.dtype, np.concatenate(images), np.concatenate(finite))
         return np.concatenate(images)
 
-    def decode_tile(self, image_embeds_BD: np.ndarray, seeds: Sequence[int], prompts: Sequence[str]) -> np.ndarray:
+    def decode_tile(self, image_embeds_BD: np.ndarray, seeds: Sequence[int], prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """One full batch: the denoising loop of Stable Diffusion, guidance as one doubled batch.
 
-        Raises RuntimeError for pixels that are not finite.
+        Returns uint8 images [B, H, W, 3], and which of them are finite [B].
         """
         device, dtype, guidance = self.settings.device, self.unet.dtype, self.settings.decoder_guidance_scale
         size, channels = self.latent_size, self.unet.config.in_channels
@@ -105,10 +122,9 @@ class DiffusersDecoder:
                 predicted = unconditional + guidance * (conditional - unconditional)
             latents = self.scheduler.step(predicted, timestep, latents, return_dict=False)[0]
         pixels = self.vae.decode((latents / self.vae.config.scaling_factor).to(dtype), return_dict=False)[0]
-        if not torch.isfinite(pixels).all():  # the usual end of float16 overflow; rounded, it would be a black image
-            raise RuntimeError(f"the decoder drew values that are not finite in {self.settings.dtype}")
-        rounded = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        return rounded.permute(0, 2, 3, 1).cpu().numpy()
+        finite = pixels.isfinite().flatten(1).all(dim=1)
+        rounded = ((pixels.float() / 2 + 0.5).nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
+        return rounded.permute(0, 2, 3, 1).cpu().numpy(), finite.cpu().numpy()
 
     def encode_prompts(self, prompts: Sequence[str]) -> torch.Tensor:
         """Text tokens [B, L, H]; each distinct prompt is encoded once."""
@@ -138,14 +154,29 @@ def adapter_location(settings: DecoderSettings) -> tuple[str, str, str]:
     return repo, folder, file
 
 
-def decoder_embed_dim(settings: DecoderSettings) -> int | None:
-    """D of the IP-Adapter, read from its header without loading weights; None for a hub id not on this disk."""
+def decoder_embed_dim(settings: DecoderSettings) -> int:
+    """D of the IP-Adapter, read from its header; from a hub the file is fetched once, before every actor asks for it.
+
+    Raises UserError if it is not there, damaged, or an adapter that reads more than one global embedding.
+    """
     repo, folder, file = adapter_location(settings)
     path = Path(repo) / folder / file
     if not path.is_file():
-        return None
-    with safe_open(path, framework="numpy") as weights:
-        return int(weights.get_slice("image_proj.proj.weight").get_shape()[1])
+        try:
+            path = Path(hf_hub_download(repo, file, subfolder=folder or None))
+        except (OSError, ValueError) as error:  # what the hub's client raises derives from one or the other
+            raise UserError(
+                f"decoder.ip_adapter {settings.ip_adapter}: cannot be fetched from {repo} ({' '.join(str(error).split())[:200]}); "
+                f"run `hf download {repo} {settings.ip_adapter}` where there is a network, or set ip_adapter_repo to a local directory"
+            ) from None
+    try:
+        with safe_open(path, framework="numpy") as weights:
+            return int(weights.get_slice("image_proj.proj.weight").get_shape()[1])
+    except SafetensorError as error:
+        raise UserError(
+            f"decoder.ip_adapter {settings.ip_adapter}: no image_proj.proj.weight to read ({error}); give a plain adapter such as "
+            "ip-adapter_sd15.safetensors: those called plus, full or faceid read other embeddings"
+        ) from None
 
 
 def decoder_fingerprint(settings: DecoderSettings) -> str:
@@ -160,7 +191,9 @@ def decoder_fingerprint(settings: DecoderSettings) -> str:
             digest.update((repo or "").encode())
             continue
         for file in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.json")]):
-            digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
+            digest.update(str(file.relative_to(folder)).encode())
+            with file.open("rb") as weights:
+                digest.update(hashlib.file_digest(weights, "sha256").digest())
     return digest.hexdigest()[:16]
 
 

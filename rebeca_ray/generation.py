@@ -8,7 +8,7 @@ from rebeca_ray.catalog.assemble import assemble
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.publish import publish
 from rebeca_ray.catalog.read import published
-from rebeca_ray.checkpoint import fingerprint, read_prior_config
+from rebeca_ray.checkpoint import fingerprint, load_prior, read_prior_config
 from rebeca_ray.cluster import start_ray
 from rebeca_ray.config import GenerateConfig
 from rebeca_ray.decoding import decoder_fingerprint
@@ -33,6 +33,7 @@ def generate_catalog(config: GenerateConfig) -> dict[str, Any]:
         "decoder": decoder_fingerprint(config.decoder),
         "code": rebeca_ray.__version__,
     }
+    load_prior(config.prior)  # a damaged one is found now, not by every actor
     start_ray()
     seconds = {}
     started = time.perf_counter()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
@@ -63,7 +64,8 @@ def open_image(encoded: bytes | None, item_id: pa.Scalar) -> Any:
     try:
         return Image.open(io.BytesIO(encoded or b"")).convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"items: the image of {item_id.as_py()!r} cannot be decoded ({error}); mend or drop that item") from None
+        why = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise UserError(f"items: the image of {item_id.as_py()!r} cannot be decoded ({why}); mend or drop that item") from None
 
 
 def load_clip(name: str) -> tuple[Any, Any]:
@@ -114,12 +116,17 @@ def embed_items(config: EmbedConfig) -> int:
     for name in ("item_id", "image"):
         if name not in schema.names:
             raise UserError(f"items {config.items}: column {name!r} is missing; {did_you_mean(name, schema.names)}")
+        actual, expected = schema.field(name).type, {"item_id": pa.string(), "image": schemas.IMAGE}[name]
+        if not schemas.compatible(actual, expected):
+            raise UserError(f"items {config.items}: column {name!r} is {actual}, expected {expected}; cast it and write again")
     if f"{config.items}/".startswith(f"{config.out.rstrip('/')}/"):
         raise UserError(f"out {config.out}: holds the items themselves and would be replaced; choose another folder")
-    fingerprint = clip_fingerprint(config.clip)
-    require_writable(config.out, "out")
     filesystem, _ = open_filesystem(config.items)
     out_filesystem, out_path = open_filesystem(config.out)
+    if out_filesystem.exists(out_path) and out_filesystem.ls(out_path) and read_json(join(config.out, MARKER)) is None:
+        raise UserError(f"out {config.out}: holds something else than embedded items and would be replaced; choose another folder")
+    fingerprint = clip_fingerprint(config.clip)
+    require_writable(config.out, "out")
     start_ray()
     import ray
 
@@ -155,9 +162,10 @@ def read_image_embeds(uri: str) -> EmbeddedItems:
         raise UserError(
             f"items {uri}: image_embeds is {column.type} with {column.null_count} nulls; expected fixed_size_list<float32>[D] without nulls"
         )
+    sizes = pc.unique(pc.list_value_length(column)).to_pylist()
+    if len(sizes) != 1:
+        raise UserError(f"items {uri}: image_embeds has rows of {len(sizes)} sizes ({sizes[:3]}); every item needs the same D")
     values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    if table.num_rows == 0 or len(values) % table.num_rows:
-        raise UserError(f"items {uri}: {len(values)} embedding values for {table.num_rows} items; every item needs the same D")
     item_id = table["item_id"].to_numpy(zero_copy_only=False).astype(str)
     if len(np.unique(item_id)) != len(item_id):
         raise UserError(f"items {uri}: {len(item_id) - len(np.unique(item_id))} item_ids are repeated; keep one row an item")

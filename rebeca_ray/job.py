@@ -92,7 +92,8 @@ def user_error(error: BaseException | None) -> UserError | None:
     if error is None:
         return None
     failures = getattr(error, "worker_failures", None) or {}  # Ray Train: one exception a rank
-    for inner in (getattr(error, "cause", None), error.__cause__, *failures.values()):
+    arguments = [inner for inner in error.args if isinstance(inner, BaseException)]  # ActorDiedError: the constructor's
+    for inner in (getattr(error, "cause", None), error.__cause__, *failures.values(), *arguments):
         if found := user_error(inner):
             return found
     return error if isinstance(error, UserError) else None

@@ -14,13 +14,13 @@ import pyarrow.compute as pc
 
 from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import Run
-from rebeca_ray.checkpoint import load_prior, read_prior_config
+from rebeca_ray.checkpoint import fingerprint, load_prior, read_prior_config, read_prior_users
 from rebeca_ray.config import MAX_IMAGES, GenerateConfig, SamplerSettings
 from rebeca_ray.decoding import decoder_embed_dim
 from rebeca_ray.errors import UserError, did_you_mean
 from rebeca_ray.items import embedded_with, read_image_embeds
 from rebeca_ray.schemas import compatible
-from rebeca_ray.storage import arrow_filesystem, join, open_filesystem, open_table, read_table
+from rebeca_ray.storage import arrow_filesystem, open_filesystem, open_table, read_table
 
 ITEMS_A_FILE = 20_000
 
@@ -33,7 +33,7 @@ def check_request(config: GenerateConfig) -> int:
     """
     prior = read_prior_config(config.prior)
     embed_dim, wanted = prior["scaler"]["embed_dim"], decoder_embed_dim(config.decoder)
-    if wanted is not None and wanted != embed_dim:
+    if wanted != embed_dim:
         raise UserError(
             f"prior {config.prior} draws embeddings of size {embed_dim}, decoder {config.decoder.model} reads {wanted}; "
             "train the prior on items embedded with the decoder's CLIP"
@@ -49,7 +49,7 @@ def check_request(config: GenerateConfig) -> int:
         actual, expected = schema.field(name).type, schemas.REQUEST.field(name).type
         if not compatible(actual, expected):
             raise UserError(f"request {config.request}: column {name!r} is {actual}, expected {expected}; cast it and write again")
-    users = request["user_id"]
+    users = request["user_id"].cast(pa.string())
     if request.num_rows == 0:
         raise UserError(f"request {config.request}: has no rows; ask for at least one user")
     if users.null_count or pc.any(pc.equal(users, "")).as_py():
@@ -60,7 +60,7 @@ def check_request(config: GenerateConfig) -> int:
         raise UserError(
             f"request {config.request}: {len(users) - pc.count_distinct(users).as_py()} user_ids are repeated; ask for each user once"
         )
-    known = read_table(join(config.prior, "users.parquet"), "prior", ["user_id"])["user_id"]
+    known = read_prior_users(config.prior, prior)["user_id"]
     unknown = users.filter(pc.invert(pc.is_in(users, value_set=known.combine_chunks())))
     if len(unknown):
         names = ", ".join(repr(name) for name in unknown[:3].to_pylist())
@@ -117,7 +117,7 @@ def plan_items(config: GenerateConfig, run: Run, versions: dict[str, str]) -> No
     sampler = config.sampler
     (
         ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem), columns=columns)
-        .map_batches(RequestedItems(config, run.run_id, versions), batch_format="pyarrow")
+        .map_batches(RequestedItems(config, versions), batch_format="pyarrow")
         .map_batches(
             SampleEmbeds,
             fn_constructor_args=(config.prior, versions["prior"], sampler),
@@ -135,14 +135,14 @@ def plan_items(config: GenerateConfig, run: Run, versions: dict[str, str]) -> No
 class RequestedItems:
     """One row a user in, `num_images` rows out: `item_id`, `user_id`, `rank`, `seed`, `user_index`, `prompt`."""
 
-    def __init__(self, config: GenerateConfig, run_id: str, versions: dict[str, str]) -> None:
+    def __init__(self, config: GenerateConfig, versions: dict[str, str]) -> None:
         told = config.sampler.model_dump(exclude={"batch_size", "num_actors", "cpus_per_actor", "device"})
         self.settings = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-        self.prior_uri, self.run_id, self.num_images = config.prior, run_id, config.num_images
+        self.prior_uri, self.num_images = config.prior, config.num_images
         self.prior, self.decoder = versions["prior"], versions["decoder"]
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        users = known_users(self.prior_uri, self.run_id)
+        users = known_users(self.prior_uri, self.prior)
         rows: list[dict[str, Any]] = []
         for asked in batch.to_pylist():
             user_index, history_digest = users[asked["user_id"]]
@@ -165,10 +165,18 @@ class RequestedItems:
 
 
 @lru_cache(maxsize=1)
-def known_users(prior: str, run_id: str) -> dict[str, tuple[int, str]]:
-    """`user_id` -> (`user_index`, `history_digest`), read once a process and run: the next run may find another prior there."""
-    table = read_table(join(prior, "users.parquet"), "prior")
+def known_users(uri: str, version: str) -> dict[str, tuple[int, str]]:
+    """`user_id` -> (`user_index`, `history_digest`) of one version of a prior, read once a process."""
+    config = read_prior_config(uri)
+    require_version(uri, fingerprint(config), version)
+    table = read_prior_users(uri, config)
     return {row["user_id"]: (row["user_index"], row["history_digest"]) for row in table.to_pylist()}
+
+
+def require_version(prior: str, found: str, version: str) -> None:
+    """Raise UserError if another prior lies where the run's own lay when it began."""
+    if found != version:
+        raise UserError(f"prior {prior}: was replaced while this run was planning; run again")
 
 
 class SampleEmbeds:
@@ -178,8 +186,7 @@ class SampleEmbeds:
         from rebeca_ray.diffusion import Diffusion
 
         self.prior, self.sampler = load_prior(prior, sampler.device), sampler
-        if self.prior.fingerprint != version:
-            raise UserError(f"prior {prior}: was replaced while this run was planning; run again")
+        require_version(prior, self.prior.fingerprint, version)
         self.diffusion = Diffusion.build(self.prior.diffusion, sampler.device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -14,6 +14,7 @@ from ray.data.datasource import FilenameProvider
 from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.config import DecoderSettings, GenerateConfig
+from rebeca_ray.decoding import DiffusersDecoder, NonFiniteImagesError, encode_image
 from rebeca_ray.errors import UserError
 from rebeca_ray.storage import ChecksumHandler, arrow_filesystem, join, open_filesystem
 
@@ -67,8 +68,6 @@ class RenderImages:
     """One planned row in, one row of `schemas.IMAGES` out, in the same order."""
 
     def __init__(self, settings: DecoderSettings) -> None:
-        from rebeca_ray.decoding import DiffusersDecoder
-
         self.settings, self.decoder = settings, DiffusersDecoder(settings)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -89,12 +88,15 @@ class RenderImages:
         return pa.Table.from_pylist(rows, schema=schemas.IMAGES)
 
     def draw(self, chosen: np.ndarray, embeds_BD: np.ndarray, seeds: list[int], prompts: list[str]) -> list[tuple[int, np.ndarray | str]]:
-        """`(index, image or reason)` of every chosen row; a batch that fails is tried row by row."""
+        """`(index, image or reason)` of every chosen row; a batch that raises is tried row by row."""
         if len(chosen) == 0:
             return []
         try:
             images = self.decoder.decode(embeds_BD[chosen], [seeds[i] for i in chosen], [prompts[i] for i in chosen])
             return list(zip(chosen.tolist(), images, strict=True))
+        except NonFiniteImagesError as error:
+            drawn = zip(chosen.tolist(), error.images, error.finite, strict=True)
+            return [(index, image if ok else str(error)) for index, image, ok in drawn]
         except torch.OutOfMemoryError:
             raise UserError(
                 f"decoder: {self.settings.batch_size} images at once do not fit the device's memory; lower decoder.batch_size"
@@ -107,8 +109,6 @@ class RenderImages:
             return [result for index in chosen for result in self.draw(np.array([index]), embeds_BD, seeds, prompts)]
 
     def encode(self, item_id: str, image_HWC: np.ndarray) -> dict[str, Any]:
-        from rebeca_ray.decoding import encode_image
-
         kind, quality = self.settings.image_format, self.settings.image_quality
         return {
             "image": {"bytes": encode_image(image_HWC, kind, quality), "path": f"{item_id}.{kind.lower()}"},

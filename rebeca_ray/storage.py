@@ -7,6 +7,7 @@ S3 goes through s3fs; endpoint and credentials come from the usual AWS environme
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def join(uri: str, *parts: str) -> str:
 def open_table(uri: str, what: str) -> tuple[list[str], pa.Schema]:
     """The Parquet files of `uri` (a file or a folder of files), sorted, and their schema.
 
-    Raises UserError, naming `what`, if there is nothing there or the first file is not Parquet.
+    Raises UserError, naming `what`, if there is nothing there, a file is not Parquet, or the files differ in their
+    columns: a reader would take the first file's and drop the rest without a word.
     """
     filesystem, path = open_filesystem(uri)
     try:
@@ -63,12 +65,26 @@ def open_table(uri: str, what: str) -> tuple[list[str], pa.Schema]:
         files = sorted(str(name) for name in found if str(name).endswith(".parquet") or name == path)
         if not files:
             raise UserError(f"{what} {uri}: not found; give a Parquet file, or a folder that holds some")
-        with filesystem.open(files[0], "rb") as file:
-            return files, pq.read_schema(file)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        raise UserError(f"{what} {uri}: {Path(files[0]).name} is not a readable Parquet file; write it again") from None
+        with ThreadPoolExecutor(16) as pool:  # on S3 each takes a round trip or two
+            schemas = list(pool.map(lambda name: read_schema(filesystem, name, what, uri), files))
     except UNREACHABLE as error:
         raise UserError(f"{what} {uri}: cannot be read ({describe(error)}); check the path and the credentials") from None
+
+    for name, schema in zip(files, schemas, strict=True):
+        if odd := sorted({*schema.names} ^ {*schemas[0].names}):
+            raise UserError(
+                f"{what} {uri}: {Path(name).name} and {Path(files[0]).name} differ in their columns ({', '.join(odd[:3])}); "
+                "write all files with the same"
+            )
+    return files, schemas[0]
+
+
+def read_schema(filesystem: AbstractFileSystem, path: str, what: str, uri: str) -> pa.Schema:
+    try:
+        with filesystem.open(path, "rb") as file:
+            return pq.read_schema(file)
+    except pa.ArrowException:
+        raise UserError(f"{what} {uri}: {Path(path).name} is not a readable Parquet file; write it again") from None
 
 
 def read_table(uri: str, what: str, columns: list[str] | None = None) -> pa.Table:
@@ -78,7 +94,7 @@ def read_table(uri: str, what: str, columns: list[str] | None = None) -> pa.Tabl
     try:
         dataset = pyarrow.dataset.dataset(files, filesystem=arrow_filesystem(filesystem), format="parquet")
         return dataset.to_table(columns=columns)
-    except (pa.ArrowInvalid, *UNREACHABLE) as error:
+    except (pa.ArrowException, *UNREACHABLE) as error:
         raise UserError(f"{what} {uri}: not readable as Parquet ({describe(error)}); write it again") from None
 
 

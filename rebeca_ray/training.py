@@ -1,4 +1,4 @@
-"""Training the prior with Ray Train: the loop every worker runs, the balanced user sampler, early stopping."""
+"""Training the prior with Ray Train: the loop every worker runs, what it keeps to go on after a kill, early stopping."""
 
 import csv
 import hashlib
@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,69 +32,13 @@ from rebeca_ray.config import TrainConfig
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.embeds import EmbedScaler
 from rebeca_ray.errors import UserError
-from rebeca_ray.interactions import Interactions, read_interactions, user_table
+from rebeca_ray.interactions import read_interactions, user_table
 from rebeca_ray.items import EmbeddedItems, read_image_embeds
 from rebeca_ray.prior import Prior
 from rebeca_ray.storage import require_writable
+from rebeca_ray.training_set import BalancedUserSampler, TrainingSet, build_training_set
 
 STATE = "state.pt"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingSet:
-    """N interactions joined with I scaled item embeddings; shared by all workers through Ray's object store."""
-
-    x0_ID: np.ndarray  # float32, the prior's space
-    item_index: np.ndarray  # [N]
-    user_index: np.ndarray  # [N], sorted
-    like: np.ndarray  # [N]
-    held_out: np.ndarray  # [N] bool
-    num_users: int
-
-
-class BalancedUserSampler:
-    """Draws the same number of training interactions from every user each epoch (paper, appendix A.1).
-
-    Users with fewer rows than that repeat them. A pure function of seed and epoch, so that a resumed run sees the same
-    epochs, and every worker takes its own share of one common draw.
-    """
-
-    def __init__(self, user_index: np.ndarray, held_out: np.ndarray, num_users: int, samples_per_user: int, seed: int) -> None:
-        self.rows = np.flatnonzero(~held_out)
-        self.counts = np.bincount(user_index[self.rows], minlength=num_users)
-        self.starts = np.concatenate([[0], np.cumsum(self.counts)[:-1]])
-        self.users = np.flatnonzero(self.counts)
-        self.samples_per_user, self.seed = samples_per_user, seed
-
-    def epoch(self, number: int) -> np.ndarray:
-        """Shuffled row numbers of epoch `number`, `samples_per_user` of every user."""
-        random = np.random.default_rng((self.seed, number))
-        share = random.random((len(self.users), self.samples_per_user))
-        place = (share * self.counts[self.users, None]).astype(np.int64)
-        rows = self.rows[(self.starts[self.users, None] + place).ravel()]
-        return random.permutation(rows)
-
-
-def build_training_set(interactions: Interactions, item_id: np.ndarray, x0_ID: np.ndarray, uri: str) -> TrainingSet:
-    """Join interactions with item embeddings. Raises UserError for rated items without an embedding."""
-    order = np.argsort(item_id)
-    place = np.minimum(np.searchsorted(item_id, interactions.item_id, sorter=order), len(order) - 1)
-    item_index = order[place]
-    missing = item_id[item_index] != interactions.item_id
-    if missing.any():
-        names = ", ".join(sorted(set(interactions.item_id[missing]))[:3])
-        raise UserError(
-            f"items {uri}: {int(missing.sum())} of {len(missing)} interactions rate an item that has no embedding there "
-            f"({names}); embed those items with `rebeca embed`, or drop their ratings"
-        )
-    return TrainingSet(
-        x0_ID=x0_ID,
-        item_index=item_index.astype(np.int32),
-        user_index=interactions.user_index,
-        like=interactions.like,
-        held_out=interactions.held_out,
-        num_users=interactions.num_users,
-    )
 
 
 def train_prior(config: TrainConfig) -> dict[str, float]:
@@ -103,12 +46,13 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
 
     A run that was killed goes on from its last epoch when started again with the same storage and run name.
     """
-    require_writable(config.out, "prior")
     interactions = read_interactions(config.interactions)
     items = read_image_embeds(config.items)
     image_embeds = torch.from_numpy(items.image_embeds)
     scaler = EmbedScaler.fit(image_embeds)
     data = build_training_set(interactions, items.item_id, scaler.scale(image_embeds).numpy(), config.items)
+    require_writable(config.out, "out")
+    require_writable(config.storage, "storage")
     start_ray()
 
     users = user_table(interactions)
@@ -167,6 +111,60 @@ def curve_csv(curve: list[list[float]]) -> str:
     return text.getvalue()
 
 
+class Fit:
+    """All that a killed run needs to go on: network, running average, optimizer, learning-rate schedule, curve so far."""
+
+    def __init__(self, config: TrainConfig, data: TrainingSet, device: torch.device) -> None:
+        optimization = config.optimization
+        torch.manual_seed(optimization.seed)
+        self.network = build_network(config.network, embed_dim=data.x0_ID.shape[1], num_users=data.num_users).to(device)
+        self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(optimization.ema_decay))
+        users = self.network.user.weight
+        groups: list[dict[str, Any]] = [
+            {"params": [parameter for parameter in self.network.parameters() if parameter is not users]},
+            {"params": [users], "lr": optimization.user_learning_rate or optimization.learning_rate, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=optimization.learning_rate, weight_decay=optimization.weight_decay, fused=True)
+        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self.optimizer, factor=optimization.plateau_factor, patience=optimization.plateau_patience
+        )
+        self.epoch, self.best_loss, self.stale_epochs = 0, math.inf, 0
+        self.curve: list[list[float]] = []
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def end_epoch(self, train_loss: float, val_loss: float) -> None:
+        self.epoch += 1
+        self.plateau.step(val_loss)
+        self.stale_epochs = 0 if val_loss < self.best_loss else self.stale_epochs + 1
+        self.best_loss = min(self.best_loss, val_loss)
+        self.curve.append([self.epoch, round(train_loss, 6), round(val_loss, 6), self.learning_rate])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "network": self.network.state_dict(),
+            "average": self.average.module.state_dict(),
+            "num_averaged": int(self.average.n_averaged),
+            "optimizer": self.optimizer.state_dict(),
+            "plateau": self.plateau.state_dict(),
+            "epoch": self.epoch,
+            "best_loss": self.best_loss,
+            "stale_epochs": self.stale_epochs,
+            "curve": self.curve,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.average.module.load_state_dict(state["average"])
+        self.average.n_averaged.fill_(state["num_averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.plateau.load_state_dict(state["plateau"])
+        self.epoch, self.best_loss, self.stale_epochs = state["epoch"], state["best_loss"], state["stale_epochs"]
+        self.curve = state["curve"]
+
+
 def train_loop_per_worker(settings: dict[str, Any]) -> None:
     """Ray Train's loop: one epoch, one validation, one report with a checkpoint, until it stops improving."""
     logging.getLogger().setLevel(logging.WARNING)  # else Ray Train prints every report in full
@@ -177,68 +175,31 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     device = train.torch.get_device()
     torch.set_num_threads(config.workers.cpus_per_worker)
     optimization = config.optimization
-    torch.manual_seed(optimization.seed)
 
-    network = build_network(config.network, embed_dim=data.x0_ID.shape[1], num_users=data.num_users).to(device)
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(optimization.ema_decay))
-    parallel: nn.Module = DistributedDataParallel(network) if world_size > 1 else network
-    users = network.user.weight
-    groups: list[dict[str, Any]] = [
-        {"params": [parameter for parameter in network.parameters() if parameter is not users]},
-        {"params": [users], "lr": optimization.user_learning_rate or optimization.learning_rate, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=optimization.learning_rate, weight_decay=optimization.weight_decay, fused=True)
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimizer, factor=optimization.plateau_factor, patience=optimization.plateau_patience
-    )
-    first_epoch, best_loss, stale_epochs, curve = 1, math.inf, 0, []
+    fit = Fit(config, data, device)
     if checkpoint := train.get_checkpoint():
         with checkpoint.as_directory() as folder:
-            state = torch.load(Path(folder) / STATE, weights_only=True, map_location=device)
-        network.load_state_dict(state["network"])
-        average.module.load_state_dict(state["average"])
-        average.n_averaged.fill_(state["num_averaged"])
-        optimizer.load_state_dict(state["optimizer"])
-        plateau.load_state_dict(state["plateau"])
-        first_epoch, best_loss, stale_epochs, curve = state["epoch"] + 1, state["best_loss"], state["stale_epochs"], state["curve"]
-
+            fit.load_state_dict(torch.load(Path(folder) / STATE, weights_only=True, map_location=device))
+    model: nn.Module = DistributedDataParallel(fit.network) if world_size > 1 else fit.network
     diffusion = Diffusion.build(config.diffusion, device)
     sampler = BalancedUserSampler(data.user_index, data.held_out, data.num_users, optimization.samples_per_user, optimization.seed)
     batch_size = max(1, optimization.batch_size // world_size)
+    steps = max(1, len(sampler.users) * optimization.samples_per_user // (batch_size * world_size))
     writer = SummaryWriter(f"{config.storage}/{config.run_name}/tensorboard") if rank == 0 else None
-    for epoch in range(first_epoch, optimization.max_epochs + 1):
-        if stale_epochs >= optimization.early_stopping_patience:
-            break
-        started = time.perf_counter()
-        rows = sampler.epoch(epoch)[rank::world_size]
-        steps = max(1, len(sampler.users) * optimization.samples_per_user // (batch_size * world_size))
+    while fit.epoch < optimization.max_epochs and fit.stale_epochs < optimization.early_stopping_patience:
+        started, epoch = time.perf_counter(), fit.epoch + 1
+        rows = sampler.epoch(epoch)[rank::world_size][: steps * batch_size]
         generator = torch.Generator(device).manual_seed(hash((optimization.seed, epoch, rank)) % 2**63)
-        parallel.train()
-        total = torch.zeros((), device=device)
         with progress_bar(steps, f"epoch {epoch}", settings["live"] and rank == 0) as bar:
-            for step in range(steps):
-                loss = batch_loss(parallel, network, diffusion, data, rows[step * batch_size : (step + 1) * batch_size], generator, config)
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(network.parameters(), optimization.gradient_clip)
-                optimizer.step()
-                average.update_parameters(network)
-                total += loss.detach()
-                if bar is not None:
-                    bar.update(1)
-        train_loss = mean_over_workers(total / steps)
-        val_loss = validation_loss(cast(Prior, average.module), diffusion, data, rank, world_size, device)
+            train_loss = train_epoch(model, fit, diffusion, data, np.array_split(rows, steps), generator, config, bar)
+        val_loss = validation_loss(cast(Prior, fit.average.module), diffusion, data, rank, world_size, device)
         if not math.isfinite(train_loss):
             raise UserError(
-                f"training diverged in epoch {epoch} at learning rate {optimizer.param_groups[0]['lr']:.3g}; "
+                f"training diverged in epoch {epoch} at learning rate {fit.learning_rate:.3g}; "
                 "lower optimization.learning_rate and user_learning_rate"
             )
-        plateau.step(val_loss)
-        learning_rate = optimizer.param_groups[0]["lr"]
-        stale_epochs = 0 if val_loss < best_loss else stale_epochs + 1
-        best_loss = min(best_loss, val_loss)
-        curve.append([epoch, round(train_loss, 6), round(val_loss, 6), learning_rate])
-        metrics = {"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss, "learning_rate": learning_rate}
+        fit.end_epoch(train_loss, val_loss)
+        metrics = {"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss, "learning_rate": fit.learning_rate}
         if writer is None:
             train.report(metrics)
             continue
@@ -247,24 +208,42 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
         writer.flush()
         seconds = time.perf_counter() - started
         print(
-            f"epoch {epoch}/{optimization.max_epochs}  train {train_loss:.4f}  val {val_loss:.4f}  best {best_loss:.4f}  "
-            f"lr {learning_rate:.1e}  {steps * batch_size * world_size / seconds:,.0f} samples/s",
+            f"epoch {epoch}/{optimization.max_epochs}  train {train_loss:.4f}  val {val_loss:.4f}  best {fit.best_loss:.4f}  "
+            f"lr {fit.learning_rate:.1e}  {steps * batch_size * world_size / seconds:,.0f} samples/s",
             flush=True,
         )
         with tempfile.TemporaryDirectory() as folder:
-            state = {
-                "network": network.state_dict(),
-                "average": average.module.state_dict(),
-                "num_averaged": int(average.n_averaged),
-                "optimizer": optimizer.state_dict(),
-                "plateau": plateau.state_dict(),
-                "epoch": epoch,
-                "best_loss": best_loss,
-                "stale_epochs": stale_epochs,
-                "curve": curve,
-            }
-            torch.save(state, Path(folder) / STATE)
+            torch.save(fit.state_dict(), Path(folder) / STATE)
             train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+
+
+def train_epoch(
+    model: nn.Module,
+    fit: Fit,
+    diffusion: Diffusion,
+    data: TrainingSet,
+    batches: list[np.ndarray],
+    generator: torch.Generator,
+    config: TrainConfig,
+    bar: Any,
+) -> float:
+    """One optimizer step a batch; returns the mean loss over all workers. Raises RuntimeError if the workers drift apart."""
+    model.train()
+    total = torch.zeros((), device=generator.device)
+    for rows in batches:
+        loss = batch_loss(model, fit.network, diffusion, data, rows, generator, config)
+        fit.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(fit.network.parameters(), config.optimization.gradient_clip)
+        fit.optimizer.step()
+        fit.average.update_parameters(fit.network)
+        total += loss.detach()
+        if bar is not None:
+            bar.update(1)
+    weight = torch.stack([parameter.detach().double().sum() for parameter in fit.network.parameters()]).sum()
+    if abs(mean_over_workers(weight.clone()) - float(weight)) > 1e-9 * (1 + abs(float(weight))):
+        raise RuntimeError("the workers' weights differ: gradients are not shared")  # rank 0 would save a part of the training
+    return mean_over_workers(total / len(batches))
 
 
 def batch_loss(

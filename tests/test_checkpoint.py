@@ -49,17 +49,19 @@ def test_altered_weights(tiny_prior: str) -> None:
 
 def test_missing_and_damaged_files(tiny_prior: str) -> None:
     (Path(tiny_prior) / "users.parquet").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="incomplete or damaged"):
+    with pytest.raises(UserError, match=r"users.parquet is not the file config.json describes \(sha256 differs\)"):
         load_prior(tiny_prior)
     (Path(tiny_prior) / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="incomplete or damaged"):
+    with pytest.raises(UserError, match=r"model.safetensors cannot be read \(No such file or directory\); copy the whole directory again"):
         load_prior(tiny_prior)
 
 
-def test_users_that_do_not_belong(tiny_prior: str) -> None:
+def test_users_of_another_night_are_refused(tiny_prior: str) -> None:
+    """As many users in another order would give each the taste of another."""
     path = Path(tiny_prior) / "users.parquet"
-    pq.write_table(pq.read_table(path).slice(1), path)
-    with pytest.raises(UserError, match=r"users.parquet has 6 users, config.json says 7"):
+    users = pq.read_table(path)
+    pq.write_table(users.set_column(0, "user_id", users["user_id"].take([1, 0, 2, 3, 4, 5, 6])), path)
+    with pytest.raises(UserError, match=r"users.parquet is not the file config.json describes"):
         load_prior(tiny_prior)
 
 
@@ -68,7 +70,7 @@ def test_another_format_and_another_network(tiny_prior: str) -> None:
     with pytest.raises(UserError, match="weights do not fit config.json"):
         load_prior(tiny_prior)
     edit(tiny_prior, format=99)
-    with pytest.raises(UserError, match="format 99, this version reads 2"):
+    with pytest.raises(UserError, match="format 99, this version reads 3"):
         load_prior(tiny_prior)
 
 

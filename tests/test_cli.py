@@ -74,6 +74,33 @@ def test_every_mistake_has_its_exit_code_also_behind_rays_wrappers(error: UserEr
         assert capsys.readouterr().err == "error: a\n"
 
 
+@pytest.mark.usefixtures("ray_local")
+def test_a_mistake_found_in_an_actors_constructor_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    import ray
+
+    class Stage:
+        def __init__(self) -> None:
+            raise UserError("no such model")
+
+        def __call__(self, batch: object) -> object:
+            return batch
+
+    pool = ray.data.ActorPoolStrategy(size=1)
+    with pytest.raises(SystemExit) as caught, plain_errors():
+        ray.data.range(2).map_batches(Stage, compute=pool, num_cpus=0.5).materialize()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: no such model"
+
+
+@pytest.mark.parametrize("command", [["stickers", "simulate"], ["demo"]])
+def test_an_output_that_cannot_be_written_is_told_at_once(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    out = run(*command, "--out", str(tmp_path / "file" / "out"))
+    assert out.returncode == 2
+    assert out.stderr.startswith(f"error: --out {tmp_path}/file/out: cannot be written (Not a directory)")
+    assert out.stderr.count("\n") == 1
+
+
 def test_dry_run_prints_the_resolved_config_and_starts_nothing() -> None:
     out = run("generate", "--config", "jobs/configs/generate_stickers.yaml", "--dry-run", "num_images=9")
     assert out.returncode == 0

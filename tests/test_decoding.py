@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import save_file
 
 from rebeca_ray.config import DecoderSettings
 from rebeca_ray.decoding import DiffusersDecoder, adapter_location, decoder_embed_dim, decoder_fingerprint, encode_image
@@ -34,12 +35,17 @@ def test_every_row_of_a_batch_equals_that_item_alone(tiny_decoder: DecoderSettin
     assert not np.array_equal(together[0], together[2])
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_it_equals_the_pipeline_called_for_one_item(tiny_decoder: DecoderSettings, embeds: np.ndarray, guidance: float) -> None:
-    settings = tiny_decoder.model_copy(update={"decoder_guidance_scale": guidance})
+@pytest.mark.parametrize(("scheduler", "guidance"), [("dpm_solver", 1.0), ("dpm_solver", 4.0), ("ddim", 4.0)])
+def test_it_equals_the_pipeline_called_for_one_item(
+    tiny_decoder: DecoderSettings, embeds: np.ndarray, scheduler: str, guidance: float
+) -> None:
+    settings = tiny_decoder.model_copy(update={"scheduler": scheduler, "decoder_guidance_scale": guidance})
     ours = DiffusersDecoder(settings).decode(embeds, SEEDS, PROMPTS)
     pipeline = StableDiffusionPipeline.from_pretrained(settings.model, safety_checker=None)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    if scheduler == "ddim":  # as Stable Diffusion's own DDIM configuration has it
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    else:
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.load_ip_adapter(settings.model, subfolder="ip_adapter", weight_name="ip-adapter.safetensors", image_encoder_folder=None)
     pipeline.set_progress_bar_config(disable=True)
     for row in range(5):
@@ -68,6 +74,26 @@ def test_embedding_prompt_seed_and_scale_each_change_the_image(tiny_decoder: Dec
 
 def test_embed_dim_is_read_from_the_adapters_header(tiny_decoder: DecoderSettings) -> None:
     assert decoder_embed_dim(tiny_decoder) == D
+
+
+def test_adapters_that_read_something_else_are_refused(tiny_decoder: DecoderSettings, tmp_path: Path) -> None:
+    save_file({"image_proj.latents": torch.zeros(1, 16, 768)}, tmp_path / "ip-adapter-plus_sd15.safetensors")
+    plus = tiny_decoder.model_copy(update={"ip_adapter_repo": str(tmp_path), "ip_adapter": "ip-adapter-plus_sd15.safetensors"})
+    with pytest.raises(UserError, match=r"no image_proj.proj.weight to read .*; give a plain adapter such as ip-adapter_sd15"):
+        decoder_embed_dim(plus)
+    (tmp_path / "ip-adapter-plus_sd15.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"no image_proj.proj.weight to read"):
+        decoder_embed_dim(plus)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tiny_decoder: DecoderSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub = tiny_decoder.model_copy(update={"ip_adapter_repo": "h94/IP-Adapter", "ip_adapter": "models/ip-adapter_sd15.safetensors"})
+    with pytest.raises(
+        UserError, match=r"cannot be fetched from h94/IP-Adapter .*run `hf download h94/IP-Adapter models/ip-adapter_sd15"
+    ) as caught:
+        decoder_embed_dim(hub)
+    assert "\n" not in str(caught.value)
 
 
 def test_fingerprint_follows_what_is_drawn(tiny_decoder: DecoderSettings) -> None:

@@ -73,12 +73,13 @@ def test_repeated_items_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_item_that_is_no_image_is_named_and_the_last_embedding_stays(tmp_path: Path) -> None:
-    """Raised in a Ray actor, it ends the command with its exit code and, after what Ray logs itself, its one line."""
+    """Raised in a Ray actor, it ends the command with its exit code and its one line."""
     some = pq.read_table(ITEMS, columns=["item_id", "image"]).slice(0, 3).to_pylist()
     some[1]["image"]["bytes"] = b"no picture"
     pq.write_table(pa.Table.from_pylist(some), tmp_path / "items.parquet")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "yesterday.parquet").write_bytes(b"")
+    (tmp_path / "out" / "embedding.json").write_text('{"clip": null}')
     (tmp_path / "embed.yaml").write_text(
         f"items: {tmp_path}/items.parquet\nclip: local-dir:{CLIP}\nout: {tmp_path}/out\ncpus_per_actor: 0.5\n"
     )
@@ -86,7 +87,8 @@ def test_an_item_that_is_no_image_is_named_and_the_last_embedding_stays(tmp_path
     out = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert out.returncode == 2
     assert out.stderr.splitlines()[-1].startswith(f"error: items: the image of {some[1]['item_id']!r} cannot be decoded")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["yesterday.parquet"]
+    assert "Traceback" not in out.stdout + out.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["embedding.json", "yesterday.parquet"]
 
 
 def test_an_output_that_holds_the_items_is_refused(tmp_path: Path) -> None:
@@ -103,3 +105,34 @@ def test_an_embedding_that_did_not_finish_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "embedding.json").write_text("{}")
     with pytest.raises(UserError, match="did not finish; run `rebeca embed` again"):
         read_image_embeds(str(tmp_path))
+
+
+def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path: Path) -> None:
+    pq.write_table(pq.read_table(ITEMS).slice(0, 3), tmp_path / "items.parquet")
+    (tmp_path / "data" / "catalog").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds something else than embedded items and would be replaced; choose another folder"):
+        embed_items(EmbedConfig(items=str(tmp_path / "items.parquet"), clip=f"local-dir:{CLIP}", out=str(tmp_path / "data")))
+    assert (tmp_path / "data" / "catalog").exists()
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"item_id": ["a"], "image": [b"encoded"]}, "column 'image' is binary, expected struct<bytes: binary, path: string>"),
+        ({"item_id": [1], "image": [{"bytes": b"encoded"}]}, "column 'item_id' is int64, expected string"),
+        ({"item_id": ["a"], "picture": [b"encoded"]}, "column 'image' is missing"),
+    ],
+)
+def test_items_of_other_types_are_refused(tmp_path: Path, columns: dict[str, list[object]], message: str) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "items.parquet")
+    with pytest.raises(UserError, match=message):
+        embed_items(EmbedConfig(items=str(tmp_path / "items.parquet"), clip=f"local-dir:{CLIP}", out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_embeddings_of_several_sizes_are_refused(tmp_path: Path) -> None:
+    """Rows of 4 and of 8 would add up to two of 6."""
+    embeds = pa.array([[1.0] * 4, [1.0] * 8], pa.list_(pa.float32()))
+    pq.write_table(pa.table({"item_id": ["a", "b"], "image_embeds": embeds}), tmp_path / "items.parquet")
+    with pytest.raises(UserError, match=r"image_embeds has rows of 2 sizes \(\[4, 8\]\); every item needs the same D"):
+        read_image_embeds(str(tmp_path / "items.parquet"))

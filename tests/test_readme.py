@@ -1,7 +1,9 @@
-"""The README stays true: every module in its tree, every path and command it names."""
+"""The README stays true: every module in its tree, every path, make target and `rebeca` command it names."""
 
 import re
 from pathlib import Path
+
+from rebeca_ray.cli import app
 
 REPO = Path(__file__).parents[1]
 README = (REPO / "README.md").read_text()
@@ -25,6 +27,10 @@ def test_every_command_named_is_there() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for path in set(re.findall(r"(?:jobs|tests)/[\w/]+\.(?:py|yaml)", README)):
         assert (REPO / path).exists(), path
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    groups = {group.name: {c.callback.__name__ for c in group.typer_instance.registered_commands} for group in app.registered_groups}
+    for first, second in set(re.findall(r"(?:^|`)rebeca ([a-z]+) +([a-z-]+)?", README, re.MULTILINE)):
+        assert first in commands or second in groups[first], (first, second)
 
 
 def test_no_module_is_over_400_lines() -> None:

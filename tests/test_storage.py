@@ -5,13 +5,14 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from s3fs import S3FileSystem
 
 from rebeca_ray.catalog import publish as publish_module
 from rebeca_ray.catalog.publish import LostRaceError, publish, read_pointer
 from rebeca_ray.errors import UserError
-from rebeca_ray.storage import HashingSink, open_filesystem, read_json, read_table, write_json, write_table
+from rebeca_ray.storage import HashingSink, open_filesystem, open_table, read_json, read_table, write_json, write_table
 
 
 def test_tables_and_pointer_on_s3(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,3 +94,13 @@ def test_what_is_written_can_be_read_by_others(tmp_path: Path) -> None:
     assert (tmp_path / "latest.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
     publish(f"file://{tmp_path}", "snapshots/a", run_id="a", run_date="2026-01-01", epoch=1)
     assert read_pointer(str(tmp_path))[0] == read_pointer(f"file://{tmp_path}")[0]
+
+
+def test_files_of_a_folder_must_have_the_same_columns(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"user_id": ["a"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"user_id": ["b"], "rating": [1.0]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b.parquet and a.parquet differ in their columns \(rating\); write all files with the same"):
+        open_table(str(tmp_path), "interactions")
+    (tmp_path / "b.parquet").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"interactions .*: b.parquet is not a readable Parquet file"):
+        open_table(str(tmp_path), "interactions")

@@ -46,7 +46,7 @@ def assemble(run: Run, *, requested: int, error_budget: float, versions: dict[st
     if plan.num_rows != requested or place.null_count:
         raise IncompleteRunError(
             f"run {run.run_id}: {requested} items requested, {plan.num_rows} planned, "
-            f"{plan.num_rows - place.null_count} rendered; nothing is published, start the run again"
+            f"{plan.num_rows - place.null_count} rendered; nothing is published, start another run"
         )
     error = images.error.take(place)
     failed = pc.is_valid(error)
@@ -136,7 +136,7 @@ def read_image_files(run: Run) -> ImageFiles:
         row_of.append(np.arange(table.num_rows, dtype=np.int32))
         files.append(row)
     if not files:
-        raise IncompleteRunError(f"run {run.run_id}: no finished image file in {run.images}; nothing is published, start the run again")
+        raise IncompleteRunError(f"run {run.run_id}: no finished image file in {run.images}; nothing is published, start another run")
     # index_in() finds the first of repeated ids, so a row written twice counts once.
     return ImageFiles(
         files=files,

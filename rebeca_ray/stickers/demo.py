@@ -1,6 +1,7 @@
 """The demo: the whole main job on the bundled world, then a page that shows what came out."""
 
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +27,10 @@ from rebeca_ray.stickers.report import write_report
 from rebeca_ray.stickers.simulate import simulate
 from rebeca_ray.stickers.training_data import Stickers, load_stickers, to_pixels
 from rebeca_ray.stickers.truth import Truth, TruthCheck
-from rebeca_ray.storage import write_json
+from rebeca_ray.storage import require_writable, write_json
 from rebeca_ray.training import train_prior
 
-NUM_NO_USER = 100
+NUM_NO_USER = 48
 
 
 @dataclass
@@ -57,13 +58,16 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
     """Run everything; files go to `data`, the page to `out/report.html`."""
     phases = Phases()
     data = data.absolute()
-    if data.exists() and any(data.iterdir()) and not (data / "truth.parquet").exists():
+    require_writable(str(out), "--out")
+    require_writable(str(data), "--data")
+    if any(data.iterdir()) and not (data / "truth.parquet").exists():
         raise UserError(f"--data {data}: holds something else than a demo's data; give an empty folder")
     for name in ("items", "prior", "train"):  # a demo starts afresh; the catalog gains a snapshot
         shutil.rmtree(data / name, ignore_errors=True)
     embed = parse_config(EmbedConfig, settings_in(data, "embed"), where="demo")
     train = parse_config(TrainConfig, settings_in(data, "train"), where="demo")
     generate = parse_config(GenerateConfig, settings_in(data, "generate"), where="demo")
+    (data / "generate.yaml").write_text(yaml.safe_dump(settings_in(data, "generate"), sort_keys=False))
 
     with phases("Simulate users"):
         ratings = simulate(num_users, seed, data)
@@ -107,9 +111,10 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
     )
     console.print(
         "\nNext:\n"
+        f"  source {Path(sys.prefix) / 'bin' / 'activate'}\n"
         f"  rebeca catalog show {generate.root}\n"
-        "  rebeca generate --config jobs/configs/generate_stickers.yaml num_images=8\n"
-        "  ray job submit --working-dir . jobs/generate_catalog.py      # after: ray start --head",
+        f"  rebeca generate --config {data}/generate.yaml num_images=8\n"
+        f"  ray job submit --working-dir . jobs/generate_catalog.py --config {data}/generate.yaml      # after: ray start --head",
         highlight=False,
         soft_wrap=True,
     )

@@ -52,7 +52,7 @@ class Judgement:
 
 
 class Judge:
-    """The shipped judge: `classes` in the order of its outputs, and its own accuracy on held-out names."""
+    """The shipped judge: `styles` and `subcategories` in the order of its outputs, and its own accuracy on held-out names."""
 
     def __init__(self, directory: Path = JUDGE) -> None:
         self.config = json.loads((directory / "config.json").read_text())

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from rebeca_ray import schemas
 from rebeca_ray.stickers import ITEMS
+from rebeca_ray.storage import require_writable
 
 BIAS = -3.1
 TEMPERATURE = 0.97
@@ -92,7 +93,7 @@ def simulate(num_users: int, seed: int, out: Path, num_requested: int = 100) -> 
     User k of seed s has the same taste and ratings whatever `num_users` is. Returns the number of ratings.
     """
     world = load_world()
-    out.mkdir(parents=True, exist_ok=True)
+    require_writable(str(out), "--out")
     truth_schema = pa.schema(
         [("user_id", pa.string()), ("style", pa.string()), ("subcategory", pa.string()), ("like_probability", pa.float32())]
     )

@@ -1,0 +1,87 @@
+"""The demo's last two steps, on a small run of the bundled decoder without Ray: the truth check and the page."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from rebeca_ray import schemas
+from rebeca_ray.catalog.assemble import assemble
+from rebeca_ray.catalog.publish import publish
+from rebeca_ray.catalog.read import read_catalog
+from rebeca_ray.checkpoint import build_network, save_prior
+from rebeca_ray.config import DecoderSettings, DiffusionSettings, GenerateConfig, InteractionSettings, SamplerSettings
+from rebeca_ray.embeds import EmbedScaler
+from rebeca_ray.interactions import Interactions, read_interactions, user_table
+from rebeca_ray.stickers import DECODER, EMBED_DIM
+from rebeca_ray.stickers.demo import check_truth
+from rebeca_ray.stickers.judge import Judge
+from rebeca_ray.stickers.report import write_report
+from rebeca_ray.stickers.simulate import simulate
+from rebeca_ray.stickers.training_data import load_stickers
+from tests.conftest import TINY_NETWORK
+from tests.test_generation import prepare
+
+
+def untrained_prior(folder: Path, interactions: Interactions) -> str:
+    torch.manual_seed(0)
+    network = build_network(TINY_NETWORK, embed_dim=EMBED_DIM, num_users=interactions.num_users)
+    torch.nn.init.normal_(network.detokenizer.weight, std=0.2)
+    save_prior(
+        str(folder / "prior"),
+        weights=network.state_dict(),
+        network=TINY_NETWORK,
+        diffusion=DiffusionSettings(num_train_timesteps=100),
+        condition_dropout=0.15,
+        scaler=EmbedScaler(embed_dim=EMBED_DIM, norm=16.0),
+        users=user_table(interactions),
+        clip=None,
+        curve="epoch,train_loss,val_loss,learning_rate\n1,1.0,0.9,0.001\n2,0.7,0.8,0.001\n",
+        metrics={"val_loss": 0.8},
+    )
+    return str(folder / "prior")
+
+
+def write_real_items(folder: Path) -> str:
+    column = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(EMBED_DIM, np.float32)), type=schemas.image_embeds(EMBED_DIM))
+    pq.write_table(pa.table({"item_id": ["one"], "image_embeds": column}), folder / "items.parquet")
+    return str(folder / "items.parquet")
+
+
+def test_the_truth_check_and_the_page(tmp_path: Path) -> None:
+    simulate(40, 0, tmp_path, num_requested=14)
+    interactions = read_interactions(InteractionSettings(path=str(tmp_path / "interactions.parquet")))
+    config = GenerateConfig(
+        prior=untrained_prior(tmp_path, interactions),
+        decoder=DecoderSettings(model=str(DECODER), num_inference_steps=1, decoder_guidance_scale=1.0, image_format="WEBP"),
+        request=str(tmp_path / "request.parquet"),
+        items=write_real_items(tmp_path),
+        root=str(tmp_path / "catalog"),
+        num_images=2,
+        sampler=SamplerSettings(num_inference_steps=2),
+    )
+    run = prepare(config)
+    assemble(run, requested=28, error_budget=0, versions={})
+    publish(run.root, run.snapshot, run_id=run.run_id, run_date=run.run_date, epoch=run.epoch)
+    snapshot, judge = read_catalog(config.root), Judge()
+
+    check = check_truth(tmp_path, judge, load_stickers(), interactions, snapshot, config)
+    assert all(0 < figure < 1 for _, _, figure in check.rows())
+    assert check.held_out > 1.5 * check.random_real  # what users liked, they are known to like
+    assert 0.5 < check.own / check.dealt < 2  # an untrained prior knows nobody
+
+    page = write_report(
+        tmp_path, prior=Path(config.prior), snapshot=snapshot, interactions=interactions, check=check, judge=judge, phases={"Plan": 1.5}
+    ).read_text()
+    liked, generated = page.count('alt="liked sticker"'), page.count('alt="generated sticker"')
+    assert generated == 12 * 2
+    assert 12 * 3 <= liked <= 12 * 9
+    assert not re.findall(r'(?:src|href)="(?!data:)[^"]*"', page)  # self-contained
+    assert f"{check.own:.3f}" in page
+    assert f"{check.own / check.dealt:.2f}" in page
+    assert [len(points.split()) for points in re.findall(r'<polyline[^>]*points="([^"]*)"', page)] == [2, 2]
+    for user in re.findall(r"<b>(user[^<]*)</b>", page):
+        assert user in pq.read_table(config.request)["user_id"].to_pylist()
