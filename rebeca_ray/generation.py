@@ -11,7 +11,7 @@ from rebeca_ray.catalog.read import published
 from rebeca_ray.checkpoint import fingerprint, load_prior, read_prior_config
 from rebeca_ray.cluster import start_ray
 from rebeca_ray.config import GenerateConfig
-from rebeca_ray.decoding import decoder_fingerprint
+from rebeca_ray.decoder_files import decoder_fingerprint
 from rebeca_ray.errors import UserError
 from rebeca_ray.planning import check_request, plan_items
 from rebeca_ray.rendering import render_items

@@ -16,7 +16,7 @@ from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.checkpoint import fingerprint, load_prior, read_prior_config, read_prior_users
 from rebeca_ray.config import MAX_IMAGES, GenerateConfig, SamplerSettings
-from rebeca_ray.decoding import decoder_embed_dim
+from rebeca_ray.decoder_files import decoder_embed_dim
 from rebeca_ray.errors import UserError, did_you_mean
 from rebeca_ray.items import embedded_with, read_image_embeds
 from rebeca_ray.schemas import compatible

@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs
-import torch
 from ray.data.datasource import FilenameProvider
 
 from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.config import DecoderSettings, GenerateConfig
-from rebeca_ray.decoding import DiffusersDecoder, NonFiniteImagesError, encode_image
 from rebeca_ray.errors import UserError
 from rebeca_ray.storage import ChecksumHandler, arrow_filesystem, join, open_filesystem
 
@@ -68,6 +66,8 @@ class RenderImages:
     """One planned row in, one row of `schemas.IMAGES` out, in the same order."""
 
     def __init__(self, settings: DecoderSettings) -> None:
+        from rebeca_ray.decoding import DiffusersDecoder  # here, so that processes that only read and write start without torch
+
         self.settings, self.decoder = settings, DiffusersDecoder(settings)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -89,6 +89,10 @@ class RenderImages:
 
     def draw(self, chosen: np.ndarray, embeds_BD: np.ndarray, seeds: list[int], prompts: list[str]) -> list[tuple[int, np.ndarray | str]]:
         """`(index, image or reason)` of every chosen row; a batch that raises is tried row by row."""
+        import torch
+
+        from rebeca_ray.decoding import NonFiniteImagesError
+
         if len(chosen) == 0:
             return []
         try:
@@ -109,6 +113,8 @@ class RenderImages:
             return [result for index in chosen for result in self.draw(np.array([index]), embeds_BD, seeds, prompts)]
 
     def encode(self, item_id: str, image_HWC: np.ndarray) -> dict[str, Any]:
+        from rebeca_ray.decoding import encode_image
+
         kind, quality = self.settings.image_format, self.settings.image_quality
         return {
             "image": {"bytes": encode_image(image_HWC, kind, quality), "path": f"{item_id}.{kind.lower()}"},

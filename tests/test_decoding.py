@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from rebeca_ray.config import DecoderSettings
-from rebeca_ray.decoding import DiffusersDecoder, adapter_location, decoder_embed_dim, decoder_fingerprint, encode_image
+from rebeca_ray.decoder_files import adapter_location, decoder_embed_dim, decoder_fingerprint
+from rebeca_ray.decoding import DiffusersDecoder, encode_image
 from rebeca_ray.errors import UserError
 from rebeca_ray.sampling import item_noise
 from tests.conftest import D

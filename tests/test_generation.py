@@ -23,7 +23,7 @@ from rebeca_ray.catalog.publish import LostRaceError, publish, read_pointer
 from rebeca_ray.catalog.read import open_snapshot, published, read_catalog
 from rebeca_ray.checkpoint import fingerprint, read_prior_config
 from rebeca_ray.config import DecoderSettings, GenerateConfig, SamplerSettings
-from rebeca_ray.decoding import decoder_fingerprint
+from rebeca_ray.decoder_files import decoder_fingerprint
 from rebeca_ray.errors import ErrorBudgetExceededError, UserError
 from rebeca_ray.generation import generate_catalog
 from rebeca_ray.planning import NearestItems, RequestedItems, SampleEmbeds, check_request
