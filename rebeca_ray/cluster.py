@@ -1,5 +1,6 @@
 """Ray, joined or started, with a log of what its reader needs."""
 
+import io
 import logging
 import os
 import sys
@@ -32,6 +33,8 @@ def start_ray() -> None:
             handler.setLevel(logging.CRITICAL)  # its errors are raised too, and its log file keeps all of it
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # so that a UserError in a stage arrives as one
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # what workers print appears in a job's log as it comes, not at the end
     if not sys.stderr.isatty():
         context.enable_progress_bars = False
         disable_log_once_globally()  # a reminder that bars are off, in every log

@@ -30,7 +30,7 @@ from rebeca_ray.stickers.truth import Truth, TruthCheck
 from rebeca_ray.storage import require_writable, write_json
 from rebeca_ray.training import train_prior
 
-NUM_NO_USER = 48
+NUM_NO_USER = 40
 
 
 @dataclass
