@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Embed items with CLIP: `ray job submit --working-dir . jobs/embed_items.py [--config FILE] [--dry-run] [key.sub=value …]`."""
+"""Embed items with CLIP: `ray job submit --working-dir . -- jobs/embed_items.py [--config FILE] [--dry-run] [key.sub=value …]`."""
 
 from pathlib import Path
 

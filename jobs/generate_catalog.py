@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Generate and publish one catalog snapshot.
 
-`ray job submit --working-dir . jobs/generate_catalog.py [--config FILE] [--dry-run] [key.sub=value …]`
+`ray job submit --working-dir . -- jobs/generate_catalog.py [--config FILE] [--dry-run] [key.sub=value …]`
 """
 
 from pathlib import Path

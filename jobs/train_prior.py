@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train the prior with Ray Train: `ray job submit --working-dir . jobs/train_prior.py [--config FILE] [--dry-run] [key.sub=value …]`."""
+"""Train the prior with Ray Train: `ray job submit --working-dir . -- jobs/train_prior.py [--config FILE] [--dry-run] [key.sub=value …]`."""
 
 from pathlib import Path
 

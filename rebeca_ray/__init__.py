@@ -18,6 +18,12 @@ _PUBLIC = {
     "UserError": "rebeca_ray.errors",
 }
 
+__all__ = [*_PUBLIC]  # each is found by __getattr__
+
+
+def __dir__() -> list[str]:
+    return ["__version__", *__all__]
+
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import rebeca_ray
 from rebeca_ray.config import DiffusionSettings, NetworkSettings, parse_config
 from rebeca_ray.errors import UserError
-from rebeca_ray.storage import UNREACHABLE, describe, join, open_filesystem, read_json, require_writable
+from rebeca_ray.storage import UNREACHABLE, describe, join, open_filesystem, read_json, require_writable, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from rebeca_ray.prior import Prior
 
 FORMAT = 3
+UNFINISHED = "unfinished"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +95,7 @@ def save_prior(
         (folder / "README.md").write_text(model_card(config))
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         names = ["model.safetensors", "users.parquet", "training.csv", "README.md", "config.json"]
-        if filesystem.exists(f"{path}/config.json"):
-            filesystem.rm_file(f"{path}/config.json")
+        write_json({"format": UNFINISHED}, join(out, "config.json"))
         for name in names:
             filesystem.put_file(str(folder / name), f"{path}/{name}")
 
@@ -148,6 +148,8 @@ def read_prior_config(uri: str) -> dict[str, Any]:
     config = read_json(join(uri, "config.json"))
     if config is None:
         raise UserError(f"prior {uri}: no config.json there; train one with `rebeca train`, or give its directory")
+    if config.get("format") == UNFINISHED:
+        raise UserError(f"prior {uri}: was not written to its end; train it again")
     if config.get("format") != FORMAT:
         raise UserError(f"prior {uri}: format {config.get('format')!r}, this version reads {FORMAT}; upgrade rebeca-ray or train again")
     return config

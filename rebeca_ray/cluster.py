@@ -3,14 +3,26 @@
 import io
 import logging
 import os
+import re
 import sys
+import warnings
+
+from rebeca_ray.errors import UserError
 
 RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line a worker prints shows twice
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a worker's report waits for the next check, by default 2 s an epoch
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_NON_TTY_PROGRESS_LOG_INTERVAL": "20",
 }
+
+
+class ProgressOnly(logging.Filter):
+    """Of Ray Data's log the lines that tell how far an operator is; errors are raised too, and its log file keeps all."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.name.endswith("logging_progress") and bool(re.fullmatch(r"\s*(?!Total).*: [1-9]\d*/\d+", record.getMessage()))
 
 
 def start_ray() -> None:
@@ -22,19 +34,36 @@ def start_ray() -> None:
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
-    from ray.util.debug import disable_log_once_globally
 
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # a warning that only a Ray open to others needs
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=True, logging_level=logging.WARNING)
     context = ray.data.DataContext.get_current()  # this sets up Ray Data's log, so only now:
-    for handler in logging.getLogger("ray.data").handlers:
-        if not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.CRITICAL)  # its errors are raised too, and its log file keeps all of it
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # so that a UserError in a stage arrives as one
+    for handler in logging.getLogger("ray.data").handlers:
+        if not isinstance(handler, logging.FileHandler):
+            handler.addFilter(ProgressOnly())
+    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")  # there is little to do
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # what workers print appears in a job's log as it comes, not at the end
-    if not sys.stderr.isatty():
-        context.enable_progress_bars = False
-        disable_log_once_globally()  # a reminder that bars are off, in every log
+
+
+def require_room(what: str, *, workers: int, cpus: float, device: str, spare_cpus: int = 0) -> None:
+    """Raise UserError if Ray has not the CPUs and GPUs that `workers` need: it would wait for them for ever.
+
+    Ray Data needs spare CPUs to read and write with. A cluster may still grow, so there it only says what it waits for.
+    """
+    import ray
+
+    there = ray.cluster_resources()
+    needed = {"CPU": workers * cpus + spare_cpus, "GPU": workers if device == "cuda" else 0}
+    for name, amount in needed.items():
+        if amount <= there.get(name, 0):
+            continue
+        told = f"{what}: {workers} workers need {amount:g} {name}s in all, Ray has {there.get(name, 0):g}"
+        if "RAY_ADDRESS" in os.environ:
+            print(f"{told}; waiting for the cluster to grow", file=sys.stderr)
+        else:
+            remedy = "set device to cpu" if name == "GPU" else "ask for fewer"
+            raise UserError(f"{told}; {remedy}, or submit to a cluster that has them")

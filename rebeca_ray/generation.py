@@ -9,7 +9,7 @@ from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.publish import publish
 from rebeca_ray.catalog.read import published
 from rebeca_ray.checkpoint import fingerprint, load_prior, read_prior_config
-from rebeca_ray.cluster import start_ray
+from rebeca_ray.cluster import require_room, start_ray
 from rebeca_ray.config import GenerateConfig
 from rebeca_ray.decoder_files import decoder_fingerprint
 from rebeca_ray.errors import UserError
@@ -35,6 +35,8 @@ def generate_catalog(config: GenerateConfig) -> dict[str, Any]:
     }
     load_prior(config.prior)  # a damaged one is found now, not by every actor
     start_ray()
+    for name, pool in (("sampler", config.sampler), ("decoder", config.decoder)):
+        require_room(f"{name}.num_actors", workers=pool.num_actors, cpus=pool.cpus_per_actor, device=pool.device, spare_cpus=1)
     seconds = {}
     started = time.perf_counter()
     plan_items(config, run, versions)

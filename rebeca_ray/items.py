@@ -14,13 +14,23 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
 from rebeca_ray import schemas
-from rebeca_ray.cluster import start_ray
+from rebeca_ray.cluster import require_room, start_ray
 from rebeca_ray.config import EmbedConfig
 from rebeca_ray.errors import UserError, did_you_mean
-from rebeca_ray.storage import arrow_filesystem, join, open_filesystem, open_table, read_json, read_table, require_writable, write_json
+from rebeca_ray.storage import (
+    arrow_filesystem,
+    join,
+    open_filesystem,
+    open_table,
+    read_json,
+    read_table,
+    require_own,
+    require_writable,
+    write_json,
+)
 
 MARKER = "embedding.json"  # beside embedded items: how many, and by which CLIP
-UNFINISHED: dict[str, Any] = {}
+UNFINISHED: dict[str, Any] = {"clip": None, "rows": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +90,8 @@ def load_clip(name: str) -> tuple[Any, Any]:
     architecture, tag = (name, None) if schemed else name.split("/", 1) if "/" in name else (name, "")
     if not schemed and not tag:
         raise UserError(f"clip {name!r}: names no weights; give local-dir:DIR, hf-hub:REPO or ARCHITECTURE/TAG")
+    if not schemed and architecture not in open_clip.list_models():
+        raise UserError(f"clip {name!r}: unknown architecture; {did_you_mean(architecture, open_clip.list_models())}")
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(architecture, pretrained=tag)
     except (FileNotFoundError, RuntimeError, ValueError, OSError) as error:
@@ -115,7 +127,8 @@ def embed_items(config: EmbedConfig) -> int:
     files, schema = open_table(config.items, "items")
     for name in ("item_id", "image"):
         if name not in schema.names:
-            raise UserError(f"items {config.items}: column {name!r} is missing; {did_you_mean(name, schema.names)}")
+            hint = "nothing is left to embed" if "image_embeds" in schema.names else did_you_mean(name, schema.names)
+            raise UserError(f"items {config.items}: column {name!r} is missing; {hint}")
         actual, expected = schema.field(name).type, {"item_id": pa.string(), "image": schemas.IMAGE}[name]
         if not schemas.compatible(actual, expected):
             raise UserError(f"items {config.items}: column {name!r} is {actual}, expected {expected}; cast it and write again")
@@ -123,11 +136,11 @@ def embed_items(config: EmbedConfig) -> int:
         raise UserError(f"out {config.out}: holds the items themselves and would be replaced; choose another folder")
     filesystem, _ = open_filesystem(config.items)
     out_filesystem, out_path = open_filesystem(config.out)
-    if out_filesystem.exists(out_path) and out_filesystem.ls(out_path) and read_json(join(config.out, MARKER)) is None:
-        raise UserError(f"out {config.out}: holds something else than embedded items and would be replaced; choose another folder")
+    require_own(config.out, "out", MARKER, "clip")
     fingerprint = clip_fingerprint(config.clip)
     require_writable(config.out, "out")
     start_ray()
+    require_room("num_actors", workers=config.num_actors, cpus=config.cpus_per_actor, device=config.device, spare_cpus=1)
     import ray
 
     dataset = (

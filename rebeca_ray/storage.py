@@ -245,6 +245,13 @@ def require_writable(uri: str, what: str) -> None:
         raise UserError(f"{what} {uri}: cannot be written ({describe(error)}); choose another place or mend its permissions") from None
 
 
+def require_own(uri: str, what: str, marker: str, key: str) -> None:
+    """Raise UserError unless `uri` is empty or holds a JSON `marker` with `key`: it will be replaced."""
+    filesystem, path = open_filesystem(uri)
+    if filesystem.exists(path) and filesystem.ls(path) and key not in (read_json(join(uri, marker)) or {}):
+        raise UserError(f"{what} {uri}: holds something else (no {marker} of ours) and would be replaced; choose another folder")
+
+
 def describe(error: BaseException) -> str:
     """One line of an exception: its system message if it has one."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -27,7 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from rebeca_ray import identity
 from rebeca_ray.checkpoint import build_network, save_prior
-from rebeca_ray.cluster import start_ray
+from rebeca_ray.cluster import require_room, start_ray
 from rebeca_ray.config import TrainConfig
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.embeds import EmbedScaler
@@ -35,7 +35,7 @@ from rebeca_ray.errors import UserError
 from rebeca_ray.interactions import read_interactions, user_table
 from rebeca_ray.items import EmbeddedItems, read_image_embeds
 from rebeca_ray.prior import Prior
-from rebeca_ray.storage import require_writable
+from rebeca_ray.storage import require_own, require_writable
 from rebeca_ray.training_set import BalancedUserSampler, TrainingSet, build_training_set
 
 STATE = "state.pt"
@@ -51,13 +51,15 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
     image_embeds = torch.from_numpy(items.image_embeds)
     scaler = EmbedScaler.fit(image_embeds)
     data = build_training_set(interactions, items.item_id, scaler.scale(image_embeds).numpy(), config.items)
+    require_own(config.out, "out", "config.json", "format")
     require_writable(config.out, "out")
     require_writable(config.storage, "storage")
     start_ray()
+    workers = config.workers
+    require_room("workers", workers=workers.num_workers, cpus=workers.cpus_per_worker, device=workers.device)
 
     users = user_table(interactions)
     config = config.model_copy(update={"run_name": run_name(config, users, items)})
-    workers = config.workers
     trainer = TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"config": config.model_dump(), "data": ray.put(data), "live": sys.stderr.isatty()},
@@ -180,6 +182,8 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     if checkpoint := train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             fit.load_state_dict(torch.load(Path(folder) / STATE, weights_only=True, map_location=device))
+        if rank == 0:
+            print(f"run {config.run_name} in {config.storage} goes on after epoch {fit.epoch}/{optimization.max_epochs}", flush=True)
     model: nn.Module = DistributedDataParallel(fit.network) if world_size > 1 else fit.network
     diffusion = Diffusion.build(config.diffusion, device)
     sampler = BalancedUserSampler(data.user_index, data.held_out, data.num_users, optimization.samples_per_user, optimization.seed)

@@ -74,6 +74,12 @@ def test_another_format_and_another_network(tiny_prior: str) -> None:
         load_prior(tiny_prior)
 
 
+def test_a_prior_that_was_not_written_to_its_end_is_named(tiny_prior: str) -> None:
+    (Path(tiny_prior) / "config.json").write_text('{"format": "unfinished"}')
+    with pytest.raises(UserError, match="was not written to its end; train it again"):
+        load_prior(tiny_prior)
+
+
 def test_fingerprint_follows_the_content_not_the_place(tiny_prior: str, tmp_path: Path) -> None:
     Path(tiny_prior).rename(tmp_path / "moved")
     before = load_prior(str(tmp_path / "moved")).fingerprint

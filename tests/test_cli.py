@@ -39,6 +39,7 @@ def test_lazy_public_names() -> None:
     from rebeca_ray.catalog.read import read_catalog
 
     assert rebeca_ray.read_catalog is read_catalog
+    assert {"read_catalog", "UserError", "__version__"} <= set(dir(rebeca_ray))
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = rebeca_ray.no_such_name
 

@@ -361,6 +361,13 @@ def test_only_one_of_two_runs_that_started_together_publishes(tmp_path: Path) ->
     assert read_pointer(root)[0]["run_id"] == "a"  # type: ignore[index]
 
 
+def test_one_user_in_place_of_a_list_is_refused(generated: tuple[GenerateConfig, dict[str, Any]]) -> None:
+    snapshot = read_catalog(generated[0].root)
+    assert snapshot.items(user_ids=[USERS[1]])["rank"].to_pylist() == [0, 1, 2, 3]
+    with pytest.raises(TypeError, match=r"give a list of users, \['user-1'\]"):
+        snapshot.items(user_ids=USERS[1])  # type: ignore[arg-type]
+
+
 def test_reading_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing is published there \(no latest.json\)"):
         read_catalog(str(tmp_path))

@@ -46,7 +46,7 @@ def test_every_item_gets_open_clips_own_embedding(tmp_path: Path) -> None:
     [
         ("local-dir:/nothing/here", "cannot be loaded"),
         ("ViT-H-14", "names no weights"),
-        ("NoSuchModel/openai", "cannot be loaded"),
+        ("ViT-H-14-quikgelu/openai", "unknown architecture; did you mean 'ViT-H-14-quickgelu'"),
     ],
 )
 def test_a_clip_that_cannot_be_had_is_one_line(name: str, message: str) -> None:
@@ -110,7 +110,7 @@ def test_an_embedding_that_did_not_finish_is_not_read(tmp_path: Path) -> None:
 def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path: Path) -> None:
     pq.write_table(pq.read_table(ITEMS).slice(0, 3), tmp_path / "items.parquet")
     (tmp_path / "data" / "catalog").mkdir(parents=True)
-    with pytest.raises(UserError, match="holds something else than embedded items and would be replaced; choose another folder"):
+    with pytest.raises(UserError, match=r"holds something else \(no embedding.json of ours\) and would be replaced; choose another folder"):
         embed_items(EmbedConfig(items=str(tmp_path / "items.parquet"), clip=f"local-dir:{CLIP}", out=str(tmp_path / "data")))
     assert (tmp_path / "data" / "catalog").exists()
 
@@ -121,6 +121,7 @@ def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path: Path) -> N
         ({"item_id": ["a"], "image": [b"encoded"]}, "column 'image' is binary, expected struct<bytes: binary, path: string>"),
         ({"item_id": [1], "image": [{"bytes": b"encoded"}]}, "column 'item_id' is int64, expected string"),
         ({"item_id": ["a"], "picture": [b"encoded"]}, "column 'image' is missing"),
+        ({"item_id": ["a"], "image_embeds": [[1.0]]}, "column 'image' is missing; nothing is left to embed"),
     ],
 )
 def test_items_of_other_types_are_refused(tmp_path: Path, columns: dict[str, list[object]], message: str) -> None:

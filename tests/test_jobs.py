@@ -76,7 +76,14 @@ def test_the_three_jobs_in_order_with_their_default_configs(head: dict[str, str]
     for job in (
         ["jobs/embed_items.py"],
         ["jobs/train_prior.py", "optimization.max_epochs=1"],
-        ["jobs/generate_catalog.py", "num_images=1", "decoder.num_inference_steps=2"],
+        [
+            "--",
+            "jobs/generate_catalog.py",
+            "--config",
+            "jobs/configs/generate_stickers.yaml",
+            "num_images=1",
+            "decoder.num_inference_steps=2",
+        ],
     ):
         out = submit(head, *job)
         assert out.returncode == 0, out.stdout + out.stderr

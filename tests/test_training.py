@@ -119,6 +119,14 @@ def test_two_workers_share_an_epoch(world: dict[str, str]) -> None:
     assert both["val_loss"] == pytest.approx(alone["val_loss"], rel=0.25)
 
 
+def test_a_folder_that_holds_something_else_is_not_overwritten(world: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "config.json").write_text('{"theirs": 1}')
+    with pytest.raises(UserError, match=r"out .*project: holds something else \(no config.json of ours\)"):
+        train_prior(configure(world).model_copy(update={"out": str(tmp_path / "project")}))
+    assert [path.name for path in (tmp_path / "project").iterdir()] == ["config.json"]
+
+
 def test_new_embeddings_or_users_start_a_new_run(world: dict[str, str]) -> None:
     config = configure(world)
     users = user_table(read_interactions(config.interactions))

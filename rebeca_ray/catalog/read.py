@@ -35,7 +35,12 @@ class Snapshot:
         return dataset.to_table(columns=columns, filter=filter)
 
     def items(self, columns: list[str] | None = None, user_ids: list[str] | None = None) -> pa.Table:
-        """Items, of all users or of some, sorted by user and rank; without pixels."""
+        """Items, of all users or of some, sorted by user and rank; without pixels.
+
+        Raises TypeError for a single name in place of the list, which would be taken for a list of letters.
+        """
+        if isinstance(user_ids, str):
+            raise TypeError(f"user_ids is the string {user_ids!r}; give a list of users, [{user_ids!r}]")
         chosen = None if user_ids is None else pc.field("user_id").isin(user_ids)
         return self.table("items", columns, chosen)
 

@@ -113,8 +113,9 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
         "\nNext:\n"
         f"  source {Path(sys.prefix) / 'bin' / 'activate'}\n"
         f"  rebeca catalog show {generate.root}\n"
-        f"  rebeca generate --config {data}/generate.yaml num_images=8\n"
-        f"  ray job submit --working-dir . jobs/generate_catalog.py --config {data}/generate.yaml      # after: ray start --head",
+        f"  rebeca generate --config {data}/generate.yaml num_images=1\n"
+        "  export RAY_AUTH_MODE=token; ray start --head        # then, on this cluster:\n"
+        f"  ray job submit --working-dir . -- jobs/generate_catalog.py --config {data}/generate.yaml num_images=1",
         highlight=False,
         soft_wrap=True,
     )

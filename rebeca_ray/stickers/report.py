@@ -41,7 +41,7 @@ def write_report(
 
 
 def shown_users(snapshot: Snapshot, interactions: Interactions) -> list[dict[str, Any]]:
-    """Twelve users of the snapshot by rule: ordered by number of likes, evenly spaced from fewest to most.
+    """Twelve users of the snapshot by rule: ordered by number of likes, evenly spaced from most to fewest.
 
     Each with the likes the prior was trained on (latest first) and all generated items in rank order.
     """
@@ -50,7 +50,7 @@ def shown_users(snapshot: Snapshot, interactions: Interactions) -> list[dict[str
     index_of = {user: index for index, user in enumerate(interactions.user_id.tolist())}
     liked = interactions.like.astype(bool) & ~interactions.held_out
     num_likes = np.bincount(interactions.user_index[liked], minlength=interactions.num_users)
-    users.sort(key=lambda user: (num_likes[index_of[user]], user))
+    users.sort(key=lambda user: (-num_likes[index_of[user]], user))
     chosen = [users[round(place)] for place in np.linspace(0, len(users) - 1, min(NUM_SHOWN, len(users)))]
     pictures = dict(zip(*pq.read_table(ITEMS, columns=["item_id", "image"]).to_pydict().values(), strict=True))
     shown = []
