@@ -116,7 +116,8 @@ def plan_items(config: GenerateConfig, run: Run, versions: dict[str, str]) -> No
     columns = [name for name in schemas.REQUEST.names if name in schema.names]
     sampler = config.sampler
     (
-        ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem), columns=columns)
+        ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem))
+        .select_columns(columns)
         .map_batches(RequestedItems(config, versions), batch_format="pyarrow")
         .map_batches(
             SampleEmbeds,

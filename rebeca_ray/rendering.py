@@ -28,7 +28,8 @@ def render_items(config: GenerateConfig, run: Run) -> None:
     image_filesystem, image_path = open_filesystem(join(run.root, run.images))
     decoder = config.decoder
     (
-        ray.data.read_parquet(plan_path, filesystem=arrow_filesystem(filesystem), columns=["item_id", "image_embeds", "prompt"])
+        ray.data.read_parquet(plan_path, filesystem=arrow_filesystem(filesystem))
+        .select_columns(["item_id", "image_embeds", "prompt"])
         .repartition(target_num_rows_per_block=decoder.batch_size)
         .map_batches(
             RenderImages,

@@ -102,7 +102,7 @@ def test_an_embedding_that_did_not_finish_is_not_read(tmp_path: Path) -> None:
     column = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(8, np.float32)), type=schemas.image_embeds(8))
     pq.write_table(pa.table({"item_id": ["a"], "image_embeds": column}), tmp_path / "part.parquet")
     assert read_image_embeds(str(tmp_path)).clip is None
-    (tmp_path / "embedding.json").write_text("{}")
+    (tmp_path / "embedding.json").write_text('{"clip": null, "rows": null}')
     with pytest.raises(UserError, match="did not finish; run `rebeca embed` again"):
         read_image_embeds(str(tmp_path))
 
