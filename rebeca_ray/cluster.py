@@ -19,10 +19,10 @@ RAY_ENVIRONMENT = {
 
 
 class ProgressOnly(logging.Filter):
-    """Of Ray Data's log the lines that tell how far an operator is; errors are raised too, and its log file keeps all."""
+    """Of Ray Data's log how far our own stages are; its errors are raised too, and its log file keeps all."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.name.endswith("logging_progress") and bool(re.fullmatch(r"\s*(?!Total).*: [1-9]\d*/\d+", record.getMessage()))
+        return record.name.endswith("logging_progress") and bool(re.fullmatch(r"\s*MapBatches\(.*: [1-9]\d*/\d+", record.getMessage()))
 
 
 def start_ray() -> None:

@@ -26,6 +26,7 @@ def test_what_this_machine_can_never_hold_is_refused_at_once(monkeypatch: pytest
         ("ray.data._internal.progress.logging_progress", "MapBatches(RenderImages): 120/400", True),
         ("ray.data._internal.progress.logging_progress", "MapBatches(RenderImages): 0/400", False),
         ("ray.data._internal.progress.logging_progress", "Total Progress: 120/400", False),
+        ("ray.data._internal.progress.logging_progress", "ListFiles: 1/1", False),
         ("ray.data._internal.progress.logging_progress", "======= Running Dataset: a =======", False),
         ("ray.data.exceptions", "Full stack trace: 1/2", False),
     ],
