@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--continue-shipped", action="store_true", help="without a state in --work, start from the weights in --out")
     parser.add_argument("--decoder-only", action="store_true", help="the same, and keep the encoder as it is")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     mode = "_decoder" if args.decoder_only else "_continued" if args.continue_shipped else ""
@@ -70,7 +71,7 @@ def main() -> None:
 
     stickers = load_stickers()
     progress = Progress(args.work or Path(f"runs/stickers/vae{mode}"), args.out / f"training{mode}.csv", ["loss", "kl"])
-    vae = build_vae()  # not channels-last: group norm runs backwards at half the speed there
+    vae = build_vae().to(args.device)  # not channels-last: group norm runs backwards at half the speed there
     scaling_factor: float | None = None
     if mode:
         shipped = AutoencoderKL.from_pretrained(args.out, torch_dtype=torch.float32)
@@ -93,13 +94,14 @@ def main() -> None:
         start = state["step"]
 
     generator = torch.Generator().manual_seed(args.seed + start)
+    latent_generator = torch.Generator(args.device).manual_seed(args.seed + start)
     stream = batches(stickers.train_rows, args.batch_size, np.random.default_rng((args.seed, start)))
     sums = np.zeros(2)
     for step in range(start + 1, args.steps + 1):
-        image = shift_and_flip(stickers.image_NCHW[next(stream)].float() / 255, generator) * 2 - 1
-        with autocast("cpu"):
+        image = (shift_and_flip(stickers.image_NCHW[next(stream)].float() / 255, generator) * 2 - 1).to(args.device)
+        with autocast(args.device):
             posterior = vae.encode(image).latent_dist
-            drawn = vae.decode(posterior.sample(generator)).sample
+            drawn = vae.decode(posterior.sample(latent_generator)).sample
         kl = posterior.kl().float().mean() / posterior.mean[0].numel()
         loss = reconstruction_loss(drawn.float(), image) + KL_WEIGHT * kl
         optimizer.zero_grad()
@@ -113,7 +115,8 @@ def main() -> None:
             sums[:] = 0
         if step % 250 == 0 or step == args.steps:
             with torch.no_grad():
-                latents = vae.encode(stickers.image_NCHW[stickers.train_rows[::25]].float() / 127.5 - 1).latent_dist.mean
+                some = stickers.image_NCHW[stickers.train_rows[::25]].float().to(args.device) / 127.5 - 1
+                latents = vae.encode(some).latent_dist.mean
             state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
             progress.save({"step": step, **state})
             save_half(vae, scaling_factor or round(1 / latents.std().item(), 4), args.out)
