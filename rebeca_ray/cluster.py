@@ -18,11 +18,9 @@ RAY_ENVIRONMENT = {
 }
 
 
-class ProgressOnly(logging.Filter):
+def progress_only(record: logging.LogRecord) -> bool:
     """Of Ray Data's log how far our own stages are; its errors are raised too, and its log file keeps all."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.name.endswith("logging_progress") and bool(re.fullmatch(r"\s*MapBatches\(.*: [1-9]\d*/\d+", record.getMessage()))
+    return record.name.endswith("logging_progress") and bool(re.fullmatch(r"\s*MapBatches\(.*: [1-9]\d*/\d+", record.getMessage()))
 
 
 def start_ray() -> None:
@@ -43,7 +41,7 @@ def start_ray() -> None:
     context.raise_original_map_exception = True  # so that a UserError in a stage arrives as one
     for handler in logging.getLogger("ray.data").handlers:
         if not isinstance(handler, logging.FileHandler):
-            handler.addFilter(ProgressOnly())
+            handler.addFilter(progress_only)  # once, however often we come here
     warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")  # there is little to do
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # what workers print appears in a job's log as it comes, not at the end

@@ -46,30 +46,34 @@ def tiny_prior(tmp_path: Path) -> str:
     return write_tiny_prior(tmp_path)
 
 
-def write_tiny_prior(folder: Path) -> str:
-    """A prior directory with random weights for USERS, D = 16."""
-    torch.manual_seed(0)
-    network = build_network(TINY_NETWORK, embed_dim=D, num_users=len(USERS))
-    torch.nn.init.normal_(network.detokenizer.weight, std=0.2)
-    users = pa.table(
-        {
-            "user_id": USERS,
-            "user_index": np.arange(len(USERS), dtype=np.int32),
-            "num_likes": np.full(len(USERS), 5, np.int32),
-            "history_digest": [f"digest-{user}" for user in USERS],
-        },
-        schema=schemas.PRIOR_USERS,
+def write_tiny_prior(folder: Path, *, users: pa.Table | None = None, embed_dim: int = D, norm: float = 3.0) -> str:
+    """A prior directory with random weights, for USERS and D = 16 if nothing else is said."""
+    users = (
+        users
+        if users is not None
+        else pa.table(
+            {
+                "user_id": USERS,
+                "user_index": np.arange(len(USERS), dtype=np.int32),
+                "num_likes": np.full(len(USERS), 5, np.int32),
+                "history_digest": [f"digest-{user}" for user in USERS],
+            },
+            schema=schemas.PRIOR_USERS,
+        )
     )
+    torch.manual_seed(0)
+    network = build_network(TINY_NETWORK, embed_dim=embed_dim, num_users=users.num_rows)
+    torch.nn.init.normal_(network.detokenizer.weight, std=0.2)
     save_prior(
         str(folder / "prior"),
         weights=network.state_dict(),
         network=TINY_NETWORK,
         diffusion=DiffusionSettings(num_train_timesteps=100),
         condition_dropout=0.15,
-        scaler=EmbedScaler(embed_dim=D, norm=3.0),
+        scaler=EmbedScaler(embed_dim=embed_dim, norm=norm),
         users=users,
         clip=None,
-        curve="epoch,train_loss,val_loss,learning_rate\n1,1.0,1.0,0.001\n",
+        curve="epoch,train_loss,val_loss,learning_rate\n1,1.0,0.9,0.001\n2,0.7,0.8,0.001\n",
         metrics={"val_loss": 1.0},
     )
     return str(folder / "prior")

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from rebeca_ray.cluster import ProgressOnly, require_room
+from rebeca_ray.cluster import progress_only, require_room
 from rebeca_ray.errors import UserError
 
 
@@ -32,4 +32,4 @@ def test_what_this_machine_can_never_hold_is_refused_at_once(monkeypatch: pytest
     ],
 )
 def test_ray_datas_log_shows_progress_alone(name: str, text: str, shown: bool) -> None:
-    assert ProgressOnly().filter(logging.LogRecord(name, logging.INFO, "", 0, text, (), None)) is shown
+    assert progress_only(logging.LogRecord(name, logging.INFO, "", 0, text, (), None)) is shown

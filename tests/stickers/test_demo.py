@@ -6,43 +6,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.assemble import assemble
 from rebeca_ray.catalog.publish import publish
 from rebeca_ray.catalog.read import read_catalog
-from rebeca_ray.checkpoint import build_network, save_prior
-from rebeca_ray.config import DecoderSettings, DiffusionSettings, GenerateConfig, InteractionSettings, SamplerSettings
-from rebeca_ray.embeds import EmbedScaler
-from rebeca_ray.interactions import Interactions, read_interactions, user_table
+from rebeca_ray.config import DecoderSettings, GenerateConfig, InteractionSettings, SamplerSettings
+from rebeca_ray.interactions import read_interactions, user_table
 from rebeca_ray.stickers import DECODER, EMBED_DIM
 from rebeca_ray.stickers.demo import check_truth
 from rebeca_ray.stickers.judge import Judge
 from rebeca_ray.stickers.report import write_report
 from rebeca_ray.stickers.simulate import simulate
 from rebeca_ray.stickers.training_data import load_stickers
-from tests.conftest import TINY_NETWORK
+from tests.conftest import write_tiny_prior
 from tests.test_generation import prepare
-
-
-def untrained_prior(folder: Path, interactions: Interactions) -> str:
-    torch.manual_seed(0)
-    network = build_network(TINY_NETWORK, embed_dim=EMBED_DIM, num_users=interactions.num_users)
-    torch.nn.init.normal_(network.detokenizer.weight, std=0.2)
-    save_prior(
-        str(folder / "prior"),
-        weights=network.state_dict(),
-        network=TINY_NETWORK,
-        diffusion=DiffusionSettings(num_train_timesteps=100),
-        condition_dropout=0.15,
-        scaler=EmbedScaler(embed_dim=EMBED_DIM, norm=16.0),
-        users=user_table(interactions),
-        clip=None,
-        curve="epoch,train_loss,val_loss,learning_rate\n1,1.0,0.9,0.001\n2,0.7,0.8,0.001\n",
-        metrics={"val_loss": 0.8},
-    )
-    return str(folder / "prior")
 
 
 def write_real_items(folder: Path) -> str:
@@ -55,7 +33,7 @@ def test_the_truth_check_and_the_page(tmp_path: Path) -> None:
     simulate(40, 0, tmp_path, num_requested=14)
     interactions = read_interactions(InteractionSettings(path=str(tmp_path / "interactions.parquet")))
     config = GenerateConfig(
-        prior=untrained_prior(tmp_path, interactions),
+        prior=write_tiny_prior(tmp_path, users=user_table(interactions), embed_dim=EMBED_DIM, norm=16.0),
         decoder=DecoderSettings(model=str(DECODER), num_inference_steps=1, decoder_guidance_scale=1.0, image_format="WEBP"),
         request=str(tmp_path / "request.parquet"),
         items=write_real_items(tmp_path),
