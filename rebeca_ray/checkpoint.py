@@ -1,10 +1,11 @@
 """A prior directory: everything needed to sample, described by itself, in safetensors, JSON and Parquet.
 
-config.json         network, diffusion, scaler, versions, sha256 of the weights and of the users
-model.safetensors   the averaged weights
-users.parquet       user_id, user_index, num_likes, history_digest
-training.csv        the loss curve
-README.md           the model card
+config.json            network, diffusion, scaler, sampling, versions, sha256 of the other files
+model.safetensors      the averaged weights; of an `id` prior the user table too
+selector.safetensors   the selector, if the ratings had both likes and dislikes
+users.parquet          of an `id` prior: user_id, user_index, num_likes, history_digest
+training.csv           the loss curve
+README.md              the model card
 
 torch loads with the first network, not with this module: processes that only read its tables start in half the time.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,82 +23,102 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import rebeca_ray
-from rebeca_ray.config import DiffusionSettings, NetworkSettings, parse_config
+from rebeca_ray.config import DiffusionSettings, NetworkSettings, PriorSampling, parse_config
 from rebeca_ray.errors import UserError
 from rebeca_ray.storage import UNREACHABLE, describe, join, open_filesystem, read_json, require_writable, write_json
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from rebeca_ray.embeds import EmbedScaler
     from rebeca_ray.prior import Prior
+    from rebeca_ray.selector import Selector
+    from rebeca_ray.users import History
 
-FORMAT = 3
+FORMAT = 4
 UNFINISHED = "unfinished"
+USER_ROWS = "user_rows"  # the table's name among the weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedPrior:
-    """A prior ready to sample: the network in eval mode, its process, its scaler and its users."""
+    """A prior ready to sample: the network in eval mode, its process, its scaler and, if it knows users by id, its users."""
 
     network: Prior
+    settings: NetworkSettings
     diffusion: DiffusionSettings
     scaler: EmbedScaler
-    users: pa.Table
-    fingerprint: str  # of config, weights and users
+    sampling: PriorSampling
+    condition_dropout: float  # the smaller of the user's and the rating's in training: at 0 there is nothing to guide away from
     clip: str | None  # fingerprint of the CLIP that made the training embeddings, if the items told
+    user_rows: torch.Tensor | None = None  # [V, U, H]
+    users: pa.Table | None = None
+    selector: Selector | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    curve: str = ""
+    fingerprint: str = ""  # of config, weights, selector and users; set by loading
+
+    def user_tokens(self, user_index_G: np.ndarray, history: History | None) -> torch.Tensor:
+        """User tokens [G, U, H], from whichever of the two this prior knows a user by.
+
+        The null user's, who stands for people at large, for an index below 0, an empty history, and in a prior without users.
+        """
+        import torch
+
+        null_GUH = self.network.null_user_UH.detach().expand(len(user_index_G), -1, -1)
+        if self.settings.user_encoder == "history":
+            assert history is not None
+            with torch.inference_mode():
+                return self.network.encode(history)
+        if self.user_rows is None:
+            return null_GUH
+        index_G = torch.from_numpy(user_index_G).to(null_GUH.device)
+        return torch.where((index_G < 0)[:, None, None], null_GUH, self.user_rows[index_G.clamp(min=0)])
 
 
-def build_network(settings: NetworkSettings, *, embed_dim: int, num_users: int) -> Prior:
-    from rebeca_ray.prior import Prior
-
-    return Prior(embed_dim=embed_dim, num_users=num_users, **settings.model_dump())
-
-
-def save_prior(
-    out: str,
-    *,
-    weights: dict[str, torch.Tensor],
-    network: NetworkSettings,
-    diffusion: DiffusionSettings,
-    condition_dropout: float,
-    scaler: EmbedScaler,
-    users: pa.Table,
-    clip: str | None,
-    curve: str,
-    metrics: dict[str, float],
-) -> None:
-    """Write the directory `out` (local or `s3://`); `config.json` goes last, so a half-written prior cannot be loaded.
-
-    `condition_dropout` is the smaller of the user's and the rating's in training: at 0 there is nothing to guide away from.
-    """
-    from safetensors.torch import save_file
+def save_prior(prior: TrainedPrior, out: str) -> None:
+    """Write the directory `out` (local or `s3://`); `config.json` goes last, so a half-written prior cannot be loaded."""
+    from safetensors.torch import save, save_file
 
     require_writable(out, "prior")
     filesystem, path = open_filesystem(out)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
-        pq.write_table(users, folder / "users.parquet", compression="zstd")
-        (folder / "training.csv").write_text(curve)
+        weights = {name: tensor.contiguous() for name, tensor in prior.network.state_dict().items()}
+        if prior.user_rows is not None:
+            weights[USER_ROWS] = prior.user_rows.contiguous()
+        # The weights themselves say what they were trained with: config.json beside them could be another's.
+        save_file(weights, folder / "model.safetensors", metadata=trained_with(prior.scaler.to_dict(), prior.clip))
+        if prior.selector is not None:
+            selector = {name: tensor.contiguous() for name, tensor in prior.selector.state_dict().items()}
+            (folder / "selector.safetensors").write_bytes(save(selector))
+        if prior.users is not None:
+            pq.write_table(prior.users, folder / "users.parquet", compression="zstd")
+        hashed = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+        (folder / "training.csv").write_text(prior.curve)
         config = {
             "format": FORMAT,
             "rebeca_ray": rebeca_ray.__version__,
-            "network": network.model_dump(),
-            "diffusion": diffusion.model_dump(),
-            "condition_dropout": condition_dropout,
-            "scaler": scaler.to_dict(),
-            "num_users": users.num_rows,
-            "clip": clip,
-            "metrics": metrics,
-            "sha256": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("model.safetensors", "users.parquet")},
+            "network": prior.settings.model_dump(),
+            "diffusion": prior.diffusion.model_dump(),
+            "sampling": prior.sampling.model_dump(),
+            "condition_dropout": prior.condition_dropout,
+            "scaler": prior.scaler.to_dict(),
+            "num_users": 0 if prior.users is None else prior.users.num_rows,
+            "clip": prior.clip,
+            "metrics": prior.metrics,
+            "sha256": hashed,
         }
         (folder / "README.md").write_text(model_card(config))
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        names = ["model.safetensors", "users.parquet", "training.csv", "README.md", "config.json"]
         write_json({"format": UNFINISHED}, join(out, "config.json"))
-        for name in names:
+        for name in [*hashed, "training.csv", "README.md", "config.json"]:
             filesystem.put_file(str(folder / name), f"{path}/{name}")
+
+
+def trained_with(scaler: dict[str, float], clip: str | None) -> dict[str, str]:
+    return {"scaler": json.dumps(scaler, sort_keys=True), "clip": json.dumps(clip)}
 
 
 def load_prior(uri: str, device: str = "cpu") -> TrainedPrior:
@@ -105,24 +126,44 @@ def load_prior(uri: str, device: str = "cpu") -> TrainedPrior:
     from safetensors.torch import load
 
     from rebeca_ray.embeds import EmbedScaler
+    from rebeca_ray.prior import Prior
+    from rebeca_ray.selector import Selector
 
     config = read_prior_config(uri)
-    weights = load(verified_file(uri, "model.safetensors", config))
-    users = read_prior_users(uri, config)
+    data = verified_file(uri, "model.safetensors", config)
+    told = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    for name, expected in trained_with(config["scaler"], config["clip"]).items():
+        if told[name] != expected:
+            raise UserError(
+                f"prior {uri}: config.json has {name} {expected}, its weights were trained with {told[name]}; "
+                "copy the whole directory again"
+            )
+    weights = load(data)
     scaler = EmbedScaler(**config["scaler"])
     settings = parse_config(NetworkSettings, config["network"], where=f"prior {uri}: config.json: network")
-    network = build_network(settings, embed_dim=scaler.embed_dim, num_users=users.num_rows)
+    network = Prior(settings, scaler.embed_dim)
+    user_rows = weights.pop(USER_ROWS, None)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"prior {uri}: weights do not fit config.json ({' '.join(str(error).split())[:200]})") from None
+    selector = None
+    if "selector.safetensors" in config["sha256"]:
+        found = load(verified_file(uri, "selector.safetensors", config))
+        selector = Selector.from_state_dict({name: tensor.to(device) for name, tensor in found.items()})
     return TrainedPrior(
         network=network.eval().to(device),
+        settings=settings,
         diffusion=parse_config(DiffusionSettings, config["diffusion"], where=f"prior {uri}: config.json: diffusion"),
         scaler=scaler,
-        users=users,
-        fingerprint=fingerprint(config),
+        sampling=parse_config(PriorSampling, config["sampling"], where=f"prior {uri}: config.json: sampling"),
+        condition_dropout=config["condition_dropout"],
         clip=config["clip"],
+        user_rows=None if user_rows is None else user_rows.to(device),
+        users=read_prior_users(uri, config) if "users.parquet" in config["sha256"] else None,
+        selector=selector,
+        metrics=config["metrics"],
+        fingerprint=fingerprint(config),
     )
 
 
@@ -157,24 +198,28 @@ def read_prior_config(uri: str) -> dict[str, Any]:
 
 def fingerprint(config: dict[str, Any]) -> str:
     """16 hex digits that change whenever the prior would sample something else."""
-    told = {name: config[name] for name in ("network", "diffusion", "scaler", "sha256")}
+    told = {name: config[name] for name in ("network", "diffusion", "sampling", "scaler", "sha256")}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def model_card(config: dict[str, Any]) -> str:
     """A short README for the directory."""
     rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in config["metrics"].items())
+    whom = {"history": "anyone with a history", "id": f"{config['num_users']} users by id", "none": "no users (NoUE)"}[
+        config["network"]["user_encoder"]
+    ]
     return f"""# REBECA prior
 
 Draws CLIP image embeddings a user would like, from the user's past ratings alone.
 
-Made by rebeca-ray {config["rebeca_ray"]}: {config["num_users"]} users, D = {config["scaler"]["embed_dim"]},
-network {json.dumps(config["network"])}, diffusion {json.dumps(config["diffusion"])}.
+Made by rebeca-ray {config["rebeca_ray"]}: {whom}, D = {config["scaler"]["embed_dim"]},
+network {json.dumps(config["network"])}, diffusion {json.dumps(config["diffusion"])},
+sampling {json.dumps(config["sampling"])}.
 
 | figure | value |
 |---|---|
 {rows}
 
-Load it with `rebeca_ray.checkpoint.load_prior(directory)`. The users table holds outside user ids: treat the
+Load it with `rebeca_ray.checkpoint.load_prior(directory)`. A users table holds outside user ids and tastes: treat such a
 directory as personal data.
 """

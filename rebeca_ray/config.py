@@ -13,6 +13,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rebeca_ray.errors import UserError, did_you_mean
+from rebeca_ray.presets import PRESETS
 
 PACKAGE = Path(__file__).parent
 
@@ -49,21 +50,38 @@ class Settings(BaseModel):
 
 
 class InteractionSettings(Settings):
-    """How ratings become likes, and who is kept (paper: like = rating >= 4)."""
+    """How ratings become likes, and who is kept (paper: like = rating >= 4 of 1 to 5)."""
 
     path: Location
+    rating_scale: Annotated[tuple[float, float], Field(description="the lowest and the highest rating there can be")] = (1.0, 5.0)
     like_threshold: float = 4.0
     min_likes: Annotated[int, Field(ge=0)] = 1
     hold_out: Annotated[Share, Field(description="share of each user's interactions kept from training")] = 0.1
 
+    @model_validator(mode="after")
+    def threshold_is_on_the_scale(self) -> Self:
+        low, high = self.rating_scale
+        if not low < self.like_threshold <= high:
+            raise ValueError(f"like_threshold {self.like_threshold:g} is outside rating_scale {low:g} to {high:g}; change one of them")
+        return self
+
 
 class NetworkSettings(Settings):
-    """The prior network: the authors' later one (6 layers, 8 heads, width 128, 32 tokens)."""
+    """The prior network and what it knows a user by; the defaults are the authors' later network, with histories.
 
+    `cross_attention` is that one, `decoder_only` the paper's first. Users are told by `history` (what they rated; serves
+    anyone, the production default), by `id` (a table of those it was trained on, as published), or not at all (`none`, the
+    paper's NoUE ablation).
+    """
+
+    architecture: Literal["cross_attention", "decoder_only"] = "cross_attention"
     num_layers: Positive = 6
     num_heads: Positive = 8
     width: Positive = 128
-    num_tokens: Positive = 32
+    num_tokens: Annotated[int, Field(gt=0, description="tokens an embedding is cut into")] = 32
+    user_encoder: Literal["history", "id", "none"] = "history"
+    num_user_tokens: Positive = 1
+    max_history: Annotated[int, Field(gt=0, description="the latest interactions that `history` looks at")] = 64
 
     @model_validator(mode="after")
     def heads_share_the_width(self) -> Self:
@@ -80,16 +98,24 @@ class DiffusionSettings(Settings):
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "sample"
 
 
+class PriorSampling(Settings):
+    """How a trained prior is best sampled, found after training and saved with it."""
+
+    prior_guidance_scale: Annotated[float, Field(ge=1)]
+    distilled_steps: Annotated[int | None, Field(gt=0, description="a distilled prior has its steps and its guidance built in")] = None
+
+
 class OptimizationSettings(Settings):
     """One training run: AdamW, plateau schedule, early stopping, exponential moving average."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    user_learning_rate: Annotated[
-        float | None, Field(gt=0, description="of the user table, whose rows see few batches each; default: learning_rate")
-    ] = None
+    user_learning_rate: Annotated[float, Field(gt=0, description="of the `id` table's rows (row-wise AdaGrad)")] = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
     batch_size: Annotated[int, Field(gt=0, description="samples a step, over all workers")] = 64
     samples_per_user: Annotated[int, Field(gt=0, description="draws a user an epoch")] = 100
+    like_share: Annotated[
+        float | None, Field(ge=0, le=1, description="share of likes among the draws, since likes are drawn later; default: as they come")
+    ] = None
     max_epochs: Positive = 100
     plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
     plateau_patience: Positive = 4
@@ -105,7 +131,8 @@ class WorkerSettings(Settings):
     """The Ray Train workers: `cpu` talks gloo, `cuda` talks nccl."""
 
     num_workers: Positive = 1
-    cpus_per_worker: Positive = 1
+    cpus_per_worker: Annotated[float, Field(gt=0, description="reserved; leave some of the cluster's for reading")] = 1.0
+    threads_per_worker: Positive = 1
     device: Device = "cpu"
     max_failures: Annotated[int, Field(ge=0)] = 2
 
@@ -128,11 +155,15 @@ class EmbedConfig(Settings):
 class TrainConfig(Settings):
     """`rebeca train`: interactions + embedded items -> a prior directory."""
 
+    preset: Annotated[
+        Literal["paper-v1", "paper-v2", "stickers"] | None, Field(description="where the sections below start from; see presets.py")
+    ] = None
     interactions: InteractionSettings
     items: Location
     out: Location
     network: NetworkSettings = NetworkSettings()
     diffusion: DiffusionSettings = DiffusionSettings()
+    embed_clamp: Annotated[float, Field(gt=0, description="embeddings of length sqrt(D) are clamped to ± this, then divided by it")] = 5.0
     optimization: OptimizationSettings = OptimizationSettings()
     workers: WorkerSettings = WorkerSettings()
     storage: Annotated[
@@ -140,17 +171,52 @@ class TrainConfig(Settings):
     ] = "runs/train"
     run_name: Annotated[Identifier, Field(description="a hash of settings and data follows it, so that new data starts anew")] = "prior"
 
+    @model_validator(mode="before")
+    @classmethod
+    def start_from_the_preset(cls, values: Any) -> Any:
+        preset = values.get("preset") if isinstance(values, dict) else None
+        if preset not in PRESETS:
+            return values
+        sections = {name: {**section, **(values.get(name) or {})} for name, section in PRESETS[preset].items()}
+        return {**values, **sections}
+
 
 class SamplerSettings(Settings):
-    """How the prior is sampled: DPM-Solver++(2M) by default, the paper's 1000-step DDPM as reference."""
+    """How the prior is sampled. The paper's sampler is `ddpm` with 1000 steps. A distilled prior has all three built in."""
 
-    name: Literal["dpm_solver", "ddpm"] = "dpm_solver"
-    num_inference_steps: Positive = 20
-    prior_guidance_scale: Annotated[float, Field(ge=1)] = 4.0
-    batch_size: Annotated[int, Field(gt=0, description="items a forward pass; short batches are padded to it")] = 256
+    name: Annotated[Literal["ddpm", "ddim", "dpm_solver", "unipc"] | None, Field(description="default: dpm_solver")] = None
+    num_inference_steps: Annotated[int | None, Field(gt=0, description="default: 16")] = None
+    prior_guidance_scale: Annotated[float | None, Field(ge=1, description="default: what validation chose when the prior was trained")] = (
+        None
+    )
+    batch_size: Annotated[int, Field(ge=16, description="candidates a forward pass; short batches are padded to it")] = 256
     num_actors: Positive = 1
     cpus_per_actor: Cpus = 1.0
     device: Device = "cpu"
+
+    def resolve(self, prior: PriorSampling, num_train_timesteps: int) -> Self:
+        """The same with nothing left open. Raises ValueError for what this prior cannot do."""
+        if prior.distilled_steps is not None:
+            built_in = {"name": "ddim", "num_inference_steps": prior.distilled_steps, "prior_guidance_scale": 1.0}
+            told = [name for name in built_in if getattr(self, name) is not None]
+            if told:
+                raise ValueError(f"sampler.{told[0]} is set, but a distilled prior has its steps and guidance built in; leave it out")
+            return self.model_copy(update=built_in)
+        steps = self.num_inference_steps or min(16, num_train_timesteps)
+        if steps > num_train_timesteps:
+            raise ValueError(f"sampler.num_inference_steps is {steps}, it was trained on {num_train_timesteps}; take at most that many")
+        guidance = self.prior_guidance_scale or prior.prior_guidance_scale
+        return self.model_copy(update={"name": self.name or "dpm_solver", "num_inference_steps": steps, "prior_guidance_scale": guidance})
+
+
+class SelectionSettings(Settings):
+    """Which of a user's candidates are decoded."""
+
+    candidates_per_item: Annotated[int, Field(gt=0, description="1 keeps what is sampled, in its order")] = 4
+    diversity: Annotated[float, Field(ge=0, le=1, description="weight of unlikeness to those chosen, against the like probability")] = 0.3
+    max_item_similarity: Annotated[
+        float, Field(gt=0, le=1, description="nearer to an existing item, by cosine, a candidate is a copy and comes last")
+    ] = 0.98
 
 
 class DecoderSettings(Settings):
@@ -181,8 +247,12 @@ class GenerateConfig(Settings):
     decoder: DecoderSettings
     request: Location
     root: Location
-    items: Annotated[Location | None, Field(description="real items, for nearest_item_id")] = None
+    items: Annotated[Location | None, Field(description="real items: for nearest_item_id, and to draw no copy of one")] = None
+    interactions: Annotated[
+        InteractionSettings | None, Field(description="what the users rated until now; a `history` prior needs it, and `items`")
+    ] = None
     sampler: SamplerSettings = SamplerSettings()
+    selection: SelectionSettings = SelectionSettings()
     num_images: Annotated[int, Field(gt=0, le=MAX_IMAGES, description="images a user, where the request does not say")] = 10
     run_date: Annotated[datetime.date | None, Field(description="default: today, UTC")] = None
     run_id: Annotated[Identifier | None, Field(description="default: the time and six random digits")] = None

@@ -106,8 +106,8 @@ class DiffusersDecoder:
             text = torch.cat([text, self.encode_prompts([""] * len(prompts))])
         condition = {"image_embeds": [image]}
         self.scheduler.set_timesteps(self.settings.num_inference_steps, device=device)
-        noise = item_noise(seeds, 1, channels * size * size)[0].view(-1, channels, size, size)
-        latents = noise.to(device) * self.scheduler.init_noise_sigma
+        noise = next(item_noise(seeds, channels * size * size, device)).view(-1, channels, size, size)
+        latents = noise * self.scheduler.init_noise_sigma
         for timestep in self.scheduler.timesteps:
             scaled = self.scheduler.scale_model_input(latents, timestep).to(dtype)
             if guidance > 1:

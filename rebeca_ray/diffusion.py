@@ -12,24 +12,27 @@ import torch.nn.functional as F
 
 from rebeca_ray.config import DiffusionSettings
 
-Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_BD, timestep_B) -> denoised_BD
+Denoiser = Callable[[torch.Tensor, int], torch.Tensor]  # (x_BD, timestep) -> denoised_BD
 
 
 def alphas_cumprod(settings: DiffusionSettings) -> torch.Tensor:
     """Signal power at every training timestep, [T] in float64.
 
-    `squaredcos_cap_v2`: Nichol & Dhariwal 2021, eq. 17, betas capped at 0.999. `linear`: Ho et al. 2020, betas from
-    1e-4 to 0.02. `laplace`: Hang et al. 2024, log-SNR at the quantiles of a Laplace(0, 0.5) law.
+    `linear`: Ho et al. 2020, betas from 1e-4 to 0.02. `squaredcos_cap_v2`: Nichol & Dhariwal 2021, eq. 17. `laplace`: Hang
+    et al. 2024, log-SNR at the quantiles of a Laplace law, in diffusers' form (the square root, the 1e-6), which the paper's
+    authors used. The latter two cap betas at 0.999.
     """
     steps = settings.num_train_timesteps
     if settings.schedule == "linear":
         return torch.cumprod(1 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64), 0)
-    if settings.schedule == "laplace":
-        quantile = torch.linspace(0, 1, steps + 2, dtype=torch.float64)[1:-1]
-        log_snr = -0.5 * torch.sign(0.5 - quantile) * torch.log(1 - 2 * (0.5 - quantile).abs())
-        return torch.sigmoid(log_snr)
     share = torch.arange(steps + 1, dtype=torch.float64) / steps
-    bar = torch.cos((share + 0.008) / 1.008 * math.pi / 2) ** 2
+    if settings.schedule == "laplace":
+        half = 0.5 - share
+        sign = torch.where(half >= 0, 1.0, -1.0)  # of zero too, as copysign has it
+        snr = torch.exp(-0.5 * sign * torch.log(1 - 2 * half.abs() + 1e-6))
+        bar = torch.sqrt(snr / (1 + snr))
+    else:
+        bar = torch.cos((share + 0.008) / 1.008 * math.pi / 2) ** 2
     betas = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
     return torch.cumprod(1 - betas, 0)
 
@@ -41,35 +44,37 @@ class Diffusion:
     settings: DiffusionSettings
     alpha: torch.Tensor  # [T]
     sigma: torch.Tensor  # [T]
+    half_log_snr: torch.Tensor  # [T], on the CPU
 
     @classmethod
     def build(cls, settings: DiffusionSettings, device: torch.device | str = "cpu") -> "Diffusion":
-        signal_power = alphas_cumprod(settings).to(device)
-        return cls(settings, signal_power.sqrt().float(), (1 - signal_power).sqrt().float())
+        power = alphas_cumprod(settings)
+        half_log_snr = 0.5 * (power.log() - (1 - power).log())
+        return cls(settings, power.sqrt().float().to(device), (1 - power).sqrt().float().to(device), half_log_snr)
 
-    def coefficients(self, timestep_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """alpha and sigma at `timestep_B`, each [B, 1]."""
-        return self.alpha[timestep_B][:, None], self.sigma[timestep_B][:, None]
+    def coefficients(self, timestep_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """alpha and sigma at `timestep_T` (one a row, or one for all), each [T, 1]."""
+        return self.alpha[timestep_T][:, None], self.sigma[timestep_T][:, None]
 
-    def add_noise(self, x0_BD: torch.Tensor, noise_BD: torch.Tensor, timestep_B: torch.Tensor) -> torch.Tensor:
+    def add_noise(self, x0_BD: torch.Tensor, noise_BD: torch.Tensor, timestep_T: torch.Tensor) -> torch.Tensor:
         """`x_t` [B, D] (Ho et al. 2020, eq. 4)."""
-        alpha, sigma = self.coefficients(timestep_B)
+        alpha, sigma = self.coefficients(timestep_T)
         return alpha * x0_BD + sigma * noise_BD
 
-    def target(self, x0_BD: torch.Tensor, noise_BD: torch.Tensor, timestep_B: torch.Tensor) -> torch.Tensor:
+    def target(self, x0_BD: torch.Tensor, noise_BD: torch.Tensor, timestep_T: torch.Tensor) -> torch.Tensor:
         """What the network is asked to predict: the noise, the sample, or v (Salimans & Ho 2022)."""
         if self.settings.prediction_type == "epsilon":
             return noise_BD
         if self.settings.prediction_type == "sample":
             return x0_BD
-        alpha, sigma = self.coefficients(timestep_B)
+        alpha, sigma = self.coefficients(timestep_T)
         return alpha * noise_BD - sigma * x0_BD
 
-    def denoised(self, prediction_BD: torch.Tensor, x_BD: torch.Tensor, timestep_B: torch.Tensor) -> torch.Tensor:
+    def denoised(self, prediction_BD: torch.Tensor, x_BD: torch.Tensor, timestep_T: torch.Tensor) -> torch.Tensor:
         """The estimate of `x_0` that a prediction stands for, [B, D]."""
         if self.settings.prediction_type == "sample":
             return prediction_BD
-        alpha, sigma = self.coefficients(timestep_B)
+        alpha, sigma = self.coefficients(timestep_T)
         if self.settings.prediction_type == "epsilon":
             return (x_BD - sigma * prediction_BD) / alpha
         return alpha * x_BD - sigma * prediction_BD
@@ -77,6 +82,10 @@ class Diffusion:
     def loss(self, prediction_BD: torch.Tensor, target_BD: torch.Tensor) -> torch.Tensor:
         """Simplified mean squared error (Ho et al. 2020, eq. 14), a scalar."""
         return F.mse_loss(prediction_BD, target_BD)
+
+    def log_snr_step(self, timestep: int, following: int) -> float:
+        """How far half the log signal-to-noise ratio moves between two timesteps (lambda in Lu et al. 2022)."""
+        return float(self.half_log_snr[following] - self.half_log_snr[timestep])
 
     def inference_timesteps(self, num_inference_steps: int) -> list[int]:
         """`num_inference_steps` timesteps from T-1 downwards, evenly spaced ("trailing")."""

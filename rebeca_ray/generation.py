@@ -13,8 +13,9 @@ from rebeca_ray.cluster import require_room, start_ray
 from rebeca_ray.config import GenerateConfig
 from rebeca_ray.decoder_files import decoder_fingerprint
 from rebeca_ray.errors import UserError
-from rebeca_ray.planning import check_request, plan_items
+from rebeca_ray.planning import plan_items
 from rebeca_ray.rendering import render_items
+from rebeca_ray.request import check_request
 from rebeca_ray.storage import join, open_filesystem, require_writable
 
 

@@ -28,6 +28,7 @@ class Interactions:
     user_index: np.ndarray  # [N] int32
     item_id: np.ndarray  # [N] str
     like: np.ndarray  # [N] int8
+    timestamp: np.ndarray  # [N] int64, microseconds; 0 where nobody knows
     held_out: np.ndarray  # [N] bool, never trained on
 
     @property
@@ -36,23 +37,34 @@ class Interactions:
 
 
 def read_interactions(settings: InteractionSettings) -> Interactions:
-    """Read, validate, filter and split the interactions of `settings.path`.
+    """Read, validate, filter and split the interactions of `settings.path`, all in memory.
+
+    Raises UserError naming the defect, how many rows have it, and examples.
+    """
+    found = interactions_of(read_columns(settings.path), settings)
+    if not found.num_users:
+        raise no_users(settings)
+    return found
+
+
+def no_users(settings: InteractionSettings) -> UserError:
+    return UserError(
+        f"interactions {settings.path}: no user has {settings.min_likes} likes; lower interactions.min_likes or interactions.like_threshold"
+    )
+
+
+def interactions_of(table: pa.Table, settings: InteractionSettings) -> Interactions:
+    """Validate, filter and split one table that holds all interactions of its users.
 
     The hold-out takes the same share of every user's interactions, chosen by a hash of user and item, so that it does
-    not depend on the file's order. Raises UserError naming the defect, how many rows have it, and examples.
+    not depend on the file's order.
     """
-    table = validate(read_columns(settings.path), settings.path)
+    table = validate(table, settings)
     user_id, item_id = (table[name].to_numpy(zero_copy_only=False).astype(str) for name in ("user_id", "item_id"))
     like = likes(table, settings.like_threshold)
 
     users, user_of = np.unique(user_id, return_inverse=True)
-    num_likes = np.bincount(user_of, weights=like, minlength=len(users))
-    kept = num_likes >= settings.min_likes
-    if not kept.any():
-        raise UserError(
-            f"interactions {settings.path}: none of {len(users)} users has {settings.min_likes} likes "
-            f"(most: {int(num_likes.max())}); lower interactions.min_likes or interactions.like_threshold"
-        )
+    kept = np.bincount(user_of, weights=like, minlength=len(users)) >= settings.min_likes
     new_index = np.cumsum(kept) - 1
     rows = np.flatnonzero(kept[user_of])
     timestamp = (
@@ -65,12 +77,18 @@ def read_interactions(settings: InteractionSettings) -> Interactions:
         user_index=user_index,
         item_id=item_id[rows],
         like=like[rows],
+        timestamp=timestamp[rows],
         held_out=hold_out(users[kept], user_index, item_id[rows], settings.hold_out),
     )
 
 
 def read_columns(uri: str) -> pa.Table:
-    """The interaction columns of a file, with a clear error for a missing or mistyped one."""
+    """The interaction columns of `uri` in memory, as `check_columns` finds them."""
+    return normalise(read_table(uri, "interactions", check_columns(uri)))
+
+
+def check_columns(uri: str) -> list[str]:
+    """The interaction columns that `uri` has, with a clear error for a missing or mistyped one."""
     _, found = open_table(uri, "interactions")
     columns = []
     for field in schemas.INTERACTIONS:
@@ -82,15 +100,20 @@ def read_columns(uri: str) -> pa.Table:
         if not compatible(actual, field.type):
             raise UserError(f"interactions {uri}: column {field.name!r} is {actual}, expected {field.type}; cast it and write again")
         columns.append(field.name)
-    table = read_table(uri, "interactions", columns)
-    if "timestamp" in columns:  # below a microsecond nothing is lost that matters
+    return columns
+
+
+def normalise(table: pa.Table) -> pa.Table:
+    """Interaction columns in the types of `schemas.INTERACTIONS`."""
+    if "timestamp" in table.column_names:  # below a microsecond nothing is lost that matters
         place = table.column_names.index("timestamp")
         table = table.set_column(place, "timestamp", table["timestamp"].cast(schemas.INTERACTIONS.field("timestamp").type, safe=False))
-    return table.cast(pa.schema([schemas.INTERACTIONS.field(name).with_nullable(True) for name in columns]))
+    return table.cast(pa.schema([schemas.INTERACTIONS.field(name).with_nullable(True) for name in table.column_names]))
 
 
-def validate(table: pa.Table, uri: str) -> pa.Table:
-    """Refuse empty ids, ratings that are no numbers, and repeated (user, item) pairs, with counts and examples."""
+def validate(table: pa.Table, settings: InteractionSettings) -> pa.Table:
+    """Refuse empty ids, ratings off the scale, and repeated (user, item) pairs, with counts and examples."""
+    uri = settings.path
     if table.num_rows == 0:
         raise UserError(f"interactions {uri}: has no rows; give at least one rating")
     for name in ("user_id", "item_id"):
@@ -100,6 +123,15 @@ def validate(table: pa.Table, uri: str) -> pa.Table:
         bad = pc.invert(pc.fill_null(pc.is_finite(table["rating"]), False))
         refuse(
             uri, bad, "a rating that is null, NaN or infinite", examples(table, bad), "drop them, or drop the column if every row is a like"
+        )
+        low, high = settings.rating_scale
+        bad = pc.or_(pc.less(table["rating"], low), pc.greater(table["rating"], high))
+        refuse(
+            uri,
+            bad,
+            f"a rating outside {low:g} to {high:g}",
+            examples(table, bad),
+            "mend them, or set interactions.rating_scale and interactions.like_threshold to yours",
         )
     pair = pc.binary_join_element_wise(table["user_id"], table["item_id"], "\x1f")
     codes = pc.dictionary_encode(pair).combine_chunks()
@@ -157,17 +189,3 @@ def history_digests(interactions: Interactions) -> list[str]:
     bounds = np.searchsorted(interactions.user_index, np.arange(interactions.num_users + 1))
     told = [f"{item}={like}" for item, like in zip(interactions.item_id, interactions.like, strict=True)]
     return [hash128(*told[start:stop]) for start, stop in pairwise(bounds)]
-
-
-def user_table(interactions: Interactions) -> pa.Table:
-    """The `users.parquet` of a prior: who has which `user_index`, with how many likes."""
-    num_likes = np.bincount(interactions.user_index, weights=interactions.like, minlength=interactions.num_users)
-    return pa.table(
-        {
-            "user_id": interactions.user_id,
-            "user_index": np.arange(interactions.num_users, dtype=np.int32),
-            "num_likes": num_likes.astype(np.int32),
-            "history_digest": history_digests(interactions),
-        },
-        schema=schemas.PRIOR_USERS,
-    )

@@ -1,241 +1,245 @@
 """Planning: the request's users become planned items, each with the embedding to draw. One Ray Data graph.
 
-request -> one row an item -> embeddings from the prior -> nearest real item -> work/…/plan
+request, bucket by bucket -> candidates from the prior -> selector, nearest real item -> the best of them -> work/…/plan
+
+Shapes: G users, N candidates of all of them, D embed dim, U user tokens, H width, F factors of the selector, I items.
 """
 
 import hashlib
-import json
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import torch
+import torch.nn.functional as F
 
 from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import Run
-from rebeca_ray.checkpoint import fingerprint, load_prior, read_prior_config, read_prior_users
-from rebeca_ray.config import MAX_IMAGES, GenerateConfig, SamplerSettings
-from rebeca_ray.decoder_files import decoder_embed_dim
-from rebeca_ray.errors import UserError, did_you_mean
-from rebeca_ray.items import embedded_with, read_image_embeds
-from rebeca_ray.schemas import compatible
-from rebeca_ray.storage import arrow_filesystem, open_filesystem, open_table, read_table
+from rebeca_ray.checkpoint import load_prior
+from rebeca_ray.config import GenerateConfig
+from rebeca_ray.diffusion import Diffusion
+from rebeca_ray.errors import UserError
+from rebeca_ray.histories import Histories, build_histories
+from rebeca_ray.items import read_image_embeds
+from rebeca_ray.sampling import sample_liked
+from rebeca_ray.selection import choose, nearest_items
+from rebeca_ray.selector import MAX_HISTORY
+from rebeca_ray.storage import arrow_filesystem, join, open_filesystem, open_table, read_table, write_table
+from rebeca_ray.training_set import Rated, UserBlock
+from rebeca_ray.users import History
 
 ITEMS_A_FILE = 20_000
-
-
-def check_request(config: GenerateConfig) -> int:
-    """Validate the request against the prior before anything is written; returns the number of items requested.
-
-    Raises UserError for a missing column, empty, repeated or unknown users, counts below 1, or a prior whose
-    embedding size does not fit the decoder.
-    """
-    prior = read_prior_config(config.prior)
-    embed_dim, wanted = prior["scaler"]["embed_dim"], decoder_embed_dim(config.decoder)
-    if wanted != embed_dim:
-        raise UserError(
-            f"prior {config.prior} draws embeddings of size {embed_dim}, decoder {config.decoder.model} reads {wanted}; "
-            "train the prior on items embedded with the decoder's CLIP"
-        )
-    check_prior_can(config, prior)
-    if config.items is not None:
-        check_items_fit(config.items, prior)
-    _, schema = open_table(config.request, "request")
-    if "user_id" not in schema.names:
-        raise UserError(f"request {config.request}: column 'user_id' is missing; {did_you_mean('user_id', schema.names)}")
-    request = read_table(config.request, "request", [name for name in schemas.REQUEST.names if name in schema.names])
-    for name in request.column_names:
-        actual, expected = schema.field(name).type, schemas.REQUEST.field(name).type
-        if not compatible(actual, expected):
-            raise UserError(f"request {config.request}: column {name!r} is {actual}, expected {expected}; cast it and write again")
-    users = request["user_id"].cast(pa.string())
-    if request.num_rows == 0:
-        raise UserError(f"request {config.request}: has no rows; ask for at least one user")
-    if users.null_count or pc.any(pc.equal(users, "")).as_py():
-        raise UserError(
-            f"request {config.request}: {users.null_count + pc.sum(pc.equal(users, '')).as_py()} rows have an empty user_id; drop them"
-        )
-    if len(users) != pc.count_distinct(users).as_py():
-        raise UserError(
-            f"request {config.request}: {len(users) - pc.count_distinct(users).as_py()} user_ids are repeated; ask for each user once"
-        )
-    known = read_prior_users(config.prior, prior)["user_id"]
-    unknown = users.filter(pc.invert(pc.is_in(users, value_set=known.combine_chunks())))
-    if len(unknown):
-        names = ", ".join(repr(name) for name in unknown[:3].to_pylist())
-        raise UserError(
-            f"request {config.request}: {len(unknown)} of {len(users)} users are unknown to prior {config.prior} ({names}); "
-            "ask for users it was trained on, or train it on interactions that hold them"
-        )
-    if "num_images" not in request.column_names:
-        return len(users) * config.num_images
-    counts = pc.fill_null(request["num_images"].cast(pa.int64()), config.num_images)
-    least, most = pc.min_max(counts).as_py().values()
-    if least < 1 or most > MAX_IMAGES:
-        raise UserError(f"request {config.request}: num_images goes from {least} to {most}; ask for 1 to {MAX_IMAGES:,} images a user")
-    return int(pc.sum(counts).as_py())
-
-
-def check_prior_can(config: GenerateConfig, prior: dict[str, Any]) -> None:
-    """Raise UserError for sampler settings this prior was not trained for."""
-    sampler, trained_steps = config.sampler, prior["diffusion"]["num_train_timesteps"]
-    if sampler.num_inference_steps > trained_steps:
-        raise UserError(
-            f"sampler.num_inference_steps is {sampler.num_inference_steps}, prior {config.prior} was trained on {trained_steps}; "
-            "take at most that many"
-        )
-    if sampler.prior_guidance_scale > 1 and prior["condition_dropout"] == 0:
-        raise UserError(
-            f"sampler.prior_guidance_scale is {sampler.prior_guidance_scale}, but prior {config.prior} was trained without condition "
-            "dropout and cannot be guided; set it to 1, or train with user_dropout and rating_dropout above 0"
-        )
-
-
-def check_items_fit(items: str, prior: dict[str, Any]) -> None:
-    """Raise UserError for real items that the prior's embeddings cannot be compared with."""
-    embed_dim, clip = embedded_with(items)
-    wanted = prior["scaler"]["embed_dim"]
-    if embed_dim != wanted or (clip and prior["clip"] and clip != prior["clip"]):
-        raise UserError(
-            f"items {items}: embeddings of size {embed_dim} by CLIP {clip}, the prior knows size {wanted} by CLIP {prior['clip']}; "
-            "give the items it was trained on, or leave `items` out"
-        )
+TILES_A_BATCH = 4  # of the sampler, so that padding costs little
+NEW, POPULATION = "new", "population"
 
 
 def plan_items(config: GenerateConfig, run: Run, versions: dict[str, str]) -> None:
     """Write the run's plan. Every requested item becomes exactly one row.
 
-    Raises UserError if the prior is no longer the one of `versions`.
+    Users come bucket by bucket, as their histories do. Raises UserError if the prior is no longer the one of `versions`.
     """
     import ray
 
-    files, schema = open_table(config.request, "request")
-    filesystem, _ = open_filesystem(config.request)
-    plan_filesystem, plan_path = open_filesystem(run.plan)
-    columns = [name for name in schemas.REQUEST.names if name in schema.names]
+    histories = request_histories(config, run)
+    files = split_request(config, run, histories)
     sampler = config.sampler
+    filesystem, _ = open_filesystem(run.work)
+    plan_filesystem, plan_path = open_filesystem(run.plan)
     (
         ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem))
-        .select_columns(columns)
-        .map_batches(RequestedItems(config, versions), batch_format="pyarrow")
         .map_batches(
-            SampleEmbeds,
-            fn_constructor_args=(config.prior, versions["prior"], sampler),
-            batch_size=sampler.batch_size,
+            PlanUsers,
+            fn_constructor_args=(config, versions, histories),
+            batch_size=users_a_batch(config),
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=sampler.num_actors),
             num_cpus=sampler.cpus_per_actor,
             num_gpus=1 if sampler.device == "cuda" else 0,
         )
-        .map_batches(NearestItems(config.items, run.run_id), batch_format="pyarrow")
         .write_parquet(plan_path, filesystem=arrow_filesystem(plan_filesystem), max_rows_per_file=ITEMS_A_FILE)
     )
 
 
-class RequestedItems:
-    """One row a user in, `num_images` rows out: `item_id`, `user_id`, `rank`, `seed`, `user_index`, `prompt`."""
+def users_a_batch(config: GenerateConfig) -> int:
+    return max(1, TILES_A_BATCH * config.sampler.batch_size // (config.num_images * config.selection.candidates_per_item))
 
-    def __init__(self, config: GenerateConfig, versions: dict[str, str]) -> None:
-        told = config.sampler.model_dump(exclude={"batch_size", "num_actors", "cpus_per_actor", "device"})
-        self.settings = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-        self.prior_uri, self.num_images = config.prior, config.num_images
-        self.prior, self.decoder = versions["prior"], versions["decoder"]
+
+def request_histories(config: GenerateConfig, run: Run) -> Histories | None:
+    """What the users rated until now, hold-out and all; None if the config gives no interactions."""
+    if config.interactions is None or config.items is None:
+        return None
+    everything = config.interactions.model_copy(update={"hold_out": 0.0, "min_likes": 0})
+    return build_histories(everything, read_image_embeds(config.items).item_id, run.work)
+
+
+def split_request(config: GenerateConfig, run: Run, histories: Histories | None) -> list[str]:
+    """Write the request below the run's work folder, one file a bucket of the histories, so that users meet theirs."""
+    _, schema = open_table(config.request, "request")
+    request = read_table(config.request, "request", [name for name in schemas.REQUEST.names if name in schema.names])
+    users = request["user_id"].cast(pa.string()).to_pylist()
+    bucket = np.array([histories.bucket_of(user) for user in users]) if histories else np.zeros(len(users), int)
+    request = request.append_column("bucket", pa.array(bucket, pa.int32()))
+    files = []
+    for number in np.unique(bucket):
+        uri = join(run.work, "request", f"bucket-{number:05d}.parquet")
+        write_table(request.filter(pa.array(bucket == number)), uri, row_group_size=ITEMS_A_FILE)
+        files.append(open_filesystem(uri)[1])
+    return files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Users:
+    """What a run knows of G users."""
+
+    token_GUH: torch.Tensor
+    factor_GF: torch.Tensor | None  # the selector's
+    digest_G: list[str]  # of the history; "" for nobody's
+    origin_G: list[str]  # new, or population: of people at large, for want of a row or a history
+
+
+class PlanUsers:
+    """Ray Data actor: one row a user in, their `num_images` planned items out.
+
+    Candidates are drawn from the prior, judged by the selector, compared with the real items; the best are kept.
+    """
+
+    def __init__(self, config: GenerateConfig, versions: dict[str, str], histories: Histories | None) -> None:
+        self.config, self.versions, self.histories = config, versions, histories
+        self.prior = load_prior(config.prior, config.sampler.device)
+        if self.prior.fingerprint != versions["prior"]:
+            raise UserError(f"prior {config.prior}: was replaced while this run was planning; run again")
+        self.diffusion = Diffusion.build(self.prior.diffusion, config.sampler.device)
+        self.sampler = config.sampler.resolve(self.prior.sampling, self.prior.diffusion.num_train_timesteps)
+        told = self.sampler.model_dump_json(exclude={"batch_size", "num_actors", "cpus_per_actor", "device"})
+        self.settings = hashlib.sha256((told + config.selection.model_dump_json()).encode()).hexdigest()
+        self.items = read_image_embeds(config.items) if config.items else None
+        self.unit_ID, self.x0_ID = None, None
+        if self.items:
+            image_embeds = torch.from_numpy(self.items.image_embeds)
+            self.unit_ID = F.normalize(image_embeds).to(config.sampler.device)
+            self.x0_ID = self.prior.scaler.scale(image_embeds).numpy()
+        self.place = {} if self.prior.users is None else {user: place for place, user in enumerate(self.prior.users["user_id"].to_pylist())}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        users = known_users(self.prior_uri, self.prior)
-        rows: list[dict[str, Any]] = []
-        for asked in batch.to_pylist():
-            user_index, history_digest = users[asked["user_id"]]
-            key = identity.plan_key(
-                prior=self.prior, settings=self.settings, user_id=asked["user_id"], history_digest=history_digest, generation=0
+        asked = batch.to_pylist()
+        users = self.meet(asked)
+        keys = [
+            identity.plan_key(
+                prior=self.versions["prior"], settings=self.settings, user_id=row["user_id"], history_digest=digest, generation=0
             )
-            prompt = asked.get("prompt") or ""
-            for candidate in range(asked.get("num_images") or self.num_images):
-                rows.append(
+            for row, digest in zip(asked, users.digest_G, strict=True)
+        ]
+        wanted = [row.get("num_images") or self.config.num_images for row in asked]
+        candidates = [count * self.config.selection.candidates_per_item for count in wanted]
+        seeds = [identity.candidate_seed(key, number) for key, count in zip(keys, candidates, strict=True) for number in range(count)]
+        row_N = np.repeat(np.arange(len(asked)), candidates)
+        padding = -len(row_N) % self.sampler.batch_size  # whole tiles throughout: matrix products of a few rows round otherwise
+        row_N, seeds = np.pad(row_N, (0, padding), mode="edge"), seeds + seeds[-1:] * padding
+        x_ND = sample_liked(self.prior.network, self.diffusion, users.token_GUH, row_N, seeds, self.sampler)
+        like_N = self.like_probability(x_ND, users, row_N)
+        embeds_ND = half(self.prior.scaler.unscale(x_ND).numpy())
+        unit_ND = F.normalize(torch.from_numpy(embeds_ND))
+        nearest_N, similarity_N = self.nearest(unit_ND)
+
+        planned: list[dict[str, Any]] = []
+        start = 0
+        for row, key, origin, count, drawn in zip(asked, keys, users.origin_G, wanted, candidates, strict=True):
+            own = slice(start, start + drawn)
+            start += drawn
+            relevance = np.zeros(drawn, np.float32) if like_N is None else like_N[own]
+            copies = similarity_N[own] > self.config.selection.max_item_similarity
+            prompt = row.get("prompt") or ""
+            for rank, number in enumerate(choose(unit_ND[own].numpy(), relevance, copies, count, self.config.selection.diversity)):
+                place = own.start + int(number)
+                planned.append(
                     {
-                        "item_id": identity.item_id(key, candidate, self.decoder + prompt),
-                        "user_id": asked["user_id"],
-                        "rank": candidate,
-                        "seed": str(identity.candidate_seed(key, candidate)),
-                        "user_index": user_index,
+                        "item_id": identity.item_id(key, int(number), self.versions["decoder"] + prompt),
+                        "user_id": row["user_id"],
+                        "rank": rank,
+                        "image_embeds": embeds_ND[place],
+                        "like_probability": None if like_N is None else like_N[place],
+                        "nearest_item_id": nearest_N[place],
+                        "nearest_similarity": None if nearest_N[place] is None else similarity_N[place],
+                        "origin": origin,
                         "prompt": prompt,
                     }
                 )
-        return pa.Table.from_pylist(rows)
+        return planned_table(planned, embeds_ND.shape[1])
+
+    def meet(self, asked: list[dict[str, Any]]) -> Users:
+        """Everything known of the users of some rows of the request."""
+        index_G = np.array([self.place.get(row["user_id"], -1) for row in asked])
+        rated, digest_G = self.rated(asked)
+        history = None if rated is None or self.x0_ID is None else rated.look_up(self.x0_ID, self.config.sampler.device)
+        latest = None if history is None else History(*(column[:, : self.prior.settings.max_history] for column in history))
+        encoder, selector = self.prior.settings.user_encoder, self.prior.selector
+        known_G = index_G >= 0 if encoder == "id" else np.array([encoder == "history" and digest != "" for digest in digest_G])
+        if self.prior.users is not None:
+            digests = self.prior.users["history_digest"]
+            digest_G = [digests[int(index)].as_py() if index >= 0 else "" for index in index_G]
+        factor_GF = None
+        if selector is not None and history is not None:
+            factor_GF = selector.fold_in(history)
+        elif selector is not None and selector.rows_VF is not None:
+            factor_GF = selector.rows_VF[index_G.clip(min=0)] * torch.from_numpy(index_G >= 0)[:, None].to(selector.rows_VF.device)
+        return Users(
+            token_GUH=self.prior.user_tokens(index_G, latest),
+            factor_GF=factor_GF,
+            digest_G=digest_G,
+            origin_G=[NEW if known else POPULATION for known in known_G],
+        )
+
+    def rated(self, asked: list[dict[str, Any]]) -> tuple[Rated | None, list[str]]:
+        """The histories of some rows of the request, and their digests ("" for none)."""
+        digests = [""] * len(asked)
+        if self.histories is None:
+            return None, digests
+        found = Rated.nothing(len(asked), max(self.prior.settings.max_history, MAX_HISTORY))
+        for bucket in {row["bucket"] for row in asked}:
+            block, users = read_bucket(self.histories.file(bucket))
+            rows = [number for number, row in enumerate(asked) if row["bucket"] == bucket and row["user_id"] in users]
+            places = [users[asked[number]["user_id"]] for number in rows]
+            if not rows:
+                continue
+            for whole, part in zip(found, block.history(np.array([place for place, _ in places]), found.present_GL.shape[1]), strict=True):
+                whole[rows] = part
+            for number, (_, digest) in zip(rows, places, strict=True):
+                digests[number] = digest
+        return found, digests
+
+    def nearest(self, unit_ND: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """The nearest real item of each candidate and its cosine similarity; None and 0 if no items are given."""
+        if self.items is None or self.unit_ID is None:
+            return np.full(len(unit_ND), None), np.zeros(len(unit_ND), np.float32)
+        place_N, similarity_N = nearest_items(unit_ND.to(self.unit_ID.device), self.unit_ID)
+        return self.items.item_id[place_N.cpu().numpy()], similarity_N.cpu().numpy()
+
+    def like_probability(self, x_ND: torch.Tensor, users: Users, row_N: np.ndarray) -> np.ndarray | None:
+        if users.factor_GF is None or self.prior.selector is None:
+            return None
+        device = users.factor_GF.device
+        return self.prior.selector.like_probability(x_ND.to(device), users.factor_GF[torch.from_numpy(row_N).to(device)]).cpu().numpy()
 
 
-@lru_cache(maxsize=1)
-def known_users(uri: str, version: str) -> dict[str, tuple[int, str]]:
-    """`user_id` -> (`user_index`, `history_digest`) of one version of a prior, read once a process."""
-    config = read_prior_config(uri)
-    require_version(uri, fingerprint(config), version)
-    table = read_prior_users(uri, config)
-    return {row["user_id"]: (row["user_index"], row["history_digest"]) for row in table.to_pylist()}
+@lru_cache(maxsize=2)
+def read_bucket(uri: str) -> tuple[UserBlock, dict[str, tuple[int, str]]]:
+    """The histories of one bucket, and where each of its users is in it, with the digest."""
+    table = read_table(uri, "histories")
+    users = zip(table["user_id"].to_pylist(), table["history_digest"].to_pylist(), strict=True)
+    first = np.zeros(table["bucket"][0].as_py() + 1 if table.num_rows else 1, int)
+    return UserBlock(table, first, training_only=False), {user: (place, digest) for place, (user, digest) in enumerate(users)}
 
 
-def require_version(prior: str, found: str, version: str) -> None:
-    """Raise UserError if another prior lies where the run's own lay when it began."""
-    if found != version:
-        raise UserError(f"prior {prior}: was replaced while this run was planning; run again")
+def half(embeds_ND: np.ndarray) -> np.ndarray:
+    """Rounded to half precision, as the catalog keeps them."""
+    return embeds_ND.astype(np.float16).astype(np.float32)
 
 
-class SampleEmbeds:
-    """One row in, the same row out with `image_embeds` drawn from the prior (rounded to half precision)."""
-
-    def __init__(self, prior: str, version: str, sampler: SamplerSettings) -> None:
-        from rebeca_ray.diffusion import Diffusion
-
-        self.prior, self.sampler = load_prior(prior, sampler.device), sampler
-        require_version(prior, self.prior.fingerprint, version)
-        self.diffusion = Diffusion.build(self.prior.diffusion, sampler.device)
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        from rebeca_ray.sampling import sample_liked
-
-        seeds = [int(seed) for seed in batch["seed"].to_pylist()]
-        users = batch["user_index"].to_pylist()
-        padding = self.sampler.batch_size - len(seeds)  # one tile size, so that bits do not depend on company
-        x0 = sample_liked(
-            self.prior.network,
-            self.diffusion,
-            [*users, *users[:1] * padding],
-            [*seeds, *seeds[:1] * padding],
-            sampler=self.sampler.name,
-            num_inference_steps=self.sampler.num_inference_steps,
-            guidance_scale=self.sampler.prior_guidance_scale,
-            device=self.sampler.device,
-        )[: len(seeds)]
-        embeds = self.prior.scaler.unscale(x0).numpy().astype(np.float16).astype(np.float32)
-        column = pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(embeds.shape[1]))
-        return batch.drop_columns(["seed", "user_index"]).append_column("image_embeds", column)
-
-
-class NearestItems:
-    """One row in, the same row out with the nearest real item by cosine (nulls if no items are given).
-
-    Brute force in batches: one matrix product of B x D by D x I.
-    """
-
-    def __init__(self, items: str | None, run_id: str) -> None:
-        self.items, self.run_id = items, run_id
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        embeds = batch["image_embeds"].combine_chunks()
-        if self.items is None:
-            nearest, similarity = pa.nulls(batch.num_rows, pa.string()), pa.nulls(batch.num_rows, pa.float32())
-        else:
-            item_id, unit_ID = unit_embeds(self.items, self.run_id)
-            values = embeds.flatten().to_numpy().reshape(batch.num_rows, -1)
-            cosine_BI = values / np.linalg.norm(values, axis=1, keepdims=True) @ unit_ID.T
-            nearest, similarity = item_id.take(pa.array(cosine_BI.argmax(axis=1))), pa.array(cosine_BI.max(axis=1).astype(np.float32))
-        schema = schemas.plan(embeds.type.list_size)
-        columns = {"nearest_item_id": nearest, "nearest_similarity": similarity}
-        return pa.table([columns[name] if name in columns else batch[name] for name in schema.names], names=schema.names).cast(schema)
-
-
-@lru_cache(maxsize=1)
-def unit_embeds(items: str, run_id: str) -> tuple[pa.Array, np.ndarray]:
-    """Ids and unit embeddings of the real items, read once a process and run."""
-    found = read_image_embeds(items)
-    return pa.array(found.item_id), found.image_embeds / np.linalg.norm(found.image_embeds, axis=1, keepdims=True)
+def planned_table(rows: list[dict[str, Any]], embed_dim: int) -> pa.Table:
+    schema = schemas.plan(embed_dim)
+    embeds = np.concatenate([row.pop("image_embeds") for row in rows])
+    columns = {name: [row[name] for row in rows] for name in schema.names if name != "image_embeds"}
+    columns["image_embeds"] = pa.FixedSizeListArray.from_arrays(pa.array(embeds), type=schemas.image_embeds(embed_dim))
+    return pa.table([pa.array(columns[name], schema.field(name).type) for name in schema.names], schema=schema)

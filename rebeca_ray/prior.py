@@ -1,52 +1,36 @@
 """The prior network: a small transformer that denoises one CLIP embedding, given who rates and how.
 
-Shapes: B batch, K tokens of an embedding, D embed dim, R token dim, H width, N heads.
+What depends on user and rating alone is a `Condition`, computed once and used at every timestep.
+
+Shapes: B batch, C distinct conditions, K tokens of an embedding, D embed dim, R token dim, U user tokens, H width, N heads.
 """
 
 import math
+from typing import NamedTuple, Self, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from rebeca_ray.attention import Attention, TimestepEmbedding
+from rebeca_ray.config import NetworkSettings
+from rebeca_ray.users import History, HistoryEncoder
 
-class TimestepEmbedding(nn.Module):
-    """Sinusoids of the timestep, then a two-layer perceptron: [B] -> [B, H]."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.frequencies: torch.Tensor
-        frequencies = torch.exp(-math.log(10_000) * torch.arange(width // 2) / (width // 2))
-        self.register_buffer("frequencies", frequencies, persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(2 * (width // 2), width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, timestep_B: torch.Tensor) -> torch.Tensor:
-        angles = timestep_B.float()[:, None] * self.frequencies
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+DISLIKE, LIKE, NULL_RATING = 0, 1, 2
 
 
-class Attention(nn.Module):
-    """Multi-head attention of `x_BKH` to `context_BCH`."""
+class Condition(NamedTuple):
+    """What a denoiser keeps of (user, rating) over all timesteps: keys and values a layer, and the pooled tokens."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, width)
+    pooled_CH: torch.Tensor
+    keys_values: list[tuple[torch.Tensor, torch.Tensor]]  # a layer: [B, N, U+1, h] each
+    row_B: torch.Tensor | None = None  # which condition each row of a batch has; None: row i has condition i
 
-    def forward(self, x_BKH: torch.Tensor, context_BCH: torch.Tensor) -> torch.Tensor:
-        query = self.split(self.query(x_BKH))
-        key, value = (self.split(part) for part in self.key_value(context_BCH).chunk(2, dim=-1))
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return self.out(attended.transpose(1, 2).flatten(2))
-
-    def split(self, x_BKH: torch.Tensor) -> torch.Tensor:
-        batch, tokens, width = x_BKH.shape
-        return x_BKH.view(batch, tokens, self.num_heads, width // self.num_heads).transpose(1, 2)
+    def expand(self, row_B: torch.Tensor) -> Self:
+        """The same for a batch whose row i has condition `row_B[i]`; what is small stays one a condition."""
+        return self._replace(keys_values=[(keys[row_B], values[row_B]) for keys, values in self.keys_values], row_B=row_B)
 
 
-class Block(nn.Module):
+class CrossAttentionBlock(nn.Module):
     """AdaLN-zero self-attention, gated cross-attention to the condition tokens, AdaLN-zero perceptron.
 
     Every residual starts at zero (Peebles & Xie 2023, section 3.2), so that a new block changes nothing.
@@ -61,61 +45,160 @@ class Block(nn.Module):
         self.cross_attention = Attention(width, num_heads)
         self.cross_gate = nn.Parameter(torch.zeros(width))
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
-        modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x_BKH: torch.Tensor, modulation_B1M: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        shift_self, scale_self, gate_self, shift_mlp, scale_mlp, gate_mlp = modulation_B1M.chunk(6, dim=-1)
+        normed = torch.addcmul(shift_self, self.norm_self(x_BKH), 1 + scale_self)
+        x_BKH = torch.addcmul(x_BKH, gate_self, self.self_attention(normed, *self.self_attention.keys_values(normed)))
+        x_BKH = torch.addcmul(x_BKH, self.cross_gate, self.cross_attention(self.norm_cross(x_BKH), keys, values))
+        normed = torch.addcmul(shift_mlp, self.norm_mlp(x_BKH), 1 + scale_mlp)
+        return torch.addcmul(x_BKH, gate_mlp, self.mlp(normed))
+
+
+class CrossAttentionDenoiser(nn.Module):
+    """The authors' later network: a learned linear map cuts the embedding into K tokens of R = ceil(D/K) numbers, each lifted
+    to width H; blocks see the pooled condition through AdaLN-zero and its tokens (user, rating, time) through
+    cross-attention; the inverse maps lead back to D.
+    """
+
+    def __init__(self, settings: NetworkSettings, embed_dim: int) -> None:
+        super().__init__()
+        width = settings.width
+        self.num_tokens = settings.num_tokens
+        token_dim = math.ceil(embed_dim / self.num_tokens)
+        while self.num_tokens * token_dim % 8:  # whole vector registers: a row's last bits then do not depend on its place in a batch
+            token_dim += 1
+        self.tokenizer = nn.Linear(embed_dim, self.num_tokens * token_dim)
+        self.lift = nn.Linear(token_dim, width)
+        self.position_KH = nn.Parameter(0.02 * torch.randn(self.num_tokens, width))
+        self.time = TimestepEmbedding(width)
+        self.rating = nn.Embedding(3, width)
+        nn.init.normal_(self.rating.weight, std=0.02)
+        modulation = nn.Linear(width, settings.num_layers * 6 * width)  # of all layers at once
         nn.init.zeros_(modulation.weight)
         nn.init.zeros_(modulation.bias)
         self.modulation = nn.Sequential(nn.SiLU(), modulation)
-
-    def forward(self, x_BKH: torch.Tensor, condition_BCH: torch.Tensor, pooled_BH: torch.Tensor) -> torch.Tensor:
-        shift_self, scale_self, gate_self, shift_mlp, scale_mlp, gate_mlp = self.modulation(pooled_BH)[:, None].chunk(6, dim=-1)
-        normed = self.norm_self(x_BKH) * (1 + scale_self) + shift_self
-        x_BKH = x_BKH + gate_self * self.self_attention(normed, normed)
-        x_BKH = x_BKH + self.cross_gate * self.cross_attention(self.norm_cross(x_BKH), condition_BCH)
-        normed = self.norm_mlp(x_BKH) * (1 + scale_mlp) + shift_mlp
-        return x_BKH + gate_mlp * self.mlp(normed)
-
-
-class Prior(nn.Module):
-    """REBECA's denoiser `(x_t, t, user, rating) -> prediction`, the authors' later network.
-
-    A learned linear map turns the embedding into K tokens of R = ceil(D/K) numbers, each lifted to width H; blocks
-    see the pooled condition through AdaLN-zero and its three tokens (user, rating, time) through cross-attention; the
-    inverse maps lead back to D. `null_user_index` and `null_rating_index` stand for "not told", which condition dropout
-    teaches and classifier-free guidance needs.
-
-    Args:
-        embed_dim: D.
-        num_users: rows of the user table, without the null user.
-    """
-
-    def __init__(self, *, embed_dim: int, num_users: int, num_layers: int, num_heads: int, width: int, num_tokens: int) -> None:
-        super().__init__()
-        if width % num_heads:
-            raise ValueError(f"network: width {width} is not divisible by num_heads {num_heads}; change one of them")
-        self.embed_dim, self.num_tokens = embed_dim, num_tokens
-        self.null_user_index, self.null_rating_index = num_users, 2
-        token_dim = math.ceil(embed_dim / num_tokens)
-        self.tokenizer = nn.Linear(embed_dim, num_tokens * token_dim)
-        self.lift = nn.Linear(token_dim, width)
-        self.position = nn.Parameter(0.02 * torch.randn(num_tokens, width))
-        self.user = nn.Embedding(num_users + 1, width)
-        self.rating = nn.Embedding(3, width)
-        self.time = TimestepEmbedding(width)
-        nn.init.normal_(self.user.weight, std=0.02)
-        nn.init.normal_(self.rating.weight, std=0.02)
-        self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(CrossAttentionBlock(width, settings.num_heads) for _ in range(settings.num_layers))
         self.norm_out = nn.LayerNorm(width)
         self.lower = nn.Linear(width, token_dim)
-        self.detokenizer = nn.Linear(num_tokens * token_dim, embed_dim)
+        self.detokenizer = nn.Linear(self.num_tokens * token_dim, embed_dim)
         nn.init.zeros_(self.detokenizer.weight)
         nn.init.zeros_(self.detokenizer.bias)
 
-    def forward(self, x_BD: torch.Tensor, timestep_B: torch.Tensor, user_index_B: torch.Tensor, rating_B: torch.Tensor) -> torch.Tensor:
-        """Prediction [B, D] for noisy `x_BD` at `timestep_B`; `rating_B` is 0 dislike, 1 like, 2 not told."""
-        tokens = self.tokenizer(x_BD).view(len(x_BD), self.num_tokens, -1)
-        x_BKH = self.lift(tokens) + self.position
-        condition_BCH = torch.stack([self.user(user_index_B), self.rating(rating_B), self.time(timestep_B)], dim=1)
-        pooled_BH = condition_BCH.sum(dim=1)
-        for block in self.blocks:
-            x_BKH = block(x_BKH, condition_BCH, pooled_BH)
+    def condition(self, user_CUH: torch.Tensor, rating_C: torch.Tensor) -> Condition:
+        rating_CH = self.rating(rating_C)
+        tokens = torch.cat([user_CUH, rating_CH[:, None]], dim=1)
+        blocks = cast(list[CrossAttentionBlock], self.blocks)
+        return Condition(user_CUH.mean(1) + rating_CH, [block.cross_attention.keys_values(tokens) for block in blocks])
+
+    def forward(self, x_BD: torch.Tensor, timestep_T: torch.Tensor, condition: Condition) -> torch.Tensor:
+        time_TH = self.time(timestep_T)
+        modulation = self.modulation(condition.pooled_CH + time_TH)
+        if condition.row_B is not None:
+            modulation = modulation[condition.row_B]
+        x_BKH = self.lift(self.tokenizer(x_BD).unflatten(1, (self.num_tokens, -1))) + self.position_KH
+        x_BKH = x_BKH.repeat(len(modulation) // len(x_BD), 1, 1)
+        modulations = modulation[:, None].chunk(len(self.blocks), dim=-1)
+        blocks = cast(list[CrossAttentionBlock], self.blocks)
+        for block, modulation_B1M, (keys, values) in zip(blocks, modulations, condition.keys_values, strict=True):
+            time_keys, time_values = (part.expand(len(x_BKH), -1, -1, -1) for part in block.cross_attention.keys_values(time_TH[:, None]))
+            x_BKH = block(x_BKH, modulation_B1M, torch.cat([keys, time_keys], dim=2), torch.cat([values, time_values], dim=2))
         return self.detokenizer(self.lower(self.norm_out(x_BKH)).flatten(1))
+
+
+class CausalBlock(nn.Module):
+    """Pre-norm causal self-attention and perceptron; tokens also see the keys and values of a prefix."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm_self, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.self_attention = Attention(width, num_heads)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+
+    def forward(
+        self, x_BKH: torch.Tensor, prefix: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """The tokens one layer on, and their own keys and values for tokens that follow."""
+        normed = self.norm_self(x_BKH)
+        own = self.self_attention.keys_values(normed)
+        keys, values = own if prefix is None else (torch.cat(pair, dim=2) for pair in zip(prefix, own, strict=True))
+        seen = torch.ones(x_BKH.shape[1], keys.shape[2], dtype=torch.bool, device=x_BKH.device).tril(keys.shape[2] - x_BKH.shape[1])
+        x_BKH = x_BKH + self.self_attention(normed, keys, values, mask=seen)
+        return x_BKH + self.mlp(self.norm_mlp(x_BKH)), own
+
+
+class DecoderOnlyDenoiser(nn.Module):
+    """The paper's first network: one causal sequence of user, rating, time and K image tokens; the latter are read out.
+
+    User and rating come first, so that their keys and values hold at every timestep.
+    """
+
+    def __init__(self, settings: NetworkSettings, embed_dim: int) -> None:
+        super().__init__()
+        width = settings.width
+        self.num_tokens = settings.num_tokens
+        self.tokenizer = nn.Linear(embed_dim, self.num_tokens * width)
+        self.time = TimestepEmbedding(width)
+        self.rating = nn.Embedding(3, width)
+        self.position_SH = nn.Parameter(0.02 * torch.randn(settings.num_user_tokens + 2 + self.num_tokens, width))
+        nn.init.normal_(self.rating.weight, std=0.02)
+        self.blocks = nn.ModuleList(CausalBlock(width, settings.num_heads) for _ in range(settings.num_layers))
+        self.norm_out = nn.LayerNorm(width)
+        self.detokenizer = nn.Linear(self.num_tokens * width, embed_dim)
+        nn.init.zeros_(self.detokenizer.weight)
+        nn.init.zeros_(self.detokenizer.bias)
+
+    def condition(self, user_CUH: torch.Tensor, rating_C: torch.Tensor) -> Condition:
+        x_CPH = torch.cat([user_CUH, self.rating(rating_C)[:, None]], dim=1)
+        x_CPH = x_CPH + self.position_SH[: x_CPH.shape[1]]
+        kept = []
+        for block in self.blocks:
+            x_CPH, keys_values = block(x_CPH, None)
+            kept.append(keys_values)
+        return Condition(user_CUH.new_empty(len(user_CUH), 0), kept)
+
+    def forward(self, x_BD: torch.Tensor, timestep_T: torch.Tensor, condition: Condition) -> torch.Tensor:
+        rows = len(condition.keys_values[0][0])
+        image_BKH = self.tokenizer(x_BD).unflatten(1, (self.num_tokens, -1)).repeat(rows // len(x_BD), 1, 1)
+        time_B1H = self.time(timestep_T)[:, None].expand(rows, -1, -1)
+        x_BKH = torch.cat([time_B1H, image_BKH], dim=1) + self.position_SH[-1 - self.num_tokens :]
+        for block, prefix in zip(self.blocks, condition.keys_values, strict=True):
+            x_BKH, _ = block(x_BKH, prefix)
+        return self.detokenizer(self.norm_out(x_BKH[:, 1:]).flatten(1))
+
+
+class Prior(nn.Module):
+    """REBECA's denoiser `(x_t, t, user, rating) -> prediction`, with the encoder of histories if its users have them.
+
+    `null_user_UH` and `NULL_RATING` stand for "not told", which condition dropout teaches and classifier-free guidance
+    needs; with the null user and a like it draws what people like at large. The table of an `id` prior is apart (`UserTable`).
+    """
+
+    def __init__(self, settings: NetworkSettings, embed_dim: int) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        kind = CrossAttentionDenoiser if settings.architecture == "cross_attention" else DecoderOnlyDenoiser
+        self.denoiser = kind(settings, embed_dim)
+        self.null_user_UH = nn.Parameter(0.02 * torch.randn(settings.num_user_tokens, settings.width))
+        self.history_encoder: HistoryEncoder | None = None
+        if settings.user_encoder == "history":
+            self.history_encoder = HistoryEncoder(
+                embed_dim=embed_dim, width=settings.width, num_heads=settings.num_heads, num_user_tokens=settings.num_user_tokens
+            )
+
+    def encode(self, history: History) -> torch.Tensor:
+        """User tokens [B, U, H] of histories; the null user's where one is empty."""
+        assert self.history_encoder is not None
+        known_B = history.present_BL.any(1)
+        return torch.where(known_B[:, None, None], self.history_encoder(history), self.null_user_UH)
+
+    def condition(self, user_CUH: torch.Tensor, rating_C: torch.Tensor) -> Condition:
+        """What holds at every timestep for these users and ratings: 0 dislike, 1 like, 2 not told."""
+        return self.denoiser.condition(user_CUH, rating_C)
+
+    def forward(self, x_BD: torch.Tensor, timestep_T: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """Prediction for noisy `x_BD` at `timestep_T` (one for all, or one a row).
+
+        A condition expanded to n·B rows gives n·B predictions, B for each n-th of it.
+        """
+        return self.denoiser(x_BD, timestep_T, condition)

@@ -1,57 +1,67 @@
-"""Samplers: one function each, `(denoiser, x, timesteps, diffusion, …) -> denoised embeddings`, and their noise.
+"""Samplers: one function each, `(denoise, noise, timesteps, diffusion) -> denoised embeddings`, and what they are given.
 
-Shapes: B batch, D embed dim, S sampling steps.
+Shapes: N items, B items of a tile, G users, C users of a tile, D embed dim, U user tokens, H width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
+from rebeca_ray.config import SamplerSettings
 from rebeca_ray.diffusion import Denoiser, Diffusion
-from rebeca_ray.prior import Prior
+from rebeca_ray.prior import LIKE, NULL_RATING, Prior
 
-LIKE = 1
+USERS_PADDED_TO = 64
 
 
-def item_noise(seeds: Sequence[int], num_draws: int, embed_dim: int) -> torch.Tensor:
-    """`num_draws` standard normal vectors an item, from its own seed alone, [num_draws, B, D] float32.
+def item_noise(seeds: Sequence[int], embed_dim: int, device: torch.device | str = "cpu") -> Iterator[torch.Tensor]:
+    """One standard normal [B, D] after another, each item's from its own seed alone.
 
     Counter-based (Philox keyed by the seed), so that an item's noise is the same in any batch, order or process.
     """
-    draws = [np.random.Generator(np.random.Philox(key=seed)).standard_normal((num_draws, embed_dim), np.float32) for seed in seeds]
-    return torch.from_numpy(np.stack(draws, axis=1))
+    generators = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds]
+    while True:
+        draws = [generator.standard_normal(embed_dim, np.float32) for generator in generators]
+        yield torch.from_numpy(np.stack(draws)).to(device)
 
 
-def guided_denoiser(prior: Prior, diffusion: Diffusion, user_index_B: torch.Tensor, guidance_scale: float) -> Denoiser:
-    """Classifier-free guidance to what each user likes (Ho & Salimans 2022, eq. 6) as one doubled batch.
+def guided_denoiser(prior: Prior, diffusion: Diffusion, user_CUH: torch.Tensor, row_B: torch.Tensor, guidance_scale: float) -> Denoiser:
+    """Classifier-free guidance (Ho & Salimans 2022, eq. 6) to what user `row_B[i]` likes, as one doubled batch.
 
-    The unconditional half has neither user nor rating. At scale 1 it is left out. Guidance acts on the network's
-    prediction; since `denoised` is affine in it with weights that sum to one, acting on `denoised` is the same.
+    The unconditional half has neither user nor rating: one condition for all its rows. At scale 1 it is left out. Guidance
+    acts on the network's prediction; since `denoised` is affine in it with weights that sum to one, acting on
+    `denoised` is the same. What holds at every timestep is computed here, once.
     """
-    like_B = torch.full_like(user_index_B, LIKE)
-    if guidance_scale == 1:
-        return lambda x_BD, t_B: diffusion.denoised(prior(x_BD, t_B, user_index_B, like_B), x_BD, t_B)
-    users = torch.cat([user_index_B, torch.full_like(user_index_B, prior.null_user_index)])
-    ratings = torch.cat([like_B, torch.full_like(like_B, prior.null_rating_index)])
+    users, device = len(user_CUH), user_CUH.device
+    rating_C = torch.full((users,), LIKE, device=device)
+    if guidance_scale != 1:
+        user_CUH = torch.cat([user_CUH, prior.null_user_UH[None]])
+        rating_C = torch.cat([rating_C, torch.tensor([NULL_RATING], device=device)])
+        row_B = torch.cat([row_B, torch.full_like(row_B, users)])
+    condition = prior.condition(user_CUH, rating_C).expand(row_B)
 
-    def denoise(x_BD: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-        conditional, unconditional = prior(x_BD.repeat(2, 1), t_B.repeat(2), users, ratings).chunk(2)
-        prediction = unconditional + guidance_scale * (conditional - unconditional)
-        return diffusion.denoised(prediction, x_BD, t_B)
+    def denoise(x_BD: torch.Tensor, timestep: int) -> torch.Tensor:
+        timestep_1 = torch.tensor([timestep], device=device)
+        prediction = prior(x_BD, timestep_1, condition)
+        if guidance_scale != 1:
+            conditional, unconditional = prediction.chunk(2)
+            prediction = unconditional + guidance_scale * (conditional - unconditional)
+        return diffusion.denoised(prediction, x_BD, timestep_1)
 
     return denoise
 
 
-def ddpm(denoise: Denoiser, noise_SBD: torch.Tensor, timesteps: Sequence[int], diffusion: Diffusion, clip: float = 1.0) -> torch.Tensor:
-    """Ancestral sampling (Ho et al. 2020, algorithm 2), the paper's sampler: `noise_SBD` holds x_T and the S-1 steps' noise.
+def ddpm(
+    denoise: Denoiser, noise: Iterator[torch.Tensor], timesteps: Sequence[int], diffusion: Diffusion, clip: float = 1.0
+) -> torch.Tensor:
+    """Ancestral sampling (Ho et al. 2020, algorithm 2), the paper's sampler: `noise` gives x_T and every step's noise.
 
     `denoised` is clipped to ±`clip`, the range of the scaled embeddings. Returns [B, D].
     """
-    x = noise_SBD[0]
+    x = next(noise)
     for index, timestep in enumerate(timesteps):
-        t = torch.full((len(x),), timestep, device=x.device)
-        x0 = denoise(x, t).clamp(-clip, clip)
+        x0 = denoise(x, timestep).clamp(-clip, clip)
         if index + 1 == len(timesteps):
             return x0
         previous = timesteps[index + 1]
@@ -59,51 +69,119 @@ def ddpm(denoise: Denoiser, noise_SBD: torch.Tensor, timesteps: Sequence[int], d
         alpha = signal / signal_previous
         mean = (signal_previous.sqrt() * (1 - alpha) * x0 + alpha.sqrt() * (1 - signal_previous) * x) / (1 - signal)
         variance = ((1 - signal_previous) / (1 - signal) * (1 - alpha)).clamp(min=1e-20)
-        x = mean + variance.sqrt() * noise_SBD[index + 1]
+        x = mean + variance.sqrt() * next(noise)
+    return x
+
+
+def ddim(
+    denoise: Denoiser, noise: Iterator[torch.Tensor], timesteps: Sequence[int], diffusion: Diffusion, clip: float = 1.0
+) -> torch.Tensor:
+    """DDIM without noise of its own (Song et al. 2021, eq. 12, eta = 0). Returns [B, D].
+
+    The noise is read from the clipped `denoised`, so that x stays on the way the clip allows.
+    """
+    x = next(noise)
+    for index, timestep in enumerate(timesteps):
+        x0 = denoise(x, timestep).clamp(-clip, clip)
+        if index + 1 == len(timesteps):
+            return x0
+        epsilon = (x - diffusion.alpha[timestep] * x0) / diffusion.sigma[timestep]
+        x = diffusion.alpha[timesteps[index + 1]] * x0 + diffusion.sigma[timesteps[index + 1]] * epsilon
     return x
 
 
 def dpm_solver_pp_2m(
-    denoise: Denoiser, noise_SBD: torch.Tensor, timesteps: Sequence[int], diffusion: Diffusion, clip: float = 1.0
+    denoise: Denoiser, noise: Iterator[torch.Tensor], timesteps: Sequence[int], diffusion: Diffusion, clip: float = 1.0
 ) -> torch.Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), ending at zero noise: reads x_T = `noise_SBD[0]`. Returns [B, D].
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), ending at zero noise. Returns [B, D].
 
     The first and the last step are first-order, the last because log-SNR is infinite there.
     """
-    x = noise_SBD[0]
-    log_snr = torch.log(diffusion.alpha / diffusion.sigma)
+    x = next(noise)
     x0_before, step_before = x, 0.0
     for index, timestep in enumerate(timesteps):
-        x0 = denoise(x, torch.full((len(x),), timestep, device=x.device)).clamp(-clip, clip)
+        x0 = denoise(x, timestep).clamp(-clip, clip)
         if index + 1 == len(timesteps):
             return x0
-        following = timesteps[index + 1]
-        step = float(log_snr[following] - log_snr[timestep])
-        estimate = x0 if index == 0 else x0 + step / (2 * step_before) * (x0 - x0_before)
-        ratio = diffusion.sigma[following] / diffusion.sigma[timestep]
-        x = ratio * x - diffusion.alpha[following] * torch.expm1(torch.tensor(-step)) * estimate
+        step = diffusion.log_snr_step(timestep, timesteps[index + 1])
+        slope = (x0 - x0_before) * (step / (2 * step_before)) if index else torch.zeros_like(x0)
+        x = first_order(x, x0 + slope, timestep, timesteps[index + 1], diffusion)
         x0_before, step_before = x0, step
     return x
 
 
+def unipc(
+    denoise: Denoiser, noise: Iterator[torch.Tensor], timesteps: Sequence[int], diffusion: Diffusion, clip: float = 1.0
+) -> torch.Tensor:
+    """UniPC of second order, B(h) = exp(h) - 1 (Zhao et al. 2023, algorithms 1 and 2). Returns [B, D].
+
+    Predicts as DPM-Solver++(2M) does, then corrects each point with the network's answer there: no further passes.
+    """
+    x = next(noise)
+    x_before, x0_before, x0_before_that, step_before = x, x, x, 0.0
+    for index, timestep in enumerate(timesteps):
+        x0 = denoise(x, timestep).clamp(-clip, clip)
+        if index:  # correct the point that the predictor found
+            step = diffusion.log_snr_step(timesteps[index - 1], timestep)
+            change = x0 - x0_before
+            if index == 1:
+                slope = 0.5 * change
+            else:
+                ratio = -step_before / step  # of the older point's distance to the newer's
+                rho_old, rho_new = corrector_weights(ratio, step)
+                slope = rho_old * (x0_before_that - x0_before) / ratio + rho_new * change
+            x = first_order(x_before, x0_before + slope, timesteps[index - 1], timestep, diffusion)
+            step_before = step
+        if index + 1 == len(timesteps):
+            return x0
+        step = diffusion.log_snr_step(timestep, timesteps[index + 1])
+        slope = (x0 - x0_before) * (step / (2 * step_before)) if index else torch.zeros_like(x0)
+        x_before, x0_before_that, x0_before = x, x0_before, x0
+        x = first_order(x, x0 + slope, timestep, timesteps[index + 1], diffusion)
+    return x
+
+
+def corrector_weights(ratio: float, step: float) -> tuple[float, float]:
+    """UniPC's weights for the older and the newer difference (Zhao et al. 2023, eq. 5 with two points)."""
+    growth = float(np.expm1(-step))
+    phi_2 = growth / -step - 1
+    phi_3 = phi_2 / -step - 0.5
+    weights = np.linalg.solve(np.array([[1, 1], [ratio, 1]]), np.array([phi_2 / growth, 2 * phi_3 / growth]))
+    return float(weights[0]), float(weights[1])
+
+
+def first_order(x: torch.Tensor, x0: torch.Tensor, timestep: int, following: int, diffusion: Diffusion) -> torch.Tensor:
+    """The exact solution from `timestep` to `following` if the network answered `x0` all along the way."""
+    ratio = diffusion.sigma[following] / diffusion.sigma[timestep]
+    growth = np.expm1(-diffusion.log_snr_step(timestep, following))
+    return ratio * x - diffusion.alpha[following] * float(growth) * x0
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm_solver": dpm_solver_pp_2m, "unipc": unipc}
+
+
 @torch.inference_mode()
 def sample_liked(
-    prior: Prior,
-    diffusion: Diffusion,
-    user_index: Sequence[int],
-    seeds: Sequence[int],
-    *,
-    sampler: str,
-    num_inference_steps: int,
-    guidance_scale: float,
-    device: torch.device | str = "cpu",
+    prior: Prior, diffusion: Diffusion, user_GUH: torch.Tensor, row_N: np.ndarray, seeds: Sequence[int], sampler: SamplerSettings
 ) -> torch.Tensor:
-    """Draw one embedding an entry that its user would like, in the prior's space, [B, D] on the CPU."""
-    users = torch.tensor(user_index, device=device)
-    timesteps = diffusion.inference_timesteps(num_inference_steps)
-    denoise = guided_denoiser(prior, diffusion, users, guidance_scale)
-    if sampler == "ddpm":
-        noise = item_noise(seeds, len(timesteps), prior.embed_dim).to(device)
-        return ddpm(denoise, noise, timesteps, diffusion).cpu()
-    noise = item_noise(seeds, 1, prior.embed_dim).to(device)
-    return dpm_solver_pp_2m(denoise, noise, timesteps, diffusion).cpu()
+    """Draw one embedding a row that user `row_N[i]` would like, in the prior's space, [N, D] on the CPU.
+
+    `sampler` is a resolved one. Rows go in tiles of `sampler.batch_size`, padded with their first, so that in float32 on a CPU
+    a row's bits depend on its user and seed alone: matrix products round alike from a dozen rows on, not below.
+    """
+    assert sampler.name
+    assert sampler.num_inference_steps
+    assert sampler.prior_guidance_scale
+    timesteps = diffusion.inference_timesteps(sampler.num_inference_steps)
+    tiles = []
+    for start in range(0, len(row_N), sampler.batch_size):
+        rows, tile_seeds = row_N[start : start + sampler.batch_size], list(seeds[start : start + sampler.batch_size])
+        padding = sampler.batch_size - len(rows)
+        rows, tile_seeds = np.pad(rows, (0, padding), mode="edge"), [*tile_seeds, *tile_seeds[:1] * padding]
+        users, row_B = np.unique(rows, return_inverse=True)
+        users = np.pad(users, (0, -len(users) % USERS_PADDED_TO), mode="edge")
+        user_CUH = user_GUH[torch.from_numpy(users).to(user_GUH.device)]
+        denoise = guided_denoiser(prior, diffusion, user_CUH, torch.from_numpy(row_B).to(user_GUH.device), sampler.prior_guidance_scale)
+        noise = item_noise(tile_seeds, prior.embed_dim, user_GUH.device)
+        tiles.append(SAMPLERS[sampler.name](denoise, noise, timesteps, diffusion)[: len(tile_seeds) - padding].cpu())
+    return torch.cat(tiles)

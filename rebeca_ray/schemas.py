@@ -36,6 +36,20 @@ PRIOR_USERS = pa.schema(
     ]
 )
 
+HISTORIES = pa.schema(  # one row a user, their interactions in order of time; private to training and planning
+    [
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("bucket", pa.int32(), nullable=False),
+        pa.field("place", pa.int32(), nullable=False),  # within the bucket; the bucket's first user_index comes on top
+        pa.field("num_likes", pa.int32(), nullable=False),
+        pa.field("history_digest", pa.string(), nullable=False),
+        pa.field("item_index", pa.list_(pa.int32()), nullable=False),  # into the embedded items
+        pa.field("like", pa.list_(pa.int8()), nullable=False),
+        pa.field("timestamp", pa.list_(pa.int64()), nullable=False),
+        pa.field("held_out", pa.list_(pa.bool_()), nullable=False),
+    ]
+)
+
 ERRORS = pa.schema(
     [
         pa.field("item_id", pa.string(), nullable=False),
@@ -95,8 +109,10 @@ def plan(embed_dim: int) -> pa.Schema:
             pa.field("user_id", pa.string(), nullable=False),
             pa.field("rank", pa.int16(), nullable=False),
             pa.field("image_embeds", image_embeds(embed_dim), nullable=False),
+            pa.field("like_probability", pa.float32()),
             pa.field("nearest_item_id", pa.string()),
             pa.field("nearest_similarity", pa.float32()),
+            pa.field("origin", pa.string(), nullable=False),  # new | population
             pa.field("prompt", pa.string(), nullable=False),
         ]
     )

@@ -1,65 +1,153 @@
-"""What the prior trains on: interactions joined with item embeddings, and the sampler that gives every user the same say."""
+"""What the prior trains on: draws from users' histories, the same number for every user.
 
-from dataclasses import dataclass
+Shapes: V users of a block, N their interactions, G draws of a batch, m targets a draw, B = G·m samples, L history.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 import numpy as np
+import pyarrow as pa
+import torch
 
-from rebeca_ray.errors import UserError
-from rebeca_ray.interactions import Interactions
+from rebeca_ray.users import History
+
+USERS_A_BLOCK = 4096
+TARGETS_A_HISTORY = 4  # samples that share one pass through the history encoder
+MICROSECONDS_A_DAY = 86_400_000_000
+
+
+class Rated(NamedTuple):
+    """The histories of G users as row numbers of items, at most L each: small until the embeddings are looked up."""
+
+    item_index_GL: np.ndarray  # anything where absent
+    like_GL: np.ndarray
+    age_GL: np.ndarray  # days before the user's own last interaction
+    present_GL: np.ndarray
+
+    @classmethod
+    def nothing(cls, num_users: int, max_history: int) -> Self:
+        """Empty histories."""
+        kinds = (np.int32, np.int8, np.float32, bool)
+        return cls(*(np.zeros((num_users, max_history), kind) for kind in kinds))
+
+    def look_up(self, x0_ID: np.ndarray, device: torch.device | str = "cpu") -> History:
+        return History(
+            torch.from_numpy(x0_ID[self.item_index_GL]).to(device),
+            torch.from_numpy(self.like_GL).long().to(device),
+            torch.from_numpy(self.age_GL).to(device),
+            torch.from_numpy(self.present_GL).to(device),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSet:
-    """N interactions joined with I scaled item embeddings; shared by all workers through Ray's object store."""
+class Batch:
+    """G draws of m interactions each: B = G·m samples, and whose they are."""
 
-    x0_ID: np.ndarray  # float32, the prior's space
-    item_index: np.ndarray  # [N]
-    user_index: np.ndarray  # [N], sorted
-    like: np.ndarray  # [N]
-    held_out: np.ndarray  # [N] bool
-    num_users: int
+    user_index_G: np.ndarray
+    item_index_B: np.ndarray
+    like_B: np.ndarray
+    row_B: np.ndarray  # which draw each sample belongs to
+    history: Rated  # of each draw, without its samples
 
-
-class BalancedUserSampler:
-    """Draws the same number of training interactions from every user each epoch (paper, appendix A.1).
-
-    With replacement, so that users with fewer rows than that have as much say. A pure function of seed and epoch, so that a
-    resumed run sees the same epochs, and every worker takes its own share of one common draw.
-    """
-
-    def __init__(self, user_index: np.ndarray, held_out: np.ndarray, num_users: int, samples_per_user: int, seed: int) -> None:
-        self.rows = np.flatnonzero(~held_out)
-        self.counts = np.bincount(user_index[self.rows], minlength=num_users)
-        self.starts = np.concatenate([[0], np.cumsum(self.counts)[:-1]])
-        self.users = np.flatnonzero(self.counts)
-        self.samples_per_user, self.seed = samples_per_user, seed
-
-    def epoch(self, number: int) -> np.ndarray:
-        """Shuffled row numbers of epoch `number`, `samples_per_user` of every user."""
-        random = np.random.default_rng((self.seed, number))
-        share = random.random((len(self.users), self.samples_per_user))
-        place = (share * self.counts[self.users, None]).astype(np.int64)
-        rows = self.rows[(self.starts[self.users, None] + place).ravel()]
-        return random.permutation(rows)
-
-
-def build_training_set(interactions: Interactions, item_id: np.ndarray, x0_ID: np.ndarray, uri: str) -> TrainingSet:
-    """Join interactions with item embeddings. Raises UserError for rated items without an embedding."""
-    order = np.argsort(item_id)
-    place = np.minimum(np.searchsorted(item_id, interactions.item_id, sorter=order), len(order) - 1)
-    item_index = order[place]
-    missing = item_id[item_index] != interactions.item_id
-    if missing.any():
-        names = ", ".join(sorted(set(interactions.item_id[missing]))[:3])
-        raise UserError(
-            f"items {uri}: {int(missing.sum())} of {len(missing)} interactions rate an item that has no embedding there "
-            f"({names}); embed those items with `rebeca embed`, or drop their ratings"
+    def take(self, sample: np.ndarray) -> Self:
+        """Some of the samples of a batch that has one a draw."""
+        assert len(self.user_index_G) == len(self.item_index_B)
+        return replace(
+            self,
+            user_index_G=self.user_index_G[sample],
+            item_index_B=self.item_index_B[sample],
+            like_B=self.like_B[sample],
+            row_B=np.arange(len(sample)),
+            history=Rated(*(column[sample] for column in self.history)),
         )
-    return TrainingSet(
-        x0_ID=x0_ID,
-        item_index=item_index.astype(np.int32),
-        user_index=interactions.user_index,
-        like=interactions.like,
-        held_out=interactions.held_out,
-        num_users=interactions.num_users,
-    )
+
+
+class UserBlock:
+    """The interactions of V users, cut from a table of histories: those to train on, and those held out."""
+
+    def __init__(self, table: pa.Table, first_user_index: np.ndarray, *, training_only: bool = True) -> None:
+        table = table.combine_chunks()
+        columns = {name: table[name].combine_chunks() for name in ("item_index", "like", "timestamp", "held_out")}
+        lengths = np.diff(columns["item_index"].offsets.to_numpy())
+        user = np.repeat(np.arange(len(lengths)), lengths)
+        flat = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in columns.items()}
+        kept = ~flat["held_out"] if training_only else np.ones(len(user), bool)
+        self.item_index_N, self.like_N, self.timestamp_N = (flat[name][kept] for name in ("item_index", "like", "timestamp"))
+        self.counts_V = np.bincount(user[kept], minlength=len(lengths))
+        self.starts_V = np.cumsum(self.counts_V) - self.counts_V
+        self.user_index_V = first_user_index[table["bucket"].to_numpy()] + table["place"].to_numpy()
+        held = flat["held_out"]
+        self.held_user, self.held_item_index, self.held_like = user[held], flat["item_index"][held], flat["like"][held]
+
+    def history(self, user_G: np.ndarray, max_history: int, but_Gm: np.ndarray | None = None) -> Rated:
+        """The latest `max_history` interactions of each user, those of row numbers `but_Gm` left out."""
+        row_GL = (self.starts_V + self.counts_V)[user_G, None] - 1 - np.arange(max_history)
+        present_GL = row_GL >= self.starts_V[user_G, None]
+        if but_Gm is not None:
+            present_GL &= (row_GL[:, :, None] != but_Gm[:, None, :]).all(2)
+        row_GL = np.where(present_GL, row_GL, len(self.item_index_N) - 1)
+        stamp_GL = self.timestamp_N[row_GL]
+        last_G = np.where(present_GL, stamp_GL, np.iinfo(np.int64).min).max(1)
+        age_GL = np.where(present_GL, (last_G[:, None] - stamp_GL) / MICROSECONDS_A_DAY, 0)
+        return Rated(self.item_index_N[row_GL], self.like_N[row_GL], age_GL.astype(np.float32), present_GL)
+
+    def batches(
+        self, *, samples_per_user: int, like_share: float | None, batch_size: int, targets: int, max_history: int, seed: tuple[int, ...]
+    ) -> Iterator[Batch]:
+        """`samples_per_user` samples of every user, with replacement so that users with few rows have as much say, in random
+        order (balanced sampling: paper, appendix A.1). A pure function of block and seed.
+
+        `like_share` of them are likes, where a user has both likes and dislikes; None takes them as they come.
+        """
+        random = np.random.default_rng((*seed, int(self.user_index_V[0])))
+        draws_a_user = -(-samples_per_user // targets)
+        user_G = np.repeat(np.flatnonzero(self.counts_V), draws_a_user)
+        user_Gm = np.repeat(user_G[:, None], targets, axis=1)
+        place_Gm = random.random(user_Gm.shape)
+        if like_share is None:
+            target_Gm = self.starts_V[user_Gm] + (place_Gm * self.counts_V[user_Gm]).astype(np.int64)
+        else:
+            target_Gm = self.targets_by_like(user_Gm, random.random(user_Gm.shape) < like_share, place_Gm)
+        order = random.permutation(len(user_G))
+        for part in np.array_split(order, num_batches(len(user_G), targets, batch_size)):
+            yield self.batch(user_G[part], target_Gm[part], max_history)
+
+    def targets_by_like(self, user_Gm: np.ndarray, like_Gm: np.ndarray, place_Gm: np.ndarray) -> np.ndarray:
+        """Row numbers of likes or dislikes as `like_Gm` says, at `place_Gm` (0 to 1) among the user's own of that kind."""
+        user_N = np.repeat(np.arange(len(self.counts_V)), self.counts_V)
+        by_like = np.lexsort((self.like_N, user_N))  # within a user: dislikes, then likes
+        num_likes_V = np.bincount(user_N, weights=self.like_N, minlength=len(self.counts_V)).astype(np.int64)
+        num_dislikes_V = self.counts_V - num_likes_V
+        like_Gm = np.where(num_likes_V[user_Gm] == 0, False, np.where(num_dislikes_V[user_Gm] == 0, True, like_Gm))
+        count_Gm = np.where(like_Gm, num_likes_V[user_Gm], num_dislikes_V[user_Gm])
+        start_Gm = self.starts_V[user_Gm] + np.where(like_Gm, num_dislikes_V[user_Gm], 0)
+        return by_like[start_Gm + (place_Gm * count_Gm).astype(np.int64)]
+
+    def batch(self, user_G: np.ndarray, target_Gm: np.ndarray, max_history: int) -> Batch:
+        rows = target_Gm.ravel()
+        return Batch(
+            user_index_G=self.user_index_V[user_G],
+            item_index_B=self.item_index_N[rows],
+            like_B=self.like_N[rows],
+            row_B=np.repeat(np.arange(len(user_G)), target_Gm.shape[1]),
+            history=self.history(user_G, max_history, but_Gm=target_Gm),
+        )
+
+    def held_out(self, max_history: int, limit: int) -> Batch | None:
+        """At most `limit` of the held-out interactions, evenly spaced, each told by its user's training interactions."""
+        chosen = np.arange(len(self.held_user))[:: max(1, -(-len(self.held_user) // max(1, limit)))]
+        if not len(chosen):
+            return None
+        return Batch(
+            user_index_G=self.user_index_V[self.held_user[chosen]],
+            item_index_B=self.held_item_index[chosen],
+            like_B=self.held_like[chosen],
+            row_B=np.arange(len(chosen)),
+            history=self.history(self.held_user[chosen], max_history),
+        )
+
+
+def num_batches(draws: int, targets: int, batch_size: int) -> int:
+    return max(1, round(draws * targets / batch_size))

@@ -17,13 +17,15 @@ import pytest
 import torch
 
 from rebeca_ray import schemas
-from rebeca_ray.checkpoint import build_network, save_prior
-from rebeca_ray.config import DecoderSettings, DiffusionSettings, NetworkSettings
+from rebeca_ray.checkpoint import TrainedPrior, save_prior
+from rebeca_ray.config import DecoderSettings, DiffusionSettings, NetworkSettings, PriorSampling
 from rebeca_ray.embeds import EmbedScaler
+from rebeca_ray.prior import CrossAttentionDenoiser, Prior
+from rebeca_ray.users import UserTable
 
 REPO = Path(__file__).parents[1]
 D = 16
-TINY_NETWORK = NetworkSettings(num_layers=2, num_heads=2, width=16, num_tokens=3)
+TINY_NETWORK = NetworkSettings(num_layers=2, num_heads=2, width=16, num_tokens=3, user_encoder="id")
 USERS = [f"user-{number}" for number in range(7)]
 
 
@@ -62,21 +64,33 @@ def write_tiny_prior(folder: Path, *, users: pa.Table | None = None, embed_dim: 
         )
     )
     torch.manual_seed(0)
-    network = build_network(TINY_NETWORK, embed_dim=embed_dim, num_users=users.num_rows)
-    torch.nn.init.normal_(network.detokenizer.weight, std=0.2)
-    save_prior(
-        str(folder / "prior"),
-        weights=network.state_dict(),
-        network=TINY_NETWORK,
+    network = Prior(TINY_NETWORK, embed_dim)
+    torch.nn.init.normal_(network.denoiser.detokenizer.weight, std=0.2)
+    prior = TrainedPrior(
+        network=network,
+        settings=TINY_NETWORK,
         diffusion=DiffusionSettings(num_train_timesteps=100),
-        condition_dropout=0.15,
         scaler=EmbedScaler(embed_dim=embed_dim, norm=norm),
-        users=users,
+        sampling=PriorSampling(prior_guidance_scale=2.0),
+        condition_dropout=0.15,
         clip=None,
-        curve="epoch,train_loss,val_loss,learning_rate\n1,1.0,0.9,0.001\n2,0.7,0.8,0.001\n",
+        user_rows=UserTable(users.num_rows, 1, 16).rows_VUH,
+        users=users,
         metrics={"val_loss": 1.0},
+        curve="epoch,train_loss,val_loss,learning_rate\n1,1.0,0.9,0.001\n2,0.7,0.8,0.001\n",
     )
+    save_prior(prior, str(folder / "prior"))
     return str(folder / "prior")
+
+
+def wake(prior: Prior) -> Prior:
+    """Random numbers where training starts from zero, so that an untrained prior says something."""
+    torch.nn.init.normal_(prior.denoiser.detokenizer.weight, std=0.2)
+    if isinstance(prior.denoiser, CrossAttentionDenoiser):
+        torch.nn.init.normal_(prior.denoiser.modulation[1].weight, std=0.2)  # type: ignore[arg-type]
+        for block in prior.denoiser.blocks:
+            torch.nn.init.normal_(block.cross_gate, std=0.5)  # type: ignore[arg-type]
+    return prior.eval()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -22,10 +23,16 @@ def test_round_trip(tiny_prior: str) -> None:
     assert loaded.users["user_id"].to_pylist() == USERS
     assert (loaded.scaler.embed_dim, loaded.scaler.norm) == (D, 3.0)
     assert not loaded.network.training
-    out = loaded.network(torch.ones(1, D), torch.tensor([5]), torch.tensor([0]), torch.tensor([1]))
-    again = load_prior(tiny_prior).network(torch.ones(1, D), torch.tensor([5]), torch.tensor([0]), torch.tensor([1]))
-    assert (out == again).all()
+    again = load_prior(tiny_prior)
+    out, same = (
+        prior.network(
+            torch.ones(1, D), torch.tensor([5]), prior.network.condition(prior.user_tokens(np.array([2]), None), torch.tensor([1]))
+        )
+        for prior in (loaded, again)
+    )
+    assert (out == same).all()
     assert out.abs().max() > 0
+    assert (loaded.user_tokens(np.array([2, -1]), None)[1] == loaded.network.null_user_UH).all()
     assert sorted(path.name for path in Path(tiny_prior).iterdir()) == [
         "README.md",
         "config.json",
@@ -66,11 +73,11 @@ def test_users_of_another_night_are_refused(tiny_prior: str) -> None:
 
 
 def test_another_format_and_another_network(tiny_prior: str) -> None:
-    edit(tiny_prior, network={"num_layers": 3, "num_heads": 2, "width": 16, "num_tokens": 3})
+    edit(tiny_prior, network={"num_layers": 3, "num_heads": 2, "width": 16, "num_tokens": 3, "user_encoder": "id"})
     with pytest.raises(UserError, match="weights do not fit config.json"):
         load_prior(tiny_prior)
     edit(tiny_prior, format=99)
-    with pytest.raises(UserError, match="format 99, this version reads 3"):
+    with pytest.raises(UserError, match="format 99, this version reads 4"):
         load_prior(tiny_prior)
 
 
@@ -83,5 +90,12 @@ def test_a_prior_that_was_not_written_to_its_end_is_named(tiny_prior: str) -> No
 def test_fingerprint_follows_the_content_not_the_place(tiny_prior: str, tmp_path: Path) -> None:
     Path(tiny_prior).rename(tmp_path / "moved")
     before = load_prior(str(tmp_path / "moved")).fingerprint
-    edit(str(tmp_path / "moved"), scaler={"embed_dim": D, "norm": 4.0, "clamp": 5.0})
+    edit(str(tmp_path / "moved"), sampling={"prior_guidance_scale": 3.0, "distilled_steps": None})
     assert load_prior(str(tmp_path / "moved")).fingerprint != before
+
+
+@pytest.mark.parametrize("changes", [{"scaler": {"embed_dim": D, "norm": 4.0, "clamp": 5.0}}, {"clip": "another"}])
+def test_weights_trained_with_another_scaler_or_clip_are_refused(tiny_prior: str, changes: dict[str, object]) -> None:
+    edit(tiny_prior, **changes)
+    with pytest.raises(UserError, match=rf"config.json has {next(iter(changes))} .* its weights were trained with"):
+        load_prior(tiny_prior)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rebeca_ray.config import InteractionSettings
 from rebeca_ray.errors import UserError
-from rebeca_ray.interactions import history_digests, hold_out, read_interactions, user_table
+from rebeca_ray.interactions import history_digests, hold_out, read_interactions
 
 GOOD = {
     "user_id": ["b", "a", "a", "a", "c", "b"],
@@ -47,6 +47,13 @@ def test_threshold_and_minimum_likes(tmp_path: Path) -> None:
     assert found.like.tolist() == [1, 1, 1]
 
 
+def test_another_scale_and_a_threshold_outside_it(tmp_path: Path) -> None:
+    path = write(tmp_path, rating=pa.array([90, 40, 80, 100, 0, 20], pa.float32()))
+    assert read(path, rating_scale=(0, 100), like_threshold=70).like.tolist() == [1, 0, 1, 1, 0]
+    with pytest.raises(ValueError, match=r"like_threshold 4 is outside rating_scale 10 to 100"):
+        InteractionSettings(path=path, rating_scale=(10, 100))
+
+
 def test_without_ratings_every_row_is_a_like(tmp_path: Path) -> None:
     found = read(write(tmp_path, rating=None))
     assert found.like.tolist() == [1] * 6
@@ -68,6 +75,10 @@ def test_integer_ratings_and_large_strings_are_read(tmp_path: Path) -> None:
             {"rating": pa.array([5, float("nan"), 3, 5, None, 2], pa.float32())},
             r"2 of 6 rows have a rating that is null, NaN or infinite (a × i1; c × i1)",
         ),
+        (
+            {"rating": pa.array([5, 4, 0, 5, 1, 7], pa.float32())},
+            "2 of 6 rows have a rating outside 1 to 5 (a × i2; b × i2); mend them, or set interactions.rating_scale",
+        ),
         ({"user_id": ["b", "", "a", "a", "c", None]}, "2 of 6 rows have an empty user_id (rows 1, 5)"),
         ({"item_id": ["i1", "i1", "i1", "i3", "i1", "i1"]}, "2 of 6 rows have a (user_id, item_id) pair seen before (a × i1; b × i1)"),
     ],
@@ -82,7 +93,7 @@ def test_empty_file_and_no_likes_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table(GOOD).slice(0, 0), tmp_path / "empty.parquet")
     with pytest.raises(UserError, match="has no rows"):
         read(str(tmp_path / "empty.parquet"))
-    with pytest.raises(UserError, match="none of 3 users has 9 likes"):
+    with pytest.raises(UserError, match="no user has 9 likes; lower interactions.min_likes"):
         read(write(tmp_path), min_likes=9)
 
 
@@ -112,4 +123,3 @@ def test_history_digest_changes_with_the_history_alone(tmp_path: Path) -> None:
     digests = history_digests(before), history_digests(after)
     assert digests[0][0] == digests[1][0]
     assert digests[0][1] != digests[1][1]
-    assert user_table(before).column("num_likes").to_pylist() == [2, 1]

@@ -1,47 +1,97 @@
-"""The prior network: size, zero initialisation, conditioning, and any embedding size."""
+"""The prior networks: size, zero initialisation, conditioning, any embedding size, and what is kept over timesteps."""
+
+from typing import Any
 
 import pytest
 import torch
 
-from rebeca_ray.config import NetworkSettings
-from rebeca_ray.prior import Prior
+from rebeca_ray.config import NetworkSettings, TrainConfig
+from rebeca_ray.presets import PRESETS
+from rebeca_ray.prior import LIKE, NULL_RATING, CrossAttentionDenoiser, Prior
+from rebeca_ray.users import UserTable
+from tests.conftest import wake
+
+ARCHITECTURES = ["cross_attention", "decoder_only"]
 
 
-def test_the_authors_network_has_about_4_4_million_parameters() -> None:
-    prior = Prior(embed_dim=1024, num_users=210, **NetworkSettings().model_dump())
-    assert sum(parameter.numel() for parameter in prior.parameters()) == pytest.approx(4.4e6, rel=0.02)
+def settings(architecture: str = "cross_attention", **changes: Any) -> NetworkSettings:
+    told = {"num_layers": 2, "num_heads": 2, "width": 16, "num_tokens": 4, "num_user_tokens": 3, "user_encoder": "id"}
+    return NetworkSettings.model_validate({"architecture": architecture, **told, **changes})
 
 
+def parameters(preset: str, embed_dim: int, num_users: int) -> int:
+    network = TrainConfig.model_validate({"preset": preset, "interactions": {"path": "i"}, "items": "i", "out": "o"}).network
+    table = UserTable(num_users, network.num_user_tokens, network.width)
+    return sum(parameter.numel() for parameter in Prior(network, embed_dim).parameters()) + table.rows_VUH.numel()
+
+
+def test_the_published_networks_have_their_size() -> None:
+    assert set(PRESETS) == {"paper-v1", "paper-v2", "stickers"}
+    assert parameters("paper-v2", 1024, 210) == pytest.approx(4.4e6, rel=0.02)
+    # 8 layers of 12 · 1024² numbers, two maps of an embedding, three of a timestep, 4 tokens for each of 210 users
+    assert parameters("paper-v1", 1024, 210) == pytest.approx((8 * 12 + 2 + 2) * 1024**2 + 210 * 4 * 1024, rel=0.01)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("embed_dim", [8, 10, 256, 2048])
-def test_any_embedding_size_goes_through(embed_dim: int) -> None:
-    prior = Prior(embed_dim=embed_dim, num_users=3, num_layers=1, num_heads=2, width=16, num_tokens=4)
-    out = prior(torch.randn(5, embed_dim), torch.arange(5), torch.tensor([0, 1, 2, 3, 3]), torch.tensor([0, 1, 2, 0, 1]))
-    assert out.shape == (5, embed_dim)
+def test_any_embedding_size_goes_through(architecture: str, embed_dim: int) -> None:
+    prior = Prior(settings(architecture), embed_dim)
+    condition = prior.condition(torch.randn(5, 3, 16), torch.tensor([0, 1, 2, 0, 1]))
+    assert prior(torch.randn(5, embed_dim), torch.arange(5), condition).shape == (5, embed_dim)
 
 
-def test_an_untrained_network_predicts_zero_and_its_blocks_are_the_identity() -> None:
-    prior = Prior(embed_dim=8, num_users=3, num_layers=2, num_heads=2, width=16, num_tokens=4)
-    x = torch.randn(2, 8)
-    assert (prior(x, torch.tensor([1, 2]), torch.tensor([0, 1]), torch.tensor([1, 1])) == 0).all()
-    tokens, condition = torch.randn(2, 4, 16), torch.randn(2, 3, 16)
-    assert (prior.blocks[0](tokens, condition, condition.sum(1)) == tokens).all()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_untrained_network_predicts_zero(architecture: str) -> None:
+    prior = Prior(settings(architecture), 8)
+    assert (prior(torch.randn(2, 8), torch.tensor([1, 2]), prior.condition(torch.randn(2, 3, 16), torch.tensor([1, 1]))) == 0).all()
 
 
-def test_user_rating_and_time_each_change_the_prediction() -> None:
-    torch.manual_seed(0)
-    prior = Prior(embed_dim=8, num_users=3, num_layers=1, num_heads=2, width=16, num_tokens=4)
-    torch.nn.init.normal_(prior.detokenizer.weight)
-    torch.nn.init.normal_(prior.blocks[0].cross_gate)
-    x = torch.randn(1, 8)
+def test_a_new_cross_attention_block_changes_nothing() -> None:
+    denoiser = Prior(settings(), 8).denoiser
+    assert isinstance(denoiser, CrossAttentionDenoiser)
+    tokens, keys, values = torch.randn(2, 4, 16), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    modulation = denoiser.modulation(torch.randn(2, 16))[:, None].chunk(2, dim=-1)[0]
+    assert (denoiser.blocks[0](tokens, modulation, keys, values) == tokens).all()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_user_rating_and_time_each_change_the_prediction(architecture: str) -> None:
+    prior = wake(Prior(settings(architecture), 8))
+    x, users = torch.randn(1, 8), torch.randn(2, 3, 16)
 
     def predict(time: int, user: int, rating: int) -> torch.Tensor:
-        return prior(x, torch.tensor([time]), torch.tensor([user]), torch.tensor([rating]))
+        return prior(x, torch.tensor([time]), prior.condition(users[user][None], torch.tensor([rating])))
 
     base = predict(10, 0, 1)
-    for other in (predict(500, 0, 1), predict(10, 2, 1), predict(10, 0, 0), predict(10, prior.null_user_index, 1)):
+    for other in (predict(500, 0, 1), predict(10, 1, 1), predict(10, 0, 0), predict(10, 0, NULL_RATING)):
         assert (other - base).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_one_condition_kept_for_many_rows_and_one_timestep_for_all_change_nothing(architecture: str) -> None:
+    prior = wake(Prior(settings(architecture), 8))
+    users, ratings, row = torch.randn(3, 3, 16), torch.tensor([LIKE, LIKE, NULL_RATING]), torch.tensor([2, 0, 1, 1, 0, 2])
+    x = torch.randn(3, 8)
+    kept = prior(x, torch.tensor([77]), prior.condition(users, ratings).expand(row))
+    plain = prior(x.repeat(2, 1), torch.full((6,), 77), prior.condition(users[row], ratings[row]))
+    torch.testing.assert_close(kept, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_image_tokens_are_causal_after_user_rating_and_time() -> None:
+    """The last image token sees all of them, the first one sees nothing that comes later."""
+    prior = wake(Prior(settings("decoder_only", num_tokens=2), 8))
+    denoiser = prior.denoiser
+    condition = prior.condition(torch.randn(1, 3, 16), torch.tensor([LIKE]))
+    seen: list[torch.Tensor] = []
+    denoiser.norm_out.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))  # type: ignore[union-attr]
+    with torch.no_grad():
+        prior(torch.zeros(1, 8), torch.tensor([5]), condition)
+        denoiser.tokenizer.bias[16:] += 1.0  # type: ignore[union-attr, index]  # the second image token
+        prior(torch.zeros(1, 8), torch.tensor([5]), condition)
+    assert (seen[0][:, 0] == seen[1][:, 0]).all()
+    assert (seen[0][:, 1] != seen[1][:, 1]).any()
 
 
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(ValueError, match="width 16 is not divisible by num_heads 3"):
-        Prior(embed_dim=8, num_users=1, num_layers=1, num_heads=3, width=16, num_tokens=1)
+        settings(num_heads=3)

@@ -89,6 +89,7 @@ def assemble(run: Run, *, requested: int, error_budget: float, versions: dict[st
                 **written,
             }
         )
+    population = pc.sum(pc.equal(items["origin"], "population")).as_py() or 0
     listing = f"{run.snapshot}/files.parquet"
     list_written = write_table(pa.Table.from_pylist(files, schema=schemas.FILES), join(run.root, listing), row_group_size=10_000)
     manifest = {
@@ -99,9 +100,9 @@ def assemble(run: Run, *, requested: int, error_budget: float, versions: dict[st
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "counts": {
             "requested": requested,
-            "new": items.num_rows,
+            "new": items.num_rows - population,
             "carried": 0,
-            "population": 0,
+            "population": population,
             "failed": num_failed,
             "filtered": 0,
             "users": pc.count_distinct(items["user_id"]).as_py(),
@@ -156,9 +157,7 @@ def items_table(plan: pa.Table, place: np.ndarray, images: ImageFiles) -> pa.Tab
     rank = np.arange(count) - np.repeat(first, np.diff([*first, count]))
     columns: dict[str, Any] = {
         "rank": pa.array(rank, pa.int16()),
-        "like_probability": pa.nulls(count, pa.float32()),
         "safety_flag": pa.repeat(False, count),
-        "origin": pa.repeat("new", count),
         "generated_at": pa.repeat(pa.scalar(datetime.now(UTC), pa.timestamp("us", tz="UTC")), count),
         "image_file": pa.array(images.file[place], pa.int32()),
         "image_row": pa.array(images.row[place], pa.int32()),

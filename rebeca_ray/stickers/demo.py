@@ -155,15 +155,9 @@ def held_out_likes(interactions: Interactions, stickers: Stickers, users: set[st
 def no_user_images(prior_uri: str, sampler: SamplerSettings, decoder: DecoderSettings) -> np.ndarray:
     """Images of what nobody in particular likes: the prior told the rating, but no user."""
     prior = load_prior(prior_uri)
-    x0 = sample_liked(
-        prior.network,
-        Diffusion.build(prior.diffusion),
-        [prior.network.null_user_index] * NUM_NO_USER,
-        list(range(NUM_NO_USER)),
-        sampler=sampler.name,
-        num_inference_steps=sampler.num_inference_steps,
-        guidance_scale=sampler.prior_guidance_scale,
-    )
+    resolved = sampler.resolve(prior.sampling, prior.diffusion.num_train_timesteps)
+    nobody = prior.network.null_user_UH.detach()[None]
+    x0 = sample_liked(prior.network, Diffusion.build(prior.diffusion), nobody, np.zeros(NUM_NO_USER, int), range(NUM_NO_USER), resolved)
     embeds = prior.scaler.unscale(x0).numpy()
     return DiffusersDecoder(decoder).decode(embeds, list(range(NUM_NO_USER)), [""] * NUM_NO_USER)
 

@@ -12,12 +12,13 @@ from rebeca_ray.catalog.assemble import assemble
 from rebeca_ray.catalog.publish import publish
 from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.config import DecoderSettings, GenerateConfig, InteractionSettings, SamplerSettings
-from rebeca_ray.interactions import read_interactions, user_table
+from rebeca_ray.histories import build_histories, user_table
+from rebeca_ray.interactions import read_interactions
 from rebeca_ray.stickers import DECODER, EMBED_DIM
 from rebeca_ray.stickers.demo import check_truth
 from rebeca_ray.stickers.judge import Judge
 from rebeca_ray.stickers.report import write_report
-from rebeca_ray.stickers.simulate import simulate
+from rebeca_ray.stickers.simulate import load_world, simulate
 from rebeca_ray.stickers.training_data import load_stickers
 from tests.conftest import write_tiny_prior
 from tests.test_generation import prepare
@@ -31,9 +32,11 @@ def write_real_items(folder: Path) -> str:
 
 def test_the_truth_check_and_the_page(tmp_path: Path) -> None:
     simulate(40, 0, tmp_path, num_requested=14)
-    interactions = read_interactions(InteractionSettings(path=str(tmp_path / "interactions.parquet")))
+    told = InteractionSettings(path=str(tmp_path / "interactions.parquet"))
+    interactions = read_interactions(told)
+    histories = build_histories(told, load_world().item_id, str(tmp_path))
     config = GenerateConfig(
-        prior=write_tiny_prior(tmp_path, users=user_table(interactions), embed_dim=EMBED_DIM, norm=16.0),
+        prior=write_tiny_prior(tmp_path, users=user_table(histories), embed_dim=EMBED_DIM, norm=16.0),
         decoder=DecoderSettings(model=str(DECODER), num_inference_steps=1, decoder_guidance_scale=1.0, image_format="WEBP"),
         request=str(tmp_path / "request.parquet"),
         items=write_real_items(tmp_path),

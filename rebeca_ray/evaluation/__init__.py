@@ -1,0 +1,1 @@
+"""Does it work: tests of generated items against users."""

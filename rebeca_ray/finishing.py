@@ -1,0 +1,104 @@
+"""After training: the selector is fitted, and validation chooses how hard the prior is guided.
+
+Shapes: G users, N samples of all of them, D embed dim.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchmetrics.functional.classification import binary_auroc
+
+from rebeca_ray.checkpoint import TrainedPrior
+from rebeca_ray.config import PriorSampling, SamplerSettings
+from rebeca_ray.diffusion import Diffusion
+from rebeca_ray.histories import Histories
+from rebeca_ray.sampling import sample_liked
+from rebeca_ray.selection import nearest_items
+from rebeca_ray.selector import MAX_HISTORY, Selector, fit_selector
+from rebeca_ray.storage import read_table
+from rebeca_ray.training_set import UserBlock
+
+GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 9.0)
+MIN_DISTINCT = 0.85  # of a user's samples, by nearest item
+NUM_USERS, SAMPLES_A_USER, STEPS = 40, 25, 12
+USERS_A_FOLD = 512
+
+
+def finish_prior(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray, seed: int) -> TrainedPrior:
+    """The prior with its selector and its default guidance, and what was found of both among its metrics.
+
+    Without dislikes there is no selector, and without a selector, users or condition dropout the guidance is 1.
+    """
+    selector = fit_selector(training_blocks(histories), x0_ID, seed + 1)
+    if selector is None:
+        return prior
+    prior = replace(prior, selector=selector, metrics={**prior.metrics, "selector_auc": held_out_auc(selector, histories, x0_ID)})
+    if prior.condition_dropout > 0 and prior.settings.user_encoder != "none":
+        prior = choose_guidance(prior, histories, x0_ID)
+    if prior.user_rows is not None:
+        prior = replace(prior, selector=replace(selector, rows_VF=fold_in_all(selector, histories, x0_ID)))
+    return prior
+
+
+def training_blocks(histories: Histories) -> Iterator[UserBlock]:
+    """One bucket after another, without what is held out."""
+    for bucket, users in enumerate(histories.users_of_bucket):
+        if users:
+            yield UserBlock(read_table(histories.file(bucket), "histories"), histories.first_user_index)
+
+
+def fold_in_users(selector: Selector, block: UserBlock, user_G: np.ndarray, x0_ID: np.ndarray) -> torch.Tensor:
+    """The selector's factors [G, F+1] of some users of a block."""
+    parts = [user_G[start : start + USERS_A_FOLD] for start in range(0, len(user_G), USERS_A_FOLD)]
+    return torch.cat([selector.fold_in(block.history(part, MAX_HISTORY).look_up(x0_ID)) for part in parts])
+
+
+def fold_in_all(selector: Selector, histories: Histories, x0_ID: np.ndarray) -> torch.Tensor:
+    """The selector's row [V, F+1] of every user, in the order of user_index."""
+    blocks = training_blocks(histories)
+    return torch.cat([fold_in_users(selector, block, np.arange(len(block.counts_V)), x0_ID) for block in blocks])
+
+
+def held_out_auc(selector: Selector, histories: Histories, x0_ID: np.ndarray) -> float:
+    """Area under the ROC curve on the held-out ratings of the first bucket's users; 0.5 if there are none to tell apart."""
+    block = next(training_blocks(histories))
+    rated, place = np.unique(block.held_user, return_inverse=True)
+    if len(np.unique(block.held_like)) < 2:
+        return 0.5
+    factors = fold_in_users(selector, block, rated, x0_ID)[torch.from_numpy(place)]
+    probability = selector.like_probability(torch.from_numpy(x0_ID[block.held_item_index]), factors)
+    return float(binary_auroc(probability, torch.from_numpy(block.held_like).long()))
+
+
+def choose_guidance(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray) -> TrainedPrior:
+    """The prior with the guidance whose samples the selector likes best, as long as a user's samples stay different.
+
+    Different means that at least 85% of a user's 25 samples have a nearest item of their own. The metrics keep the sweep.
+    """
+    assert prior.selector is not None
+    block = next(training_blocks(histories))
+    user_G = np.linspace(0, len(block.counts_V) - 1, min(NUM_USERS, len(block.counts_V))).astype(int)
+    history = block.history(user_G, prior.settings.max_history).look_up(x0_ID)
+    factors = fold_in_users(prior.selector, block, user_G, x0_ID)
+    tokens = prior.user_tokens(block.user_index_V[user_G], history)
+    timesteps = prior.diffusion.num_train_timesteps
+    steps = min(STEPS, timesteps)
+    row_N = np.repeat(np.arange(len(user_G)), SAMPLES_A_USER)
+    unit_ID = F.normalize(torch.from_numpy(x0_ID))
+    diffusion = Diffusion.build(prior.diffusion)
+    sweep = []
+    for scale in GUIDANCE_SCALES:
+        sampler = SamplerSettings(num_inference_steps=steps, prior_guidance_scale=scale).resolve(prior.sampling, timesteps)
+        x_ND = sample_liked(prior.network, diffusion, tokens, row_N, range(len(row_N)), sampler)
+        like = float(prior.selector.like_probability(x_ND, factors[torch.from_numpy(row_N)]).mean())
+        nearest_GS = nearest_items(F.normalize(x_ND), unit_ID)[0].view(len(user_G), -1)
+        distinct = float(np.mean([len(row.unique()) / len(row) for row in nearest_GS]))
+        sweep.append((scale, like, distinct))
+    allowed = [point for point in sweep if point[2] >= MIN_DISTINCT] or [max(sweep, key=lambda point: point[2])]
+    chosen = max(allowed, key=lambda point: point[1])
+    metrics = {f"like_probability_at_guidance_{scale:g}": like for scale, like, _ in sweep}
+    metrics |= {f"distinct_at_guidance_{scale:g}": distinct for scale, _, distinct in sweep}
+    return replace(prior, sampling=PriorSampling(prior_guidance_scale=chosen[0]), metrics={**prior.metrics, **metrics})

@@ -1,0 +1,109 @@
+"""What is fitted, and what a killed run needs to go on with it.
+
+Shapes: B samples, D embed dim, U user tokens, H width, G draws that share a history.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from rebeca_ray.config import TrainConfig
+from rebeca_ray.diffusion import Diffusion
+from rebeca_ray.prior import NULL_RATING, Prior
+from rebeca_ray.users import History, UserTable
+
+
+class Fit:
+    """All that a killed run needs to go on: network, user table, running average, optimizer, learning rates, curve so far."""
+
+    def __init__(self, config: TrainConfig, embed_dim: int, num_users: int, device: torch.device) -> None:
+        optimization, network = config.optimization, config.network
+        torch.manual_seed(optimization.seed)
+        self.prior = Prior(network, embed_dim).to(device)
+        self.table = None
+        if network.user_encoder == "id":
+            self.table = UserTable(num_users, network.num_user_tokens, network.width, seed=optimization.seed, device=device)
+        self.average = AveragedModel(self.prior, multi_avg_fn=get_ema_multi_avg_fn(optimization.ema_decay))
+        self.optimizer = torch.optim.AdamW(
+            self.prior.parameters(), lr=optimization.learning_rate, weight_decay=optimization.weight_decay, fused=True
+        )
+        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self.optimizer, factor=optimization.plateau_factor, patience=optimization.plateau_patience
+        )
+        self.user_learning_rate_a_step = optimization.user_learning_rate / optimization.learning_rate
+        self.epoch, self.best_loss, self.stale_epochs, self.diverged = 0, math.inf, 0, ""
+        self.curve: list[list[float]] = []
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def end_epoch(self, train_loss: float, val_loss: float) -> None:
+        self.epoch += 1
+        self.plateau.step(val_loss)
+        self.stale_epochs = 0 if val_loss < self.best_loss else self.stale_epochs + 1
+        self.best_loss = min(self.best_loss, val_loss)
+        self.curve.append([self.epoch, round(train_loss, 6), round(val_loss, 6), self.learning_rate])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "network": self.prior.state_dict(),
+            "table": self.table.state_dict() if self.table else None,
+            "average": self.average.module.state_dict(),
+            "num_averaged": int(self.average.n_averaged),
+            "optimizer": self.optimizer.state_dict(),
+            "plateau": self.plateau.state_dict(),
+            "epoch": self.epoch,
+            "best_loss": self.best_loss,
+            "stale_epochs": self.stale_epochs,
+            "diverged": self.diverged,
+            "curve": self.curve,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.prior.load_state_dict(state["network"])
+        if self.table:
+            self.table.load_state_dict(state["table"])
+        self.average.module.load_state_dict(state["average"])
+        self.average.n_averaged.fill_(state["num_averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.plateau.load_state_dict(state["plateau"])
+        self.epoch, self.best_loss, self.stale_epochs = state["epoch"], state["best_loss"], state["stale_epochs"]
+        self.diverged, self.curve = state["diverged"], state["curve"]
+
+
+class DenoisingLoss(nn.Module):
+    """The loss of one batch as a module, so that data-parallel training can wrap all of it."""
+
+    def __init__(self, prior: Prior, diffusion: Diffusion, config: TrainConfig) -> None:
+        super().__init__()
+        self.prior, self.diffusion, self.optimization = prior, diffusion, config.optimization
+
+    def forward(
+        self,
+        x0_BD: torch.Tensor,
+        users: History | torch.Tensor | None,
+        row_B: torch.Tensor,
+        like_B: torch.Tensor,
+        generator: torch.Generator,
+    ) -> torch.Tensor:
+        """User and rating are dropped independently (Ho & Salimans 2022, algorithm 1)."""
+        device = x0_BD.device
+        drop = torch.rand(2, len(x0_BD), device=device, generator=generator)
+        user_BUH = user_tokens(self.prior, users, row_B)
+        user_BUH = torch.where((drop[0] < self.optimization.user_dropout)[:, None, None], self.prior.null_user_UH, user_BUH)
+        rating_B = torch.where(drop[1] < self.optimization.rating_dropout, NULL_RATING, like_B)
+        timestep_B = torch.randint(0, self.diffusion.settings.num_train_timesteps, (len(x0_BD),), device=device, generator=generator)
+        noise_BD = torch.randn(x0_BD.shape, device=device, generator=generator)
+        prediction = self.prior(self.diffusion.add_noise(x0_BD, noise_BD, timestep_B), timestep_B, self.prior.condition(user_BUH, rating_B))
+        return self.diffusion.loss(prediction, self.diffusion.target(x0_BD, noise_BD, timestep_B))
+
+
+def user_tokens(prior: Prior, users: History | torch.Tensor | None, row_B: torch.Tensor) -> torch.Tensor:
+    """User tokens [B, U, H] of histories, of rows of the user table, or of nobody."""
+    if users is None:
+        return prior.null_user_UH.expand(len(row_B), -1, -1)
+    return (prior.encode(users) if isinstance(users, History) else users)[row_B]

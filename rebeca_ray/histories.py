@@ -1,0 +1,213 @@
+"""Histories: one row a user with all they rated, which training and planning stream from.
+
+interactions (Parquet, in any order) -> buckets by a hash of the user -> one file a bucket, one row a user
+
+Small interactions are one bucket and never meet Ray. Larger ones are split by a Ray Data graph first; then every bucket is
+grouped, checked and written by a task of its own, so that no process ever holds more than a bucket.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rebeca_ray import schemas
+from rebeca_ray.config import InteractionSettings
+from rebeca_ray.errors import UserError
+from rebeca_ray.identity import hash128
+from rebeca_ray.interactions import Interactions, check_columns, history_digests, interactions_of, no_users, normalise, read_interactions
+from rebeca_ray.storage import arrow_filesystem, join, open_filesystem, open_table, read_json, read_table, write_json, write_table
+
+ROWS_A_BUCKET = 500_000
+ROWS_A_BLOCK = 100_000  # of interactions, while they are split
+USERS_A_ROW_GROUP = 2_000
+MARKER = "histories.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histories:
+    """A folder of histories: where, and how many users each bucket holds."""
+
+    uri: str
+    users_of_bucket: list[int]
+    digest: str  # of all users' histories
+
+    @property
+    def num_users(self) -> int:
+        return sum(self.users_of_bucket)
+
+    @property
+    def first_user_index(self) -> np.ndarray:
+        """[buckets] the user_index of each bucket's first user."""
+        return np.concatenate([[0], np.cumsum(self.users_of_bucket)[:-1]])
+
+    def file(self, bucket: int) -> str:
+        return bucket_file(self.uri, bucket)
+
+    def bucket_of(self, user_id: str) -> int:
+        return bucket_of(user_id, len(self.users_of_bucket))
+
+
+def bucket_file(uri: str, bucket: int) -> str:
+    return join(uri, f"bucket-{bucket:05d}.parquet")
+
+
+def bucket_of(user_id: str, num_buckets: int) -> int:
+    return int(hash128("bucket", user_id)[:16], 16) % num_buckets
+
+
+def build_histories(settings: InteractionSettings, item_id: np.ndarray, storage: str) -> Histories:
+    """Group the interactions by user into a folder below `storage`; an earlier one of the same input is used again.
+
+    `item_id` are the embedded items, into which `item_index` counts. Raises UserError as `read_interactions` does, and for
+    rated items that are not among them.
+    """
+    columns = check_columns(settings.path)
+    source = fingerprint(settings, item_id)
+    out = join(storage, f"histories-{source[:12]}")
+    if told := read_json(join(out, MARKER)):
+        return Histories(**told)
+    num_buckets = math.ceil(count_rows(settings.path) / ROWS_A_BUCKET)
+    if num_buckets <= 1:
+        interactions = read_interactions(settings)
+        counted = [write_bucket(interactions, item_id, settings.path, out, 0)]
+    else:
+        counted = build_in_buckets(settings, columns, item_id, out, num_buckets)
+    users_of_bucket, digests = (list(column) for column in zip(*counted, strict=True))
+    if not sum(users_of_bucket):
+        raise no_users(settings)
+    histories = Histories(uri=out, users_of_bucket=users_of_bucket, digest=hash128(*digests))
+    write_json(asdict(histories), join(out, MARKER))
+    return histories
+
+
+def fingerprint(settings: InteractionSettings, item_id: np.ndarray) -> str:
+    """Changes with the settings, the files (by name, size and time of change) and the items."""
+    files, _ = open_table(settings.path, "interactions")
+    filesystem, _ = open_filesystem(settings.path)
+    found = [filesystem.info(name) for name in files]
+    told = [[info["name"], info["size"], str(info.get("mtime") or info.get("LastModified"))] for info in found]
+    return hash128(settings.model_dump_json(), json.dumps(told), *item_id.tolist())
+
+
+def count_rows(uri: str) -> int:
+    files, _ = open_table(uri, "interactions")
+    filesystem, _ = open_filesystem(uri)
+    total = 0
+    for name in files:
+        with filesystem.open(name, "rb") as file:
+            total += pq.read_metadata(file).num_rows
+    return total
+
+
+def build_in_buckets(
+    settings: InteractionSettings, columns: list[str], item_id: np.ndarray, out: str, num_buckets: int
+) -> list[tuple[int, str]]:
+    """Split the interactions by bucket with Ray Data, then build every bucket; returns users and digest of each."""
+    import ray
+
+    from rebeca_ray.cluster import start_ray
+
+    start_ray()
+    files, _ = open_table(settings.path, "interactions")
+    filesystem, _ = open_filesystem(settings.path)
+    split = join(out, "split")
+    split_filesystem, split_path = open_filesystem(split)
+    if split_filesystem.exists(split_path):
+        split_filesystem.rm(split_path, recursive=True)
+    (
+        ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem))
+        .select_columns(columns)
+        .map_batches(AddBucket(num_buckets), batch_format="pyarrow", batch_size=ROWS_A_BLOCK, zero_copy_batch=True)
+        .write_parquet(split_path, filesystem=arrow_filesystem(split_filesystem), partition_cols=["bucket"])
+    )
+    items = ray.put(item_id)
+
+    def build(row: dict[str, Any]) -> dict[str, Any]:
+        users, digest = build_bucket(settings, split, ray.get(items), out, int(row["id"]))
+        return {"bucket": row["id"], "users": users, "digest": digest}
+
+    built = ray.data.range(num_buckets, override_num_blocks=num_buckets).map(build).to_pandas().sort_values("bucket")
+    split_filesystem.rm(split_path, recursive=True)
+    return list(zip(built["users"].astype(int).tolist(), built["digest"].tolist(), strict=True))
+
+
+class AddBucket:
+    """One row in, the same row out with its user's `bucket`."""
+
+    def __init__(self, num_buckets: int) -> None:
+        self.num_buckets = num_buckets
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        batch = normalise(batch)
+        users = batch["user_id"].combine_chunks().dictionary_encode()  # a null user is bucket 0's, which will refuse it
+        of_user = np.array([bucket_of(user, self.num_buckets) for user in users.dictionary.to_pylist()], np.int32)
+        codes = users.indices.fill_null(0).to_numpy()
+        return batch.append_column("bucket", pa.array(of_user[codes] if len(of_user) else np.zeros(len(codes), np.int32)))
+
+
+def build_bucket(settings: InteractionSettings, split: str, item_id: np.ndarray, out: str, bucket: int) -> tuple[int, str]:
+    folder = join(split, f"bucket={bucket}")
+    filesystem, path = open_filesystem(folder)
+    if not filesystem.exists(path):  # no user's hash fell here
+        write_table(schemas.HISTORIES.empty_table(), bucket_file(out, bucket), row_group_size=USERS_A_ROW_GROUP)
+        return 0, ""
+    interactions = interactions_of(normalise(read_table(folder, "interactions", schemas.INTERACTIONS.names)), settings)
+    return write_bucket(interactions, item_id, settings.path, out, bucket)
+
+
+def write_bucket(interactions: Interactions, item_id: np.ndarray, uri: str, out: str, bucket: int) -> tuple[int, str]:
+    """Write one bucket's file; returns how many users it holds and a digest of their histories."""
+    table = histories_table(interactions, index_items(interactions, item_id, uri), bucket)
+    write_table(table, bucket_file(out, bucket), row_group_size=USERS_A_ROW_GROUP)
+    return table.num_rows, hash128(*table["user_id"].to_pylist(), *table["history_digest"].to_pylist())
+
+
+def histories_table(interactions: Interactions, item_index: np.ndarray, bucket: int) -> pa.Table:
+    """The interactions of one bucket, one row a user."""
+    starts = np.searchsorted(interactions.user_index, np.arange(interactions.num_users + 1)).astype(np.int32)
+
+    def lists(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+        return pa.ListArray.from_arrays(starts, pa.array(values, kind))
+
+    return pa.table(
+        {
+            "user_id": interactions.user_id,
+            "bucket": np.full(interactions.num_users, bucket, np.int32),
+            "place": np.arange(interactions.num_users, dtype=np.int32),
+            "num_likes": np.bincount(interactions.user_index, weights=interactions.like, minlength=interactions.num_users).astype(np.int32),
+            "history_digest": history_digests(interactions),
+            "item_index": lists(item_index, pa.int32()),
+            "like": lists(interactions.like, pa.int8()),
+            "timestamp": lists(interactions.timestamp, pa.int64()),
+            "held_out": lists(interactions.held_out, pa.bool_()),
+        },
+        schema=schemas.HISTORIES,
+    )
+
+
+def index_items(interactions: Interactions, item_id: np.ndarray, uri: str) -> np.ndarray:
+    """The row of each interaction's item. Raises UserError for rated items that were not embedded."""
+    order = np.argsort(item_id)
+    place = np.minimum(np.searchsorted(item_id, interactions.item_id, sorter=order), len(order) - 1)
+    item_index = order[place]
+    missing = item_id[item_index] != interactions.item_id
+    if missing.any():
+        names = ", ".join(sorted(set(interactions.item_id[missing]))[:3])
+        raise UserError(
+            f"interactions {uri}: {int(missing.sum())} of {len(missing)} rate an item that has no embedding "
+            f"({names}); embed those items with `rebeca embed`, or drop their ratings"
+        )
+    return item_index.astype(np.int32)
+
+
+def user_table(histories: Histories) -> pa.Table:
+    """The `users.parquet` of a prior with a row a user: who has which `user_index`, with how many likes."""
+    table = read_table(histories.uri, "histories", ["user_id", "bucket", "place", "num_likes", "history_digest"])
+    user_index = histories.first_user_index[table["bucket"].to_numpy()] + table["place"].to_numpy()
+    columns = {"user_id": table["user_id"], "user_index": user_index.astype(np.int32)}
+    return pa.table({**columns, "num_likes": table["num_likes"], "history_digest": table["history_digest"]}, schema=schemas.PRIOR_USERS)

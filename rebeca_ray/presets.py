@@ -1,0 +1,47 @@
+"""Named starting points of a training config; what a config says itself comes on top.
+
+The papers leave open how wide the first network is: with a single image token its width must not be below the embedding's
+D, or the noise could not pass through, so here it is 1024, the D of the CLIP they used.
+"""
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper-v1": {
+        "network": {
+            "architecture": "decoder_only",
+            "num_layers": 8,
+            "num_heads": 16,
+            "width": 1024,
+            "num_tokens": 1,
+            "user_encoder": "id",
+            "num_user_tokens": 4,
+        },
+        "diffusion": {"num_train_timesteps": 1000, "prediction_type": "epsilon"},
+        "optimization": {"learning_rate": 1e-4, "weight_decay": 1e-5, "batch_size": 64, "samples_per_user": 80},
+    },
+    "paper-v2": {
+        "network": {
+            "architecture": "cross_attention",
+            "num_layers": 6,
+            "num_heads": 8,
+            "width": 128,
+            "num_tokens": 32,
+            "user_encoder": "id",
+            "num_user_tokens": 1,
+        },
+        "diffusion": {"num_train_timesteps": 1000, "schedule": "squaredcos_cap_v2", "prediction_type": "sample"},
+        "optimization": {"learning_rate": 1e-4, "batch_size": 64, "samples_per_user": 100},
+    },
+    "stickers": {
+        "network": {"num_layers": 3, "num_heads": 4, "width": 96, "num_tokens": 1, "user_encoder": "history", "max_history": 64},
+        "optimization": {
+            "learning_rate": 2.5e-3,
+            "batch_size": 256,
+            "samples_per_user": 24,
+            "max_epochs": 12,
+            "ema_decay": 0.99,
+            "early_stopping_patience": 5,
+        },
+    },
+}

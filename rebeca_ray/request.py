@@ -1,0 +1,88 @@
+"""The request: who gets how many items, checked against the models before anything is written."""
+
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rebeca_ray import schemas
+from rebeca_ray.checkpoint import read_prior_config
+from rebeca_ray.config import MAX_IMAGES, GenerateConfig, PriorSampling, parse_config
+from rebeca_ray.decoder_files import decoder_embed_dim
+from rebeca_ray.errors import UserError, did_you_mean
+from rebeca_ray.items import embedded_with
+from rebeca_ray.schemas import compatible
+from rebeca_ray.storage import open_table, read_table
+
+
+def check_request(config: GenerateConfig) -> int:
+    """Validate the request against the prior before anything is written; returns the number of items requested.
+
+    Raises UserError for a missing column, empty, repeated or unknown users, counts below 1, or a prior whose
+    embedding size does not fit the decoder.
+    """
+    prior = read_prior_config(config.prior)
+    embed_dim, wanted = prior["scaler"]["embed_dim"], decoder_embed_dim(config.decoder)
+    if wanted != embed_dim:
+        raise UserError(
+            f"prior {config.prior} draws embeddings of size {embed_dim}, decoder {config.decoder.model} reads {wanted}; "
+            "train the prior on items embedded with the decoder's CLIP"
+        )
+    check_prior_can(config, prior)
+    if config.items is not None:
+        check_items_fit(config.items, prior)
+    _, schema = open_table(config.request, "request")
+    if "user_id" not in schema.names:
+        raise UserError(f"request {config.request}: column 'user_id' is missing; {did_you_mean('user_id', schema.names)}")
+    request = read_table(config.request, "request", [name for name in schemas.REQUEST.names if name in schema.names])
+    for name in request.column_names:
+        actual, expected = schema.field(name).type, schemas.REQUEST.field(name).type
+        if not compatible(actual, expected):
+            raise UserError(f"request {config.request}: column {name!r} is {actual}, expected {expected}; cast it and write again")
+    users = request["user_id"].cast(pa.string())
+    if request.num_rows == 0:
+        raise UserError(f"request {config.request}: has no rows; ask for at least one user")
+    if users.null_count or pc.any(pc.equal(users, "")).as_py():
+        raise UserError(
+            f"request {config.request}: {users.null_count + pc.sum(pc.equal(users, '')).as_py()} rows have an empty user_id; drop them"
+        )
+    if len(users) != pc.count_distinct(users).as_py():
+        raise UserError(
+            f"request {config.request}: {len(users) - pc.count_distinct(users).as_py()} user_ids are repeated; ask for each user once"
+        )
+    if "num_images" not in request.column_names:
+        return len(users) * config.num_images
+    counts = pc.fill_null(request["num_images"].cast(pa.int64()), config.num_images)
+    least, most = pc.min_max(counts).as_py().values()
+    if least < 1 or most > MAX_IMAGES:
+        raise UserError(f"request {config.request}: num_images goes from {least} to {most}; ask for 1 to {MAX_IMAGES:,} images a user")
+    return int(pc.sum(counts).as_py())
+
+
+def check_prior_can(config: GenerateConfig, prior: dict[str, Any]) -> None:
+    """Raise UserError for what this prior was not trained for, or cannot do without more input."""
+    sampling = parse_config(PriorSampling, prior["sampling"], where=f"prior {config.prior}: sampling")
+    try:
+        sampler = config.sampler.resolve(sampling, prior["diffusion"]["num_train_timesteps"])
+    except ValueError as error:
+        raise UserError(f"prior {config.prior}: {error}") from None
+    if cast(float, sampler.prior_guidance_scale) > 1 and prior["condition_dropout"] == 0:
+        raise UserError(
+            f"sampler.prior_guidance_scale is {sampler.prior_guidance_scale}, but prior {config.prior} was trained without condition "
+            "dropout and cannot be guided; set it to 1, or train with user_dropout and rating_dropout above 0"
+        )
+    if config.interactions is not None and config.items is None:
+        raise UserError("interactions: need `items` too, where the embeddings of what was rated are; set both, or neither")
+    if prior["network"]["user_encoder"] == "history" and config.interactions is None:
+        raise UserError(f"prior {config.prior} knows users by their history: set `interactions` (and `items`) to what they rated until now")
+
+
+def check_items_fit(items: str, prior: dict[str, Any]) -> None:
+    """Raise UserError for real items that the prior's embeddings cannot be compared with."""
+    embed_dim, clip = embedded_with(items)
+    wanted = prior["scaler"]["embed_dim"]
+    if embed_dim != wanted or (clip and prior["clip"] and clip != prior["clip"]):
+        raise UserError(
+            f"items {items}: embeddings of size {embed_dim} by CLIP {clip}, the prior knows size {wanted} by CLIP {prior['clip']}; "
+            "give the items it was trained on, or leave `items` out"
+        )

@@ -1,0 +1,120 @@
+"""Draws from histories: every user the same say, never from the hold-out, and a history without what is to be guessed."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rebeca_ray import schemas
+from rebeca_ray.training_set import MICROSECONDS_A_DAY, Batch, UserBlock
+
+Users = list[list[tuple[int, bool]]]  # of each user: like and held out, in order of time
+
+
+def block(users: Users, **kinds: Any) -> UserBlock:
+    """User k's n-th interaction is with item 100 k + n, n days after the first."""
+    table = pa.table(
+        {
+            "user_id": [f"u{number}" for number in range(len(users))],
+            "bucket": pa.array([0] * len(users), pa.int32()),
+            "place": pa.array(range(len(users)), pa.int32()),
+            "num_likes": pa.array([0] * len(users), pa.int32()),
+            "history_digest": [""] * len(users),
+            "item_index": [[100 * user + row for row in range(len(rows))] for user, rows in enumerate(users)],
+            "like": [[like for like, _ in rows] for rows in users],
+            "timestamp": [[row * MICROSECONDS_A_DAY for row in range(len(rows))] for rows in users],
+            "held_out": [[held for _, held in rows] for rows in users],
+        },
+        schema=schemas.HISTORIES,
+    )
+    return UserBlock(table, np.array([1000]), **kinds)
+
+
+def draws(of: UserBlock, **changes: Any) -> list[Batch]:
+    told: dict[str, Any] = {
+        "samples_per_user": 40,
+        "like_share": None,
+        "batch_size": 16,
+        "targets": 4,
+        "max_history": 5,
+        "seed": (1, 2),
+    }
+    return list(of.batches(**{**told, **changes}))
+
+
+some_users = st.lists(
+    st.lists(st.tuples(st.integers(0, 1), st.booleans()), min_size=1, max_size=9).map(lambda rows: [(rows[0][0], False), *rows[1:]]),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(users=some_users, targets=st.sampled_from([1, 4]), like_share=st.sampled_from([None, 0.5, 1.0]))
+def test_everyone_is_drawn_equally_often_from_what_is_not_held_out(users: Users, targets: int, like_share: float | None) -> None:
+    count = np.zeros(len(users), int)
+    for batch in draws(block(users), targets=targets, like_share=like_share):
+        owner = batch.user_index_G[batch.row_B] - 1000
+        assert (batch.item_index_B // 100 == owner).all()  # their own
+        count += np.bincount(owner, minlength=len(users))
+        for item, like in zip(batch.item_index_B, batch.like_B, strict=True):
+            assert users[item // 100][item % 100] == (like, False)
+    assert (count == 40).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(users=some_users)
+def test_a_history_is_the_latest_of_the_rest_with_days_since_its_own_last(users: Users) -> None:
+    for batch in draws(block(users)):
+        history = batch.history
+        for draw, user in enumerate(batch.user_index_G - 1000):
+            present = history.present_GL[draw]
+            items, ages = history.item_index_GL[draw][present], history.age_GL[draw][present]
+            targets = set(batch.item_index_B[batch.row_B == draw].tolist())
+            kept = [100 * user + row for row, (_, held) in enumerate(users[user]) if not held]
+            assert items.tolist() == [item for item in kept[::-1][:5] if item not in targets]
+            assert ages.tolist() == [items[0] - item for item in items]
+            assert [users[user][item % 100][0] for item in items] == history.like_GL[draw][present].tolist()
+
+
+def test_an_epoch_is_a_function_of_its_seed() -> None:
+    of = block([[(1, False), (0, False), (1, False)]] * 5)
+    first, again, other = (np.concatenate([batch.item_index_B for batch in draws(of, seed=seed)]) for seed in ((1, 2), (1, 2), (1, 3)))
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+def test_the_share_of_likes_is_what_was_asked_for_where_there_is_a_choice() -> None:
+    mixed, all_disliked = [(1, False), *[(0, False)] * 9], [(0, False)] * 3
+    batches = draws(block([mixed, all_disliked]), like_share=0.75, samples_per_user=4000, batch_size=256)
+    like, user = (np.concatenate([getattr(batch, name) for batch in batches]) for name in ("like_B", "item_index_B"))
+    assert like[user < 100].mean() == pytest.approx(0.75, abs=0.03)
+    assert like[user >= 100].mean() == 0
+
+
+def test_a_user_with_one_interaction_has_an_empty_history_for_it() -> None:
+    batch = draws(block([[(1, False)]]))[0]
+    assert not batch.history.present_GL.any()
+    assert set(batch.item_index_B.tolist()) == {0}
+
+
+def test_held_out_interactions_are_told_by_the_rest() -> None:
+    batch = block([[(1, False), (0, True), (1, False)], [(1, False)], [(0, False), (1, True)]]).held_out(max_history=4, limit=10)
+    assert batch is not None
+    assert batch.item_index_B.tolist() == [1, 201]
+    assert batch.like_B.tolist() == [0, 1]
+    assert [row[present].tolist() for row, present in zip(batch.history.item_index_GL, batch.history.present_GL, strict=True)] == [
+        [2, 0],
+        [200],
+    ]
+    part = batch.take(np.array([1]))
+    assert (part.item_index_B.tolist(), part.row_B.tolist(), part.user_index_G.tolist()) == ([201], [0], [1002])
+    assert block([[(1, False)]]).held_out(max_history=4, limit=10) is None
+
+
+def test_for_serving_the_hold_out_is_history_too() -> None:
+    history = block([[(1, False), (0, True)]], training_only=False).history(np.array([0]), max_history=3)
+    assert history.item_index_GL[history.present_GL].tolist() == [1, 0]

@@ -1,0 +1,75 @@
+"""User encoders: histories pooled whatever their order and padding, and a table whose update touches its batch alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from rebeca_ray.config import NetworkSettings
+from rebeca_ray.prior import Prior
+from rebeca_ray.users import History, UserTable
+
+D = 8
+
+
+@pytest.fixture(scope="module")
+def prior() -> Prior:
+    torch.manual_seed(0)
+    network = NetworkSettings(num_layers=1, num_heads=2, width=16, num_tokens=2, num_user_tokens=2, user_encoder="history")
+    return Prior(network, D).eval()
+
+
+def history(rows: int, present: list[int]) -> History:
+    generator = torch.Generator().manual_seed(1)
+    return History(
+        torch.randn(1, rows, D, generator=generator),
+        torch.randint(0, 2, (1, rows), generator=generator),
+        torch.arange(rows)[None].float() * 3,
+        torch.tensor([[row in present for row in range(rows)]]),
+    )
+
+
+@torch.inference_mode()
+def test_order_and_absent_interactions_do_not_matter(prior: Prior) -> None:
+    whole = history(6, [0, 2, 3])
+    turned = History(*(column[:, [5, 3, 1, 0, 2, 4]] for column in whole))
+    cut = History(*(column[:, [0, 2, 3]] for column in whole))
+    expected = prior.encode(whole)
+    torch.testing.assert_close(prior.encode(turned), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(prior.encode(cut), expected, atol=1e-6, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_item_rating_and_recency_each_matter(prior: Prior) -> None:
+    base = history(4, [0, 1, 2, 3])
+    expected = prior.encode(base)
+    for changed in (
+        base._replace(item_BLD=base.item_BLD + torch.randn(1, 4, D)),
+        base._replace(like_BL=1 - base.like_BL),
+        base._replace(age_BL=base.age_BL.flip(1)),
+    ):
+        assert (prior.encode(changed) - expected).abs().max() > 1e-4
+
+
+@torch.inference_mode()
+def test_an_empty_history_is_the_null_user(prior: Prior) -> None:
+    assert (prior.encode(history(4, [])) == prior.null_user_UH).all()
+
+
+def test_a_tables_update_is_row_wise_adagrad_on_the_rows_of_the_batch() -> None:
+    table = UserTable(5, 1, 4)
+    before = table.rows_VUH.clone()
+    index, gradient = torch.tensor([3, 1, 3]), torch.randn(3, 1, 4)
+    table.update(index, gradient, learning_rate=0.5)
+    assert (table.rows_VUH[[0, 2, 4]] == before[[0, 2, 4]]).all()
+    for row, total in ((1, gradient[1]), (3, gradient[0] + gradient[2])):
+        step = 0.5 * total / total.square().mean().sqrt()
+        torch.testing.assert_close(table.rows_VUH[row], before[row] - step)
+    table.update(torch.tensor([1]), gradient[:1], learning_rate=0.5)
+    squares = gradient[1].square().mean() + gradient[0].square().mean()
+    assert table.squares_V[1].item() == pytest.approx(squares.item(), rel=1e-5)
+    assert table.squares_V[[0, 2, 4]].tolist() == [0, 0, 0]
+
+
+def test_a_new_table_depends_on_its_seed_alone() -> None:
+    assert (UserTable(4, 2, 8, seed=1).rows_VUH == UserTable(4, 2, 8, seed=1).rows_VUH).all()
+    assert np.isclose(UserTable(400, 2, 8, seed=2).rows_VUH.std().item(), 0.02, rtol=0.05)
