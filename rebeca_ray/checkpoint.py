@@ -150,7 +150,9 @@ def load_prior(uri: str, device: str = "cpu") -> TrainedPrior:
     selector = None
     if "selector.safetensors" in config["sha256"]:
         found = load(verified_file(uri, "selector.safetensors", config))
-        selector = Selector.from_state_dict({name: tensor.to(device) for name, tensor in found.items()})
+        selector = Selector(scaler.embed_dim, len(found["factors.weight"]), found.get("rows_VF"))
+        selector.load_state_dict(found)
+        selector = selector.eval().to(device)
     return TrainedPrior(
         network=network.eval().to(device),
         settings=settings,

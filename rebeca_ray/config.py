@@ -106,7 +106,7 @@ class PriorSampling(Settings):
 
 
 class OptimizationSettings(Settings):
-    """One training run: AdamW, plateau schedule, early stopping, exponential moving average."""
+    """One training run: AdamW, early stopping, exponential moving average. Defaults are the authors' where they told them."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     user_learning_rate: Annotated[float, Field(gt=0, description="of the `id` table's rows (row-wise AdaGrad)")] = 0.1
@@ -117,6 +117,9 @@ class OptimizationSettings(Settings):
         float | None, Field(ge=0, le=1, description="share of likes among the draws, since likes are drawn later; default: as they come")
     ] = None
     max_epochs: Positive = 100
+    schedule: Annotated[
+        Literal["plateau", "linear"], Field(description="of the learning rate: down when validation stalls, or towards 0 at max_epochs")
+    ] = "plateau"
     plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
     plateau_patience: Positive = 4
     early_stopping_patience: Positive = 10

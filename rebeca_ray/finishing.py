@@ -5,6 +5,7 @@ Shapes: G users, N samples of all of them, D embed dim.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ from rebeca_ray.training_set import UserBlock
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 9.0)
 MIN_DISTINCT = 0.85  # of a user's samples, by nearest item
 NUM_USERS, SAMPLES_A_USER, STEPS = 40, 25, 12
-USERS_A_FOLD = 512
+USERS_AT_ONCE = 512
+SELECTOR_BUCKETS = 4  # some two million ratings are enough for so few numbers
 
 
 def finish_prior(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray, seed: int) -> TrainedPrior:
@@ -32,14 +34,14 @@ def finish_prior(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray, s
 
     Without dislikes there is no selector, and without a selector, users or condition dropout the guidance is 1.
     """
-    selector = fit_selector(training_blocks(histories), x0_ID, seed + 1)
+    selector = fit_selector(islice(training_blocks(histories), SELECTOR_BUCKETS), x0_ID, seed + 1)
     if selector is None:
         return prior
     prior = replace(prior, selector=selector, metrics={**prior.metrics, "selector_auc": held_out_auc(selector, histories, x0_ID)})
     if prior.condition_dropout > 0 and prior.settings.user_encoder != "none":
         prior = choose_guidance(prior, histories, x0_ID)
     if prior.user_rows is not None:
-        prior = replace(prior, selector=replace(selector, rows_VF=fold_in_all(selector, histories, x0_ID)))
+        selector.rows_VF = factors_of_all(selector, histories, x0_ID)
     return prior
 
 
@@ -50,16 +52,16 @@ def training_blocks(histories: Histories) -> Iterator[UserBlock]:
             yield UserBlock(read_table(histories.file(bucket), "histories"), histories.first_user_index)
 
 
-def fold_in_users(selector: Selector, block: UserBlock, user_G: np.ndarray, x0_ID: np.ndarray) -> torch.Tensor:
+@torch.inference_mode()
+def factors_of(selector: Selector, block: UserBlock, user_G: np.ndarray, x0_ID: np.ndarray) -> torch.Tensor:
     """The selector's factors [G, F+1] of some users of a block."""
-    parts = [user_G[start : start + USERS_A_FOLD] for start in range(0, len(user_G), USERS_A_FOLD)]
-    return torch.cat([selector.fold_in(block.history(part, MAX_HISTORY).look_up(x0_ID)) for part in parts])
+    parts = [user_G[start : start + USERS_AT_ONCE] for start in range(0, len(user_G), USERS_AT_ONCE)]
+    return torch.cat([selector.user_factors(block.history(part, MAX_HISTORY).look_up(x0_ID)) for part in parts])
 
 
-def fold_in_all(selector: Selector, histories: Histories, x0_ID: np.ndarray) -> torch.Tensor:
-    """The selector's row [V, F+1] of every user, in the order of user_index."""
-    blocks = training_blocks(histories)
-    return torch.cat([fold_in_users(selector, block, np.arange(len(block.counts_V)), x0_ID) for block in blocks])
+def factors_of_all(selector: Selector, histories: Histories, x0_ID: np.ndarray) -> torch.Tensor:
+    """The selector's factors [V, F+1] of every user, in the order of user_index."""
+    return torch.cat([factors_of(selector, block, np.arange(len(block.counts_V)), x0_ID) for block in training_blocks(histories)])
 
 
 def held_out_auc(selector: Selector, histories: Histories, x0_ID: np.ndarray) -> float:
@@ -68,7 +70,7 @@ def held_out_auc(selector: Selector, histories: Histories, x0_ID: np.ndarray) ->
     rated, place = np.unique(block.held_user, return_inverse=True)
     if len(np.unique(block.held_like)) < 2:
         return 0.5
-    factors = fold_in_users(selector, block, rated, x0_ID)[torch.from_numpy(place)]
+    factors = factors_of(selector, block, rated, x0_ID)[torch.from_numpy(place)]
     probability = selector.like_probability(torch.from_numpy(x0_ID[block.held_item_index]), factors)
     return float(binary_auroc(probability, torch.from_numpy(block.held_like).long()))
 
@@ -82,7 +84,7 @@ def choose_guidance(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray
     block = next(training_blocks(histories))
     user_G = np.linspace(0, len(block.counts_V) - 1, min(NUM_USERS, len(block.counts_V))).astype(int)
     history = block.history(user_G, prior.settings.max_history).look_up(x0_ID)
-    factors = fold_in_users(prior.selector, block, user_G, x0_ID)
+    factors = factors_of(prior.selector, block, user_G, x0_ID)
     tokens = prior.user_tokens(block.user_index_V[user_G], history)
     timesteps = prior.diffusion.num_train_timesteps
     steps = min(STEPS, timesteps)

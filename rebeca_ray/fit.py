@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rebeca_ray.config import TrainConfig
@@ -30,9 +31,12 @@ class Fit:
         self.optimizer = torch.optim.AdamW(
             self.prior.parameters(), lr=optimization.learning_rate, weight_decay=optimization.weight_decay, fused=True
         )
-        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer, factor=optimization.plateau_factor, patience=optimization.plateau_patience
-        )
+        self.schedule: LRScheduler
+        if optimization.schedule == "plateau":
+            self.schedule = ReduceLROnPlateau(self.optimizer, factor=optimization.plateau_factor, patience=optimization.plateau_patience)
+        else:
+            epochs = optimization.max_epochs
+            self.schedule = LambdaLR(self.optimizer, lambda epoch: min(1.0, 1.6 * (1 - epoch / (epochs + 0.5))))
         self.user_learning_rate_a_step = optimization.user_learning_rate / optimization.learning_rate
         self.epoch, self.best_loss, self.stale_epochs, self.diverged = 0, math.inf, 0, ""
         self.curve: list[list[float]] = []
@@ -43,7 +47,10 @@ class Fit:
 
     def end_epoch(self, train_loss: float, val_loss: float) -> None:
         self.epoch += 1
-        self.plateau.step(val_loss)
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step(val_loss)
+        else:
+            self.schedule.step()
         self.stale_epochs = 0 if val_loss < self.best_loss else self.stale_epochs + 1
         self.best_loss = min(self.best_loss, val_loss)
         self.curve.append([self.epoch, round(train_loss, 6), round(val_loss, 6), self.learning_rate])
@@ -55,7 +62,7 @@ class Fit:
             "average": self.average.module.state_dict(),
             "num_averaged": int(self.average.n_averaged),
             "optimizer": self.optimizer.state_dict(),
-            "plateau": self.plateau.state_dict(),
+            "schedule": self.schedule.state_dict(),
             "epoch": self.epoch,
             "best_loss": self.best_loss,
             "stale_epochs": self.stale_epochs,
@@ -70,7 +77,7 @@ class Fit:
         self.average.module.load_state_dict(state["average"])
         self.average.n_averaged.fill_(state["num_averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.plateau.load_state_dict(state["plateau"])
+        self.schedule.load_state_dict(state["schedule"])
         self.epoch, self.best_loss, self.stale_epochs = state["epoch"], state["best_loss"], state["stale_epochs"]
         self.diverged, self.curve = state["diverged"], state["curve"]
 

@@ -28,7 +28,6 @@ from rebeca_ray.selection import choose, nearest_items
 from rebeca_ray.selector import MAX_HISTORY
 from rebeca_ray.storage import arrow_filesystem, join, open_filesystem, open_table, read_table, write_table
 from rebeca_ray.training_set import Rated, UserBlock
-from rebeca_ray.users import History
 
 ITEMS_A_FILE = 20_000
 TILES_A_BATCH = 4  # of the sampler, so that padding costs little
@@ -173,7 +172,7 @@ class PlanUsers:
         index_G = np.array([self.place.get(row["user_id"], -1) for row in asked])
         rated, digest_G = self.rated(asked)
         history = None if rated is None or self.x0_ID is None else rated.look_up(self.x0_ID, self.config.sampler.device)
-        latest = None if history is None else History(*(column[:, : self.prior.settings.max_history] for column in history))
+        latest = None if history is None else history.latest(self.prior.settings.max_history)
         encoder, selector = self.prior.settings.user_encoder, self.prior.selector
         known_G = index_G >= 0 if encoder == "id" else np.array([encoder == "history" and digest != "" for digest in digest_G])
         if self.prior.users is not None:
@@ -181,7 +180,7 @@ class PlanUsers:
             digest_G = [digests[int(index)].as_py() if index >= 0 else "" for index in index_G]
         factor_GF = None
         if selector is not None and history is not None:
-            factor_GF = selector.fold_in(history)
+            factor_GF = selector.user_factors(history.latest(MAX_HISTORY))
         elif selector is not None and selector.rows_VF is not None:
             factor_GF = selector.rows_VF[index_G.clip(min=0)] * torch.from_numpy(index_G >= 0)[:, None].to(selector.rows_VF.device)
         return Users(

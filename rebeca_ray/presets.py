@@ -39,9 +39,10 @@ PRESETS: dict[str, dict[str, Any]] = {
             "learning_rate": 2.5e-3,
             "batch_size": 256,
             "samples_per_user": 24,
-            "max_epochs": 12,
+            "like_share": 1.0,
+            "max_epochs": 10,
+            "schedule": "linear",
             "ema_decay": 0.99,
-            "early_stopping_patience": 5,
         },
     },
 }

@@ -1,13 +1,12 @@
 """The selector: how likely a user is to like an embedding, by a small logistic matrix factorisation over embeddings.
 
-`P(like | u, x) = sigmoid(theta_u · W x + b_u + b · x + c)`, x in the prior's space. It chooses among candidates before
+`P(like | u, x) = sigmoid(theta_u · (W x + w) + b_u + b · x + c)`, x in the prior's space. It chooses among candidates before
 anything is decoded. It is not the evaluation's verifier, which other ratings and another seed make.
 
-Shapes: G users, N items or interactions, L interactions of a history, D embed dim, F factors (the last of F+1 is b_u).
+Shapes: G users, N embeddings, L interactions of a history, D embed dim, I items, F factors (F+1: with b_u).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -17,94 +16,100 @@ from torch import nn
 from rebeca_ray.training_set import UserBlock
 from rebeca_ray.users import History
 
-NUM_FACTORS = 16
-RIDGE = 1.0  # precision of a user's factors: a new user is an average one
-EPOCHS, BATCH_SIZE, LEARNING_RATE = 12, 4096, 0.02
-NEWTON_STEPS = 6
-MAX_HISTORY = 256  # interactions that a user's factors are fitted on
-MAX_INTERACTIONS = 2_000_000
+NUM_FACTORS = 32
+MAX_HISTORY = 128  # interactions that a user's factors are made of
+EPOCHS, SAMPLES_PER_USER, BATCH_SIZE, TARGETS, LEARNING_RATE, WEIGHT_DECAY = 5, 64, 1024, 16, 3e-3, 1e-2
 
 
-@dataclass(frozen=True, kw_only=True)
-class Selector:
-    """W [F, D], b [D], c, and a row [F+1] for each user of an `id` prior."""
+class Selector(nn.Module):
+    """Matrix factorisation whose user factors come from the history (asymmetric SVD: Koren 2008, section 4).
 
-    factor_FD: torch.Tensor
-    item_D: torch.Tensor
-    constant: torch.Tensor
-    rows_VF: torch.Tensor | None = None
+    `theta_u` is what the liked items say plus what the disliked ones say, each averaged with a learned shrinkage, so
+    that a user without a row, or with a new history, has factors too; without any interaction those of an average user.
+    `rows_VF` are the factors of an `id` prior's users, kept because such a prior is sampled without histories.
+    """
 
-    def features(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a user's factors are multiplied with, [..., F+1], and the part that is the same for all users, [...]."""
-        factors = x_ND @ self.factor_FD.T
-        return torch.cat([factors, torch.ones_like(factors[..., :1])], dim=-1), x_ND @ self.item_D + self.constant
+    rows_VF: torch.Tensor | None
 
-    def fold_in(self, history: History) -> torch.Tensor:
-        """The factors [G, F+1] that explain each history best: ridge-regularised logistic regression by Newton's method.
+    def __init__(self, embed_dim: int, num_factors: int = NUM_FACTORS, rows_VF: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.said = nn.Linear(embed_dim, 2 * num_factors)  # by a disliked and by a liked item
+        self.factors = nn.Linear(embed_dim, num_factors)
+        self.popularity = nn.Linear(embed_dim, 1)
+        self.generosity = nn.Linear(num_factors + 2, 1)
+        self.shrinkage = nn.Parameter(torch.tensor(5.0))
+        self.register_buffer("rows_VF", rows_VF)
 
-        It serves who has no row; without any interaction they are zero, the average user's.
-        """
-        x_GLF, offset_GL = self.features(history.item_BLD)
-        present_GL, like_GL = history.present_BL.float(), history.like_BL.float()
-        user_GF = torch.zeros(len(x_GLF), x_GLF.shape[2], device=x_GLF.device)
-        ridge_FF = RIDGE * torch.eye(x_GLF.shape[2], device=x_GLF.device)
-        for _ in range(NEWTON_STEPS):
-            p_GL = torch.sigmoid((x_GLF @ user_GF[:, :, None])[:, :, 0] + offset_GL)
-            gradient_GF = ((p_GL - like_GL) * present_GL)[:, None] @ x_GLF
-            weight_GL = p_GL * (1 - p_GL) * present_GL
-            hessian_GFF = x_GLF.transpose(1, 2) @ (weight_GL[:, :, None] * x_GLF) + ridge_FF
-            step_GF = torch.linalg.solve(hessian_GFF, gradient_GF[:, 0] + RIDGE * user_GF)
-            user_GF = user_GF - step_GF
-        return user_GF
+    def user_factors(self, history: History) -> torch.Tensor:
+        """[G, F+1] of histories."""
+        disliked_GLF, liked_GLF = self.said(history.item_BLD).chunk(2, dim=-1)
+        present_GL = history.present_BL.float()
+        like_GL = history.like_BL * present_GL
+        dislike_GL = present_GL - like_GL
+        num_likes_G1, num_dislikes_G1 = like_GL.sum(1, keepdim=True), dislike_GL.sum(1, keepdim=True)
+        shrinkage = F.softplus(self.shrinkage)
+        theta_GF = (liked_GLF * like_GL[..., None]).sum(1) / (num_likes_G1 + shrinkage)
+        theta_GF = theta_GF + (disliked_GLF * dislike_GL[..., None]).sum(1) / (num_dislikes_G1 + shrinkage)
+        count_G1 = num_likes_G1 + num_dislikes_G1
+        told = torch.cat([theta_GF, torch.log1p(count_G1) / 5, (num_likes_G1 + 1) / (count_G1 + 4)], dim=1)
+        return torch.cat([theta_GF, self.generosity(told)], dim=1)
 
+    def logit(self, x_ND: torch.Tensor, user_NF: torch.Tensor) -> torch.Tensor:
+        return (self.factors(x_ND) * user_NF[:, :-1]).sum(1) + user_NF[:, -1] + self.popularity(x_ND)[:, 0]
+
+    @torch.inference_mode()
     def like_probability(self, x_ND: torch.Tensor, user_NF: torch.Tensor) -> torch.Tensor:
         """[N] for each embedding and the factors of the user beside it."""
-        x_NF, offset_N = self.features(x_ND)
-        return torch.sigmoid((x_NF * user_NF).sum(-1) + offset_N)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        rows = {} if self.rows_VF is None else {"rows": self.rows_VF}
-        return {"factor": self.factor_FD, "item": self.item_D, "constant": self.constant, **rows}
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, torch.Tensor]) -> "Selector":
-        return cls(factor_FD=state["factor"], item_D=state["item"], constant=state["constant"], rows_VF=state.get("rows"))
+        return torch.sigmoid(self.logit(x_ND, user_NF))
 
 
-def fit_selector(blocks: Iterator[UserBlock], x0_ID: np.ndarray, seed: int) -> Selector | None:
-    """Fit W, b and c, with a row for every user seen, on training ratings; None if all of them are likes, or none is.
-
-    Two million ratings are enough for so few numbers; `fold_in` gives the rest of the users theirs.
-    """
+def fit_selector(blocks: Iterable[UserBlock], x0_ID: np.ndarray, seed: int) -> Selector | None:
+    """Fit a selector to the training ratings of some blocks of users; None if all of them are likes, or none is."""
     torch.manual_seed(seed)
-    user, item, like = [], [], []
-    count = users = 0
-    for block in blocks:
-        user.append(users + np.repeat(np.arange(len(block.counts_V)), block.counts_V))
-        item.append(block.item_index_N)
-        like.append(block.like_N)
-        count, users = count + len(block.like_N), users + len(block.counts_V)
-        if count >= MAX_INTERACTIONS:
-            break
-    user_N, item_N, like_N = (torch.from_numpy(np.concatenate(column)).long() for column in (user, item, like))
-    if like_N.float().mean() in (0, 1):
+    blocks = list(blocks)
+    share = np.concatenate([block.like_N for block in blocks]).mean()
+    if share in (0, 1):
         return None
-    rows = nn.Parameter(0.1 * torch.randn(users, NUM_FACTORS + 1))
-    factor = nn.Parameter(torch.randn(NUM_FACTORS, x0_ID.shape[1]) / x0_ID.std() / x0_ID.shape[1] ** 0.5)
-    shared = nn.Parameter(torch.zeros(x0_ID.shape[1])), nn.Parameter(torch.logit(like_N.float().mean()))
-    selector = Selector(factor_FD=factor, item_D=shared[0], constant=shared[1])
-    optimizer = torch.optim.Adam([rows, factor, *shared], lr=LEARNING_RATE)
-    steps = EPOCHS * -(-len(user_N) // BATCH_SIZE)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(EPOCHS):
-        for part in torch.randperm(len(user_N)).split(BATCH_SIZE):
-            x_NF, offset_N = selector.features(torch.from_numpy(x0_ID[item_N[part].numpy()]))
-            user_NF = rows[user_N[part]]
-            fit = F.binary_cross_entropy_with_logits((x_NF * user_NF).sum(1) + offset_N, like_N[part].float())
-            share = len(part) / len(user_N)
-            penalty = RIDGE * rows.square().sum() * share / len(part) / 2 + 1e-4 * (factor.square().sum() + shared[0].square().sum())
-            optimizer.zero_grad()
-            (fit + penalty).backward()
-            optimizer.step()
-            decay.step()
-    return Selector(factor_FD=factor.detach(), item_D=shared[0].detach(), constant=shared[1].detach())
+    x_ID = torch.from_numpy(x0_ID)
+    mean_D, scale = x_ID.mean(0), float(x_ID.std())
+    standard_ID = ((x_ID - mean_D) / scale).numpy()
+    selector = Selector(x0_ID.shape[1], min(NUM_FACTORS, *x0_ID.shape))
+    start_from_similarity(selector, torch.from_numpy(standard_ID), float(share))
+    optimizer = torch.optim.AdamW(selector.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=EPOCHS)
+    for epoch in range(EPOCHS):
+        for block in blocks:
+            batches = block.batches(
+                samples_per_user=SAMPLES_PER_USER,
+                like_share=None,
+                batch_size=BATCH_SIZE,
+                targets=TARGETS,
+                max_history=MAX_HISTORY,
+                seed=(seed, epoch),
+            )
+            for batch in batches:
+                user_NF = selector.user_factors(batch.history.look_up(standard_ID))[batch.row_B]
+                logit_N = selector.logit(torch.from_numpy(standard_ID[batch.item_index_B]), user_NF)
+                optimizer.zero_grad()
+                F.binary_cross_entropy_with_logits(logit_N, torch.from_numpy(batch.like_B).float()).backward()
+                optimizer.step()
+        decay.step()
+    with torch.no_grad():  # from standardised embeddings back to the prior's space
+        for layer in (selector.said, selector.factors, selector.popularity):
+            layer.weight.div_(scale)
+            layer.bias.sub_(layer.weight @ mean_D)
+    return selector.eval()
+
+
+@torch.no_grad()
+def start_from_similarity(selector: Selector, standard_ID: torch.Tensor, like_share: float) -> None:
+    """Begin with users who like what resembles what they liked: the embeddings' first principal directions, twice."""
+    directions_FD = torch.linalg.svd(standard_ID, full_matrices=False).Vh[: selector.factors.out_features]
+    directions_FD *= 2 / (standard_ID @ directions_FD.T).square().sum(1).mean().sqrt()
+    selector.factors.weight.copy_(directions_FD)
+    selector.said.weight.copy_(torch.cat([-0.5 * directions_FD, directions_FD]))
+    for layer in (selector.said, selector.factors, selector.popularity, selector.generosity):
+        nn.init.zeros_(layer.bias)
+    nn.init.zeros_(selector.popularity.weight)
+    nn.init.zeros_(selector.generosity.weight)
+    selector.popularity.bias.fill_(np.log(like_share / (1 - like_share)))

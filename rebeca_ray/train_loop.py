@@ -27,6 +27,7 @@ from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.fit import DenoisingLoss, Fit, user_tokens
 from rebeca_ray.histories import Histories
 from rebeca_ray.prior import Prior
+from rebeca_ray.storage import read_table
 from rebeca_ray.training_set import TARGETS_A_HISTORY, USERS_A_BLOCK, Batch, UserBlock, num_batches
 from rebeca_ray.users import History
 
@@ -61,7 +62,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     diffusion = Diffusion.build(config.diffusion, device)
     loss: nn.Module = DenoisingLoss(fit.prior, diffusion, config)
     loss = DistributedDataParallel(loss) if world_size > 1 else loss
-    users = UserStream(train.get_dataset_shard("users"), histories)
+    users = UserShare(histories, rank, world_size)
     writer = SummaryWriter(f"{config.storage}/{config.run_name}/tensorboard") if rank == 0 else None
     while fit.epoch < optimization.max_epochs and fit.stale_epochs < optimization.early_stopping_patience and not fit.diverged:
         started, epoch = time.perf_counter(), fit.epoch + 1
@@ -92,29 +93,36 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
             train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
 
 
-class UserStream:
+class UserShare:
     """One worker's share of the users, block by block, anew every epoch. Every worker gets as many users, so as many batches.
 
-    A share of a single block stays in memory: reading a few thousand users again would take longer than training on them.
+    Ray Data streams them, in another order of files every epoch. So few that they fit one block are read once instead:
+    starting a stream takes longer than training on them. A share then wraps around, so that nobody is left out.
     """
 
-    def __init__(self, shard: Any, histories: Histories) -> None:
-        self.shard, self.first_user_index = shard, histories.first_user_index
-        self.only: UserBlock | None = None
+    def __init__(self, histories: Histories, rank: int, world_size: int) -> None:
+        self.first_user_index = histories.first_user_index
+        self.few: UserBlock | None = None
+        if is_streamed(histories):
+            self.stream = train.get_dataset_shard("users")
+            return
+        table = read_table(histories.uri, "histories")
+        each = -(-table.num_rows // world_size)
+        self.few = UserBlock(table.take(np.arange(rank * each, (rank + 1) * each) % table.num_rows), self.first_user_index)
 
     def __iter__(self) -> Iterator[UserBlock]:
-        if self.only:
-            yield self.only
+        if self.few:
+            yield self.few
             return
-        count = 0
-        for table in self.shard.iter_batches(batch_size=USERS_A_BLOCK, batch_format="pyarrow", prefetch_batches=1):
-            block = UserBlock(table, self.first_user_index)
-            count += 1
-            yield block
-        self.only = block if count == 1 else None
+        for table in self.stream.iter_batches(batch_size=USERS_A_BLOCK, batch_format="pyarrow", prefetch_batches=1):
+            yield UserBlock(table, self.first_user_index)
 
 
-def epoch_batches(users: UserStream, config: TrainConfig, epoch: int) -> Iterator[Batch]:
+def is_streamed(histories: Histories) -> bool:
+    return histories.num_users > USERS_A_BLOCK
+
+
+def epoch_batches(users: UserShare, config: TrainConfig, epoch: int) -> Iterator[Batch]:
     optimization = config.optimization
     for block in users:
         yield from block.batches(
@@ -133,7 +141,7 @@ def targets_a_draw(config: TrainConfig) -> int:
 
 def num_steps(histories: Histories, config: TrainConfig) -> int:
     """Optimizer steps an epoch."""
-    targets, users = targets_a_draw(config), histories.num_users // config.workers.num_workers
+    targets, users = targets_a_draw(config), -(-histories.num_users // config.workers.num_workers)
     sizes = [USERS_A_BLOCK] * (users // USERS_A_BLOCK) + [users % USERS_A_BLOCK]
     draws_a_user, batch_size = (
         -(-config.optimization.samples_per_user // targets),

@@ -22,7 +22,7 @@ from rebeca_ray.histories import Histories, build_histories, user_table
 from rebeca_ray.items import EmbeddedItems, read_image_embeds
 from rebeca_ray.prior import Prior
 from rebeca_ray.storage import arrow_filesystem, open_filesystem, read_table, require_own, require_writable
-from rebeca_ray.train_loop import STATE, train_loop_per_worker
+from rebeca_ray.train_loop import STATE, is_streamed, train_loop_per_worker
 from rebeca_ray.training_set import Batch, UserBlock
 
 VALIDATION_SAMPLES = 8192
@@ -44,16 +44,12 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
     histories = build_histories(config.interactions, items.item_id, config.storage)
     start_ray()
     workers = config.workers
-    require_room("workers", workers=workers.num_workers, cpus=workers.cpus_per_worker, device=workers.device, spare_cpus=1)
+    require_room(
+        "workers", workers=workers.num_workers, cpus=workers.cpus_per_worker, device=workers.device, spare_cpus=int(is_streamed(histories))
+    )
 
     config = config.model_copy(update={"run_name": run_name(config, histories, items)})
     x0_ID = scaler.scale(image_embeds).numpy()
-    filesystem, _ = open_filesystem(histories.uri)
-    files = [open_filesystem(histories.file(bucket))[1] for bucket, users in enumerate(histories.users_of_bucket) if users]
-    users = ray.data.read_parquet(
-        files, filesystem=arrow_filesystem(filesystem), shuffle=ray.data.FileShuffleConfig(seed=config.optimization.seed)
-    )
-    users.context.enable_progress_bars = False
     trainer = TorchTrainer(
         train_loop_per_worker,
         train_loop_config={
@@ -63,7 +59,7 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
             "validation": ray.put(validation_batch(histories, config)),
             "live": sys.stderr.isatty(),
         },
-        datasets={"users": users},
+        datasets={"users": stream_of(histories, config)} if is_streamed(histories) else {},
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
             use_gpu=workers.device == "cuda",
@@ -108,6 +104,16 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
     return prior.metrics
 
 
+def stream_of(histories: Histories, config: TrainConfig) -> ray.data.Dataset:
+    """The users of all buckets, their files in another order each epoch."""
+    filesystem, _ = open_filesystem(histories.uri)
+    files = [open_filesystem(histories.file(bucket))[1] for bucket, users in enumerate(histories.users_of_bucket) if users]
+    shuffle = ray.data.FileShuffleConfig(seed=config.optimization.seed)
+    users = ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem), shuffle=shuffle)
+    users.context.enable_progress_bars = False
+    return users
+
+
 def run_name(config: TrainConfig, histories: Histories, items: EmbeddedItems) -> str:
     """The same for the same settings, ratings and embeddings, so that a rerun resumes; another for anything new."""
     told = config.model_dump_json(exclude={"interactions": {"path"}, "items": True, "out": True, "storage": True, "workers": True})
@@ -123,7 +129,7 @@ def validation_batch(histories: Histories, config: TrainConfig) -> Batch:
     bucket = next(bucket for bucket, users in enumerate(histories.users_of_bucket) if users)
     block = UserBlock(read_table(histories.file(bucket), "histories"), histories.first_user_index)
     max_history = config.network.max_history
-    if batch := block.held_out(max_history, VALIDATION_SAMPLES):
+    if batch := block.held_out(max_history, VALIDATION_SAMPLES, likes_only=config.optimization.like_share == 1):
         return batch
     return next(
         block.batches(samples_per_user=4, like_share=None, batch_size=VALIDATION_SAMPLES, targets=1, max_history=max_history, seed=(0,))

@@ -14,7 +14,7 @@ import torch
 from rebeca_ray.users import History
 
 USERS_A_BLOCK = 4096
-TARGETS_A_HISTORY = 4  # samples that share one pass through the history encoder
+TARGETS_A_HISTORY = 8  # samples that share one pass through the history encoder
 MICROSECONDS_A_DAY = 86_400_000_000
 
 
@@ -135,9 +135,10 @@ class UserBlock:
             history=self.history(user_G, max_history, but_Gm=target_Gm),
         )
 
-    def held_out(self, max_history: int, limit: int) -> Batch | None:
+    def held_out(self, max_history: int, limit: int, *, likes_only: bool = False) -> Batch | None:
         """At most `limit` of the held-out interactions, evenly spaced, each told by its user's training interactions."""
-        chosen = np.arange(len(self.held_user))[:: max(1, -(-len(self.held_user) // max(1, limit)))]
+        chosen = np.flatnonzero(self.held_like) if likes_only else np.arange(len(self.held_user))
+        chosen = chosen[:: max(1, -(-len(chosen) // limit))]
         if not len(chosen):
             return None
         return Batch(

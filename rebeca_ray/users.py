@@ -13,12 +13,16 @@ from rebeca_ray.attention import Attention
 
 
 class History(NamedTuple):
-    """What B users rated, at most L interactions each, in any order; absent ones are told by `present_BL`."""
+    """What B users rated, at most L interactions each, the latest first; absent ones are told by `present_BL`."""
 
     item_BLD: torch.Tensor  # embeddings in the prior's space
     like_BL: torch.Tensor  # 0 or 1
     age_BL: torch.Tensor  # days before the user's own last interaction
     present_BL: torch.Tensor  # bool
+
+    def latest(self, max_history: int) -> "History":
+        """The first `max_history` places, where the latest are."""
+        return History(*(column[:, :max_history] for column in self))
 
 
 class HistoryEncoder(nn.Module):

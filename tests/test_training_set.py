@@ -110,6 +110,9 @@ def test_held_out_interactions_are_told_by_the_rest() -> None:
         [2, 0],
         [200],
     ]
+    liked = block([[(1, False), (0, True)], [(0, False), (1, True)]]).held_out(max_history=4, limit=10, likes_only=True)
+    assert liked is not None
+    assert liked.item_index_B.tolist() == [101]
     part = batch.take(np.array([1]))
     assert (part.item_index_B.tolist(), part.row_B.tolist(), part.user_index_G.tolist()) == ([201], [0], [1002])
     assert block([[(1, False)]]).held_out(max_history=4, limit=10) is None

@@ -1,0 +1,72 @@
+"""The selector: it finds who likes what, also for users it never saw, and says nothing where there is nothing to tell."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rebeca_ray.selector import Selector, fit_selector
+from rebeca_ray.training_set import UserBlock
+from rebeca_ray.users import History
+from tests.test_training_set import block
+
+D, ITEMS = 16, 1200
+
+
+@pytest.fixture(scope="module")
+def x0_ID() -> np.ndarray:  # noqa: N802  # the name that its users give it
+    """Items in two far clusters, even ones and odd ones; item 100 k + n is user k's n-th."""
+    random = np.random.default_rng(0)
+    centres = random.standard_normal((2, D))
+    return (centres[np.arange(ITEMS) % 2] + 0.3 * random.standard_normal((ITEMS, D))).astype(np.float32) * 0.2 + 0.5
+
+
+def world(users: int) -> UserBlock:
+    """User k likes even items if k is even, else odd ones."""
+    return block([[(int(row % 2 == user % 2), False) for row in range(30)] for user in range(users)])
+
+
+@pytest.fixture(scope="module")
+def selector(x0_ID: np.ndarray) -> Selector:
+    fitted = fit_selector([world(8)], x0_ID, seed=0)
+    assert fitted is not None
+    return fitted
+
+
+def probabilities(selector: Selector, users: UserBlock, user: int, x0_ID: np.ndarray) -> torch.Tensor:
+    with torch.inference_mode():
+        factors = selector.user_factors(users.history(np.array([user]), 20).look_up(x0_ID))
+    items = torch.from_numpy(x0_ID[1000:1020])  # nobody rated these
+    return selector.like_probability(items, factors.expand(20, -1))
+
+
+def test_it_knows_taste_on_items_and_users_it_never_saw(selector: Selector, x0_ID: np.ndarray) -> None:
+    users = world(10)
+    for user in (0, 1, 8, 9):  # the last two are new
+        probability = probabilities(selector, users, user, x0_ID)
+        own = np.arange(20) % 2 == user % 2
+        assert probability[own].min() > probability[~own].max()
+        assert (probability[own].mean() - probability[~own].mean()) > 0.3
+
+
+@torch.inference_mode()
+def test_a_user_without_interactions_is_an_average_one(selector: Selector, x0_ID: np.ndarray) -> None:
+    nobody = History(torch.zeros(1, 3, D), torch.ones(1, 3, dtype=torch.long), torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.bool))
+    factors = selector.user_factors(nobody)
+    assert (factors[:, :-1] == 0).all()
+    probability = selector.like_probability(torch.from_numpy(x0_ID[1000:1100]), factors.expand(100, -1))
+    assert 0.2 < probability.mean() < 0.8
+
+
+@pytest.mark.parametrize("like", [0, 1])
+def test_ratings_that_are_all_the_same_give_no_selector(like: int, x0_ID: np.ndarray) -> None:
+    assert fit_selector([block([[(like, False)] * 5] * 3)], x0_ID, seed=0) is None
+
+
+def test_it_is_a_function_of_ratings_and_seed(selector: Selector, x0_ID: np.ndarray, tmp_path: Path) -> None:
+    again, other = fit_selector([world(8)], x0_ID, seed=0), fit_selector([world(8)], x0_ID, seed=1)
+    assert again is not None
+    assert other is not None
+    assert torch.equal(again.factors.weight, selector.factors.weight)
+    assert not torch.equal(other.factors.weight, selector.factors.weight)
