@@ -52,6 +52,15 @@ def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) 
 
 
 @app.command()
+def distill(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """A trained prior -> one that needs a few passes an embedding."""
+    from rebeca_ray import job
+    from rebeca_ray.config import DistillConfig
+
+    job.execute(DistillConfig, job.distill, config, overrides or [], dry_run=dry_run)
+
+
+@app.command()
 def generate(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Prior + decoder + request -> a published snapshot."""
     from rebeca_ray import job

@@ -184,6 +184,25 @@ class TrainConfig(Settings):
         return {**values, **sections}
 
 
+class DistillConfig(Settings):
+    """`rebeca distill`: a trained prior -> one that needs a few passes an embedding."""
+
+    prior: Location
+    out: Location
+    interactions: Annotated[InteractionSettings | None, Field(description="for a `history` prior: whose trajectories to learn")] = None
+    items: Location | None = None
+    storage: Annotated[Location, Field(description="where histories are kept", validate_default=True)] = "runs/distill"
+    num_inference_steps: Annotated[int, Field(gt=0, description="passes of the student")] = 4
+    num_users: Annotated[int, Field(gt=0, description="users whose trajectories are drawn, at most")] = 20_000
+    num_trajectories: Annotated[int, Field(ge=256)] = 20_000
+    max_epochs: Positive = 10
+    batch_size: Positive = 512
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    min_quality: Annotated[float, Field(ge=0, description="of the teacher's mean like probability; below it nothing is written")] = 0.98
+    device: Device = "cpu"
+    seed: int = 0
+
+
 class SamplerSettings(Settings):
     """How the prior is sampled. The paper's sampler is `ddpm` with 1000 steps. A distilled prior has all three built in."""
 

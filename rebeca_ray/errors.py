@@ -16,6 +16,12 @@ class ErrorBudgetExceededError(UserError):
     exit_code = 3
 
 
+class QualityGateError(UserError):
+    """What came out is not good enough; nothing was written."""
+
+    exit_code = 4
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A clause naming the nearest known word, or all of them if none is near."""
     known = list(known)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import typer
 from rich.console import Console
 
-from rebeca_ray.config import EmbedConfig, GenerateConfig, Settings, TrainConfig, load_config
+from rebeca_ray.config import DistillConfig, EmbedConfig, GenerateConfig, Settings, TrainConfig, load_config
 from rebeca_ray.errors import UserError
 
 console = Console()
@@ -30,6 +30,15 @@ def train(config: TrainConfig) -> None:
 
     metrics = train_prior(config)
     console.print(f"prior -> {config.out}  (validation loss {metrics['val_loss']:.4f}, epoch {metrics['best_epoch']:.0f})")
+
+
+def distill(config: DistillConfig) -> None:
+    """A trained prior -> one that needs a few passes an embedding."""
+    from rebeca_ray.distillation import distill_prior
+
+    figures = distill_prior(config)
+    quality, passes = figures["student_quality"], config.num_inference_steps
+    console.print(f"distilled prior -> {config.out}  ({quality:.1%} of the teacher's quality in {passes} passes)")
 
 
 def generate(config: GenerateConfig) -> None:

@@ -1,0 +1,201 @@
+"""Distillation: a student that draws in a few passes what its teacher draws in dozens.
+
+The teacher's guided trajectories are drawn once, for many users; the student learns to jump from each of a few points of a
+trajectory to the next in one unguided pass. It needs no ratings but the users' own, and no embeddings but the teacher's.
+
+Shapes: G users, N trajectories, S steps of the student, B samples, D embed dim, U user tokens, H width.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from rebeca_ray.checkpoint import TrainedPrior, load_prior, save_prior
+from rebeca_ray.config import DistillConfig, PriorSampling, SamplerSettings
+from rebeca_ray.diffusion import Denoiser, Diffusion
+from rebeca_ray.errors import QualityGateError, UserError
+from rebeca_ray.histories import build_histories
+from rebeca_ray.items import read_image_embeds
+from rebeca_ray.prior import LIKE, Prior
+from rebeca_ray.sampling import dpm_solver_pp_2m, guided_denoiser, item_noise, sample_liked
+from rebeca_ray.selector import MAX_HISTORY
+from rebeca_ray.storage import read_table, require_own, require_writable
+from rebeca_ray.training_set import UserBlock
+
+TEACHER_STEPS = 4  # of the teacher for one of the student
+TILE = 256
+CHECKED_USERS, CHECKED_SAMPLES = 100, 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownUsers:
+    """G users the student learns on: their tokens, and the selector's factors if there is a selector."""
+
+    token_GUH: torch.Tensor
+    factor_GF: torch.Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectories:
+    """N trajectories of the teacher, at the S timesteps of the student and at their end."""
+
+    row_N: np.ndarray  # whose
+    x_SND: torch.Tensor
+    x0_ND: torch.Tensor
+
+
+def distill_prior(config: DistillConfig) -> dict[str, float]:
+    """Distill `config.prior` into `config.out`; returns the figures of student and teacher.
+
+    Raises UserError for a teacher that cannot be distilled, QualityGateError, and writes nothing, if the selector likes the
+    student's samples less than `config.min_quality` times the teacher's.
+    """
+    teacher = load_prior(config.prior, config.device)
+    check_teacher(teacher, config)
+    require_own(config.out, "out", "config.json", "format")
+    require_writable(config.out, "out")
+    torch.manual_seed(config.seed)
+    diffusion = Diffusion.build(teacher.diffusion, config.device)
+    timesteps = diffusion.inference_timesteps(config.num_inference_steps)
+    users = known_users(teacher, config)
+    drawn = draw_trajectories(teacher, diffusion, users, timesteps, config.num_trajectories, config.seed)
+    network = copy.deepcopy(teacher.network)
+    losses = fit_student(network, diffusion, users, drawn, timesteps, config)
+    student = replace(
+        teacher,
+        network=network.eval(),
+        sampling=PriorSampling(prior_guidance_scale=teacher.sampling.prior_guidance_scale, distilled_steps=config.num_inference_steps),
+        curve="epoch,train_loss\n" + "".join(f"{epoch},{loss:.6g}\n" for epoch, loss in enumerate(losses, 1)),
+    )
+    figures = compare(teacher, student, diffusion, users)
+    if figures["student_quality"] < config.min_quality:
+        raise QualityGateError(
+            f"distilled prior: {figures['student_quality']:.1%} of the teacher's quality, min_quality is {config.min_quality:.1%}; "
+            "raise num_trajectories, max_epochs or num_inference_steps"
+        )
+    save_prior(replace(student, metrics={**teacher.metrics, **figures}), config.out)
+    return figures
+
+
+def check_teacher(teacher: TrainedPrior, config: DistillConfig) -> None:
+    if teacher.sampling.distilled_steps is not None:
+        raise UserError(f"prior {config.prior}: is distilled already; give the prior it was made from")
+    if teacher.diffusion.prediction_type == "epsilon":
+        raise UserError(
+            f"prior {config.prior}: predicts epsilon, from which a single pass at the first timestep cannot tell the sample; "
+            "train it with diffusion.prediction_type sample or v_prediction"
+        )
+    if teacher.settings.user_encoder == "history" and (config.interactions is None or config.items is None):
+        raise UserError(f"prior {config.prior}: knows users by their history; set `interactions` and `items`")
+
+
+def known_users(teacher: TrainedPrior, config: DistillConfig) -> KnownUsers:
+    """Up to `config.num_users` users, evenly spaced, with their whole histories if those are given."""
+    selector = teacher.selector
+    if config.interactions is None or config.items is None:
+        rows = teacher.user_rows if teacher.user_rows is not None else teacher.network.null_user_UH.detach()[None]
+        chosen = np.linspace(0, len(rows) - 1, min(config.num_users, len(rows))).astype(int)
+        factors = selector.rows_VF[chosen] if selector is not None and selector.rows_VF is not None else None
+        return KnownUsers(token_GUH=rows[chosen], factor_GF=factors)
+    items = read_image_embeds(config.items)
+    x0_ID = teacher.scaler.scale(torch.from_numpy(items.image_embeds)).numpy()
+    histories = build_histories(config.interactions.model_copy(update={"hold_out": 0.0}), items.item_id, config.storage)
+    block = UserBlock(read_table(histories.file(0), "histories"), histories.first_user_index, training_only=False)
+    chosen = np.linspace(0, len(block.counts_V) - 1, min(config.num_users, len(block.counts_V))).astype(int)
+    history = block.history(chosen, max(teacher.settings.max_history, MAX_HISTORY)).look_up(x0_ID, config.device)
+    with torch.inference_mode():
+        factors = None if selector is None else selector.user_factors(history.latest(MAX_HISTORY))
+    index = block.user_index_V[chosen]
+    return KnownUsers(token_GUH=teacher.user_tokens(index, history.latest(teacher.settings.max_history)), factor_GF=factors)
+
+
+@torch.inference_mode()
+def draw_trajectories(
+    teacher: TrainedPrior, diffusion: Diffusion, users: KnownUsers, timesteps: Sequence[int], count: int, seed: int
+) -> Trajectories:
+    """Solve `count` guided trajectories of random users, `TEACHER_STEPS` steps for one of the student's."""
+    row_N = np.random.default_rng(seed).integers(0, len(users.token_GUH), count)
+    fine = diffusion.inference_timesteps(TEACHER_STEPS * len(timesteps))
+    points: list[torch.Tensor] = []
+    ends: list[torch.Tensor] = []
+    for start in range(0, count, TILE):
+        row = torch.from_numpy(row_N[start : start + TILE]).to(users.token_GUH.device)
+        own = torch.arange(len(row), device=row.device)
+        guided = guided_denoiser(teacher.network, diffusion, users.token_GUH[row], own, teacher.sampling.prior_guidance_scale)
+        passed: list[torch.Tensor] = []
+
+        def denoise(x_BD: torch.Tensor, timestep: int, guided: Denoiser = guided, passed: list[torch.Tensor] = passed) -> torch.Tensor:
+            if timestep in timesteps:
+                passed.append(x_BD)
+            return guided(x_BD, timestep)
+
+        seeds = [seed * 2**40 + number for number in range(start, start + len(row))]
+        ends.append(dpm_solver_pp_2m(denoise, item_noise(seeds, teacher.network.embed_dim, row.device), fine, diffusion))
+        points.append(torch.stack(passed))
+    return Trajectories(row_N=row_N, x_SND=torch.cat(points, dim=1).clone(), x0_ND=torch.cat(ends).clone())
+
+
+def targets(drawn: Trajectories, timesteps: Sequence[int], diffusion: Diffusion) -> torch.Tensor:
+    """[S, N, D]: the `denoised` that takes a DDIM step from each point of a trajectory exactly to the next (Salimans & Ho
+    2022, appendix G); from the last one to its end.
+    """
+    found = []
+    for step, (timestep, following) in enumerate(pairwise(timesteps)):
+        ratio = diffusion.sigma[following] / diffusion.sigma[timestep]
+        weight = diffusion.alpha[following] - ratio * diffusion.alpha[timestep]
+        found.append((drawn.x_SND[step + 1] - ratio * drawn.x_SND[step]) / weight)
+    return torch.stack([*found, drawn.x0_ND])
+
+
+def fit_student(
+    network: Prior, diffusion: Diffusion, users: KnownUsers, drawn: Trajectories, timesteps: Sequence[int], config: DistillConfig
+) -> list[float]:
+    """Train the denoiser in place, users' tokens as they are; returns the mean loss of each epoch."""
+    goal_SND, device = targets(drawn, timesteps, diffusion), drawn.x0_ND.device
+    count, token_GUH = len(drawn.row_N), users.token_GUH.clone()
+    optimizer = torch.optim.AdamW(network.denoiser.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
+    steps = config.max_epochs * -(-count * len(timesteps) // config.batch_size)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=steps)
+    row_N, timestep_S = torch.from_numpy(drawn.row_N).to(device), torch.tensor(timesteps, device=device)
+    losses = []
+    network.train()
+    for _ in range(config.max_epochs):
+        total = torch.zeros((), device=device)
+        for part in torch.randperm(count * len(timesteps), device=device).split(config.batch_size):
+            step, number = part // count, part % count
+            x_BD, timestep_B = drawn.x_SND[step, number], timestep_S[step]
+            condition = network.condition(token_GUH[row_N[number]], torch.full_like(number, LIKE))
+            denoised = diffusion.denoised(network(x_BD, timestep_B, condition), x_BD, timestep_B)
+            loss = F.mse_loss(denoised, goal_SND[step, number])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            decay.step()
+            total += loss.detach() * len(part)
+        losses.append(float(total) / (count * len(timesteps)))
+    return losses
+
+
+def compare(teacher: TrainedPrior, student: TrainedPrior, diffusion: Diffusion, users: KnownUsers) -> dict[str, float]:
+    """How close the student comes with the same users and noise, drawn for neither's training.
+
+    `student_quality` is the ratio of the selector's mean like probabilities; without a selector, the mean cosine of the two.
+    """
+    chosen = np.linspace(0, len(users.token_GUH) - 1, min(CHECKED_USERS, len(users.token_GUH))).astype(int)
+    row_N = np.repeat(chosen, CHECKED_SAMPLES)
+    steps = diffusion.settings.num_train_timesteps
+    drawn = []
+    for prior in (teacher, student):
+        sampler = SamplerSettings().resolve(prior.sampling, steps)
+        drawn.append(sample_liked(prior.network, diffusion, users.token_GUH, row_N, range(2**50, 2**50 + len(row_N)), sampler))
+    cosine = float(F.cosine_similarity(drawn[0], drawn[1]).mean())
+    if teacher.selector is None or users.factor_GF is None:
+        return {"cosine_to_teacher": cosine, "student_quality": cosine}
+    factor_NF = users.factor_GF[row_N]
+    like = [float(teacher.selector.like_probability(x_ND.to(factor_NF.device), factor_NF).mean()) for x_ND in drawn]
+    return {"cosine_to_teacher": cosine, "teacher_like": like[0], "student_like": like[1], "student_quality": like[1] / like[0]}

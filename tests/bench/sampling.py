@@ -1,0 +1,145 @@
+"""How fast the prior is sampled, against the reference loop, on the network `paper-v2` at D = 1024.
+
+The reference: 1000 ancestral DDPM steps, two separate forward passes a step, one user a call, 10 embeddings a call, float32.
+All variants use the same weights and the same threads, one after the other in each of several rounds; the table gives medians. Long
+loops are run for a part of their steps and scaled up, which is exact but for start-up: every step costs the same.
+
+    python tests/bench/sampling.py [--rounds 3] [--threads 2] [--no-compile]
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from rebeca_ray.config import DiffusionSettings, NetworkSettings, SamplerSettings
+from rebeca_ray.diffusion import Denoiser, Diffusion
+from rebeca_ray.presets import PRESETS
+from rebeca_ray.prior import LIKE, NULL_RATING, Prior
+from rebeca_ray.sampling import SAMPLERS, item_noise, sample_liked
+from rebeca_ray.users import UserTable
+
+RESULTS = Path(__file__).parent / "results"
+D, NUM_USERS, A_USER, GUIDANCE = 1024, 210, 10, 4.0
+STEPS, DISTILLED_STEPS, TILE = 16, 4, 256
+
+
+def wake(prior: Prior) -> Prior:
+    """Random numbers where training starts from zero: untrained, but not trivially so."""
+    torch.manual_seed(0)
+    for parameter in prior.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return prior.eval()
+
+
+def two_passes(prior: Prior, diffusion: Diffusion, user_BUH: torch.Tensor) -> Denoiser:
+    """Guidance as the reference does it: two calls of the network, everything computed anew in each."""
+    rows = len(user_BUH)
+    null_BUH = prior.null_user_UH.expand(rows, -1, -1)
+
+    def denoise(x_BD: torch.Tensor, timestep: int) -> torch.Tensor:
+        timestep_B = torch.full((rows,), timestep)
+        conditional = prior(x_BD, timestep_B, prior.condition(user_BUH, torch.full((rows,), LIKE)))
+        unconditional = prior(x_BD, timestep_B, prior.condition(null_BUH, torch.full((rows,), NULL_RATING)))
+        return diffusion.denoised(unconditional + GUIDANCE * (conditional - unconditional), x_BD, timestep_B[:1])
+
+    return denoise
+
+
+@torch.inference_mode()
+def plain(prior: Prior, diffusion: Diffusion, users_UH: torch.Tensor, *, sampler: str, steps: int, run: int, rows: int) -> float:
+    """Embeddings a second of `steps` steps of `rows` embeddings, two passes each; `run` of the steps are run."""
+    timesteps = diffusion.inference_timesteps(steps)[-run:]
+    user_BUH = users_UH[np.arange(rows) // A_USER % len(users_UH)]
+    noise = item_noise(range(rows), D)
+    denoise = two_passes(prior, diffusion, user_BUH)
+    started = time.perf_counter()
+    SAMPLERS[sampler](denoise, noise, timesteps, diffusion)
+    return rows / ((time.perf_counter() - started) * steps / run)
+
+
+def ours(prior: Prior, diffusion: Diffusion, users_UH: torch.Tensor, *, sampler: str, steps: int, guidance: float) -> float:
+    """Embeddings a second of the library's own sampling: tiles of 256, conditions kept, one doubled batch."""
+    rows = 2 * TILE
+    settings = SamplerSettings.model_validate(
+        {"name": sampler, "num_inference_steps": steps, "prior_guidance_scale": guidance, "batch_size": TILE}
+    )
+    started = time.perf_counter()
+    sample_liked(prior, diffusion, users_UH, np.arange(rows) // A_USER, range(rows), settings)
+    return rows / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-compile", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    prior = wake(Prior(NetworkSettings.model_validate(PRESETS["paper-v2"]["network"]), D))
+    users_UH = UserTable(NUM_USERS, 1, 128).rows_VUH
+    diffusion = Diffusion.build(DiffusionSettings())
+
+    def autocast() -> float:
+        with torch.autocast("cpu", torch.bfloat16):
+            return ours(prior, diffusion, users_UH, sampler="dpm_solver", steps=STEPS, guidance=GUIDANCE)
+
+    variants: dict[str, Callable[[], float]] = {
+        "reference: DDPM, 1000 steps, two passes, 10 a call": lambda: plain(
+            prior, diffusion, users_UH, sampler="ddpm", steps=1000, run=10, rows=A_USER
+        ),
+        f"+ few steps: DPM-Solver++(2M), {STEPS}": lambda: plain(
+            prior, diffusion, users_UH, sampler="dpm_solver", steps=STEPS, run=STEPS, rows=A_USER
+        ),
+        f"+ batches: {TILE} of many users": lambda: plain(
+            prior, diffusion, users_UH, sampler="dpm_solver", steps=STEPS, run=STEPS // 4, rows=TILE
+        ),
+        "+ conditions kept, one doubled batch": lambda: ours(
+            prior, diffusion, users_UH, sampler="dpm_solver", steps=STEPS, guidance=GUIDANCE
+        ),
+        f"+ distilled: {DISTILLED_STEPS} passes": lambda: ours(
+            prior, diffusion, users_UH, sampler="ddim", steps=DISTILLED_STEPS, guidance=1.0
+        ),
+    }
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":  # elsewhere bfloat16 is emulated, hundreds of times slower
+        variants["in bfloat16, not distilled"] = autocast
+    if not arguments.no_compile:
+        compiled = torch.compile(prior, dynamic=False)
+        variants["compiled, not distilled"] = lambda: ours(
+            compiled, diffusion, users_UH, sampler="dpm_solver", steps=STEPS, guidance=GUIDANCE
+        )
+    for variant in variants.values():
+        variant()  # warm
+    rates: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(arguments.rounds):
+        for name, variant in variants.items():
+            rates[name].append(variant())
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    reference = next(iter(median.values()))
+    table = Table("", "embeddings/s", "times the reference")
+    for name, rate in median.items():
+        table.add_row(name, f"{rate:.2f}", f"{rate / reference:.1f}")
+    Console().print(table)
+    found = {
+        "device": f"{arguments.threads} threads of {platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "torch": torch.__version__,
+        "rounds": arguments.rounds,
+        "embeddings_a_second": median,
+        "times_the_reference": {name: rate / reference for name, rate in median.items()},
+    }
+    RESULTS.mkdir(exist_ok=True)
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    (RESULTS / f"sampling-cpu-{capability}.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
