@@ -45,7 +45,7 @@ class Fit:
     def learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def end_epoch(self, train_loss: float, val_loss: float) -> None:
+    def end_epoch(self, train_loss: float, val_loss: float, samples_per_second: float) -> None:
         self.epoch += 1
         if isinstance(self.schedule, ReduceLROnPlateau):
             self.schedule.step(val_loss)
@@ -53,7 +53,7 @@ class Fit:
             self.schedule.step()
         self.stale_epochs = 0 if val_loss < self.best_loss else self.stale_epochs + 1
         self.best_loss = min(self.best_loss, val_loss)
-        self.curve.append([self.epoch, round(train_loss, 6), round(val_loss, 6), self.learning_rate])
+        self.curve.append([self.epoch, round(train_loss, 6), round(val_loss, 6), self.learning_rate, round(samples_per_second)])
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -37,6 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "network": {"num_layers": 3, "num_heads": 4, "width": 96, "num_tokens": 1, "user_encoder": "history", "max_history": 64},
         "optimization": {
             "learning_rate": 2.5e-3,
+            "user_learning_rate": 0.3,
             "batch_size": 256,
             "samples_per_user": 24,
             "like_share": 1.0,

@@ -74,7 +74,8 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
             fit.diverged = f"validation loss {val_loss:.4g} after epoch {epoch} at learning rate {fit.learning_rate:.3g}"
         if fit.diverged:
             train_loss = val_loss = math.inf
-        fit.end_epoch(train_loss, val_loss)
+        rate = samples * world_size / (time.perf_counter() - started)
+        fit.end_epoch(train_loss, val_loss, rate)
         metrics = {"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss, "learning_rate": fit.learning_rate}
         if writer is None:
             train.report(metrics)
@@ -82,10 +83,9 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
         for name in ("train_loss", "val_loss", "learning_rate"):
             writer.add_scalar(name, metrics[name], epoch)
         writer.flush()
-        seconds = time.perf_counter() - started
         print(
             f"epoch {epoch}/{optimization.max_epochs}  train {train_loss:.4f}  val {val_loss:.4f}  best {fit.best_loss:.4f}  "
-            f"lr {fit.learning_rate:.1e}  {samples * world_size / seconds:,.0f} samples/s",
+            f"lr {fit.learning_rate:.1e}  {rate:,.0f} samples/s",
             flush=True,
         )
         with tempfile.TemporaryDirectory() as folder:

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import statistics
 import sys
 from pathlib import Path
 
@@ -96,7 +97,12 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
         clip=items.clip,
         user_rows=state["table"]["rows"] if state["table"] else None,
         users=user_table(histories) if state["table"] else None,
-        metrics={"val_loss": state["best_loss"], "best_epoch": float(state["epoch"]), "epochs": float(last["epoch"])},
+        metrics={
+            "val_loss": state["best_loss"],
+            "best_epoch": float(state["epoch"]),
+            "epochs": float(last["epoch"]),
+            "samples_per_second": statistics.median(row[-1] for row in last["curve"]),
+        },
         curve=curve_csv(last["curve"]),
     )
     prior = finish_prior(prior, histories, x0_ID, seed=config.optimization.seed)
@@ -139,5 +145,5 @@ def validation_batch(histories: Histories, config: TrainConfig) -> Batch:
 def curve_csv(curve: list[list[float]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([["epoch", "train_loss", "val_loss", "learning_rate"], *curve])
+    writer.writerows([["epoch", "train_loss", "val_loss", "learning_rate", "samples_per_second"], *curve])
     return text.getvalue()

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from rebeca_ray.config import EmbedConfig, GenerateConfig, TrainConfig, expand, load_config
+from rebeca_ray.config import DistillConfig, EmbedConfig, GenerateConfig, TrainConfig, expand, load_config
 from rebeca_ray.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
-MODELS = {"embed": EmbedConfig, "train": TrainConfig, "generate": GenerateConfig}
+MODELS = {"embed": EmbedConfig, "train": TrainConfig, "distill": DistillConfig, "generate": GenerateConfig}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

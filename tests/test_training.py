@@ -92,7 +92,7 @@ def test_the_prior_learns_who_likes_what_and_a_rerun_changes_nothing(world: dict
     nearest = torch.nn.functional.cosine_similarity(drawn[:, None], prior.scaler.scale(centres)[None], dim=-1).argmax(1)
     assert (nearest == torch.arange(2).repeat_interleave(20)).float().mean() >= 0.95
     lines = (Path(config.out) / "training.csv").read_text().splitlines()
-    assert lines[0] == "epoch,train_loss,val_loss,learning_rate"
+    assert lines[0] == "epoch,train_loss,val_loss,learning_rate,samples_per_second"
     assert float(lines[-1].split(",")[1]) < 0.7 * float(lines[1].split(",")[1])
     assert train_prior(config) == metrics  # the finished run is found again, not repeated
     assert list(Path(config.storage).rglob("events.out.tfevents*"))

@@ -69,7 +69,7 @@ def plain(prior: Prior, diffusion: Diffusion, users_UH: torch.Tensor, *, sampler
 
 def ours(prior: Prior, diffusion: Diffusion, users_UH: torch.Tensor, *, sampler: str, steps: int, guidance: float) -> float:
     """Embeddings a second of the library's own sampling: tiles of 256, conditions kept, one doubled batch."""
-    rows = 2 * TILE
+    rows = TILE
     settings = SamplerSettings.model_validate(
         {"name": sampler, "num_inference_steps": steps, "prior_guidance_scale": guidance, "batch_size": TILE}
     )

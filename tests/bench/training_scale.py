@@ -1,0 +1,184 @@
+"""That training does not care how many users or ratings there are: step time, memory, and two workers against one.
+
+    python tests/bench/training_scale.py steps      an `id` table of 10,000 and of 1,000,000 users: ms a step, MiB of the process
+    python tests/bench/training_scale.py memory     grouping 1 and 20 million interactions: peak MiB of all processes
+    python tests/bench/training_scale.py workers    two workers with one thread each against one: samples/s
+
+Every measurement runs in a process of its own, in turn; the table gives medians of the rounds.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+D, BATCH, STEPS = 256, 256, 60
+ITEMS, RATINGS_A_USER, ROWS_A_CHUNK = 7096, 20, 1_000_000
+
+
+def time_steps(num_users: int) -> dict[str, float]:
+    """Optimizer steps of the paper's later network on random samples of `num_users` users."""
+    import torch
+
+    from rebeca_ray.config import TrainConfig
+    from rebeca_ray.diffusion import Diffusion
+    from rebeca_ray.fit import DenoisingLoss, Fit
+    from rebeca_ray.train_loop import train_epoch
+    from rebeca_ray.training_set import Batch, Rated
+
+    torch.set_num_threads(1)
+    told = {"preset": "paper-v2", "network": {"num_layers": 2}, "interactions": {"path": "i"}, "items": "i", "out": "o"}
+    config = TrainConfig.model_validate(told)
+    device = torch.device("cpu")
+    fit = Fit(config, D, num_users, device)
+    loss = DenoisingLoss(fit.prior, Diffusion.build(config.diffusion), config)
+    random = np.random.default_rng(0)
+    x0_ID = random.standard_normal((ITEMS, D)).astype(np.float32) * 0.2
+    generator = torch.Generator().manual_seed(0)
+    seconds = []
+    for _ in range(STEPS):
+        batch = Batch(
+            user_index_G=random.integers(0, num_users, BATCH),
+            item_index_B=random.integers(0, ITEMS, BATCH),
+            like_B=random.integers(0, 2, BATCH).astype(np.int8),
+            row_B=np.arange(BATCH),
+            history=Rated.nothing(BATCH, 1),
+        )
+        started = time.perf_counter()
+        train_epoch(loss, fit, iter([batch]), x0_ID, generator, config, None)
+        seconds.append(time.perf_counter() - started)
+    assert fit.table is not None
+    table = fit.table.rows_VUH.nbytes / 2**20
+    return {
+        "ms_a_step": 1000 * statistics.median(seconds[10:]),
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "table_mib": table,
+    }
+
+
+def write_ratings(folder: Path, rows: int) -> None:
+    """`rows` ratings by rows / 20 users, in no order, a million a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for start in range(0, rows, ROWS_A_CHUNK):
+        path = folder / f"part-{start // ROWS_A_CHUNK:05d}.parquet"
+        if path.exists():
+            continue
+        number = np.random.default_rng(1).permutation(ROWS_A_CHUNK) + start
+        user, place = number // RATINGS_A_USER, number % RATINGS_A_USER
+        table = pa.table(
+            {
+                "user_id": pa.array([f"user-{value:08d}" for value in user]),
+                "item_id": pa.array([f"item-{value:05d}" for value in (user * 31 + place * 353) % ITEMS]),
+                "rating": pa.array((1 + number % 5).astype(np.float32)),
+                "timestamp": pa.array(number * 1_000_000, pa.timestamp("us")),
+            }
+        )
+        pq.write_table(table, path)
+
+
+def measure_memory(rows: int, data: Path) -> dict[str, float]:
+    """Group `rows` interactions by user; the peak of all our processes' private memory, and of Ray's shared store."""
+    from rebeca_ray.config import InteractionSettings
+    from rebeca_ray.histories import build_histories
+
+    write_ratings(data / f"ratings-{rows}", rows)
+    subprocess.run(["rm", "-rf", str(data / f"histories-{rows}")], check=True)
+    peak = [0.0]
+    done = threading.Event()
+
+    def watch() -> None:
+        me = psutil.Process()
+        while not done.wait(0.25):
+            total = 0
+            for process in [me, *me.children(recursive=True)]:
+                try:
+                    memory = process.memory_info()
+                    total += memory.rss - memory.shared
+                except psutil.Error:
+                    continue
+            shared = sum(file.stat().st_blocks * 512 for file in Path("/dev/shm").glob("plasma*"))
+            peak[0] = max(peak[0], (total + shared) / 2**20)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started = time.perf_counter()
+    item_id = np.array([f"item-{number:05d}" for number in range(ITEMS)])
+    histories = build_histories(InteractionSettings(path=str(data / f"ratings-{rows}")), item_id, str(data / f"histories-{rows}"))
+    seconds = time.perf_counter() - started
+    done.set()
+    watcher.join()
+    return {"peak_mib": peak[0], "seconds": seconds, "users": histories.num_users, "buckets": len(histories.users_of_bucket)}
+
+
+def measure_workers(num_workers: int, data: Path) -> dict[str, float]:
+    """Samples a second of some epochs on the stickers, one thread a worker."""
+    from rebeca_ray.config import EmbedConfig, TrainConfig, load_config
+    from rebeca_ray.items import embed_items
+    from rebeca_ray.stickers.simulate import simulate
+    from rebeca_ray.training import train_prior
+
+    configs = Path(__file__).parents[2] / "jobs" / "configs"
+    if not (data / "items" / "embedding.json").exists():
+        embed_items(load_config(EmbedConfig, configs / "embed_stickers.yaml", [f"out={data}/items"]))
+    simulate(2000, 0, data)
+    overrides = [f"interactions.path={data}/interactions.parquet", f"items={data}/items", f"out={data}/prior", f"storage={data}/train"]
+    overrides += [f"run_name=workers-{num_workers}-{os.getpid()}", "optimization.max_epochs=3", f"workers.num_workers={num_workers}"]
+    overrides += ["workers.cpus_per_worker=1", "workers.threads_per_worker=1"]
+    metrics = train_prior(load_config(TrainConfig, configs / "train_stickers.yaml", overrides))
+    return {"samples_a_second": metrics["samples_per_second"]}
+
+
+def in_turn(name: str, sizes: list[int], rounds: int, data: Path) -> dict[int, dict[str, float]]:
+    """Each size in a process of its own, round after round; medians."""
+    found: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
+    for _ in range(rounds):
+        for size in sizes:
+            command = [sys.executable, __file__, name, "--one", str(size), "--data", str(data)]
+            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            found[size].append(json.loads(out.splitlines()[-1]))
+    return {size: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for size, rows in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["steps", "memory", "workers"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--data", type=Path, default=Path("runs/training_scale"))
+    parser.add_argument("--one", type=int)
+    arguments = parser.parse_args()
+    data = arguments.data.absolute()
+    if arguments.one is not None:
+        measured: dict[str, Any] = {
+            "steps": lambda: time_steps(arguments.one),
+            "memory": lambda: measure_memory(arguments.one, data),
+            "workers": lambda: measure_workers(arguments.one, data),
+        }[arguments.what]()
+        print(json.dumps(measured))
+        return
+    sizes = {"steps": [10_000, 1_000_000], "memory": [1_000_000, 20_000_000], "workers": [1, 2]}[arguments.what]
+    found = in_turn(arguments.what, sizes, arguments.rounds, data)
+    first, last = found[sizes[0]], found[sizes[1]]
+    table = Table("", *(f"{size:,}" for size in sizes), "ratio")
+    for key in first:
+        table.add_row(key, f"{first[key]:.1f}", f"{last[key]:.1f}", f"{last[key] / first[key]:.2f}")
+    Console().print(table)
+    (RESULTS / f"training_scale-{arguments.what}.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
