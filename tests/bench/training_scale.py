@@ -1,7 +1,7 @@
 """That training does not care how many users or ratings there are: step time, memory, and two workers against one.
 
     python tests/bench/training_scale.py steps      an `id` table of 10,000 and of 1,000,000 users: ms a step, MiB of the process
-    python tests/bench/training_scale.py memory     grouping 1 and 20 million interactions: peak MiB of all processes
+    python tests/bench/training_scale.py memory     grouping 1 and 20 million interactions: peak MiB in use
     python tests/bench/training_scale.py workers    two workers with one thread each against one: samples/s
 
 Every measurement runs in a process of its own, in turn; the table gives medians of the rounds.
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
@@ -29,6 +28,12 @@ from rich.table import Table
 RESULTS = Path(__file__).parent / "results"
 D, BATCH, STEPS = 256, 256, 60
 ITEMS, RATINGS_A_USER, ROWS_A_CHUNK = 7096, 20, 1_000_000
+
+
+def used_memory() -> int:
+    """Bytes of memory in use on this machine: all processes and shared memory, no file cache."""
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return 1024 * (int(meminfo["MemTotal"].split()[0]) - int(meminfo["MemAvailable"].split()[0]))
 
 
 def time_steps(num_users: int) -> dict[str, float]:
@@ -92,7 +97,7 @@ def write_ratings(folder: Path, rows: int) -> None:
 
 
 def measure_memory(rows: int, data: Path) -> dict[str, float]:
-    """Group `rows` interactions by user; the peak of all our processes' private memory, and of Ray's shared store."""
+    """Group `rows` interactions by user; the peak of the machine's used memory above what it was before."""
     from rebeca_ray.config import InteractionSettings
     from rebeca_ray.histories import build_histories
 
@@ -102,17 +107,9 @@ def measure_memory(rows: int, data: Path) -> dict[str, float]:
     done = threading.Event()
 
     def watch() -> None:
-        me = psutil.Process()
+        before = used_memory()
         while not done.wait(0.25):
-            total = 0
-            for process in [me, *me.children(recursive=True)]:
-                try:
-                    memory = process.memory_info()
-                    total += memory.rss - memory.shared
-                except psutil.Error:
-                    continue
-            shared = sum(file.stat().st_blocks * 512 for file in Path("/dev/shm").glob("plasma*"))
-            peak[0] = max(peak[0], (total + shared) / 2**20)
+            peak[0] = max(peak[0], (used_memory() - before) / 2**20)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
