@@ -142,33 +142,62 @@ def test_new_embeddings_or_users_start_a_new_run(world: dict[str, str]) -> None:
     assert run_name(config, build_histories(config.interactions, items.item_id, config.storage), items) != name
 
 
-def test_a_killed_run_goes_on_from_its_last_epoch(world: dict[str, str], tmp_path: Path) -> None:
-    """Kill the driver in the middle with SIGKILL; the same command again joins the curve up."""
-    config = configure(world, max_epochs=16)
-    (tmp_path / "config.json").write_text(config.model_dump_json())
+def start_training(config: TrainConfig, folder: Path) -> subprocess.Popen[str]:
+    """A driver of its own that trains, and prints to a pipe."""
+    (folder / "config.json").write_text(config.model_dump_json())
     script = textwrap.dedent(
         """
         import sys
-        from rebeca_ray.config import SamplerSettings, TrainConfig
+        from rebeca_ray.config import TrainConfig
         from rebeca_ray.training import train_prior
         print(train_prior(TrainConfig.model_validate_json(open(sys.argv[1]).read())))
         """
     )
-    command = [sys.executable, "-c", script, str(tmp_path / "config.json")]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, "-c", script, str(folder / "config.json")]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def epochs_in(text: str) -> list[int]:
+    return [int(epoch) for epoch in re.findall(r"epoch (\d+)/16", text)]
+
+
+def assert_the_curve_joins_up(config: TrainConfig) -> None:
+    epochs = [int(line.split(",")[0]) for line in (Path(config.out) / "training.csv").read_text().splitlines()[1:]]
+    assert epochs == list(range(1, 17))
+
+
+def test_a_killed_run_goes_on_from_its_last_epoch(world: dict[str, str], tmp_path: Path) -> None:
+    """Kill the driver in the middle with SIGKILL; the same command again joins the curve up."""
+    config = configure(world, max_epochs=16)
+    first = start_training(config, tmp_path)
     assert first.stdout is not None
     assert any("epoch 3/16" in line for line in first.stdout)
     first.send_signal(signal.SIGKILL)
     first.wait()
     time.sleep(2)
-    second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert second.returncode == 0, second.stdout + second.stderr
-    printed = [int(epoch) for epoch in re.findall(r"epoch (\d+)/16", second.stdout + second.stderr)]
-    assert printed  # it trained on
-    assert min(printed) > 2  # the third may not have been kept yet
-    epochs = [int(line.split(",")[0]) for line in (Path(config.out) / "training.csv").read_text().splitlines()[1:]]
-    assert epochs == list(range(1, 17))
+    second = start_training(config, tmp_path)
+    told, _ = second.communicate(timeout=200)
+    assert second.returncode == 0, told
+    assert epochs_in(told)  # it trained on
+    assert min(epochs_in(told)) > 2  # the third may not have been kept yet
+    assert_the_curve_joins_up(config)
+
+
+def test_a_killed_worker_is_replaced_and_goes_on(world: dict[str, str], tmp_path: Path) -> None:
+    """Kill the worker process in the middle with SIGKILL; Ray Train starts another from the last checkpoint."""
+    config = configure(world, max_epochs=16)
+    driver = start_training(config, tmp_path)
+    assert driver.stdout is not None
+    line = next(line for line in driver.stdout if "epoch 3/16" in line)
+    worker = re.search(r"RayTrainWorker pid=(\d+)", line)
+    assert worker, line
+    os.kill(int(worker[1]), signal.SIGKILL)
+    told, _ = driver.communicate(timeout=200)
+    assert driver.returncode == 0, told
+    assert "goes on after epoch" in told
+    assert epochs_in(told)[-1] == 16
+    assert_the_curve_joins_up(config)
 
 
 def test_items_without_embeddings_are_refused(world: dict[str, str]) -> None:
