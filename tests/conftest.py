@@ -10,17 +10,25 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from rebeca_ray import schemas
-from rebeca_ray.checkpoint import TrainedPrior, save_prior
-from rebeca_ray.config import DecoderSettings, DiffusionSettings, NetworkSettings, PriorSampling
+from rebeca_ray.catalog.layout import Run
+from rebeca_ray.checkpoint import TrainedPrior, fingerprint, read_prior_config, save_prior
+from rebeca_ray.config import DecoderSettings, DiffusionSettings, GenerateConfig, NetworkSettings, PriorSampling, SamplerSettings
+from rebeca_ray.decoder_files import decoder_fingerprint
 from rebeca_ray.embeds import EmbedScaler
+from rebeca_ray.histories import Histories
+from rebeca_ray.planning import PlanUsers
 from rebeca_ray.prior import CrossAttentionDenoiser, Prior
+from rebeca_ray.rendering import RenderImages
+from rebeca_ray.storage import ChecksumHandler
 from rebeca_ray.users import UserTable
 
 REPO = Path(__file__).parents[1]
@@ -167,6 +175,57 @@ def write_request(folder: Path) -> str:
     }
     pq.write_table(pa.table(columns), folder / "request.parquet")
     return str(folder / "request.parquet")
+
+
+def write_items(folder: Path) -> str:
+    embeds = np.random.default_rng(3).standard_normal((20, D)).astype(np.float32)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(D))
+    pq.write_table(pa.table({"item_id": [f"real-{number}" for number in range(20)], "image_embeds": column}), folder / "items.parquet")
+    return str(folder / "items.parquet")
+
+
+def generate_config(folder: Path, decoder: DecoderSettings) -> GenerateConfig:
+    return GenerateConfig(
+        prior=write_tiny_prior(folder),
+        decoder=decoder,
+        request=write_request(folder),
+        root=str(folder / "catalog"),
+        items=write_items(folder),
+        num_images=3,
+        sampler=SamplerSettings(num_inference_steps=4, batch_size=32, prior_guidance_scale=2.0, cpus_per_actor=0.5),
+    )
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_decoder: DecoderSettings) -> GenerateConfig:
+    return generate_config(tmp_path, tiny_decoder)
+
+
+def versions_of(config: GenerateConfig) -> dict[str, str]:
+    return {"prior": fingerprint(read_prior_config(config.prior)), "decoder": decoder_fingerprint(config.decoder)}
+
+
+def plan(config: GenerateConfig, request: pa.Table, histories: Histories | None = None) -> pa.Table:
+    """The planned items of some rows of a request, by the stage itself."""
+    bucket = [histories.bucket_of(user) if histories else 0 for user in request["user_id"].to_pylist()]
+    return PlanUsers(config, versions_of(config), histories)(request.append_column("bucket", pa.array(bucket, pa.int32())))
+
+
+def prepare(config: GenerateConfig, *, break_first: bool = False) -> Run:
+    """Plan and render a run by calling the stages one after the other, without Ray."""
+    run = Run.start(config)
+    planned = plan(config, pq.read_table(config.request))
+    if break_first:
+        values = planned["image_embeds"].combine_chunks().flatten().to_numpy().copy()
+        values[0] = np.nan
+        column = pa.FixedSizeListArray.from_arrays(pa.array(values), type=schemas.image_embeds(D))
+        planned = planned.set_column(planned.column_names.index("image_embeds"), "image_embeds", column)
+    Path(run.plan).mkdir(parents=True)
+    pq.write_table(planned, f"{run.plan}/plan.parquet")
+    images = RenderImages(config.decoder)(planned.select(["item_id", "image_embeds", "prompt"]))
+    filesystem = pyarrow.fs.PyFileSystem(ChecksumHandler(fsspec.filesystem("file"), run.checksums))
+    pq.write_table(images, f"{run.root}/{run.images}/part-000001-a.parquet", filesystem=filesystem)
+    return run
 
 
 def free_port() -> int:

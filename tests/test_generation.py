@@ -13,63 +13,21 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from rebeca_ray import identity, schemas
+from rebeca_ray import schemas
 from rebeca_ray.catalog.assemble import IncompleteRunError, assemble
-from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.publish import LostRaceError, publish, read_pointer
 from rebeca_ray.catalog.read import open_snapshot, published, read_catalog
-from rebeca_ray.checkpoint import TrainedPrior, fingerprint, load_prior, read_prior_config, save_prior
 from rebeca_ray.config import (
     DecoderSettings,
-    DiffusionSettings,
     GenerateConfig,
-    InteractionSettings,
-    PriorSampling,
-    SamplerSettings,
-    SelectionSettings,
 )
-from rebeca_ray.decoder_files import decoder_fingerprint
-from rebeca_ray.diffusion import Diffusion
-from rebeca_ray.embeds import EmbedScaler
 from rebeca_ray.errors import ErrorBudgetExceededError, UserError
 from rebeca_ray.generation import generate_catalog
-from rebeca_ray.histories import Histories
-from rebeca_ray.planning import PlanUsers, request_histories
-from rebeca_ray.prior import Prior
 from rebeca_ray.rendering import RenderImages
 from rebeca_ray.request import check_request
-from rebeca_ray.sampling import sample_liked
-from rebeca_ray.selector import Selector
 from rebeca_ray.stickers.training_data import to_pixels
-from rebeca_ray.storage import ChecksumHandler
-from tests.conftest import TINY_NETWORK, USERS, D, wake, write_request, write_tiny_prior
-
-
-def write_items(folder: Path) -> str:
-    embeds = np.random.default_rng(3).standard_normal((20, D)).astype(np.float32)
-    column = pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(D))
-    pq.write_table(pa.table({"item_id": [f"real-{number}" for number in range(20)], "image_embeds": column}), folder / "items.parquet")
-    return str(folder / "items.parquet")
-
-
-def configure(folder: Path, decoder: DecoderSettings) -> GenerateConfig:
-    return GenerateConfig(
-        prior=write_tiny_prior(folder),
-        decoder=decoder,
-        request=write_request(folder),
-        root=str(folder / "catalog"),
-        items=write_items(folder),
-        num_images=3,
-        sampler=SamplerSettings(num_inference_steps=4, batch_size=32, prior_guidance_scale=2.0, cpus_per_actor=0.5),
-    )
-
-
-@pytest.fixture
-def config(tmp_path: Path, tiny_decoder: DecoderSettings) -> GenerateConfig:
-    return configure(tmp_path, tiny_decoder)
+from tests.conftest import USERS, D, generate_config, prepare
 
 
 @pytest.fixture(scope="module")
@@ -77,35 +35,8 @@ def generated(
     tmp_path_factory: pytest.TempPathFactory, tiny_decoder: DecoderSettings, ray_local: None
 ) -> tuple[GenerateConfig, dict[str, Any]]:
     """One run of the whole job, shared by the tests that only read it: its config and its manifest."""
-    shared = configure(tmp_path_factory.mktemp("generated"), tiny_decoder)
+    shared = generate_config(tmp_path_factory.mktemp("generated"), tiny_decoder)
     return shared, generate_catalog(shared)
-
-
-def versions_of(config: GenerateConfig) -> dict[str, str]:
-    return {"prior": fingerprint(read_prior_config(config.prior)), "decoder": decoder_fingerprint(config.decoder)}
-
-
-def plan(config: GenerateConfig, request: pa.Table, histories: Histories | None = None) -> pa.Table:
-    """The planned items of some rows of a request, by the stage itself."""
-    bucket = [histories.bucket_of(user) if histories else 0 for user in request["user_id"].to_pylist()]
-    return PlanUsers(config, versions_of(config), histories)(request.append_column("bucket", pa.array(bucket, pa.int32())))
-
-
-def prepare(config: GenerateConfig, *, break_first: bool = False) -> Run:
-    """Plan and render a run by calling the stages one after the other, without Ray."""
-    run = Run.start(config)
-    planned = plan(config, pq.read_table(config.request))
-    if break_first:
-        values = planned["image_embeds"].combine_chunks().flatten().to_numpy().copy()
-        values[0] = np.nan
-        column = pa.FixedSizeListArray.from_arrays(pa.array(values), type=schemas.image_embeds(D))
-        planned = planned.set_column(planned.column_names.index("image_embeds"), "image_embeds", column)
-    Path(run.plan).mkdir(parents=True)
-    pq.write_table(planned, f"{run.plan}/plan.parquet")
-    images = RenderImages(config.decoder)(planned.select(["item_id", "image_embeds", "prompt"]))
-    filesystem = pyarrow.fs.PyFileSystem(ChecksumHandler(fsspec.filesystem("file"), run.checksums))
-    pq.write_table(images, f"{run.root}/{run.images}/part-000001-a.parquet", filesystem=filesystem)
-    return run
 
 
 def test_a_complete_snapshot_is_published(generated: tuple[GenerateConfig, dict[str, Any]]) -> None:
@@ -180,25 +111,6 @@ def test_two_runs_agree_whatever_order_and_actors_and_the_second_follows(
     changes = after.table("changes").to_pylist()
     assert [(row["user_id"], row["change"]) for row in changes] == [(USERS[0], "removed")] * 3
     assert before.items().num_rows == 16  # a reader that holds the first snapshot still reads it
-
-
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    asked=st.lists(st.tuples(st.sampled_from(USERS), st.none() | st.integers(1, 5)), min_size=1, unique_by=lambda row: row[0]),
-    cut=st.integers(0, len(USERS)),
-)
-def test_any_request_is_planned_item_by_item_whatever_the_batches(
-    config: GenerateConfig, asked: list[tuple[str, int | None]], cut: int
-) -> None:
-    """Every user gets their count, ranks without a gap, and the very same items however the request is cut."""
-    users, counts = (list(column) for column in zip(*asked, strict=True))
-    request = pa.table({"user_id": users, "num_images": pa.array(counts, pa.int32())})
-    whole = plan(config, request)
-    wanted = {user: count or config.num_images for user, count in asked}
-    assert [(row["user_id"], row["rank"]) for row in whole.to_pylist()] == [(u, rank) for u in users for rank in range(wanted[u])]
-    assert len(set(whole["item_id"].to_pylist())) == whole.num_rows
-    parts = [plan(config, part) for part in (request.slice(0, cut), request.slice(cut)) if part.num_rows]
-    assert pa.concat_tables(parts).combine_chunks() == whole.combine_chunks()
 
 
 def test_failed_rows_are_kept_apart_and_the_budget_decides(config: GenerateConfig) -> None:
@@ -314,11 +226,6 @@ def test_real_items_by_another_clip_are_refused(config: GenerateConfig) -> None:
         generate_catalog(config)
 
 
-def test_a_prior_replaced_while_planning_is_noticed(config: GenerateConfig) -> None:
-    with pytest.raises(UserError, match="was replaced while this run was planning; run again"):
-        PlanUsers(config, {"prior": "another version", "decoder": "any"}, None)
-
-
 def test_a_damaged_prior_is_refused_before_anything_is_planned(config: GenerateConfig) -> None:
     path = Path(config.prior) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
@@ -413,102 +320,3 @@ def test_the_same_on_s3(generated: tuple[GenerateConfig, dict[str, Any]]) -> Non
     there = read_catalog(on_s3.root)
     assert_same_items(there.items(), expected.items())
     assert_same_pixels(there.images(there.items()), expected.images(expected.items()))
-
-
-def write_history_prior(folder: Path, user_encoder: str) -> str:
-    """A prior with random weights that knows users by their history, or not at all."""
-    torch.manual_seed(0)
-    settings = TINY_NETWORK.model_copy(update={"user_encoder": user_encoder, "max_history": 4})
-    selector = Selector(D, num_factors=4)
-    prior = TrainedPrior(
-        network=wake(Prior(settings, D)),
-        settings=settings,
-        diffusion=DiffusionSettings(num_train_timesteps=100),
-        scaler=EmbedScaler(embed_dim=D, norm=3.0),
-        sampling=PriorSampling(prior_guidance_scale=2.0),
-        condition_dropout=0.15,
-        clip=None,
-        selector=selector,
-    )
-    save_prior(prior, str(folder / user_encoder))
-    return str(folder / user_encoder)
-
-
-def write_histories(folder: Path, **ratings: list[tuple[int, float]]) -> InteractionSettings:
-    rows = [(user.replace("_", "-"), f"real-{item}", rating) for user, rated in ratings.items() for item, rating in rated]
-    user, item, rating = zip(*rows, strict=True)
-    columns = {"user_id": user, "item_id": item, "rating": pa.array(rating, pa.float32())}
-    pq.write_table(pa.table(columns), folder / "interactions.parquet")
-    return InteractionSettings(path=str(folder / "interactions.parquet"))
-
-
-def plan_with_histories(config: GenerateConfig, users: list[str]) -> list[dict[str, Any]]:
-    run = Run.start(config)
-    return plan(config, pa.table({"user_id": users}), request_histories(config, run)).to_pylist()
-
-
-def test_who_has_rated_anything_is_served_and_who_has_not_gets_the_population(config: GenerateConfig, tmp_path: Path) -> None:
-    interactions = write_histories(tmp_path, user_0=[(1, 5.0), (2, 1.0)], new_user=[(3, 4.0)], grumpy=[(4, 1.0), (5, 2.0)])
-    config = config.model_copy(update={"prior": write_history_prior(tmp_path, "history"), "interactions": interactions})
-    check_request(config)
-    rows = plan_with_histories(config, ["user-0", "stranger", "new-user", "grumpy"])
-    assert [row["origin"] for row in rows] == ["new"] * 3 + ["population"] * 3 + ["new"] * 6
-    assert all(0 < row["like_probability"] < 1 for row in rows)
-    before = {row["item_id"]: row["image_embeds"] for row in rows}
-
-    changed = write_histories(tmp_path, user_0=[(1, 5.0), (2, 1.0)], new_user=[(3, 4.0), (6, 5.0)], grumpy=[(4, 1.0), (5, 2.0)])
-    again = plan_with_histories(config.model_copy(update={"interactions": changed}), ["user-0", "stranger", "new-user", "grumpy"])
-    same = [row["item_id"] in before for row in again]
-    assert same == [True] * 6 + [False] * 3 + [True] * 3  # new taste, new items; the others' stay, embedding and all
-    assert all(before[row["item_id"]] == row["image_embeds"] for row, kept in zip(again, same, strict=True) if kept)
-
-
-def test_a_prior_by_id_gives_strangers_the_population(config: GenerateConfig) -> None:
-    rows = plan(config, pa.table({"user_id": ["user-1", "stranger"]})).to_pylist()
-    assert [row["origin"] for row in rows] == ["new"] * 3 + ["population"] * 3
-
-
-def test_a_prior_without_users_is_the_populations(config: GenerateConfig, tmp_path: Path) -> None:
-    config = config.model_copy(update={"prior": write_history_prior(tmp_path, "none")})
-    assert {row["origin"] for row in plan(config, pa.table({"user_id": ["user-1"]})).to_pylist()} == {"population"}
-
-
-def test_a_history_prior_says_what_it_needs(config: GenerateConfig, tmp_path: Path) -> None:
-    config = config.model_copy(update={"prior": write_history_prior(tmp_path, "history")})
-    with pytest.raises(UserError, match="knows users by their history: set `interactions`"):
-        check_request(config)
-    config = config.model_copy(update={"interactions": write_histories(tmp_path, user_0=[(1, 5.0)]), "items": None})
-    with pytest.raises(UserError, match="interactions: need `items` too"):
-        check_request(config)
-
-
-def test_one_candidate_an_item_is_plain_sampling_and_more_are_a_choice_among_them(config: GenerateConfig) -> None:
-    users = pa.table({"user_id": USERS[:2]})
-    plain, chosen = (
-        plan(config.model_copy(update={"selection": SelectionSettings(candidates_per_item=count)}), users).to_pylist() for count in (1, 4)
-    )
-    prior = load_prior(config.prior)
-    sampler = config.sampler.resolve(prior.sampling, 100)
-    settings = PlanUsers(
-        config.model_copy(update={"selection": SelectionSettings(candidates_per_item=1)}), versions_of(config), None
-    ).settings
-    digests = prior.users["history_digest"].to_pylist()  # type: ignore[index]
-    keys = [
-        identity.plan_key(prior=prior.fingerprint, settings=settings, user_id=user, history_digest=digest, generation=0)
-        for user, digest in zip(USERS[:2], digests, strict=False)
-    ]
-    seeds = [identity.candidate_seed(key, number) for key in keys for number in range(3)]
-    tokens = prior.user_tokens(np.array([0, 1]), None)
-    x = sample_liked(prior.network, Diffusion.build(prior.diffusion), tokens, np.repeat([0, 1], 3), seeds, sampler)
-    expected = prior.scaler.unscale(x).numpy().astype(np.float16).astype(np.float32)
-    np.testing.assert_array_equal(np.array([row["image_embeds"] for row in plain]), expected)
-    assert [row["rank"] for row in plain] == [0, 1, 2] * 2
-    assert [row["rank"] for row in chosen] == [0, 1, 2] * 2
-
-
-def test_population_items_are_counted_apart(config: GenerateConfig) -> None:
-    pq.write_table(pa.table({"user_id": ["user-1", "stranger"]}), config.request)
-    run = prepare(config)
-    counts = assemble(run, requested=6, error_budget=0, versions={})["counts"]
-    assert (counts["requested"], counts["new"], counts["population"]) == (6, 3, 3)
-    assert open_snapshot(config.root, run.snapshot).items()["origin"].to_pylist() == ["population"] * 3 + ["new"] * 3

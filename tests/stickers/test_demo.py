@@ -20,8 +20,7 @@ from rebeca_ray.stickers.judge import Judge
 from rebeca_ray.stickers.report import write_report
 from rebeca_ray.stickers.simulate import load_world, simulate
 from rebeca_ray.stickers.training_data import load_stickers
-from tests.conftest import write_tiny_prior
-from tests.test_generation import prepare
+from tests.conftest import prepare, write_tiny_prior
 
 
 def write_real_items(folder: Path) -> str:

@@ -1,0 +1,158 @@
+"""Planning: every item of any request, whatever the batches; histories, strangers, and the choice among candidates."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rebeca_ray import identity
+from rebeca_ray.catalog.assemble import assemble
+from rebeca_ray.catalog.layout import Run
+from rebeca_ray.catalog.read import open_snapshot
+from rebeca_ray.checkpoint import TrainedPrior, load_prior, save_prior
+from rebeca_ray.config import (
+    DiffusionSettings,
+    GenerateConfig,
+    InteractionSettings,
+    PriorSampling,
+    SelectionSettings,
+)
+from rebeca_ray.diffusion import Diffusion
+from rebeca_ray.embeds import EmbedScaler
+from rebeca_ray.errors import UserError
+from rebeca_ray.planning import PlanUsers, request_histories
+from rebeca_ray.prior import Prior
+from rebeca_ray.request import check_request
+from rebeca_ray.sampling import sample_liked
+from rebeca_ray.selector import Selector
+from tests.conftest import TINY_NETWORK, USERS, D, plan, prepare, versions_of, wake
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    asked=st.lists(st.tuples(st.sampled_from(USERS), st.none() | st.integers(1, 5)), min_size=1, unique_by=lambda row: row[0]),
+    cut=st.integers(0, len(USERS)),
+)
+def test_any_request_is_planned_item_by_item_whatever_the_batches(
+    config: GenerateConfig, asked: list[tuple[str, int | None]], cut: int
+) -> None:
+    """Every user gets their count, ranks without a gap, and the very same items however the request is cut."""
+    users, counts = (list(column) for column in zip(*asked, strict=True))
+    request = pa.table({"user_id": users, "num_images": pa.array(counts, pa.int32())})
+    whole = plan(config, request)
+    wanted = {user: count or config.num_images for user, count in asked}
+    assert [(row["user_id"], row["rank"]) for row in whole.to_pylist()] == [(u, rank) for u in users for rank in range(wanted[u])]
+    assert len(set(whole["item_id"].to_pylist())) == whole.num_rows
+    parts = [plan(config, part) for part in (request.slice(0, cut), request.slice(cut)) if part.num_rows]
+    assert pa.concat_tables(parts).combine_chunks() == whole.combine_chunks()
+
+
+def test_a_prior_replaced_while_planning_is_noticed(config: GenerateConfig) -> None:
+    with pytest.raises(UserError, match="was replaced while this run was planning; run again"):
+        PlanUsers(config, {"prior": "another version", "decoder": "any"}, None)
+
+
+def write_history_prior(folder: Path, user_encoder: str) -> str:
+    """A prior with random weights that knows users by their history, or not at all."""
+    torch.manual_seed(0)
+    settings = TINY_NETWORK.model_copy(update={"user_encoder": user_encoder, "max_history": 4})
+    selector = Selector(D, num_factors=4)
+    prior = TrainedPrior(
+        network=wake(Prior(settings, D)),
+        settings=settings,
+        diffusion=DiffusionSettings(num_train_timesteps=100),
+        scaler=EmbedScaler(embed_dim=D, norm=3.0),
+        sampling=PriorSampling(prior_guidance_scale=2.0),
+        condition_dropout=0.15,
+        clip=None,
+        selector=selector,
+    )
+    save_prior(prior, str(folder / user_encoder))
+    return str(folder / user_encoder)
+
+
+def write_histories(folder: Path, **ratings: list[tuple[int, float]]) -> InteractionSettings:
+    rows = [(user.replace("_", "-"), f"real-{item}", rating) for user, rated in ratings.items() for item, rating in rated]
+    user, item, rating = zip(*rows, strict=True)
+    columns = {"user_id": user, "item_id": item, "rating": pa.array(rating, pa.float32())}
+    pq.write_table(pa.table(columns), folder / "interactions.parquet")
+    return InteractionSettings(path=str(folder / "interactions.parquet"))
+
+
+def plan_with_histories(config: GenerateConfig, users: list[str]) -> list[dict[str, Any]]:
+    run = Run.start(config)
+    return plan(config, pa.table({"user_id": users}), request_histories(config, run)).to_pylist()
+
+
+def test_who_has_rated_anything_is_served_and_who_has_not_gets_the_population(config: GenerateConfig, tmp_path: Path) -> None:
+    interactions = write_histories(tmp_path, user_0=[(1, 5.0), (2, 1.0)], new_user=[(3, 4.0)], grumpy=[(4, 1.0), (5, 2.0)])
+    config = config.model_copy(update={"prior": write_history_prior(tmp_path, "history"), "interactions": interactions})
+    check_request(config)
+    rows = plan_with_histories(config, ["user-0", "stranger", "new-user", "grumpy"])
+    assert [row["origin"] for row in rows] == ["new"] * 3 + ["population"] * 3 + ["new"] * 6
+    assert all(0 < row["like_probability"] < 1 for row in rows)
+    before = {row["item_id"]: row["image_embeds"] for row in rows}
+
+    changed = write_histories(tmp_path, user_0=[(1, 5.0), (2, 1.0)], new_user=[(3, 4.0), (6, 5.0)], grumpy=[(4, 1.0), (5, 2.0)])
+    again = plan_with_histories(config.model_copy(update={"interactions": changed}), ["user-0", "stranger", "new-user", "grumpy"])
+    same = [row["item_id"] in before for row in again]
+    assert same == [True] * 6 + [False] * 3 + [True] * 3  # new taste, new items; the others' stay, embedding and all
+    assert all(before[row["item_id"]] == row["image_embeds"] for row, kept in zip(again, same, strict=True) if kept)
+
+
+def test_a_prior_by_id_gives_strangers_the_population(config: GenerateConfig) -> None:
+    rows = plan(config, pa.table({"user_id": ["user-1", "stranger"]})).to_pylist()
+    assert [row["origin"] for row in rows] == ["new"] * 3 + ["population"] * 3
+
+
+def test_a_prior_without_users_is_the_populations(config: GenerateConfig, tmp_path: Path) -> None:
+    config = config.model_copy(update={"prior": write_history_prior(tmp_path, "none")})
+    assert {row["origin"] for row in plan(config, pa.table({"user_id": ["user-1"]})).to_pylist()} == {"population"}
+
+
+def test_a_history_prior_says_what_it_needs(config: GenerateConfig, tmp_path: Path) -> None:
+    config = config.model_copy(update={"prior": write_history_prior(tmp_path, "history")})
+    with pytest.raises(UserError, match="knows users by their history: set `interactions`"):
+        check_request(config)
+    config = config.model_copy(update={"interactions": write_histories(tmp_path, user_0=[(1, 5.0)]), "items": None})
+    with pytest.raises(UserError, match="interactions: need `items` too"):
+        check_request(config)
+
+
+def test_one_candidate_an_item_is_plain_sampling_and_more_are_a_choice_among_them(config: GenerateConfig) -> None:
+    users = pa.table({"user_id": USERS[:2]})
+    plain, chosen = (
+        plan(config.model_copy(update={"selection": SelectionSettings(candidates_per_item=count)}), users).to_pylist() for count in (1, 4)
+    )
+    prior = load_prior(config.prior)
+    sampler = config.sampler.resolve(prior.sampling, 100)
+    settings = PlanUsers(
+        config.model_copy(update={"selection": SelectionSettings(candidates_per_item=1)}), versions_of(config), None
+    ).settings
+    digests = prior.users["history_digest"].to_pylist()  # type: ignore[index]
+    keys = [
+        identity.plan_key(prior=prior.fingerprint, settings=settings, user_id=user, history_digest=digest, generation=0)
+        for user, digest in zip(USERS[:2], digests, strict=False)
+    ]
+    seeds = [identity.candidate_seed(key, number) for key in keys for number in range(3)]
+    tokens = prior.user_tokens(np.array([0, 1]), None)
+    x = sample_liked(prior.network, Diffusion.build(prior.diffusion), tokens, np.repeat([0, 1], 3), seeds, sampler)
+    expected = prior.scaler.unscale(x).numpy().astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(np.array([row["image_embeds"] for row in plain]), expected)
+    assert [row["rank"] for row in plain] == [0, 1, 2] * 2
+    assert [row["rank"] for row in chosen] == [0, 1, 2] * 2
+
+
+def test_population_items_are_counted_apart(config: GenerateConfig) -> None:
+    pq.write_table(pa.table({"user_id": ["user-1", "stranger"]}), config.request)
+    run = prepare(config)
+    counts = assemble(run, requested=6, error_budget=0, versions={})["counts"]
+    assert (counts["requested"], counts["new"], counts["population"]) == (6, 3, 3)
+    assert open_snapshot(config.root, run.snapshot).items()["origin"].to_pylist() == ["population"] * 3 + ["new"] * 3
