@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -71,17 +72,9 @@ def write_tiny_prior(folder: Path, *, users: pa.Table | None = None, embed_dim: 
             schema=schemas.PRIOR_USERS,
         )
     )
-    torch.manual_seed(0)
-    network = Prior(TINY_NETWORK, embed_dim)
-    torch.nn.init.normal_(network.denoiser.detokenizer.weight, std=0.2)
-    prior = TrainedPrior(
-        network=network,
-        settings=TINY_NETWORK,
-        diffusion=DiffusionSettings(num_train_timesteps=100),
+    prior = replace(
+        untrained_prior(TINY_NETWORK, embed_dim),
         scaler=EmbedScaler(embed_dim=embed_dim, norm=norm),
-        sampling=PriorSampling(prior_guidance_scale=2.0),
-        condition_dropout=0.15,
-        clip=None,
         user_rows=UserTable(users.num_rows, 1, 16).rows_VUH,
         users=users,
         metrics={"val_loss": 1.0},
@@ -89,6 +82,20 @@ def write_tiny_prior(folder: Path, *, users: pa.Table | None = None, embed_dim: 
     )
     save_prior(prior, str(folder / "prior"))
     return str(folder / "prior")
+
+
+def untrained_prior(settings: NetworkSettings, embed_dim: int = D) -> TrainedPrior:
+    """A prior with random weights that was trained on nothing."""
+    torch.manual_seed(0)
+    return TrainedPrior(
+        network=wake(Prior(settings, embed_dim)),
+        settings=settings,
+        diffusion=DiffusionSettings(num_train_timesteps=100),
+        scaler=EmbedScaler(embed_dim=embed_dim, norm=3.0),
+        sampling=PriorSampling(prior_guidance_scale=2.0),
+        condition_dropout=0.15,
+        clip=None,
+    )
 
 
 def wake(prior: Prior) -> Prior:

@@ -1,39 +1,28 @@
 """Distillation: targets that land on the teacher's trajectory, a student near its teacher, and a bar below which nothing is written."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from rebeca_ray.checkpoint import TrainedPrior, load_prior, save_prior
-from rebeca_ray.config import DiffusionSettings, DistillConfig, NetworkSettings, PriorSampling, SamplerSettings
+from rebeca_ray.checkpoint import load_prior, save_prior
+from rebeca_ray.config import DistillConfig, NetworkSettings, PriorSampling, SamplerSettings
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.distillation import CHECKED_SAMPLES, KnownUsers, distill_prior, draw_trajectories, targets
-from rebeca_ray.embeds import EmbedScaler
 from rebeca_ray.errors import QualityGateError, UserError
-from rebeca_ray.prior import Prior
 from rebeca_ray.sampling import ddim, sample_liked
 from rebeca_ray.users import UserTable
-from tests.conftest import wake
+from tests.conftest import untrained_prior
 
 D = 8
 
 
 @pytest.fixture
 def teacher(tmp_path: Path) -> str:
-    torch.manual_seed(0)
     settings = NetworkSettings(num_layers=2, num_heads=2, width=32, num_tokens=2, user_encoder="id")
-    prior = TrainedPrior(
-        network=wake(Prior(settings, D)),
-        settings=settings,
-        diffusion=DiffusionSettings(num_train_timesteps=100),
-        scaler=EmbedScaler(embed_dim=D, norm=3.0),
-        sampling=PriorSampling(prior_guidance_scale=2.0),
-        condition_dropout=0.15,
-        clip=None,
-        user_rows=UserTable(6, 1, 32).rows_VUH * 20,
-    )
+    prior = replace(untrained_prior(settings, D), user_rows=UserTable(6, 1, 32).rows_VUH * 20)
     save_prior(prior, str(tmp_path / "teacher"))
     return str(tmp_path / "teacher")
 

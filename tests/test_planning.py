@@ -1,5 +1,6 @@
 """Planning: every item of any request, whatever the batches; histories, strangers, and the choice among candidates."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,6 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,23 +16,19 @@ from rebeca_ray import identity
 from rebeca_ray.catalog.assemble import assemble
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.read import open_snapshot
-from rebeca_ray.checkpoint import TrainedPrior, load_prior, save_prior
+from rebeca_ray.checkpoint import load_prior, save_prior
 from rebeca_ray.config import (
-    DiffusionSettings,
     GenerateConfig,
     InteractionSettings,
-    PriorSampling,
     SelectionSettings,
 )
 from rebeca_ray.diffusion import Diffusion
-from rebeca_ray.embeds import EmbedScaler
 from rebeca_ray.errors import UserError
 from rebeca_ray.planning import PlanUsers, request_histories
-from rebeca_ray.prior import Prior
 from rebeca_ray.request import check_request
 from rebeca_ray.sampling import sample_liked
 from rebeca_ray.selector import Selector
-from tests.conftest import TINY_NETWORK, USERS, D, plan, prepare, versions_of, wake
+from tests.conftest import TINY_NETWORK, USERS, D, plan, prepare, untrained_prior, versions_of
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -61,20 +57,8 @@ def test_a_prior_replaced_while_planning_is_noticed(config: GenerateConfig) -> N
 
 def write_history_prior(folder: Path, user_encoder: str) -> str:
     """A prior with random weights that knows users by their history, or not at all."""
-    torch.manual_seed(0)
     settings = TINY_NETWORK.model_copy(update={"user_encoder": user_encoder, "max_history": 4})
-    selector = Selector(D, num_factors=4)
-    prior = TrainedPrior(
-        network=wake(Prior(settings, D)),
-        settings=settings,
-        diffusion=DiffusionSettings(num_train_timesteps=100),
-        scaler=EmbedScaler(embed_dim=D, norm=3.0),
-        sampling=PriorSampling(prior_guidance_scale=2.0),
-        condition_dropout=0.15,
-        clip=None,
-        selector=selector,
-    )
-    save_prior(prior, str(folder / user_encoder))
+    save_prior(replace(untrained_prior(settings), selector=Selector(D, num_factors=4)), str(folder / user_encoder))
     return str(folder / user_encoder)
 
 
