@@ -23,7 +23,7 @@ from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.errors import UserError
 from rebeca_ray.histories import Histories, build_histories
 from rebeca_ray.items import read_image_embeds
-from rebeca_ray.sampling import sample_liked
+from rebeca_ray.sampling import USERS_PADDED_TO, sample_liked
 from rebeca_ray.selection import choose, nearest_items
 from rebeca_ray.selector import MAX_HISTORY
 from rebeca_ray.storage import arrow_filesystem, join, open_filesystem, open_table, read_table, write_table
@@ -90,7 +90,7 @@ def split_request(config: GenerateConfig, run: Run, histories: Histories | None)
 
 @dataclass(frozen=True, kw_only=True)
 class Users:
-    """What a run knows of G users."""
+    """What a run knows of some users; tokens and factors have rows of nobodies after theirs."""
 
     token_GUH: torch.Tensor
     factor_GF: torch.Tensor | None  # the selector's
@@ -169,15 +169,18 @@ class PlanUsers:
 
     def meet(self, asked: list[dict[str, Any]]) -> Users:
         """Everything known of the users of some rows of the request."""
-        index_G = np.array([self.place.get(row["user_id"], -1) for row in asked])
-        rated, digest_G = self.rated(asked)
+        padding = -len(asked) % USERS_PADDED_TO  # nobodies, since matrix products of a few rows round otherwise
+        index_G = np.array([self.place.get(row["user_id"], -1) for row in asked] + [-1] * padding)
+        rated, digest_G = self.rated(asked, padding)
         history = None if rated is None or self.x0_ID is None else rated.look_up(self.x0_ID, self.config.sampler.device)
         latest = None if history is None else history.latest(self.prior.settings.max_history)
         encoder, selector = self.prior.settings.user_encoder, self.prior.selector
-        known_G = index_G >= 0 if encoder == "id" else np.array([encoder == "history" and digest != "" for digest in digest_G])
+        known_G = (
+            index_G[: len(asked)] >= 0 if encoder == "id" else np.array([encoder == "history" and digest != "" for digest in digest_G])
+        )
         if self.prior.users is not None:
             digests = self.prior.users["history_digest"]
-            digest_G = [digests[int(index)].as_py() if index >= 0 else "" for index in index_G]
+            digest_G = [digests[int(index)].as_py() if index >= 0 else "" for index in index_G[: len(asked)]]
         factor_GF = None
         if selector is not None and history is not None:
             factor_GF = selector.user_factors(history.latest(MAX_HISTORY))
@@ -190,12 +193,12 @@ class PlanUsers:
             origin_G=[NEW if known else POPULATION for known in known_G],
         )
 
-    def rated(self, asked: list[dict[str, Any]]) -> tuple[Rated | None, list[str]]:
+    def rated(self, asked: list[dict[str, Any]], padding: int) -> tuple[Rated | None, list[str]]:
         """The histories of some rows of the request, and their digests ("" for none)."""
         digests = [""] * len(asked)
         if self.histories is None:
             return None, digests
-        found = Rated.nothing(len(asked), max(self.prior.settings.max_history, MAX_HISTORY))
+        found = Rated.nothing(len(asked) + padding, max(self.prior.settings.max_history, MAX_HISTORY))
         for bucket in {row["bucket"] for row in asked}:
             block, users = read_bucket(self.histories.file(bucket))
             rows = [number for number, row in enumerate(asked) if row["bucket"] == bucket and row["user_id"] in users]

@@ -140,3 +140,11 @@ def test_population_items_are_counted_apart(config: GenerateConfig) -> None:
     counts = assemble(run, requested=6, error_budget=0, versions={})["counts"]
     assert (counts["requested"], counts["new"], counts["population"]) == (6, 3, 3)
     assert open_snapshot(config.root, run.snapshot).items()["origin"].to_pylist() == ["population"] * 3 + ["new"] * 3
+
+
+def test_a_history_means_the_same_in_any_company(config: GenerateConfig, tmp_path: Path) -> None:
+    interactions = write_histories(tmp_path, **{f"user_{number}": [(number, 5.0), (number + 7, 1.0)] for number in range(7)})
+    config = config.model_copy(update={"prior": write_history_prior(tmp_path, "history"), "interactions": interactions})
+    whole = plan_with_histories(config, USERS)
+    parts = [row for user in reversed(USERS) for row in plan_with_histories(config, [user])]
+    assert sorted(parts, key=lambda row: (row["user_id"], row["rank"])) == whole
