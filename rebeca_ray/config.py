@@ -262,6 +262,14 @@ class DecoderSettings(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
+class GateSettings(Settings):
+    """When a run must not go on to be rendered."""
+
+    max_p_value: Annotated[
+        float | None, Field(gt=0, le=1, description="of planned items pleasing their own users more than others; null: never stop")
+    ] = 0.01
+
+
 class GenerateConfig(Settings):
     """`rebeca generate`: prior + decoder + request -> a published snapshot."""
 
@@ -275,6 +283,7 @@ class GenerateConfig(Settings):
     ] = None
     sampler: SamplerSettings = SamplerSettings()
     selection: SelectionSettings = SelectionSettings()
+    gate: GateSettings = GateSettings()
     num_images: Annotated[int, Field(gt=0, le=MAX_IMAGES, description="images a user, where the request does not say")] = 10
     run_date: Annotated[datetime.date | None, Field(description="default: today, UTC")] = None
     run_id: Annotated[Identifier | None, Field(description="default: the time and six random digits")] = None

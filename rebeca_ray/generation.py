@@ -1,10 +1,11 @@
-"""The main job: plan, render, assemble, publish. Nothing is visible to a reader before the last line."""
+"""The main job: plan, test the plan, render, assemble, publish. Nothing is visible to a reader before the last line."""
 
 import time
 from typing import Any
 
 import rebeca_ray
 from rebeca_ray.catalog.assemble import assemble
+from rebeca_ray.catalog.gate import check_plan
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.publish import publish
 from rebeca_ray.catalog.read import published
@@ -34,13 +35,14 @@ def generate_catalog(config: GenerateConfig) -> dict[str, Any]:
         "decoder": decoder_fingerprint(config.decoder),
         "code": rebeca_ray.__version__,
     }
-    load_prior(config.prior)  # a damaged one is found now, not by every actor
+    prior = load_prior(config.prior)  # a damaged one is found now, not by every actor
     start_ray()
     for name, pool in (("sampler", config.sampler), ("decoder", config.decoder)):
         require_room(f"{name}.num_actors", workers=pool.num_actors, cpus=pool.cpus_per_actor, device=pool.device, spare_cpus=1)
     seconds = {}
     started = time.perf_counter()
     plan_items(config, run, versions)
+    permutation = check_plan(run, prior, config.gate)
     seconds["plan"] = round(time.perf_counter() - started, 2)
     started = time.perf_counter()
     render_items(config, run)
@@ -51,6 +53,7 @@ def generate_catalog(config: GenerateConfig) -> dict[str, Any]:
         requested=requested,
         error_budget=config.error_budget,
         versions=versions,
+        quality={"permutation": permutation.figures() if permutation else None},
     )
     publish(run.root, run.snapshot, run_id=run.run_id, run_date=run.run_date, epoch=run.epoch)
     seconds["assemble"] = round(time.perf_counter() - started, 2)

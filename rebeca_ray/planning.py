@@ -121,6 +121,7 @@ class PlanUsers:
             self.x0_ID = self.prior.scaler.scale(image_embeds).numpy()
         self.place = {} if self.prior.users is None else {user: place for place, user in enumerate(self.prior.users["user_id"].to_pylist())}
 
+    @torch.inference_mode()
     def __call__(self, batch: pa.Table) -> pa.Table:
         asked = batch.to_pylist()
         users = self.meet(asked)
@@ -144,7 +145,8 @@ class PlanUsers:
 
         planned: list[dict[str, Any]] = []
         start = 0
-        for row, key, origin, count, drawn in zip(asked, keys, users.origin_G, wanted, candidates, strict=True):
+        factors = [None] * len(asked) if users.factor_GF is None else list(users.factor_GF.cpu().numpy())[: len(asked)]
+        for row, key, factor, origin, count, drawn in zip(asked, keys, factors, users.origin_G, wanted, candidates, strict=True):
             own = slice(start, start + drawn)
             start += drawn
             relevance = np.zeros(drawn, np.float32) if like_N is None else like_N[own]
@@ -159,6 +161,7 @@ class PlanUsers:
                         "rank": rank,
                         "image_embeds": embeds_ND[place],
                         "like_probability": None if like_N is None else like_N[place],
+                        "user_factors": factor,
                         "nearest_item_id": nearest_N[place],
                         "nearest_similarity": None if nearest_N[place] is None else similarity_N[place],
                         "origin": origin,

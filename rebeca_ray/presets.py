@@ -41,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "batch_size": 256,
             "samples_per_user": 24,
             "like_share": 1.0,
-            "max_epochs": 10,
+            "max_epochs": 7,
             "schedule": "linear",
             "ema_decay": 0.99,
         },

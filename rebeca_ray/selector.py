@@ -58,6 +58,11 @@ class Selector(nn.Module):
         return (self.factors(x_ND) * user_NF[:, :-1]).sum(1) + user_NF[:, -1] + self.popularity(x_ND)[:, 0]
 
     @torch.inference_mode()
+    def like_probability_of_all(self, x_ND: torch.Tensor, user_UF: torch.Tensor) -> torch.Tensor:
+        """[N, U] for each embedding and each user."""
+        return torch.sigmoid(self.factors(x_ND) @ user_UF[:, :-1].T + user_UF[:, -1] + self.popularity(x_ND))
+
+    @torch.inference_mode()
     def like_probability(self, x_ND: torch.Tensor, user_NF: torch.Tensor) -> torch.Tensor:
         """[N] for each embedding and the factors of the user beside it."""
         return torch.sigmoid(self.logit(x_ND, user_NF))

@@ -29,6 +29,7 @@ from rebeca_ray.histories import Histories
 from rebeca_ray.planning import PlanUsers
 from rebeca_ray.prior import CrossAttentionDenoiser, Prior
 from rebeca_ray.rendering import RenderImages
+from rebeca_ray.selector import Selector
 from rebeca_ray.storage import ChecksumHandler
 from rebeca_ray.users import UserTable
 
@@ -57,26 +58,30 @@ def tiny_prior(tmp_path: Path) -> str:
     return write_tiny_prior(tmp_path)
 
 
-def write_tiny_prior(folder: Path, *, users: pa.Table | None = None, embed_dim: int = D, norm: float = 3.0) -> str:
+def prior_users(names: list[str]) -> pa.Table:
+    """The users of an `id` prior."""
+    columns = {
+        "user_id": names,
+        "user_index": np.arange(len(names), dtype=np.int32),
+        "num_likes": np.full(len(names), 5, np.int32),
+        "history_digest": [f"digest-{user}" for user in names],
+    }
+    return pa.table(columns, schema=schemas.PRIOR_USERS)
+
+
+def write_tiny_prior(
+    folder: Path, *, users: pa.Table | None = None, embed_dim: int = D, norm: float = 3.0, selector: Selector | None = None
+) -> str:
     """A prior directory with random weights, for USERS and D = 16 if nothing else is said."""
-    users = (
-        users
-        if users is not None
-        else pa.table(
-            {
-                "user_id": USERS,
-                "user_index": np.arange(len(USERS), dtype=np.int32),
-                "num_likes": np.full(len(USERS), 5, np.int32),
-                "history_digest": [f"digest-{user}" for user in USERS],
-            },
-            schema=schemas.PRIOR_USERS,
-        )
-    )
+    users = prior_users(USERS) if users is None else users
+    if selector:
+        selector.rows_VF = torch.randn(users.num_rows, selector.factors.out_features + 1)
     prior = replace(
         untrained_prior(TINY_NETWORK, embed_dim),
         scaler=EmbedScaler(embed_dim=embed_dim, norm=norm),
         user_rows=UserTable(users.num_rows, 1, 16).rows_VUH,
         users=users,
+        selector=selector,
         metrics={"val_loss": 1.0},
         curve="epoch,train_loss,val_loss,learning_rate\n1,1.0,0.9,0.001\n2,0.7,0.8,0.001\n",
     )

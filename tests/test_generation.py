@@ -20,14 +20,16 @@ from rebeca_ray.catalog.publish import LostRaceError, publish, read_pointer
 from rebeca_ray.catalog.read import open_snapshot, published, read_catalog
 from rebeca_ray.config import (
     DecoderSettings,
+    GateSettings,
     GenerateConfig,
 )
-from rebeca_ray.errors import ErrorBudgetExceededError, UserError
+from rebeca_ray.errors import ErrorBudgetExceededError, QualityGateError, UserError
 from rebeca_ray.generation import generate_catalog
 from rebeca_ray.rendering import RenderImages
 from rebeca_ray.request import check_request
+from rebeca_ray.selector import Selector
 from rebeca_ray.stickers.training_data import to_pixels
-from tests.conftest import USERS, D, generate_config, prepare
+from tests.conftest import USERS, D, generate_config, prepare, prior_users, write_tiny_prior
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +118,10 @@ def test_two_runs_agree_whatever_order_and_actors_and_the_second_follows(
 def test_failed_rows_are_kept_apart_and_the_budget_decides(config: GenerateConfig) -> None:
     run = prepare(config, break_first=True)
     with pytest.raises(ErrorBudgetExceededError, match=r"1 of 16 items failed \(image_embeds is not finite\)") as caught:
-        assemble(run, requested=16, error_budget=0.01, versions={})
+        assemble(run, requested=16, error_budget=0.01, versions={}, quality={})
     assert caught.value.exit_code == 3
     assert published(config.root) is None
-    manifest = assemble(run, requested=16, error_budget=0.1, versions={})
+    manifest = assemble(run, requested=16, error_budget=0.1, versions={}, quality={})
     assert (manifest["counts"]["new"], manifest["counts"]["failed"]) == (15, 1)
     snapshot = open_snapshot(config.root, run.snapshot)
     error = snapshot.table("errors").to_pylist()[0]
@@ -132,12 +134,12 @@ def test_failed_rows_are_kept_apart_and_the_budget_decides(config: GenerateConfi
 def test_a_partial_run_is_not_published(config: GenerateConfig) -> None:
     run = prepare(config)
     with pytest.raises(IncompleteRunError, match="17 items requested, 16 planned, 16 rendered; nothing is published") as caught:
-        assemble(run, requested=17, error_budget=0.1, versions={})
+        assemble(run, requested=17, error_budget=0.1, versions={}, quality={})
     assert caught.value.exit_code == 75
     for record in Path(run.checksums).glob("*.json"):
         record.unlink()  # what a kill in the middle of a write leaves: a file without its record
     with pytest.raises(IncompleteRunError, match="no finished image file"):
-        assemble(run, requested=16, error_budget=0.1, versions={})
+        assemble(run, requested=16, error_budget=0.1, versions={}, quality={})
     assert not (Path(config.root) / "latest.json").exists()
 
 
@@ -320,3 +322,15 @@ def test_the_same_on_s3(generated: tuple[GenerateConfig, dict[str, Any]]) -> Non
     there = read_catalog(on_s3.root)
     assert_same_items(there.items(), expected.items())
     assert_same_pixels(there.images(there.items()), expected.images(expected.items()))
+
+
+def test_a_plan_that_pleases_nobody_in_particular_is_neither_rendered_nor_published(config: GenerateConfig, tmp_path: Path) -> None:
+    """No p-value of 10,000 permutations is below 1e-5, so that this gate stops any plan."""
+    users = pa.table({"user_id": [f"user-{number}" for number in range(20)]})
+    prior = write_tiny_prior(tmp_path, users=prior_users(users["user_id"].to_pylist()), selector=Selector(D, 4))
+    pq.write_table(users, tmp_path / "request.parquet")
+    gate = GateSettings(max_p_value=1e-5)
+    with pytest.raises(QualityGateError, match=r"20 users.*Nothing was rendered or published"):
+        generate_catalog(config.model_copy(update={"prior": prior, "gate": gate, "num_images": 2}))
+    assert published(config.root) is None
+    assert not (Path(config.root) / "images").exists()

@@ -137,7 +137,7 @@ def test_one_candidate_an_item_is_plain_sampling_and_more_are_a_choice_among_the
 def test_population_items_are_counted_apart(config: GenerateConfig) -> None:
     pq.write_table(pa.table({"user_id": ["user-1", "stranger"]}), config.request)
     run = prepare(config)
-    counts = assemble(run, requested=6, error_budget=0, versions={})["counts"]
+    counts = assemble(run, requested=6, error_budget=0, versions={}, quality={})["counts"]
     assert (counts["requested"], counts["new"], counts["population"]) == (6, 3, 3)
     assert open_snapshot(config.root, run.snapshot).items()["origin"].to_pylist() == ["population"] * 3 + ["new"] * 3
 

@@ -35,7 +35,7 @@ class ImageFiles:
     error: pa.Array
 
 
-def assemble(run: Run, *, requested: int, error_budget: float, versions: dict[str, str]) -> dict[str, Any]:
+def assemble(run: Run, *, requested: int, error_budget: float, versions: dict[str, str], quality: dict[str, Any]) -> dict[str, Any]:
     """Write the snapshot's tables, its file list and, last, its manifest; returns the manifest. Publishes nothing.
 
     Raises IncompleteRunError if an item is unaccounted for, ErrorBudgetExceededError if too many failed.
@@ -107,6 +107,7 @@ def assemble(run: Run, *, requested: int, error_budget: float, versions: dict[st
             "filtered": 0,
             "users": pc.count_distinct(items["user_id"]).as_py(),
         },
+        "quality": quality,
         "versions": versions,
         "embed_dim": items.schema.field("image_embeds").type.list_size,
         "files": {"path": listing, **list_written},

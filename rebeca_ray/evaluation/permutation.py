@@ -31,6 +31,18 @@ class PermutationTest:
         """The effect in null standard deviations; it grows with the root of the number of users."""
         return self.effect / self.null_std if self.null_std else 0.0
 
+    def figures(self) -> dict[str, float]:
+        """What to report of it: z at the paper's 210 users beside z at the users there are, for it alone depends on them."""
+        return {
+            "own": round(self.own, 4),
+            "dealt": round(self.null_mean, 4),
+            "effect": round(self.effect, 4),
+            "p_value": self.p_value,
+            "users": self.num_users,
+            "z": round(self.z, 2),
+            "z_at_210_users": round(self.z_at(210), 2),
+        }
+
     def z_at(self, num_users: int) -> float:
         """z as it would be with `num_users`, to compare with the paper's 210: the null's deviation falls as 1/sqrt(U - 1)."""
         return self.z * ((num_users - 1) / (self.num_users - 1)) ** 0.5

@@ -1,17 +1,18 @@
 """How well the prior knows taste, read against the hidden truth of the stickers, on populations that nothing was tuned on.
 
-For each of some seeds a fresh population is simulated and priors are trained on four fifths of it. A sample counts as its nearest
-real item; its quality is the true like probability of that item for the user. Sets, each 25 samples for each of 100 users:
+For each of some seeds a fresh population is simulated and the stickers' prior is trained on it. A sample counts as its nearest
+real item; its quality is the true like probability of that item for the user. Sets, each 25 samples for each of 200 users:
 
-    (a) the 1000-step reference sampler     (e) as (b), users never seen in training
-    (b) the default sampler                 (f) NoUE: the prior without users
-    (c) the distilled prior                 (g) the mean of the user's liked embeddings, with the prior's noise
-    (d) as (b): the history encoder, seen users; and (i) the `id` table instead
-                                            (h) a random liked training item of the user
+    (a) the 1000-step reference sampler     (f) NoUE: the prior without users
+    (b) the default sampler                 (g) the mean of the user's liked embeddings
+    (c) the distilled prior                 (h) a random liked training item of the user
+    (d) as (b): users seen in training      (i) the item nearest to that of (h): what (h) is worth if nothing may be copied
+    (e) as (b): users never seen            (j) as (b), chosen among four candidates an item, as planning does
 
-and for the candidates per item, the gain of choosing before decoding. Distances are to the user's held-out liked items, pooled.
+then guidance by guidance, and by candidates per item for four items a user. MMD and Fréchet distance are to the users'
+held-out liked items, pooled.
 
-    python tests/bench/prior_quality.py [--seeds 101 102 103] [--users 2000] [--epochs 10] [--data runs/prior_quality]
+    python tests/bench/prior_quality.py [--seeds 101 102 103] [--users 4000] [--data runs/prior_quality] [--plot-only]
 """
 
 import argparse
@@ -28,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rebeca_ray.checkpoint import TrainedPrior, load_prior
-from rebeca_ray.config import DistillConfig, EmbedConfig, InteractionSettings, SamplerSettings, TrainConfig, load_config
+from rebeca_ray.config import DistillConfig, EmbedConfig, InteractionSettings, SamplerSettings, SelectionSettings, TrainConfig, load_config
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.distillation import distill_prior
 from rebeca_ray.finishing import GUIDANCE_SCALES, factors_of
@@ -43,8 +44,9 @@ from rebeca_ray.training_set import UserBlock
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
-NUM_USERS, SAMPLES = 100, 25
-CANDIDATES = (1, 2, 4, 8)
+NUM_USERS, SAMPLES = 200, 25
+CANDIDATES = (1, 2, 4, 8, 16)
+ITEMS_A_USER = 4  # where candidates are compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,23 +125,27 @@ def frechet(left_ND: torch.Tensor, right_ND: torch.Tensor) -> float:
     return float((one.mean(0) - two.mean(0)).square().sum() + cov_one.trace() + cov_two.trace() - 2 * mixed)
 
 
-def choosing(prior: TrainedPrior, of: Population) -> dict[int, dict[str, float]]:
-    """Quality of 4 items a user against the candidates drawn for each, chosen as planning does."""
+def nearest_other(unit_ID: torch.Tensor) -> np.ndarray:
+    """For each item the row of the nearest other one."""
+    similarity_II = unit_ID @ unit_ID.T
+    return similarity_II.fill_diagonal_(-1).argmax(1).numpy()
+
+
+def chosen(prior: TrainedPrior, of: Population, drawn: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` of each user's drawn samples, chosen as planning does: [users, count, D]."""
     assert prior.selector is not None
-    drawn = sample(prior, of, 4 * max(CANDIDATES))
+    settings = SelectionSettings()
     factors = factors_of(prior.selector, of.block, of.user_G, of.x0_ID)
-    found = {}
-    for candidates in CANDIDATES:
-        kept = []
-        for x_SD, factor in zip(drawn[:, : 4 * candidates], factors, strict=True):
-            like = prior.selector.like_probability(x_SD, factor.expand(len(x_SD), -1)).numpy()
-            unit = F.normalize(x_SD).numpy()
-            kept.append(x_SD[choose(unit, like, np.zeros(len(like), bool), 4, diversity=0.3).copy()])
-        found[candidates] = quality(torch.stack(kept), of)
-    return found
+    kept = []
+    for x_SD, factor in zip(drawn, factors, strict=True):
+        like = prior.selector.like_probability(x_SD, factor.expand(len(x_SD), -1)).numpy()
+        unit = F.normalize(x_SD).numpy()
+        copy = nearest_items(torch.from_numpy(unit), F.normalize(torch.from_numpy(of.x0_ID)))[1].numpy() > settings.max_item_similarity
+        kept.append(x_SD[choose(unit, like, copy, count, settings.diversity).copy()])
+    return torch.stack(kept)
 
 
-def one_seed(seed: int, data: Path, users: int, epochs: int, items: str) -> dict[str, Any]:
+def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
     """Simulate, train, distil and judge one population."""
     folder = data / f"seed-{seed}"
     simulate(users, seed, folder / "seen")
@@ -148,12 +154,12 @@ def one_seed(seed: int, data: Path, users: int, epochs: int, items: str) -> dict
 
     def train(name: str, **network: object) -> TrainedPrior:
         overrides = [f"interactions.path={folder}/seen/interactions.parquet", f"items={items}", f"out={folder}/{name}"]
-        overrides += [f"storage={folder}/train", f"optimization.seed={seed}", f"optimization.max_epochs={epochs}"]
+        overrides += [f"storage={folder}/train", f"optimization.seed={seed}"]
         overrides += [f"network.{key}={value}" for key, value in network.items()]
         train_prior(load_config(TrainConfig, ROOT / "jobs/configs/train_stickers.yaml", overrides))
         return load_prior(f"{folder}/{name}")
 
-    history, table, nobody = train("history"), train("id", user_encoder="id"), train("noue", user_encoder="none")
+    history, nobody = train("history"), train("noue", user_encoder="none")
     distill_prior(
         DistillConfig(
             prior=f"{folder}/history",
@@ -176,7 +182,10 @@ def one_seed(seed: int, data: Path, users: int, epochs: int, items: str) -> dict
     likes = seen.training_likes()
     liked = np.stack([random.choice(own, SAMPLES) for own in likes])
     mean = torch.stack([torch.from_numpy(x0_ID[own]).mean(0) for own in likes])[:, None].expand(-1, SAMPLES, -1)
+    unit_ID = F.normalize(torch.from_numpy(x0_ID))
+    other = nearest_other(unit_ID)
     reference = SamplerSettings(name="ddpm", num_inference_steps=1000)
+    drawn = sample(history, seen, max(SAMPLES * SelectionSettings().candidates_per_item, ITEMS_A_USER * max(CANDIDATES)))
     return {
         "a reference, 1000 steps": quality(sample(history, seen, SAMPLES, reference), seen),
         "b default sampler": quality(sample(history, seen, SAMPLES), seen),
@@ -186,36 +195,70 @@ def one_seed(seed: int, data: Path, users: int, epochs: int, items: str) -> dict
         "f NoUE": quality(sample(nobody, seen, SAMPLES), seen),
         "g mean of liked embeddings": quality(mean, seen),
         "h random liked training item": quality(torch.from_numpy(x0_ID[liked]), seen),
-        "i id table, seen users": quality(sample(table, seen, SAMPLES), seen),
+        "i item nearest to that of (h)": quality(torch.from_numpy(x0_ID[other[liked]]), seen),
+        "j default sampler, 4 candidates an item": quality(
+            chosen(history, seen, drawn[:, : SAMPLES * SelectionSettings().candidates_per_item], SAMPLES), seen
+        ),
         "guidance": history.sampling.prior_guidance_scale,
         "sweep": {
             f"{scale:g}": quality(sample(history, seen, SAMPLES, SamplerSettings(prior_guidance_scale=scale)), seen)
             for scale in GUIDANCE_SCALES
         },
-        "candidates_per_item": choosing(history, seen),
+        "candidates_per_item": {
+            str(candidates): quality(chosen(history, seen, drawn[:, : ITEMS_A_USER * candidates], ITEMS_A_USER), seen)
+            for candidates in CANDIDATES
+        },
     }
+
+
+def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """What guidance and candidates buy: like probability and distinctness, mean and deviation over the seeds."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
+    sets = (("sweep", "guidance of the prior", SAMPLES), ("candidates_per_item", "candidates an item", ITEMS_A_USER))
+    for axis, (name, label, count) in zip(axes, sets, strict=True):
+        points = list(next(iter(found.values()))[name])
+        for figure_name, told in (("like", "true like probability"), ("distinct", f"distinct of {count}")):
+            values = np.array([[found[seed][name][point][figure_name] for point in points] for seed in found])
+            axis.errorbar([float(point) for point in points], values.mean(0), values.std(0), marker="o", capsize=3, label=told)
+        copied = np.mean([found[seed]["h random liked training item"]["like"] for seed in found])
+        axis.axhline(copied, color="grey", linestyle=":", label="a liked training item itself")
+        axis.set(xlabel=label, ylim=(0, 1.02))
+        axis.grid(alpha=0.3)
+    axes[1].set_xscale("log", base=2)
+    axes[1].set_xticks(CANDIDATES, [str(candidates) for candidates in CANDIDATES])
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def report(found: dict[str, dict[str, Any]]) -> None:
+    """Mean ± deviation over the seeds."""
+    table = Table("", "true like probability", "distinct of 25", "MMD × 1000", "Fréchet")
+    for name in [name for name in next(iter(found.values())) if name[1] == " "]:
+        rows = [[found[seed][name][figure] for seed in found] for figure in ("like", "distinct", "mmd", "frechet")]
+        table.add_row(name, *(f"{np.mean(values):.3f} ± {np.std(values):.3f}" for values in rows))
+    Console().print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103])
-    parser.add_argument("--users", type=int, default=2000)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--users", type=int, default=4000)
     parser.add_argument("--data", type=Path, default=Path("runs/prior_quality"))
+    parser.add_argument("--plot-only", action="store_true", help="read what an earlier run measured")
     arguments = parser.parse_args()
+    results = RESULTS / "prior_quality.json"
+    found: dict[str, dict[str, Any]] = json.loads(results.read_text()) if arguments.plot_only else {}
     data = arguments.data.absolute()
     items = str(data / "items")
-    if not (data / "items" / "embedding.json").exists():
+    if not arguments.plot_only and not (data / "items" / "embedding.json").exists():
         embed_items(load_config(EmbedConfig, ROOT / "jobs/configs/embed_stickers.yaml", [f"out={items}"]))
-    found = {}
-    for seed in arguments.seeds:
-        found[seed] = one_seed(seed, data, arguments.users, arguments.epochs, items)
-        (RESULTS / "prior_quality.json").write_text(json.dumps(found, indent=2) + "\n")
-    table = Table("", "true like probability", "distinct of 25", "MMD × 1000", "Fréchet")
-    for name in [name for name in found[arguments.seeds[0]] if name[1] == " "]:
-        rows = [[found[seed][name][figure] for seed in found] for figure in ("like", "distinct", "mmd", "frechet")]
-        table.add_row(name, *(f"{np.mean(values):.3f} ± {np.std(values):.3f}" for values in rows))
-    Console().print(table)
+    for seed in [] if arguments.plot_only else arguments.seeds:
+        found[str(seed)] = one_seed(seed, data, arguments.users, items)
+        results.write_text(json.dumps(found, indent=2) + "\n")
+    report(found)
+    plot(found, RESULTS / "prior_quality.png")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def test_the_truth_check_and_the_page(tmp_path: Path) -> None:
         sampler=SamplerSettings(num_inference_steps=2),
     )
     run = prepare(config)
-    assemble(run, requested=28, error_budget=0, versions={})
+    assemble(run, requested=28, error_budget=0, versions={}, quality={})
     publish(run.root, run.snapshot, run_id=run.run_id, run_date=run.run_date, epoch=run.epoch)
     snapshot, judge = read_catalog(config.root), Judge()
 
