@@ -26,7 +26,8 @@ from rebeca_ray.items import read_image_embeds
 from rebeca_ray.sampling import sample_liked
 from rebeca_ray.storage import read_table
 from rebeca_ray.training import run_name, train_prior
-from rebeca_ray.training_set import UserBlock
+from rebeca_ray.training_set import USERS_A_BLOCK, UserBlock
+from rebeca_ray.users import UserTable
 from tests.conftest import D
 
 
@@ -118,6 +119,27 @@ def test_two_workers_share_an_epoch(world: dict[str, str]) -> None:
     both = train_prior(config.model_copy(update={"workers": workers, "run_name": "two"}))
     assert both["epochs"] == 2
     assert both["val_loss"] == pytest.approx(alone["val_loss"], rel=0.25)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_users_that_are_streamed_reach_one_of_two_workers_each(world: dict[str, str]) -> None:
+    """More users than a worker reads at once: every one of them is trained on in every epoch, and both workers know it."""
+    users = np.repeat([f"user-{number:04d}" for number in range(USERS_A_BLOCK + 4)], 2)
+    ratings = {
+        "user_id": users,
+        "item_id": ["i00", "i20"] * (len(users) // 2),
+        "rating": np.tile([5, 1], len(users) // 2).astype(np.float32),
+    }
+    pq.write_table(pa.table(ratings), world["interactions"])
+    config = configure(world, samples_per_user=1, batch_size=512, max_epochs=1)
+    workers = config.workers.model_copy(update={"num_workers": 2})
+    everybody = config.interactions.model_copy(update={"hold_out": 0.0, "min_likes": 0})
+    train_prior(config.model_copy(update={"workers": workers, "interactions": everybody}))
+    rows = load_prior(config.out).user_rows
+    assert rows is not None
+    before = UserTable(count, 1, 32, seed=config.optimization.seed).rows_VUH
+    assert rows.shape == before.shape
+    assert (rows != before).any(dim=2).all()
 
 
 def test_a_folder_that_holds_something_else_is_not_overwritten(world: dict[str, str], tmp_path: Path) -> None:

@@ -151,12 +151,15 @@ def in_turn(name: str, sizes: list[int], rounds: int, data: Path) -> dict[int, d
     return {size: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for size, rows in found.items()}
 
 
+SIZES = {"steps": [10_000, 1_000_000], "memory": [1_000_000, 20_000_000], "workers": [1, 2]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["steps", "memory", "workers"])
+    parser.add_argument("what", nargs="*", default=list(SIZES), help="steps, memory, workers; default: all of them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data", type=Path, default=Path("runs/training_scale"))
-    parser.add_argument("--one", type=int)
+    parser.add_argument("--one", type=int, help="measure this size alone, in this process")
     arguments = parser.parse_args()
     data = arguments.data.absolute()
     if arguments.one is not None:
@@ -164,17 +167,17 @@ def main() -> None:
             "steps": lambda: time_steps(arguments.one),
             "memory": lambda: measure_memory(arguments.one, data),
             "workers": lambda: measure_workers(arguments.one, data),
-        }[arguments.what]()
+        }[arguments.what[0]]()
         print(json.dumps(measured))
         return
-    sizes = {"steps": [10_000, 1_000_000], "memory": [1_000_000, 20_000_000], "workers": [1, 2]}[arguments.what]
-    found = in_turn(arguments.what, sizes, arguments.rounds, data)
-    first, last = found[sizes[0]], found[sizes[1]]
-    table = Table("", *(f"{size:,}" for size in sizes), "ratio")
-    for key in first:
-        table.add_row(key, f"{first[key]:.1f}", f"{last[key]:.1f}", f"{last[key] / first[key]:.2f}")
-    Console().print(table)
-    (RESULTS / f"training_scale-{arguments.what}.json").write_text(json.dumps(found, indent=2) + "\n")
+    for what in arguments.what:
+        first, last = SIZES[what]
+        found = in_turn(what, [first, last], arguments.rounds, data)
+        table = Table(what, f"{first:,}", f"{last:,}", "ratio")
+        for key in found[first]:
+            table.add_row(key, f"{found[first][key]:.1f}", f"{found[last][key]:.1f}", f"{found[last][key] / found[first][key]:.2f}")
+        Console().print(table)
+        (RESULTS / f"training_scale-{what}.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
