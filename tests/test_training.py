@@ -124,13 +124,10 @@ def test_two_workers_share_an_epoch(world: dict[str, str]) -> None:
 @pytest.mark.usefixtures("ray_local")
 def test_users_that_are_streamed_reach_one_of_two_workers_each(world: dict[str, str]) -> None:
     """More users than a worker reads at once: every one of them is trained on in every epoch, and both workers know it."""
-    users = np.repeat([f"user-{number:04d}" for number in range(USERS_A_BLOCK + 4)], 2)
-    ratings = {
-        "user_id": users,
-        "item_id": ["i00", "i20"] * (len(users) // 2),
-        "rating": np.tile([5, 1], len(users) // 2).astype(np.float32),
-    }
-    pq.write_table(pa.table(ratings), world["interactions"])
+    count = USERS_A_BLOCK + 4
+    user_id = np.repeat([f"user-{number:04d}" for number in range(count)], 2)
+    rating = np.tile([5, 1], count).astype(np.float32)
+    pq.write_table(pa.table({"user_id": user_id, "item_id": ["i00", "i20"] * count, "rating": rating}), world["interactions"])
     config = configure(world, samples_per_user=1, batch_size=512, max_epochs=1)
     workers = config.workers.model_copy(update={"num_workers": 2})
     everybody = config.interactions.model_copy(update={"hold_out": 0.0, "min_likes": 0})
