@@ -127,7 +127,7 @@ class OptimizationSettings(Settings):
     user_dropout: Share = 0.15
     rating_dropout: Share = 0.15
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 class WorkerSettings(Settings):
@@ -180,8 +180,8 @@ class TrainConfig(Settings):
         preset = values.get("preset") if isinstance(values, dict) else None
         if preset not in PRESETS:
             return values
-        sections = {name: {**section, **(values.get(name) or {})} for name, section in PRESETS[preset].items()}
-        return {**values, **sections}
+        told = {name: values.get(name) or {} for name in PRESETS[preset]}
+        return {**values, **{name: {**PRESETS[preset][name], **own} for name, own in told.items() if isinstance(own, dict)}}
 
 
 class DistillConfig(Settings):
@@ -199,8 +199,9 @@ class DistillConfig(Settings):
     batch_size: Positive = 512
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
     min_quality: Annotated[float, Field(ge=0, description="of the teacher's mean like probability; below it nothing is written")] = 0.98
+    min_diversity: Annotated[float, Field(ge=0, description="of the teacher's mean distance between a user's samples; likewise")] = 0.9
     device: Device = "cpu"
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 class SamplerSettings(Settings):

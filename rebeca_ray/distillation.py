@@ -15,21 +15,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from rebeca_ray.checkpoint import TrainedPrior, load_prior, save_prior
+from rebeca_ray.checkpoint import TrainedPrior, load_prior, read_prior_config, save_prior
 from rebeca_ray.config import DistillConfig, PriorSampling, SamplerSettings
 from rebeca_ray.diffusion import Denoiser, Diffusion
 from rebeca_ray.errors import QualityGateError, UserError
+from rebeca_ray.finishing import USERS_AT_ONCE, factors_of, training_blocks
 from rebeca_ray.histories import build_histories
 from rebeca_ray.items import read_image_embeds
 from rebeca_ray.prior import LIKE, Prior
+from rebeca_ray.request import check_items_fit
 from rebeca_ray.sampling import dpm_solver_pp_2m, guided_denoiser, item_noise, sample_liked
-from rebeca_ray.selector import MAX_HISTORY
-from rebeca_ray.storage import read_table, require_own, require_writable
-from rebeca_ray.training_set import UserBlock
+from rebeca_ray.storage import require_own, require_writable
 
 TEACHER_STEPS = 4  # of the teacher for one of the student
 TILE = 256
 CHECKED_USERS, CHECKED_SAMPLES = 100, 10
+MIN_USERS = 5  # of a `history` prior: four to learn on, one to judge by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,9 @@ class Trajectories:
 def distill_prior(config: DistillConfig) -> dict[str, float]:
     """Distill `config.prior` into `config.out`; returns the figures of student and teacher.
 
-    Raises UserError for a teacher that cannot be distilled, QualityGateError, and writes nothing, if the selector likes the
-    student's samples less than `config.min_quality` times the teacher's.
+    Raises UserError for a teacher that cannot be distilled, QualityGateError, and writes nothing, if the student's samples are
+    liked less than `config.min_quality` times as much as the teacher's (by the selector), or differ less than
+    `config.min_diversity` times as much. A `history` prior is judged on users the student did not learn on.
     """
     teacher = load_prior(config.prior, config.device)
     check_teacher(teacher, config)
@@ -62,7 +64,7 @@ def distill_prior(config: DistillConfig) -> dict[str, float]:
     torch.manual_seed(config.seed)
     diffusion = Diffusion.build(teacher.diffusion, config.device)
     timesteps = diffusion.inference_timesteps(config.num_inference_steps)
-    users = known_users(teacher, config)
+    users, judged = known_users(teacher, config)
     drawn = draw_trajectories(teacher, diffusion, users, timesteps, config.num_trajectories, config.seed)
     network = copy.deepcopy(teacher.network)
     losses = fit_student(network, diffusion, users, drawn, timesteps, config)
@@ -72,17 +74,20 @@ def distill_prior(config: DistillConfig) -> dict[str, float]:
         sampling=PriorSampling(prior_guidance_scale=teacher.sampling.prior_guidance_scale, distilled_steps=config.num_inference_steps),
         curve="epoch,train_loss\n" + "".join(f"{epoch},{loss:.6g}\n" for epoch, loss in enumerate(losses, 1)),
     )
-    figures = compare(teacher, student, diffusion, users)
-    if figures["student_quality"] < config.min_quality:
-        raise QualityGateError(
-            f"distilled prior: {figures['student_quality']:.1%} of the teacher's quality, min_quality is {config.min_quality:.1%}; "
-            "raise num_trajectories, max_epochs or num_inference_steps"
-        )
+    figures = compare(teacher, student, diffusion, judged)
+    for what, least in (("quality", config.min_quality), ("diversity", config.min_diversity)):
+        if figures[f"student_{what}"] < least:
+            raise QualityGateError(
+                f"distilled prior: {figures[f'student_{what}']:.1%} of the teacher's {what}, min_{what} is {least:.1%}; "
+                "raise num_trajectories, max_epochs or num_inference_steps"
+            )
     save_prior(replace(student, metrics={**teacher.metrics, **figures}), config.out)
     return figures
 
 
 def check_teacher(teacher: TrainedPrior, config: DistillConfig) -> None:
+    if config.out.rstrip("/") == config.prior.rstrip("/"):
+        raise UserError(f"out {config.out}: is the teacher's own folder; give another")
     if teacher.sampling.distilled_steps is not None:
         raise UserError(f"prior {config.prior}: is distilled already; give the prior it was made from")
     if teacher.diffusion.prediction_type == "epsilon":
@@ -90,28 +95,45 @@ def check_teacher(teacher: TrainedPrior, config: DistillConfig) -> None:
             f"prior {config.prior}: predicts epsilon, from which a single pass at the first timestep cannot tell the sample; "
             "train it with diffusion.prediction_type sample or v_prediction"
         )
-    if teacher.settings.user_encoder == "history" and (config.interactions is None or config.items is None):
-        raise UserError(f"prior {config.prior}: knows users by their history; set `interactions` and `items`")
+    if config.num_inference_steps * TEACHER_STEPS > (timesteps := teacher.diffusion.num_train_timesteps):
+        raise UserError(
+            f"num_inference_steps is {config.num_inference_steps}; the teacher, which was trained on {timesteps} timesteps, "
+            f"needs {TEACHER_STEPS} for each: ask for at most {timesteps // TEACHER_STEPS}"
+        )
+    if teacher.settings.user_encoder == "history":
+        if config.interactions is None or config.items is None:
+            raise UserError(f"prior {config.prior}: knows users by their history; set `interactions` and `items`")
+        check_items_fit(config.items, read_prior_config(config.prior))
 
 
-def known_users(teacher: TrainedPrior, config: DistillConfig) -> KnownUsers:
-    """Up to `config.num_users` users, evenly spaced, with their whole histories if those are given."""
+def known_users(teacher: TrainedPrior, config: DistillConfig) -> tuple[KnownUsers, KnownUsers]:
+    """Up to `config.num_users` users to learn on, evenly spaced, and those to judge by.
+
+    Of a `history` prior every fifth is set apart to judge by, without what was held out from the teacher; of others, which know
+    nobody else, the same users do for both.
+    """
     selector = teacher.selector
-    if config.interactions is None or config.items is None:
+    if teacher.settings.user_encoder != "history" or config.interactions is None or config.items is None:
         rows = teacher.user_rows if teacher.user_rows is not None else teacher.network.null_user_UH.detach()[None]
         chosen = np.linspace(0, len(rows) - 1, min(config.num_users, len(rows))).astype(int)
         factors = selector.rows_VF[chosen] if selector is not None and selector.rows_VF is not None else None
-        return KnownUsers(token_GUH=rows[chosen], factor_GF=factors)
+        everybody = KnownUsers(token_GUH=rows[chosen], factor_GF=factors)
+        return everybody, everybody
     items = read_image_embeds(config.items)
     x0_ID = teacher.scaler.scale(torch.from_numpy(items.image_embeds)).numpy()
-    histories = build_histories(config.interactions.model_copy(update={"hold_out": 0.0}), items.item_id, config.storage)
-    block = UserBlock(read_table(histories.file(0), "histories"), histories.first_user_index, training_only=False)
+    block = next(training_blocks(build_histories(config.interactions, items.item_id, config.storage)))
     chosen = np.linspace(0, len(block.counts_V) - 1, min(config.num_users, len(block.counts_V))).astype(int)
-    history = block.history(chosen, max(teacher.settings.max_history, MAX_HISTORY)).look_up(x0_ID, config.device)
-    with torch.inference_mode():
-        factors = None if selector is None else selector.user_factors(history.latest(MAX_HISTORY))
-    index = block.user_index_V[chosen]
-    return KnownUsers(token_GUH=teacher.user_tokens(index, history.latest(teacher.settings.max_history)), factor_GF=factors)
+    if len(chosen) < MIN_USERS:
+        raise UserError(f"interactions {config.interactions.path}: {len(chosen)} users; give at least {MIN_USERS} to learn and judge on")
+    apart = np.arange(len(chosen)) % 5 == 0
+
+    def meet(user_G: np.ndarray) -> KnownUsers:
+        parts = [user_G[start : start + USERS_AT_ONCE] for start in range(0, len(user_G), USERS_AT_ONCE)]
+        histories = (block.history(part, teacher.settings.max_history).look_up(x0_ID, config.device) for part in parts)
+        tokens = [teacher.user_tokens(block.user_index_V[part], history) for part, history in zip(parts, histories, strict=True)]
+        return KnownUsers(token_GUH=torch.cat(tokens), factor_GF=None if selector is None else factors_of(selector, block, user_G, x0_ID))
+
+    return meet(chosen[~apart]), meet(chosen[apart])
 
 
 @torch.inference_mode()
@@ -137,7 +159,7 @@ def draw_trajectories(
         seeds = [seed * 2**40 + number for number in range(start, start + len(row))]
         ends.append(dpm_solver_pp_2m(denoise, item_noise(seeds, teacher.network.embed_dim, row.device), fine, diffusion))
         points.append(torch.stack(passed))
-    return Trajectories(row_N=row_N, x_SND=torch.cat(points, dim=1).clone(), x0_ND=torch.cat(ends).clone())
+    return Trajectories(row_N=row_N, x_SND=torch.cat(points, dim=1), x0_ND=torch.cat(ends))
 
 
 def targets(drawn: Trajectories, timesteps: Sequence[int], diffusion: Diffusion) -> torch.Tensor:
@@ -185,6 +207,7 @@ def compare(teacher: TrainedPrior, student: TrainedPrior, diffusion: Diffusion, 
     """How close the student comes with the same users and noise, drawn for neither's training.
 
     `student_quality` is the ratio of the selector's mean like probabilities; without a selector, the mean cosine of the two.
+    `student_diversity` is the ratio of the mean cosine distances between a user's samples.
     """
     chosen = np.linspace(0, len(users.token_GUH) - 1, min(CHECKED_USERS, len(users.token_GUH))).astype(int)
     row_N = np.repeat(chosen, CHECKED_SAMPLES)
@@ -194,8 +217,13 @@ def compare(teacher: TrainedPrior, student: TrainedPrior, diffusion: Diffusion, 
         sampler = SamplerSettings().resolve(prior.sampling, steps)
         drawn.append(sample_liked(prior.network, diffusion, users.token_GUH, row_N, range(2**50, 2**50 + len(row_N)), sampler))
     cosine = float(F.cosine_similarity(drawn[0], drawn[1]).mean())
+    spread = []
+    for x_ND in drawn:
+        unit_GSD = F.normalize(x_ND).view(len(chosen), CHECKED_SAMPLES, -1)
+        spread.append(float(1 - (unit_GSD @ unit_GSD.mT).mean()))
+    found = {"cosine_to_teacher": cosine, "student_diversity": spread[1] / spread[0]}
     if teacher.selector is None or users.factor_GF is None:
-        return {"cosine_to_teacher": cosine, "student_quality": cosine}
+        return {**found, "student_quality": cosine}
     factor_NF = users.factor_GF[row_N]
     like = [float(teacher.selector.like_probability(x_ND.to(factor_NF.device), factor_NF).mean()) for x_ND in drawn]
-    return {"cosine_to_teacher": cosine, "teacher_like": like[0], "student_like": like[1], "student_quality": like[1] / like[0]}
+    return {**found, "teacher_like": like[0], "student_like": like[1], "student_quality": like[1] / like[0]}

@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
-from rebeca_ray.errors import UserError
-
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedScaler:
@@ -23,12 +21,8 @@ class EmbedScaler:
 
     @classmethod
     def fit(cls, image_embeds: torch.Tensor, clamp: float = 5.0) -> "EmbedScaler":
-        """Measure the mean length of `image_embeds` [N, D]. Raises UserError for zero or non-finite rows."""
-        lengths = image_embeds.norm(dim=1)
-        bad = ~torch.isfinite(lengths) | (lengths == 0)
-        if bad.any():
-            raise UserError(f"image_embeds: {int(bad.sum())} of {len(bad)} rows are zero or not finite; embed those items again")
-        return cls(embed_dim=image_embeds.shape[1], norm=float(lengths.mean()), clamp=clamp)
+        """Measure the mean length of `image_embeds` [N, D]."""
+        return cls(embed_dim=image_embeds.shape[1], norm=float(image_embeds.norm(dim=1).mean()), clamp=clamp)
 
     def scale(self, image_embeds: torch.Tensor) -> torch.Tensor:
         """CLIP embeddings [..., D] to the prior's space, in [-1, 1]."""

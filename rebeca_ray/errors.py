@@ -17,7 +17,7 @@ class ErrorBudgetExceededError(UserError):
 
 
 class QualityGateError(UserError):
-    """What came out is not good enough; nothing was written."""
+    """What came out is not good enough; nothing of it is to be seen by a reader."""
 
     exit_code = 4
 

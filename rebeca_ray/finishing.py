@@ -37,7 +37,9 @@ def finish_prior(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray, s
     selector = fit_selector(islice(training_blocks(histories), SELECTOR_BUCKETS), x0_ID, seed + 1)
     if selector is None:
         return prior
-    prior = replace(prior, selector=selector, metrics={**prior.metrics, "selector_auc": held_out_auc(selector, histories, x0_ID)})
+    prior = replace(prior, selector=selector)
+    if (auc := held_out_auc(selector, histories, x0_ID)) is not None:
+        prior = replace(prior, metrics={**prior.metrics, "selector_auc": auc})
     if prior.condition_dropout > 0 and prior.settings.user_encoder != "none":
         prior = choose_guidance(prior, histories, x0_ID)
     if prior.user_rows is not None:
@@ -56,7 +58,8 @@ def training_blocks(histories: Histories) -> Iterator[UserBlock]:
 def factors_of(selector: Selector, block: UserBlock, user_G: np.ndarray, x0_ID: np.ndarray) -> torch.Tensor:
     """The selector's factors [G, F+1] of some users of a block."""
     parts = [user_G[start : start + USERS_AT_ONCE] for start in range(0, len(user_G), USERS_AT_ONCE)]
-    return torch.cat([selector.user_factors(block.history(part, MAX_HISTORY).look_up(x0_ID)) for part in parts])
+    device = selector.popularity.weight.device
+    return torch.cat([selector.user_factors(block.history(part, MAX_HISTORY).look_up(x0_ID, device)) for part in parts])
 
 
 def factors_of_all(selector: Selector, histories: Histories, x0_ID: np.ndarray) -> torch.Tensor:
@@ -64,12 +67,12 @@ def factors_of_all(selector: Selector, histories: Histories, x0_ID: np.ndarray) 
     return torch.cat([factors_of(selector, block, np.arange(len(block.counts_V)), x0_ID) for block in training_blocks(histories)])
 
 
-def held_out_auc(selector: Selector, histories: Histories, x0_ID: np.ndarray) -> float:
-    """Area under the ROC curve on the held-out ratings of the first bucket's users; 0.5 if there are none to tell apart."""
+def held_out_auc(selector: Selector, histories: Histories, x0_ID: np.ndarray) -> float | None:
+    """Area under the ROC curve on the held-out ratings of the first bucket's users; None if there are none to tell apart."""
     block = next(training_blocks(histories))
     rated, place = np.unique(block.held_user, return_inverse=True)
     if len(np.unique(block.held_like)) < 2:
-        return 0.5
+        return None
     factors = factors_of(selector, block, rated, x0_ID)[torch.from_numpy(place)]
     probability = selector.like_probability(torch.from_numpy(x0_ID[block.held_item_index]), factors)
     return float(binary_auroc(probability, torch.from_numpy(block.held_like).long()))

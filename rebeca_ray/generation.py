@@ -35,14 +35,14 @@ def generate_catalog(config: GenerateConfig) -> dict[str, Any]:
         "decoder": decoder_fingerprint(config.decoder),
         "code": rebeca_ray.__version__,
     }
-    prior = load_prior(config.prior)  # a damaged one is found now, not by every actor
+    load_prior(config.prior)  # a damaged one is found now, not by every actor
     start_ray()
     for name, pool in (("sampler", config.sampler), ("decoder", config.decoder)):
         require_room(f"{name}.num_actors", workers=pool.num_actors, cpus=pool.cpus_per_actor, device=pool.device, spare_cpus=1)
     seconds = {}
     started = time.perf_counter()
     plan_items(config, run, versions)
-    permutation = check_plan(run, prior, config.gate)
+    permutation = check_plan(run, config.gate)
     seconds["plan"] = round(time.perf_counter() - started, 2)
     started = time.perf_counter()
     render_items(config, run)

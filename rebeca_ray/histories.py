@@ -52,6 +52,14 @@ class Histories:
         return bucket_of(user_id, len(self.users_of_bucket))
 
 
+@dataclass(frozen=True, kw_only=True)
+class ItemIndex:
+    """The embedded items by name: sorted ids, and the row of each."""
+
+    sorted_id: np.ndarray
+    row: np.ndarray
+
+
 def bucket_file(uri: str, bucket: int) -> str:
     return join(uri, f"bucket-{bucket:05d}.parquet")
 
@@ -71,12 +79,14 @@ def build_histories(settings: InteractionSettings, item_id: np.ndarray, storage:
     out = join(storage, f"histories-{source[:12]}")
     if told := read_json(join(out, MARKER)):
         return Histories(**told)
+    order = np.argsort(item_id)
+    items = ItemIndex(sorted_id=item_id[order], row=order)
     num_buckets = math.ceil(count_rows(settings.path) / ROWS_A_BUCKET)
     if num_buckets <= 1:
         interactions = read_interactions(settings)
-        counted = [write_bucket(interactions, item_id, settings.path, out, 0)]
+        counted = [write_bucket(interactions, items, settings.path, out, 0)]
     else:
-        counted = build_in_buckets(settings, columns, item_id, out, num_buckets)
+        counted = build_in_buckets(settings, columns, items, out, num_buckets)
     users_of_bucket, digests = (list(column) for column in zip(*counted, strict=True))
     if not sum(users_of_bucket):
         raise no_users(settings)
@@ -105,7 +115,7 @@ def count_rows(uri: str) -> int:
 
 
 def build_in_buckets(
-    settings: InteractionSettings, columns: list[str], item_id: np.ndarray, out: str, num_buckets: int
+    settings: InteractionSettings, columns: list[str], items: ItemIndex, out: str, num_buckets: int
 ) -> list[tuple[int, str]]:
     """Split the interactions by bucket with Ray Data, then build every bucket; returns users and digest of each."""
     import ray
@@ -125,10 +135,10 @@ def build_in_buckets(
         .map_batches(AddBucket(num_buckets), batch_format="pyarrow", batch_size=ROWS_A_BLOCK, zero_copy_batch=True)
         .write_parquet(split_path, filesystem=arrow_filesystem(split_filesystem), partition_cols=["bucket"])
     )
-    items = ray.put(item_id)
+    shared = ray.put(items)
 
     def build(row: dict[str, Any]) -> dict[str, Any]:
-        users, digest = build_bucket(settings, split, ray.get(items), out, int(row["id"]))
+        users, digest = build_bucket(settings, split, ray.get(shared), out, int(row["id"]))
         return {"bucket": row["id"], "users": users, "digest": digest}
 
     built = ray.data.range(num_buckets, override_num_blocks=num_buckets).map(build).to_pandas().sort_values("bucket")
@@ -144,25 +154,25 @@ class AddBucket:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         batch = normalise(batch)
-        users = batch["user_id"].combine_chunks().dictionary_encode()  # a null user is bucket 0's, which will refuse it
+        users = batch["user_id"].combine_chunks().dictionary_encode()  # a null user is anybody's bucket, which will refuse it
         of_user = np.array([bucket_of(user, self.num_buckets) for user in users.dictionary.to_pylist()], np.int32)
         codes = users.indices.fill_null(0).to_numpy()
         return batch.append_column("bucket", pa.array(of_user[codes] if len(of_user) else np.zeros(len(codes), np.int32)))
 
 
-def build_bucket(settings: InteractionSettings, split: str, item_id: np.ndarray, out: str, bucket: int) -> tuple[int, str]:
+def build_bucket(settings: InteractionSettings, split: str, items: ItemIndex, out: str, bucket: int) -> tuple[int, str]:
     folder = join(split, f"bucket={bucket}")
     filesystem, path = open_filesystem(folder)
     if not filesystem.exists(path):  # no user's hash fell here
         write_table(schemas.HISTORIES.empty_table(), bucket_file(out, bucket), row_group_size=USERS_A_ROW_GROUP)
         return 0, ""
     interactions = interactions_of(normalise(read_table(folder, "interactions", schemas.INTERACTIONS.names)), settings)
-    return write_bucket(interactions, item_id, settings.path, out, bucket)
+    return write_bucket(interactions, items, settings.path, out, bucket)
 
 
-def write_bucket(interactions: Interactions, item_id: np.ndarray, uri: str, out: str, bucket: int) -> tuple[int, str]:
+def write_bucket(interactions: Interactions, items: ItemIndex, uri: str, out: str, bucket: int) -> tuple[int, str]:
     """Write one bucket's file; returns how many users it holds and a digest of their histories."""
-    table = histories_table(interactions, index_items(interactions, item_id, uri), bucket)
+    table = histories_table(interactions, index_items(interactions, items, uri), bucket)
     write_table(table, bucket_file(out, bucket), row_group_size=USERS_A_ROW_GROUP)
     return table.num_rows, hash128(*table["user_id"].to_pylist(), *table["history_digest"].to_pylist())
 
@@ -190,19 +200,17 @@ def histories_table(interactions: Interactions, item_index: np.ndarray, bucket: 
     )
 
 
-def index_items(interactions: Interactions, item_id: np.ndarray, uri: str) -> np.ndarray:
+def index_items(interactions: Interactions, items: ItemIndex, uri: str) -> np.ndarray:
     """The row of each interaction's item. Raises UserError for rated items that were not embedded."""
-    order = np.argsort(item_id)
-    place = np.minimum(np.searchsorted(item_id, interactions.item_id, sorter=order), len(order) - 1)
-    item_index = order[place]
-    missing = item_id[item_index] != interactions.item_id
+    place = np.minimum(np.searchsorted(items.sorted_id, interactions.item_id), len(items.sorted_id) - 1)
+    missing = items.sorted_id[place] != interactions.item_id
     if missing.any():
         names = ", ".join(sorted(set(interactions.item_id[missing]))[:3])
         raise UserError(
             f"interactions {uri}: {int(missing.sum())} of {len(missing)} rate an item that has no embedding "
             f"({names}); embed those items with `rebeca embed`, or drop their ratings"
         )
-    return item_index.astype(np.int32)
+    return items.row[place].astype(np.int32)
 
 
 def user_table(histories: Histories) -> pa.Table:

@@ -185,7 +185,7 @@ def hold_out(user_id: np.ndarray, user_index: np.ndarray, item_id: np.ndarray, s
 
 
 def history_digests(interactions: Interactions) -> list[str]:
-    """One digest a user of the whole history, hold-out included, to tell later whether it changed."""
+    """One digest a user of the whole history, times and hold-out included, to tell later whether it changed."""
     bounds = np.searchsorted(interactions.user_index, np.arange(interactions.num_users + 1))
-    told = [f"{item}={like}" for item, like in zip(interactions.item_id, interactions.like, strict=True)]
+    told = [f"{item}={like}@{at}" for item, like, at in zip(interactions.item_id, interactions.like, interactions.timestamp, strict=True)]
     return [hash128(*told[start:stop]) for start, stop in pairwise(bounds)]

@@ -167,10 +167,12 @@ def embed_items(config: EmbedConfig) -> int:
 
 
 def read_image_embeds(uri: str) -> EmbeddedItems:
-    """All embedded items of `uri` in memory. Raises UserError for a missing column, nulls or repeated ids."""
-    embedded_with(uri)
-    table = read_table(uri, "items", ["item_id", "image_embeds"])
-    column = table["image_embeds"].combine_chunks()
+    """All embedded items of `uri` in memory.
+
+    Raises UserError for a missing column, nulls, repeated ids, and embeddings that are zero or not finite.
+    """
+    _, clip = embedded_with(uri)
+    column = read_table(uri, "items", ["image_embeds"])["image_embeds"].combine_chunks()
     if column.null_count or not (pa.types.is_fixed_size_list(column.type) or pa.types.is_list(column.type)):
         raise UserError(
             f"items {uri}: image_embeds is {column.type} with {column.null_count} nulls; expected fixed_size_list<float32>[D] without nulls"
@@ -178,11 +180,22 @@ def read_image_embeds(uri: str) -> EmbeddedItems:
     sizes = pc.unique(pc.list_value_length(column)).to_pylist()
     if len(sizes) != 1:
         raise UserError(f"items {uri}: image_embeds has rows of {len(sizes)} sizes ({sizes[:3]}); every item needs the same D")
-    values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    item_id = table["item_id"].to_numpy(zero_copy_only=False).astype(str)
-    if len(np.unique(item_id)) != len(item_id):
-        raise UserError(f"items {uri}: {len(item_id) - len(np.unique(item_id))} item_ids are repeated; keep one row an item")
-    return EmbeddedItems(item_id=item_id, image_embeds=values.reshape(len(item_id), -1), clip=embedded_with(uri)[1])
+    item_id = read_item_ids(uri)
+    values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(item_id), -1)
+    length = np.linalg.norm(values, axis=1)
+    bad = ~np.isfinite(length) | (length == 0)
+    if bad.any():
+        names = ", ".join(item_id[bad][:3])
+        raise UserError(f"items {uri}: {bad.sum()} of {len(bad)} image_embeds are zero or not finite ({names}); embed those items again")
+    return EmbeddedItems(item_id=item_id, image_embeds=values, clip=clip)
+
+
+def read_item_ids(uri: str) -> np.ndarray:
+    """The ids of all items, in the order of their embeddings. Raises UserError if one is repeated."""
+    item_id = read_table(uri, "items", ["item_id"])["item_id"].to_numpy(zero_copy_only=False).astype(str)
+    if repeated := len(item_id) - len(np.unique(item_id)):
+        raise UserError(f"items {uri}: {repeated} item_ids are repeated; keep one row an item")
+    return item_id
 
 
 def embedded_with(uri: str) -> tuple[int, str | None]:

@@ -22,7 +22,7 @@ from rebeca_ray.config import GenerateConfig
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.errors import UserError
 from rebeca_ray.histories import Histories, build_histories
-from rebeca_ray.items import read_image_embeds
+from rebeca_ray.items import read_image_embeds, read_item_ids
 from rebeca_ray.sampling import USERS_PADDED_TO, sample_liked
 from rebeca_ray.selection import choose, nearest_items
 from rebeca_ray.selector import MAX_HISTORY
@@ -70,7 +70,7 @@ def request_histories(config: GenerateConfig, run: Run) -> Histories | None:
     if config.interactions is None or config.items is None:
         return None
     everything = config.interactions.model_copy(update={"hold_out": 0.0, "min_likes": 0})
-    return build_histories(everything, read_image_embeds(config.items).item_id, run.work)
+    return build_histories(everything, read_item_ids(config.items), run.work)
 
 
 def split_request(config: GenerateConfig, run: Run, histories: Histories | None) -> list[str]:
@@ -79,11 +79,13 @@ def split_request(config: GenerateConfig, run: Run, histories: Histories | None)
     request = read_table(config.request, "request", [name for name in schemas.REQUEST.names if name in schema.names])
     users = request["user_id"].cast(pa.string()).to_pylist()
     bucket = np.array([histories.bucket_of(user) for user in users]) if histories else np.zeros(len(users), int)
-    request = request.append_column("bucket", pa.array(bucket, pa.int32()))
+    order = np.argsort(bucket, kind="stable")
+    request = request.append_column("bucket", pa.array(bucket, pa.int32())).take(order)
+    numbers, starts = np.unique(bucket[order], return_index=True)
     files = []
-    for number in np.unique(bucket):
+    for number, start, stop in zip(numbers, starts, [*starts[1:], len(order)], strict=True):
         uri = join(run.work, "request", f"bucket-{number:05d}.parquet")
-        write_table(request.filter(pa.array(bucket == number)), uri, row_group_size=ITEMS_A_FILE)
+        write_table(request.slice(start, stop - start), uri, row_group_size=ITEMS_A_FILE)
         files.append(open_filesystem(uri)[1])
     return files
 
@@ -114,11 +116,7 @@ class PlanUsers:
         told = self.sampler.model_dump_json(exclude={"batch_size", "num_actors", "cpus_per_actor", "device"})
         self.settings = hashlib.sha256((told + config.selection.model_dump_json()).encode()).hexdigest()
         self.items = read_image_embeds(config.items) if config.items else None
-        self.unit_ID, self.x0_ID = None, None
-        if self.items:
-            image_embeds = torch.from_numpy(self.items.image_embeds)
-            self.unit_ID = F.normalize(image_embeds).to(config.sampler.device)
-            self.x0_ID = self.prior.scaler.scale(image_embeds).numpy()
+        self.unit_ID = F.normalize(torch.from_numpy(self.items.image_embeds)).to(config.sampler.device) if self.items else None
         self.place = {} if self.prior.users is None else {user: place for place, user in enumerate(self.prior.users["user_id"].to_pylist())}
 
     @torch.inference_mode()
@@ -138,15 +136,14 @@ class PlanUsers:
         padding = -len(row_N) % self.sampler.batch_size  # whole tiles throughout: matrix products of a few rows round otherwise
         row_N, seeds = np.pad(row_N, (0, padding), mode="edge"), seeds + seeds[-1:] * padding
         x_ND = sample_liked(self.prior.network, self.diffusion, users.token_GUH, row_N, seeds, self.sampler)
-        like_N = self.like_probability(x_ND, users, row_N)
+        like_N, drawn_NF = self.judge(x_ND, users, row_N)
         embeds_ND = half(self.prior.scaler.unscale(x_ND).numpy())
         unit_ND = F.normalize(torch.from_numpy(embeds_ND))
         nearest_N, similarity_N = self.nearest(unit_ND)
 
         planned: list[dict[str, Any]] = []
         start = 0
-        factors = [None] * len(asked) if users.factor_GF is None else list(users.factor_GF.cpu().numpy())[: len(asked)]
-        for row, key, factor, origin, count, drawn in zip(asked, keys, factors, users.origin_G, wanted, candidates, strict=True):
+        for index, (row, key, count, drawn) in enumerate(zip(asked, keys, wanted, candidates, strict=True)):
             own = slice(start, start + drawn)
             start += drawn
             relevance = np.zeros(drawn, np.float32) if like_N is None else like_N[own]
@@ -161,10 +158,11 @@ class PlanUsers:
                         "rank": rank,
                         "image_embeds": embeds_ND[place],
                         "like_probability": None if like_N is None else like_N[place],
-                        "user_factors": factor,
+                        "user_factors": None if users.factor_GF is None else users.factor_GF[index].cpu().numpy(),
+                        "drawn_factors": None if drawn_NF is None else drawn_NF[own.start + rank],
                         "nearest_item_id": nearest_N[place],
                         "nearest_similarity": None if nearest_N[place] is None else similarity_N[place],
-                        "origin": origin,
+                        "origin": users.origin_G[index],
                         "prompt": prompt,
                     }
                 )
@@ -175,7 +173,10 @@ class PlanUsers:
         padding = -len(asked) % USERS_PADDED_TO  # nobodies, since matrix products of a few rows round otherwise
         index_G = np.array([self.place.get(row["user_id"], -1) for row in asked] + [-1] * padding)
         rated, digest_G = self.rated(asked, padding)
-        history = None if rated is None or self.x0_ID is None else rated.look_up(self.x0_ID, self.config.sampler.device)
+        history = None
+        if rated is not None and self.items is not None:
+            history = rated.look_up(self.items.image_embeds, self.config.sampler.device)
+            history = history._replace(item_BLD=self.prior.scaler.scale(history.item_BLD))
         latest = None if history is None else history.latest(self.prior.settings.max_history)
         encoder, selector = self.prior.settings.user_encoder, self.prior.selector
         known_G = (
@@ -221,11 +222,14 @@ class PlanUsers:
         place_N, similarity_N = nearest_items(unit_ND.to(self.unit_ID.device), self.unit_ID)
         return self.items.item_id[place_N.cpu().numpy()], similarity_N.cpu().numpy()
 
-    def like_probability(self, x_ND: torch.Tensor, users: Users, row_N: np.ndarray) -> np.ndarray | None:
-        if users.factor_GF is None or self.prior.selector is None:
-            return None
+    def judge(self, x_ND: torch.Tensor, users: Users, row_N: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """The like probability of each candidate [N], and what the selector sees in it [N, F+1]; None without selector or ratings."""
+        selector = self.prior.selector
+        if users.factor_GF is None or selector is None:
+            return None, None
         device = users.factor_GF.device
-        return self.prior.selector.like_probability(x_ND.to(device), users.factor_GF[torch.from_numpy(row_N).to(device)]).cpu().numpy()
+        like_N = selector.like_probability(x_ND.to(device), users.factor_GF[torch.from_numpy(row_N).to(device)])
+        return like_N.cpu().numpy(), selector.item_factors(x_ND.to(device)).cpu().numpy()
 
 
 @lru_cache(maxsize=2)

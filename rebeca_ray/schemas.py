@@ -110,7 +110,8 @@ def plan(embed_dim: int) -> pa.Schema:
             pa.field("rank", pa.int16(), nullable=False),
             pa.field("image_embeds", image_embeds(embed_dim), nullable=False),
             pa.field("like_probability", pa.float32()),
-            pa.field("user_factors", pa.list_(pa.float32())),  # the selector's, for the quality gate
+            pa.field("user_factors", pa.list_(pa.float32())),  # the selector's, for the quality gate; and what it sees in
+            pa.field("drawn_factors", pa.list_(pa.float32())),  # candidate number `rank`, as drawn: nobody chose it
             pa.field("nearest_item_id", pa.string()),
             pa.field("nearest_similarity", pa.float32()),
             pa.field("origin", pa.string(), nullable=False),  # new | population

@@ -18,6 +18,7 @@ from rebeca_ray.users import History
 
 NUM_FACTORS = 32
 MAX_HISTORY = 128  # interactions that a user's factors are made of
+ITEMS_TO_START_FROM = 100_000
 EPOCHS, SAMPLES_PER_USER, BATCH_SIZE, TARGETS, LEARNING_RATE, WEIGHT_DECAY = 5, 64, 1024, 16, 3e-3, 1e-2
 
 
@@ -57,10 +58,9 @@ class Selector(nn.Module):
     def logit(self, x_ND: torch.Tensor, user_NF: torch.Tensor) -> torch.Tensor:
         return (self.factors(x_ND) * user_NF[:, :-1]).sum(1) + user_NF[:, -1] + self.popularity(x_ND)[:, 0]
 
-    @torch.inference_mode()
-    def like_probability_of_all(self, x_ND: torch.Tensor, user_UF: torch.Tensor) -> torch.Tensor:
-        """[N, U] for each embedding and each user."""
-        return torch.sigmoid(self.factors(x_ND) @ user_UF[:, :-1].T + user_UF[:, -1] + self.popularity(x_ND))
+    def item_factors(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """[N, F+1] of embeddings: what `logit` makes of them, and of the user's factors."""
+        return torch.cat([self.factors(x_ND), self.popularity(x_ND)], dim=1)
 
     @torch.inference_mode()
     def like_probability(self, x_ND: torch.Tensor, user_NF: torch.Tensor) -> torch.Tensor:
@@ -77,9 +77,8 @@ def fit_selector(blocks: Iterable[UserBlock], x0_ID: np.ndarray, seed: int) -> S
         return None
     x_ID = torch.from_numpy(x0_ID)
     mean_D, scale = x_ID.mean(0), float(x_ID.std())
-    standard_ID = ((x_ID - mean_D) / scale).numpy()
     selector = Selector(x0_ID.shape[1], min(NUM_FACTORS, *x0_ID.shape))
-    start_from_similarity(selector, torch.from_numpy(standard_ID), float(share))
+    start_from_similarity(selector, (x_ID[:: -(-len(x_ID) // ITEMS_TO_START_FROM)] - mean_D) / scale, float(share))
     optimizer = torch.optim.AdamW(selector.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=EPOCHS)
     for epoch in range(EPOCHS):
@@ -93,8 +92,9 @@ def fit_selector(blocks: Iterable[UserBlock], x0_ID: np.ndarray, seed: int) -> S
                 seed=(seed, epoch),
             )
             for batch in batches:
-                user_NF = selector.user_factors(batch.history.look_up(standard_ID))[batch.row_B]
-                logit_N = selector.logit(torch.from_numpy(standard_ID[batch.item_index_B]), user_NF)
+                history = batch.history.look_up(x0_ID)
+                user_NF = selector.user_factors(history._replace(item_BLD=(history.item_BLD - mean_D) / scale))[batch.row_B]
+                logit_N = selector.logit((x_ID[torch.from_numpy(batch.item_index_B)] - mean_D) / scale, user_NF)
                 optimizer.zero_grad()
                 F.binary_cross_entropy_with_logits(logit_N, torch.from_numpy(batch.like_B).float()).backward()
                 optimizer.step()
@@ -109,7 +109,7 @@ def fit_selector(blocks: Iterable[UserBlock], x0_ID: np.ndarray, seed: int) -> S
 @torch.no_grad()
 def start_from_similarity(selector: Selector, standard_ID: torch.Tensor, like_share: float) -> None:
     """Begin with users who like what resembles what they liked: the embeddings' first principal directions, twice."""
-    directions_FD = torch.linalg.svd(standard_ID, full_matrices=False).Vh[: selector.factors.out_features]
+    directions_FD = torch.linalg.eigh(standard_ID.T @ standard_ID).eigenvectors.T.flip(0)[: selector.factors.out_features]
     directions_FD *= 2 / (standard_ID @ directions_FD.T).square().sum(1).mean().sqrt()
     selector.factors.weight.copy_(directions_FD)
     selector.said.weight.copy_(torch.cat([-0.5 * directions_FD, directions_FD]))

@@ -4,7 +4,7 @@ Shapes: B samples, D embed dim, I items, U user tokens, H width.
 """
 
 import logging
-import math
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -33,6 +33,7 @@ from rebeca_ray.users import History
 
 STATE = "state.pt"
 DIVERGED = 10.0  # times the best validation loss
+STEPS_A_CHECK, NEVER = 1000, 2**62
 
 
 def users_of(fit: Fit, batch: Batch, x0_ID: np.ndarray, device: torch.device) -> History | torch.Tensor | None:
@@ -71,9 +72,10 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
             train_loss, samples = train_epoch(loss, fit, epoch_batches(users, config, epoch), x0_ID, generator, config, bar)
         val_loss = validation_loss(fit, diffusion, validation, x0_ID, rank, world_size, device)
         if not fit.diverged and not val_loss < DIVERGED * fit.best_loss:
-            fit.diverged = f"validation loss {val_loss:.4g} after epoch {epoch} at learning rate {fit.learning_rate:.3g}"
+            steps = epoch * num_steps(histories, config)
+            fit.diverged = f"validation loss {val_loss:.4g} after epoch {epoch} (step {steps}) at learning rate {fit.learning_rate:.3g}"
         if fit.diverged:
-            train_loss = val_loss = math.inf
+            train_loss = val_loss = sys.float_info.max  # Ray's checkpoint list keeps no infinity
         rate = samples * world_size / (time.perf_counter() - started)
         fit.end_epoch(train_loss, val_loss, rate)
         metrics = {"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss, "learning_rate": fit.learning_rate}
@@ -97,7 +99,8 @@ class UserShare:
     """One worker's share of the users, block by block, anew every epoch. Every worker gets as many users, so as many batches.
 
     Ray Data streams them, in another order of files every epoch. So few that they fit one block are read once instead:
-    starting a stream takes longer than training on them. A share then wraps around, so that nobody is left out.
+    starting a stream takes longer than training on them. A share then wraps around, so that nobody is left out; of a stream
+    that does not divide evenly, up to one user fewer than there are workers sits an epoch out.
     """
 
     def __init__(self, histories: Histories, rank: int, world_size: int) -> None:
@@ -155,11 +158,13 @@ def train_epoch(
 ) -> tuple[float, int]:
     """One optimizer step a batch; returns the mean loss over all workers and this worker's samples.
 
-    Notes the first step whose loss is not finite in `fit.diverged`. Raises RuntimeError if the workers drift apart.
+    Notes the first step whose loss is not finite in `fit.diverged`, and ends soon after it. Raises RuntimeError if the workers
+    drift apart.
     """
     device = generator.device
-    losses, samples = [], 0
-    for batch in batches:
+    step, samples = 0, 0
+    total, diverged = torch.zeros((), device=device), torch.full((), NEVER, device=device)
+    for step, batch in enumerate(batches, 1):
         x0_BD = torch.from_numpy(x0_ID[batch.item_index_B]).to(device)
         row_B, like_B = torch.from_numpy(batch.row_B).to(device), torch.from_numpy(batch.like_B).long().to(device)
         users = users_of(fit, batch, x0_ID, device)
@@ -174,19 +179,19 @@ def train_epoch(
         if fit.table:
             gradient = cast(torch.Tensor, cast(torch.Tensor, users).grad)
             fit.table.update(torch.from_numpy(batch.user_index_G).to(device), gradient, fit.learning_rate * fit.user_learning_rate_a_step)
-        losses.append(loss.detach())
+        total += loss.detach()
+        diverged = torch.where(loss.isfinite(), diverged, diverged.clamp(max=step))
         samples += len(x0_BD)
         if bar is not None:
             bar.update(1)
+        if step % STEPS_A_CHECK == 0 and first_of_workers(diverged) < NEVER:
+            break
     weight = torch.stack([parameter.detach().double().sum() for parameter in fit.prior.parameters()]).sum()
     if abs(mean_over_workers(weight.clone()) - float(weight)) > 1e-9 * (1 + abs(float(weight))):
         raise RuntimeError("the workers' weights differ: gradients are not shared")  # rank 0 would save a part of the training
-    loss_of_step = torch.stack(losses)
-    mean = mean_over_workers(loss_of_step.mean())
-    if not math.isfinite(mean):
-        step = int(torch.isfinite(loss_of_step).int().argmin()) + 1
-        fit.diverged = f"the loss is not finite in epoch {fit.epoch + 1}, step {step}, at learning rate {fit.learning_rate:.3g}"
-    return mean, samples
+    if (first := first_of_workers(diverged)) < NEVER:
+        fit.diverged = f"the loss is not finite in epoch {fit.epoch + 1}, step {first}, at learning rate {fit.learning_rate:.3g}"
+    return mean_over_workers(total / max(1, step)), samples
 
 
 @torch.no_grad()
@@ -222,6 +227,13 @@ def mean_over_workers(value: torch.Tensor) -> float:
         dist.all_reduce(value, op=dist.ReduceOp.SUM)
         value = value / dist.get_world_size()
     return float(value)
+
+
+def first_of_workers(step: torch.Tensor) -> int:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        step = step.clone()
+        dist.all_reduce(step, op=dist.ReduceOp.MIN)
+    return int(step)
 
 
 def progress_bar(total: int, what: str, live: bool) -> AbstractContextManager[Any]:

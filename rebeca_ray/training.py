@@ -18,13 +18,13 @@ from rebeca_ray.cluster import require_room, start_ray
 from rebeca_ray.config import PriorSampling, TrainConfig
 from rebeca_ray.embeds import EmbedScaler
 from rebeca_ray.errors import UserError
-from rebeca_ray.finishing import finish_prior
+from rebeca_ray.finishing import finish_prior, training_blocks
 from rebeca_ray.histories import Histories, build_histories, user_table
 from rebeca_ray.items import EmbeddedItems, read_image_embeds
 from rebeca_ray.prior import Prior
-from rebeca_ray.storage import arrow_filesystem, open_filesystem, read_table, require_own, require_writable
+from rebeca_ray.storage import arrow_filesystem, open_filesystem, require_own, require_writable
 from rebeca_ray.train_loop import STATE, is_streamed, train_loop_per_worker
-from rebeca_ray.training_set import Batch, UserBlock
+from rebeca_ray.training_set import Batch
 
 VALIDATION_SAMPLES = 8192
 
@@ -81,10 +81,10 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
         state = torch.load(Path(folder) / STATE, weights_only=True)
         last = torch.load(Path(last_folder) / STATE, weights_only=True)
     if last["diverged"]:
-        raise UserError(
-            f"training diverged: {last['diverged']}; lower optimization.learning_rate or user_learning_rate. The best epoch "
-            f"({state['epoch']}, validation loss {state['best_loss']:.4f}) is kept in {best.path}"
-        )
+        kept = f"The best epoch ({state['epoch']}, validation loss {state['best_loss']:.4f}) is kept in {best.path}"
+        if state["diverged"]:
+            kept = "No epoch before it ended well, so nothing is kept"
+        raise UserError(f"training diverged: {last['diverged']}; lower optimization.learning_rate or user_learning_rate. {kept}")
     network = Prior(config.network, items.image_embeds.shape[1])
     network.load_state_dict(state["average"])
     prior = TrainedPrior(
@@ -132,14 +132,16 @@ def validation_batch(histories: Histories, config: TrainConfig) -> Batch:
 
     Without a hold-out, training interactions stand in.
     """
-    bucket = next(bucket for bucket, users in enumerate(histories.users_of_bucket) if users)
-    block = UserBlock(read_table(histories.file(bucket), "histories"), histories.first_user_index)
+    block = next(training_blocks(histories))
     max_history = config.network.max_history
-    if batch := block.held_out(max_history, VALIDATION_SAMPLES, likes_only=config.optimization.like_share == 1):
+    like_share = config.optimization.like_share
+    if batch := block.held_out(max_history, VALIDATION_SAMPLES, likes_only=like_share == 1):
         return batch
-    return next(
-        block.batches(samples_per_user=4, like_share=None, batch_size=VALIDATION_SAMPLES, targets=1, max_history=max_history, seed=(0,))
+    print("nothing is held out (fewer than ten ratings a user?): validation sees what is trained on, so no overfitting", flush=True)
+    draws = block.batches(
+        samples_per_user=4, like_share=like_share, batch_size=VALIDATION_SAMPLES, targets=1, max_history=max_history, seed=(0,)
     )
+    return next(draws)
 
 
 def curve_csv(curve: list[list[float]]) -> str:

@@ -15,6 +15,7 @@ from rebeca_ray.users import History
 
 USERS_A_BLOCK = 4096
 TARGETS_A_HISTORY = 8  # samples that share one pass through the history encoder
+POOL_A_TARGET = 4  # interactions to draw from for each different target of a draw
 MICROSECONDS_A_DAY = 86_400_000_000
 
 
@@ -96,8 +97,8 @@ class UserBlock:
     def batches(
         self, *, samples_per_user: int, like_share: float | None, batch_size: int, targets: int, max_history: int, seed: tuple[int, ...]
     ) -> Iterator[Batch]:
-        """`samples_per_user` samples of every user, with replacement so that users with few rows have as much say, in random
-        order (balanced sampling: paper, appendix A.1). A pure function of block and seed.
+        """`samples_per_user` samples of every user (rounded up to whole draws), with replacement so that users with few rows have
+        as much say, in random order (balanced sampling: paper, appendix A.1). A pure function of block and seed.
 
         `like_share` of them are likes, where a user has both likes and dislikes; None takes them as they come.
         """
@@ -107,15 +108,21 @@ class UserBlock:
         user_Gm = np.repeat(user_G[:, None], targets, axis=1)
         place_Gm = random.random(user_Gm.shape)
         if like_share is None:
-            target_Gm = self.starts_V[user_Gm] + (place_Gm * self.counts_V[user_Gm]).astype(np.int64)
+            pool_Gm = self.counts_V[user_Gm]
+            target_Gm = self.starts_V[user_Gm] + (place_Gm * pool_Gm).astype(np.int64)
         else:
-            target_Gm = self.targets_by_like(user_Gm, random.random(user_Gm.shape) < like_share, place_Gm)
+            target_Gm, pool_Gm = self.targets_by_like(user_Gm, random.random(user_Gm.shape) < like_share, place_Gm)
+        # A history lacks its draw's targets: few of them where there are few to draw from, or short histories were never met.
+        distinct_G = (pool_Gm.min(1) // POOL_A_TARGET).clip(1, targets)
+        target_Gm = np.take_along_axis(target_Gm, np.arange(targets) % distinct_G[:, None], axis=1)
         order = random.permutation(len(user_G))
         for part in np.array_split(order, num_batches(len(user_G), targets, batch_size)):
             yield self.batch(user_G[part], target_Gm[part], max_history)
 
-    def targets_by_like(self, user_Gm: np.ndarray, like_Gm: np.ndarray, place_Gm: np.ndarray) -> np.ndarray:
-        """Row numbers of likes or dislikes as `like_Gm` says, at `place_Gm` (0 to 1) among the user's own of that kind."""
+    def targets_by_like(self, user_Gm: np.ndarray, like_Gm: np.ndarray, place_Gm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers of likes or dislikes as `like_Gm` says, at `place_Gm` (0 to 1) among the user's own of that kind, and how
+        many of that kind there are.
+        """
         user_N = np.repeat(np.arange(len(self.counts_V)), self.counts_V)
         by_like = np.lexsort((self.like_N, user_N))  # within a user: dislikes, then likes
         num_likes_V = np.bincount(user_N, weights=self.like_N, minlength=len(self.counts_V)).astype(np.int64)
@@ -123,7 +130,7 @@ class UserBlock:
         like_Gm = np.where(num_likes_V[user_Gm] == 0, False, np.where(num_dislikes_V[user_Gm] == 0, True, like_Gm))
         count_Gm = np.where(like_Gm, num_likes_V[user_Gm], num_dislikes_V[user_Gm])
         start_Gm = self.starts_V[user_Gm] + np.where(like_Gm, num_dislikes_V[user_Gm], 0)
-        return by_like[start_Gm + (place_Gm * count_Gm).astype(np.int64)]
+        return by_like[start_Gm + (place_Gm * count_Gm).astype(np.int64)], count_Gm
 
     def batch(self, user_G: np.ndarray, target_Gm: np.ndarray, max_history: int) -> Batch:
         rows = target_Gm.ravel()

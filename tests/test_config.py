@@ -98,3 +98,9 @@ def test_locations_expand_home_and_package() -> None:
     assert Path(expand("package:stickers/assets/items.parquet")).is_file()
     assert Path(expand("local-dir:package:stickers/assets/clip").removeprefix("local-dir:")).is_dir()
     assert expand("s3://bucket/~x") == "s3://bucket/~x"
+
+
+def test_a_value_in_place_of_a_section_is_told_with_a_preset_too(tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text("preset: stickers\ninteractions: {path: a}\nitems: b\nout: c\n")
+    with pytest.raises(UserError, match="network is a section, not the value 3; set one of its keys"):
+        load_config(TrainConfig, tmp_path / "train.yaml", ["network=3"])

@@ -326,9 +326,9 @@ def test_the_same_on_s3(generated: tuple[GenerateConfig, dict[str, Any]]) -> Non
 
 def test_a_plan_that_pleases_nobody_in_particular_is_neither_rendered_nor_published(config: GenerateConfig, tmp_path: Path) -> None:
     """No p-value of 10,000 permutations is below 1e-5, so that this gate stops any plan."""
-    users = pa.table({"user_id": [f"user-{number}" for number in range(20)]})
-    prior = write_tiny_prior(tmp_path, users=prior_users(users["user_id"].to_pylist()), selector=Selector(D, 4))
-    pq.write_table(users, tmp_path / "request.parquet")
+    users = [f"user-{number}" for number in range(20)]
+    prior = write_tiny_prior(tmp_path, users=prior_users(users), selector=Selector(D, 4))
+    pq.write_table(pa.table({"user_id": users}), tmp_path / "request.parquet")
     gate = GateSettings(max_p_value=1e-5)
     with pytest.raises(QualityGateError, match=r"20 users.*Nothing was rendered or published"):
         generate_catalog(config.model_copy(update={"prior": prior, "gate": gate, "num_images": 2}))

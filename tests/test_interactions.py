@@ -118,8 +118,13 @@ def test_hold_out_takes_the_same_share_of_everyone_whatever_the_order(counts: li
 
 
 def test_history_digest_changes_with_the_history_alone(tmp_path: Path) -> None:
-    before = read(write(tmp_path))
-    after = read(write(tmp_path, rating=pa.array([5, 4, 3, 5, 1, 5], pa.float32())))
-    digests = history_digests(before), history_digests(after)
-    assert digests[0][0] == digests[1][0]
-    assert digests[0][1] != digests[1][1]
+    before = history_digests(read(write(tmp_path)))
+    rated = history_digests(read(write(tmp_path, rating=pa.array([5, 4, 3, 5, 1, 5], pa.float32()))))
+    assert rated[0] == before[0]
+    assert rated[1] != before[1]
+
+
+def test_history_digest_knows_the_times(tmp_path: Path) -> None:
+    """The prior reads how long ago something was rated, so other times are another history, in the same order too."""
+    days = [history_digests(read(write(tmp_path, timestamp=pa.array([0, 1, 2, 3, 4, last], pa.timestamp("us"))))) for last in (5, 9)]
+    assert days[0] != days[1]

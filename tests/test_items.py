@@ -137,3 +137,13 @@ def test_embeddings_of_several_sizes_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"item_id": ["a", "b"], "image_embeds": embeds}), tmp_path / "items.parquet")
     with pytest.raises(UserError, match=r"image_embeds has rows of 2 sizes \(\[4, 8\]\); every item needs the same D"):
         read_image_embeds(str(tmp_path / "items.parquet"))
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_embeddings_that_have_no_direction_are_refused_by_name(tmp_path: Path, bad: float) -> None:
+    embeds = np.ones((4, 8), np.float32)
+    embeds[2] = bad
+    column = pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(8))
+    pq.write_table(pa.table({"item_id": ["a", "b", "c", "d"], "image_embeds": column}), tmp_path / "items.parquet")
+    with pytest.raises(UserError, match=r"1 of 4 image_embeds are zero or not finite \(c\); embed those items again"):
+        read_image_embeds(str(tmp_path / "items.parquet"))

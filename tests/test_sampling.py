@@ -62,7 +62,7 @@ def test_every_step_equals_diffusers(
     """What the network is asked at each step, and the result, with the same noise and the same predictions."""
     told = DiffusionSettings.model_validate({"num_train_timesteps": 80, "schedule": schedule, "prediction_type": prediction_type})
     diffusion = Diffusion.build(told)
-    num_steps = 80 if sampler == "ddpm" else 8
+    num_steps = 20 if sampler == "ddpm" else 8
     timesteps = diffusion.inference_timesteps(num_steps)
     condition = prior.condition(tokens[:3], torch.full((3,), LIKE))
 
@@ -155,6 +155,13 @@ def test_company_order_and_tiles_change_no_bit(architecture: str, tokens: torch.
     assert torch.equal(draw(prior, tokens, [items[place] for place in order], 32), together[order])
     assert torch.equal(draw(prior, tokens, items, 64), together)
     assert torch.equal(draw(prior, tokens, items[:1], 32), together[:1])
+
+
+def test_more_users_than_are_padded_to_change_no_bit(prior: Prior) -> None:
+    tokens = torch.randn(130, 1, 16, generator=torch.Generator().manual_seed(3))
+    together = draw(prior, tokens, [(user, user) for user in range(130)], 256)
+    for first, last in ((0, 65), (65, 130), (64, 65)):
+        assert torch.equal(draw(prior, tokens, [(user, user) for user in range(first, last)], 256), together[first:last])
 
 
 def test_what_a_config_leaves_open_is_the_priors_own() -> None:

@@ -100,14 +100,26 @@ def test_the_prior_learns_who_likes_what_and_a_rerun_changes_nothing(world: dict
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_a_diverging_loss_stops_with_step_and_rate_and_keeps_the_best(world: dict[str, str]) -> None:
+def test_a_loss_that_diverges_at_once_keeps_nothing_and_says_so_again(world: dict[str, str]) -> None:
     config = configure(world, learning_rate=1e6, gradient_clip=1e12, samples_per_user=256)
-    with pytest.raises(UserError, match=r"training diverged: .* at learning rate 1e\+06; lower optimization.learning_rate") as caught:
-        train_prior(config)
+    told = r"training diverged: .*epoch 1.*step \d+.* at learning rate 1e\+06; lower optimization.learning_rate.*so nothing is kept"
+    for _ in range(2):
+        with pytest.raises(UserError, match=told):
+            train_prior(config)
     assert not (Path(config.out) / "config.json").exists()
-    kept = re.search(r"is kept in (\S+)$", str(caught.value))
-    assert kept
-    assert (Path(kept[1]) / "state.pt").exists()
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_loss_that_diverges_later_keeps_the_best_epoch(world: dict[str, str]) -> None:
+    """A linear schedule has no rest at first, so a rate that just grows too large late is forced: by user rows alone."""
+    config = configure(world, user_learning_rate=1e9, learning_rate=1e-3, samples_per_user=64, max_epochs=8, user_dropout=0.999)
+    with pytest.raises(UserError, match="training diverged") as caught:
+        train_prior(config)
+    kept = re.search(r"The best epoch \((\d+), validation loss ([\d.]+)\) is kept in (\S+)$", str(caught.value))
+    assert kept, str(caught.value)
+    state = torch.load(Path(kept[3]) / "state.pt", weights_only=True)
+    assert state["epoch"] == int(kept[1])
+    assert all(tensor.isfinite().all() for tensor in state["average"].values())
 
 
 @pytest.mark.usefixtures("ray_local")

@@ -1,8 +1,11 @@
 """User encoders: histories pooled whatever their order and padding, and a table whose update touches its batch alone."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from rebeca_ray.config import NetworkSettings
 from rebeca_ray.prior import Prior
@@ -68,6 +71,28 @@ def test_a_tables_update_is_row_wise_adagrad_on_the_rows_of_the_batch() -> None:
     squares = gradient[1].square().mean() + gradient[0].square().mean()
     assert table.squares_V[1].item() == pytest.approx(squares.item(), rel=1e-5)
     assert table.squares_V[[0, 2, 4]].tolist() == [0, 0, 0]
+
+
+def exchange(rank: int, meeting: str, index_B: torch.Tensor, gradient_BUH: torch.Tensor, out: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    table = UserTable(5, 1, 4)
+    for _ in range(2):
+        table.update(index_B.chunk(2)[rank], gradient_BUH.chunk(2)[rank], learning_rate=0.5)
+    torch.save(table.state_dict(), f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_workers_make_the_update_of_one_with_both_their_batches(tmp_path: Path) -> None:
+    """The loss is a mean, so that a worker's gradient is that of a batch half as large: twice the whole batch's."""
+    index, gradient = torch.tensor([3, 1, 3, 0]), torch.randn(4, 1, 4, generator=torch.Generator().manual_seed(0))
+    alone = UserTable(5, 1, 4)
+    for _ in range(2):
+        alone.update(index, gradient / 2, learning_rate=0.5)
+    torch.multiprocessing.spawn(exchange, (str(tmp_path / "meeting"), index, gradient, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        both = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(both["rows"], alone.rows_VUH)
+        torch.testing.assert_close(both["squares"], alone.squares_V)
 
 
 def test_a_new_table_depends_on_its_seed_alone() -> None:
