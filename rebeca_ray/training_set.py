@@ -15,7 +15,7 @@ from rebeca_ray.users import History
 
 USERS_A_BLOCK = 4096
 TARGETS_A_HISTORY = 8  # samples that share one pass through the history encoder
-POOL_A_TARGET = 4  # interactions to draw from for each different target of a draw
+POOL_A_TARGET = 2  # interactions to draw from for each different target of a draw
 MICROSECONDS_A_DAY = 86_400_000_000
 
 

@@ -4,13 +4,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from rebeca_ray import schemas
 from rebeca_ray.checkpoint import load_prior, save_prior
 from rebeca_ray.config import DistillConfig, NetworkSettings, PriorSampling, SamplerSettings
 from rebeca_ray.diffusion import Diffusion
-from rebeca_ray.distillation import CHECKED_SAMPLES, KnownUsers, distill_prior, draw_trajectories, targets
+from rebeca_ray.distillation import CHECKED_SAMPLES, KnownUsers, distill_prior, draw_trajectories, known_users, targets
 from rebeca_ray.errors import QualityGateError, UserError
 from rebeca_ray.sampling import ddim, sample_liked
 from rebeca_ray.users import UserTable
@@ -27,6 +31,30 @@ def teacher(tmp_path: Path) -> str:
     return str(tmp_path / "teacher")
 
 
+def history_world(folder: Path) -> DistillConfig:
+    """A teacher that reads histories, 30 users who rated four items each, and 20 items."""
+    random = np.random.default_rng(0)
+    settings = NetworkSettings(num_layers=2, num_heads=2, width=32, num_tokens=2, user_encoder="history")
+    save_prior(untrained_prior(settings, D), str(folder / "teacher"))
+    embeds = pa.array(random.standard_normal(20 * D).astype(np.float32))
+    (folder / "items").mkdir()
+    column = pa.FixedSizeListArray.from_arrays(embeds, type=schemas.image_embeds(D))
+    pq.write_table(pa.table({"item_id": [f"i{row}" for row in range(20)], "image_embeds": column}), folder / "items" / "items.parquet")
+    rated = np.concatenate([random.permutation(20)[:4] for _ in range(30)])
+    table = {"user_id": np.repeat([f"u{user}" for user in range(30)], 4), "item_id": [f"i{row}" for row in rated]}
+    rating = pa.array(np.tile([5, 4, 1, 2], 30), pa.float32())
+    pq.write_table(pa.table({**table, "rating": rating}), folder / "interactions.parquet")
+    return configure(
+        str(folder / "teacher"),
+        interactions={"path": str(folder / "interactions.parquet"), "min_likes": 0},
+        items=str(folder / "items"),
+        storage=str(folder / "storage"),
+        min_quality=0.0,
+        min_diversity=0.0,
+        max_epochs=1,
+    )
+
+
 def configure(teacher: str, **changes: object) -> DistillConfig:
     told = {
         "prior": teacher,
@@ -36,7 +64,7 @@ def configure(teacher: str, **changes: object) -> DistillConfig:
         "learning_rate": 2e-3,
         "batch_size": 128,
     }
-    return DistillConfig.model_validate({**told, "min_quality": 0.9, **changes})
+    return DistillConfig.model_validate({**told, "min_quality": 0.9, "min_diversity": 0.5, **changes})
 
 
 def test_the_targets_lead_from_point_to_point_of_a_trajectory(teacher: str) -> None:
@@ -95,3 +123,37 @@ def test_a_teacher_that_cannot_be_distilled_is_refused(teacher: str, changes: di
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(UserError, match=message):
         distill_prior(configure(teacher))
+
+
+def test_a_teacher_of_histories_is_judged_on_users_apart(tmp_path: Path) -> None:
+    config = history_world(tmp_path)
+    learnt, judged = known_users(load_prior(config.prior), config)
+    assert (len(learnt.token_GUH), len(judged.token_GUH)) == (24, 6)
+    assert not {tuple(row) for row in learnt.token_GUH.flatten(1).tolist()} & {tuple(row) for row in judged.token_GUH.flatten(1).tolist()}
+    assert set(distill_prior(config)) == {"cosine_to_teacher", "student_diversity", "student_quality"}
+
+
+def test_too_little_diversity_is_refused(teacher: str) -> None:
+    with pytest.raises(QualityGateError, match=r"of the teacher's diversity, min_diversity is 500.0%"):
+        distill_prior(configure(teacher, min_diversity=5.0))
+
+
+def test_items_of_another_clip_are_refused(tmp_path: Path) -> None:
+    config = history_world(tmp_path)
+    save_prior(replace(load_prior(config.prior), clip="a" * 16), config.prior)
+    (tmp_path / "items" / "embedding.json").write_text(json.dumps({"clip": "b" * 16, "clip_name": "another", "rows": 20}))
+    with pytest.raises(UserError, match=rf"embeddings of size 8 by CLIP {'b' * 16}, the prior knows size 8 by CLIP {'a' * 16}"):
+        distill_prior(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_inference_steps": 26}, "num_inference_steps is 26; the teacher, which was trained on 100 timesteps, .* at most 25"),
+        ({"out": "PRIOR"}, "is the teacher's own folder; give another"),
+    ],
+)
+def test_what_cannot_be_is_refused(teacher: str, changes: dict[str, object], message: str) -> None:
+    changes = {name: teacher if value == "PRIOR" else value for name, value in changes.items()}
+    with pytest.raises(UserError, match=message):
+        distill_prior(configure(teacher, **changes))

@@ -228,6 +228,16 @@ def test_real_items_by_another_clip_are_refused(config: GenerateConfig) -> None:
         generate_catalog(config)
 
 
+def test_real_items_by_another_clip_of_the_same_size_are_refused(config: GenerateConfig, tmp_path: Path) -> None:
+    path = Path(config.prior) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "clip": "a" * 16}))
+    (tmp_path / "items").mkdir()
+    shutil.move(str(config.items), tmp_path / "items" / "items.parquet")
+    (tmp_path / "items" / "embedding.json").write_text(json.dumps({"clip": "b" * 16, "clip_name": "another", "rows": 20}))
+    with pytest.raises(UserError, match=rf"size 16 by CLIP {'b' * 16}, the prior knows size 16 by CLIP {'a' * 16}"):
+        generate_catalog(config.model_copy(update={"items": str(tmp_path / "items")}))
+
+
 def test_a_damaged_prior_is_refused_before_anything_is_planned(config: GenerateConfig) -> None:
     path = Path(config.prior) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")

@@ -20,13 +20,16 @@ from rebeca_ray import schemas
 from rebeca_ray.checkpoint import load_prior
 from rebeca_ray.config import SamplerSettings, TrainConfig
 from rebeca_ray.diffusion import Diffusion
+from rebeca_ray.embeds import EmbedScaler
 from rebeca_ray.errors import UserError
+from rebeca_ray.fit import DenoisingLoss, Fit
 from rebeca_ray.histories import build_histories
 from rebeca_ray.items import read_image_embeds
 from rebeca_ray.sampling import sample_liked
 from rebeca_ray.storage import read_table
+from rebeca_ray.train_loop import train_epoch
 from rebeca_ray.training import run_name, train_prior
-from rebeca_ray.training_set import USERS_A_BLOCK, UserBlock
+from rebeca_ray.training_set import USERS_A_BLOCK, Batch, Rated, UserBlock
 from rebeca_ray.users import UserTable
 from tests.conftest import D
 
@@ -110,22 +113,61 @@ def test_a_loss_that_diverges_at_once_keeps_nothing_and_says_so_again(world: dic
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_a_loss_that_diverges_later_keeps_the_best_epoch(world: dict[str, str]) -> None:
-    """A linear schedule has no rest at first, so a rate that just grows too large late is forced: by user rows alone."""
-    config = configure(world, user_learning_rate=1e9, learning_rate=1e-3, samples_per_user=64, max_epochs=8, user_dropout=0.999)
-    with pytest.raises(UserError, match="training diverged") as caught:
+def test_a_loss_that_diverges_later_leaves_the_best_epoch(world: dict[str, str]) -> None:
+    """Two good epochs; then the second is made to be run again, from the same state but at an absurd rate."""
+    config = configure(world, max_epochs=2, samples_per_user=256, gradient_clip=1e12)
+    train_prior(config)
+    last = max(Path(config.storage).rglob("state.pt"), key=lambda path: path.parent.name)
+    state = torch.load(last, weights_only=True)
+    state["optimizer"]["param_groups"][0]["lr"] = 1e6
+    torch.save({**state, "epoch": 1}, last)
+    with pytest.raises(UserError, match=r"training diverged: .*epoch 2.*step \d+.* at learning rate 1e\+06") as caught:
         train_prior(config)
-    kept = re.search(r"The best epoch \((\d+), validation loss ([\d.]+)\) is kept in (\S+)$", str(caught.value))
+    kept = re.search(r"The best epoch \((\d), validation loss ([\d.]+)\) is kept in (\S+)$", str(caught.value))
     assert kept, str(caught.value)
-    state = torch.load(Path(kept[3]) / "state.pt", weights_only=True)
-    assert state["epoch"] == int(kept[1])
-    assert all(tensor.isfinite().all() for tensor in state["average"].values())
+    weights = torch.load(Path(kept[3]) / "state.pt", weights_only=True)["average"]
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def in_process(config: TrainConfig) -> tuple[Fit, DenoisingLoss, list[Batch], np.ndarray]:
+    """The parts of training without Ray: what is fitted, its loss, an epoch of batches, and the items."""
+    items = read_image_embeds(config.items)
+    histories = build_histories(config.interactions, items.item_id, config.storage)
+    block = UserBlock(read_table(histories.file(0), "histories"), histories.first_user_index)
+    fit = Fit(config, D, 2, torch.device("cpu"))
+    batches = block.batches(samples_per_user=2048, like_share=None, batch_size=64, targets=4, max_history=24, seed=(0,))
+    x0_ID = EmbedScaler(embed_dim=D, norm=1.0).scale(torch.from_numpy(items.image_embeds)).numpy()
+    return fit, DenoisingLoss(fit.prior, Diffusion.build(config.diffusion), config), list(batches), x0_ID
+
+
+def test_the_first_step_whose_loss_is_not_finite_is_named(world: dict[str, str]) -> None:
+    config = configure(world, "history")
+    fit, loss, batches, x0_ID = in_process(config)
+    x0_ID[7] = np.nan
+    batches = [replace(batch, history=Rated.nothing(len(batch.user_index_G), 24)) for batch in batches[:5]]
+    batches = [replace(batch, item_index_B=np.full_like(batch.item_index_B, 1)) for batch in batches]
+    batches[2] = replace(batches[2], item_index_B=np.full_like(batches[2].item_index_B, 7))
+    train_epoch(loss, fit, iter(batches), x0_ID, torch.Generator().manual_seed(0), config, None)
+    assert fit.diverged == "the loss is not finite in epoch 1, step 3, at learning rate 0.003"
+
+
+@pytest.mark.parametrize("architecture", ["cross_attention", "decoder_only"])
+@pytest.mark.parametrize("user_encoder", ["history", "none"])
+def test_every_network_learns(world: dict[str, str], architecture: str, user_encoder: str) -> None:
+    config = configure(world, user_encoder)
+    config = config.model_copy(update={"network": config.network.model_copy(update={"architecture": architecture})})
+    fit, loss, batches, x0_ID = in_process(config)
+    generator = torch.Generator().manual_seed(0)
+    first, _ = train_epoch(loss, fit, iter(batches[:10]), x0_ID, generator, config, None)
+    train_epoch(loss, fit, iter(batches[10:-10]), x0_ID, generator, config, None)
+    last, _ = train_epoch(loss, fit, iter(batches[-10:]), x0_ID, generator, config, None)
+    assert last < 0.7 * first
 
 
 @pytest.mark.usefixtures("ray_local")
 def test_two_workers_share_an_epoch(world: dict[str, str]) -> None:
     """Half the batch each: two workers learn as well as one with the whole batch. The loop itself checks that they stay in step."""
-    config = configure(world, max_epochs=2)
+    config = configure(world, "history", max_epochs=2)
     alone = train_prior(config)
     workers = config.workers.model_copy(update={"num_workers": 2})
     both = train_prior(config.model_copy(update={"workers": workers, "run_name": "two"}))
@@ -140,7 +182,7 @@ def test_users_that_are_streamed_reach_one_of_two_workers_each(world: dict[str, 
     user_id = np.repeat([f"user-{number:04d}" for number in range(count)], 2)
     rating = np.tile([5, 1], count).astype(np.float32)
     pq.write_table(pa.table({"user_id": user_id, "item_id": ["i00", "i20"] * count, "rating": rating}), world["interactions"])
-    config = configure(world, samples_per_user=1, batch_size=512, max_epochs=1)
+    config = configure(world, samples_per_user=1, batch_size=512, max_epochs=1, user_dropout=0.0)
     workers = config.workers.model_copy(update={"num_workers": 2})
     everybody = config.interactions.model_copy(update={"hold_out": 0.0, "min_likes": 0})
     train_prior(config.model_copy(update={"workers": workers, "interactions": everybody}))

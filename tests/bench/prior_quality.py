@@ -169,6 +169,7 @@ def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
             storage=f"{folder}/train",
             learning_rate=1e-3,
             min_quality=0,
+            min_diversity=0,
         )
     )
     x0_ID = history.scaler.scale(torch.from_numpy(embedded.image_embeds)).numpy()
@@ -186,11 +187,12 @@ def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
     other = nearest_other(unit_ID)
     reference = SamplerSettings(name="ddpm", num_inference_steps=1000)
     drawn = sample(history, seen, max(SAMPLES * SelectionSettings().candidates_per_item, ITEMS_A_USER * max(CANDIDATES)))
+    default = quality(sample(history, seen, SAMPLES), seen)
     return {
         "a reference, 1000 steps": quality(sample(history, seen, SAMPLES, reference), seen),
-        "b default sampler": quality(sample(history, seen, SAMPLES), seen),
+        "b default sampler": default,
         "c distilled, 4 passes": quality(sample(load_prior(f"{folder}/distilled"), seen, SAMPLES), seen),
-        "d history encoder, seen users": quality(sample(history, seen, SAMPLES), seen),
+        "d history encoder, seen users": default,
         "e history encoder, unseen users": quality(sample(history, unseen, SAMPLES), unseen),
         "f NoUE": quality(sample(nobody, seen, SAMPLES), seen),
         "g mean of liked embeddings": quality(mean, seen),
