@@ -209,9 +209,7 @@ class SamplerSettings(Settings):
 
     name: Annotated[Literal["ddpm", "ddim", "dpm_solver", "unipc"] | None, Field(description="default: dpm_solver")] = None
     num_inference_steps: Annotated[int | None, Field(gt=0, description="default: 16")] = None
-    prior_guidance_scale: Annotated[float | None, Field(ge=1, description="default: what validation chose when the prior was trained")] = (
-        None
-    )
+    prior_guidance_scale: Annotated[float | None, Field(ge=1, description="default: what was chosen after training")] = None
     batch_size: Annotated[int, Field(ge=16, description="candidates a forward pass; short batches are padded to it")] = 256
     num_actors: Positive = 1
     cpus_per_actor: Cpus = 1.0
