@@ -116,6 +116,9 @@ class OptimizationSettings(Settings):
     like_share: Annotated[
         float | None, Field(ge=0, le=1, description="share of likes among the draws, since likes are drawn later; default: as they come")
     ] = None
+    steps_per_epoch: Annotated[
+        int | None, Field(gt=0, description="validate and checkpoint after so many; default: when every user had their draws")
+    ] = None
     max_epochs: Positive = 100
     schedule: Annotated[
         Literal["plateau", "linear"], Field(description="of the learning rate: down when validation stalls, or towards 0 at max_epochs")

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,8 +69,9 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     while fit.epoch < optimization.max_epochs and fit.stale_epochs < optimization.early_stopping_patience and not fit.diverged:
         started, epoch = time.perf_counter(), fit.epoch + 1
         generator = torch.Generator(device).manual_seed(hash((optimization.seed, epoch, rank)) % 2**63)
+        batches = islice(epoch_batches(users, config, epoch), optimization.steps_per_epoch)
         with progress_bar(num_steps(histories, config), f"epoch {epoch}", settings["live"] and rank == 0) as bar:
-            train_loss, samples = train_epoch(loss, fit, epoch_batches(users, config, epoch), x0_ID, generator, config, bar)
+            train_loss, samples = train_epoch(loss, fit, batches, x0_ID, generator, config, bar)
         val_loss = validation_loss(fit, diffusion, validation, x0_ID, rank, world_size, device)
         if not fit.diverged and not val_loss < DIVERGED * fit.best_loss:
             steps = epoch * num_steps(histories, config)
@@ -143,14 +145,15 @@ def targets_a_draw(config: TrainConfig) -> int:
 
 
 def num_steps(histories: Histories, config: TrainConfig) -> int:
-    """Optimizer steps an epoch."""
+    """Optimizer steps an epoch, as far as every user has interactions."""
     targets, users = targets_a_draw(config), -(-histories.num_users // config.workers.num_workers)
     sizes = [USERS_A_BLOCK] * (users // USERS_A_BLOCK) + [users % USERS_A_BLOCK]
     draws_a_user, batch_size = (
         -(-config.optimization.samples_per_user // targets),
         config.optimization.batch_size // config.workers.num_workers,
     )
-    return sum(num_batches(size * draws_a_user, targets, max(1, batch_size)) for size in sizes if size)
+    steps = sum(num_batches(size * draws_a_user, targets, max(1, batch_size)) for size in sizes if size)
+    return min(steps, config.optimization.steps_per_epoch or steps)
 
 
 def train_epoch(

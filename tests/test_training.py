@@ -191,6 +191,9 @@ def test_users_that_are_streamed_reach_one_of_two_workers_each(world: dict[str, 
     before = UserTable(count, 1, 32, seed=config.optimization.seed).rows_VUH
     assert rows.shape == before.shape
     assert (rows != before).any(dim=2).all()
+    shorter = config.optimization.model_copy(update={"steps_per_epoch": 2, "max_epochs": 3})
+    cut = config.model_copy(update={"workers": workers, "interactions": everybody, "optimization": shorter})
+    assert train_prior(cut)["epochs"] == 3  # a stream may be left before its end
 
 
 def test_a_folder_that_holds_something_else_is_not_overwritten(world: dict[str, str], tmp_path: Path) -> None:

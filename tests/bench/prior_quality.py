@@ -32,6 +32,7 @@ from rebeca_ray.checkpoint import TrainedPrior, load_prior
 from rebeca_ray.config import DistillConfig, EmbedConfig, InteractionSettings, SamplerSettings, SelectionSettings, TrainConfig, load_config
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.distillation import distill_prior
+from rebeca_ray.evaluation.permutation import permutation_test
 from rebeca_ray.finishing import GUIDANCE_SCALES, factors_of
 from rebeca_ray.histories import build_histories
 from rebeca_ray.items import embed_items, read_image_embeds
@@ -44,7 +45,7 @@ from rebeca_ray.training_set import UserBlock
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
-NUM_USERS, SAMPLES = 200, 25
+NUM_USERS, SAMPLES, PERMUTED_USERS = 200, 25, 2000
 CANDIDATES = (1, 2, 4, 8, 16)
 ITEMS_A_USER = 4  # where candidates are compared
 
@@ -68,16 +69,18 @@ class Population:
         return [self.block.item_index_N[own[self.block.like_N[own] == 1]] for own in rows]
 
 
-def read_population(interactions: str, truth: Path, items: str, storage: str, x0_ID: np.ndarray, item_id: np.ndarray) -> Population:
+def read_population(folder: Path, storage: str, x0_ID: np.ndarray, item_id: np.ndarray, num_users: int = NUM_USERS) -> Population:
+    """`num_users` of the users simulated in `folder`, evenly spaced."""
+    interactions, truth = f"{folder}/interactions.parquet", folder / "truth.parquet"
     histories = build_histories(InteractionSettings(path=interactions), item_id, storage)
     table = read_table(histories.file(0), "histories")
     block = UserBlock(table, histories.first_user_index)
-    user_G = np.linspace(0, len(block.counts_V) - 1, NUM_USERS).astype(int)
+    user_G = np.linspace(0, len(block.counts_V) - 1, num_users).astype(int)
     world = load_world()
     pair_of = {pair: number for number, pair in enumerate(world.pairs)}
     names = table["user_id"].take(user_G).to_pylist()
     told = pq.read_table(truth, filters=[("user_id", "in", names)]).to_pydict()
-    like_GP = np.zeros((NUM_USERS, len(world.pairs)), np.float32)
+    like_GP = np.zeros((num_users, len(world.pairs)), np.float32)
     place = {name: number for number, name in enumerate(names)}
     for user, style, subcategory, like in zip(*told.values(), strict=True):
         like_GP[place[user], pair_of[style, subcategory]] = like
@@ -90,9 +93,9 @@ def sample(prior: TrainedPrior, of: Population, count: int, settings: SamplerSet
     history = of.block.history(of.user_G, prior.settings.max_history).look_up(of.x0_ID)
     tokens = prior.user_tokens(of.block.user_index_V[of.user_G], history if prior.settings.user_encoder == "history" else None)
     sampler = (settings or SamplerSettings()).resolve(prior.sampling, prior.diffusion.num_train_timesteps)
-    row_N = np.repeat(np.arange(NUM_USERS), count)
+    row_N = np.repeat(np.arange(len(of.user_G)), count)
     x_ND = sample_liked(prior.network, Diffusion.build(prior.diffusion), tokens, row_N, range(2**41, 2**41 + len(row_N)), sampler)
-    return x_ND.view(NUM_USERS, count, -1)
+    return x_ND.view(len(of.user_G), count, -1)
 
 
 def quality(x_GSD: torch.Tensor, of: Population) -> dict[str, float]:
@@ -123,6 +126,15 @@ def frechet(left_ND: torch.Tensor, right_ND: torch.Tensor) -> float:
     cov_one, cov_two = torch.cov(one.T), torch.cov(two.T)
     mixed = torch.linalg.eigvals(cov_one @ cov_two).real.clamp(min=0).sqrt().sum()
     return float((one.mean(0) - two.mean(0)).square().sum() + cov_one.trace() + cov_two.trace() - 2 * mixed)
+
+
+def permuted(prior: TrainedPrior, of: Population) -> dict[str, dict[str, float]]:
+    """The permutation test of true like probabilities, ten samples a user: with all users, and with the paper's 210 of them."""
+    unit_ID = F.normalize(torch.from_numpy(of.x0_ID))
+    nearest_N = nearest_items(F.normalize(sample(prior, of, 10).flatten(0, 1)), unit_ID)[0].numpy()
+    like_UV = of.like_GI[:, nearest_N].reshape(len(of.user_G), -1, 10).mean(2)
+    some = np.linspace(0, len(like_UV) - 1, 210).astype(int)
+    return {"all": permutation_test(like_UV).figures(), "210": permutation_test(like_UV[np.ix_(some, some)]).figures()}
 
 
 def nearest_other(unit_ID: torch.Tensor) -> np.ndarray:
@@ -173,12 +185,9 @@ def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
         )
     )
     x0_ID = history.scaler.scale(torch.from_numpy(embedded.image_embeds)).numpy()
-    seen, unseen = (
-        read_population(
-            f"{folder}/{name}/interactions.parquet", folder / name / "truth.parquet", items, f"{folder}/train", x0_ID, embedded.item_id
-        )
-        for name in ("seen", "unseen")
-    )
+    storage = f"{folder}/train"
+    seen, unseen = (read_population(folder / name, storage, x0_ID, embedded.item_id) for name in ("seen", "unseen"))
+    everybody = read_population(folder / "seen", storage, x0_ID, embedded.item_id, PERMUTED_USERS)
     random = np.random.default_rng(seed)
     likes = seen.training_likes()
     liked = np.stack([random.choice(own, SAMPLES) for own in likes])
@@ -201,6 +210,7 @@ def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
         "j default sampler, 4 candidates an item": quality(
             chosen(history, seen, drawn[:, : SAMPLES * SelectionSettings().candidates_per_item], SAMPLES), seen
         ),
+        "permutation": permuted(history, everybody),
         "guidance": history.sampling.prior_guidance_scale,
         "sweep": {
             f"{scale:g}": quality(sample(history, seen, SAMPLES, SamplerSettings(prior_guidance_scale=scale)), seen)
@@ -241,6 +251,10 @@ def report(found: dict[str, dict[str, Any]]) -> None:
         rows = [[found[seed][name][figure] for seed in found] for figure in ("like", "distinct", "mmd", "frechet")]
         table.add_row(name, *(f"{np.mean(values):.3f} ± {np.std(values):.3f}" for values in rows))
     Console().print(table)
+    for users in ("all", "210"):
+        tests = [found[seed]["permutation"][users] for seed in found]
+        mean = {name: np.mean([test[name] for test in tests]) for name in ("users", "own", "dealt", "effect", "z", "p_value")}
+        Console().print("permutation test: " + ", ".join(f"{name} {value:.4g}" for name, value in mean.items()))
 
 
 def main() -> None:
