@@ -12,7 +12,7 @@ real item; its quality is the true like probability of that item for the user. S
 then guidance by guidance, and by candidates per item for four items a user. MMD and Fréchet distance are to the users'
 held-out liked items, pooled.
 
-    python tests/bench/prior_quality.py [--seeds 101 102 103] [--users 4000] [--data runs/prior_quality] [--plot-only]
+    python tests/bench/prior_quality.py [--seeds 101 102 103] [--users 4000] [--data runs/prior_quality]
 """
 
 import argparse
@@ -259,18 +259,16 @@ def report(found: dict[str, dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[101, 102, 103], help="to measure; others stay as they were found")
     parser.add_argument("--users", type=int, default=4000)
     parser.add_argument("--data", type=Path, default=Path("runs/prior_quality"))
-    parser.add_argument("--plot-only", action="store_true", help="read what an earlier run measured")
     arguments = parser.parse_args()
-    results = RESULTS / "prior_quality.json"
-    found: dict[str, dict[str, Any]] = json.loads(results.read_text()) if arguments.plot_only else {}
-    data = arguments.data.absolute()
+    results, data = RESULTS / "prior_quality.json", arguments.data.absolute()
+    found: dict[str, dict[str, Any]] = json.loads(results.read_text()) if results.exists() else {}
     items = str(data / "items")
-    if not arguments.plot_only and not (data / "items" / "embedding.json").exists():
+    if arguments.seeds and not (data / "items" / "embedding.json").exists():
         embed_items(load_config(EmbedConfig, ROOT / "jobs/configs/embed_stickers.yaml", [f"out={items}"]))
-    for seed in [] if arguments.plot_only else arguments.seeds:
+    for seed in arguments.seeds:
         found[str(seed)] = one_seed(seed, data, arguments.users, items)
         results.write_text(json.dumps(found, indent=2) + "\n")
     report(found)
