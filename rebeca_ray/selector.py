@@ -16,10 +16,10 @@ from torch import nn
 from rebeca_ray.training_set import UserBlock
 from rebeca_ray.users import History
 
-NUM_FACTORS = 32
+NUM_FACTORS = 64
 MAX_HISTORY = 128  # interactions that a user's factors are made of
 ITEMS_TO_START_FROM = 100_000
-EPOCHS, SAMPLES_PER_USER, BATCH_SIZE, TARGETS, LEARNING_RATE, WEIGHT_DECAY = 5, 64, 1024, 16, 3e-3, 1e-2
+EPOCHS, SAMPLES_PER_USER, BATCH_SIZE, TARGETS, LEARNING_RATE, WEIGHT_DECAY = 5, 64, 1024, 16, 3e-4, 1e-2
 
 
 class Selector(nn.Module):
@@ -108,11 +108,14 @@ def fit_selector(blocks: Iterable[UserBlock], x0_ID: np.ndarray, seed: int) -> S
 
 @torch.no_grad()
 def start_from_similarity(selector: Selector, standard_ID: torch.Tensor, like_share: float) -> None:
-    """Begin with users who like what resembles what they liked: the embeddings' first principal directions, twice."""
+    """Begin with users who like what resembles what they liked: the embeddings' first principal directions, twice.
+
+    This is most of what there is to know; a learning rate that leads far away from it (3e-3) forgets more than it learns.
+    """
     directions_FD = torch.linalg.eigh(standard_ID.T @ standard_ID).eigenvectors.T.flip(0)[: selector.factors.out_features]
-    directions_FD *= 2 / (standard_ID @ directions_FD.T).square().sum(1).mean().sqrt()
+    directions_FD *= 2.8 / (standard_ID @ directions_FD.T).square().sum(1).mean().sqrt()
     selector.factors.weight.copy_(directions_FD)
-    selector.said.weight.copy_(torch.cat([-0.5 * directions_FD, directions_FD]))
+    selector.said.weight.copy_(torch.cat([-0.1 * directions_FD, directions_FD]))
     for layer in (selector.said, selector.factors, selector.popularity, selector.generosity):
         nn.init.zeros_(layer.bias)
     nn.init.zeros_(selector.popularity.weight)
