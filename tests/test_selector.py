@@ -70,3 +70,14 @@ def test_it_is_a_function_of_ratings_and_seed(selector: Selector, x0_ID: np.ndar
     assert other is not None
     assert torch.equal(again.factors.weight, selector.factors.weight)
     assert not torch.equal(other.factors.weight, selector.factors.weight)
+
+
+def test_what_is_held_out_teaches_nothing(x0_ID: np.ndarray) -> None:
+    """The same weights, bit for bit, whatever the held-out ratings say."""
+    fits = []
+    for told in (0, 1):
+        users = [[(int(row % 2 == user % 2), False) if row % 5 else (told, True) for row in range(30)] for user in range(4)]
+        fitted = fit_selector([block(users)], x0_ID, seed=0)
+        assert fitted is not None
+        fits.append(fitted.state_dict())
+    assert all(torch.equal(fits[0][name], fits[1][name]) for name in fits[0])
