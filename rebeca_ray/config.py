@@ -268,7 +268,7 @@ class GateSettings(Settings):
     """When a run must not go on to be rendered."""
 
     max_p_value: Annotated[
-        float | None, Field(gt=0, le=1, description="of planned items pleasing their own users more than others; null: never stop")
+        float | None, Field(gt=0, le=1, description="that what is drawn pleases its own users more than others; null: never stop")
     ] = 0.01
 
 

@@ -18,7 +18,7 @@ from rebeca_ray.storage import open_table, read_table
 def check_request(config: GenerateConfig) -> int:
     """Validate the request against the prior before anything is written; returns the number of items requested.
 
-    Raises UserError for a missing column, empty, repeated users, counts below 1, or a prior whose
+    Raises UserError for a missing column, empty or repeated users, counts below 1, or a prior whose
     embedding size does not fit the decoder.
     """
     prior = read_prior_config(config.prior)

@@ -137,7 +137,7 @@ def validation_batch(histories: Histories, config: TrainConfig) -> Batch:
     like_share = config.optimization.like_share
     if batch := block.held_out(max_history, VALIDATION_SAMPLES, likes_only=like_share == 1):
         return batch
-    print("nothing is held out (fewer than ten ratings a user?): validation sees what is trained on, so no overfitting", flush=True)
+    print("nothing is held out (fewer than ten ratings a user?): validation is of what is trained on", flush=True)
     draws = block.batches(
         samples_per_user=4, like_share=like_share, batch_size=VALIDATION_SAMPLES, targets=1, max_history=max_history, seed=(0,)
     )

@@ -30,7 +30,7 @@ def check_plan(run: Run, gate: GateSettings) -> PermutationTest | None:
         raise QualityGateError(
             f"run {run.run_id}: what the prior draws pleases its own users no more than others: like probability {test.own:.4f}, "
             f"{test.null_mean:.4f} when dealt at random (p = {test.p_value:.4f} with {test.num_users} users; gate.max_p_value is "
-            f"{gate.max_p_value:g}). Nothing was rendered or published; look at the prior's metrics.json, or train it longer"
+            f"{gate.max_p_value:g}). Nothing was rendered or published; look at the prior's training.csv, or train it longer"
         )
     return test
 
