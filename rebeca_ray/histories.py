@@ -24,6 +24,7 @@ from rebeca_ray.storage import arrow_filesystem, join, open_filesystem, open_tab
 
 ROWS_A_BUCKET = 500_000
 ROWS_A_BLOCK = 100_000  # of interactions, while they are split
+BLOCK, IN_FLIGHT = 16 * 2**20, 128 * 2**20  # bytes of them that a task holds, and between reading and splitting, however many there are
 USERS_A_ROW_GROUP = 2_000
 MARKER = "histories.json"
 
@@ -119,6 +120,7 @@ def build_in_buckets(
 ) -> list[tuple[int, str]]:
     """Split the interactions by bucket with Ray Data, then build every bucket; returns users and digest of each."""
     import ray
+    from ray.data import ExecutionResources
 
     from rebeca_ray.cluster import start_ray
 
@@ -129,9 +131,11 @@ def build_in_buckets(
     split_filesystem, split_path = open_filesystem(split)
     if split_filesystem.exists(split_path):
         split_filesystem.rm(split_path, recursive=True)
+    interactions = ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem))
+    interactions.context.execution_options.resource_limits = ExecutionResources(object_store_memory=IN_FLIGHT)
+    interactions.context.target_max_block_size = BLOCK
     (
-        ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem))
-        .select_columns(columns)
+        interactions.select_columns(columns)
         .map_batches(AddBucket(num_buckets), batch_format="pyarrow", batch_size=ROWS_A_BLOCK, zero_copy_batch=True)
         .write_parquet(split_path, filesystem=arrow_filesystem(split_filesystem), partition_cols=["bucket"])
     )
