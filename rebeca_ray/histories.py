@@ -24,7 +24,7 @@ from rebeca_ray.storage import arrow_filesystem, join, open_filesystem, open_tab
 
 ROWS_A_BUCKET = 500_000
 ROWS_A_BLOCK = 100_000  # of interactions, while they are split
-BLOCK, IN_FLIGHT = 16 * 2**20, 128 * 2**20  # bytes of them that a task holds, and between reading and splitting, however many there are
+BYTES_A_BLOCK, BYTES_IN_FLIGHT = 16 * 2**20, 128 * 2**20  # Ray Data would read all of them ahead of the split
 USERS_A_ROW_GROUP = 2_000
 MARKER = "histories.json"
 
@@ -132,8 +132,8 @@ def build_in_buckets(
     if split_filesystem.exists(split_path):
         split_filesystem.rm(split_path, recursive=True)
     interactions = ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem))
-    interactions.context.execution_options.resource_limits = ExecutionResources(object_store_memory=IN_FLIGHT)
-    interactions.context.target_max_block_size = BLOCK
+    interactions.context.execution_options.resource_limits = ExecutionResources(object_store_memory=BYTES_IN_FLIGHT)
+    interactions.context.target_max_block_size = BYTES_A_BLOCK
     (
         interactions.select_columns(columns)
         .map_batches(AddBucket(num_buckets), batch_format="pyarrow", batch_size=ROWS_A_BLOCK, zero_copy_batch=True)
