@@ -28,6 +28,7 @@ from rich.table import Table
 RESULTS = Path(__file__).parent / "results"
 D, BATCH, STEPS = 256, 256, 60
 ITEMS, RATINGS_A_USER, ROWS_A_CHUNK = 7096, 20, 1_000_000
+SAMPLES_A_WORKER = 1024  # of 256, half a step is what any step costs
 
 
 def used_memory() -> int:
@@ -123,7 +124,7 @@ def measure_memory(rows: int, data: Path) -> dict[str, float]:
 
 
 def measure_workers(num_workers: int, data: Path) -> dict[str, float]:
-    """Samples a second of some epochs on the stickers, one thread a worker."""
+    """Samples a second of some epochs on the stickers, one thread and 1,024 samples a step for each worker."""
     from rebeca_ray.config import EmbedConfig, TrainConfig, load_config
     from rebeca_ray.items import embed_items
     from rebeca_ray.stickers.simulate import simulate
@@ -136,6 +137,7 @@ def measure_workers(num_workers: int, data: Path) -> dict[str, float]:
     overrides = [f"interactions.path={data}/interactions.parquet", f"items={data}/items", f"out={data}/prior", f"storage={data}/train"]
     overrides += [f"run_name=workers-{num_workers}-{os.getpid()}", "optimization.max_epochs=3", f"workers.num_workers={num_workers}"]
     overrides += ["workers.cpus_per_worker=1", "workers.threads_per_worker=1"]
+    overrides += [f"optimization.batch_size={SAMPLES_A_WORKER * num_workers}"]
     metrics = train_prior(load_config(TrainConfig, configs / "train_stickers.yaml", overrides))
     return {"samples_a_second": metrics["samples_per_second"]}
 
