@@ -332,7 +332,7 @@ def parse_config(model: type[C], values: dict[str, Any], *, where: str) -> C:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")  # a misspelt key before the one it leaves out
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             *parents, leaf = [str(part) for part in first["loc"]]

@@ -146,6 +146,8 @@ def draw_trajectories(
     points: list[torch.Tensor] = []
     ends: list[torch.Tensor] = []
     for start in range(0, count, TILE):
+        if start // TILE % 16 == 0:
+            print(f"{start:,} of {count:,} of the teacher's trajectories drawn", flush=True)
         row = torch.from_numpy(row_N[start : start + TILE]).to(users.token_GUH.device)
         own = torch.arange(len(row), device=row.device)
         guided = guided_denoiser(teacher.network, diffusion, users.token_GUH[row], own, teacher.sampling.prior_guidance_scale)
@@ -186,7 +188,7 @@ def fit_student(
     row_N, timestep_S = torch.from_numpy(drawn.row_N).to(device), torch.tensor(timesteps, device=device)
     losses = []
     network.train()
-    for _ in range(config.max_epochs):
+    for epoch in range(1, config.max_epochs + 1):
         total = torch.zeros((), device=device)
         for part in torch.randperm(count * len(timesteps), device=device).split(config.batch_size):
             step, number = part // count, part % count
@@ -200,6 +202,7 @@ def fit_student(
             decay.step()
             total += loss.detach() * len(part)
         losses.append(float(total) / (count * len(timesteps)))
+        print(f"epoch {epoch}/{config.max_epochs}  train {losses[-1]:.5f}", flush=True)
     return losses
 
 

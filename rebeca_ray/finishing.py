@@ -3,6 +3,7 @@
 Shapes: G users, N samples of all of them, D embed dim.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -38,8 +39,11 @@ def finish_prior(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray, s
     if selector is None:
         return prior
     prior = replace(prior, selector=selector)
+    told = "the selector is fitted"
     if (auc := held_out_auc(selector, histories, x0_ID)) is not None:
         prior = replace(prior, metrics={**prior.metrics, "selector_auc": auc})
+        told += f": {auc:.1%} of held-out likes before dislikes (area under the ROC curve)"
+    print(told, flush=True)
     if prior.condition_dropout > 0 and prior.settings.user_encoder != "none":
         prior = choose_guidance(prior, histories, x0_ID)
     if prior.user_rows is not None:
@@ -81,7 +85,8 @@ def held_out_auc(selector: Selector, histories: Histories, x0_ID: np.ndarray) ->
 def choose_guidance(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray) -> TrainedPrior:
     """The prior with the guidance whose samples the selector likes best, as long as a user's samples stay different.
 
-    Different means that at least 85% of a user's 25 samples have a nearest item of their own. The metrics keep the sweep.
+    Different means that at least 85% of a user's 25 samples have a nearest item of their own. Harder guidance leaves fewer, so the
+    sweep ends at the first scale with too few. The metrics keep the sweep.
     """
     assert prior.selector is not None
     block = next(training_blocks(histories))
@@ -102,8 +107,18 @@ def choose_guidance(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray
         nearest_GS = nearest_items(F.normalize(x_ND), unit_ID)[0].view(len(user_G), -1)
         distinct = float(np.mean([len(row.unique()) / len(row) for row in nearest_GS]))
         sweep.append((scale, like, distinct))
+        print(f"guidance {scale:g}: like probability {like:.3f}, {distinct:.0%} of a user's samples distinct", flush=True)
+        if distinct < MIN_DISTINCT:
+            break
     allowed = [point for point in sweep if point[2] >= MIN_DISTINCT] or [max(sweep, key=lambda point: point[2])]
     chosen = max(allowed, key=lambda point: point[1])
+    if chosen[2] < MIN_DISTINCT:
+        print(
+            f"warning: {chosen[2]:.0%} of a user's samples are distinct without guidance, {MIN_DISTINCT:.0%} are expected: "
+            "the prior has hardly learnt yet, or there are too few items to tell samples apart",
+            file=sys.stderr,
+            flush=True,
+        )
     metrics = {f"like_probability_at_guidance_{scale:g}": like for scale, like, _ in sweep}
     metrics |= {f"distinct_at_guidance_{scale:g}": distinct for scale, _, distinct in sweep}
     return replace(prior, sampling=PriorSampling(prior_guidance_scale=chosen[0]), metrics={**prior.metrics, **metrics})

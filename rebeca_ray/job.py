@@ -52,6 +52,16 @@ def generate(config: GenerateConfig) -> None:
         f"{counts['users']:,} users, {counts['failed']:,} failed; plan {seconds['plan']} s, render {seconds['render']} s "
         f"({counts['new'] / seconds['render']:.1f} images/s), assemble {seconds['assemble']} s"
     )
+    print_personality(manifest)
+
+
+def print_personality(manifest: dict[str, Any]) -> None:
+    """One line on the permutation test, if there was one."""
+    if test := manifest["quality"]["permutation"]:
+        console.print(
+            f"before any was chosen, candidates please their own users with {test['own']:.3f}, others with {test['dealt']:.3f} "
+            f"(permutation test by the selector: z = {test['z']:.0f}, p = {test['p_value']:.4f})"
+        )
 
 
 def run_job(model: type[C], work: Callable[[C], Any], default: Path) -> None:

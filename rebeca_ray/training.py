@@ -50,6 +50,10 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
     )
 
     config = config.model_copy(update={"run_name": run_name(config, histories, items)})
+    fewest = config.interactions.min_likes
+    print(
+        f"training on {histories.num_users:,} users (any with fewer than interactions.min_likes = {fewest} likes is left out)", flush=True
+    )
     x0_ID = scaler.scale(image_embeds).numpy()
     trainer = TorchTrainer(
         train_loop_per_worker,

@@ -28,6 +28,12 @@ def test_unknown_top_level_key_suggests_too() -> None:
         load_config(GenerateConfig, CONFIGS / "generate_stickers.yaml", ["num_image=3"])
 
 
+def test_a_misspelt_key_is_named_before_the_one_it_leaves_out(tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text("interations: {path: i}\nitems: i\nout: o\nstorage: s\n")
+    with pytest.raises(UserError, match="unknown key 'interations'; did you mean 'interactions'"):
+        load_config(TrainConfig, tmp_path / "train.yaml")
+
+
 def test_override_reaches_nested_keys_and_keeps_the_rest() -> None:
     config = load_config(GenerateConfig, CONFIGS / "generate_stickers.yaml", ["decoder.batch_size=3", "sampler.name=ddpm"])
     assert (config.decoder.batch_size, config.sampler.name, config.num_images) == (3, "ddpm", 4)

@@ -20,7 +20,7 @@ from rebeca_ray.errors import UserError
 from rebeca_ray.generation import generate_catalog
 from rebeca_ray.interactions import Interactions, read_interactions
 from rebeca_ray.items import embed_items
-from rebeca_ray.job import console
+from rebeca_ray.job import console, print_personality
 from rebeca_ray.sampling import sample_liked
 from rebeca_ray.stickers.judge import Judge
 from rebeca_ray.stickers.report import write_report
@@ -85,6 +85,7 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
             f"render {stages['render']:.1f} s ({manifest['counts']['new'] / stages['render']:.1f} images/s), "
             f"assemble and publish {stages['assemble']:.1f} s"
         )
+        print_personality(manifest)
     with phases("Check against the hidden truth"):
         judge, stickers = Judge(), load_stickers()
         interactions = read_interactions(train.interactions)

@@ -90,4 +90,4 @@ class Judge:
     def accuracy_line(self) -> str:
         """How far the judge itself can be trusted, to print wherever it judges."""
         parts = ", ".join(f"{name} {value:.1%}" for name, value in self.held_out_accuracy.items())
-        return f"judge on real images of held-out names: {parts}"
+        return f"How far the judge can be trusted, on real images of names it never saw: {parts}"
