@@ -19,7 +19,7 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@echo "installing the locked packages into $(VENV): some 5 GB, a few minutes"
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps --require-hashes -r requirements.lock
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps --no-build-isolation -e .
 	touch $@
 
@@ -39,12 +39,13 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	for script in tests/bench/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in tests/bench/*.py; do PYTHONPATH=. $(BIN)/python $$script || exit 1; done
 
-# Versions and hashes only; no index address is written.
+# Versions and hashes only; no index address is written. nvidia-pytriton asks for an older numpy, but of it only the server is
+# used, in a process of its own: so numpy is overridden here, and what is locked is installed with --no-deps.
 lock: $(VENV)/.ready
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header \
-		--group dev pyproject.toml -o requirements.lock
+	echo "numpy>=2.2" | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+		--no-header --override - --extra onnx --group dev pyproject.toml -o requirements.lock
 
 clean:
 	rm -rf $(VENV) demo runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

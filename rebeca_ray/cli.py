@@ -69,6 +69,53 @@ def generate(config: Config, overrides: Overrides = None, dry_run: DryRun = Fals
     job.execute(GenerateConfig, job.generate, config, overrides or [], dry_run=dry_run)
 
 
+@app.command()
+def export(
+    config: Config,
+    out: Annotated[Path, typer.Option(help="folder to write, for decoder.engine_dir")],
+    overrides: Overrides = None,
+) -> None:
+    """The decoder of a `rebeca generate` config -> ONNX graphs, checked."""
+    from rebeca_ray.config import GenerateConfig, load_config
+    from rebeca_ray.export import export_decoder
+    from rebeca_ray.job import console, plain_errors
+
+    with plain_errors():
+        export_decoder(load_config(GenerateConfig, config, overrides).decoder, out)
+        console.print(f"exported decoder -> {out}")
+
+
+@app.command()
+def convert(
+    pickle: Annotated[Path, typer.Argument(help="an IP-Adapter or LoRA as .bin")],
+    out: Annotated[Path, typer.Argument(help="the .safetensors file to write")],
+) -> None:
+    """Weights in a pickle -> the same as safetensors; nothing in the pickle is run."""
+    from rebeca_ray.decoder_files import convert_pickle
+    from rebeca_ray.job import console, plain_errors
+
+    with plain_errors():
+        console.print(f"{convert_pickle(pickle, out)} tensors -> {out}")
+
+
+@app.command()
+def serve(
+    config: Config,
+    overrides: Overrides = None,
+    http_port: Annotated[int, typer.Option()] = 8000,
+    grpc_port: Annotated[int, typer.Option()] = 8001,
+    metrics_port: Annotated[int, typer.Option()] = 8002,
+    instances: Annotated[int, typer.Option(min=1, help="copies of the decoder; two let one encode while the other draws")] = 1,
+) -> None:
+    """The decoder of a `rebeca generate` config behind Triton Inference Server, on 127.0.0.1, until interrupted."""
+    from rebeca_ray import job
+    from rebeca_ray.config import GenerateConfig, load_config
+
+    with job.plain_errors():
+        decoder = load_config(GenerateConfig, config, overrides).decoder
+        job.serve(decoder, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port, instances=instances)
+
+
 @stickers.command()
 def simulate(
     users: Annotated[int, typer.Option(min=1, help="how many users")] = 2000,

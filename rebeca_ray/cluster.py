@@ -15,6 +15,7 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_NON_TTY_PROGRESS_LOG_INTERVAL": "20",
+    "RAY_OVERRIDE_RESOURCES": '{"decoder_slot": 1}',  # of a Ray that is started here; a cluster's nodes say their own
     "RAY_local_fs_capacity_threshold": "0.99",  # at 95% of a large disk it would warn every ten seconds
 }
 
@@ -48,15 +49,15 @@ def start_ray() -> None:
         sys.stdout.reconfigure(line_buffering=True)  # what workers print appears in a job's log as it comes, not at the end
 
 
-def require_room(what: str, *, workers: int, cpus: float, device: str, spare_cpus: int = 0) -> None:
-    """Raise UserError if Ray has not the CPUs and GPUs that `workers` need: it would wait for them for ever.
+def require_room(what: str, *, workers: int, cpus: float, device: str, spare_cpus: int = 0, decoder_slots: int = 0) -> None:
+    """Raise UserError if Ray has not the CPUs, GPUs and decoder slots that `workers` need: it would wait for them for ever.
 
     Ray Data needs spare CPUs to read and write with. A cluster may still grow, so there it only says what it waits for.
     """
     import ray
 
     there = ray.cluster_resources()
-    needed = {"CPU": workers * cpus + spare_cpus, "GPU": workers if device == "cuda" else 0}
+    needed = {"CPU": workers * cpus + spare_cpus, "GPU": workers if device == "cuda" else 0, "decoder_slot": decoder_slots}
     for name, amount in needed.items():
         if amount <= there.get(name, 0):
             continue
@@ -64,5 +65,5 @@ def require_room(what: str, *, workers: int, cpus: float, device: str, spare_cpu
         if "RAY_ADDRESS" in os.environ:
             print(f"{told}; waiting for the cluster to grow", file=sys.stderr)
         else:
-            remedy = "set device to cpu" if name == "GPU" else "ask for fewer"
+            remedy = "set device to cpu" if name == "GPU" else "ask for fewer"  # a slot more is a server more
             raise UserError(f"{told}; {remedy}, or submit to a cluster that has them")

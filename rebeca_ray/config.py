@@ -243,13 +243,43 @@ class SelectionSettings(Settings):
     ] = 0.98
 
 
+class SafetySettings(Settings):
+    """What is not fit to be shown, and what happens to it."""
+
+    checker: Annotated[
+        str | None, Field(description="stable-diffusion: the model's own; or module:function of uint8 images, giving probabilities")
+    ] = None
+    max_probability: Annotated[float, Field(ge=0, le=1, description="of being unsafe; above it an image is")] = 0.5
+    policy: Annotated[
+        Literal["regenerate", "drop", "flag"], Field(description="draw it anew with other noise, leave it out, or mark it safety_flag")
+    ] = "regenerate"
+    max_attempts: Annotated[int, Field(gt=0, description="of drawing one image; then it is left out")] = 3
+
+
+class TritonSettings(Settings):
+    """The Triton Inference Server of the node that an actor runs on."""
+
+    url: Annotated[str, Field(description="host:port of its gRPC")] = "127.0.0.1:8001"
+    window: Annotated[int, Field(gt=0, description="requests under way at a time, so that the server's next batch is waiting")] = 2
+    deadline_seconds: Annotated[float, Field(gt=0, description="for one request of batch_size images")] = 120
+    ready_seconds: Annotated[float, Field(gt=0, description="how long a server that starts, or starts again, is waited for")] = 300
+
+
 class DecoderSettings(Settings):
-    """The decoder: a Stable Diffusion directory or hub id and its IP-Adapter file."""
+    """The decoder: a Stable Diffusion directory or hub id and its IP-Adapter file, and what runs it."""
 
     model: ModelName
+    revision: Annotated[str | None, Field(description="commit of a hub model; default: its latest")] = None
     ip_adapter: Annotated[str, Field(description="path of the adapter inside `ip_adapter_repo`")] = "ip_adapter/ip-adapter.safetensors"
     ip_adapter_repo: Annotated[ModelName | None, Field(description="hub id or directory; default: the model's own")] = None
-    scheduler: Literal["dpm_solver", "ddim"] = "dpm_solver"
+    ip_adapter_revision: str | None = None
+    vae: Annotated[ModelName | None, Field(description="another autoencoder, such as madebyollin/taesd; default: the model's own")] = None
+    lora: Annotated[ModelName | None, Field(description="merged at load: a path, or owner/name/file.safetensors of a hub")] = None
+    backend: Annotated[Literal["local", "triton"], Field(description="decode in the actor, or in the server on its node")] = "local"
+    triton: TritonSettings = TritonSettings()
+    engine: Annotated[Literal["torch", "onnx", "tensorrt"], Field(description="what runs the networks")] = "torch"
+    engine_dir: Annotated[Location | None, Field(description="what `rebeca export` wrote; for onnx and tensorrt")] = None
+    scheduler: Literal["dpm_solver", "ddim", "unipc", "lcm", "tcd"] = "dpm_solver"
     num_inference_steps: Positive = 20
     decoder_guidance_scale: Annotated[float, Field(ge=1, description="1 means a single pass")] = 5.0
     ip_adapter_scale: Annotated[float, Field(ge=0)] = 1.0
@@ -257,11 +287,21 @@ class DecoderSettings(Settings):
     image_format: Literal["JPEG", "WEBP", "PNG"] = "WEBP"
     image_quality: Annotated[int, Field(ge=1, le=100)] = 90
     thumbnail_size: Positive = 128
+    safety: SafetySettings = SafetySettings()
     batch_size: Annotated[int, Field(gt=0, description="images decoded together; short batches are padded to it")] = 16
     num_actors: Positive = 1
     cpus_per_actor: Cpus = 1.0
     device: Device = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    compile: Annotated[bool, Field(description="the UNet by torch.compile: minutes at start, faster after; engine torch only")] = False
+
+    @model_validator(mode="after")
+    def engines_lie_somewhere(self) -> Self:
+        if (self.engine == "torch") != (self.engine_dir is None):
+            raise ValueError(f"engine {self.engine} with engine_dir {self.engine_dir}; onnx and tensorrt need one, torch has none")
+        if self.engine == "tensorrt" and self.device != "cuda":
+            raise ValueError("engine tensorrt needs device cuda")
+        return self
 
 
 class GateSettings(Settings):

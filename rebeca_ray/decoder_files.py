@@ -1,8 +1,12 @@
-"""The files of a decoder, read without loading it: where its IP-Adapter is, which D that reads, a fingerprint of all."""
+"""The files of a decoder: found on disk or fetched from a hub, read without loading them, hashed. Never a pickle."""
 
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
@@ -10,63 +14,200 @@ from safetensors import SafetensorError, safe_open
 from rebeca_ray.config import DecoderSettings
 from rebeca_ray.errors import UserError
 
-
-def adapter_location(settings: DecoderSettings) -> tuple[str, str, str]:
-    """`(repository, subfolder, file)` of the IP-Adapter. Raises UserError for a pickle or a file that is not there."""
-    repo = settings.ip_adapter_repo or settings.model
-    folder, _, file = settings.ip_adapter.rpartition("/")
-    if not file.endswith(".safetensors"):
-        raise UserError(f"decoder.ip_adapter {settings.ip_adapter}: a pickle can run code when loaded; give the .safetensors file")
-    if settings.model.startswith(("/", ".")) and not (Path(settings.model) / "model_index.json").is_file():
-        raise UserError(
-            f"decoder.model {settings.model}: no model_index.json there; give a diffusers directory, or a hub id such as "
-            "stable-diffusion-v1-5/stable-diffusion-v1-5"
-        )
-    if Path(repo).is_dir() and not (Path(repo) / folder / file).is_file():
-        raise UserError(
-            f"decoder.ip_adapter {settings.ip_adapter}: no such file in {repo}; set decoder.ip_adapter or decoder.ip_adapter_repo"
-        )
-    return repo, folder, file
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+SAFETY_PARTS = ("safety_checker", "feature_extractor")
+INVISIBLE = {"backend", "triton", "batch_size", "num_actors", "cpus_per_actor", "device", "thumbnail_size", "compile"}  # in an image
+LOCATIONS = {"model", "revision", "ip_adapter", "ip_adapter_repo", "ip_adapter_revision", "vae", "lora", "engine_dir"}  # hashed instead
 
 
-def decoder_embed_dim(settings: DecoderSettings) -> int:
-    """D of the IP-Adapter, read from its header; from a hub the file is fetched once, before every actor asks for it.
+@dataclass(frozen=True, kw_only=True)
+class DecoderFiles:
+    """Where everything is that a decoder is loaded from: directories in diffusers' layout, and single safetensors files."""
 
-    Raises UserError if it is not there, damaged, or an adapter that reads more than one global embedding.
+    model: Path
+    ip_adapter: Path
+    vae: Path | None = None
+    lora: Path | None = None
+
+
+def find_decoder(settings: DecoderSettings) -> DecoderFiles:
+    """Find a decoder's files; those of a hub are fetched into its cache, once a machine.
+
+    Raises UserError, with the command that fetches, for what is missing, and for pickles.
     """
-    repo, folder, file = adapter_location(settings)
-    path = Path(repo) / folder / file
-    if not path.is_file():
-        try:
-            path = Path(hf_hub_download(repo, file, subfolder=folder or None))
-        except (OSError, ValueError) as error:  # what the hub's client raises derives from one or the other
+    for key in ("ip_adapter", "lora"):
+        file = getattr(settings, key)
+        if file and not file.endswith(".safetensors"):
             raise UserError(
-                f"decoder.ip_adapter {settings.ip_adapter}: cannot be fetched from {repo} ({' '.join(str(error).split())[:200]}); "
-                f"run `hf download {repo} {settings.ip_adapter}` where there is a network, or set ip_adapter_repo to a local directory"
-            ) from None
+                f"decoder.{key} {file}: a pickle can run code when loaded; give the .safetensors file, or make one of it: "
+                f"rebeca convert {file} {file.rpartition('.')[0]}.safetensors"
+            )
+    return DecoderFiles(
+        model=find_model(settings),
+        ip_adapter=find_adapter(settings),
+        vae=Path(settings.vae) if settings.vae and is_local(settings.vae) else fetch_vae(settings),
+        lora=find_lora(settings),
+    )
+
+
+def find_model(settings: DecoderSettings) -> Path:
+    """The folder in diffusers' layout."""
+    if is_local(settings.model):
+        if not (Path(settings.model) / "model_index.json").is_file():
+            raise UserError(
+                f"decoder.model {settings.model}: no model_index.json there; give a diffusers directory, or a hub id such as "
+                "stable-diffusion-v1-5/stable-diffusion-v1-5"
+            )
+        return Path(settings.model)
+
+    def fetch() -> str:
+        from diffusers import StableDiffusionPipeline
+
+        without = {} if settings.safety.checker == "stable-diffusion" else {"safety_checker": None}
+        return StableDiffusionPipeline.download(settings.model, revision=settings.revision, use_safetensors=True, **without)
+
+    return fetched("model", settings.model, settings.model, fetch)
+
+
+def find_adapter(settings: DecoderSettings) -> Path:
+    repo = settings.ip_adapter_repo or settings.model
+    if is_local(repo):
+        if not (Path(repo) / settings.ip_adapter).is_file():
+            raise UserError(
+                f"decoder.ip_adapter {settings.ip_adapter}: no such file in {repo}; set decoder.ip_adapter or decoder.ip_adapter_repo"
+            )
+        return Path(repo) / settings.ip_adapter
+    return fetched(
+        "ip_adapter",
+        settings.ip_adapter,
+        f"{repo} {settings.ip_adapter}",
+        lambda: hf_hub_download(repo, settings.ip_adapter, revision=settings.ip_adapter_revision),
+    )
+
+
+def fetch_vae(settings: DecoderSettings) -> Path | None:
+    if settings.vae is None:
+        return None
+    repo = settings.vae
+
+    def fetch() -> str:
+        hf_hub_download(repo, "diffusion_pytorch_model.safetensors")
+        return str(Path(hf_hub_download(repo, "config.json")).parent)
+
+    return fetched("vae", repo, repo, fetch)
+
+
+def find_lora(settings: DecoderSettings) -> Path | None:
+    lora = settings.lora
+    if lora is None or Path(lora).is_file():
+        return Path(lora) if lora else None
+    owner, _, rest = lora.partition("/")
+    name, _, file = rest.partition("/")
+    if is_local(lora) or not file:
+        raise UserError(f"decoder.lora {lora}: no such file; give a path, or owner/name/file.safetensors of a hub")
+    return fetched("lora", lora, f"{owner}/{name} {file}", lambda: hf_hub_download(f"{owner}/{name}", file))
+
+
+def is_local(name: str) -> bool:
+    """Whether a model's name is a folder on this machine, there or not, rather than a hub's."""
+    return name.startswith(("/", ".")) or Path(name).is_dir()
+
+
+def fetched(key: str, value: str, download: str, fetch: Callable[[], str]) -> Path:
+    """The path that `fetch` gives. Raises UserError where there is no network and nothing in the cache."""
     try:
-        with safe_open(path, framework="numpy") as weights:
+        return Path(fetch())
+    except (OSError, ValueError) as error:  # what the hub's client raises derives from one or the other
+        raise UserError(
+            f"decoder.{key} {value}: cannot be fetched ({' '.join(str(error).split())[:200]}); run `hf download {download}` where there "
+            f"is a network and copy the folder, then give its path; or take the bundled one, package:stickers/assets/decoder"
+        ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderIdentity:
+    """What must be known of a decoder before it is loaded: D of the embeddings it reads, and the sha256 of each weight file."""
+
+    embed_dim: int
+    weights: dict[str, str]
+
+    def fingerprint(self, settings: DecoderSettings) -> str:
+        """16 hex digits that change whenever the decoder would draw something else: settings, and weights wherever they lie."""
+        told = settings.model_dump(exclude=INVISIBLE | LOCATIONS)
+        return hashlib.sha256(json.dumps([told, self.weights], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def identify_decoder(settings: DecoderSettings) -> DecoderIdentity:
+    """Read headers and hash files; an exported decoder remembers what it was made of. Raises UserError for what is missing or unfit."""
+    if settings.engine_dir:
+        told = read_export(settings)
+        return DecoderIdentity(embed_dim=told["embed_dim"], weights=told["weights"])
+    files = find_decoder(settings)
+    return DecoderIdentity(embed_dim=read_embed_dim(files.ip_adapter), weights=hash_weights(files))
+
+
+def read_export(settings: DecoderSettings) -> dict[str, Any]:
+    """The description in `settings.engine_dir`. Raises UserError if it is none, or of another model, precision or size."""
+    folder = Path(str(settings.engine_dir))
+    try:
+        told: dict[str, Any] = json.loads((folder / "decoder.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"decoder.engine_dir {folder}: no decoder.json there; write it with `rebeca export --out {folder}`") from None
+    for key in ("model", "dtype", "image_size"):
+        wanted = getattr(settings, key) or told[key]
+        if Path(str(wanted)).name != Path(str(told[key])).name:  # the same folder may lie elsewhere on another machine
+            raise UserError(f"decoder.engine_dir {folder}: exported with {key} {told[key]}, decoder.{key} is {wanted}; export it again")
+    return told
+
+
+def read_embed_dim(ip_adapter: Path) -> int:
+    """D of an IP-Adapter, read from its header. Raises UserError if it is damaged, or reads more than one global embedding."""
+    try:
+        with safe_open(ip_adapter, framework="numpy") as weights:
             return int(weights.get_slice("image_proj.proj.weight").get_shape()[1])
     except SafetensorError as error:
         raise UserError(
-            f"decoder.ip_adapter {settings.ip_adapter}: no image_proj.proj.weight to read ({error}); give a plain adapter such as "
+            f"decoder.ip_adapter {ip_adapter}: no image_proj.proj.weight to read ({error}); give a plain adapter such as "
             "ip-adapter_sd15.safetensors: those called plus, full or faceid read other embeddings"
         ) from None
 
 
-def decoder_fingerprint(settings: DecoderSettings) -> str:
-    """16 hex digits that change whenever the decoder would draw something else: settings, and weights if local."""
-    told = settings.model_dump(
-        exclude={"batch_size", "num_actors", "cpus_per_actor", "device", "thumbnail_size", "model", "ip_adapter_repo"}
-    )
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
-    for repo in (settings.model, settings.ip_adapter_repo):
-        folder = Path(repo) if repo else None
-        if folder is None or not folder.is_dir():
-            digest.update((repo or "").encode())
-            continue
-        for file in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.json")]):
-            digest.update(str(file.relative_to(folder)).encode())
-            with file.open("rb") as weights:
-                digest.update(hashlib.file_digest(weights, "sha256").digest())
-    return digest.hexdigest()[:16]
+def hash_weights(files: DecoderFiles) -> dict[str, str]:
+    """The sha256 of every file that decides what is drawn."""
+    found = [file for part in (*PARTS, *SAFETY_PARTS) for file in (files.model / part).glob("*")]
+    found += [file for file in (files.ip_adapter, files.lora) if file]
+    found += list(files.vae.glob("*")) if files.vae else []
+    weights = {}
+    for file in found:
+        if file.suffix in (".safetensors", ".json"):
+            with file.open("rb") as opened:
+                weights[f"{file.parent.name}/{file.name}"] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return dict(sorted(weights.items()))
+
+
+def convert_pickle(pickle: Path, out: Path) -> int:
+    """Write the tensors of a `.bin` file as safetensors, names joined by dots; returns how many there are.
+
+    Raises UserError if it holds anything but tensors in dicts: `weights_only` runs no code of the file's.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    try:
+        told = torch.load(pickle, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
+        raise UserError(f"{pickle}: no file of tensors alone ({' '.join(str(error).split())[:200]}); nothing is written") from None
+    tensors = {}
+
+    def collect(value: Any, name: str) -> None:
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value.contiguous().clone()
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                collect(inner, f"{name}.{key}" if name else str(key))
+        else:
+            raise UserError(f"{pickle}: {name or 'the file'} is a {type(value).__name__}, expected tensors; nothing is written")
+
+    collect(told, "")
+    save_file(tensors, out)
+    return len(tensors)

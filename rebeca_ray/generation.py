@@ -12,7 +12,7 @@ from rebeca_ray.catalog.read import published
 from rebeca_ray.checkpoint import fingerprint, load_prior, read_prior_config
 from rebeca_ray.cluster import require_room, start_ray
 from rebeca_ray.config import GenerateConfig
-from rebeca_ray.decoder_files import decoder_fingerprint
+from rebeca_ray.decoder_files import identify_decoder
 from rebeca_ray.errors import UserError
 from rebeca_ray.planning import plan_items
 from rebeca_ray.rendering import render_items
@@ -22,7 +22,8 @@ from rebeca_ray.storage import join, open_filesystem, require_writable
 
 def generate_catalog(config: GenerateConfig) -> dict[str, Any]:
     """Generate and publish one snapshot; returns its manifest with the seconds of each stage under `seconds`."""
-    requested = check_request(config)
+    decoder = identify_decoder(config.decoder)
+    requested = check_request(config, decoder)
     require_writable(config.root, "root")
     run = Run.start(config)
     for place in (join(run.root, run.snapshot), join(run.root, run.images), run.work):
@@ -32,13 +33,23 @@ def generate_catalog(config: GenerateConfig) -> dict[str, Any]:
     published(run.root)  # a damaged one is found now, not after rendering
     versions = {
         "prior": fingerprint(read_prior_config(config.prior)),
-        "decoder": decoder_fingerprint(config.decoder),
+        "decoder": decoder.fingerprint(config.decoder),
         "code": rebeca_ray.__version__,
     }
     load_prior(config.prior)  # a damaged one is found now, not by every actor
     start_ray()
-    for name, pool in (("sampler", config.sampler), ("decoder", config.decoder)):
-        require_room(f"{name}.num_actors", workers=pool.num_actors, cpus=pool.cpus_per_actor, device=pool.device, spare_cpus=1)
+    sampler, decoding = config.sampler, config.decoder
+    require_room("sampler.num_actors", workers=sampler.num_actors, cpus=sampler.cpus_per_actor, device=sampler.device, spare_cpus=1)
+    served = decoding.backend == "triton"  # then the GPU is the server's
+    device, slots = ("cpu", decoding.num_actors) if served else (decoding.device, 0)
+    require_room(
+        "decoder.num_actors",
+        workers=decoding.num_actors,
+        cpus=decoding.cpus_per_actor,
+        device=device,
+        spare_cpus=1,
+        decoder_slots=slots,
+    )
     seconds = {}
     started = time.perf_counter()
     plan_items(config, run, versions)
@@ -52,8 +63,10 @@ def generate_catalog(config: GenerateConfig) -> dict[str, Any]:
         run,
         requested=requested,
         error_budget=config.error_budget,
+        max_safety_probability=config.decoder.safety.max_probability,
         versions=versions,
         quality={"permutation": permutation.figures() if permutation else None},
+        decoder_weights=decoder.weights,
     )
     publish(run.root, run.snapshot, run_id=run.run_id, run_date=run.run_date, epoch=run.epoch)
     seconds["assemble"] = round(time.perf_counter() - started, 2)

@@ -13,9 +13,9 @@ def plan_key(*, prior: str, settings: str, user_id: str, history_digest: str, ge
     return hash128("plan", prior, settings, user_id, history_digest, generation)
 
 
-def item_id(key: str, candidate: int, decoder: str) -> str:
-    """The id of one generated item: its plan, its candidate number, and the decoder that draws it."""
-    return hash128("item", key, candidate, decoder)
+def item_id(key: str, candidate: int, decoder: str, prompt: str, negative_prompt: str) -> str:
+    """The id of one generated item: its plan, its candidate number, the decoder that draws it and what that is told in words."""
+    return hash128("item", key, candidate, decoder, prompt, negative_prompt)
 
 
 def candidate_seed(key: str, candidate: int) -> int:
@@ -23,6 +23,11 @@ def candidate_seed(key: str, candidate: int) -> int:
     return int(hash128("candidate", key, candidate)[:16], 16)
 
 
-def image_seed(item: str, safety_attempt: int = 0) -> int:
+def image_seed(item: str) -> int:
     """63 bits that seed an image's noise in the decoder (signed 64-bit columns hold them)."""
-    return int(hash128("image", item, safety_attempt)[:16], 16) >> 1
+    return int(hash128("image", item)[:16], 16) >> 1
+
+
+def retry_seed(seed: int, attempt: int) -> int:
+    """The seed of another attempt at the same image, where the safety checker did not like the last; attempt 0 is the first."""
+    return int(hash128("attempt", seed, attempt)[:16], 16) >> 1 if attempt else seed

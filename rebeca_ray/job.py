@@ -1,5 +1,6 @@
 """The jobs, and how one is run: read the config, do the work, end with a truthful exit code."""
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 import typer
 from rich.console import Console
 
-from rebeca_ray.config import DistillConfig, EmbedConfig, GenerateConfig, Settings, TrainConfig, load_config
+from rebeca_ray.config import DecoderSettings, DistillConfig, EmbedConfig, GenerateConfig, Settings, TrainConfig, load_config
 from rebeca_ray.errors import UserError
 
 console = Console()
@@ -62,6 +63,23 @@ def print_personality(manifest: dict[str, Any]) -> None:
             f"before any was chosen, candidates please their own users with {test['own']:.3f}, others with {test['dealt']:.3f} "
             f"(permutation test by the selector: z = {test['z']:.0f}, p = {test['p_value']:.4f})"
         )
+
+
+def serve(decoder: DecoderSettings, *, http_port: int, grpc_port: int, metrics_port: int, instances: int) -> None:
+    """Triton until it is interrupted, or told to stop."""
+    from rebeca_ray.server import triton_server
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with triton_server(decoder, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port, instances=instances) as process:
+            console.print(
+                f"ready: grpc 127.0.0.1:{grpc_port} (decoder.triton.url), http://127.0.0.1:{http_port}/v2/models/decoder, "
+                f"metrics http://127.0.0.1:{metrics_port}/metrics"
+            )
+            if code := process.wait():
+                raise UserError(f"tritonserver ended with code {code}; its own lines above say why")
+    except KeyboardInterrupt:
+        console.print("stopped")
 
 
 def run_job(model: type[C], work: Callable[[C], Any], default: Path) -> None:

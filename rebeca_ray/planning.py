@@ -148,12 +148,12 @@ class PlanUsers:
             start += drawn
             relevance = np.zeros(drawn, np.float32) if like_N is None else like_N[own]
             copies = similarity_N[own] > self.config.selection.max_item_similarity
-            prompt = row.get("prompt") or ""
+            prompt, negative_prompt = row.get("prompt") or "", row.get("negative_prompt") or ""
             for rank, number in enumerate(choose(unit_ND[own].numpy(), relevance, copies, count, self.config.selection.diversity)):
                 place = own.start + int(number)
                 planned.append(
                     {
-                        "item_id": identity.item_id(key, int(number), self.versions["decoder"] + prompt),
+                        "item_id": identity.item_id(key, int(number), self.versions["decoder"], prompt, negative_prompt),
                         "user_id": row["user_id"],
                         "rank": rank,
                         "image_embeds": embeds_ND[place],
@@ -164,6 +164,7 @@ class PlanUsers:
                         "nearest_similarity": None if nearest_N[place] is None else similarity_N[place],
                         "origin": users.origin_G[index],
                         "prompt": prompt,
+                        "negative_prompt": negative_prompt,
                     }
                 )
         return planned_table(planned, embeds_ND.shape[1])

@@ -8,21 +8,21 @@ import pyarrow.compute as pc
 from rebeca_ray import schemas
 from rebeca_ray.checkpoint import read_prior_config
 from rebeca_ray.config import MAX_IMAGES, GenerateConfig, PriorSampling, parse_config
-from rebeca_ray.decoder_files import decoder_embed_dim
+from rebeca_ray.decoder_files import DecoderIdentity
 from rebeca_ray.errors import UserError, did_you_mean
 from rebeca_ray.items import embedded_with
 from rebeca_ray.schemas import compatible
 from rebeca_ray.storage import open_table, read_table
 
 
-def check_request(config: GenerateConfig) -> int:
+def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
     """Validate the request against the prior before anything is written; returns the number of items requested.
 
     Raises UserError for a missing column, empty or repeated users, counts below 1, or a prior whose
     embedding size does not fit the decoder.
     """
     prior = read_prior_config(config.prior)
-    embed_dim, wanted = prior["scaler"]["embed_dim"], decoder_embed_dim(config.decoder)
+    embed_dim, wanted = prior["scaler"]["embed_dim"], decoder.embed_dim
     if wanted != embed_dim:
         raise UserError(
             f"prior {config.prior} draws embeddings of size {embed_dim}, decoder {config.decoder.model} reads {wanted}; "

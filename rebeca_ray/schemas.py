@@ -24,6 +24,7 @@ REQUEST = pa.schema(
         pa.field("user_id", pa.string(), nullable=False),
         pa.field("num_images", pa.int32()),
         pa.field("prompt", pa.string()),
+        pa.field("negative_prompt", pa.string()),
     ]
 )
 
@@ -116,6 +117,7 @@ def plan(embed_dim: int) -> pa.Schema:
             pa.field("nearest_similarity", pa.float32()),
             pa.field("origin", pa.string(), nullable=False),  # new | population
             pa.field("prompt", pa.string(), nullable=False),
+            pa.field("negative_prompt", pa.string(), nullable=False),
         ]
     )
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -20,10 +21,11 @@ import pytest
 import torch
 
 from rebeca_ray import schemas
+from rebeca_ray.catalog.assemble import assemble
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.checkpoint import TrainedPrior, fingerprint, read_prior_config, save_prior
 from rebeca_ray.config import DecoderSettings, DiffusionSettings, GenerateConfig, NetworkSettings, PriorSampling, SamplerSettings
-from rebeca_ray.decoder_files import decoder_fingerprint
+from rebeca_ray.decoder_files import identify_decoder
 from rebeca_ray.embeds import EmbedScaler
 from rebeca_ray.histories import Histories
 from rebeca_ray.planning import PlanUsers
@@ -214,7 +216,7 @@ def config(tmp_path: Path, tiny_decoder: DecoderSettings) -> GenerateConfig:
 
 
 def versions_of(config: GenerateConfig) -> dict[str, str]:
-    return {"prior": fingerprint(read_prior_config(config.prior)), "decoder": decoder_fingerprint(config.decoder)}
+    return {"prior": fingerprint(read_prior_config(config.prior)), "decoder": identify_decoder(config.decoder).fingerprint(config.decoder)}
 
 
 def plan(config: GenerateConfig, request: pa.Table, histories: Histories | None = None) -> pa.Table:
@@ -234,10 +236,17 @@ def prepare(config: GenerateConfig, *, break_first: bool = False) -> Run:
         planned = planned.set_column(planned.column_names.index("image_embeds"), "image_embeds", column)
     Path(run.plan).mkdir(parents=True)
     pq.write_table(planned, f"{run.plan}/plan.parquet")
-    images = RenderImages(config.decoder)(planned.select(["item_id", "image_embeds", "prompt"]))
+    images = RenderImages(config.decoder)(planned.select(["item_id", "image_embeds", "prompt", "negative_prompt"]))
     filesystem = pyarrow.fs.PyFileSystem(ChecksumHandler(fsspec.filesystem("file"), run.checksums))
     pq.write_table(images, f"{run.root}/{run.images}/part-000001-a.parquet", filesystem=filesystem)
     return run
+
+
+def assembled(run: Run, *, requested: int, error_budget: float) -> dict[str, Any]:
+    """The manifest of a prepared run whose versions and quality do not matter."""
+    return assemble(
+        run, requested=requested, error_budget=error_budget, max_safety_probability=0.5, versions={}, quality={}, decoder_weights={}
+    )
 
 
 def free_port() -> int:

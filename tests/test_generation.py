@@ -3,33 +3,34 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.assemble import IncompleteRunError, assemble
+from rebeca_ray.catalog.assemble import IncompleteRunError
 from rebeca_ray.catalog.publish import LostRaceError, publish, read_pointer
 from rebeca_ray.catalog.read import open_snapshot, published, read_catalog
-from rebeca_ray.config import (
-    DecoderSettings,
-    GateSettings,
-    GenerateConfig,
-)
+from rebeca_ray.config import DecoderSettings, GateSettings, GenerateConfig
+from rebeca_ray.decoder_files import identify_decoder
+from rebeca_ray.decoding import DecodedImage, Rows
 from rebeca_ray.errors import ErrorBudgetExceededError, QualityGateError, UserError
 from rebeca_ray.generation import generate_catalog
+from rebeca_ray.identity import image_seed
+from rebeca_ray.local_decoder import LocalDecoder
 from rebeca_ray.rendering import RenderImages
 from rebeca_ray.request import check_request
 from rebeca_ray.selector import Selector
 from rebeca_ray.stickers.training_data import to_pixels
-from tests.conftest import USERS, D, generate_config, prepare, prior_users, write_tiny_prior
+from tests.conftest import USERS, D, assembled, generate_config, prepare, prior_users, write_tiny_prior
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +119,10 @@ def test_two_runs_agree_whatever_order_and_actors_and_the_second_follows(
 def test_failed_rows_are_kept_apart_and_the_budget_decides(config: GenerateConfig) -> None:
     run = prepare(config, break_first=True)
     with pytest.raises(ErrorBudgetExceededError, match=r"1 of 16 items failed \(image_embeds is not finite\)") as caught:
-        assemble(run, requested=16, error_budget=0.01, versions={}, quality={})
+        assembled(run, requested=16, error_budget=0.01)
     assert caught.value.exit_code == 3
     assert published(config.root) is None
-    manifest = assemble(run, requested=16, error_budget=0.1, versions={}, quality={})
+    manifest = assembled(run, requested=16, error_budget=0.1)
     assert (manifest["counts"]["new"], manifest["counts"]["failed"]) == (15, 1)
     snapshot = open_snapshot(config.root, run.snapshot)
     error = snapshot.table("errors").to_pylist()[0]
@@ -134,32 +135,61 @@ def test_failed_rows_are_kept_apart_and_the_budget_decides(config: GenerateConfi
 def test_a_partial_run_is_not_published(config: GenerateConfig) -> None:
     run = prepare(config)
     with pytest.raises(IncompleteRunError, match="17 items requested, 16 planned, 16 rendered; nothing is published") as caught:
-        assemble(run, requested=17, error_budget=0.1, versions={}, quality={})
+        assembled(run, requested=17, error_budget=0.1)
     assert caught.value.exit_code == 75
     for record in Path(run.checksums).glob("*.json"):
         record.unlink()  # what a kill in the middle of a write leaves: a file without its record
     with pytest.raises(IncompleteRunError, match="no finished image file"):
-        assemble(run, requested=16, error_budget=0.1, versions={}, quality={})
+        assembled(run, requested=16, error_budget=0.1)
     assert not (Path(config.root) / "latest.json").exists()
 
 
-def test_a_batch_that_fails_costs_only_the_row_at_fault(tiny_decoder: DecoderSettings) -> None:
+def planned_rows(count: int) -> pa.Table:
+    embeds = np.random.default_rng(0).standard_normal((count, D)).astype(np.float32)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(D))
+    words = {"prompt": [""] * count, "negative_prompt": [""] * count}
+    return pa.table({"item_id": [f"item-{number}" for number in range(count)], "image_embeds": column, **words})
+
+
+def test_rendering_keeps_every_row_in_its_place(tiny_decoder: DecoderSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = RenderImages(tiny_decoder)
     whole = stage.decoder.decode
 
-    def picky(embeds: np.ndarray, seeds: Any, prompts: Any) -> np.ndarray:
-        if "bad" in prompts:
-            raise RuntimeError("out of\nluck")
-        return whole(embeds, seeds, prompts)
+    def decode(rows: Rows) -> list[DecodedImage]:
+        images = whole(rows)
+        return [images[0], DecodedImage(seed=7, error="bad luck"), DecodedImage(seed=8, safety_probability=0.75)]
 
-    stage.decoder.decode = picky  # type: ignore[method-assign]
-    embeds = np.random.default_rng(0).standard_normal((3, D)).astype(np.float32)
-    column = pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(D))
-    out = stage(pa.table({"item_id": ["a", "b", "c"], "image_embeds": column, "prompt": ["", "bad", ""]}))
+    monkeypatch.setattr(stage.decoder, "decode", decode)
+    out = stage(planned_rows(3))
     assert out.schema == schemas.IMAGES
-    assert out["item_id"].to_pylist() == ["a", "b", "c"]
-    assert out["error"].to_pylist() == [None, "RuntimeError: out of luck", None]
-    assert [row["image"] is None for row in out.to_pylist()] == [False, True, False]
+    rows = out.to_pylist()
+    assert [row["item_id"] for row in rows] == ["item-0", "item-1", "item-2"]
+    assert [row["error"] for row in rows] == [None, "bad luck", None]
+    assert [row["seed"] for row in rows] == [image_seed("item-0"), 7, 8]
+    assert [row["safety_probability"] for row in rows] == [None, None, 0.75]
+    assert rows[0]["image"]["path"] == "item-0.png"
+    assert [row["image"] is None for row in rows] == [False, True, True]
+
+
+def test_what_is_not_fit_to_be_shown_is_filtered_or_flagged(config: GenerateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen items, of which one was left out and one is shown all the same, by a decoder with another policy."""
+    whole = LocalDecoder.decode
+
+    def decode(self: LocalDecoder, rows: Rows) -> list[DecodedImage]:
+        images = whole(self, rows)
+        return [DecodedImage(seed=1, safety_probability=0.9), replace(images[1], safety_probability=0.8), *images[2:]]
+
+    monkeypatch.setattr(LocalDecoder, "decode", decode)
+    run = prepare(config)
+    counts = assembled(run, requested=16, error_budget=0)["counts"]
+    assert (counts["requested"], counts["new"], counts["filtered"], counts["failed"]) == (16, 15, 1, 0)
+    items = open_snapshot(config.root, run.snapshot).items()
+    assert items["safety_flag"].to_pylist().count(True) == 1
+    images = {row["item_id"]: row["safety_probability"] for row in open_snapshot(config.root, run.snapshot).table("images").to_pylist()}
+    flagged = items.filter(items["safety_flag"])["item_id"][0].as_py()
+    assert images[flagged] == pytest.approx(0.8)
+    first = items.filter(pc.equal(items["user_id"], items["user_id"][0]))
+    assert first["rank"].to_pylist() == list(range(len(first)))  # no gap
 
 
 @pytest.mark.parametrize(
@@ -249,29 +279,14 @@ def test_a_damaged_prior_is_refused_before_anything_is_planned(config: GenerateC
 def test_a_request_may_have_dictionary_encoded_users(config: GenerateConfig, tmp_path: Path) -> None:
     users = pa.table({"user_id": pa.array(USERS[:3]).dictionary_encode()})
     pq.write_table(users, tmp_path / "categorical.parquet")
-    assert check_request(config.model_copy(update={"request": str(tmp_path / "categorical.parquet")})) == 3 * config.num_images
+    config = config.model_copy(update={"request": str(tmp_path / "categorical.parquet")})
+    assert check_request(config, identify_decoder(config.decoder)) == 3 * config.num_images
 
 
 def test_a_run_id_is_used_once(config: GenerateConfig) -> None:
     run = prepare(config)
     with pytest.raises(UserError, match=rf"run_id {run.run_id} was used before \(.*/images/run_id={run.run_id}"):
         generate_catalog(config.model_copy(update={"run_id": run.run_id}))
-
-
-def test_a_decoder_that_overflows_draws_no_black_image_and_nothing_twice(tiny_decoder: DecoderSettings) -> None:
-    stage = RenderImages(tiny_decoder)
-    batches = []
-
-    def overflow_in_the_second_row(module: torch.nn.Module, inputs: tuple[torch.Tensor], pixels: torch.Tensor) -> None:
-        batches.append(len(pixels))
-        pixels[1, 0, 3, 3] = torch.inf
-
-    stage.decoder.vae.decoder.conv_out.register_forward_hook(overflow_in_the_second_row)  # type: ignore[arg-type]
-    column = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(3 * D, np.float32)), type=schemas.image_embeds(D))
-    rows = stage(pa.table({"item_id": ["a", "b", "c"], "image_embeds": column, "prompt": [""] * 3})).to_pylist()
-    assert [row["image"] is None for row in rows] == [False, True, False]
-    assert [row["error"] for row in rows] == [None, "the decoder drew values that are not finite in float32", None]
-    assert batches == [tiny_decoder.batch_size]
 
 
 def test_images_of_repeated_rows_are_all_found(generated: tuple[GenerateConfig, dict[str, Any]]) -> None:

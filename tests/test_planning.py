@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rebeca_ray import identity
-from rebeca_ray.catalog.assemble import assemble
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.read import open_snapshot
 from rebeca_ray.checkpoint import load_prior, save_prior
@@ -22,13 +21,14 @@ from rebeca_ray.config import (
     InteractionSettings,
     SelectionSettings,
 )
+from rebeca_ray.decoder_files import identify_decoder
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.errors import UserError
 from rebeca_ray.planning import PlanUsers, request_histories
 from rebeca_ray.request import check_request
 from rebeca_ray.sampling import sample_liked
 from rebeca_ray.selector import Selector
-from tests.conftest import TINY_NETWORK, USERS, D, plan, prepare, untrained_prior, versions_of
+from tests.conftest import TINY_NETWORK, USERS, D, assembled, plan, prepare, untrained_prior, versions_of
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -78,7 +78,7 @@ def plan_with_histories(config: GenerateConfig, users: list[str]) -> list[dict[s
 def test_who_has_rated_anything_is_served_and_who_has_not_gets_the_population(config: GenerateConfig, tmp_path: Path) -> None:
     interactions = write_histories(tmp_path, user_0=[(1, 5.0), (2, 1.0)], new_user=[(3, 4.0)], grumpy=[(4, 1.0), (5, 2.0)])
     config = config.model_copy(update={"prior": write_history_prior(tmp_path, "history"), "interactions": interactions})
-    check_request(config)
+    check_request(config, identify_decoder(config.decoder))
     rows = plan_with_histories(config, ["user-0", "stranger", "new-user", "grumpy"])
     assert [row["origin"] for row in rows] == ["new"] * 3 + ["population"] * 3 + ["new"] * 6
     assert all(0 < row["like_probability"] < 1 for row in rows)
@@ -104,10 +104,10 @@ def test_a_prior_without_users_is_the_populations(config: GenerateConfig, tmp_pa
 def test_a_history_prior_says_what_it_needs(config: GenerateConfig, tmp_path: Path) -> None:
     config = config.model_copy(update={"prior": write_history_prior(tmp_path, "history")})
     with pytest.raises(UserError, match="knows users by their history: set `interactions`"):
-        check_request(config)
+        check_request(config, identify_decoder(config.decoder))
     config = config.model_copy(update={"interactions": write_histories(tmp_path, user_0=[(1, 5.0)]), "items": None})
     with pytest.raises(UserError, match="interactions: need `items` too"):
-        check_request(config)
+        check_request(config, identify_decoder(config.decoder))
 
 
 def test_one_candidate_an_item_is_plain_sampling_and_more_are_a_choice_among_them(config: GenerateConfig) -> None:
@@ -137,7 +137,7 @@ def test_one_candidate_an_item_is_plain_sampling_and_more_are_a_choice_among_the
 def test_population_items_are_counted_apart(config: GenerateConfig) -> None:
     pq.write_table(pa.table({"user_id": ["user-1", "stranger"]}), config.request)
     run = prepare(config)
-    counts = assemble(run, requested=6, error_budget=0, versions={}, quality={})["counts"]
+    counts = assembled(run, requested=6, error_budget=0)["counts"]
     assert (counts["requested"], counts["new"], counts["population"]) == (6, 3, 3)
     assert open_snapshot(config.root, run.snapshot).items()["origin"].to_pylist() == ["population"] * 3 + ["new"] * 3
 

@@ -12,7 +12,8 @@ README = (REPO / "README.md").read_text()
 def test_every_module_stands_in_the_tree_with_one_line() -> None:
     tree = README.split("## The tree")[1].split("\n## ")[0]
     named = set(re.findall(r"^\s*([\w./]+\.py)\s{2,}\S", tree, re.MULTILINE))
-    modules = {path.name for path in (REPO / "rebeca_ray").rglob("*.py")} | {path.name for path in (REPO / "jobs").glob("*.py")}
+    modules = {path.name for folder in ("jobs", "serving") for path in (REPO / folder).glob("*.py")}
+    modules |= {path.name for path in (REPO / "rebeca_ray").rglob("*.py")}
     assert {Path(name).name for name in named} == modules
 
 

@@ -26,16 +26,27 @@ class IncompleteRunError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFiles:
-    """The run's image files: where each item's image is, or why it failed."""
+    """The run's image files: where each item's image is, or why it failed; one with neither was not fit to be shown."""
 
     files: list[dict[str, Any]]  # rows of schemas.FILES
     item_id: pa.Array
     file: np.ndarray
     row: np.ndarray
     error: pa.Array
+    width: pa.Array
+    safety_probability: pa.Array
 
 
-def assemble(run: Run, *, requested: int, error_budget: float, versions: dict[str, str], quality: dict[str, Any]) -> dict[str, Any]:
+def assemble(
+    run: Run,
+    *,
+    requested: int,
+    error_budget: float,
+    max_safety_probability: float,
+    versions: dict[str, str],
+    quality: dict[str, Any],
+    decoder_weights: dict[str, str],
+) -> dict[str, Any]:
     """Write the snapshot's tables, its file list and, last, its manifest; returns the manifest. Publishes nothing.
 
     Raises IncompleteRunError if an item is unaccounted for, ErrorBudgetExceededError if too many failed.
@@ -57,8 +68,8 @@ def assemble(run: Run, *, requested: int, error_budget: float, versions: dict[st
             f"run {run.run_id}: {num_failed} of {requested} items failed ({reasons}), "
             f"the budget is {error_budget:.2%}; nothing is published"
         )
-    rendered = pc.invert(failed)
-    items = items_table(plan.filter(rendered), place.filter(rendered).to_numpy(), images)
+    rendered = pc.is_valid(images.width.take(place))
+    items = items_table(plan.filter(rendered), place.filter(rendered).to_numpy(), images, max_safety_probability)
     errors = pa.table(
         {
             "item_id": plan["item_id"].filter(failed),
@@ -104,11 +115,12 @@ def assemble(run: Run, *, requested: int, error_budget: float, versions: dict[st
             "carried": 0,
             "population": population,
             "failed": num_failed,
-            "filtered": 0,
+            "filtered": requested - items.num_rows - num_failed,
             "users": pc.count_distinct(items["user_id"]).as_py(),
         },
         "quality": quality,
         "versions": versions,
+        "decoder_weights": decoder_weights,
         "embed_dim": items.schema.field("image_embeds").type.list_size,
         "files": {"path": listing, **list_written},
     }
@@ -123,33 +135,27 @@ def read_image_files(run: Run) -> ImageFiles:
     filesystem, folder = open_filesystem(join(run.root, run.images))
     found = sorted(str(path) for path in filesystem.find(folder) if str(path).endswith(".parquet"))
     files: list[dict[str, Any]] = []
-    ids, errors, file_of, row_of = [], [], [], []
+    tables, file_of, row_of = [], [], []
     for path in found:
         name = path.rsplit("/", 1)[-1]
         record = read_json(join(run.checksums, f"{name}.json"))
         if record is None:  # left by a write that did not finish
             continue
         with filesystem.open(path, "rb") as file:
-            table = pq.read_table(file, columns=["item_id", "error"])
+            table = pq.read_table(file, columns=["item_id", "error", "width", "safety_probability"])
         row = {"table": "images", "bucket": BUCKET, "file": len(files), "path": f"{run.images}/{name}", "rows": table.num_rows, **record}
-        ids.append(table["item_id"].combine_chunks())
-        errors.append(table["error"].combine_chunks())
+        tables.append(table)
         file_of.append(np.full(table.num_rows, len(files), np.int32))
         row_of.append(np.arange(table.num_rows, dtype=np.int32))
         files.append(row)
     if not files:
         raise IncompleteRunError(f"run {run.run_id}: no finished image file in {run.images}; nothing is published, start another run")
     # index_in() finds the first of repeated ids, so a row written twice counts once.
-    return ImageFiles(
-        files=files,
-        item_id=pa.concat_arrays(ids),
-        file=np.concatenate(file_of),
-        row=np.concatenate(row_of),
-        error=pa.concat_arrays(errors),
-    )
+    columns = {name: column.combine_chunks() for name, column in zip(tables[0].column_names, pa.concat_tables(tables), strict=True)}
+    return ImageFiles(files=files, file=np.concatenate(file_of), row=np.concatenate(row_of), **columns)
 
 
-def items_table(plan: pa.Table, place: np.ndarray, images: ImageFiles) -> pa.Table:
+def items_table(plan: pa.Table, place: np.ndarray, images: ImageFiles, max_safety_probability: float) -> pa.Table:
     """The public items: planned rows that have an image, ranks without gaps, sorted by user and rank."""
     count = plan.num_rows
     schema = schemas.items(plan.schema.field("image_embeds").type.list_size)
@@ -158,7 +164,7 @@ def items_table(plan: pa.Table, place: np.ndarray, images: ImageFiles) -> pa.Tab
     rank = np.arange(count) - np.repeat(first, np.diff([*first, count]))
     columns: dict[str, Any] = {
         "rank": pa.array(rank, pa.int16()),
-        "safety_flag": pa.repeat(False, count),
+        "safety_flag": pc.fill_null(pc.greater(images.safety_probability.take(pa.array(place)), max_safety_probability), False),
         "generated_at": pa.repeat(pa.scalar(datetime.now(UTC), pa.timestamp("us", tz="UTC")), count),
         "image_file": pa.array(images.file[place], pa.int32()),
         "image_row": pa.array(images.row[place], pa.int32()),

@@ -14,13 +14,14 @@ import yaml
 from rebeca_ray.catalog.read import Snapshot, read_catalog
 from rebeca_ray.checkpoint import load_prior
 from rebeca_ray.config import DecoderSettings, EmbedConfig, GenerateConfig, SamplerSettings, TrainConfig, parse_config
-from rebeca_ray.decoding import DiffusersDecoder
+from rebeca_ray.decoding import Rows
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.errors import UserError
 from rebeca_ray.generation import generate_catalog
 from rebeca_ray.interactions import Interactions, read_interactions
 from rebeca_ray.items import embed_items
 from rebeca_ray.job import console, print_personality
+from rebeca_ray.local_decoder import LocalDecoder
 from rebeca_ray.sampling import sample_liked
 from rebeca_ray.stickers.judge import Judge
 from rebeca_ray.stickers.report import write_report
@@ -160,7 +161,7 @@ def no_user_images(prior_uri: str, sampler: SamplerSettings, decoder: DecoderSet
     nobody = prior.network.null_user_UH.detach()[None]
     x0 = sample_liked(prior.network, Diffusion.build(prior.diffusion), nobody, np.zeros(NUM_NO_USER, int), range(NUM_NO_USER), resolved)
     embeds = prior.scaler.unscale(x0).numpy()
-    return DiffusersDecoder(decoder).decode(embeds, list(range(NUM_NO_USER)), [""] * NUM_NO_USER)
+    return np.stack(LocalDecoder(decoder).draw(Rows.of(decoder, embeds, range(NUM_NO_USER))))
 
 
 def print_check(check: TruthCheck, judge: Judge) -> None:

@@ -14,7 +14,8 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 
 from rebeca_ray.config import DecoderSettings
-from rebeca_ray.decoding import DiffusersDecoder
+from rebeca_ray.decoding import Rows
+from rebeca_ray.local_decoder import LocalDecoder
 from rebeca_ray.stickers import ASSETS, CLIP, DECODER
 from rebeca_ray.stickers.captions import caption
 from rebeca_ray.stickers.judge import Judge
@@ -45,8 +46,8 @@ def embeds(clip: open_clip.CLIP, stickers: Stickers) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def decoder() -> DiffusersDecoder:
-    return DiffusersDecoder(DecoderSettings(model=str(DECODER), num_inference_steps=9, decoder_guidance_scale=3.0, batch_size=30))
+def decoder() -> LocalDecoder:
+    return LocalDecoder(DecoderSettings(model=str(DECODER), num_inference_steps=9, decoder_guidance_scale=3.0, batch_size=30))
 
 
 def pixels(stickers: Stickers, rows: np.ndarray) -> np.ndarray:
@@ -92,12 +93,12 @@ def test_linear_probes_on_held_out_names(stickers: Stickers, embeds: np.ndarray)
 
 
 @pytest.fixture(scope="module")
-def decoded(stickers: Stickers, embeds: np.ndarray, clip: open_clip.CLIP, decoder: DiffusersDecoder) -> dict[str, dict[str, float]]:
+def decoded(stickers: Stickers, embeds: np.ndarray, clip: open_clip.CLIP, decoder: LocalDecoder) -> dict[str, dict[str, float]]:
     """Items of held-out and of trained names, decoded from their own embeddings: what the judge and the CLIP say."""
     judge, figures = Judge(), {}
     for names, held_out in (("held-out", True), ("trained", False)):
         rows = np.random.default_rng(0).permutation(np.flatnonzero(stickers.held_out == held_out))[:SAMPLE]
-        drawn = decoder.decode(embeds[rows], rows.tolist(), [""] * SAMPLE)
+        drawn = np.stack(decoder.draw(Rows.of(decoder.settings, embeds[rows], rows.tolist())))
         judgement, again = judge(drawn), unit(embed(clip, drawn))
         figures[names] = {
             "style": share(judge.style(judgement), stickers.style, rows),
@@ -128,13 +129,15 @@ def test_images_decoded_from_real_embeddings_reach_the_aim(
     assert decoded[names]["category"] >= category
 
 
-def test_the_prompt_alone_steers_style_and_category(stickers: Stickers, decoder: DiffusersDecoder) -> None:
+def test_the_prompt_alone_steers_style_and_category(stickers: Stickers, decoder: LocalDecoder) -> None:
     """Without the adapter, "noto food pizza" must look more like Noto, and more like food, than chance."""
-    text_only = DiffusersDecoder(decoder.settings.model_copy(update={"ip_adapter_scale": 0.0}))
+    text_only = LocalDecoder(decoder.settings.model_copy(update={"ip_adapter_scale": 0.0}))
     judge = Judge()
     asked = [(style, category) for style in judge.styles for category in ("Food & Drink", "Smileys & Emotion", "Animals & Nature")] * 4
     prompts = [caption(style, category, "", "") for style, category in asked]
-    judgement = judge(text_only.decode(np.zeros((len(asked), 256), np.float32), list(range(len(asked))), prompts))
+    judgement = judge(
+        np.stack(text_only.draw(Rows.of(text_only.settings, np.zeros((len(asked), 256), np.float32), range(len(asked)), prompts)))
+    )
     style = np.mean([found == wanted for found, (wanted, _) in zip(judge.style(judgement), asked, strict=True)])
     category = np.mean([found == wanted for found, (_, wanted) in zip(judge.category(judgement), asked, strict=True)])
     print(f"\nprompt alone: style {style:.1%} (chance 20%), category {category:.1%} (chance 13%); {judge.accuracy_line}")
@@ -143,12 +146,12 @@ def test_the_prompt_alone_steers_style_and_category(stickers: Stickers, decoder:
 
 
 def test_the_embedding_alone_moves_the_image_towards_it(
-    stickers: Stickers, embeds: np.ndarray, clip: open_clip.CLIP, decoder: DiffusersDecoder
+    stickers: Stickers, embeds: np.ndarray, clip: open_clip.CLIP, decoder: LocalDecoder
 ) -> None:
     rows = np.flatnonzero(stickers.held_out)[::90][:15]
     other = np.roll(rows, 1)
     seeds = [7] * len(rows)
-    one, two = (unit(embed(clip, decoder.decode(embeds[chosen], seeds, [""] * len(rows)))) for chosen in (rows, other))
+    one, two = (unit(embed(clip, np.stack(decoder.draw(Rows.of(decoder.settings, embeds[chosen], seeds))))) for chosen in (rows, other))
     own, swapped = (one * unit(embeds[rows])).sum(1), (two * unit(embeds[rows])).sum(1)
     assert (own > swapped).mean() >= 0.9
 

@@ -1,0 +1,107 @@
+"""Triton Inference Server with the decoder: its model repository, its process, on this machine alone."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
+
+from rebeca_ray.config import PACKAGE, DecoderSettings
+from rebeca_ray.decoder_files import identify_decoder
+from rebeca_ray.errors import UserError
+
+
+@contextmanager
+def triton_server(settings: DecoderSettings, *, http_port: int, grpc_port: int, metrics_port: int, instances: int) -> Iterator[Any]:
+    """The real `tritonserver` on 127.0.0.1, ready when this is entered, stopped when it is left; yields its process.
+
+    Raises UserError if there is no server on this machine, or it stops before it is ready (the reason is in its own output).
+    """
+    with tempfile.TemporaryDirectory(prefix="rebeca-triton-") as folder:
+        write_repository(settings, Path(folder) / "models", instances)
+        binary, environment, options = find_server(Path(folder))
+        ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
+        command = [binary, f"--model-repository={folder}/models", "--model-control-mode=none", *options]
+        command += [option for name, port in ports.items() for option in (f"--{name}-port={port}", f"--{name}-address=127.0.0.1")]
+        process = subprocess.Popen([*command, "--disable-auto-complete-config", "--exit-timeout-secs=20"], env=os.environ | environment)
+        try:
+            wait_until_ready(process, http_port)
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def wait_until_ready(process: "subprocess.Popen[bytes]", http_port: int) -> None:
+    """Return when every model is loaded and warm. Raises UserError if the process ends before."""
+    while process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/v2/health/ready", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise UserError(f"tritonserver ended with code {process.returncode} before it was ready; its own lines above say why")
+
+
+def write_repository(settings: DecoderSettings, folder: Path, instances: int = 1) -> None:
+    """Copy the model repository into `folder`, with this decoder's settings and sizes in its config."""
+    template = next(path for path in (PACKAGE / "model_repository", PACKAGE.parent / "serving" / "model_repository") if path.is_dir())
+    shutil.copytree(template, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    path = folder / "decoder" / "config.pbtxt"
+    config = text_format.Parse(path.read_text(), ModelConfig())
+    identity = identify_decoder(settings)
+    config.max_batch_size = settings.batch_size
+    config.instance_group[0].count = instances
+    config.instance_group[0].kind = ModelInstanceGroup.KIND_GPU if settings.device == "cuda" else ModelInstanceGroup.KIND_CPU
+    config.input[0].dims[:] = [identity.embed_dim]
+    config.model_warmup[0].inputs["image_embeds"].dims[:] = [identity.embed_dim]
+    config.parameters.clear()
+    told = settings.model_dump(mode="json", exclude={"backend", "triton", "num_actors", "cpus_per_actor"}, exclude_defaults=True)
+    for key, value in told.items():
+        config.parameters[key].string_value = json.dumps(value)
+    config.parameters["fingerprint"].string_value = identity.fingerprint(settings)
+    path.write_text(text_format.MessageToString(config))
+
+
+def find_server(folder: Path) -> tuple[str, dict[str, str], list[str]]:
+    """`(binary, environment, options)`: the container's server, or the one inside the nvidia-pytriton wheel.
+
+    The wheel has a stub of the Python backend for each version of Python; the one of this Python is laid into `folder`.
+    Raises UserError if there is neither.
+    """
+    site_packages = sysconfig.get_paths()["purelib"]
+    environment = {"PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), site_packages])}
+    if binary := shutil.which("tritonserver", path=f"{os.environ['PATH']}{os.pathsep}/opt/tritonserver/bin"):
+        return binary, environment, []
+    found = importlib.util.find_spec("pytriton")
+    if found is None or found.submodule_search_locations is None:
+        raise UserError(
+            "serve: no tritonserver on PATH or in /opt/tritonserver; run this in NVIDIA's Triton container (26.07 or newer), or, to try "
+            "it out, `pip install --no-deps nvidia-pytriton`"
+        )
+    wheel = Path(next(iter(found.submodule_search_locations))) / "tritonserver"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    backend = folder / "backends" / "python"
+    shutil.copytree(wheel / "backends" / "python", backend)
+    shutil.copy(wheel / "python_backend_stubs" / version / "triton_python_backend_stub", backend)
+    (backend / "triton_python_backend_stub").chmod(0o755)
+    libraries = [str(Path(site_packages) / "nvidia_pytriton.libs"), str(sysconfig.get_config_var("LIBDIR"))]
+    environment["LD_LIBRARY_PATH"] = os.pathsep.join(libraries)
+    return str(wheel / "bin" / "tritonserver"), environment, [f"--backend-directory={folder / 'backends'}"]

@@ -1,0 +1,156 @@
+"""The decoder behind Triton Inference Server: a client of the server on the actor's own node.
+
+Each request is one full batch of the server, and `window` of them are under way at a time, so that the next batch waits while one
+is drawn. What never reached the server is gRPC's to retry; a server that is starting again is waited for.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc as grpcclient
+from tritonclient.utils import InferenceServerException
+
+from rebeca_ray.config import DecoderSettings
+from rebeca_ray.decoder_files import identify_decoder
+from rebeca_ray.decoding import DecodedImage, Rows, ServerLostError
+from rebeca_ray.errors import UserError
+
+MODEL = "decoder"
+BYTES = ("image", "thumbnail", "error")
+RETRIES = {
+    "methodConfig": [
+        {
+            "name": [{"service": "inference.GRPCInferenceService", "method": "ModelInfer"}],
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.2s",
+                "maxBackoff": "5s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
+
+
+class TritonDecoder:
+    """Raises UserError if the server draws something else than these settings say, ServerLostError if there is none."""
+
+    def __init__(self, settings: DecoderSettings) -> None:
+        self.settings = settings
+        options = [("grpc.service_config", json.dumps(RETRIES)), ("grpc.max_receive_message_length", -1)]
+        self.client = grpcclient.InferenceServerClient(settings.triton.url, channel_args=options)
+        self.wait_until_ready()
+        wanted = identify_decoder(settings).fingerprint(settings)
+        config = self.client.get_model_config(MODEL, as_json=True)["config"]
+        served = config.get("parameters", {}).get("fingerprint", {}).get("string_value", "none")
+        if served != wanted:
+            raise UserError(
+                f"decoder.triton {settings.triton.url}: serves decoder {served}, this config says {wanted}; start the server with the "
+                "same `decoder:` section: rebeca serve --config …"
+            )
+        self.request_rows = int(config["max_batch_size"])
+        self.requests = ThreadPoolExecutor(settings.triton.window)
+
+    def decode(self, rows: Rows) -> list[DecodedImage]:
+        """Requests of one server batch each, answered in order."""
+        starts = range(0, len(rows), self.request_rows)
+        parts = [rows.take(range(start, min(start + self.request_rows, len(rows)))) for start in starts]
+        return [drawn for answer in self.requests.map(self.infer, parts) for drawn in answer]
+
+    def infer(self, rows: Rows) -> list[DecodedImage]:
+        """One request. Raises UserError if the server refuses it, ServerLostError if it stays silent."""
+        until = time.monotonic() + self.settings.triton.ready_seconds + self.settings.triton.deadline_seconds
+        while True:
+            try:
+                result = self.client.infer(MODEL, request_inputs(rows), client_timeout=self.settings.triton.deadline_seconds)
+            except InferenceServerException as error:
+                if error.status() not in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED", "StatusCode.CANCELLED"):
+                    raise UserError(f"decoder.triton {self.settings.triton.url}: {' '.join(str(error.message()).split())[:300]}") from None
+                if time.monotonic() > until:
+                    raise ServerLostError(f"decoder.triton {self.settings.triton.url}: {error.message()}") from None
+                self.wait_until_ready()
+            else:
+                return unpack(result)
+
+    def wait_until_ready(self) -> None:
+        """The readiness gate. Raises ServerLostError when `ready_seconds` are over."""
+        until = time.monotonic() + self.settings.triton.ready_seconds
+        reason = "it answers, but its model is not ready"
+        while time.monotonic() < until:
+            try:
+                if self.client.is_model_ready(MODEL, client_timeout=5):
+                    return
+            except InferenceServerException as error:
+                reason = str(error.message())
+            time.sleep(0.5)
+        raise ServerLostError(
+            f"decoder.triton {self.settings.triton.url}: no server ready within {self.settings.triton.ready_seconds:g} s ({reason}); "
+            "start one on every node that renders: rebeca serve --config …"
+        )
+
+
+def request_inputs(rows: Rows) -> list[Any]:
+    """The rows as Triton's inputs, the batch first."""
+    columns: dict[str, tuple[np.ndarray, str]] = {
+        "image_embeds": (rows.image_embeds_BD.astype(np.float32), "FP32"),
+        "seed": (np.array(rows.seeds, np.int64)[:, None], "INT64"),
+        "guidance_scale": (rows.guidance_scale_B.astype(np.float32)[:, None], "FP32"),
+        "ip_adapter_scale": (rows.ip_adapter_scale_B.astype(np.float32)[:, None], "FP32"),
+        "prompt": (pad([text.encode() for text in rows.prompts]), "UINT8"),
+        "negative_prompt": (pad([text.encode() for text in rows.negative_prompts]), "UINT8"),
+    }
+    inputs = []
+    for name, (values, kind) in columns.items():
+        tensor = grpcclient.InferInput(name, list(values.shape), kind)
+        tensor.set_data_from_numpy(values)
+        inputs.append(tensor)
+    return inputs
+
+
+def pad(values: Sequence[bytes]) -> np.ndarray:
+    """Bytes as rows of one uint8 array, filled up with zeros."""
+    longest = max(1, *(len(value) for value in values))
+    return np.frombuffer(b"".join(value.ljust(longest, b"\0") for value in values), np.uint8).reshape(len(values), longest).copy()
+
+
+def pack(images: Sequence[DecodedImage]) -> dict[str, np.ndarray]:
+    """Outcomes as the server's output tensors [B, …]: bytes padded to the longest, their sizes beside them."""
+    tensors: dict[str, np.ndarray] = {}
+    for name in BYTES:
+        values = [getattr(image, name) or b"" for image in images]
+        encoded = [value.encode() if isinstance(value, str) else value for value in values]
+        tensors[name] = pad(encoded)
+        tensors[f"{name}_size"] = np.array([[len(value)] for value in encoded], np.int32)
+    tensors["width"] = np.array([[image.width or 0] for image in images], np.int32)
+    tensors["height"] = np.array([[image.height or 0] for image in images], np.int32)
+    checked = [np.nan if image.safety_probability is None else image.safety_probability for image in images]
+    tensors["safety_probability"] = np.array(checked, np.float32)[:, None]
+    tensors["drawn_seed"] = np.array([[image.seed] for image in images], np.int64)
+    return tensors
+
+
+def unpack(result: grpcclient.InferResult) -> list[DecodedImage]:
+    """What `pack` packed."""
+    sizes = {name: result.as_numpy(f"{name}_size")[:, 0] for name in BYTES}
+    texts = {name: result.as_numpy(name) for name in BYTES}
+    width, height, probability, seed = (result.as_numpy(name)[:, 0] for name in ("width", "height", "safety_probability", "drawn_seed"))
+    images = []
+    for row in range(len(seed)):
+        image, thumbnail, error = (texts[name][row, : sizes[name][row]].tobytes() or None for name in BYTES)
+        images.append(
+            DecodedImage(
+                seed=int(seed[row]),
+                image=image,
+                thumbnail=thumbnail,
+                width=int(width[row]) or None,
+                height=int(height[row]) or None,
+                safety_probability=None if np.isnan(probability[row]) else float(probability[row]),
+                error=error and error.decode(),
+            )
+        )
+    return images

@@ -1,0 +1,76 @@
+#!/usr/bin/env python
+"""TensorRT engines from an exported decoder, for the GPU of this machine.
+
+    python serving/build_engines.py DIR --batch-size 16
+
+Strongly typed: the precision is that of the export (`decoder.dtype=float16`). Takes minutes; the timing cache in DIR makes the
+next time shorter. Run where the engines will run, in the same container.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import tensorrt as trt
+import typer
+
+from rebeca_ray.errors import UserError
+from rebeca_ray.export import NAMES
+from rebeca_ray.job import console, plain_errors
+from rebeca_ray.tensorrt_networks import hash_file, this_machine
+
+GUIDED = ("unet", "image_projection")  # guidance doubles their batch
+
+
+def build_engine(onnx: Path, max_batch: int, timing_cache: Path, workspace_gib: float) -> bytes:
+    """One serialized engine for batches of 1 to `max_batch`, fastest at `max_batch`. Raises UserError with the parser's reasons."""
+    logger = trt.Logger(trt.Logger.WARNING)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(onnx)):
+        reasons = "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors))
+        raise UserError(f"{onnx}: TensorRT cannot read it ({reasons[:500]})")
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(workspace_gib * 2**30))
+    config.set_timing_cache(config.create_timing_cache(timing_cache.read_bytes() if timing_cache.exists() else b""), ignore_mismatch=False)
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        rest = tuple(tensor.shape)[1:]
+        profile.set_shape(tensor.name, (1, *rest), (max_batch, *rest), (max_batch, *rest))
+    config.add_optimization_profile(profile)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise UserError(f"{onnx}: TensorRT could not build an engine; its own lines above say why")
+    timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+    return bytes(engine)
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="what `rebeca export` wrote")],
+    batch_size: Annotated[int, typer.Option(min=1, help="images at a time, as decoder.batch_size")] = 16,
+    workspace_gib: Annotated[float, typer.Option(min=0, help="memory a layer may use while it runs")] = 8,
+) -> None:
+    with plain_errors():
+        machine, plans = this_machine(), {}
+        for name in NAMES:
+            doubled = 2 if name in GUIDED else 1
+            engine = build_engine(folder / f"{name}.onnx", doubled * batch_size, folder / "timing.cache", workspace_gib)
+            (folder / f"{name}.plan").write_bytes(engine)
+            plans[f"{name}.plan"] = hash_file(folder / f"{name}.plan")
+            console.print(f"{name}: {len(engine) / 2**20:,.0f} MiB")
+        graphs = [file for file in folder.iterdir() if file.suffix in (".onnx", ".data")]
+        sidecar = {
+            "machine": machine,
+            "batch_size": batch_size,
+            "workspace_gib": workspace_gib,
+            "onnx": {file.name: hash_file(file) for file in sorted(graphs)},
+            "plans": plans,
+        }
+        (folder / "engines.json").write_text(json.dumps(sidecar, indent=2))
+        console.print(f"engines for {machine['gpu']}, TensorRT {machine['tensorrt']} -> {folder}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

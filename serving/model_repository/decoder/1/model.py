@@ -1,0 +1,65 @@
+"""Triton's Python backend around `rebeca_ray.decoding`: requests in, one batch of rows, one answer a request."""
+
+import json
+import os
+import sys
+from dataclasses import replace
+
+sys.path[:0] = os.environ.get("PYTHONPATH", "").split(os.pathsep)  # not every stub's interpreter reads it by itself
+
+import numpy as np
+import torch
+import triton_python_backend_utils as pb_utils
+
+from rebeca_ray.config import DecoderSettings, apply_override, parse_config
+from rebeca_ray.decoder_files import identify_decoder
+from rebeca_ray.decoding import Rows
+from rebeca_ray.errors import UserError
+from rebeca_ray.local_decoder import LocalDecoder
+from rebeca_ray.triton import pack
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        told: dict = {}
+        for key, value in json.loads(args["model_config"])["parameters"].items():
+            apply_override(told, f"{key}={value['string_value']}")
+        expected = told.pop("fingerprint", None)  # clients compare it with their own config's
+        self.settings = parse_config(DecoderSettings, told, where="config.pbtxt: parameters")
+        found = identify_decoder(self.settings).fingerprint(self.settings)
+        if expected not in (None, found):
+            raise UserError(f"config.pbtxt: written for decoder {expected}, found {found}: weights have changed; run `rebeca serve` again")
+        self.decoder = LocalDecoder(self.settings)
+
+    def execute(self, requests: list) -> list:
+        """Rows of all requests drawn together; a request that cannot be read fails alone."""
+        readable, answers = [], [None] * len(requests)
+        for index, request in enumerate(requests):
+            try:
+                readable.append((index, self.read(request)))
+            except (ValueError, TypeError, UnicodeDecodeError) as error:
+                refusal = pb_utils.TritonError(f"decoder: {error}", pb_utils.TritonError.INVALID_ARG)
+                answers[index] = pb_utils.InferenceResponse(error=refusal)
+        if readable:
+            drawn = self.decoder.decode(Rows.concatenate([rows for _, rows in readable]))
+            for index, rows in readable:
+                own, drawn = drawn[: len(rows)], drawn[len(rows) :]
+                tensors = [pb_utils.Tensor.from_dlpack(name, torch.from_numpy(value)) for name, value in pack(own).items()]
+                answers[index] = pb_utils.InferenceResponse(output_tensors=tensors)
+        return answers
+
+    def read(self, request) -> Rows:
+        def numbers(name: str) -> np.ndarray | None:
+            tensor = pb_utils.get_input_tensor_by_name(request, name)
+            return None if tensor is None else torch.from_dlpack(tensor.to_dlpack()).numpy().copy()
+
+        def words(name: str) -> list[str] | None:
+            texts = numbers(name)
+            return None if texts is None else [text.tobytes().rstrip(b"\0").decode() for text in texts]
+
+        embeds, seeds = numbers("image_embeds"), numbers("seed")
+        if embeds is None or seeds is None:
+            raise ValueError("inputs image_embeds and seed are needed")  # where some are optional, Triton does not check the others
+        rows = Rows.of(self.settings, embeds, seeds[:, 0].tolist(), words("prompt"), words("negative_prompt"))
+        scales = {"guidance_scale_B": numbers("guidance_scale"), "ip_adapter_scale_B": numbers("ip_adapter_scale")}
+        return replace(rows, **{name: value[:, 0] for name, value in scales.items() if value is not None})

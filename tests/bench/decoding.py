@@ -1,0 +1,210 @@
+"""How fast images are decoded, and how good they are, with the bundled decoder on this machine's CPU.
+
+Speed, in turn in each of several rounds, medians: the reference way (float32, one image at a time, 50 steps), its parts one after
+the other (fewer steps, batches, ONNX Runtime), and `StableDiffusionPipeline` with one embedding shared by a batch.
+Quality: held-out items decoded from their own embeddings, by scheduler and number of steps: style and category as the judge reads
+them, cosine to the wanted embedding; and a strip of pictures.
+Parity: what ONNX Runtime draws against what torch draws (18 GB of memory, for Stable Diffusion 1.5's UNet).
+
+    python -m tests.bench.decoding [speed] [quality] [parity] [--rounds 3] [--threads 2]
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from rebeca_ray.config import DecoderSettings
+from rebeca_ray.decoding import Rows
+from rebeca_ray.export import example_inputs, export_decoder, export_network
+from rebeca_ray.local_decoder import LocalDecoder
+from rebeca_ray.networks import load_torch_networks
+from rebeca_ray.onnx_networks import OnnxNetwork
+from rebeca_ray.stickers import CLIP, DECODER
+from rebeca_ray.stickers.judge import Judge
+from rebeca_ray.stickers.training_data import Stickers, load_stickers
+from tests.gpu.sd15 import write_sd15
+
+RESULTS = Path(__file__).parent / "results"
+REFERENCE = DecoderSettings(
+    model=str(DECODER), scheduler="ddim", num_inference_steps=50, decoder_guidance_scale=3.0, batch_size=1, image_quality=100
+)
+DEFAULT = REFERENCE.model_copy(update={"scheduler": "dpm_solver", "num_inference_steps": 9, "batch_size": 40})
+JUDGED, TIMED = 240, 40
+SCHEDULERS = {"ddim": (9, 20, 50), "dpm_solver": (5, 7, 9, 12, 20), "unipc": (5, 7, 9, 12, 20)}
+
+
+class World:
+    """Held-out stickers, their embeddings, and who looks at what is drawn."""
+
+    def __init__(self) -> None:
+        self.stickers: Stickers = load_stickers()
+        self.judge, self.clip = Judge(), open_clip.create_model(f"local-dir:{CLIP}").eval()
+        self.rows = np.random.default_rng(0).permutation(np.flatnonzero(self.stickers.held_out))[:JUDGED]
+        self.images = self.stickers.image_NCHW[self.rows].permute(0, 2, 3, 1).numpy()
+        self.embeds = self.embed(self.images)
+
+    @torch.inference_mode()
+    def embed(self, image_NHWC: np.ndarray) -> np.ndarray:
+        image = torch.from_numpy(image_NHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return self.clip.encode_image(image).numpy()
+
+    def quality(self, image_NHWC: np.ndarray) -> dict[str, float]:
+        judged, again = self.judge(image_NHWC), self.embed(image_NHWC)
+        cosine = (again * self.embeds).sum(1) / np.linalg.norm(again, axis=1) / np.linalg.norm(self.embeds, axis=1)
+        found = {"style": self.judge.style(judged), "category": self.judge.category(judged)}
+        wanted = {"style": self.stickers.style, "category": self.stickers.category}
+        shares = {name: np.mean([one == wanted[name][row] for one, row in zip(found[name], self.rows, strict=True)]) for name in found}
+        return {**{name: float(share) for name, share in shares.items()}, "cosine": float(cosine.mean())}
+
+
+def drawn(settings: DecoderSettings, embeds: np.ndarray) -> np.ndarray:
+    return np.stack(LocalDecoder(settings).draw(Rows.of(settings, embeds, range(len(embeds)))))
+
+
+def shared_embedding(embeds: np.ndarray) -> Callable[[], int]:
+    """`StableDiffusionPipeline`, a batch as large as ours and the same steps, all rows with one embedding, which it can do."""
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(str(DECODER), safety_checker=None, dtype=torch.float32)
+    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.load_ip_adapter(str(DECODER), subfolder="ip_adapter", weight_name="ip-adapter.safetensors", image_encoder_folder=None)
+    pipeline.set_progress_bar_config(disable=True)
+    image = torch.from_numpy(embeds[:1])[:, None]
+
+    def run() -> int:
+        images = pipeline(
+            prompt="",
+            num_images_per_prompt=DEFAULT.batch_size,
+            ip_adapter_image_embeds=[torch.cat([torch.zeros_like(image), image])],
+            num_inference_steps=DEFAULT.num_inference_steps,
+            guidance_scale=DEFAULT.decoder_guidance_scale,
+            output_type="np",
+        ).images
+        return len(images)
+
+    return run
+
+
+def ours(settings: DecoderSettings, embeds: np.ndarray, count: int) -> Callable[[], int]:
+    decoder = LocalDecoder(settings)
+
+    def run() -> int:
+        return len(decoder.draw(Rows.of(settings, embeds[:count], range(count))))
+
+    return run
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    """Decibels between two sets of images, of values up to 255."""
+    return float(-10 * np.log10(np.mean((one.astype(float) - other) ** 2) / 255**2 + 1e-12))
+
+
+def parity(world: World) -> dict[str, float]:
+    """ONNX Runtime against torch, in decibels: images of the bundled decoder, and the UNet of Stable Diffusion 1.5 at two image weights."""
+    embeds, found = world.embeds[:8], {}
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in ("float32", "float16"):
+            settings = DEFAULT.model_copy(update={"batch_size": 8, "dtype": dtype})
+            export_decoder(settings, Path(folder) / dtype)
+            onnx = settings.model_copy(update={"engine": "onnx", "engine_dir": f"{folder}/{dtype}"})
+            exact = drawn(settings.model_copy(update={"dtype": "float32"}), embeds)
+            found[f"bundled decoder, ONNX {dtype} against torch float32"] = psnr(drawn(onnx, embeds), exact)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = DecoderSettings(model=str(write_sd15(Path(folder))), image_size=64, dtype="float32")
+        networks = load_torch_networks(settings)
+        inputs = example_inputs(networks)["unet"]
+        export_network(networks.unet, inputs, "unet", Path(folder) / "unet.onnx")
+        session = OnnxNetwork(Path(folder) / "unet.onnx", "cpu")
+        latents, timestep, text, image, _ = inputs
+        latents, image = torch.randn_like(latents), torch.randn_like(image)
+        drawn_at = {}
+        for weight in (0.4, 1.0):
+            told = (latents, timestep, text, image, torch.full((2,), weight))
+            with torch.inference_mode():
+                exact, ran = networks.unet(*told), session(*told)
+            drawn_at[weight] = ran
+            error, peak = float((exact - ran).square().mean()), float(exact.max() - exact.min())
+            found[f"UNet of Stable Diffusion 1.5, image weight {weight}"] = 10 * np.log10(peak**2 / error)
+        found["the same, one image weight against the other"] = psnr(drawn_at[0.4].numpy() * 64, drawn_at[1.0].numpy() * 64)
+    return found
+
+
+def speed(world: World, rounds: int) -> dict[str, float]:
+    """Images a second of each way: medians over the rounds."""
+    with tempfile.TemporaryDirectory() as folder:
+        export_decoder(DEFAULT, Path(folder) / "onnx")
+        onnx = DEFAULT.model_copy(update={"engine": "onnx", "engine_dir": f"{folder}/onnx"})
+        ways = {
+            "reference: 50 steps of DDIM, one image at a time": ours(REFERENCE, world.embeds, 2),
+            "9 steps of DPM-Solver++ instead": ours(DEFAULT.model_copy(update={"batch_size": 1}), world.embeds, 8),
+            "and 40 images at a time (the default)": ours(DEFAULT, world.embeds, TIMED),
+            "the default by ONNX Runtime": ours(onnx, world.embeds, TIMED),
+            "StableDiffusionPipeline, 40 images of one shared embedding": shared_embedding(world.embeds),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(rounds):
+            for name, run in ways.items():
+                started = time.perf_counter()
+                count = run()
+                rates[name].append(count / (time.perf_counter() - started))
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def quality(world: World) -> dict[str, dict[str, float]]:
+    """By scheduler and steps, and the strip: real stickers, then a row a way."""
+    found, strip = {"real images": world.quality(world.images)}, [world.images[:12]]
+    for scheduler, all_steps in SCHEDULERS.items():
+        for steps in all_steps:
+            settings = DEFAULT.model_copy(update={"scheduler": scheduler, "num_inference_steps": steps})
+            images = drawn(settings, world.embeds)
+            found[f"{scheduler}, {steps} steps"] = world.quality(images)
+            strip.append(images[:12])
+            Console().print(f"{scheduler}, {steps} steps", found[f"{scheduler}, {steps} steps"])
+    Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in strip])).save(RESULTS / "decoding-steps.png")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("parts", nargs="*", choices=["speed", "quality", "parity"], default=["speed", "quality", "parity"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    path = RESULTS / f"decoding-{'avx512' if 'avx512f' in Path('/proc/cpuinfo').read_text() else 'avx2'}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    world = World()
+    if "speed" in arguments.parts:
+        found |= {"machine": platform.processor() or platform.machine(), "threads": arguments.threads, "torch": torch.__version__}
+        found["images_per_second"] = speed(world, arguments.rounds)
+        table = Table("", "images/s", "times the reference")
+        reference = next(iter(found["images_per_second"].values()))
+        for name, rate in found["images_per_second"].items():
+            table.add_row(name, f"{rate:.2f}", f"{rate / reference:.1f}")
+        Console().print(table)
+    if "parity" in arguments.parts:
+        found["parity_db"] = parity(world)
+        Console().print(found["parity_db"])
+    if "quality" in arguments.parts:
+        found["quality"] = quality(world)
+        table = Table("", "style", "category", "cosine to the wanted embedding")
+        for name, figures in found["quality"].items():
+            table.add_row(name, f"{figures['style']:.1%}", f"{figures['category']:.1%}", f"{figures['cosine']:.3f}")
+        Console().print(table)
+    path.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""A decoder's files: what is missing is said with its remedy, pickles are refused, the fingerprint follows what is drawn."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rebeca_ray.config import DecoderSettings
+from rebeca_ray.decoder_files import convert_pickle, find_decoder, identify_decoder
+from rebeca_ray.errors import UserError
+from tests.conftest import D
+
+
+def change(settings: DecoderSettings, **values: object) -> DecoderSettings:
+    return settings.model_copy(update=values)
+
+
+def test_embed_dim_and_hashes_are_read_without_loading(tiny_decoder: DecoderSettings) -> None:
+    identity = identify_decoder(tiny_decoder)
+    assert identity.embed_dim == D
+    assert {"ip_adapter/ip-adapter.safetensors", "unet/diffusion_pytorch_model.safetensors", "vae/config.json"} < set(identity.weights)
+    assert all(len(sha256) == 64 for sha256 in identity.weights.values())
+
+
+def test_adapters_that_read_something_else_are_refused(tiny_decoder: DecoderSettings, tmp_path: Path) -> None:
+    save_file({"image_proj.latents": torch.zeros(1, 16, 768)}, tmp_path / "ip-adapter-plus_sd15.safetensors")
+    plus = change(tiny_decoder, ip_adapter_repo=str(tmp_path), ip_adapter="ip-adapter-plus_sd15.safetensors")
+    with pytest.raises(UserError, match=r"no image_proj.proj.weight to read .*; give a plain adapter such as ip-adapter_sd15"):
+        identify_decoder(plus)
+    (tmp_path / "ip-adapter-plus_sd15.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"no image_proj.proj.weight to read"):
+        identify_decoder(plus)
+
+
+@pytest.mark.parametrize(
+    ("values", "download"),
+    [
+        ({"model": "stable-diffusion-v1-5/stable-diffusion-v1-5"}, "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+        ({"ip_adapter_repo": "h94/IP-Adapter", "ip_adapter": "models/a.safetensors"}, "h94/IP-Adapter models/a.safetensors"),
+        ({"vae": "madebyollin/taesd"}, "madebyollin/taesd"),
+        ({"lora": "ByteDance/Hyper-SD/Hyper-SD15-8steps-CFG-lora.safetensors"}, "ByteDance/Hyper-SD Hyper-SD15-8steps-CFG-lora"),
+    ],
+)
+def test_a_hub_that_cannot_be_reached_is_one_line(
+    tiny_decoder: DecoderSettings, monkeypatch: pytest.MonkeyPatch, values: dict[str, str], download: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=f"cannot be fetched .*run `hf download {download}.*where there is a network") as caught:
+        find_decoder(change(tiny_decoder, **{"ip_adapter_repo": tiny_decoder.model, **values}))
+    assert "\n" not in str(caught.value)
+    assert "package:stickers/assets/decoder" in str(caught.value)
+
+
+def test_a_model_in_the_hubs_cache_is_found_by_its_id_and_revision(
+    tiny_decoder: DecoderSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "models--tiny--decoder" / "snapshots" / revision
+    shutil.copytree(tiny_decoder.model, snapshot)
+    hub = change(tiny_decoder, model="tiny/decoder", revision=revision, ip_adapter_revision=revision)
+    files = find_decoder(hub)
+    assert files.ip_adapter == snapshot / "ip_adapter" / "ip-adapter.safetensors"
+    local, cached = identify_decoder(tiny_decoder), identify_decoder(hub)
+    assert local.weights == cached.weights
+    assert local.fingerprint(tiny_decoder) == cached.fingerprint(hub)
+
+
+def test_fingerprint_follows_what_is_drawn(tiny_decoder: DecoderSettings, tmp_path: Path) -> None:
+    identity = identify_decoder(tiny_decoder)
+    same = identity.fingerprint(tiny_decoder)
+    for unseen in ({"batch_size": 9, "num_actors": 3}, {"backend": "triton"}, {"device": "cuda"}, {"thumbnail_size": 64}):
+        assert identity.fingerprint(change(tiny_decoder, **unseen)) == same
+    for seen in ({"num_inference_steps": 4}, {"scheduler": "unipc"}, {"dtype": "float16"}, {"image_quality": 5}):
+        assert identity.fingerprint(change(tiny_decoder, **seen)) != same
+    shutil.copytree(tiny_decoder.model, tmp_path / "copy")
+    moved = change(tiny_decoder, model=str(tmp_path / "copy"))
+    assert identify_decoder(moved).fingerprint(moved) == same
+    weights = load_file(tmp_path / "copy/ip_adapter/ip-adapter.safetensors")
+    weights["image_proj.proj.bias"][0] += 1
+    save_file(weights, tmp_path / "copy/ip_adapter/ip-adapter.safetensors")
+    assert identify_decoder(moved).fingerprint(moved) != same
+
+
+def test_missing_files_and_pickles_are_refused(tiny_decoder: DecoderSettings, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no model_index.json there; give a diffusers directory"):
+        find_decoder(change(tiny_decoder, model=str(tmp_path), ip_adapter_repo=tiny_decoder.model))
+    with pytest.raises(UserError, match="no such file"):
+        find_decoder(change(tiny_decoder, ip_adapter="other/ip-adapter.safetensors"))
+    with pytest.raises(UserError, match=r"a pickle can run code .* rebeca convert ip_adapter/ip-adapter.bin ip_adapter/ip-adapter.safe"):
+        find_decoder(change(tiny_decoder, ip_adapter="ip_adapter/ip-adapter.bin"))
+    with pytest.raises(UserError, match="no such file; give a path, or owner/name"):
+        find_decoder(change(tiny_decoder, lora="/nowhere/fast.safetensors"))
+
+
+def test_a_pickle_of_tensors_becomes_safetensors(tmp_path: Path) -> None:
+    weights = {"image_proj": {"proj.weight": torch.randn(8, 4)}, "ip_adapter": {"1.to_k_ip.weight": torch.randn(2, 3).T}}
+    torch.save(weights, tmp_path / "ip-adapter.bin")
+    assert convert_pickle(tmp_path / "ip-adapter.bin", tmp_path / "ip-adapter.safetensors") == 2
+    found = load_file(tmp_path / "ip-adapter.safetensors")
+    assert torch.equal(found["image_proj.proj.weight"], weights["image_proj"]["proj.weight"])
+    assert torch.equal(found["ip_adapter.1.to_k_ip.weight"], weights["ip_adapter"]["1.to_k_ip.weight"])
+
+
+class Explosive:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (Path("/tmp/rebeca-exploded"),)  # type: ignore[return-value]
+
+
+def test_a_pickle_of_anything_else_is_refused_and_not_run(tmp_path: Path) -> None:
+    for name, content in (("code", Explosive()), ("words", {"a": "text"})):
+        torch.save(content, tmp_path / f"{name}.bin")
+        with pytest.raises(UserError, match="nothing is written"):
+            convert_pickle(tmp_path / f"{name}.bin", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+    assert not Path("/tmp/rebeca-exploded").exists()

@@ -1,0 +1,152 @@
+"""The denoising loop: each row of a batch equals that item alone, and equals StableDiffusionPipeline called for it alone."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rebeca_ray.config import DecoderSettings
+from rebeca_ray.decoding import Rows
+from rebeca_ray.denoising import DenoisingLoop
+from rebeca_ray.networks import load_networks
+from rebeca_ray.sampling import item_noise
+from rebeca_ray.stickers import DECODER
+from tests.conftest import D
+
+SEEDS = [5, 6, 7, 8, 9]
+PROMPTS = ["", "noto food pizza", "", "flat animal cat", ""]
+NEGATIVE = ["", "", "flat animal cat", "noto", ""]
+SCHEDULERS = {
+    "dpm_solver": diffusers.DPMSolverMultistepScheduler,
+    "ddim": diffusers.DDIMScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+    "lcm": diffusers.LCMScheduler,
+    "tcd": diffusers.TCDScheduler,
+}
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    return float(-10 * np.log10(np.mean((one - other) ** 2) + 1e-12))
+
+
+def rows_for(settings: DecoderSettings, embed_dim: int = D) -> Rows:
+    embeds = np.random.default_rng(0).standard_normal((5, embed_dim)).astype(np.float32) * 3
+    return Rows.of(settings, embeds, SEEDS, PROMPTS, NEGATIVE)
+
+
+def loop_for(settings: DecoderSettings) -> DenoisingLoop:
+    return DenoisingLoop(load_networks(settings), settings)
+
+
+def pipeline_image(settings: DecoderSettings, rows: Rows, row: int, ip_adapter_scale: float = 1.0) -> np.ndarray:
+    """What diffusers' own pipeline draws for one item from the same latents and with the same later noise."""
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(settings.model, safety_checker=None, dtype=torch.float32)
+    told = {"clip_sample": False} if settings.scheduler == "ddim" else {}  # as Stable Diffusion's own DDIM configuration has it
+    pipeline.scheduler = SCHEDULERS[settings.scheduler].from_config(pipeline.scheduler.config, **told)
+    pipeline.load_ip_adapter(settings.model, subfolder="ip_adapter", weight_name="ip-adapter.safetensors", image_encoder_folder=None)
+    pipeline.set_ip_adapter_scale(ip_adapter_scale)
+    pipeline.set_progress_bar_config(disable=True)
+    size = (settings.image_size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor) // pipeline.vae_scale_factor
+    image = torch.from_numpy(rows.image_embeds_BD[row])[None, None]
+    guidance = float(rows.guidance_scale_B[row])
+    return pipeline(
+        prompt=rows.prompts[row],
+        negative_prompt=rows.negative_prompts[row],
+        ip_adapter_image_embeds=[torch.cat([torch.zeros_like(image), image]) if guidance > 1 else image],
+        latents=next(item_noise([rows.seeds[row]], 4 * size * size)).view(1, 4, size, size),
+        generator=torch.Generator().manual_seed(rows.seeds[row]),
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=guidance,
+        eta=0.3 if settings.scheduler == "tcd" else 0.0,  # the pipeline would silently set TCD's to 0
+        output_type="np",
+    ).images[0]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_row_of_a_batch_equals_that_item_alone(tiny_decoder: DecoderSettings, scheduler: str) -> None:
+    settings = tiny_decoder.model_copy(update={"scheduler": scheduler})
+    loop, rows = loop_for(settings), rows_for(settings)
+    together, finite = loop.draw(rows)
+    assert together.shape == (5, 16, 16, 3)
+    assert finite.all()
+    for row in range(5):
+        alone, _ = loop.draw(rows.take([row] * 5))
+        assert np.array_equal(together[row], alone[0])
+        assert np.array_equal(alone[0], alone[4])
+    assert not np.array_equal(together[0], together[2])
+
+
+@pytest.mark.parametrize(("scheduler", "guidance"), [("dpm_solver", 1.0), *((scheduler, 4.0) for scheduler in SCHEDULERS)])
+def test_it_equals_the_pipeline_called_for_one_item(tiny_decoder: DecoderSettings, scheduler: str, guidance: float) -> None:
+    settings = tiny_decoder.model_copy(update={"scheduler": scheduler, "decoder_guidance_scale": guidance})
+    rows = rows_for(settings)
+    ours, _ = loop_for(settings).draw(rows)
+    for row in range(5):
+        assert psnr(ours[row] / 255.0, pipeline_image(settings, rows, row)) >= 45
+
+
+def test_it_equals_the_pipeline_for_the_bundled_decoder() -> None:
+    settings = DecoderSettings(model=str(DECODER), num_inference_steps=4, decoder_guidance_scale=3.0)
+    rows = rows_for(settings, 256).take([1, 2])
+    ours, _ = loop_for(settings).draw(rows)
+    for row in range(2):
+        assert psnr(ours[row] / 255.0, pipeline_image(settings, rows, row)) >= 45
+
+
+def test_guidance_and_image_weight_are_each_rows_own(tiny_decoder: DecoderSettings) -> None:
+    loop, rows = loop_for(tiny_decoder), rows_for(tiny_decoder)
+    guidance, scale = np.array([1, 2, 3, 4, 5], np.float32), np.array([1.0, 0.0, 0.5, 0.2, 1.0], np.float32)
+    mixed, _ = loop.draw(replace(rows, guidance_scale_B=guidance, ip_adapter_scale_B=scale))
+    for row in range(5):
+        own = replace(rows.take([row] * 5), guidance_scale_B=guidance[[row] * 5], ip_adapter_scale_B=scale[[row] * 5])
+        assert psnr(mixed[row] / 255.0, loop.draw(own)[0][0] / 255.0) >= 60  # a guidance of 1 is drawn in single passes when alone
+        expected = pipeline_image(tiny_decoder, replace(rows, guidance_scale_B=guidance), row, float(scale[row]))
+        assert psnr(mixed[row] / 255.0, expected) >= 45
+
+
+def test_embedding_prompt_negative_prompt_and_seed_each_change_the_image(tiny_decoder: DecoderSettings) -> None:
+    loop = loop_for(tiny_decoder)
+    base = rows_for(tiny_decoder).take([0])
+    drawn = loop.draw(base)[0]
+    for change in (
+        {"image_embeds_BD": base.image_embeds_BD + 1},
+        {"prompts": ["noto food pizza"]},
+        {"negative_prompts": ["noto food pizza"]},
+        {"seeds": [2]},
+    ):
+        assert not np.array_equal(drawn, loop.draw(replace(base, **change))[0]), change
+
+
+def test_a_lora_is_merged_at_load(tiny_decoder: DecoderSettings, tmp_path: Path) -> None:
+    rows = rows_for(tiny_decoder)
+    plain, _ = loop_for(tiny_decoder).draw(rows)
+    torch.manual_seed(0)
+    name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    low, high = torch.randn(2, 32), torch.randn(32, 2)
+    save_file({f"{name}.lora_A.weight": low, f"{name}.lora_B.weight": high}, tmp_path / "fast.safetensors")
+    merged = loop_for(tiny_decoder.model_copy(update={"lora": str(tmp_path / "fast.safetensors")}))
+    by_hand = loop_for(tiny_decoder)
+    with torch.no_grad():
+        by_hand.networks.unet.get_submodule(name.replace("unet.", "unet.", 1)).weight += high @ low  # type: ignore[attr-defined]
+    drawn, _ = merged.draw(rows)
+    assert not np.array_equal(drawn, plain)
+    assert psnr(drawn / 255.0, by_hand.draw(rows)[0] / 255.0) >= 60
+
+
+def test_a_tiny_autoencoder_takes_the_place_of_the_full_one(tiny_decoder: DecoderSettings, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).save_pretrained(tmp_path / "taesd")
+    settings = tiny_decoder.model_copy(update={"vae": str(tmp_path / "taesd")})
+    drawn, finite = loop_for(settings).draw(rows_for(settings))
+    assert finite.all()
+    assert drawn.shape == (5, 16, 16, 3)
+    assert not np.array_equal(drawn, loop_for(tiny_decoder).draw(rows_for(tiny_decoder))[0])

@@ -1,0 +1,120 @@
+"""An exported decoder draws the same pictures by ONNX Runtime, takes any batch and any image weight, and is checked before use."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from rebeca_ray.config import DecoderSettings
+from rebeca_ray.decoder_files import identify_decoder
+from rebeca_ray.denoising import DenoisingLoop
+from rebeca_ray.errors import UserError
+from rebeca_ray.export import NAMES, export_decoder
+from rebeca_ray.networks import load_networks
+from rebeca_ray.tensorrt_networks import check_engines, hash_file
+from tests.test_denoising import loop_for, psnr, rows_for
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_decoder: DecoderSettings, tmp_path_factory: pytest.TempPathFactory) -> DecoderSettings:
+    folder = tmp_path_factory.mktemp("export") / "onnx"
+    export_decoder(tiny_decoder, folder)
+    return tiny_decoder.model_copy(update={"engine": "onnx", "engine_dir": str(folder)})
+
+
+def test_every_network_is_a_checked_graph_with_a_free_batch(exported: DecoderSettings) -> None:
+    for name, (inputs, output) in NAMES.items():
+        graph = onnx.load(Path(str(exported.engine_dir)) / f"{name}.onnx", load_external_data=False).graph
+        assert [value.name for value in graph.input] == list(inputs)
+        assert [value.name for value in graph.output] == [output]
+        assert all(value.type.tensor_type.shape.dim[0].dim_param for value in [*graph.input, *graph.output])
+
+
+def test_onnx_runtime_draws_what_torch_draws(exported: DecoderSettings, tiny_decoder: DecoderSettings) -> None:
+    rows = rows_for(tiny_decoder)
+    torch_images, _ = loop_for(tiny_decoder).draw(rows)
+    loop = DenoisingLoop(load_networks(exported), exported)
+    for batch in (rows, rows.take([0]), rows.take([1, 2])):
+        drawn, finite = loop.draw(batch)
+        assert finite.all()
+        for row, seed in enumerate(batch.seeds):
+            assert psnr(drawn[row] / 255.0, torch_images[list(rows.seeds).index(seed)] / 255.0) >= 40
+
+
+def test_one_graph_serves_every_image_weight(exported: DecoderSettings, tiny_decoder: DecoderSettings) -> None:
+    rows = rows_for(tiny_decoder)
+    weighted = replace(rows, ip_adapter_scale_B=np.array([0.0, 0.3, 0.6, 1.0, 1.5], np.float32))
+    onnx_loop, torch_loop = DenoisingLoop(load_networks(exported), exported), loop_for(tiny_decoder)
+    drawn, _ = onnx_loop.draw(weighted)
+    assert psnr(drawn / 255.0, torch_loop.draw(weighted)[0] / 255.0) >= 40
+    assert not np.array_equal(drawn[0], onnx_loop.draw(rows)[0][0])
+
+
+def test_an_export_knows_what_it_is_of(exported: DecoderSettings, tiny_decoder: DecoderSettings, tmp_path: Path) -> None:
+    assert identify_decoder(exported) == identify_decoder(tiny_decoder)
+    for values, message in (
+        ({"dtype": "float16"}, "exported with dtype float32, decoder.dtype is float16; export it again"),
+        ({"image_size": 32}, "exported with image_size 16, decoder.image_size is 32"),
+        ({"model": "other/model"}, "exported with model .*, decoder.model is other/model"),
+        ({"engine_dir": str(tmp_path)}, "no decoder.json there; write it with `rebeca export"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_networks(exported.model_copy(update=values))
+    with pytest.raises(UserError, match="is there already"):
+        export_decoder(tiny_decoder, Path(str(exported.engine_dir)))
+
+
+@pytest.fixture
+def engines(exported: DecoderSettings, tmp_path: Path) -> Path:
+    """A folder as `serving/build_engines.py` leaves it, but for what is in the plans."""
+    folder = tmp_path / "engines"
+    shutil.copytree(str(exported.engine_dir), folder)
+    for name in NAMES:
+        (folder / f"{name}.plan").write_bytes(name.encode())
+    sidecar = {
+        "machine": {"gpu": "NVIDIA H100 80GB HBM3", "compute_capability": "9.0", "tensorrt": "10.14.1"},
+        "batch_size": 16,
+        "onnx": {"unet.onnx": hash_file(folder / "unet.onnx")},
+        "plans": {f"{name}.plan": hash_file(folder / f"{name}.plan") for name in NAMES},
+    }
+    (folder / "engines.json").write_text(json.dumps(sidecar))
+    return folder
+
+
+H100 = {"gpu": "NVIDIA H100 80GB HBM3", "compute_capability": "9.0", "tensorrt": "10.14.1"}
+
+
+def test_engines_are_compared_with_the_machine_before_they_are_loaded(engines: Path) -> None:
+    rebuild = "build them here: python serving/build_engines.py .* --batch-size 16"
+    check_engines(engines, H100, 16)
+    for machine, message in (
+        ({"gpu": "NVIDIA L4"}, "built for gpu NVIDIA H100 80GB HBM3, this machine has NVIDIA L4; "),
+        ({"compute_capability": "8.9"}, "built for compute_capability 9.0, this machine has 8.9; "),
+        ({"tensorrt": "10.15.0"}, "built for tensorrt 10.14.1, this machine has 10.15.0; "),
+    ):
+        with pytest.raises(UserError, match=message + rebuild):
+            check_engines(engines, H100 | machine, 16)
+    with pytest.raises(UserError, match=r"built for at most 16 images, decoder.batch_size is 32"):
+        check_engines(engines, H100, 32)
+    (engines / "unet.plan").write_bytes(b"cut")
+    with pytest.raises(UserError, match=f"unet.plan is missing or damaged; {rebuild}"):
+        check_engines(engines, H100, 16)
+    (engines / "unet.onnx").write_bytes(b"other")
+    with pytest.raises(UserError, match=f"unet.onnx has changed since they were built from it; {rebuild}"):
+        check_engines(engines, H100, 16)
+    (engines / "engines.json").unlink()
+    with pytest.raises(UserError, match=f"no engines.json there; {rebuild}"):
+        check_engines(engines, H100, 16)
+
+
+def test_tensorrt_without_a_gpu_is_one_line(exported: DecoderSettings) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(UserError, match=r"torch sees no GPU here; set decoder.engine to torch or onnx"):
+        load_networks(exported.model_copy(update={"engine": "tensorrt", "device": "cuda"}))

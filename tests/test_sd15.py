@@ -1,0 +1,21 @@
+"""Stable Diffusion 1.5's exact configuration with random weights: its files load, and its images equal the pipeline's."""
+
+import shutil
+from pathlib import Path
+
+from rebeca_ray.config import DecoderSettings
+from rebeca_ray.decoder_files import identify_decoder
+from tests.gpu.sd15 import EMBED_DIM, write_sd15
+from tests.test_denoising import loop_for, pipeline_image, psnr, rows_for
+
+
+def test_each_image_of_a_batch_equals_the_pipelines(tmp_path: Path) -> None:
+    sd15 = DecoderSettings(model=str(write_sd15(tmp_path)), num_inference_steps=2, image_size=64, decoder_guidance_scale=5.0)
+    assert identify_decoder(sd15).embed_dim == EMBED_DIM
+    rows = rows_for(sd15, EMBED_DIM).take([0, 1])
+    images, finite = loop_for(sd15).draw(rows)
+    assert finite.all()
+    assert images.shape == (2, 64, 64, 3)
+    for row in range(2):
+        assert psnr(images[row] / 255.0, pipeline_image(sd15, rows, row)) >= 45
+    shutil.rmtree(tmp_path)  # 2 GB

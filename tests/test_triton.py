@@ -1,0 +1,210 @@
+"""The decoder behind a real Triton server: the same images as in process, and what happens when the server is not well."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc as grpcclient
+import yaml
+from tritonclient.utils import InferenceServerException
+
+from rebeca_ray.config import DecoderSettings, SafetySettings, TritonSettings
+from rebeca_ray.decoding import Rows, ServerLostError
+from rebeca_ray.errors import UserError
+from rebeca_ray.local_decoder import LocalDecoder
+from rebeca_ray.server import triton_server
+from rebeca_ray.triton import MODEL, TritonDecoder, request_inputs
+from tests.conftest import D, free_port
+
+PORTS = ("http_port", "grpc_port", "metrics_port")
+
+
+def served(settings: DecoderSettings, grpc_port: int, **triton: float) -> DecoderSettings:
+    told = TritonSettings(url=f"127.0.0.1:{grpc_port}", **{"deadline_seconds": 60, "ready_seconds": 60, **triton})
+    return settings.model_copy(update={"backend": "triton", "triton": told})
+
+
+@pytest.fixture(scope="module")
+def ports() -> dict[str, int]:
+    return {name: free_port() for name in PORTS}
+
+
+@pytest.fixture(scope="module")
+def process(tiny_decoder: DecoderSettings, ports: dict[str, int]) -> Iterator["subprocess.Popen[bytes]"]:
+    """A server of the tiny decoder."""
+    with triton_server(tiny_decoder, **ports, instances=1) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def server(process: "subprocess.Popen[bytes]", tiny_decoder: DecoderSettings, ports: dict[str, int]) -> DecoderSettings:
+    """The settings that reach it."""
+    return served(tiny_decoder, ports["grpc_port"])
+
+
+@pytest.fixture
+def rows(tiny_decoder: DecoderSettings) -> Rows:
+    embeds = np.random.default_rng(0).standard_normal((11, D)).astype(np.float32)
+    words = ["", "noto food pizza", "日本"] * 3 + ["", ""]
+    return Rows.of(tiny_decoder, embeds, range(11), words, words[::-1])
+
+
+def test_it_draws_the_same_images_as_the_decoder_in_process(server: DecoderSettings, tiny_decoder: DecoderSettings, rows: Rows) -> None:
+    rows.image_embeds_BD[4, 0] = np.nan
+    rows.guidance_scale_B[5], rows.ip_adapter_scale_B[6] = 2.0, 0.5
+    drawn = TritonDecoder(server).decode(rows)
+    assert drawn == LocalDecoder(tiny_decoder).decode(rows)
+    assert drawn[4].error == "image_embeds is not finite"
+    assert drawn[4].image is None
+
+
+def test_requests_of_several_clients_share_batches_and_mix_nothing(
+    server: DecoderSettings, tiny_decoder: DecoderSettings, rows: Rows
+) -> None:
+    expected = LocalDecoder(tiny_decoder).decode(rows)
+    clients = [TritonDecoder(server) for _ in range(3)]
+    before = statistics(clients[0])
+    answers: dict[int, object] = {}
+
+    def ask(row: int) -> None:
+        answers[row] = clients[row % 3].decode(rows.take([row]))[0]
+
+    threads = [threading.Thread(target=ask, args=(row,)) for row in range(11)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [answers[row] for row in range(11)] == expected
+    until = time.monotonic() + 10  # answers leave before they are counted
+    while (counted := statistics(clients[0]))[0] < before[0] + 11 and time.monotonic() < until:
+        time.sleep(0.05)
+    images, batches = (after - first for after, first in zip(counted, before, strict=True))
+    assert images == 11
+    assert batches < 11
+
+
+def statistics(decoder: TritonDecoder) -> tuple[int, int]:
+    """Images drawn so far, and in how many batches."""
+    (told,) = decoder.client.get_inference_statistics(MODEL, as_json=True)["model_stats"]
+    return int(told["inference_count"]), int(told["execution_count"])
+
+
+def test_a_malformed_request_is_refused_alone(server: DecoderSettings, rows: Rows) -> None:
+    client = grpcclient.InferenceServerClient(server.triton.url)
+    inputs = {tensor.name(): tensor for tensor in request_inputs(rows.take([0]))}
+    with pytest.raises(InferenceServerException, match="decoder: inputs image_embeds and seed are needed"):
+        client.infer(MODEL, [tensor for name, tensor in inputs.items() if name != "seed"])
+    wrong = grpcclient.InferInput("image_embeds", [1, D + 1], "FP32")
+    wrong.set_data_from_numpy(np.zeros((1, D + 1), np.float32))
+    with pytest.raises(
+        InferenceServerException, match=rf"unexpected shape for input 'image_embeds'.*Expected \[-1,{D}\], got \[1,{D + 1}\]"
+    ):
+        client.infer(MODEL, [wrong, *(tensor for name, tensor in inputs.items() if name != "image_embeds")])
+    words = grpcclient.InferInput("prompt", [1, 2], "UINT8")
+    words.set_data_from_numpy(np.array([[0xFF, 0xFE]], np.uint8))
+    with pytest.raises(InferenceServerException, match=r"decoder: 'utf-8' codec can't decode"):
+        client.infer(MODEL, [words, *(tensor for name, tensor in inputs.items() if name != "prompt")])
+    too_many = Rows.concatenate([rows.take([0])] * 5)
+    with pytest.raises(InferenceServerException, match="batch-size must be <= 4"):
+        client.infer(MODEL, request_inputs(too_many))
+    short = client.infer(MODEL, [inputs["image_embeds"], inputs["seed"]])  # the rest is optional
+    assert short.as_numpy("image_size")[0, 0] > 0
+
+
+def test_a_refused_request_is_the_users_mistake(server: DecoderSettings, rows: Rows) -> None:
+    from dataclasses import replace
+
+    with pytest.raises(UserError, match=r"decoder.triton 127.0.0.1:\d+: .*unexpected shape for input 'image_embeds'"):
+        TritonDecoder(server).decode(replace(rows, image_embeds_BD=np.zeros((11, 3), np.float32)))
+
+
+def test_a_server_of_another_decoder_is_refused(server: DecoderSettings) -> None:
+    with pytest.raises(UserError, match=r"serves decoder [0-9a-f]{16}, this config says [0-9a-f]{16}; start the server with the same"):
+        TritonDecoder(server.model_copy(update={"num_inference_steps": 7}))
+
+
+def test_a_server_that_is_down_is_said_with_the_remedy(tiny_decoder: DecoderSettings) -> None:
+    with pytest.raises(
+        ServerLostError, match=r"no server ready within 1 s \(.*refused.*\); start one on every node that renders: rebeca serve"
+    ):
+        TritonDecoder(served(tiny_decoder, free_port(), ready_seconds=1))
+
+
+def test_a_server_slow_beyond_the_deadline_is_waited_for_and_then_given_up(
+    process: "subprocess.Popen[bytes]", server: DecoderSettings, rows: Rows
+) -> None:
+    port = int(server.triton.url.rpartition(":")[2])
+    patient = TritonDecoder(served(server, port, deadline_seconds=5))
+    hasty = TritonDecoder(served(server, port, deadline_seconds=1, ready_seconds=1))
+    expected = patient.decode(rows)
+    os.kill(process.pid, signal.SIGSTOP)
+    threading.Timer(7, os.kill, (process.pid, signal.SIGCONT)).start()
+    assert patient.decode(rows) == expected  # past its deadline once, then asked again
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(ServerLostError, match="Deadline Exceeded"):
+            hasty.decode(rows)
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+
+
+def test_a_server_killed_in_the_middle_and_started_again_loses_and_doubles_nothing(tiny_decoder: DecoderSettings, rows: Rows) -> None:
+    own = {name: free_port() for name in PORTS}
+    many = Rows.concatenate([rows] * 20)
+    expected = LocalDecoder(tiny_decoder).decode(rows) * 20
+    answers: list[object] = []
+    with ExitStack() as stack:
+        first = stack.enter_context(triton_server(tiny_decoder, **own, instances=1))
+        decoder = TritonDecoder(served(tiny_decoder, own["grpc_port"]))
+        thread = threading.Thread(target=lambda: answers.extend(decoder.decode(many)))
+        thread.start()
+        while statistics(decoder)[1] < 5:
+            time.sleep(0.01)
+        first.kill()
+        first.wait()
+        assert thread.is_alive()
+        stack.enter_context(triton_server(tiny_decoder, **own, instances=1))
+        thread.join(60)
+    assert answers == expected
+
+
+def test_out_of_memory_on_the_server_halves_its_batch_and_goes_on(tiny_decoder: DecoderSettings, rows: Rows) -> None:
+    small = tiny_decoder.model_copy(update={"safety": SafetySettings(checker="tests.small_memory:checker")})
+    own = {name: free_port() for name in PORTS}
+    with triton_server(small, **own, instances=1):
+        drawn = TritonDecoder(served(small, own["grpc_port"])).decode(rows)
+    assert [image.error for image in drawn] == [None] * 11
+    assert all(image.image for image in drawn)
+
+
+def test_an_unknown_engine_stops_the_server_with_the_reason(tiny_decoder: DecoderSettings, capfd: pytest.CaptureFixture[str]) -> None:
+    own = {name: free_port() for name in PORTS}
+    unknown = tiny_decoder.model_copy(update={"engine": "steam"})
+    with pytest.raises(UserError, match="tritonserver ended with code 1 before it was ready"), triton_server(unknown, **own, instances=1):
+        pass
+    assert "config.pbtxt: parameters: engine = 'steam': input should be 'torch', 'onnx' or 'tensorrt'" in capfd.readouterr().err
+
+
+def test_rebeca_serve_says_where_it_listens_and_stops_cleanly(tiny_decoder: DecoderSettings, rows: Rows, tmp_path: Path) -> None:
+    own = {name: free_port() for name in PORTS}
+    decoder = tiny_decoder.model_dump(mode="json", exclude_defaults=True)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"prior": "p", "request": "r", "root": "c", "decoder": decoder}))
+    options = [part for name, port in own.items() for part in (f"--{name.replace('_', '-')}", str(port))]
+    command = [str(Path(sys.executable).parent / "rebeca"), "serve", "--config", str(tmp_path / "c.yaml"), *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    told = process.stdout.readline() + process.stdout.readline()
+    assert f"ready: grpc 127.0.0.1:{own['grpc_port']}" in told
+    assert TritonDecoder(served(tiny_decoder, own["grpc_port"])).decode(rows.take([0]))[0].image
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    with pytest.raises(ServerLostError):
+        TritonDecoder(served(tiny_decoder, own["grpc_port"], ready_seconds=1))
