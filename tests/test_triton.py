@@ -11,18 +11,23 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tritonclient.grpc as grpcclient
 import yaml
 from tritonclient.utils import InferenceServerException
 
-from rebeca_ray.config import DecoderSettings, SafetySettings, TritonSettings
+from rebeca_ray.catalog.read import read_catalog
+from rebeca_ray.config import DecoderSettings, GenerateConfig, SafetySettings, TritonSettings
 from rebeca_ray.decoding import Rows, ServerLostError
 from rebeca_ray.errors import UserError
+from rebeca_ray.generation import generate_catalog
 from rebeca_ray.local_decoder import LocalDecoder
+from rebeca_ray.rendering import RenderImages
 from rebeca_ray.server import triton_server
+from rebeca_ray.stickers.training_data import to_pixels
 from rebeca_ray.triton import MODEL, TritonDecoder, request_inputs
-from tests.conftest import D, free_port
+from tests.conftest import D, free_port, plan, prepare
 
 PORTS = ("http_port", "grpc_port", "metrics_port")
 
@@ -174,6 +179,38 @@ def test_a_server_killed_in_the_middle_and_started_again_loses_and_doubles_nothi
         stack.enter_context(triton_server(tiny_decoder, **own, instances=1))
         thread.join(60)
     assert answers == expected
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_the_catalog_is_the_same_by_either_backend(server: DecoderSettings, config: GenerateConfig) -> None:
+    run = prepare(config)  # plans and renders in this process
+    local = {row["item_id"]: row["image"]["bytes"] for row in pq.read_table(f"{run.root}/{run.images}").to_pylist()}
+    through = config.model_copy(update={"root": f"{config.root}-triton", "decoder": server})
+    assert generate_catalog(through)["counts"]["new"] == len(local) == 16
+    snapshot = read_catalog(through.root)
+    items = snapshot.items()
+    expected = [local[item] for item in items["item_id"].to_pylist()]
+    assert np.abs(to_pixels(expected).astype(int) - to_pixels(snapshot.images(items))).max() <= 3
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_render_actor_whose_server_is_lost_is_started_again(
+    process: "subprocess.Popen[bytes]", server: DecoderSettings, config: GenerateConfig
+) -> None:
+    """As Ray Data keeps its actors: they restart, and what they were at is tried again."""
+    import ray
+
+    planned = plan(config, pq.read_table(config.request)).select(["item_id", "image_embeds", "prompt", "negative_prompt"])
+    hasty = server.model_copy(update={"triton": server.triton.model_copy(update={"deadline_seconds": 1, "ready_seconds": 4})})
+    actor = ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=0.5)(RenderImages).remote(hasty)
+    process_id = actor.__ray_call__.remote
+    first, before = ray.get([actor.__call__.remote(planned), process_id(lambda self: os.getpid())])
+    os.kill(process.pid, signal.SIGSTOP)
+    threading.Timer(7, os.kill, (process.pid, signal.SIGCONT)).start()
+    again, after = ray.get([actor.__call__.remote(planned), process_id(lambda self: os.getpid())])
+    assert again == first
+    assert before != after
+    ray.kill(actor)
 
 
 def test_out_of_memory_on_the_server_halves_its_batch_and_goes_on(tiny_decoder: DecoderSettings, rows: Rows) -> None:
