@@ -299,6 +299,8 @@ class DecoderSettings(Settings):
     def engines_lie_somewhere(self) -> Self:
         if (self.engine == "torch") != (self.engine_dir is None):
             raise ValueError(f"engine {self.engine} with engine_dir {self.engine_dir}; onnx and tensorrt need one, torch has none")
+        if self.compile and self.engine != "torch":
+            raise ValueError(f"compile is for engine torch, this is {self.engine}")
         if self.engine == "tensorrt" and self.device != "cuda":
             raise ValueError("engine tensorrt needs device cuda")
         return self

@@ -153,8 +153,8 @@ def read_export(settings: DecoderSettings) -> dict[str, Any]:
         told: dict[str, Any] = json.loads((folder / "decoder.json").read_text())
     except (OSError, ValueError):
         raise UserError(f"decoder.engine_dir {folder}: no decoder.json there; write it with `rebeca export --out {folder}`") from None
-    for key in ("model", "dtype", "image_size"):
-        wanted = getattr(settings, key) or told[key]
+    for key in ("model", "ip_adapter", "vae", "lora", "dtype", "image_size"):
+        wanted = getattr(settings, key) or (told[key] if key == "image_size" else None)
         if Path(str(wanted)).name != Path(str(told[key])).name:  # the same folder may lie elsewhere on another machine
             raise UserError(f"decoder.engine_dir {folder}: exported with {key} {told[key]}, decoder.{key} is {wanted}; export it again")
     return told
@@ -188,8 +188,10 @@ def hash_weights(files: DecoderFiles) -> dict[str, str]:
 def convert_pickle(pickle: Path, out: Path) -> int:
     """Write the tensors of a `.bin` file as safetensors, names joined by dots; returns how many there are.
 
-    Raises UserError if it holds anything but tensors in dicts: `weights_only` runs no code of the file's.
+    Raises UserError if it holds anything but tensors in dicts (`weights_only` runs no code of the file's), or `out` is there.
     """
+    if out.exists() or not out.parent.is_dir():
+        raise UserError(f"{out}: is there already, or in no folder; give a new file in a folder that is there")
     import torch
     from safetensors.torch import save_file
 

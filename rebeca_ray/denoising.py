@@ -14,6 +14,7 @@ import torch
 
 from rebeca_ray.config import DecoderSettings
 from rebeca_ray.decoding import Rows
+from rebeca_ray.errors import UserError
 from rebeca_ray.networks import Networks
 from rebeca_ray.sampling import item_noise
 
@@ -24,6 +25,10 @@ class DenoisingLoop:
     def __init__(self, networks: Networks, settings: DecoderSettings) -> None:
         self.networks, self.settings = networks, settings
         self.scheduler = build_scheduler(settings.scheduler, networks.scheduler_config)
+        try:
+            self.scheduler.set_timesteps(settings.num_inference_steps)
+        except ValueError as error:
+            raise UserError(f"decoder.num_inference_steps {settings.num_inference_steps}: {' '.join(str(error).split())}") from None
         self.latent_size = networks.image_size // networks.pixels_a_latent
 
     @torch.inference_mode()

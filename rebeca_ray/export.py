@@ -44,8 +44,11 @@ def export_decoder(settings: DecoderSettings, out: Path) -> dict[str, Path]:
     if out.exists():
         raise UserError(f"--out {out}: is there already; remove it, or give another folder")
     if settings.engine != "torch" or settings.dtype == "bfloat16":
-        raise UserError(f"export: engine {settings.engine}, dtype {settings.dtype}; exported are torch networks in float32 or float16")
-    networks = load_torch_networks(settings)
+        raise UserError(
+            f"export: engine {settings.engine}, dtype {settings.dtype}; exported are torch networks in "
+            "float32 or float16; set decoder.engine=torch decoder.engine_dir=null decoder.dtype=float16"
+        )
+    networks = load_torch_networks(settings.model_copy(update={"compile": False}))
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -104,6 +107,9 @@ def description(settings: DecoderSettings, networks: Networks) -> dict[str, Any]
     """What the graphs are of, for whoever loads them."""
     return {
         "model": settings.model,
+        "ip_adapter": settings.ip_adapter,
+        "vae": settings.vae,
+        "lora": settings.lora,
         "weights": hash_weights(find_decoder(settings)),
         "dtype": settings.dtype,
         "embed_dim": networks.embed_dim,

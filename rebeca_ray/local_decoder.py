@@ -42,13 +42,17 @@ class LocalDecoder:
             probabilities = self.check(images)
             for row, outcome in zip(todo, self.encoders.map(self.outcome, images, seeds, probabilities), strict=True):
                 outcomes[row] = outcome
-            todo = [row for row in todo if (outcomes[row].safety_probability or 0) > safety.max_probability]
+            todo = [row for row in todo if self.is_unsafe(outcomes[row])]
             if not todo:
                 break
         if safety.policy != "flag":
             for row in todo:
                 outcomes[row] = DecodedImage(seed=outcomes[row].seed, safety_probability=outcomes[row].safety_probability)
         return outcomes
+
+    def is_unsafe(self, drawn: DecodedImage) -> bool:
+        """Also where the checker's word is no number."""
+        return drawn.safety_probability is not None and not drawn.safety_probability <= self.settings.safety.max_probability
 
     def draw(self, rows: Rows) -> list[np.ndarray | str]:
         """uint8 [Y, X, 3], or the reason why there is none, of every row."""
@@ -91,11 +95,11 @@ class LocalDecoder:
         """Go on with tiles half as large. Raises UserError if they are of one image already."""
         if self.batch_size == 1:
             raise UserError(f"decoder: not even one image fits the device's memory ({' '.join(str(error).split())[:200]})") from None
-        self.batch_size //= 2
+        before, self.batch_size = self.batch_size, self.batch_size // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         print(  # not by logging: Ray Data's setup silences loggers that are there before it
-            f"decoder: {2 * self.batch_size} images at once do not fit the device's memory; going on with {self.batch_size}. "
+            f"decoder: {before} images at once do not fit the device's memory; going on with {self.batch_size}. "
             f"Set decoder.batch_size={self.batch_size} to start there",
             file=sys.stderr,
             flush=True,
@@ -127,4 +131,8 @@ class LocalDecoder:
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether an engine ran out of memory: torch says so by type on a GPU, by words on a CPU, and so does ONNX Runtime."""
-    return isinstance(error, torch.OutOfMemoryError) or ("alloc" in str(error).lower() and "memory" in str(error).lower())
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "ALLOC_FAILED" in str(error)
+        or ("alloc" in str(error).lower() and "memory" in str(error).lower())
+    )

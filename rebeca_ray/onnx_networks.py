@@ -24,6 +24,8 @@ class OnnxNetwork:
         if provider not in onnxruntime.get_available_providers():
             raise UserError(f"decoder.engine onnx: ONNX Runtime has no {provider} here; install onnxruntime-gpu, or set decoder.device=cpu")
         self.session: Any = onnxruntime.InferenceSession(path, options, providers=[provider])
+        if self.session.get_providers()[0] != provider:  # it falls back to the CPU without a word
+            raise UserError(f"decoder.engine onnx: {provider} does not start here; look at the GPU's driver, or set decoder.device=cpu")
         self.input_names = [value.name for value in self.session.get_inputs()]
         self.output_name = self.session.get_outputs()[0].name
 
@@ -34,6 +36,8 @@ class OnnxNetwork:
         for name, value in zip(self.input_names, inputs, strict=True):
             binding.bind_ortvalue_input(name, OrtValue.from_dlpack(value.contiguous()))
         binding.bind_output(self.output_name, inputs[0].device.type)
+        if inputs[0].is_cuda:
+            torch.cuda.current_stream().synchronize()  # ONNX Runtime has a stream of its own
         self.session.run_with_iobinding(binding)
         return torch.utils.dlpack.from_dlpack(binding.get_outputs()[0])
 

@@ -51,9 +51,10 @@ def triton_server(settings: DecoderSettings, *, http_port: int, grpc_port: int, 
 
 def wait_until_ready(process: "subprocess.Popen[bytes]", http_port: int) -> None:
     """Return when every model is loaded and warm. Raises UserError if the process ends before."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while process.poll() is None:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/v2/health/ready", timeout=5):
+            with direct.open(f"http://127.0.0.1:{http_port}/v2/health/ready", timeout=5):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
@@ -87,7 +88,7 @@ def find_server(folder: Path) -> tuple[str, dict[str, str], list[str]]:
     Raises UserError if there is neither.
     """
     site_packages = sysconfig.get_paths()["purelib"]
-    environment = {"PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), site_packages])}
+    environment = {"PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), site_packages, os.environ.get("PYTHONPATH", "")])}
     if binary := shutil.which("tritonserver", path=f"{os.environ['PATH']}{os.pathsep}/opt/tritonserver/bin"):
         return binary, environment, []
     found = importlib.util.find_spec("pytriton")

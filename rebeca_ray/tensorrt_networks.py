@@ -6,7 +6,6 @@ before anything is loaded.
 
 import hashlib
 import json
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ def this_machine() -> dict[str, str]:
     if not torch.cuda.is_available():
         raise UserError("decoder.engine tensorrt: torch sees no GPU here; set decoder.engine to torch or onnx, or go where there is one")
     try:
-        tensorrt = version("tensorrt")
-    except PackageNotFoundError:
-        raise UserError("decoder.engine tensorrt: the package tensorrt is missing; run this in NVIDIA's Triton container") from None
-    gpu = torch.cuda.get_device_properties(0)
-    return {"gpu": gpu.name, "compute_capability": f"{gpu.major}.{gpu.minor}", "tensorrt": tensorrt}
+        import tensorrt
+    except ImportError:
+        raise UserError("decoder.engine tensorrt: the package tensorrt is missing; `pip install tensorrt` beside torch") from None
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {"gpu": gpu.name, "compute_capability": f"{gpu.major}.{gpu.minor}", "tensorrt": tensorrt.__version__}
 
 
 def check_engines(folder: Path, machine: dict[str, str], batch_size: int) -> None:
@@ -44,7 +43,7 @@ def check_engines(folder: Path, machine: dict[str, str], batch_size: int) -> Non
         found = sidecar["batch_size"]
         raise UserError(f"engines in {folder}: built for at most {found} images, decoder.batch_size is {batch_size}; {rebuild}")
     for name, sha256 in sidecar["onnx"].items():
-        if hash_file(folder / name) != sha256:
+        if not (folder / name).is_file() or hash_file(folder / name) != sha256:
             raise UserError(f"engines in {folder}: {name} has changed since they were built from it; {rebuild}")
     for name, sha256 in sidecar["plans"].items():
         if not (folder / name).is_file() or hash_file(folder / name) != sha256:
@@ -73,6 +72,8 @@ class TensorRTNetwork:
         if self.engine is None:
             raise UserError(f"engine {path}: TensorRT cannot load it; its own lines above say why")
         self.context = self.engine.create_execution_context()
+        if self.context is None:
+            raise UserError(f"engine {path}: not enough memory on the GPU to run it; build it for fewer images")
         names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
         self.input_names = [name for name in names if self.engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         (self.output_name,) = set(names) - set(self.input_names)

@@ -43,17 +43,11 @@ class TritonDecoder:
     def __init__(self, settings: DecoderSettings) -> None:
         self.settings = settings
         options = [("grpc.service_config", json.dumps(RETRIES)), ("grpc.max_receive_message_length", -1)]
+        options.append(("grpc.max_reconnect_backoff_ms", 2000))  # gRPC's own grows to two minutes
         self.client = grpcclient.InferenceServerClient(settings.triton.url, channel_args=options)
+        self.fingerprint = identify_decoder(settings).fingerprint(settings)
         self.wait_until_ready()
-        wanted = identify_decoder(settings).fingerprint(settings)
-        config = self.client.get_model_config(MODEL, as_json=True)["config"]
-        served = config.get("parameters", {}).get("fingerprint", {}).get("string_value", "none")
-        if served != wanted:
-            raise UserError(
-                f"decoder.triton {settings.triton.url}: serves decoder {served}, this config says {wanted}; start the server with the "
-                "same `decoder:` section: rebeca serve --config …"
-            )
-        self.request_rows = int(config["max_batch_size"])
+        self.request_rows = int(self.client.get_model_config(MODEL, as_json=True)["config"]["max_batch_size"])
         self.requests = ThreadPoolExecutor(settings.triton.window)
 
     def decode(self, rows: Rows) -> list[DecodedImage]:
@@ -69,22 +63,23 @@ class TritonDecoder:
             try:
                 result = self.client.infer(MODEL, request_inputs(rows), client_timeout=self.settings.triton.deadline_seconds)
             except InferenceServerException as error:
-                if error.status() not in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED", "StatusCode.CANCELLED"):
+                if error.status() in ("StatusCode.INVALID_ARGUMENT", "StatusCode.NOT_FOUND"):
                     raise UserError(f"decoder.triton {self.settings.triton.url}: {' '.join(str(error.message()).split())[:300]}") from None
                 if time.monotonic() > until:
                     raise ServerLostError(f"decoder.triton {self.settings.triton.url}: {error.message()}") from None
+                time.sleep(0.5)
                 self.wait_until_ready()
             else:
                 return unpack(result)
 
     def wait_until_ready(self) -> None:
-        """The readiness gate. Raises ServerLostError when `ready_seconds` are over."""
+        """The readiness gate. Raises ServerLostError when `ready_seconds` are over, UserError if another decoder is ready."""
         until = time.monotonic() + self.settings.triton.ready_seconds
         reason = "it answers, but its model is not ready"
         while time.monotonic() < until:
             try:
                 if self.client.is_model_ready(MODEL, client_timeout=5):
-                    return
+                    return self.check_served()
             except InferenceServerException as error:
                 reason = str(error.message())
             time.sleep(0.5)
@@ -92,6 +87,16 @@ class TritonDecoder:
             f"decoder.triton {self.settings.triton.url}: no server ready within {self.settings.triton.ready_seconds:g} s ({reason}); "
             "start one on every node that renders: rebeca serve --config …"
         )
+
+    def check_served(self) -> None:
+        """Raise UserError if the server, which may be another than before, draws something else."""
+        config = self.client.get_model_config(MODEL, as_json=True, client_timeout=5)["config"]
+        served = config.get("parameters", {}).get("fingerprint", {}).get("string_value", "none")
+        if served != self.fingerprint:
+            raise UserError(
+                f"decoder.triton {self.settings.triton.url}: serves decoder {served}, this config says {self.fingerprint}; start the "
+                "server with the same `decoder:` section: rebeca serve --config …"
+            )
 
 
 def request_inputs(rows: Rows) -> list[Any]:

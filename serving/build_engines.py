@@ -54,9 +54,10 @@ def main(
 ) -> None:
     with plain_errors():
         machine, plans = this_machine(), {}
+        cache = f"timing-{machine['compute_capability']}-{machine['tensorrt']}.cache"  # good for no other
         for name in NAMES:
             doubled = 2 if name in GUIDED else 1
-            engine = build_engine(folder / f"{name}.onnx", doubled * batch_size, folder / "timing.cache", workspace_gib)
+            engine = build_engine(folder / f"{name}.onnx", doubled * batch_size, folder / cache, workspace_gib)
             (folder / f"{name}.plan").write_bytes(engine)
             plans[f"{name}.plan"] = hash_file(folder / f"{name}.plan")
             console.print(f"{name}: {len(engine) / 2**20:,.0f} MiB")

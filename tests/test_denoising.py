@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from rebeca_ray.config import DecoderSettings
 from rebeca_ray.decoding import Rows
 from rebeca_ray.denoising import DenoisingLoop
+from rebeca_ray.errors import UserError
 from rebeca_ray.networks import load_networks
 from rebeca_ray.sampling import item_noise
 from rebeca_ray.stickers import DECODER
@@ -95,6 +96,12 @@ def test_it_equals_the_pipeline_for_the_bundled_decoder() -> None:
     ours, _ = loop_for(settings).draw(rows)
     for row in range(2):
         assert psnr(ours[row] / 255.0, pipeline_image(settings, rows, row)) >= 45
+
+
+def test_more_steps_than_a_scheduler_has_are_refused_at_once(tiny_decoder: DecoderSettings) -> None:
+    for scheduler, steps in (("lcm", 51), ("ddim", 1001)):
+        with pytest.raises(UserError, match=f"decoder.num_inference_steps {steps}: "):
+            loop_for(tiny_decoder.model_copy(update={"scheduler": scheduler, "num_inference_steps": steps}))
 
 
 def test_guidance_and_image_weight_are_each_rows_own(tiny_decoder: DecoderSettings) -> None:

@@ -153,6 +153,12 @@ def test_unsafe_images_are_dropped_or_flagged(tiny_decoder: DecoderSettings) -> 
     assert min(pixels(image.image).max() for image in flagged) > 0
 
 
+def test_a_checker_whose_word_is_no_number_counts_as_a_no(tiny_decoder: DecoderSettings) -> None:
+    decoder = LocalDecoder(tiny_decoder.model_copy(update={"safety": SafetySettings(policy="drop")}))
+    decoder.checker = lambda images: np.array([np.nan, *[0.1] * (len(images) - 1)])
+    assert [image.image is None for image in decoder.decode(rows_for(tiny_decoder))] == [True, *[False] * 5]
+
+
 def dark(images: np.ndarray) -> np.ndarray:
     return np.array([1 - image.mean() / 255 for image in images])
 

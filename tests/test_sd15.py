@@ -18,4 +18,5 @@ def test_each_image_of_a_batch_equals_the_pipelines(tmp_path: Path) -> None:
     assert images.shape == (2, 64, 64, 3)
     for row in range(2):
         assert psnr(images[row] / 255.0, pipeline_image(sd15, rows, row)) >= 45
+    assert psnr(images[0] / 255.0, images[1] / 255.0) < 30
     shutil.rmtree(tmp_path)  # 2 GB

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,8 @@ def test_a_malformed_request_is_refused_alone(server: DecoderSettings, rows: Row
         InferenceServerException, match=rf"unexpected shape for input 'image_embeds'.*Expected \[-1,{D}\], got \[1,{D + 1}\]"
     ):
         client.infer(MODEL, [wrong, *(tensor for name, tensor in inputs.items() if name != "image_embeds")])
+    with pytest.raises(InferenceServerException, match="decoder: seed -5 is negative"):
+        client.infer(MODEL, request_inputs(replace(rows.take([0]), seeds=[-5])))
     words = grpcclient.InferInput("prompt", [1, 2], "UINT8")
     words.set_data_from_numpy(np.array([[0xFF, 0xFE]], np.uint8))
     with pytest.raises(InferenceServerException, match=r"decoder: 'utf-8' codec can't decode"):
@@ -125,8 +128,6 @@ def test_a_malformed_request_is_refused_alone(server: DecoderSettings, rows: Row
 
 
 def test_a_refused_request_is_the_users_mistake(server: DecoderSettings, rows: Rows) -> None:
-    from dataclasses import replace
-
     with pytest.raises(UserError, match=r"decoder.triton 127.0.0.1:\d+: .*unexpected shape for input 'image_embeds'"):
         TritonDecoder(server).decode(replace(rows, image_embeds_BD=np.zeros((11, 3), np.float32)))
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import BUCKET, Run
 from rebeca_ray.catalog.read import Snapshot, published
-from rebeca_ray.errors import ErrorBudgetExceededError, UserError
+from rebeca_ray.errors import ErrorBudgetExceededError, QualityGateError, UserError
 from rebeca_ray.storage import join, open_filesystem, read_json, read_table, write_json, write_table
 
 ITEM_ROW_GROUP = 2000
@@ -69,6 +69,10 @@ def assemble(
             f"the budget is {error_budget:.2%}; nothing is published"
         )
     rendered = pc.is_valid(images.width.take(place))
+    if not pc.any(rendered).as_py():
+        raise QualityGateError(
+            f"run {run.run_id}: not one of {requested} items has an image fit to be shown; look at decoder.safety. Nothing is published"
+        )
     items = items_table(plan.filter(rendered), place.filter(rendered).to_numpy(), images, max_safety_probability)
     errors = pa.table(
         {
@@ -164,7 +168,9 @@ def items_table(plan: pa.Table, place: np.ndarray, images: ImageFiles, max_safet
     rank = np.arange(count) - np.repeat(first, np.diff([*first, count]))
     columns: dict[str, Any] = {
         "rank": pa.array(rank, pa.int16()),
-        "safety_flag": pc.fill_null(pc.greater(images.safety_probability.take(pa.array(place)), max_safety_probability), False),
+        "safety_flag": pc.fill_null(
+            pc.invert(pc.less_equal(images.safety_probability.take(pa.array(place)), max_safety_probability)), False
+        ),
         "generated_at": pa.repeat(pa.scalar(datetime.now(UTC), pa.timestamp("us", tz="UTC")), count),
         "image_file": pa.array(images.file[place], pa.int32()),
         "image_row": pa.array(images.row[place], pa.int32()),

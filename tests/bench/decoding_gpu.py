@@ -71,6 +71,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        Console().print("no NVIDIA GPU here: nothing to measure")
+        return
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
     tflop = (2 * UNET_TFLOP * arguments.steps + VAE_TFLOP) * (arguments.image_size / 512) ** 2
     found: dict[str, dict[str, float]] = {}
@@ -81,6 +84,7 @@ def main() -> None:
             num_inference_steps=arguments.steps,
             decoder_guidance_scale=5.0,
             image_size=arguments.image_size,
+            batch_size=max(arguments.batch_sizes),
             device=arguments.device,
             dtype="float16" if arguments.device == "cuda" else "float32",
         )

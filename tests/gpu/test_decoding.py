@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: Stable Diffusion 1.5's exact configuration in float16 at 512 pixels, by every engine that is installed."""
+"""On an NVIDIA GPU: Stable Diffusion 1.5's exact configuration in float16 at 512 pixels, by torch and TensorRT."""
 
 import importlib.util
 import subprocess

@@ -21,10 +21,13 @@ from rebeca_ray.triton import pack
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
+        if args["model_instance_kind"] == "GPU":
+            torch.cuda.set_device(int(args["model_instance_device_id"]))
         told: dict = {}
-        for key, value in json.loads(args["model_config"])["parameters"].items():
-            apply_override(told, f"{key}={value['string_value']}")
-        expected = told.pop("fingerprint", None)  # clients compare it with their own config's
+        parameters = {key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()}
+        expected = parameters.pop("fingerprint", None)  # clients compare it with their own config's
+        for key, value in parameters.items():
+            apply_override(told, f"{key}={value}")
         self.settings = parse_config(DecoderSettings, told, where="config.pbtxt: parameters")
         found = identify_decoder(self.settings).fingerprint(self.settings)
         if expected not in (None, found):
@@ -60,6 +63,8 @@ class TritonPythonModel:
         embeds, seeds = numbers("image_embeds"), numbers("seed")
         if embeds is None or seeds is None:
             raise ValueError("inputs image_embeds and seed are needed")  # where some are optional, Triton does not check the others
+        if (seeds < 0).any():
+            raise ValueError(f"seed {seeds.min()} is negative")
         rows = Rows.of(self.settings, embeds, seeds[:, 0].tolist(), words("prompt"), words("negative_prompt"))
         scales = {"guidance_scale_B": numbers("guidance_scale"), "ip_adapter_scale_B": numbers("ip_adapter_scale")}
         return replace(rows, **{name: value[:, 0] for name, value in scales.items() if value is not None})
