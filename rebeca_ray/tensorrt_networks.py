@@ -24,7 +24,7 @@ def this_machine() -> dict[str, str]:
     try:
         import tensorrt
     except ImportError:
-        raise UserError("decoder.engine tensorrt: the package tensorrt is missing; `pip install tensorrt` beside torch") from None
+        raise UserError("decoder.engine tensorrt: the package tensorrt is missing; install NVIDIA's wheel of it beside torch") from None
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {"gpu": gpu.name, "compute_capability": f"{gpu.major}.{gpu.minor}", "tensorrt": tensorrt.__version__}
 

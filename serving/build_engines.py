@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import tensorrt as trt
 import typer
 
 from rebeca_ray.errors import UserError
@@ -24,6 +23,8 @@ GUIDED = ("unet", "image_projection")  # guidance doubles their batch
 
 def build_engine(onnx: Path, max_batch: int, timing_cache: Path, workspace_gib: float) -> bytes:
     """One serialized engine for batches of 1 to `max_batch`, fastest at `max_batch`. Raises UserError with the parser's reasons."""
+    import tensorrt as trt  # here, so that where it is missing `this_machine` says so first
+
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))

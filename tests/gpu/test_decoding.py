@@ -45,7 +45,7 @@ def test_float16_on_the_gpu_draws_what_float32_on_the_cpu_draws(sd15: DecoderSet
     assert psnr(loop_for(small).draw(rows)[0] / 255.0, loop_for(exact).draw(rows)[0] / 255.0) >= 30
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is None, reason="no TensorRT: it comes with NVIDIA's Triton container")
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is None, reason="the package tensorrt is not installed")
 def test_tensorrt_draws_what_torch_draws(sd15: DecoderSettings, tmp_path: Path) -> None:
     export_decoder(sd15, tmp_path / "engines")
     command = [sys.executable, str(SERVING / "build_engines.py"), str(tmp_path / "engines"), "--batch-size", "4"]
