@@ -223,20 +223,20 @@ def start_training(config: TrainConfig, folder: Path) -> subprocess.Popen[str]:
 
 
 def epochs_in(text: str) -> list[int]:
-    return [int(epoch) for epoch in re.findall(r"epoch (\d+)/16", text)]
+    return [int(epoch) for epoch in re.findall(r"epoch (\d+)/8", text)]
 
 
 def assert_the_curve_joins_up(config: TrainConfig) -> None:
     epochs = [int(line.split(",")[0]) for line in (Path(config.out) / "training.csv").read_text().splitlines()[1:]]
-    assert epochs == list(range(1, 17))
+    assert epochs == list(range(1, 9))
 
 
 def test_a_killed_run_goes_on_from_its_last_epoch(world: dict[str, str], tmp_path: Path) -> None:
     """Kill the driver in the middle with SIGKILL; the same command again joins the curve up."""
-    config = configure(world, max_epochs=16)
+    config = configure(world, max_epochs=8)
     first = start_training(config, tmp_path)
     assert first.stdout is not None
-    assert any("epoch 3/16" in line for line in first.stdout)
+    assert any("epoch 3/8" in line for line in first.stdout)
     first.send_signal(signal.SIGKILL)
     first.wait()
     time.sleep(2)
@@ -250,17 +250,17 @@ def test_a_killed_run_goes_on_from_its_last_epoch(world: dict[str, str], tmp_pat
 
 def test_a_killed_worker_is_replaced_and_goes_on(world: dict[str, str], tmp_path: Path) -> None:
     """Kill the worker process in the middle with SIGKILL; Ray Train starts another from the last checkpoint."""
-    config = configure(world, max_epochs=16)
+    config = configure(world, max_epochs=8)
     driver = start_training(config, tmp_path)
     assert driver.stdout is not None
-    line = next(line for line in driver.stdout if "epoch 3/16" in line)
+    line = next(line for line in driver.stdout if "epoch 3/8" in line)
     worker = re.search(r"RayTrainWorker pid=(\d+)", line)
     assert worker, line
     os.kill(int(worker[1]), signal.SIGKILL)
     told, _ = driver.communicate(timeout=200)
     assert driver.returncode == 0, told
     assert "goes on after epoch" in told
-    assert epochs_in(told)[-1] == 16
+    assert epochs_in(told)[-1] == 8
     assert_the_curve_joins_up(config)
 
 
