@@ -173,15 +173,15 @@ def read_embed_dim(ip_adapter: Path) -> int:
 
 
 def hash_weights(files: DecoderFiles) -> dict[str, str]:
-    """The sha256 of every file that decides what is drawn."""
-    found = [file for part in (*PARTS, *SAFETY_PARTS) for file in (files.model / part).glob("*")]
-    found += [file for file in (files.ip_adapter, files.lora) if file]
-    found += list(files.vae.glob("*")) if files.vae else []
+    """The sha256 of every file that decides what is drawn, by what it is for and not by where it lies."""
+    found = {f"{part}/{file.name}": file for part in (*PARTS, *SAFETY_PARTS) for file in (files.model / part).glob("*")}
+    found |= {f"{role}/{file.name}": file for role, file in (("ip_adapter", files.ip_adapter), ("lora", files.lora)) if file}
+    found |= {f"other_vae/{file.name}": file for file in files.vae.glob("*")} if files.vae else {}
     weights = {}
-    for file in found:
-        if file.suffix in (".safetensors", ".json"):
+    for name, file in found.items():
+        if file.suffix in (".safetensors", ".json", ".txt"):  # merges.txt is half of a tokenizer
             with file.open("rb") as opened:
-                weights[f"{file.parent.name}/{file.name}"] = hashlib.file_digest(opened, "sha256").hexdigest()
+                weights[name] = hashlib.file_digest(opened, "sha256").hexdigest()
     return dict(sorted(weights.items()))
 
 

@@ -79,6 +79,10 @@ def test_fingerprint_follows_what_is_drawn(tiny_decoder: DecoderSettings, tmp_pa
     shutil.copytree(tiny_decoder.model, tmp_path / "copy")
     moved = change(tiny_decoder, model=str(tmp_path / "copy"))
     assert identify_decoder(moved).fingerprint(moved) == same
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(tmp_path / "copy/ip_adapter/ip-adapter.safetensors", tmp_path / "elsewhere")
+    apart = change(tiny_decoder, ip_adapter_repo=str(tmp_path / "elsewhere"), ip_adapter="ip-adapter.safetensors")
+    assert identify_decoder(apart).fingerprint(apart) == same
     weights = load_file(tmp_path / "copy/ip_adapter/ip-adapter.safetensors")
     weights["image_proj.proj.bias"][0] += 1
     save_file(weights, tmp_path / "copy/ip_adapter/ip-adapter.safetensors")
