@@ -26,9 +26,10 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 demo: setup
 	$(BIN)/rebeca demo
 
-# Two files of tests at a time: much of a test is waiting for servers and workers to start.
+# Two files of tests at a time: much of a test is waiting for servers and workers to start. One thread each, for threads of two
+# processes that wait for each other by spinning take longer than one.
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

@@ -16,8 +16,10 @@ from rebeca_ray.errors import UserError
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SAFETY_PARTS = ("safety_checker", "feature_extractor")
-INVISIBLE = {"backend", "triton", "batch_size", "num_actors", "cpus_per_actor", "device", "thumbnail_size", "compile"}  # in an image
 LOCATIONS = {"model", "revision", "ip_adapter", "ip_adapter_repo", "ip_adapter_revision", "vae", "lora", "engine_dir"}  # hashed instead
+INVISIBLE = {  # in an image; the engines differ by rounding
+    *("backend", "triton", "engine", "batch_size", "num_actors", "cpus_per_actor", "device", "thumbnail_size", "compile")
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ def find_decoder(settings: DecoderSettings) -> DecoderFiles:
     """
     for key in ("ip_adapter", "lora"):
         file = getattr(settings, key)
-        if file and not file.endswith(".safetensors"):
+        if file and file.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")):
             raise UserError(
                 f"decoder.{key} {file}: a pickle can run code when loaded; give the .safetensors file, or make one of it: "
                 f"rebeca convert {file} {file.rpartition('.')[0]}.safetensors"
@@ -103,7 +105,7 @@ def find_lora(settings: DecoderSettings) -> Path | None:
         return Path(lora) if lora else None
     owner, _, rest = lora.partition("/")
     name, _, file = rest.partition("/")
-    if is_local(lora) or not file:
+    if is_local(lora) or not file.endswith(".safetensors"):
         raise UserError(f"decoder.lora {lora}: no such file; give a path, or owner/name/file.safetensors of a hub")
     return fetched("lora", lora, f"{owner}/{name} {file}", lambda: hf_hub_download(f"{owner}/{name}", file))
 
@@ -152,11 +154,17 @@ def read_export(settings: DecoderSettings) -> dict[str, Any]:
     try:
         told: dict[str, Any] = json.loads((folder / "decoder.json").read_text())
     except (OSError, ValueError):
-        raise UserError(f"decoder.engine_dir {folder}: no decoder.json there; write it with `rebeca export --out {folder}`") from None
+        raise UserError(
+            f"decoder.engine_dir {folder}: no decoder.json there; write it with `rebeca export --config … --out {folder}`"
+        ) from None
     for key in ("model", "ip_adapter", "vae", "lora", "dtype", "image_size"):
         wanted = getattr(settings, key) or (told[key] if key == "image_size" else None)
         if Path(str(wanted)).name != Path(str(told[key])).name:  # the same folder may lie elsewhere on another machine
             raise UserError(f"decoder.engine_dir {folder}: exported with {key} {told[key]}, decoder.{key} is {wanted}; export it again")
+    for name, size in told["files"].items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if found != size:
+            raise UserError(f"decoder.engine_dir {folder}: {name} has {found} bytes, {size} were exported; copy the folder again, whole")
     return told
 
 
@@ -190,15 +198,23 @@ def convert_pickle(pickle: Path, out: Path) -> int:
 
     Raises UserError if it holds anything but tensors in dicts (`weights_only` runs no code of the file's), or `out` is there.
     """
-    if out.exists() or not out.parent.is_dir():
-        raise UserError(f"{out}: is there already, or in no folder; give a new file in a folder that is there")
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out}: what is written are safetensors; call it {out.stem}.safetensors")
+    if out.exists():
+        raise UserError(f"{out}: is there already; remove it, or give another name")
+    if not out.parent.is_dir():
+        raise UserError(f"{out}: the folder {out.parent} is not there; make it first")
     import torch
     from safetensors.torch import save_file
 
     try:
         told = torch.load(pickle, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
-        raise UserError(f"{pickle}: no file of tensors alone ({' '.join(str(error).split())[:200]}); nothing is written") from None
+    except OSError as error:
+        raise UserError(f"{pickle}: cannot be read ({error.strerror}); nothing is written") from None
+    except UnpicklingError:  # its text advises to load the file all the same
+        raise UserError(f"{pickle}: holds something else than tensors, which might be code; nothing of it was run or written") from None
+    except Exception as error:  # junk makes the unpickler stumble in many ways
+        raise UserError(f"{pickle}: is not a file torch saved ({type(error).__name__}); nothing is written") from None
     tensors = {}
 
     def collect(value: Any, name: str) -> None:

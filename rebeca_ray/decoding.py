@@ -99,6 +99,18 @@ class Decoder(Protocol):
         ...
 
 
+def check_decoder(settings: DecoderSettings) -> None:
+    """Raise what building the decoder would raise for a server, an export or a checker that is not there, without loading the rest."""
+    if settings.backend == "triton":
+        from rebeca_ray.triton import TritonDecoder
+
+        TritonDecoder(settings)
+    elif settings.safety.checker:
+        from rebeca_ray.safety import load_checker
+
+        load_checker(settings)
+
+
 def build_decoder(settings: DecoderSettings) -> Decoder:
     """The decoder that `settings.backend` names."""
     if settings.backend == "triton":

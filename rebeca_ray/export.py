@@ -48,6 +48,8 @@ def export_decoder(settings: DecoderSettings, out: Path) -> dict[str, Path]:
             f"export: engine {settings.engine}, dtype {settings.dtype}; exported are torch networks in "
             "float32 or float16; set decoder.engine=torch decoder.engine_dir=null decoder.dtype=float16"
         )
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("export: decoder.device is cuda, torch sees no GPU here; set decoder.device=cpu: the graphs are the same")
     networks = load_torch_networks(settings.model_copy(update={"compile": False}))
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -59,7 +61,8 @@ def export_decoder(settings: DecoderSettings, out: Path) -> dict[str, Path]:
     networks.tokenizer.save_pretrained(unfinished / "tokenizer")
     (unfinished / "scheduler").mkdir()
     (unfinished / "scheduler" / "scheduler_config.json").write_text(json.dumps(networks.scheduler_config, indent=2, default=str))
-    (unfinished / "decoder.json").write_text(json.dumps(description(settings, networks), indent=2))
+    files = {str(path.relative_to(unfinished)): path.stat().st_size for path in sorted(unfinished.rglob("*")) if path.is_file()}
+    (unfinished / "decoder.json").write_text(json.dumps({**description(settings, networks), "files": files}, indent=2))
     unfinished.rename(out)
     return {name: out / f"{name}.onnx" for name in NAMES}
 

@@ -15,7 +15,7 @@ from rebeca_ray.config import GenerateConfig
 from rebeca_ray.decoder_files import identify_decoder
 from rebeca_ray.errors import UserError
 from rebeca_ray.planning import plan_items
-from rebeca_ray.rendering import render_items
+from rebeca_ray.rendering import check_renderer, render_items
 from rebeca_ray.request import check_request
 from rebeca_ray.storage import join, open_filesystem, require_writable
 
@@ -50,6 +50,7 @@ def generate_catalog(config: GenerateConfig) -> dict[str, Any]:
         spare_cpus=1,
         decoder_slots=slots,
     )
+    check_renderer(decoding)
     seconds = {}
     started = time.perf_counter()
     plan_items(config, run, versions)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rebeca_ray.config import DecoderSettings, DistillConfig, EmbedConfig, GenerateConfig, Settings, TrainConfig, load_config
 from rebeca_ray.errors import UserError
 
-console = Console()
+console = Console(soft_wrap=True)  # a log is searched line by line
 
 C = TypeVar("C", bound=Settings)
 

@@ -15,7 +15,7 @@ from rebeca_ray.encoding import encode_image
 from rebeca_ray.errors import UserError
 from rebeca_ray.identity import retry_seed
 from rebeca_ray.networks import load_networks
-from rebeca_ray.safety import load_checker
+from rebeca_ray.safety import Checker, load_checker
 
 
 class LocalDecoder:
@@ -110,9 +110,20 @@ class LocalDecoder:
         probabilities: list[float | None] = [None] * len(images)
         drawn = [index for index, image in enumerate(images) if not isinstance(image, str)]
         if self.checker and drawn:
-            for index, probability in zip(drawn, self.checker(np.stack([images[index] for index in drawn])), strict=True):
+            for index, probability in zip(drawn, self.ask(self.checker, np.stack([images[index] for index in drawn])), strict=True):
                 probabilities[index] = float(np.float32(probability))  # as the column has it, and as a server would send it
         return probabilities
+
+    def ask(self, checker: Checker, images_BYX3: np.ndarray) -> np.ndarray:
+        """The checker's word on each image. Raises UserError if it gives none: what was not checked is not shown."""
+        name = self.settings.safety.checker
+        try:
+            found = np.asarray(checker(images_BYX3), np.float32)
+        except Exception as error:  # it is the user's own
+            raise UserError(f"decoder.safety.checker {name}: raised {type(error).__name__}: {error}; mend it") from error
+        if found.shape != (len(images_BYX3),):
+            raise UserError(f"decoder.safety.checker {name}: gave {found.shape} for {len(images_BYX3)} images, expected one number each")
+        return found
 
     def outcome(self, image: np.ndarray | str, seed: int, probability: float | None) -> DecodedImage:
         """Encoded, with its thumbnail."""

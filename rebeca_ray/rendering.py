@@ -14,7 +14,7 @@ from ray.data.datasource import FilenameProvider
 from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.config import DecoderSettings, GenerateConfig
-from rebeca_ray.decoding import DecodedImage, Rows, ServerLostError, build_decoder
+from rebeca_ray.decoding import DecodedImage, Rows, ServerLostError, build_decoder, check_decoder
 from rebeca_ray.storage import ChecksumHandler, arrow_filesystem, join, open_filesystem
 
 ROW_GROUP = 100
@@ -55,6 +55,20 @@ def render_items(config: GenerateConfig, run: Run) -> None:
             write_statistics=["item_id"],
         )
     )
+
+
+def check_renderer(decoder: DecoderSettings) -> None:
+    """Where a render actor would run, see whether its server or its safety checker is there, before anything is planned."""
+    if decoder.backend == "local" and not decoder.safety.checker:
+        return
+    import ray
+
+    resources = {"decoder_slot": 1.0} if decoder.backend == "triton" else {}
+    work = ray.remote(num_cpus=decoder.cpus_per_actor, resources=resources, max_retries=0)(check_decoder)
+    try:
+        ray.get(work.remote(decoder))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
 
 
 class PartNames(FilenameProvider):

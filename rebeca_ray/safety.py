@@ -24,6 +24,8 @@ def load_checker(settings: DecoderSettings) -> Checker | None:
     if name == "stable-diffusion":
         return StableDiffusionChecker(settings)
     module, _, function = name.partition(":")
+    if not function:
+        raise UserError(f"decoder.safety.checker {name}: names no function; give stable-diffusion, or module:function")
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:

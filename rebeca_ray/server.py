@@ -1,9 +1,9 @@
 """Triton Inference Server with the decoder: its model repository, its process, on this machine alone."""
 
 import importlib.util
-import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -22,18 +22,21 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 from rebeca_ray.config import PACKAGE, DecoderSettings
 from rebeca_ray.decoder_files import identify_decoder
 from rebeca_ray.errors import UserError
+from rebeca_ray.triton import parameters
 
 
 @contextmanager
 def triton_server(settings: DecoderSettings, *, http_port: int, grpc_port: int, metrics_port: int, instances: int) -> Iterator[Any]:
     """The real `tritonserver` on 127.0.0.1, ready when this is entered, stopped when it is left; yields its process.
 
-    Raises UserError if there is no server on this machine, or it stops before it is ready (the reason is in its own output).
+    Raises UserError if there is no server on this machine, a port is taken, or it stops before it is ready (the reason is in its own
+    output).
     """
     with tempfile.TemporaryDirectory(prefix="rebeca-triton-") as folder:
         write_repository(settings, Path(folder) / "models", instances)
         binary, environment, options = find_server(Path(folder))
         ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
+        require_free(ports)
         command = [binary, f"--model-repository={folder}/models", "--model-control-mode=none", *options]
         command += [option for name, port in ports.items() for option in (f"--{name}-port={port}", f"--{name}-address=127.0.0.1")]
         process = subprocess.Popen([*command, "--disable-auto-complete-config", "--exit-timeout-secs=20"], env=os.environ | environment)
@@ -47,6 +50,17 @@ def triton_server(settings: DecoderSettings, *, http_port: int, grpc_port: int, 
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def require_free(ports: dict[str, int]) -> None:
+    """Raise UserError for a port that is taken: another server would be found ready in place of this one."""
+    for name, port in ports.items():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                raise UserError(f"--{name}-port {port}: another process listens there; stop it, or give another port") from None
 
 
 def wait_until_ready(process: "subprocess.Popen[bytes]", http_port: int) -> None:
@@ -74,9 +88,8 @@ def write_repository(settings: DecoderSettings, folder: Path, instances: int = 1
     config.input[0].dims[:] = [identity.embed_dim]
     config.model_warmup[0].inputs["image_embeds"].dims[:] = [identity.embed_dim]
     config.parameters.clear()
-    told = settings.model_dump(mode="json", exclude={"backend", "triton", "num_actors", "cpus_per_actor"}, exclude_defaults=True)
-    for key, value in told.items():
-        config.parameters[key].string_value = json.dumps(value)
+    for key, value in parameters(settings).items():
+        config.parameters[key].string_value = value
     config.parameters["fingerprint"].string_value = identity.fingerprint(settings)
     path.write_text(text_format.MessageToString(config))
 

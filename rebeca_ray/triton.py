@@ -15,7 +15,7 @@ import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
 from rebeca_ray.config import DecoderSettings
-from rebeca_ray.decoder_files import identify_decoder
+from rebeca_ray.decoder_files import INVISIBLE, identify_decoder
 from rebeca_ray.decoding import DecodedImage, Rows, ServerLostError
 from rebeca_ray.errors import UserError
 
@@ -85,18 +85,26 @@ class TritonDecoder:
             time.sleep(0.5)
         raise ServerLostError(
             f"decoder.triton {self.settings.triton.url}: no server ready within {self.settings.triton.ready_seconds:g} s ({reason}); "
-            "start one on every node that renders: rebeca serve --config …"
+            "start one on every node that renders (rebeca serve --config …), and give its gRPC as host:port"
         )
 
     def check_served(self) -> None:
         """Raise UserError if the server, which may be another than before, draws something else."""
         config = self.client.get_model_config(MODEL, as_json=True, client_timeout=5)["config"]
-        served = config.get("parameters", {}).get("fingerprint", {}).get("string_value", "none")
-        if served != self.fingerprint:
+        served = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
+        if served.pop("fingerprint", None) != self.fingerprint:
+            own = parameters(self.settings)
+            differ = sorted(name for name in {*served, *own} - INVISIBLE if served.get(name) != own.get(name))
             raise UserError(
-                f"decoder.triton {self.settings.triton.url}: serves decoder {served}, this config says {self.fingerprint}; start the "
-                "server with the same `decoder:` section: rebeca serve --config …"
+                f"decoder.triton {self.settings.triton.url}: serves another decoder than this config says (they differ in "
+                f"{', '.join(differ) or 'the weights'}); start the server with the same `decoder:` section: rebeca serve --config …"
             )
+
+
+def parameters(settings: DecoderSettings) -> dict[str, str]:
+    """What a server is told of its decoder, each setting as JSON; what is not told is the default."""
+    told = settings.model_dump(mode="json", exclude={"backend", "triton", "num_actors", "cpus_per_actor"}, exclude_defaults=True)
+    return {key: json.dumps(value) for key, value in told.items()}
 
 
 def request_inputs(rows: Rows) -> list[Any]:

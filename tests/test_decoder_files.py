@@ -72,7 +72,13 @@ def test_a_model_in_the_hubs_cache_is_found_by_its_id_and_revision(
 def test_fingerprint_follows_what_is_drawn(tiny_decoder: DecoderSettings, tmp_path: Path) -> None:
     identity = identify_decoder(tiny_decoder)
     same = identity.fingerprint(tiny_decoder)
-    for unseen in ({"batch_size": 9, "num_actors": 3}, {"backend": "triton"}, {"device": "cuda"}, {"thumbnail_size": 64}):
+    for unseen in (
+        {"batch_size": 9, "num_actors": 3},
+        {"backend": "triton"},
+        {"device": "cuda"},
+        {"thumbnail_size": 64},
+        {"engine": "onnx"},
+    ):
         assert identity.fingerprint(change(tiny_decoder, **unseen)) == same
     for seen in ({"num_inference_steps": 4}, {"scheduler": "unipc"}, {"dtype": "float16"}, {"image_quality": 5}):
         assert identity.fingerprint(change(tiny_decoder, **seen)) != same
@@ -115,9 +121,20 @@ class Explosive:
 
 
 def test_a_pickle_of_anything_else_is_refused_and_not_run(tmp_path: Path) -> None:
-    for name, content in (("code", Explosive()), ("words", {"a": "text"})):
-        torch.save(content, tmp_path / f"{name}.bin")
-        with pytest.raises(UserError, match="nothing is written"):
+    torch.save(Explosive(), tmp_path / "code.bin")
+    torch.save({"a": "text"}, tmp_path / "words.bin")
+    (tmp_path / "junk.bin").write_bytes(b"\x80junk")
+    for name, message in (
+        ("code", "holds something else than tensors, which might be code; nothing of it was run or written$"),
+        ("words", "a is a str, expected tensors; nothing is written"),
+        ("junk", "is not a file torch saved|holds something else than tensors"),
+        ("absent", "cannot be read .*; nothing is written"),
+    ):
+        with pytest.raises(UserError, match=message):
             convert_pickle(tmp_path / f"{name}.bin", tmp_path / "out.safetensors")
+    with pytest.raises(UserError, match=r"what is written are safetensors; call it out.safetensors"):
+        convert_pickle(tmp_path / "words.bin", tmp_path / "out.bin")
+    with pytest.raises(UserError, match=r"the folder .*nowhere is not there"):
+        convert_pickle(tmp_path / "words.bin", tmp_path / "nowhere" / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
     assert not Path("/tmp/rebeca-exploded").exists()

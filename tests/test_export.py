@@ -66,6 +66,10 @@ def test_an_export_knows_what_it_is_of(exported: DecoderSettings, tiny_decoder: 
             load_networks(exported.model_copy(update=values))
     with pytest.raises(UserError, match="is there already"):
         export_decoder(tiny_decoder, Path(str(exported.engine_dir)))
+    shutil.copytree(str(exported.engine_dir), tmp_path / "half")
+    (tmp_path / "half" / "unet.onnx").write_bytes(b"half")
+    with pytest.raises(UserError, match=r"half: unet.onnx has 4 bytes, \d+ were exported; copy the folder again"):
+        identify_decoder(exported.model_copy(update={"engine_dir": str(tmp_path / "half")}))
 
 
 @pytest.fixture

@@ -163,6 +163,25 @@ def dark(images: np.ndarray) -> np.ndarray:
     return np.array([1 - image.mean() / 255 for image in images])
 
 
+def broken(images: np.ndarray) -> np.ndarray:
+    raise KeyError("weights")
+
+
+def short(images: np.ndarray) -> np.ndarray:
+    return np.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("broken", "raised KeyError: 'weights'; mend it"), ("short", r"gave \(1,\) for 3 images, expected one number each")],
+)
+def test_a_checker_that_fails_stops_the_run_and_shows_nothing(tiny_decoder: DecoderSettings, name: str, message: str) -> None:
+    checker = f"tests.test_local_decoder:{name}"
+    decoder = LocalDecoder(tiny_decoder.model_copy(update={"safety": SafetySettings(checker=checker)}))
+    with pytest.raises(UserError, match=f"decoder.safety.checker {checker}: {message}"):
+        decoder.decode(Rows.of(tiny_decoder, np.ones((3, D), np.float32), range(3)))
+
+
 def test_a_checker_of_ones_own_is_named_by_module_and_function(tiny_decoder: DecoderSettings) -> None:
     settings = tiny_decoder.model_copy(update={"safety": SafetySettings(checker="tests.test_local_decoder:dark")})
     checker = load_checker(settings)

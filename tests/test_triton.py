@@ -133,13 +133,16 @@ def test_a_refused_request_is_the_users_mistake(server: DecoderSettings, rows: R
 
 
 def test_a_server_of_another_decoder_is_refused(server: DecoderSettings) -> None:
-    with pytest.raises(UserError, match=r"serves decoder [0-9a-f]{16}, this config says [0-9a-f]{16}; start the server with the same"):
+    with pytest.raises(
+        UserError,
+        match=r"serves another decoder than this config says \(they differ in num_inference_steps\); start the server with the same",
+    ):
         TritonDecoder(server.model_copy(update={"num_inference_steps": 7}))
 
 
 def test_a_server_that_is_down_is_said_with_the_remedy(tiny_decoder: DecoderSettings) -> None:
     with pytest.raises(
-        ServerLostError, match=r"no server ready within 1 s \(.*refused.*\); start one on every node that renders: rebeca serve"
+        ServerLostError, match=r"no server ready within 1 s \(.*refused.*\); start one on every node that renders \(rebeca serve"
     ):
         TritonDecoder(served(tiny_decoder, free_port(), ready_seconds=1))
 
@@ -229,6 +232,23 @@ def test_an_unknown_engine_stops_the_server_with_the_reason(tiny_decoder: Decode
     with pytest.raises(UserError, match="tritonserver ended with code 1 before it was ready"), triton_server(unknown, **own, instances=1):
         pass
     assert "config.pbtxt: parameters: engine = 'steam': input should be 'torch', 'onnx' or 'tensorrt'" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("process")
+def test_a_port_that_is_taken_is_said_at_once(tiny_decoder: DecoderSettings, ports: dict[str, int]) -> None:
+    """Else the server that has it would be found ready in place of ours."""
+    own = {**{name: free_port() for name in PORTS}, "http_port": ports["http_port"]}
+    taken = pytest.raises(UserError, match=rf"--http-port {own['http_port']}: another process listens there")
+    with taken, triton_server(tiny_decoder, **own, instances=1):
+        pass
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_server_that_is_not_there_is_missed_before_anything_is_planned(config: GenerateConfig) -> None:
+    nowhere = served(config.decoder, free_port(), ready_seconds=1)
+    with pytest.raises(ServerLostError, match="no server ready within 1 s"):
+        generate_catalog(config.model_copy(update={"decoder": nowhere}))
+    assert not (Path(config.root) / "work").exists()
 
 
 def test_rebeca_serve_says_where_it_listens_and_stops_cleanly(tiny_decoder: DecoderSettings, rows: Rows, tmp_path: Path) -> None:
