@@ -48,8 +48,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def ray_local(s3_server: dict[str, str]) -> Iterator[None]:
-    """One local Ray for the whole test run, whose workers reach the S3 server."""
+def ray_local(s3_server: dict[str, str]) -> Iterator[str]:
+    """One local Ray for the whole test run, whose workers reach the S3 server; yields its address, for drivers of their own."""
     import ray
 
     from rebeca_ray.cluster import start_ray
@@ -57,7 +57,7 @@ def ray_local(s3_server: dict[str, str]) -> Iterator[None]:
     os.environ.pop("RAY_ADDRESS", None)
     os.environ.update(s3_server)
     start_ray()
-    yield
+    yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
 
@@ -289,6 +289,8 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
             "-s3",
             f"-s3.port={ports['s3']}",
             f"-s3.port.grpc={free_port()}",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
             f"-s3.config={folder / 's3.json'}",
         ],
         stdout=(folder / "log").open("w"),

@@ -1,6 +1,7 @@
 """Embedding items with the bundled CLIP through Ray Data."""
 
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -72,8 +73,8 @@ def test_repeated_items_are_refused(tmp_path: Path) -> None:
         read_image_embeds(str(tmp_path / "items.parquet"))
 
 
-def test_an_item_that_is_no_image_is_named_and_the_last_embedding_stays(tmp_path: Path) -> None:
-    """Raised in a Ray actor, it ends the command with its exit code and its one line."""
+def test_an_item_that_is_no_image_is_named_and_the_last_embedding_stays(tmp_path: Path, ray_local: str) -> None:
+    """Raised in a Ray actor, it ends the command with its exit code and its one line. A process of its own takes its actors with it."""
     some = pq.read_table(ITEMS, columns=["item_id", "image"]).slice(0, 3).to_pylist()
     some[1]["image"]["bytes"] = b"no picture"
     pq.write_table(pa.Table.from_pylist(some), tmp_path / "items.parquet")
@@ -84,7 +85,7 @@ def test_an_item_that_is_no_image_is_named_and_the_last_embedding_stays(tmp_path
         f"items: {tmp_path}/items.parquet\nclip: local-dir:{CLIP}\nout: {tmp_path}/out\ncpus_per_actor: 0.5\n"
     )
     command = [Path(sys.executable).parent / "rebeca", "embed", "--config", tmp_path / "embed.yaml"]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    out = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "RAY_ADDRESS": ray_local})
     assert out.returncode == 2
     assert out.stderr.splitlines()[-1].startswith(f"error: items: the image of {some[1]['item_id']!r} cannot be decoded")
     assert "Traceback" not in out.stdout + out.stderr
