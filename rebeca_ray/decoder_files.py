@@ -17,9 +17,8 @@ from rebeca_ray.errors import UserError
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SAFETY_PARTS = ("safety_checker", "feature_extractor")
 LOCATIONS = {"model", "revision", "ip_adapter", "ip_adapter_repo", "ip_adapter_revision", "vae", "lora", "engine_dir"}  # hashed instead
-INVISIBLE = {  # in an image; the engines differ by rounding
-    *("backend", "triton", "engine", "batch_size", "num_actors", "cpus_per_actor", "device", "thumbnail_size", "compile")
-}
+INVISIBLE = {"backend", "triton", "batch_size", "num_actors", "cpus_per_actor", "device", "thumbnail_size"}  # in an image
+INVISIBLE |= {"engine", "compile"}  # but for rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +100,14 @@ def fetch_vae(settings: DecoderSettings) -> Path | None:
 
 def find_lora(settings: DecoderSettings) -> Path | None:
     lora = settings.lora
-    if lora is None or Path(lora).is_file():
-        return Path(lora) if lora else None
+    if lora is None:
+        return None
+    if Path(lora).is_file() and lora.endswith(".safetensors"):
+        return Path(lora)
     owner, _, rest = lora.partition("/")
     name, _, file = rest.partition("/")
     if is_local(lora) or not file.endswith(".safetensors"):
-        raise UserError(f"decoder.lora {lora}: no such file; give a path, or owner/name/file.safetensors of a hub")
+        raise UserError(f"decoder.lora {lora}: no such .safetensors file; give a path, or owner/name/file.safetensors of a hub")
     return fetched("lora", lora, f"{owner}/{name} {file}", lambda: hf_hub_download(f"{owner}/{name}", file))
 
 

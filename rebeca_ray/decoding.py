@@ -100,7 +100,7 @@ class Decoder(Protocol):
 
 
 def check_decoder(settings: DecoderSettings) -> None:
-    """Raise what building the decoder would raise for a server, an export or a checker that is not there, without loading the rest."""
+    """Raise what building the decoder would raise for a server or a checker that is not there, without loading the rest."""
     if settings.backend == "triton":
         from rebeca_ray.triton import TritonDecoder
 

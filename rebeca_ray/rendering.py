@@ -63,8 +63,13 @@ def check_renderer(decoder: DecoderSettings) -> None:
         return
     import ray
 
-    resources = {"decoder_slot": 1.0} if decoder.backend == "triton" else {}
-    work = ray.remote(num_cpus=decoder.cpus_per_actor, resources=resources, max_retries=0)(check_decoder)
+    served = decoder.backend == "triton"
+    needed = {
+        "num_cpus": decoder.cpus_per_actor,
+        "num_gpus": 0 if served or decoder.device == "cpu" else 1,  # a checker may be on the GPU
+        "resources": {"decoder_slot": 1.0} if served else {},
+    }
+    work = ray.remote(max_retries=0)(check_decoder).options(**needed)
     try:
         ray.get(work.remote(decoder))
     except ray.exceptions.RayTaskError as error:

@@ -102,8 +102,11 @@ def test_missing_files_and_pickles_are_refused(tiny_decoder: DecoderSettings, tm
         find_decoder(change(tiny_decoder, ip_adapter="other/ip-adapter.safetensors"))
     with pytest.raises(UserError, match=r"a pickle can run code .* rebeca convert ip_adapter/ip-adapter.bin ip_adapter/ip-adapter.safe"):
         find_decoder(change(tiny_decoder, ip_adapter="ip_adapter/ip-adapter.bin"))
-    with pytest.raises(UserError, match="no such file; give a path, or owner/name"):
+    with pytest.raises(UserError, match="no such .safetensors file; give a path, or owner/name"):
         find_decoder(change(tiny_decoder, lora="/nowhere/fast.safetensors"))
+    (tmp_path / "fast.weights").write_bytes(b"pickled")
+    with pytest.raises(UserError, match="no such .safetensors file; give a path, or owner/name/file.safetensors"):
+        find_decoder(change(tiny_decoder, lora=str(tmp_path / "fast.weights")))
 
 
 def test_a_pickle_of_tensors_becomes_safetensors(tmp_path: Path) -> None:
