@@ -23,8 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import rebeca_ray
-from rebeca_ray.config import DiffusionSettings, NetworkSettings, PriorSampling, parse_config
+from rebeca_ray.config import parse_config
 from rebeca_ray.errors import UserError
+from rebeca_ray.settings import DiffusionSettings, NetworkSettings, PriorSampling
 from rebeca_ray.storage import UNREACHABLE, describe, join, open_filesystem, read_json, require_writable, write_json
 
 if TYPE_CHECKING:

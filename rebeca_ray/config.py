@@ -1,147 +1,38 @@
-"""What a job can be told: frozen, strict models, a YAML loader, and `key.sub=value` overrides.
+"""What a job can be told: one frozen, strict model a job, a YAML loader, and `key.sub=value` overrides.
 
-An unknown key is an error that suggests the nearest known one. Every `Location` may be local or `s3://`.
+An unknown key is an error that suggests the nearest known one. The sections are in `settings.py`.
 """
 
 import datetime
-import os
 import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from rebeca_ray.errors import UserError, did_you_mean
 from rebeca_ray.presets import PRESETS
-
-PACKAGE = Path(__file__).parent
-
-
-def expand(location: str) -> str:
-    """Resolve `~`, and `package:` (a folder inside the installed rebeca_ray), also behind open_clip's `local-dir:`."""
-    scheme = "local-dir:" if location.startswith("local-dir:") else ""
-    path = location.removeprefix(scheme)
-    if path.startswith("package:"):
-        return f"{scheme}{PACKAGE / path.removeprefix('package:')}"
-    return f"{scheme}{Path(path).expanduser()}" if path.startswith("~") else location
-
-
-def absolute(location: str) -> str:
-    """A local path from the root, because the cluster's workers have another working directory; `s3://` as it is."""
-    location = expand(location)
-    return location if "://" in location else os.path.abspath(location)
-
-
-Location = Annotated[str, AfterValidator(absolute)]
-ModelName = Annotated[str, AfterValidator(expand)]  # a hub id, or a directory that every node sees
-Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", coerce_numbers_to_str=True)]
-Positive = Annotated[int, Field(gt=0)]
-MAX_IMAGES = 32_767  # a rank is an int16
-Share = Annotated[float, Field(ge=0, lt=1)]
-Cpus = Annotated[float, Field(gt=0, description="CPUs reserved an actor; leave one of the cluster's for reading")]
-Device = Literal["cpu", "cuda"]
-
-
-class Settings(BaseModel):
-    """Base of every config section: frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class InteractionSettings(Settings):
-    """How ratings become likes, and who is kept (paper: like = rating >= 4 of 1 to 5)."""
-
-    path: Location
-    rating_scale: Annotated[tuple[float, float], Field(description="the lowest and the highest rating there can be")] = (1.0, 5.0)
-    like_threshold: float = 4.0
-    min_likes: Annotated[int, Field(ge=0)] = 1
-    hold_out: Annotated[Share, Field(description="share of each user's interactions kept from training")] = 0.1
-
-    @model_validator(mode="after")
-    def threshold_is_on_the_scale(self) -> Self:
-        low, high = self.rating_scale
-        if not low < self.like_threshold <= high:
-            raise ValueError(f"like_threshold {self.like_threshold:g} is outside rating_scale {low:g} to {high:g}; change one of them")
-        return self
-
-
-class NetworkSettings(Settings):
-    """The prior network and what it knows a user by; the defaults are the authors' later network, with histories.
-
-    `cross_attention` is that one, `decoder_only` the paper's first. Users are told by `history` (what they rated; serves
-    anyone, the production default), by `id` (a table of those it was trained on, as published), or not at all (`none`, the
-    paper's NoUE ablation).
-    """
-
-    architecture: Literal["cross_attention", "decoder_only"] = "cross_attention"
-    num_layers: Positive = 6
-    num_heads: Positive = 8
-    width: Positive = 128
-    num_tokens: Annotated[int, Field(gt=0, description="tokens an embedding is cut into")] = 32
-    user_encoder: Literal["history", "id", "none"] = "history"
-    num_user_tokens: Positive = 1
-    max_history: Annotated[int, Field(gt=0, description="the latest interactions that `history` looks at")] = 64
-
-    @model_validator(mode="after")
-    def heads_share_the_width(self) -> Self:
-        if self.width % self.num_heads:
-            raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}; change one of them")
-        return self
-
-
-class DiffusionSettings(Settings):
-    """The forward process and what the network predicts."""
-
-    num_train_timesteps: Positive = 1000
-    schedule: Literal["squaredcos_cap_v2", "linear", "laplace"] = "squaredcos_cap_v2"
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "sample"
-
-
-class PriorSampling(Settings):
-    """How a trained prior is best sampled, found after training and saved with it."""
-
-    prior_guidance_scale: Annotated[float, Field(ge=1)]
-    distilled_steps: Annotated[int | None, Field(gt=0, description="a distilled prior has its steps and its guidance built in")] = None
-
-
-class OptimizationSettings(Settings):
-    """One training run: AdamW, early stopping, exponential moving average. Defaults are the authors' where they told them."""
-
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    user_learning_rate: Annotated[float, Field(gt=0, description="of the `id` table's rows (row-wise AdaGrad)")] = 0.1
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-5
-    batch_size: Annotated[int, Field(gt=0, description="samples a step, over all workers")] = 64
-    samples_per_user: Annotated[int, Field(gt=0, description="draws a user an epoch")] = 100
-    like_share: Annotated[
-        float | None, Field(ge=0, le=1, description="share of likes among the draws, since likes are drawn later; default: as they come")
-    ] = None
-    steps_per_epoch: Annotated[
-        int | None, Field(gt=0, description="validate and checkpoint after so many; default: when every user had their draws")
-    ] = None
-    max_epochs: Positive = 100
-    schedule: Annotated[
-        Literal["plateau", "linear"], Field(description="of the learning rate: down when validation stalls, or towards 0 at max_epochs")
-    ] = "plateau"
-    plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    plateau_patience: Positive = 4
-    early_stopping_patience: Positive = 10
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    user_dropout: Share = 0.15
-    rating_dropout: Share = 0.15
-    gradient_clip: Annotated[float, Field(gt=0)] = 1.0
-    seed: Annotated[int, Field(ge=0)] = 0
-
-
-class WorkerSettings(Settings):
-    """The Ray Train workers: `cpu` talks gloo, `cuda` talks nccl."""
-
-    num_workers: Positive = 1
-    cpus_per_worker: Annotated[float, Field(gt=0, description="reserved; leave some of the cluster's for reading")] = 1.0
-    threads_per_worker: Positive = 1
-    device: Device = "cpu"
-    max_failures: Annotated[int, Field(ge=0)] = 2
-
+from rebeca_ray.settings import (
+    MAX_IMAGES,
+    Cpus,
+    DecoderSettings,
+    Device,
+    DiffusionSettings,
+    GateSettings,
+    Identifier,
+    InteractionSettings,
+    Location,
+    ModelName,
+    NetworkSettings,
+    OptimizationSettings,
+    Positive,
+    SamplerSettings,
+    SelectionSettings,
+    Settings,
+    Share,
+    WorkerSettings,
+)
 
 C = TypeVar("C", bound=Settings)
 
@@ -205,113 +96,6 @@ class DistillConfig(Settings):
     min_diversity: Annotated[float, Field(ge=0, description="of the teacher's mean distance between a user's samples; likewise")] = 0.9
     device: Device = "cpu"
     seed: Annotated[int, Field(ge=0)] = 0
-
-
-class SamplerSettings(Settings):
-    """How the prior is sampled. The paper's sampler is `ddpm` with 1000 steps. A distilled prior has all three built in."""
-
-    name: Annotated[Literal["ddpm", "ddim", "dpm_solver", "unipc"] | None, Field(description="default: dpm_solver")] = None
-    num_inference_steps: Annotated[int | None, Field(gt=0, description="default: 16")] = None
-    prior_guidance_scale: Annotated[float | None, Field(ge=1, description="default: what was chosen after training")] = None
-    batch_size: Annotated[int, Field(ge=16, description="candidates a forward pass; short batches are padded to it")] = 256
-    num_actors: Positive = 1
-    cpus_per_actor: Cpus = 1.0
-    device: Device = "cpu"
-
-    def resolve(self, prior: PriorSampling, num_train_timesteps: int) -> Self:
-        """The same with nothing left open. Raises ValueError for what this prior cannot do."""
-        if prior.distilled_steps is not None:
-            built_in = {"name": "ddim", "num_inference_steps": prior.distilled_steps, "prior_guidance_scale": 1.0}
-            told = [name for name in built_in if getattr(self, name) is not None]
-            if told:
-                raise ValueError(f"sampler.{told[0]} is set, but a distilled prior has its steps and guidance built in; leave it out")
-            return self.model_copy(update=built_in)
-        steps = self.num_inference_steps or min(16, num_train_timesteps)
-        if steps > num_train_timesteps:
-            raise ValueError(f"sampler.num_inference_steps is {steps}, it was trained on {num_train_timesteps}; take at most that many")
-        guidance = self.prior_guidance_scale or prior.prior_guidance_scale
-        return self.model_copy(update={"name": self.name or "dpm_solver", "num_inference_steps": steps, "prior_guidance_scale": guidance})
-
-
-class SelectionSettings(Settings):
-    """Which of a user's candidates are decoded."""
-
-    candidates_per_item: Annotated[int, Field(gt=0, description="1 keeps what is sampled, in its order")] = 4
-    diversity: Annotated[float, Field(ge=0, le=1, description="weight of unlikeness to those chosen, against the like probability")] = 0.3
-    max_item_similarity: Annotated[
-        float, Field(gt=0, le=1, description="nearer to an existing item, by cosine, a candidate is a copy and comes last")
-    ] = 0.98
-
-
-class SafetySettings(Settings):
-    """What is not fit to be shown, and what happens to it."""
-
-    checker: Annotated[
-        str | None, Field(description="stable-diffusion: the model's own; or module:function of uint8 images, giving probabilities")
-    ] = None
-    max_probability: Annotated[float, Field(ge=0, le=1, description="of being unsafe; above it an image is")] = 0.5
-    policy: Annotated[
-        Literal["regenerate", "drop", "flag"], Field(description="draw it anew with other noise, leave it out, or mark it safety_flag")
-    ] = "regenerate"
-    max_attempts: Annotated[int, Field(gt=0, description="of drawing one image; then it is left out")] = 3
-
-
-class TritonSettings(Settings):
-    """The Triton Inference Server of the node that an actor runs on."""
-
-    url: Annotated[str, Field(description="host:port of its gRPC")] = "127.0.0.1:8001"
-    window: Annotated[int, Field(gt=0, description="requests under way at a time, so that the server's next batch is waiting")] = 2
-    deadline_seconds: Annotated[float, Field(gt=0, description="for one request of batch_size images")] = 120
-    ready_seconds: Annotated[float, Field(gt=0, description="how long a server that starts, or starts again, is waited for")] = 300
-
-
-class DecoderSettings(Settings):
-    """The decoder: a Stable Diffusion directory or hub id and its IP-Adapter file, and what runs it."""
-
-    model: ModelName
-    revision: Annotated[str | None, Field(description="commit of a hub model; default: its latest")] = None
-    ip_adapter: Annotated[str, Field(description="path of the adapter inside `ip_adapter_repo`")] = "ip_adapter/ip-adapter.safetensors"
-    ip_adapter_repo: Annotated[ModelName | None, Field(description="hub id or directory; default: the model's own")] = None
-    ip_adapter_revision: str | None = None
-    vae: Annotated[ModelName | None, Field(description="another autoencoder, such as madebyollin/taesd; default: the model's own")] = None
-    lora: Annotated[ModelName | None, Field(description="merged at load: a path, or owner/name/file.safetensors of a hub")] = None
-    backend: Annotated[Literal["local", "triton"], Field(description="decode in the actor, or in the server on its node")] = "local"
-    triton: TritonSettings = TritonSettings()
-    engine: Annotated[Literal["torch", "onnx", "tensorrt"], Field(description="what runs the networks")] = "torch"
-    engine_dir: Annotated[Location | None, Field(description="what `rebeca export` wrote; for onnx and tensorrt")] = None
-    scheduler: Literal["dpm_solver", "ddim", "unipc", "lcm", "tcd"] = "dpm_solver"
-    num_inference_steps: Positive = 20
-    decoder_guidance_scale: Annotated[float, Field(ge=1, description="1 means a single pass")] = 5.0
-    ip_adapter_scale: Annotated[float, Field(ge=0)] = 1.0
-    image_size: Annotated[int | None, Field(gt=0, multiple_of=8, description="pixels a side; default: the model's own")] = None
-    image_format: Literal["JPEG", "WEBP", "PNG"] = "WEBP"
-    image_quality: Annotated[int, Field(ge=1, le=100)] = 90
-    thumbnail_size: Positive = 128
-    safety: SafetySettings = SafetySettings()
-    batch_size: Annotated[int, Field(gt=0, description="images decoded together; short batches are padded to it")] = 16
-    num_actors: Positive = 1
-    cpus_per_actor: Cpus = 1.0
-    device: Device = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    compile: Annotated[bool, Field(description="the UNet by torch.compile: minutes at start, faster after; engine torch only")] = False
-
-    @model_validator(mode="after")
-    def engines_lie_somewhere(self) -> Self:
-        if (self.engine == "torch") != (self.engine_dir is None):
-            raise ValueError(f"engine {self.engine} with engine_dir {self.engine_dir}; onnx and tensorrt need one, torch has none")
-        if self.compile and self.engine != "torch":
-            raise ValueError(f"compile is for engine torch, this is {self.engine}")
-        if self.engine == "tensorrt" and self.device != "cuda":
-            raise ValueError("engine tensorrt needs device cuda")
-        return self
-
-
-class GateSettings(Settings):
-    """When a run must not go on to be rendered."""
-
-    max_p_value: Annotated[
-        float | None, Field(gt=0, le=1, description="that what is drawn pleases its own users more than others; null: never stop")
-    ] = 0.01
 
 
 class GenerateConfig(Settings):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from rebeca_ray.checkpoint import TrainedPrior, load_prior, read_prior_config, save_prior
-from rebeca_ray.config import DistillConfig, PriorSampling, SamplerSettings
+from rebeca_ray.config import DistillConfig
 from rebeca_ray.diffusion import Denoiser, Diffusion
 from rebeca_ray.errors import QualityGateError, UserError
 from rebeca_ray.finishing import USERS_AT_ONCE, factors_of, training_blocks
@@ -25,6 +25,7 @@ from rebeca_ray.items import read_image_embeds
 from rebeca_ray.prior import LIKE, Prior
 from rebeca_ray.request import check_items_fit
 from rebeca_ray.sampling import dpm_solver_pp_2m, guided_denoiser, item_noise, sample_liked
+from rebeca_ray.settings import PriorSampling, SamplerSettings
 from rebeca_ray.storage import require_own, require_writable
 
 TEACHER_STEPS = 4  # of the teacher for one of the student

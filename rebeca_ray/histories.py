@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rebeca_ray import schemas
-from rebeca_ray.config import InteractionSettings
 from rebeca_ray.errors import UserError
 from rebeca_ray.identity import hash128
 from rebeca_ray.interactions import Interactions, check_columns, history_digests, interactions_of, no_users, normalise, read_interactions
+from rebeca_ray.settings import InteractionSettings
 from rebeca_ray.storage import arrow_filesystem, join, open_filesystem, open_table, read_json, read_table, write_json, write_table
 
 ROWS_A_BUCKET = 500_000

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
-from rebeca_ray.config import InteractionSettings
 from rebeca_ray.errors import UserError, did_you_mean
 from rebeca_ray.identity import hash128
 from rebeca_ray.schemas import compatible
+from rebeca_ray.settings import InteractionSettings
 from rebeca_ray.storage import open_table, read_table
 
 MAX_EXAMPLES = 3

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import typer
 from rich.console import Console
 
-from rebeca_ray.config import DecoderSettings, DistillConfig, EmbedConfig, GenerateConfig, Settings, TrainConfig, load_config
+from rebeca_ray.config import DistillConfig, EmbedConfig, GenerateConfig, TrainConfig, load_config
 from rebeca_ray.errors import UserError
+from rebeca_ray.settings import DecoderSettings, Settings
 
 console = Console(soft_wrap=True)  # a log is searched line by line
 

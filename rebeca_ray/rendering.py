@@ -13,8 +13,9 @@ from ray.data.datasource import FilenameProvider
 
 from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import Run
-from rebeca_ray.config import DecoderSettings, GenerateConfig
+from rebeca_ray.config import GenerateConfig
 from rebeca_ray.decoding import DecodedImage, Rows, ServerLostError, build_decoder, check_decoder
+from rebeca_ray.settings import DecoderSettings
 from rebeca_ray.storage import ChecksumHandler, arrow_filesystem, join, open_filesystem
 
 ROW_GROUP = 100

@@ -7,11 +7,12 @@ import pyarrow.compute as pc
 
 from rebeca_ray import schemas
 from rebeca_ray.checkpoint import read_prior_config
-from rebeca_ray.config import MAX_IMAGES, GenerateConfig, PriorSampling, parse_config
+from rebeca_ray.config import GenerateConfig, parse_config
 from rebeca_ray.decoder_files import DecoderIdentity
 from rebeca_ray.errors import UserError, did_you_mean
 from rebeca_ray.items import embedded_with
 from rebeca_ray.schemas import compatible
+from rebeca_ray.settings import MAX_IMAGES, PriorSampling
 from rebeca_ray.storage import open_table, read_table
 
 

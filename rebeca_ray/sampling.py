@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from rebeca_ray.config import SamplerSettings
 from rebeca_ray.diffusion import Denoiser, Diffusion
 from rebeca_ray.prior import LIKE, NULL_RATING, Prior
+from rebeca_ray.settings import SamplerSettings
 
 USERS_PADDED_TO = 64
 

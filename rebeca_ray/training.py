@@ -15,13 +15,14 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rebeca_ray import identity
 from rebeca_ray.checkpoint import TrainedPrior, save_prior
 from rebeca_ray.cluster import require_room, start_ray
-from rebeca_ray.config import PriorSampling, TrainConfig
+from rebeca_ray.config import TrainConfig
 from rebeca_ray.embeds import EmbedScaler
 from rebeca_ray.errors import UserError
 from rebeca_ray.finishing import finish_prior, training_blocks
 from rebeca_ray.histories import Histories, build_histories, user_table
 from rebeca_ray.items import EmbeddedItems, read_image_embeds
 from rebeca_ray.prior import Prior
+from rebeca_ray.settings import PriorSampling
 from rebeca_ray.storage import arrow_filesystem, open_filesystem, require_own, require_writable
 from rebeca_ray.train_loop import STATE, is_streamed, train_loop_per_worker
 from rebeca_ray.training_set import Batch

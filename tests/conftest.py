@@ -24,7 +24,7 @@ from rebeca_ray import schemas
 from rebeca_ray.catalog.assemble import assemble
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.checkpoint import TrainedPrior, fingerprint, read_prior_config, save_prior
-from rebeca_ray.config import DecoderSettings, DiffusionSettings, GenerateConfig, NetworkSettings, PriorSampling, SamplerSettings
+from rebeca_ray.config import GenerateConfig
 from rebeca_ray.decoder_files import identify_decoder
 from rebeca_ray.embeds import EmbedScaler
 from rebeca_ray.histories import Histories
@@ -32,6 +32,7 @@ from rebeca_ray.planning import PlanUsers
 from rebeca_ray.prior import CrossAttentionDenoiser, Prior
 from rebeca_ray.rendering import RenderImages
 from rebeca_ray.selector import Selector
+from rebeca_ray.settings import DecoderSettings, DiffusionSettings, NetworkSettings, PriorSampling, SamplerSettings
 from rebeca_ray.storage import ChecksumHandler
 from rebeca_ray.users import UserTable
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from rebeca_ray.config import DistillConfig, EmbedConfig, GenerateConfig, TrainConfig, expand, load_config
+from rebeca_ray.config import DistillConfig, EmbedConfig, GenerateConfig, TrainConfig, load_config
 from rebeca_ray.errors import UserError
+from rebeca_ray.settings import expand
 
 CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
 MODELS = {"embed": EmbedConfig, "train": TrainConfig, "distill": DistillConfig, "generate": GenerateConfig}

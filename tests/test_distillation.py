@@ -12,11 +12,12 @@ import torch
 
 from rebeca_ray import schemas
 from rebeca_ray.checkpoint import load_prior, save_prior
-from rebeca_ray.config import DistillConfig, NetworkSettings, PriorSampling, SamplerSettings
+from rebeca_ray.config import DistillConfig
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.distillation import CHECKED_SAMPLES, KnownUsers, distill_prior, draw_trajectories, known_users, targets
 from rebeca_ray.errors import QualityGateError, UserError
 from rebeca_ray.sampling import ddim, sample_liked
+from rebeca_ray.settings import NetworkSettings, PriorSampling, SamplerSettings
 from rebeca_ray.users import UserTable
 from tests.conftest import untrained_prior
 

@@ -19,7 +19,7 @@ from rebeca_ray import schemas
 from rebeca_ray.catalog.assemble import IncompleteRunError
 from rebeca_ray.catalog.publish import LostRaceError, publish, read_pointer
 from rebeca_ray.catalog.read import open_snapshot, published, read_catalog
-from rebeca_ray.config import DecoderSettings, GateSettings, GenerateConfig
+from rebeca_ray.config import GenerateConfig
 from rebeca_ray.decoder_files import identify_decoder
 from rebeca_ray.decoding import DecodedImage, Rows
 from rebeca_ray.errors import ErrorBudgetExceededError, QualityGateError, UserError
@@ -29,6 +29,7 @@ from rebeca_ray.local_decoder import LocalDecoder
 from rebeca_ray.rendering import RenderImages
 from rebeca_ray.request import check_request
 from rebeca_ray.selector import Selector
+from rebeca_ray.settings import DecoderSettings, GateSettings
 from rebeca_ray.stickers.training_data import to_pixels
 from tests.conftest import USERS, D, assembled, generate_config, prepare, prior_users, write_tiny_prior
 

@@ -10,10 +10,10 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rebeca_ray.config import DiffusionSettings, NetworkSettings, PriorSampling, SamplerSettings
 from rebeca_ray.diffusion import Diffusion, alphas_cumprod
 from rebeca_ray.prior import LIKE, NULL_RATING, Prior
 from rebeca_ray.sampling import SAMPLERS, guided_denoiser, item_noise, sample_liked
+from rebeca_ray.settings import DiffusionSettings, NetworkSettings, PriorSampling, SamplerSettings
 from tests.conftest import wake
 
 D, USERS = 16, 5

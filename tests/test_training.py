@@ -18,7 +18,7 @@ import torch
 
 from rebeca_ray import schemas
 from rebeca_ray.checkpoint import load_prior
-from rebeca_ray.config import SamplerSettings, TrainConfig
+from rebeca_ray.config import TrainConfig
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.embeds import EmbedScaler
 from rebeca_ray.errors import UserError
@@ -26,6 +26,7 @@ from rebeca_ray.fit import DenoisingLoss, Fit
 from rebeca_ray.histories import build_histories
 from rebeca_ray.items import read_image_embeds
 from rebeca_ray.sampling import sample_liked
+from rebeca_ray.settings import SamplerSettings
 from rebeca_ray.storage import read_table
 from rebeca_ray.train_loop import train_epoch
 from rebeca_ray.training import run_name, train_prior

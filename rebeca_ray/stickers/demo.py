@@ -13,7 +13,7 @@ import yaml
 
 from rebeca_ray.catalog.read import Snapshot, read_catalog
 from rebeca_ray.checkpoint import load_prior
-from rebeca_ray.config import DecoderSettings, EmbedConfig, GenerateConfig, SamplerSettings, TrainConfig, parse_config
+from rebeca_ray.config import EmbedConfig, GenerateConfig, TrainConfig, parse_config
 from rebeca_ray.decoding import Rows
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.errors import UserError
@@ -23,6 +23,7 @@ from rebeca_ray.items import embed_items
 from rebeca_ray.job import console, print_personality
 from rebeca_ray.local_decoder import LocalDecoder
 from rebeca_ray.sampling import sample_liked
+from rebeca_ray.settings import DecoderSettings, SamplerSettings
 from rebeca_ray.stickers.judge import Judge
 from rebeca_ray.stickers.report import write_report
 from rebeca_ray.stickers.simulate import simulate

@@ -99,8 +99,8 @@ def write_ratings(folder: Path, rows: int) -> None:
 
 def measure_memory(rows: int, data: Path) -> dict[str, float]:
     """Group `rows` interactions by user; the peak of the machine's used memory above what it was before."""
-    from rebeca_ray.config import InteractionSettings
     from rebeca_ray.histories import build_histories
+    from rebeca_ray.settings import InteractionSettings
 
     write_ratings(data / f"ratings-{rows}", rows)
     subprocess.run(["rm", "-rf", str(data / f"histories-{rows}")], check=True)
