@@ -22,11 +22,15 @@ from rebeca_ray.settings import (
     GateSettings,
     Identifier,
     InteractionSettings,
+    LayoutSettings,
+    LimitSettings,
     Location,
     ModelName,
     NetworkSettings,
     OptimizationSettings,
     Positive,
+    PriceSettings,
+    RefreshSettings,
     SamplerSettings,
     SelectionSettings,
     Settings,
@@ -35,6 +39,7 @@ from rebeca_ray.settings import (
 )
 
 C = TypeVar("C", bound=Settings)
+Resume = Literal["auto", "require", "never"]
 
 
 class EmbedConfig(Settings):
@@ -111,7 +116,11 @@ class GenerateConfig(Settings):
     ] = None
     sampler: SamplerSettings = SamplerSettings()
     selection: SelectionSettings = SelectionSettings()
+    refresh: RefreshSettings = RefreshSettings()
+    layout: LayoutSettings = LayoutSettings()
+    limits: LimitSettings = LimitSettings()
     gate: GateSettings = GateSettings()
+    prices: PriceSettings = PriceSettings()
     num_images: Annotated[int, Field(gt=0, le=MAX_IMAGES, description="images a user, where the request does not say")] = 10
     run_date: Annotated[datetime.date | None, Field(description="default: today, UTC")] = None
     run_id: Annotated[Identifier | None, Field(description="default: the time and six random digits")] = None

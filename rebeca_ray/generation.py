@@ -1,74 +1,152 @@
-"""The main job: plan, test the plan, render, assemble, publish. Nothing is visible to a reader before the last line."""
+"""The main job: decide, plan, test the plan, render, assemble, judge, publish. Nothing is visible to a reader before the last step."""
 
+import datetime
 import time
 from typing import Any
 
 import rebeca_ray
-from rebeca_ray.catalog.assemble import assemble
-from rebeca_ray.catalog.gate import check_plan
+from rebeca_ray.catalog.assemble import MadeOf, assemble
+from rebeca_ray.catalog.gate import check_plan, refusals
 from rebeca_ray.catalog.layout import Run
-from rebeca_ray.catalog.publish import publish
-from rebeca_ray.catalog.read import published
-from rebeca_ray.checkpoint import fingerprint, load_prior, read_prior_config
+from rebeca_ray.catalog.lease import Lease, hold_lease
+from rebeca_ray.catalog.read import Snapshot, published
+from rebeca_ray.checkpoint import TrainedPrior, load_prior
 from rebeca_ray.cluster import require_room, start_ray
-from rebeca_ray.config import GenerateConfig
-from rebeca_ray.decoder_files import identify_decoder
-from rebeca_ray.errors import UserError
-from rebeca_ray.planning import plan_items
-from rebeca_ray.rendering import check_renderer, render_items
+from rebeca_ray.config import GenerateConfig, Resume
+from rebeca_ray.decoder_files import DecoderIdentity, identify_decoder
+from rebeca_ray.errors import QualityGateError
+from rebeca_ray.planning import plan_items, request_histories
+from rebeca_ray.progress import Progress, watchdog
+from rebeca_ray.refresh import decide_all
+from rebeca_ray.rendering import check_renderer, render_all
 from rebeca_ray.request import check_request
-from rebeca_ray.storage import join, open_filesystem, require_writable
+from rebeca_ray.resume import begin, choose_run, describe_run
+from rebeca_ray.storage import delete, join, read_json, require_writable, write_json
+
+ASSEMBLE_RESERVE = 1.5  # of the seconds that the last assembling took: rendering stops so long before `publish_by`
 
 
-def generate_catalog(config: GenerateConfig) -> dict[str, Any]:
-    """Generate and publish one snapshot; returns its manifest with the seconds of each stage under `seconds`."""
+def generate_catalog(config: GenerateConfig, *, resume: Resume = "auto", retry_failed: bool = False, force: bool = False) -> dict[str, Any]:
+    """Generate and publish one snapshot; returns its manifest.
+
+    A run of the same date that was begun from the same things and did not end is gone on with (`resume`; `require` accepts nothing
+    else, `never` starts anew). `retry_failed` draws again what failed in it. `force` publishes what the quality gate refuses, and the
+    manifest and the pointer say so. Raises UserErrors, whose exit codes are the job's.
+    """
     decoder = identify_decoder(config.decoder)
     requested = check_request(config, decoder)
     require_writable(config.root, "root")
-    run = Run.start(config)
-    for place in (join(run.root, run.snapshot), join(run.root, run.images), run.work):
-        filesystem, path = open_filesystem(place)
-        if filesystem.exists(path):
-            raise UserError(f"root {config.root}: run_id {run.run_id} was used before ({place} is there); choose another, or give none")
-    published(run.root)  # a damaged one is found now, not after rendering
-    versions = {
-        "prior": fingerprint(read_prior_config(config.prior)),
-        "decoder": decoder.fingerprint(config.decoder),
-        "code": rebeca_ray.__version__,
-    }
-    load_prior(config.prior)  # a damaged one is found now, not by every actor
-    start_ray()
-    sampler, decoding = config.sampler, config.decoder
+    prior = load_prior(config.prior)  # a damaged one is found now, not by every actor
+    published(config.root)  # likewise
+    versions = {"prior": prior.fingerprint, "decoder": decoder.fingerprint(config.decoder), "code": rebeca_ray.__version__}
+    run_date = config.run_date or datetime.datetime.now(datetime.UTC).date()
+    with hold_lease(config.root, config.run_id or "starting", config.limits.lease_seconds) as lease:
+        previous = published(config.root)
+        described = describe_run(config, versions, previous.path if previous else None)
+        run_id, begun = choose_run(config, run_date, described, resume=resume, retry_failed=retry_failed)
+        lease.run_id = run_id
+        start_ray()
+        check_cluster(config)
+        resumed = begun is not None
+        begun = begun or begin(config.root, run_id, run_date, described)
+        run = Run(root=config.root.rstrip("/"), run_date=begun["run_date"], run_id=run_id, epoch=lease.epoch)
+        if resumed:
+            print(f"resuming run {run_id}, begun at {begun['begun_at']}", flush=True)
+        progress = Progress()
+        with watchdog(progress, config.limits.stall_minutes, dump_to=run.work, on_stall=lease.release):
+            manifest = make_snapshot(
+                config, run, lease, prior, decoder, previous, versions, begun, requested, progress, retry_failed=retry_failed, force=force
+            )
+        delete(run.work)
+    return manifest
+
+
+def make_snapshot(
+    config: GenerateConfig,
+    run: Run,
+    lease: Lease,
+    prior: TrainedPrior,
+    decoder: DecoderIdentity,
+    previous: Snapshot | None,
+    versions: dict[str, str],
+    begun: dict[str, Any],
+    requested: int,
+    progress: Progress,
+    *,
+    retry_failed: bool,
+    force: bool,
+) -> dict[str, Any]:
+    """The stages, each of which a resumed run finds done or does."""
+    with progress.stage("decide"):
+        histories = request_histories(config, run)
+        decisions = decide_all(config, run, prior, histories, previous, versions["decoder"])
+    plan_items(config, run, versions, histories, previous, decisions, progress)
+    with progress.stage("test"):
+        permutation = check_plan(run, config.gate, force=force)
+    deadline = deadline_of(config, begun, previous)
+    rendered = render_all(config, run, decisions, progress, deadline=deadline, retry_failed=retry_failed)
+    with progress.stage("assemble"):
+        made = MadeOf(
+            versions=versions,
+            decoder_weights=decoder.weights,
+            embed_dim=decoder.embed_dim,
+            num_buckets=config.layout.num_buckets,
+            max_safety_probability=config.decoder.safety.max_probability,
+            error_budget=config.error_budget,
+        )
+        parts = (read_json(join(run.work, "plan.json")) or {})["parts"]
+        manifest = assemble(run, made, decisions, parts, rendered, previous, requested)
+        manifest["quality"] = {"permutation": permutation.figures() if permutation else None}
+        refused = refusals(manifest, previous.manifest if previous else None, config.gate)
+        manifest["gate"] = {"refused": refused, "forced": bool(refused) and force}
+        manifest["measured"] = measured(config, progress)
+        lease.check()
+        write_json(manifest, run.manifest)
+    if refused and not force:
+        raise QualityGateError(
+            f"run {run.run_id}: {'; '.join(refused)}. Its snapshot {run.snapshot} stays unpublished; look at it, then publish it with "
+            f"`rebeca catalog publish {run.root} --run-id {run.run_id}`, or mend what is wrong"
+        )
+    lease.publish(run_id=run.run_id, run_date=run.run_date, snapshot=run.snapshot, forced=bool(refused))
+    return {**manifest, "seconds": {name: stage["seconds"] for name, stage in progress.stages.items()}}
+
+
+def check_cluster(config: GenerateConfig) -> None:
+    """Raise UserError for actors that would never start, before anything is planned."""
+    sampler, decoder = config.sampler, config.decoder
     require_room("sampler.num_actors", workers=sampler.num_actors, cpus=sampler.cpus_per_actor, device=sampler.device, spare_cpus=1)
-    served = decoding.backend == "triton"  # then the GPU is the server's
-    device, slots = ("cpu", decoding.num_actors) if served else (decoding.device, 0)
+    served = decoder.backend == "triton"  # then the GPU is the server's
     require_room(
         "decoder.num_actors",
-        workers=decoding.num_actors,
-        cpus=decoding.cpus_per_actor,
-        device=device,
+        workers=decoder.num_actors,
+        cpus=decoder.cpus_per_actor,
+        device="cpu" if served else decoder.device,
         spare_cpus=1,
-        decoder_slots=slots,
+        decoder_slots=decoder.num_actors if served else 0,
     )
-    check_renderer(decoding)
-    seconds = {}
-    started = time.perf_counter()
-    plan_items(config, run, versions)
-    permutation = check_plan(run, config.gate)
-    seconds["plan"] = round(time.perf_counter() - started, 2)
-    started = time.perf_counter()
-    render_items(config, run)
-    seconds["render"] = round(time.perf_counter() - started, 2)
-    started = time.perf_counter()
-    manifest = assemble(
-        run,
-        requested=requested,
-        error_budget=config.error_budget,
-        max_safety_probability=config.decoder.safety.max_probability,
-        versions=versions,
-        quality={"permutation": permutation.figures() if permutation else None},
-        decoder_weights=decoder.weights,
-    )
-    publish(run.root, run.snapshot, run_id=run.run_id, run_date=run.run_date, epoch=run.epoch)
-    seconds["assemble"] = round(time.perf_counter() - started, 2)
-    return {**manifest, "seconds": seconds}
+    check_renderer(decoder)
+
+
+def deadline_of(config: GenerateConfig, begun: dict[str, Any], previous: Snapshot | None) -> float | None:
+    """When rendering must stop, in seconds since 1970: so that assembling ends by `publish_by`, or when the GPU hours are spent."""
+    ends = []
+    if config.limits.publish_by is not None:
+        start = datetime.datetime.fromisoformat(begun["begun_at"])
+        hour, minute = (int(part) for part in config.limits.publish_by.split(":"))
+        end = start.replace(hour=hour, minute=minute, second=0, microsecond=0)
+        end += datetime.timedelta(days=end <= start)
+        last = previous.manifest["measured"]["stages"]["assemble"]["seconds"] if previous else 0.0
+        ends.append(end.timestamp() - ASSEMBLE_RESERVE * last)
+    if config.limits.max_gpu_hours is not None:
+        ends.append(time.time() + 3600 * config.limits.max_gpu_hours / config.decoder.num_actors)
+    return min(ends, default=None)
+
+
+def measured(config: GenerateConfig, progress: Progress) -> dict[str, Any]:
+    """What estimates are made from: the stages of this attempt, and how many did them."""
+    progress.pause()
+    return {
+        "stages": progress.stages,
+        "sampler": config.sampler.model_dump(include={"num_actors", "cpus_per_actor", "device"}),
+        "decoder": config.decoder.model_dump(include={"num_actors", "cpus_per_actor", "device", "batch_size"}),
+    }

@@ -6,7 +6,6 @@ Small interactions are one bucket and never meet Ray. Larger ones are split by a
 grouped, checked and written by a task of its own, so that no process ever holds more than a bucket.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,10 +16,20 @@ import pyarrow.parquet as pq
 
 from rebeca_ray import schemas
 from rebeca_ray.errors import UserError
-from rebeca_ray.identity import hash128
+from rebeca_ray.identity import bucket_of, hash128
 from rebeca_ray.interactions import Interactions, check_columns, history_digests, interactions_of, no_users, normalise, read_interactions
 from rebeca_ray.settings import InteractionSettings
-from rebeca_ray.storage import arrow_filesystem, join, open_filesystem, open_table, read_json, read_table, write_json, write_table
+from rebeca_ray.storage import (
+    arrow_filesystem,
+    describe_files,
+    join,
+    open_filesystem,
+    open_table,
+    read_json,
+    read_table,
+    write_json,
+    write_table,
+)
 
 ROWS_A_BUCKET = 500_000
 ROWS_A_BLOCK = 100_000  # of interactions, while they are split
@@ -65,15 +74,11 @@ def bucket_file(uri: str, bucket: int) -> str:
     return join(uri, f"bucket-{bucket:05d}.parquet")
 
 
-def bucket_of(user_id: str, num_buckets: int) -> int:
-    return int(hash128("bucket", user_id)[:16], 16) % num_buckets
-
-
-def build_histories(settings: InteractionSettings, item_id: np.ndarray, storage: str) -> Histories:
+def build_histories(settings: InteractionSettings, item_id: np.ndarray, storage: str, *, multiple_of: int = 1) -> Histories:
     """Group the interactions by user into a folder below `storage`; an earlier one of the same input is used again.
 
-    `item_id` are the embedded items, into which `item_index` counts. Raises UserError as `read_interactions` does, and for
-    rated items that are not among them.
+    `item_id` are the embedded items, into which `item_index` counts. The number of buckets is a multiple of `multiple_of`. Raises
+    UserError as `read_interactions` does, and for rated items that are not among them.
     """
     columns = check_columns(settings.path)
     source = fingerprint(settings, item_id)
@@ -82,7 +87,7 @@ def build_histories(settings: InteractionSettings, item_id: np.ndarray, storage:
         return Histories(**told)
     order = np.argsort(item_id)
     items = ItemIndex(sorted_id=item_id[order], row=order)
-    num_buckets = math.ceil(count_rows(settings.path) / ROWS_A_BUCKET)
+    num_buckets = multiple_of * math.ceil(count_rows(settings.path) / ROWS_A_BUCKET / multiple_of)
     if num_buckets <= 1:
         interactions = read_interactions(settings)
         counted = [write_bucket(interactions, items, settings.path, out, 0)]
@@ -98,11 +103,7 @@ def build_histories(settings: InteractionSettings, item_id: np.ndarray, storage:
 
 def fingerprint(settings: InteractionSettings, item_id: np.ndarray) -> str:
     """Changes with the settings, the files (by name, size and time of change) and the items."""
-    files, _ = open_table(settings.path, "interactions")
-    filesystem, _ = open_filesystem(settings.path)
-    found = [filesystem.info(name) for name in files]
-    told = [[info["name"], info["size"], str(info.get("mtime") or info.get("LastModified"))] for info in found]
-    return hash128(settings.model_dump_json(), json.dumps(told), *item_id.tolist())
+    return hash128(settings.model_dump_json(), describe_files(settings.path, "interactions"), *item_id.tolist())
 
 
 def count_rows(uri: str) -> int:

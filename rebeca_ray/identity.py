@@ -28,6 +28,11 @@ def image_seed(item: str) -> int:
     return int(hash128("image", item)[:16], 16) >> 1
 
 
+def bucket_of(user_id: str, num_buckets: int) -> int:
+    """The bucket of a user; with a multiple of `num_buckets`, a part of that bucket."""
+    return int(hash128("bucket", user_id)[:16], 16) % num_buckets
+
+
 def retry_seed(seed: int, attempt: int) -> int:
     """The seed of another attempt at the same image, where the safety checker did not like the last; attempt 0 is the first."""
     return int(hash128("attempt", seed, attempt)[:16], 16) >> 1 if attempt else seed

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import typer
 from rich.console import Console
 
-from rebeca_ray.config import DistillConfig, EmbedConfig, GenerateConfig, TrainConfig, load_config
+from rebeca_ray.config import DistillConfig, EmbedConfig, GenerateConfig, Resume, TrainConfig, load_config
 from rebeca_ray.errors import UserError
 from rebeca_ray.settings import DecoderSettings, Settings
 
@@ -43,17 +43,26 @@ def distill(config: DistillConfig) -> None:
     console.print(f"distilled prior -> {config.out}  ({quality:.1%} of the teacher's quality in {passes} passes)")
 
 
-def generate(config: GenerateConfig) -> None:
+def generate(config: GenerateConfig, *, resume: Resume = "auto", retry_failed: bool = False, force: bool = False) -> None:
     """Prior + decoder + request -> a published snapshot."""
     from rebeca_ray.generation import generate_catalog
 
-    manifest = generate_catalog(config)
-    counts, seconds = manifest["counts"], manifest["seconds"]
-    console.print(
-        f"published run {manifest['run_id']} of {manifest['run_date']} in {config.root}: {counts['new']:,} images for "
-        f"{counts['users']:,} users, {counts['failed']:,} failed; plan {seconds['plan']} s, render {seconds['render']} s "
-        f"({counts['new'] / seconds['render']:.1f} images/s), assemble {seconds['assemble']} s"
+    print_published(generate_catalog(config, resume=resume, retry_failed=retry_failed, force=force), config.root)
+
+
+def print_published(manifest: dict[str, Any], root: str) -> None:
+    """What was published, in lines for a log."""
+    counts, stages = manifest["counts"], manifest["measured"]["stages"]
+    told = ", ".join(
+        f"{counts[kind]:,} {kind}" for kind in ("new", "carried", "population", "failed", "filtered", "deferred") if counts[kind]
     )
+    seconds = ", ".join(f"{name} {stage['seconds']:.1f} s" for name, stage in stages.items())
+    console.print(f"published run {manifest['run_id']} of {manifest['run_date']} in {root}, with items of {counts['users']:,} users")
+    console.print(f"items: {told}; {seconds}")
+    if counts["late_users"]:
+        console.print(f"time ran out: {counts['late_users']:,} users are not of tonight; the next run draws them")
+    for refusal in manifest["gate"]["refused"]:
+        console.print(f"forced, though {refusal}")
     print_personality(manifest)
 
 

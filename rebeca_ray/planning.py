@@ -1,64 +1,82 @@
-"""Planning: the request's users become planned items, each with the embedding to draw. One Ray Data graph.
+"""Planning: users who are drawn tonight become planned items, each with the embedding to draw. One Ray Data graph.
 
-request, bucket by bucket -> candidates from the prior -> selector, nearest real item -> the best of them -> work/…/plan
+decisions, bucket by bucket -> candidates from the prior -> selector, nearest real item -> the best of them -> work/…/plan
 
 Shapes: G users, N candidates of all of them, D embed dim, U user tokens, H width, F factors of the selector, I items.
 """
 
 import hashlib
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 
 from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import Run
+from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.checkpoint import load_prior
 from rebeca_ray.config import GenerateConfig
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.errors import UserError
 from rebeca_ray.histories import Histories, build_histories
 from rebeca_ray.items import read_image_embeds, read_item_ids
+from rebeca_ray.parts import WRITER_CPUS, WriteParts, with_busy_seconds
+from rebeca_ray.progress import Progress
+from rebeca_ray.refresh import PLAN, RESCORE, Decisions, draw_key
 from rebeca_ray.sampling import USERS_PADDED_TO, sample_liked
 from rebeca_ray.selection import choose, nearest_items
 from rebeca_ray.selector import MAX_HISTORY
-from rebeca_ray.storage import arrow_filesystem, join, open_filesystem, open_table, read_table, write_table
+from rebeca_ray.storage import arrow_filesystem, delete, join, list_files, open_filesystem, read_json, read_table, write_json
 from rebeca_ray.training_set import Rated, UserBlock
 
 ITEMS_A_FILE = 20_000
 TILES_A_BATCH = 4  # of the sampler, so that padding costs little
-NEW, POPULATION = "new", "population"
+NOT_DRAWN = -1  # the unit of what is judged anew only
 
 
-def plan_items(config: GenerateConfig, run: Run, versions: dict[str, str]) -> None:
-    """Write the run's plan. Every requested item becomes exactly one row.
+def plan_items(
+    config: GenerateConfig,
+    run: Run,
+    versions: dict[str, str],
+    histories: Histories | None,
+    previous: Snapshot | None,
+    decisions: Decisions,
+    progress: Progress,
+) -> None:
+    """Write the run's plan, `unit=<u>/bucket=<b>/`. Every item of a user who is drawn becomes exactly one row.
 
-    Users come bucket by bucket, as their histories do. Raises UserError if the prior is no longer the one of `versions`.
+    A plan that is whole is never made again: a resumed run reads it. Raises UserError if the prior is no longer the one of `versions`.
     """
+    marker = join(run.work, "plan.json")
+    if read_json(marker):
+        return
     import ray
 
-    histories = request_histories(config, run)
-    files = split_request(config, run, histories)
+    delete(run.plan)  # a part of one, of an attempt that ended
+    files = [open_filesystem(file)[1] for file in list_files(join(run.work, "decisions", "to-plan"), ".parquet")]
     sampler = config.sampler
     filesystem, _ = open_filesystem(run.work)
-    plan_filesystem, plan_path = open_filesystem(run.plan)
-    (
-        ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem))
-        .map_batches(
+    parts: list[dict[str, Any]] = []
+    if files:
+        planned = ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem)).map_batches(
             PlanUsers,
-            fn_constructor_args=(config, versions, histories),
+            fn_constructor_args=(config, versions, histories, previous, decisions),
             batch_size=users_a_batch(config),
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=sampler.num_actors),
             num_cpus=sampler.cpus_per_actor,
             num_gpus=1 if sampler.device == "cuda" else 0,
         )
-        .write_parquet(plan_path, filesystem=arrow_filesystem(plan_filesystem), max_rows_per_file=ITEMS_A_FILE)
-    )
+        writer = WriteParts(run.work, "plan", by=["unit", "bucket"], epoch=run.epoch, row_group_size=ITEMS_A_FILE, note={})
+        planned = planned.map_batches(writer, batch_size=ITEMS_A_FILE, batch_format="pyarrow", num_cpus=WRITER_CPUS)
+        parts = progress.follow("plan", planned, of=decisions.planned_items)
+    write_json({"parts": parts}, marker)
 
 
 def users_a_batch(config: GenerateConfig) -> int:
@@ -66,28 +84,11 @@ def users_a_batch(config: GenerateConfig) -> int:
 
 
 def request_histories(config: GenerateConfig, run: Run) -> Histories | None:
-    """What the users rated until now, hold-out and all; None if the config gives no interactions."""
+    """What the users rated until now, hold-out and all, in parts of the catalog's buckets; None if the config gives no interactions."""
     if config.interactions is None or config.items is None:
         return None
     everything = config.interactions.model_copy(update={"hold_out": 0.0, "min_likes": 0})
-    return build_histories(everything, read_item_ids(config.items), run.work)
-
-
-def split_request(config: GenerateConfig, run: Run, histories: Histories | None) -> list[str]:
-    """Write the request below the run's work folder, one file a bucket of the histories, so that users meet theirs."""
-    _, schema = open_table(config.request, "request")
-    request = read_table(config.request, "request", [name for name in schemas.REQUEST.names if name in schema.names])
-    users = request["user_id"].cast(pa.string()).to_pylist()
-    bucket = np.array([histories.bucket_of(user) for user in users]) if histories else np.zeros(len(users), int)
-    order = np.argsort(bucket, kind="stable")
-    request = request.append_column("bucket", pa.array(bucket, pa.int32())).take(order)
-    numbers, starts = np.unique(bucket[order], return_index=True)
-    files = []
-    for number, start, stop in zip(numbers, starts, [*starts[1:], len(order)], strict=True):
-        uri = join(run.work, "request", f"bucket-{number:05d}.parquet")
-        write_table(request.slice(start, stop - start), uri, row_group_size=ITEMS_A_FILE)
-        files.append(open_filesystem(uri)[1])
-    return files
+    return build_histories(everything, read_item_ids(config.items), run.work, multiple_of=config.layout.num_buckets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,18 +97,24 @@ class Users:
 
     token_GUH: torch.Tensor
     factor_GF: torch.Tensor | None  # the selector's
-    digest_G: list[str]  # of the history; "" for nobody's
-    origin_G: list[str]  # new, or population: of people at large, for want of a row or a history
 
 
 class PlanUsers:
-    """Ray Data actor: one row a user in, their `num_images` planned items out.
+    """Ray Data actor: one row of `schemas.DECISIONS` in, that user's planned items out.
 
-    Candidates are drawn from the prior, judged by the selector, compared with the real items; the best are kept.
+    Of users who are drawn: candidates from the prior are judged by the selector and compared with the real items; the best
+    are kept. Of users who are rescored: last night's items, judged and ranked anew.
     """
 
-    def __init__(self, config: GenerateConfig, versions: dict[str, str], histories: Histories | None) -> None:
-        self.config, self.versions, self.histories = config, versions, histories
+    def __init__(
+        self,
+        config: GenerateConfig,
+        versions: dict[str, str],
+        histories: Histories | None,
+        previous: Snapshot | None,
+        decisions: Decisions,
+    ) -> None:
+        self.config, self.versions, self.histories, self.previous, self.decisions = config, versions, histories, previous, decisions
         self.prior = load_prior(config.prior, config.sampler.device)
         if self.prior.fingerprint != versions["prior"]:
             raise UserError(f"prior {config.prior}: was replaced while this run was planning; run again")
@@ -121,15 +128,28 @@ class PlanUsers:
 
     @torch.inference_mode()
     def __call__(self, batch: pa.Table) -> pa.Table:
-        asked = batch.to_pylist()
+        started = time.perf_counter()
+        rows = batch.to_pylist()
+        planned = self.draw([row for row in rows if row["decision"] == PLAN])
+        judged = self.rescore([row for row in rows if row["decision"] == RESCORE])
+        return with_busy_seconds(planned_table(planned + judged, self.prior.scaler.embed_dim), time.perf_counter() - started)
+
+    def draw(self, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Planned items of users who are drawn."""
+        if not asked:
+            return []
         users = self.meet(asked)
         keys = [
             identity.plan_key(
-                prior=self.versions["prior"], settings=self.settings, user_id=row["user_id"], history_digest=digest, generation=0
+                prior=self.versions["prior"],
+                settings=self.settings,
+                user_id=row["user_id"],
+                history_digest=row["history_digest"],
+                generation=row["generation"],
             )
-            for row, digest in zip(asked, users.digest_G, strict=True)
+            for row in asked
         ]
-        wanted = [row.get("num_images") or self.config.num_images for row in asked]
+        wanted = [row["num_images"] for row in asked]
         candidates = [count * self.config.selection.candidates_per_item for count in wanted]
         seeds = [identity.candidate_seed(key, number) for key, count in zip(keys, candidates, strict=True) for number in range(count)]
         row_N = np.repeat(np.arange(len(asked)), candidates)
@@ -148,7 +168,7 @@ class PlanUsers:
             start += drawn
             relevance = np.zeros(drawn, np.float32) if like_N is None else like_N[own]
             copies = similarity_N[own] > self.config.selection.max_item_similarity
-            prompt, negative_prompt = row.get("prompt") or "", row.get("negative_prompt") or ""
+            prompt, negative_prompt = row["prompt"], row["negative_prompt"]
             for rank, number in enumerate(choose(unit_ND[own].numpy(), relevance, copies, count, self.config.selection.diversity)):
                 place = own.start + int(number)
                 planned.append(
@@ -162,59 +182,84 @@ class PlanUsers:
                         "drawn_factors": None if drawn_NF is None else drawn_NF[own.start + rank],
                         "nearest_item_id": nearest_N[place],
                         "nearest_similarity": None if nearest_N[place] is None else similarity_N[place],
-                        "origin": users.origin_G[index],
+                        "origin": schemas.POPULATION if row["stranger"] else schemas.NEW,
+                        "bucket": row["bucket"],
+                        "unit": self.decisions.unit_of(draw_key(row)),
                         "prompt": prompt,
                         "negative_prompt": negative_prompt,
                     }
                 )
-        return planned_table(planned, embeds_ND.shape[1])
+        return planned
+
+    def rescore(self, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Last night's items of some users, with the like probability of tonight's selector, in its order."""
+        if not asked or self.previous is None:
+            return []
+        parts = [self.previous.bucket("items", bucket, self.config.layout.num_buckets) for bucket in {row["bucket"] for row in asked}]
+        last = pa.concat_tables([part for part in parts if part is not None])
+        place = {row["user_id"]: number for number, row in enumerate(asked)}
+        last = last.filter(pc.is_in(last["user_id"], value_set=pa.array(list(place))))
+        row_N = np.array([place[user] for user in last["user_id"].to_pylist()])
+        embeds_ND = last["image_embeds"].combine_chunks().flatten().to_numpy().reshape(last.num_rows, -1)
+        padding = -len(row_N) % self.sampler.batch_size
+        x_ND = self.prior.scaler.scale(torch.from_numpy(np.pad(embeds_ND, ((0, padding), (0, 0)), mode="edge")))
+        like_N, _ = self.judge(x_ND, self.meet(asked), np.pad(row_N, (0, padding), mode="edge"))
+        assert like_N is not None  # nobody is rescored without a selector
+        planned: list[dict[str, Any]] = []
+        ranks = [0] * len(asked)
+        for item in np.lexsort((-like_N[: len(row_N)], row_N)):
+            row = asked[row_N[item]]
+            old = last.slice(int(item), 1).to_pylist()[0]
+            planned.append(
+                {
+                    **{name: old[name] for name in ("item_id", "user_id", "nearest_item_id", "nearest_similarity")},
+                    "rank": ranks[row_N[item]],
+                    "image_embeds": embeds_ND[item],
+                    "like_probability": like_N[item],
+                    "user_factors": None,
+                    "drawn_factors": None,
+                    "origin": schemas.CARRIED,
+                    "bucket": row["bucket"],
+                    "unit": NOT_DRAWN,
+                    "prompt": row["prompt"],
+                    "negative_prompt": row["negative_prompt"],
+                }
+            )
+            ranks[row_N[item]] += 1
+        return planned
 
     def meet(self, asked: list[dict[str, Any]]) -> Users:
         """Everything known of the users of some rows of the request."""
         padding = -len(asked) % USERS_PADDED_TO  # nobodies, since matrix products of a few rows round otherwise
         index_G = np.array([self.place.get(row["user_id"], -1) for row in asked] + [-1] * padding)
-        rated, digest_G = self.rated(asked, padding)
+        rated = self.rated(asked, padding)
         history = None
         if rated is not None and self.items is not None:
             history = rated.look_up(self.items.image_embeds, self.config.sampler.device)
             history = history._replace(item_BLD=self.prior.scaler.scale(history.item_BLD))
         latest = None if history is None else history.latest(self.prior.settings.max_history)
-        encoder, selector = self.prior.settings.user_encoder, self.prior.selector
-        known_G = (
-            index_G[: len(asked)] >= 0 if encoder == "id" else np.array([encoder == "history" and digest != "" for digest in digest_G])
-        )
-        if self.prior.users is not None:
-            digests = self.prior.users["history_digest"]
-            digest_G = [digests[int(index)].as_py() if index >= 0 else "" for index in index_G[: len(asked)]]
+        selector = self.prior.selector
         factor_GF = None
         if selector is not None and history is not None:
             factor_GF = selector.user_factors(history.latest(MAX_HISTORY))
         elif selector is not None and selector.rows_VF is not None:
             factor_GF = selector.rows_VF[index_G.clip(min=0)] * torch.from_numpy(index_G >= 0)[:, None].to(selector.rows_VF.device)
-        return Users(
-            token_GUH=self.prior.user_tokens(index_G, latest),
-            factor_GF=factor_GF,
-            digest_G=digest_G,
-            origin_G=[NEW if known else POPULATION for known in known_G],
-        )
+        return Users(token_GUH=self.prior.user_tokens(index_G, latest), factor_GF=factor_GF)
 
-    def rated(self, asked: list[dict[str, Any]], padding: int) -> tuple[Rated | None, list[str]]:
-        """The histories of some rows of the request, and their digests ("" for none)."""
-        digests = [""] * len(asked)
+    def rated(self, asked: list[dict[str, Any]], padding: int) -> Rated | None:
+        """The histories of some rows; empty for who has none."""
         if self.histories is None:
-            return None, digests
+            return None
         found = Rated.nothing(len(asked) + padding, max(self.prior.settings.max_history, MAX_HISTORY))
-        for bucket in {row["bucket"] for row in asked}:
-            block, users = read_bucket(self.histories.file(bucket))
-            rows = [number for number, row in enumerate(asked) if row["bucket"] == bucket and row["user_id"] in users]
-            places = [users[asked[number]["user_id"]] for number in rows]
+        for bucket in {row["histories_bucket"] for row in asked}:
+            block, place = read_bucket(self.histories.file(bucket))
+            rows = [number for number, row in enumerate(asked) if row["histories_bucket"] == bucket and row["user_id"] in place]
             if not rows:
                 continue
-            for whole, part in zip(found, block.history(np.array([place for place, _ in places]), found.present_GL.shape[1]), strict=True):
+            places = np.array([place[asked[number]["user_id"]] for number in rows])
+            for whole, part in zip(found, block.history(places, found.present_GL.shape[1]), strict=True):
                 whole[rows] = part
-            for number, (_, digest) in zip(rows, places, strict=True):
-                digests[number] = digest
-        return found, digests
+        return found
 
     def nearest(self, unit_ND: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """The nearest real item of each candidate and its cosine similarity; None and 0 if no items are given."""
@@ -234,12 +279,11 @@ class PlanUsers:
 
 
 @lru_cache(maxsize=2)
-def read_bucket(uri: str) -> tuple[UserBlock, dict[str, tuple[int, str]]]:
-    """The histories of one bucket, and where each of its users is in it, with the digest."""
+def read_bucket(uri: str) -> tuple[UserBlock, dict[str, int]]:
+    """The histories of one bucket, and where each of its users is in it."""
     table = read_table(uri, "histories")
-    users = zip(table["user_id"].to_pylist(), table["history_digest"].to_pylist(), strict=True)
     first = np.zeros(table["bucket"][0].as_py() + 1 if table.num_rows else 1, int)
-    return UserBlock(table, first, training_only=False), {user: (place, digest) for place, (user, digest) in enumerate(users)}
+    return UserBlock(table, first, training_only=False), {user: place for place, user in enumerate(table["user_id"].to_pylist())}
 
 
 def half(embeds_ND: np.ndarray) -> np.ndarray:
@@ -249,7 +293,7 @@ def half(embeds_ND: np.ndarray) -> np.ndarray:
 
 def planned_table(rows: list[dict[str, Any]], embed_dim: int) -> pa.Table:
     schema = schemas.plan(embed_dim)
-    embeds = np.concatenate([row.pop("image_embeds") for row in rows])
+    embeds = np.concatenate([row.pop("image_embeds") for row in rows]) if rows else np.zeros(0, np.float32)
     columns = {name: [row[name] for row in rows] for name in schema.names if name != "image_embeds"}
     columns["image_embeds"] = pa.FixedSizeListArray.from_arrays(pa.array(embeds), type=schemas.image_embeds(embed_dim))
     return pa.table([pa.array(columns[name], schema.field(name).type) for name in schema.names], schema=schema)

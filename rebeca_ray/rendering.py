@@ -1,43 +1,120 @@
-"""Rendering: planned items become encoded images in Parquet files. One Ray Data graph.
+"""Rendering: planned items become encoded images in Parquet files, unit by unit, the most urgent first. One Ray Data graph a unit.
 
-work/…/plan -> decode and encode -> images/run_id=…/bucket=…/part-<epoch>-*.parquet
+work/…/plan/unit=…/ -> those not yet drawn -> decode and encode -> images/run_id=…/bucket=…/ -> records, then the unit's marker
+
+A record is written after its file, the marker after all of a unit's records: an attempt that takes over draws what has no record.
+(Ray Data's own checkpoints were tried. Their filter keeps actors of its own, which on two cores wait for the stages that wait
+for them, and their recovery deletes files that another attempt may still write.)
 """
 
 import os
 import sys
-from dataclasses import asdict
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.fs
-from ray.data.datasource import FilenameProvider
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.config import GenerateConfig
 from rebeca_ray.decoding import DecodedImage, Rows, ServerLostError, build_decoder, check_decoder
+from rebeca_ray.parts import BUSY, WRITER_CPUS, WriteParts, with_busy_seconds
+from rebeca_ray.progress import Progress
+from rebeca_ray.refresh import Decisions
 from rebeca_ray.settings import DecoderSettings
-from rebeca_ray.storage import ChecksumHandler, arrow_filesystem, join, open_filesystem
+from rebeca_ray.storage import arrow_filesystem, join, list_files, open_filesystem, read_json, write_json
 
 ROW_GROUP = 100
 BATCHES_A_CALL = 4  # of a server, which waits for nothing but between calls
-IMAGES_A_FILE = 256  # some 100 MB of 512-pixel PNG
 
 
-def render_items(config: GenerateConfig, run: Run) -> None:
-    """Draw every planned item. A row that fails keeps its place, with a null image and the reason."""
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """What there is of a run's images: their files, and whether time ran out before all were drawn."""
+
+    files: list[dict[str, Any]]  # records of parts.py, with bucket, unit, attempt
+    late: bool
+
+
+def render_all(
+    config: GenerateConfig, run: Run, decisions: Decisions, progress: Progress, *, deadline: float | None, retry_failed: bool
+) -> Rendered:
+    """Draw every planned item, but those that `deadline` (seconds since 1970) leaves no time for.
+
+    A row that fails keeps its place, with a null image and the reason. With `retry_failed` such rows of an attempt before are
+    drawn again, as an attempt of their own.
+    """
+    files: list[dict[str, Any]] = []
+    late = False
+    for unit in range(decisions.units):
+        marker = read_json(run.unit(unit))
+        if marker is None or (retry_failed and marker["failed"]):
+            marker = render_unit(config, run, unit, marker, progress, deadline)
+        files += marker["files"]
+        late = late or marker["late"]
+    return Rendered(files=files, late=late)
+
+
+def render_unit(
+    config: GenerateConfig, run: Run, unit: int, marker: dict[str, Any] | None, progress: Progress, deadline: float | None
+) -> dict[str, Any]:
+    """Draw what is not yet drawn of one unit, and write its marker; returns it. A `marker` that is there says: draw what failed again."""
+    attempt = marker["attempt"] + 1 if marker else 0
+    records = read_records(run, unit)
+    attempt = max([attempt, *(record["attempt"] for record in records)])
+    done = drawn_items(run, records, failed_too=lambda record: marker is None or record["attempt"] == attempt)
+    parts = [part for part in (read_json(join(run.work, "plan.json")) or {})["parts"] if part["unit"] == unit]
+    total = sum(part["rows"] for part in parts)
+    if len(done) < total and (deadline is None or time.time() < deadline):
+        stages = graph(config, run, unit, parts, done, attempt, deadline)
+        progress.follow("render", stages, of=total - len(done))
+        records = read_records(run, unit)
+    everything = drawn_items(run, records, failed_too=lambda record: True)
+    fit = drawn_items(run, records, failed_too=lambda record: False)
+    written = {
+        "attempt": attempt,
+        "files": [{name: value for name, value in record.items() if name != BUSY} for record in records],
+        "late": len(everything) < total,
+        "failed": len(everything) - len(fit),
+    }
+    write_json(written, run.unit(unit))
+    return written
+
+
+def graph(
+    config: GenerateConfig, run: Run, unit: int, parts: list[dict[str, Any]], done: pa.Array, attempt: int, deadline: float | None
+) -> Any:
+    """The stages of one unit, as a Ray Data dataset of records that is not yet run."""
     import ray
 
-    filesystem, plan_path = open_filesystem(run.plan)
-    image_filesystem, image_path = open_filesystem(join(run.root, run.images))
     decoder, served = config.decoder, config.decoder.backend == "triton"
     rows = decoder.batch_size * (BATCHES_A_CALL if served else 1)
-    (
-        ray.data.read_parquet(plan_path, filesystem=arrow_filesystem(filesystem))
-        .select_columns(["item_id", "image_embeds", "prompt", "negative_prompt"])
-        .repartition(target_num_rows_per_block=rows)
+    filesystem, work = open_filesystem(run.work)
+    writer = WriteParts(
+        run.root,
+        run.images,
+        by=["bucket"],
+        epoch=run.epoch,
+        row_group_size=ROW_GROUP,
+        records=run.records(unit),
+        note={"unit": unit, "attempt": attempt},
+    )
+    planned = ray.data.read_parquet(
+        [join(work, part["path"]) for part in parts],
+        filesystem=arrow_filesystem(filesystem),
+        partitioning=None,
+    ).select_columns(["item_id", "bucket", "image_embeds", "prompt", "negative_prompt"])
+    if len(done):
+        planned = planned.map_batches(WithoutThose(ray.put(done)), batch_format="pyarrow", batch_size=None, num_cpus=WRITER_CPUS)
+    return (
+        planned.repartition(target_num_rows_per_block=rows)
         .map_batches(
             RenderImages,
-            fn_constructor_args=(decoder,),
+            fn_constructor_args=(decoder, deadline),
             batch_size=rows,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=decoder.num_actors),
@@ -45,17 +122,40 @@ def render_items(config: GenerateConfig, run: Run) -> None:
             num_gpus=0 if served or decoder.device == "cpu" else 1,
             resources={"decoder_slot": 1} if served else None,
         )
-        .write_parquet(
-            image_path,
-            filesystem=pyarrow.fs.PyFileSystem(ChecksumHandler(image_filesystem, run.checksums)),
-            filename_provider=PartNames(run.epoch),
-            min_rows_per_file=IMAGES_A_FILE,
-            row_group_size=ROW_GROUP,
-            compression="zstd",
-            use_dictionary=["item_id"],
-            write_statistics=["item_id"],
-        )
+        .map_batches(writer, batch_size=config.layout.images_per_file, batch_format="pyarrow", num_cpus=WRITER_CPUS)
     )
+
+
+class WithoutThose:
+    """Rows in, those out whose `item_id` is not among the given ones (an object of Ray's)."""
+
+    def __init__(self, done: Any) -> None:
+        self.done = done
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        import ray
+
+        return batch.filter(pc.invert(pc.is_in(batch["item_id"], value_set=ray.get(self.done))))
+
+
+def read_records(run: Run, unit: int) -> list[dict[str, Any]]:
+    """The records of a unit's files: of all that were written to the end."""
+    with ThreadPoolExecutor(16) as pool:
+        return [record for record in pool.map(read_json, list_files(run.records(unit), ".json")) if record]
+
+
+def drawn_items(run: Run, records: list[dict[str, Any]], failed_too: Any) -> pa.Array:
+    """The ids in some files, each once; those that failed only of the files that `failed_too` says."""
+    filesystem, root = open_filesystem(run.root)
+
+    def items(record: dict[str, Any]) -> pa.Array:
+        with filesystem.open(join(root, record["path"]), "rb") as file:
+            table = pq.read_table(file, columns=["item_id", "error"])
+        return (table if failed_too(record) else table.filter(pc.is_null(table["error"])))["item_id"].combine_chunks()
+
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(items, records))
+    return pc.unique(pa.concat_arrays(found)) if found else pa.array([], pa.string())
 
 
 def check_renderer(decoder: DecoderSettings) -> None:
@@ -77,23 +177,20 @@ def check_renderer(decoder: DecoderSettings) -> None:
         raise error.cause from None
 
 
-class PartNames(FilenameProvider):
-    """`part-<epoch>-<write>-<task>.parquet`: a retried task writes over its own file."""
-
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def get_filename_for_task(self, write_uuid: str, task_index: int) -> str:
-        return f"part-{self.epoch:06d}-{write_uuid}-{task_index:06d}.parquet"
-
-
 class RenderImages:
-    """One planned row in, one row of `schemas.IMAGES` out, in the same order."""
+    """One planned row in, one row of `schemas.IMAGES` out, in the same order, with its bucket; none once `deadline` has passed."""
 
-    def __init__(self, settings: DecoderSettings) -> None:
-        self.settings, self.decoder = settings, build_decoder(settings)
+    def __init__(self, settings: DecoderSettings, deadline: float | None = None) -> None:
+        self.settings, self.decoder, self.deadline = settings, build_decoder(settings), deadline
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        if self.deadline is not None and time.time() > self.deadline:
+            batch = batch.slice(0, 0)
+        started = time.perf_counter()
+        images = self.draw(batch) if batch.num_rows else schemas.IMAGES.empty_table()
+        return with_busy_seconds(images.append_column("bucket", batch["bucket"]), time.perf_counter() - started)
+
+    def draw(self, batch: pa.Table) -> pa.Table:
         item_ids = batch["item_id"].to_pylist()
         rows = Rows.of(
             self.settings,

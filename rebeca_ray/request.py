@@ -51,6 +51,8 @@ def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
         raise UserError(
             f"request {config.request}: {len(users) - pc.count_distinct(users).as_py()} user_ids are repeated; ask for each user once"
         )
+    if "priority" in request.column_names and not pc.all(pc.is_finite(request["priority"].cast(pa.float64()))).as_py():
+        raise UserError(f"request {config.request}: priority has values that are not finite; give numbers, or null for 0")
     if "num_images" not in request.column_names:
         return len(users) * config.num_images
     counts = pc.fill_null(request["num_images"].cast(pa.int64()), config.num_images)

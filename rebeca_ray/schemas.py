@@ -6,7 +6,8 @@ level, so that every Parquet reader opens them.
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+NEW, CARRIED, POPULATION = "new", "carried", "population"  # where an item comes from: tonight, a night before, the strangers' pool
 
 IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])  # the Hugging Face convention
 
@@ -25,6 +26,42 @@ REQUEST = pa.schema(
         pa.field("num_images", pa.int32()),
         pa.field("prompt", pa.string()),
         pa.field("negative_prompt", pa.string()),
+        pa.field("priority", pa.float32()),  # the greater, the earlier drawn, where time may run out
+    ]
+)
+
+DECISIONS = pa.schema(  # one row a requested user, and one for the pool of strangers; private to a run
+    [
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("decision", pa.string(), nullable=False),  # plan | carry | rescore | pool
+        pa.field("num_images", pa.int32(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("negative_prompt", pa.string(), nullable=False),
+        pa.field("bucket", pa.int32(), nullable=False),  # of the catalog
+        pa.field("histories_bucket", pa.int32(), nullable=False),
+        pa.field("stranger", pa.bool_(), nullable=False),
+        pa.field("history_digest", pa.string(), nullable=False),
+        pa.field("generation", pa.int32(), nullable=False),
+        pa.field("made_with", pa.string(), nullable=False),
+        pa.field("priority", pa.float32(), nullable=False),
+        pa.field("activity", pa.int32(), nullable=False),
+    ]
+)
+
+USERS = pa.schema(  # of a snapshot: what a user's items were made from, which the next night compares
+    [
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("num_images", pa.int32(), nullable=False),  # requested
+        pa.field("num_items", pa.int32(), nullable=False),
+        pa.field("num_failed", pa.int32(), nullable=False),
+        pa.field("stranger", pa.bool_(), nullable=False),
+        pa.field("late", pa.bool_(), nullable=False),  # keeps items of a night before, since time ran out
+        pa.field("history_digest", pa.string(), nullable=False),
+        pa.field("generation", pa.int32(), nullable=False),
+        pa.field("prior", pa.string(), nullable=False),
+        pa.field("made_with", pa.string(), nullable=False),  # of the settings, the decoder and the prompts
+        pa.field("planned_on", pa.date32(), nullable=False),
+        pa.field("run_id", pa.string(), nullable=False),  # that planned them
     ]
 )
 
@@ -93,6 +130,7 @@ FILES = pa.schema(
         pa.field("sha256", pa.string(), nullable=False),
         pa.field("min_user_id", pa.string()),
         pa.field("max_user_id", pa.string()),
+        pa.field("live_rows", pa.int64()),  # of images: those that `items` points to
     ]
 )
 
@@ -115,7 +153,9 @@ def plan(embed_dim: int) -> pa.Schema:
             pa.field("drawn_factors", pa.list_(pa.float32())),  # candidate number `rank`, as drawn: nobody chose it
             pa.field("nearest_item_id", pa.string()),
             pa.field("nearest_similarity", pa.float32()),
-            pa.field("origin", pa.string(), nullable=False),  # new | population
+            pa.field("origin", pa.string(), nullable=False),  # new | carried (judged anew) | population
+            pa.field("bucket", pa.int32(), nullable=False),
+            pa.field("unit", pa.int32(), nullable=False),  # -1: nothing to render
             pa.field("prompt", pa.string(), nullable=False),
             pa.field("negative_prompt", pa.string(), nullable=False),
         ]
@@ -140,6 +180,11 @@ def items(embed_dim: int) -> pa.Schema:
             pa.field("image_row", pa.int32(), nullable=False),
         ]
     )
+
+
+def table(name: str, embed_dim: int) -> pa.Schema:
+    """The schema of one of a snapshot's tables."""
+    return {"items": items(embed_dim), "images": IMAGES, "users": USERS, "errors": ERRORS, "changes": CHANGES}[name]
 
 
 def compatible(actual: pa.DataType, expected: pa.DataType) -> bool:

@@ -237,8 +237,59 @@ class DecoderSettings(Settings):
 
 
 class GateSettings(Settings):
-    """When a run must not go on to be rendered."""
+    """What a snapshot must be like to be published; a null is no bound. Shares are of the items requested."""
 
     max_p_value: Annotated[
-        float | None, Field(gt=0, le=1, description="that what is drawn pleases its own users more than others; null: never stop")
+        float | None, Field(gt=0, le=1, description="that what is drawn pleases its own users more than others; told before rendering")
     ] = 0.01
+    min_users: Annotated[int | None, Field(ge=0)] = None
+    min_items: Annotated[int | None, Field(ge=0)] = None
+    min_effect: Annotated[float | None, Field(ge=0, le=1, description="like probability for own users above that for others")] = None
+    min_like_probability: Annotated[float | None, Field(ge=0, le=1, description="mean, as the selector sees it")] = None
+    min_diversity: Annotated[float | None, Field(ge=0, le=2, description="mean cosine distance between a user's items")] = None
+    max_failed: Annotated[float | None, Field(ge=0, le=1)] = None
+    max_filtered: Annotated[float | None, Field(ge=0, le=1, description="share not fit to be shown")] = 0.5
+    max_duplicates: Annotated[float | None, Field(ge=0, le=1, description="share with the same embedding as another of its user's")] = 0.05
+    max_drop: Annotated[
+        float | None, Field(gt=0, le=1, description="of users, items, effect, like probability, diversity: share of the last snapshot's")
+    ] = 0.2
+    max_rise: Annotated[float | None, Field(gt=0, le=1, description="of failed, filtered, duplicates: above the last snapshot's")] = 0.05
+    min_sample: Annotated[int, Field(gt=0, description="items judged, at least; the qualities of fewer stop nothing")] = 100
+
+
+class RefreshSettings(Settings):
+    """Who is drawn anew tonight; everyone else keeps last night's items."""
+
+    rotation: Annotated[Share, Field(description="share of users drawn anew a night though nothing changed, each in turn")] = 0.0
+    on_new_prior: Annotated[
+        Literal["keep", "rescore", "replace"],
+        Field(description="of users whose history did not change: keep as they are, judge and rank anew, or draw anew"),
+    ] = "keep"
+
+
+class LayoutSettings(Settings):
+    """How a catalog is cut: users into buckets, work into units, images into files."""
+
+    num_buckets: Annotated[int, Field(gt=0, le=65_536, description="some 10,000 users each; may change from night to night")] = 1
+    items_per_unit: Annotated[int, Field(gt=0, description="items rendered under one marker, the most urgent first")] = 2_000_000
+    images_per_file: Annotated[int, Field(gt=0, le=10_000, description="what a crash may cost each actor")] = 256
+
+
+class LimitSettings(Settings):
+    """When rendering stops. Who is not finished keeps last night's items; a null is no limit."""
+
+    publish_by: Annotated[
+        str | None, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$", description='the first such time of day (UTC) after the run began: "HH:MM"')
+    ] = None
+    max_gpu_hours: Annotated[float | None, Field(gt=0, description="hours of all decoder actors together")] = None
+    stall_minutes: Annotated[float | None, Field(gt=0, description="without any progress; then the job ends with 75")] = 60
+    lease_seconds: Annotated[float, Field(gt=0, description="after which a silent run is taken to be dead")] = 60
+
+
+class PriceSettings(Settings):
+    """What an estimate multiplies with."""
+
+    gpu_hour: Annotated[float, Field(ge=0, description="of a decoder or sampler actor on a GPU")] = 0.0
+    cpu_hour: Annotated[float, Field(ge=0, description="of a CPU that an actor reserves")] = 0.0
+    gib_month: Annotated[float, Field(ge=0, description="of storage")] = 0.0
+    million_requests: Annotated[float, Field(ge=0, description="of writes to the object store")] = 0.0

@@ -105,7 +105,7 @@ def write_table(table: pa.Table, uri: str, *, row_group_size: int, embed_column:
     Locally the file appears by one rename, so that a crash leaves no half-written file behind.
     """
     filesystem, path = open_filesystem(uri)
-    plain = [field.name for field in table.schema if field.name != embed_column and field.name != "image"]
+    plain = [field.name for field in table.schema if field.name not in (embed_column, "image", "thumbnail")]
     leaf = f"{embed_column}.list.element"
     sink = HashingSink(filesystem, path)
     with (
@@ -230,6 +230,45 @@ def write_json(value: dict[str, Any], uri: str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def describe_files(uri: str, what: str) -> str:
+    """A digest of the Parquet files of `uri` by name, size and time of change."""
+    files, _ = open_table(uri, what)
+    filesystem, _ = open_filesystem(uri)
+    found = [filesystem.info(name) for name in files]
+    told = [[info["name"], info["size"], str(info.get("mtime") or info.get("LastModified"))] for info in found]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+
+
+def list_files(uri: str, suffix: str = "") -> list[str]:
+    """The files below `uri` that end with `suffix`, sorted, as they are now; none if there is nothing."""
+    filesystem, path = open_filesystem(uri)
+    filesystem.invalidate_cache()
+    return sorted(
+        f"{uri.rstrip('/')}{str(found).removeprefix(path.rstrip('/'))}" for found in filesystem.find(path) if found.endswith(suffix)
+    )
+
+
+def list_folders(uri: str) -> list[str]:
+    """The names of the folders directly in `uri`, sorted."""
+    filesystem, path = open_filesystem(uri)
+    filesystem.invalidate_cache()
+    if not filesystem.exists(path):
+        return []
+    return sorted(
+        str(found["name"]).rstrip("/").rsplit("/", 1)[-1] for found in filesystem.ls(path, detail=True) if found["type"] == "directory"
+    )
+
+
+def delete(uri: str) -> None:
+    """Remove a file, or a folder with all in it; what is not there is no error."""
+    filesystem, path = open_filesystem(uri)
+    filesystem.invalidate_cache()
+    try:
+        filesystem.rm(path, recursive=True)
+    except FileNotFoundError:
+        return
 
 
 def require_writable(uri: str, what: str) -> None:

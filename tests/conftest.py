@@ -6,34 +6,39 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import fsspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.assemble import assemble
-from rebeca_ray.catalog.layout import Run
-from rebeca_ray.checkpoint import TrainedPrior, fingerprint, read_prior_config, save_prior
+from rebeca_ray.catalog.assemble import MadeOf, assemble
+from rebeca_ray.catalog.layout import Run, new_run_id
+from rebeca_ray.catalog.lease import hold_lease
+from rebeca_ray.catalog.read import published
+from rebeca_ray.checkpoint import TrainedPrior, fingerprint, load_prior, read_prior_config, save_prior
 from rebeca_ray.config import GenerateConfig
 from rebeca_ray.decoder_files import identify_decoder
 from rebeca_ray.embeds import EmbedScaler
 from rebeca_ray.histories import Histories
+from rebeca_ray.parts import BUSY, WriteParts, with_busy_seconds
 from rebeca_ray.planning import PlanUsers
 from rebeca_ray.prior import CrossAttentionDenoiser, Prior
-from rebeca_ray.rendering import RenderImages
+from rebeca_ray.refresh import Decisions, decide_all
+from rebeca_ray.rendering import Rendered, RenderImages
 from rebeca_ray.selector import Selector
 from rebeca_ray.settings import DecoderSettings, DiffusionSettings, NetworkSettings, PriorSampling, SamplerSettings
-from rebeca_ray.storage import ChecksumHandler
+from rebeca_ray.storage import list_files, read_table, write_json
 from rebeca_ray.users import UserTable
 
 REPO = Path(__file__).parents[1]
@@ -226,34 +231,97 @@ def versions_of(config: GenerateConfig) -> dict[str, str]:
     return {"prior": fingerprint(read_prior_config(config.prior)), "decoder": identify_decoder(config.decoder).fingerprint(config.decoder)}
 
 
+def decide(config: GenerateConfig, run: Run, histories: Histories | None = None) -> Decisions:
+    """Who is drawn by a run, decided by the stage itself."""
+    return decide_all(config, run, load_prior(config.prior), histories, published(config.root), versions_of(config)["decoder"])
+
+
+def run_of(config: GenerateConfig, epoch: int = 1) -> Run:
+    run_date = config.run_date or datetime.now(UTC).date()
+    return Run(root=config.root, run_date=run_date.isoformat(), run_id=config.run_id or new_run_id(), epoch=epoch)
+
+
 def plan(config: GenerateConfig, request: pa.Table, histories: Histories | None = None) -> pa.Table:
-    """The planned items of some rows of a request, by the stage itself."""
-    bucket = [histories.bucket_of(user) if histories else 0 for user in request["user_id"].to_pylist()]
-    return PlanUsers(config, versions_of(config), histories)(request.append_column("bucket", pa.array(bucket, pa.int32())))
+    """The planned items of some rows of a request, by the stages themselves."""
+    with tempfile.TemporaryDirectory() as folder:
+        pq.write_table(request, f"{folder}/request.parquet")
+        config = config.model_copy(update={"request": f"{folder}/request.parquet", "root": f"{folder}/catalog"})
+        run = run_of(config)
+        return plan_of(config, run, decide(config, run, histories), histories)
 
 
-def prepare(config: GenerateConfig, *, break_first: bool = False) -> Run:
-    """Plan and render a run by calling the stages one after the other, without Ray."""
-    run = Run.start(config)
-    planned = plan(config, pq.read_table(config.request))
+def plan_of(config: GenerateConfig, run: Run, decisions: Decisions, histories: Histories | None = None) -> pa.Table:
+    stage = PlanUsers(config, versions_of(config), histories, published(config.root), decisions)
+    files = list_files(f"{run.work}/decisions/to-plan", ".parquet")
+    parts = [stage(read_table(file, "decisions")).drop_columns([BUSY]) for file in files]
+    return pa.concat_tables(parts) if parts else schemas.plan(D).empty_table()
+
+
+class Prepared(NamedTuple):
+    """A run whose images are drawn."""
+
+    run: Run
+    decisions: Decisions
+    parts: list[dict[str, Any]]
+    rendered: Rendered
+
+
+def prepare(config: GenerateConfig, *, break_first: bool = False, attempt: int = 0) -> Prepared:
+    """Decide, plan and render a run by calling the stages one after the other, without Ray."""
+    run = run_of(config)
+    decisions = decide(config, run)
+    planned = plan_of(config, run, decisions)
     if break_first:
         values = planned["image_embeds"].combine_chunks().flatten().to_numpy().copy()
         values[0] = np.nan
         column = pa.FixedSizeListArray.from_arrays(pa.array(values), type=schemas.image_embeds(D))
         planned = planned.set_column(planned.column_names.index("image_embeds"), "image_embeds", column)
-    Path(run.plan).mkdir(parents=True)
-    pq.write_table(planned, f"{run.plan}/plan.parquet")
-    images = RenderImages(config.decoder)(planned.select(["item_id", "image_embeds", "prompt", "negative_prompt"]))
-    filesystem = pyarrow.fs.PyFileSystem(ChecksumHandler(fsspec.filesystem("file"), run.checksums))
-    pq.write_table(images, f"{run.root}/{run.images}/part-000001-a.parquet", filesystem=filesystem)
-    return run
+    writer = WriteParts(run.work, "plan", by=["unit", "bucket"], epoch=1, row_group_size=100, note={})
+    parts = writer(with_busy_seconds(planned, 1.0)).to_pylist()
+    write_json({"parts": parts}, f"{run.work}/plan.json")
+    drawn = [
+        WriteParts(
+            run.root,
+            run.images,
+            by=["bucket"],
+            epoch=1,
+            row_group_size=100,
+            records=run.records(unit),
+            note={"unit": unit, "attempt": attempt},
+        )(RenderImages(config.decoder)(planned.filter(pc.equal(planned["unit"], unit))))
+        for unit in range(decisions.units)
+    ]
+    files = [file for table in drawn for file in table.to_pylist()]
+    return Prepared(run, decisions, parts, Rendered(files=files, late=False))
 
 
-def assembled(run: Run, *, requested: int, error_budget: float) -> dict[str, Any]:
-    """The manifest of a prepared run whose versions and quality do not matter."""
-    return assemble(
-        run, requested=requested, error_budget=error_budget, max_safety_probability=0.5, versions={}, quality={}, decoder_weights={}
+def assembled(config: GenerateConfig, prepared: Prepared, *, requested: int, error_budget: float = 0.0) -> dict[str, Any]:
+    """The manifest of a prepared run, written but not published."""
+    made = MadeOf(
+        versions={"prior": load_prior(config.prior).fingerprint},
+        decoder_weights={},
+        embed_dim=identify_decoder(config.decoder).embed_dim,
+        num_buckets=config.layout.num_buckets,
+        max_safety_probability=0.5,
+        error_budget=error_budget,
     )
+    manifest = assemble(prepared.run, made, prepared.decisions, prepared.parts, prepared.rendered, published(config.root), requested)
+    manifest |= {"quality": {"permutation": None}, "measured": {"stages": {"assemble": {"seconds": 0.0}}}}
+    write_json(manifest, prepared.run.manifest)
+    return manifest
+
+
+def snapshot_of(config: GenerateConfig, *, requested: int, error_budget: float = 0.0) -> dict[str, Any]:
+    """One night without Ray: decided, planned, rendered, assembled and published; its manifest."""
+    prepared = prepare(config)
+    manifest = assembled(config, prepared, requested=requested, error_budget=error_budget)
+    publish(config.root, prepared.run)
+    return manifest
+
+
+def publish(root: str, run: Run) -> None:
+    with hold_lease(root, run.run_id, 60) as lease:
+        lease.publish(run_id=run.run_id, run_date=run.run_date, snapshot=run.snapshot)
 
 
 def free_port() -> int:

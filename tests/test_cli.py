@@ -9,7 +9,7 @@ from ray.exceptions import RayTaskError
 from ray.train import WorkerGroupError
 
 from rebeca_ray.catalog.assemble import IncompleteRunError
-from rebeca_ray.catalog.publish import LostRaceError
+from rebeca_ray.catalog.pointer import LostRaceError
 from rebeca_ray.errors import ErrorBudgetExceededError, UserError
 from rebeca_ray.job import plain_errors
 

@@ -17,21 +17,22 @@ import pytest
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.assemble import IncompleteRunError
-from rebeca_ray.catalog.publish import LostRaceError, publish, read_pointer
+from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.read import open_snapshot, published, read_catalog
 from rebeca_ray.config import GenerateConfig
 from rebeca_ray.decoder_files import identify_decoder
 from rebeca_ray.decoding import DecodedImage, Rows
 from rebeca_ray.errors import ErrorBudgetExceededError, QualityGateError, UserError
 from rebeca_ray.generation import generate_catalog
-from rebeca_ray.identity import image_seed
+from rebeca_ray.identity import bucket_of, image_seed
 from rebeca_ray.local_decoder import LocalDecoder
-from rebeca_ray.rendering import RenderImages
+from rebeca_ray.parts import BUSY
+from rebeca_ray.rendering import Rendered, RenderImages, read_records
 from rebeca_ray.request import check_request
 from rebeca_ray.selector import Selector
-from rebeca_ray.settings import DecoderSettings, GateSettings
+from rebeca_ray.settings import DecoderSettings, GateSettings, LayoutSettings
 from rebeca_ray.stickers.training_data import to_pixels
-from tests.conftest import USERS, D, assembled, generate_config, prepare, prior_users, write_tiny_prior
+from tests.conftest import USERS, D, assembled, generate_config, prepare, prior_users, publish, write_tiny_prior
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,9 @@ def generated(
 
 def test_a_complete_snapshot_is_published(generated: tuple[GenerateConfig, dict[str, Any]]) -> None:
     config, manifest = generated
-    assert manifest["counts"] == {"requested": 16, "new": 16, "carried": 0, "population": 0, "failed": 0, "filtered": 0, "users": 5}
+    assert manifest["counts"] == {
+        "requested": 16, "new": 16, "carried": 0, "population": 0, "failed": 0, "filtered": 0, "deferred": 0, "users": 5, "late_users": 0,
+    }  # fmt: skip
     snapshot = read_catalog(config.root)
     items = snapshot.items()
     assert items.schema.remove_metadata() == schemas.items(D)
@@ -79,13 +82,14 @@ def test_the_file_list_describes_every_file_exactly(generated: tuple[GenerateCon
         data = (Path(config.root) / row["path"]).read_bytes()
         assert (row["bytes"], row["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
         assert row["rows"] == pq.read_metadata(Path(config.root) / row["path"]).num_rows
-    assert {row["table"] for row in snapshot.files.to_pylist()} == {"images", "items", "errors", "changes"}
+    assert {row["table"] for row in snapshot.files.to_pylist()} == {"images", "items", "users", "errors", "changes"}
+    assert not (Path(config.root) / "work" / f"run_id={snapshot.manifest['run_id']}").exists()
     assert not list(Path(config.root).rglob("*.partial"))
 
 
 def assert_same_items(left: pa.Table, right: pa.Table) -> None:
     """Identities, users, ranks and neighbours exactly; embeddings up to float rounding (and its half-precision step)."""
-    for name in ("item_id", "user_id", "rank", "nearest_item_id", "origin"):
+    for name in ("item_id", "user_id", "rank", "nearest_item_id"):
         assert left[name].to_pylist() == right[name].to_pylist(), name
     one, two = (table["image_embeds"].combine_chunks().flatten().to_numpy() for table in (left, right))
     np.testing.assert_allclose(one, two, atol=2e-3)
@@ -96,34 +100,36 @@ def assert_same_pixels(left: list[bytes], right: list[bytes]) -> None:
     assert np.abs(difference).max() <= 3
 
 
-def test_two_runs_agree_whatever_order_and_actors_and_the_second_follows(
+def test_two_runs_agree_whatever_order_actors_buckets_units_and_files(
     generated: tuple[GenerateConfig, dict[str, Any]], tmp_path: Path
 ) -> None:
-    config, first = generated
-    shutil.copytree(config.root, tmp_path / "catalog")  # the shared one stays as it is
-    config = config.model_copy(update={"root": str(tmp_path / "catalog")})
+    """Another catalog, cut into buckets, units and files, agrees with the first item by item."""
+    config, _ = generated
     before = read_catalog(config.root)
     pq.write_table(pq.read_table(config.request).take([4, 2, 3, 1]), tmp_path / "shuffled.parquet")
     decoder = config.decoder.model_copy(update={"num_actors": 2, "cpus_per_actor": 0.5})
-    second = generate_catalog(config.model_copy(update={"request": str(tmp_path / "shuffled.parquet"), "decoder": decoder}))
-    after = read_catalog(config.root)
-    kept = np.array(before.items()["user_id"]) != USERS[0]
-    left, right = before.items().filter(kept), after.items()
+    layout = LayoutSettings(num_buckets=3, items_per_unit=5, images_per_file=4)
+    update = {"root": str(tmp_path / "catalog"), "request": str(tmp_path / "shuffled.parquet"), "decoder": decoder, "layout": layout}
+    manifest = generate_catalog(config.model_copy(update=update))
+    after = read_catalog(str(tmp_path / "catalog"))
+    left = before.items().filter(np.array(before.items()["user_id"]) != USERS[0])
+    right = after.items().sort_by([("user_id", "ascending"), ("rank", "ascending")])
     assert_same_items(left, right)
     assert_same_pixels(before.images(left), after.images(right))
-    assert (first["epoch"], second["epoch"]) == (1, 2)
-    changes = after.table("changes").to_pylist()
-    assert [(row["user_id"], row["change"]) for row in changes] == [(USERS[0], "removed")] * 3
-    assert before.items().num_rows == 16  # a reader that holds the first snapshot still reads it
+    assert manifest["decisions"] == {"planned_users": 4, "planned_items": 13, "units": 3}
+    assert (manifest["num_buckets"], manifest["measured"]["stages"]["render"]["rows"]) == (3, 13)
+    units = {row["path"].split("/")[2] for row in after.files.to_pylist() if row["table"] == "images"}
+    assert units == {f"bucket={bucket_of(user, 3)}" for user in USERS[1:5]}
 
 
 def test_failed_rows_are_kept_apart_and_the_budget_decides(config: GenerateConfig) -> None:
-    run = prepare(config, break_first=True)
+    prepared = prepare(config, break_first=True)
+    run = prepared.run
     with pytest.raises(ErrorBudgetExceededError, match=r"1 of 16 items failed \(image_embeds is not finite\)") as caught:
-        assembled(run, requested=16, error_budget=0.01)
+        assembled(config, prepared, requested=16, error_budget=0.01)
     assert caught.value.exit_code == 3
     assert published(config.root) is None
-    manifest = assembled(run, requested=16, error_budget=0.1)
+    manifest = assembled(config, prepared, requested=16, error_budget=0.1)
     assert (manifest["counts"]["new"], manifest["counts"]["failed"]) == (15, 1)
     snapshot = open_snapshot(config.root, run.snapshot)
     error = snapshot.table("errors").to_pylist()[0]
@@ -134,21 +140,22 @@ def test_failed_rows_are_kept_apart_and_the_budget_decides(config: GenerateConfi
 
 
 def test_a_partial_run_is_not_published(config: GenerateConfig) -> None:
-    run = prepare(config)
-    with pytest.raises(IncompleteRunError, match="17 items requested, 16 planned, 16 rendered; nothing is published") as caught:
-        assembled(run, requested=17, error_budget=0.1)
+    prepared = prepare(config)
+    with pytest.raises(IncompleteRunError, match=r"17 items requested, 16 accounted for .*nothing is published") as caught:
+        assembled(config, prepared, requested=17)
     assert caught.value.exit_code == 75
-    for record in Path(run.checksums).glob("*.json"):
+    for record in Path(prepared.run.records(0)).glob("*.json"):
         record.unlink()  # what a kill in the middle of a write leaves: a file without its record
-    with pytest.raises(IncompleteRunError, match="no finished image file"):
-        assembled(run, requested=16, error_budget=0.1)
+    assert read_records(prepared.run, 0) == []
+    with pytest.raises(IncompleteRunError, match="16 of 16 planned items were not rendered"):
+        assembled(config, prepared._replace(rendered=Rendered(files=[], late=False)), requested=16)
     assert not (Path(config.root) / "latest.json").exists()
 
 
 def planned_rows(count: int) -> pa.Table:
     embeds = np.random.default_rng(0).standard_normal((count, D)).astype(np.float32)
     column = pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(D))
-    words = {"prompt": [""] * count, "negative_prompt": [""] * count}
+    words = {"prompt": [""] * count, "negative_prompt": [""] * count, "bucket": pa.array([5] * count, pa.int32())}
     return pa.table({"item_id": [f"item-{number}" for number in range(count)], "image_embeds": column, **words})
 
 
@@ -162,8 +169,10 @@ def test_rendering_keeps_every_row_in_its_place(tiny_decoder: DecoderSettings, m
 
     monkeypatch.setattr(stage.decoder, "decode", decode)
     out = stage(planned_rows(3))
-    assert out.schema == schemas.IMAGES
+    assert out.drop_columns(["bucket", BUSY]).schema == schemas.IMAGES
     rows = out.to_pylist()
+    assert [row["bucket"] for row in rows] == [5] * 3
+    assert stage.__class__(tiny_decoder, deadline=1.0)(planned_rows(3)).num_rows == 0  # time ran out in 1970
     assert [row["item_id"] for row in rows] == ["item-0", "item-1", "item-2"]
     assert [row["error"] for row in rows] == [None, "bad luck", None]
     assert [row["seed"] for row in rows] == [image_seed("item-0"), 7, 8]
@@ -181,8 +190,9 @@ def test_what_is_not_fit_to_be_shown_is_filtered_or_flagged(config: GenerateConf
         return [DecodedImage(seed=1, safety_probability=0.9), replace(images[1], safety_probability=0.8), *images[2:]]
 
     monkeypatch.setattr(LocalDecoder, "decode", decode)
-    run = prepare(config)
-    counts = assembled(run, requested=16, error_budget=0)["counts"]
+    prepared = prepare(config)
+    run = prepared.run
+    counts = assembled(config, prepared, requested=16)["counts"]
     assert (counts["requested"], counts["new"], counts["filtered"], counts["failed"]) == (16, 15, 1, 0)
     items = open_snapshot(config.root, run.snapshot).items()
     assert items["safety_flag"].to_pylist().count(True) == 1
@@ -285,9 +295,10 @@ def test_a_request_may_have_dictionary_encoded_users(config: GenerateConfig, tmp
 
 
 def test_a_run_id_is_used_once(config: GenerateConfig) -> None:
-    run = prepare(config)
-    with pytest.raises(UserError, match=rf"run_id {run.run_id} was used before \(.*/images/run_id={run.run_id}"):
-        generate_catalog(config.model_copy(update={"run_id": run.run_id}))
+    prepared = prepare(config)
+    assembled(config, prepared, requested=16)
+    with pytest.raises(UserError, match=f"run_id {prepared.run.run_id} was used before; choose another"):
+        generate_catalog(config.model_copy(update={"run_id": prepared.run.run_id}))
 
 
 def test_images_of_repeated_rows_are_all_found(generated: tuple[GenerateConfig, dict[str, Any]]) -> None:
@@ -302,15 +313,6 @@ def test_a_root_that_cannot_be_written_is_refused(config: GenerateConfig, tmp_pa
         generate_catalog(config.model_copy(update={"root": str(tmp_path / "file" / "catalog")}))
 
 
-def test_only_one_of_two_runs_that_started_together_publishes(tmp_path: Path) -> None:
-    root = str(tmp_path)
-    publish(root, "snapshots/a", run_id="a", run_date="2026-01-01", epoch=1)
-    with pytest.raises(LostRaceError, match="run a published epoch 1") as caught:
-        publish(root, "snapshots/b", run_id="b", run_date="2026-01-01", epoch=1)
-    assert caught.value.exit_code == 5
-    assert read_pointer(root)[0]["run_id"] == "a"  # type: ignore[index]
-
-
 def test_one_user_in_place_of_a_list_is_refused(generated: tuple[GenerateConfig, dict[str, Any]]) -> None:
     snapshot = read_catalog(generated[0].root)
     assert snapshot.items(user_ids=[USERS[1]])["rank"].to_pylist() == [0, 1, 2, 3]
@@ -321,7 +323,7 @@ def test_one_user_in_place_of_a_list_is_refused(generated: tuple[GenerateConfig,
 def test_reading_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing is published there \(no latest.json\)"):
         read_catalog(str(tmp_path))
-    publish(str(tmp_path), "snapshots/a", run_id="a", run_date="2026-01-01", epoch=1)
+    publish(str(tmp_path), Run(root=str(tmp_path), run_date="2026-01-01", run_id="a", epoch=1))
     with pytest.raises(UserError, match=r"has no manifest.json"):
         read_catalog(str(tmp_path))
 

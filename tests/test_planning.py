@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rebeca_ray import identity
-from rebeca_ray.catalog.layout import Run
+from rebeca_ray.catalog.layout import POOL
 from rebeca_ray.catalog.read import open_snapshot
 from rebeca_ray.checkpoint import load_prior, save_prior
 from rebeca_ray.config import GenerateConfig
@@ -21,11 +21,14 @@ from rebeca_ray.decoder_files import identify_decoder
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.errors import UserError
 from rebeca_ray.planning import PlanUsers, request_histories
+from rebeca_ray.refresh import Decisions
 from rebeca_ray.request import check_request
 from rebeca_ray.sampling import sample_liked
 from rebeca_ray.selector import Selector
 from rebeca_ray.settings import InteractionSettings, SelectionSettings
-from tests.conftest import TINY_NETWORK, USERS, D, assembled, plan, prepare, untrained_prior, versions_of
+from tests.conftest import TINY_NETWORK, USERS, D, assembled, plan, prepare, run_of, untrained_prior, versions_of
+
+NOBODY = Decisions(pool=None, boundaries=[], planned_users=0, planned_items=0, units=0)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -41,15 +44,15 @@ def test_any_request_is_planned_item_by_item_whatever_the_batches(
     request = pa.table({"user_id": users, "num_images": pa.array(counts, pa.int32())})
     whole = plan(config, request)
     wanted = {user: count or config.num_images for user, count in asked}
-    assert [(row["user_id"], row["rank"]) for row in whole.to_pylist()] == [(u, rank) for u in users for rank in range(wanted[u])]
+    assert [(row["user_id"], row["rank"]) for row in whole.to_pylist()] == [(u, rank) for u in sorted(users) for rank in range(wanted[u])]
     assert len(set(whole["item_id"].to_pylist())) == whole.num_rows
     parts = [plan(config, part) for part in (request.slice(0, cut), request.slice(cut)) if part.num_rows]
-    assert pa.concat_tables(parts).combine_chunks() == whole.combine_chunks()
+    assert pa.concat_tables(parts).sort_by([("user_id", "ascending"), ("rank", "ascending")]) == whole.combine_chunks()
 
 
 def test_a_prior_replaced_while_planning_is_noticed(config: GenerateConfig) -> None:
     with pytest.raises(UserError, match="was replaced while this run was planning; run again"):
-        PlanUsers(config, {"prior": "another version", "decoder": "any"}, None)
+        PlanUsers(config, {"prior": "another version", "decoder": "any"}, None, None, NOBODY)
 
 
 def write_history_prior(folder: Path, user_encoder: str) -> str:
@@ -68,8 +71,7 @@ def write_histories(folder: Path, **ratings: list[tuple[int, float]]) -> Interac
 
 
 def plan_with_histories(config: GenerateConfig, users: list[str]) -> list[dict[str, Any]]:
-    run = Run.start(config)
-    return plan(config, pa.table({"user_id": users}), request_histories(config, run)).to_pylist()
+    return plan(config, pa.table({"user_id": users}), request_histories(config, run_of(config))).to_pylist()
 
 
 def test_who_has_rated_anything_is_served_and_who_has_not_gets_the_population(config: GenerateConfig, tmp_path: Path) -> None:
@@ -77,20 +79,23 @@ def test_who_has_rated_anything_is_served_and_who_has_not_gets_the_population(co
     config = config.model_copy(update={"prior": write_history_prior(tmp_path, "history"), "interactions": interactions})
     check_request(config, identify_decoder(config.decoder))
     rows = plan_with_histories(config, ["user-0", "stranger", "new-user", "grumpy"])
-    assert [row["origin"] for row in rows] == ["new"] * 3 + ["population"] * 3 + ["new"] * 6
+    assert [(row["user_id"], row["origin"]) for row in rows[::3]] == [
+        ("grumpy", "new"), ("new-user", "new"), ("user-0", "new"), (POOL, "population"),
+    ]  # fmt: skip
+    assert len(rows) == 12
     assert all(0 < row["like_probability"] < 1 for row in rows)
     before = {row["item_id"]: row["image_embeds"] for row in rows}
 
     changed = write_histories(tmp_path, user_0=[(1, 5.0), (2, 1.0)], new_user=[(3, 4.0), (6, 5.0)], grumpy=[(4, 1.0), (5, 2.0)])
     again = plan_with_histories(config.model_copy(update={"interactions": changed}), ["user-0", "stranger", "new-user", "grumpy"])
     same = [row["item_id"] in before for row in again]
-    assert same == [True] * 6 + [False] * 3 + [True] * 3  # new taste, new items; the others' stay, embedding and all
+    assert same == [True] * 3 + [False] * 3 + [True] * 6  # new taste, new items; the others' stay, embedding and all
     assert all(before[row["item_id"]] == row["image_embeds"] for row, kept in zip(again, same, strict=True) if kept)
 
 
 def test_a_prior_by_id_gives_strangers_the_population(config: GenerateConfig) -> None:
     rows = plan(config, pa.table({"user_id": ["user-1", "stranger"]})).to_pylist()
-    assert [row["origin"] for row in rows] == ["new"] * 3 + ["population"] * 3
+    assert [(row["user_id"], row["origin"]) for row in rows[::3]] == [("user-1", "new"), (POOL, "population")]
 
 
 def test_a_prior_without_users_is_the_populations(config: GenerateConfig, tmp_path: Path) -> None:
@@ -115,7 +120,7 @@ def test_one_candidate_an_item_is_plain_sampling_and_more_are_a_choice_among_the
     prior = load_prior(config.prior)
     sampler = config.sampler.resolve(prior.sampling, 100)
     settings = PlanUsers(
-        config.model_copy(update={"selection": SelectionSettings(candidates_per_item=1)}), versions_of(config), None
+        config.model_copy(update={"selection": SelectionSettings(candidates_per_item=1)}), versions_of(config), None, None, NOBODY
     ).settings
     digests = prior.users["history_digest"].to_pylist()  # type: ignore[index]
     keys = [
@@ -133,10 +138,13 @@ def test_one_candidate_an_item_is_plain_sampling_and_more_are_a_choice_among_the
 
 def test_population_items_are_counted_apart(config: GenerateConfig) -> None:
     pq.write_table(pa.table({"user_id": ["user-1", "stranger"]}), config.request)
-    run = prepare(config)
-    counts = assembled(run, requested=6, error_budget=0)["counts"]
+    prepared = prepare(config)
+    counts = assembled(config, prepared, requested=6)["counts"]
     assert (counts["requested"], counts["new"], counts["population"]) == (6, 3, 3)
-    assert open_snapshot(config.root, run.snapshot).items()["origin"].to_pylist() == ["population"] * 3 + ["new"] * 3
+    items = open_snapshot(config.root, prepared.run.snapshot).items()
+    assert [(row["user_id"], row["origin"]) for row in items.to_pylist()[::3]] == [
+        (POOL, "population"), ("stranger", "population"), ("user-1", "new"),
+    ]  # fmt: skip
 
 
 def test_a_history_means_the_same_in_any_company(config: GenerateConfig, tmp_path: Path) -> None:

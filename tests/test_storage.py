@@ -1,7 +1,6 @@
-"""Tables and the pointer on a real S3 server: what is written is what is read, and a stale writer is refused."""
+"""Tables on a real S3 server: what is written is what is read."""
 
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -9,13 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 from s3fs import S3FileSystem
 
-from rebeca_ray.catalog import publish as publish_module
-from rebeca_ray.catalog.publish import LostRaceError, publish, read_pointer
+from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.errors import UserError
-from rebeca_ray.storage import HashingSink, open_filesystem, open_table, read_json, read_table, write_json, write_table
+from rebeca_ray.storage import HashingSink, open_table, read_json, read_table, write_json, write_table
 
 
-def test_tables_and_pointer_on_s3(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_on_s3(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
     root = "s3://rebeca/storage"
@@ -27,43 +25,6 @@ def test_tables_and_pointer_on_s3(s3_server: dict[str, str], monkeypatch: pytest
     write_json({"a": 1}, f"{root}/one.json")
     assert read_json(f"{root}/one.json") == {"a": 1}
     assert read_json(f"{root}/none.json") is None
-
-    assert read_pointer(root) == (None, None)
-    publish(root, "snapshots/a", run_id="a", run_date="2026-01-01", epoch=1)
-    publish(root, "snapshots/b", run_id="b", run_date="2026-01-02", epoch=2)
-    with pytest.raises(LostRaceError, match="run b published epoch 2"):
-        publish(root, "snapshots/late", run_id="late", run_date="2026-01-02", epoch=2)
-    pointer, version = read_pointer(root)
-    assert pointer is not None
-    assert (pointer["run_id"], pointer["epoch"]) == ("b", 2)
-    with pytest.raises(OSError, match=r"(?i)condition"):
-        fsspec.filesystem("s3").pipe_file("rebeca/storage/latest.json", b"{}", IfMatch='"stale"')
-    assert read_pointer(root)[1] == version
-
-
-class LostAnswer:
-    """An S3 file system whose conditional write is stored, but answered 412 to the client's second try."""
-
-    def __init__(self, real: Any) -> None:
-        self.real = real
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.real, name)
-
-    def pipe_file(self, path: str, data: bytes, **condition: str) -> None:
-        self.real.pipe_file(path, data, **condition)
-        self.real.pipe_file(path, data, IfNoneMatch="*")
-
-
-def test_a_publication_whose_answer_was_lost_is_not_a_lost_race(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in s3_server.items():
-        monkeypatch.setenv(name, value)
-    filesystem, path = open_filesystem("s3://rebeca/lost/latest.json")
-    monkeypatch.setattr(publish_module, "open_filesystem", lambda uri: (LostAnswer(filesystem), path))
-    publish("s3://rebeca/lost", "snapshots/a", run_id="a", run_date="2026-01-01", epoch=1)
-    pointer, _ = read_pointer("s3://rebeca/lost")
-    assert pointer is not None
-    assert pointer["run_id"] == "a"
 
 
 def test_s3_without_credentials_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,8 +53,6 @@ def test_what_is_written_can_be_read_by_others(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
     write_json({}, str(tmp_path / "latest.json"))
     assert (tmp_path / "latest.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
-    publish(f"file://{tmp_path}", "snapshots/a", run_id="a", run_date="2026-01-01", epoch=1)
-    assert read_pointer(str(tmp_path))[0] == read_pointer(f"file://{tmp_path}")[0]
 
 
 def test_files_of_a_folder_must_have_the_same_columns(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
-"""The quality gate: what was planned is tested before anything is decoded.
+"""The quality gate: what was planned is tested before anything is decoded, and what was assembled before it is published.
 
 Shapes: U users, N drawn candidates of theirs, F factors of the selector.
 """
+
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,21 +14,21 @@ from rebeca_ray.catalog.layout import Run
 from rebeca_ray.errors import QualityGateError
 from rebeca_ray.evaluation.permutation import PermutationTest, permutation_test
 from rebeca_ray.settings import GateSettings
-from rebeca_ray.storage import open_filesystem
+from rebeca_ray.storage import list_files, open_filesystem
 
 MAX_FILES, MAX_USERS, MAX_ITEMS_A_USER = 20, 2000, 10  # a sample of the plan is enough
 MIN_USERS = 20  # fewer tell too little to stop a run
 
 
-def check_plan(run: Run, gate: GateSettings) -> PermutationTest | None:
+def check_plan(run: Run, gate: GateSettings, *, force: bool = False) -> PermutationTest | None:
     """Test whether the prior draws what its users like, and not what others like, as the selector sees it.
 
     Tested are candidates as they were drawn: those that the selector chose would please it whoever they were drawn for. It
     catches a prior that ignores its users; items of people at large are left out. None without a selector or for fewer
-    than two users. Raises QualityGateError before anything is rendered.
+    than two users. Raises QualityGateError before anything is rendered, unless `force` is given.
     """
     test = plan_test(read_sample(run.plan))
-    if test and test.num_users >= MIN_USERS and gate.max_p_value is not None and test.p_value > gate.max_p_value:
+    if test and not force and test.num_users >= MIN_USERS and gate.max_p_value is not None and test.p_value > gate.max_p_value:
         raise QualityGateError(
             f"run {run.run_id}: what the prior draws pleases its own users no more than others: like probability {test.own:.4f}, "
             f"{test.null_mean:.4f} when dealt at random (p = {test.p_value:.4f} with {test.num_users} users; gate.max_p_value is "
@@ -35,10 +37,67 @@ def check_plan(run: Run, gate: GateSettings) -> PermutationTest | None:
     return test
 
 
+def refusals(manifest: dict[str, Any], before: dict[str, Any] | None, gate: GateSettings) -> list[str]:
+    """Why a snapshot must not be published, each with the figure and how far it is off: by itself, and against the one before.
+
+    The qualities of fewer than `gate.min_sample` items are told, and stop nothing.
+    """
+    now, last = judged(manifest, gate), judged(before, gate) if before else {}
+    lowest = {
+        "users": gate.min_users,
+        "items": gate.min_items,
+        "effect": gate.min_effect,
+        "like_probability": gate.min_like_probability,
+        "diversity": gate.min_diversity,
+    }
+    highest = {"failed": gate.max_failed, "filtered": gate.max_filtered, "duplicates": gate.max_duplicates}
+    found = []
+    for name, bound in lowest.items():
+        value, former = now[name], last.get(name)
+        if value is None:
+            continue
+        if bound is not None and value < bound:
+            found.append(f"{name} is {value:g}, {bound - value:.4g} below gate.min_{name} {bound:g}")
+        if former and gate.max_drop is not None and value < (1 - gate.max_drop) * former:
+            drop = 1 - value / former
+            found.append(
+                f"{name} is {value:g}, {drop:.1%} below the {former:g} of the last snapshot (gate.max_drop is {gate.max_drop:.1%})"
+            )
+    for name, bound in highest.items():
+        value, former = now[name], last.get(name)
+        if value is None:
+            continue
+        if bound is not None and value > bound:
+            found.append(f"{name} is {value:.2%}, {value - bound:.2%} above gate.max_{name} {bound:.2%}")
+        if former is not None and gate.max_rise is not None and value > former + gate.max_rise:
+            rise = value - former
+            found.append(f"{name} is {value:.2%}, {rise:.2%} above the last snapshot's {former:.2%} (gate.max_rise is {gate.max_rise:.2%})")
+    return found
+
+
+def judged(manifest: dict[str, Any], gate: GateSettings) -> dict[str, float | None]:
+    """The figures of a snapshot that the gate looks at; None for what is not known, or of too few."""
+    counts, figures, permutation = manifest["counts"], manifest["figures"], manifest["quality"]["permutation"]
+    enough = (figures["judged_items"] or 0) >= gate.min_sample
+    effect = permutation["effect"] if permutation and permutation["users"] >= MIN_USERS else None
+    return {
+        "users": counts["users"],
+        "items": counts["new"] + counts["carried"] + counts["population"],
+        "effect": effect,
+        "like_probability": figures["like_probability"] if enough else None,
+        "diversity": figures["diversity"] if enough else None,
+        "failed": figures["failed"],
+        "filtered": figures["filtered"] if counts["requested"] >= gate.min_sample else None,
+        "duplicates": figures["duplicates"] if enough else None,
+    }
+
+
 def read_sample(plan: str) -> pa.Table:
     """Personal rows of at most 2,000 users, from files spread evenly over the plan."""
-    filesystem, folder = open_filesystem(plan)
-    files = sorted(str(path) for path in filesystem.find(folder) if str(path).endswith(".parquet"))
+    filesystem, _ = open_filesystem(plan)
+    files = [open_filesystem(file)[1] for file in list_files(plan, ".parquet")]
+    if not files:
+        return pa.table({"user_id": pa.array([], pa.string())})
     files = [files[number] for number in np.unique(np.linspace(0, len(files) - 1, MAX_FILES).astype(int))]
     parts = []
     for path in files:

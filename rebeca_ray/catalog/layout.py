@@ -1,46 +1,38 @@
 """Where everything of a catalog lies, and the identity of one run.
 
-    <root>/images/run_id=<id>/bucket=<b>/part-<epoch>-*.parquet            immutable; may serve later snapshots too
-    <root>/snapshots/run_date=<date>/run_id=<id>/{items,errors,changes}/bucket=<b>/part-*.parquet
-    <root>/snapshots/run_date=<date>/run_id=<id>/files.parquet             one row a file
+    <root>/latest.json                                                     what is published, and who may write
     <root>/snapshots/run_date=<date>/run_id=<id>/manifest.json             written last
-    <root>/work/run_id=<id>/…                                              plan and checksums, private to the run
-    <root>/latest.json                                                     the published snapshot
+    <root>/snapshots/run_date=<date>/run_id=<id>/files.parquet             one row a file
+    <root>/snapshots/run_date=<date>/run_id=<id>/{items,users,errors,changes}/bucket=<b>/part-<epoch>.parquet
+    <root>/images/run_id=<id>/bucket=<b>/part-<epoch>-*.parquet            immutable; may serve later snapshots too
+    <root>/work/run_id=<id>/run.json                                       what the run is made from; written first
+    <root>/work/run_id=<id>/decisions/, plan/, plan.json                   who is drawn; what; that the plan is whole
+    <root>/work/run_id=<id>/records/unit=<u>/                              one record an image file, written after it
+    <root>/work/run_id=<id>/units/<u>.json                                 that a unit is rendered, with its records
 
 A reader follows `latest.json` -> `manifest.json` -> `files.parquet` -> files, and never lists a prefix.
 """
 
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any, TypeVar
 
-from rebeca_ray.catalog.publish import read_pointer
-from rebeca_ray.config import GenerateConfig
 from rebeca_ray.storage import join
 
-BUCKET = 0  # catalogs so far have one
+T = TypeVar("T")
+POOL = ""  # the user whose items all strangers share; no request can name it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One attempt at one snapshot: who it is, and where it writes."""
+    """One run for one snapshot: who it is, and where it writes. `epoch` is the attempt's."""
 
     root: str
     run_date: str
     run_id: str
     epoch: int
-
-    @classmethod
-    def start(cls, config: GenerateConfig) -> "Run":
-        """A run for today (UTC) under a fresh id, unless the config names them; its epoch follows the published one."""
-        pointer, _ = read_pointer(config.root)
-        now = datetime.now(UTC)
-        return cls(
-            root=config.root.rstrip("/"),
-            run_date=(config.run_date or now.date()).isoformat(),
-            run_id=config.run_id or f"{now:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}",
-            epoch=pointer["epoch"] + 1 if pointer else 1,
-        )
 
     @property
     def snapshot(self) -> str:
@@ -48,22 +40,50 @@ class Run:
         return f"snapshots/run_date={self.run_date}/run_id={self.run_id}"
 
     @property
+    def manifest(self) -> str:
+        return join(self.root, self.snapshot, "manifest.json")
+
+    @property
     def work(self) -> str:
-        return join(self.root, f"work/run_id={self.run_id}")
+        return work_folder(self.root, self.run_id)
 
     @property
     def plan(self) -> str:
         return join(self.work, "plan")
 
-    @property
-    def checksums(self) -> str:
-        return join(self.work, "checksums")
+    def decisions(self, bucket: int, kind: str = "all") -> str:
+        """Of `all` users of a bucket, or of those `to-plan`."""
+        return join(self.work, "decisions", kind, f"bucket-{bucket:05d}.parquet")
+
+    def records(self, unit: int) -> str:
+        return join(self.work, "records", f"unit={unit}")
+
+    def unit(self, unit: int) -> str:
+        return join(self.work, "units", f"{unit}.json")
 
     @property
     def images(self) -> str:
         """The run's image files, below the root."""
-        return f"images/run_id={self.run_id}/bucket={BUCKET}"
+        return f"images/run_id={self.run_id}"
 
-    def table(self, name: str) -> str:
+    def table(self, name: str, bucket: int) -> str:
         """The part file of a table of the snapshot, below the root."""
-        return f"{self.snapshot}/{name}/bucket={BUCKET}/part-{self.epoch:06d}-000000.parquet"
+        return f"{self.snapshot}/{name}/bucket={bucket}/part-{self.epoch:06d}.parquet"
+
+
+def work_folder(root: str, run_id: str) -> str:
+    return join(root, f"work/run_id={run_id}")
+
+
+def new_run_id() -> str:
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+
+
+def for_each_bucket(work: Callable[[int], T], num_buckets: int) -> list[T]:
+    """`work` of every bucket, in order: each in a Ray task of its own, a single one here."""
+    if num_buckets == 1:
+        return [work(0)]
+    import ray
+
+    task: Any = ray.remote(work)
+    return list(ray.get([task.remote(bucket) for bucket in range(num_buckets)]))

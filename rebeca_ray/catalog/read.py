@@ -8,8 +8,10 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
-from rebeca_ray.catalog.publish import read_pointer
+from rebeca_ray import schemas
+from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.errors import UserError
+from rebeca_ray.identity import bucket_of
 from rebeca_ray.schemas import SCHEMA_VERSION
 from rebeca_ray.storage import arrow_filesystem, join, open_filesystem, read_json, read_table
 
@@ -19,6 +21,7 @@ class Snapshot:
     """One published snapshot, pinned: what is published later does not change what it reads."""
 
     root: str
+    path: str  # its folder, below the root
     manifest: dict[str, Any]
     files: pa.Table  # schemas.FILES
 
@@ -31,8 +34,32 @@ class Snapshot:
         """Rows of one of the snapshot's tables in memory."""
         filesystem, root = open_filesystem(self.root)
         files = [join(root, path) for path in self.paths(name)]
+        if not files:  # of errors and changes, when everything was carried over
+            empty = schemas.table(name, self.manifest["embed_dim"]).empty_table()
+            return empty if columns is None else empty.select(columns)
         dataset = pyarrow.dataset.dataset(files, filesystem=arrow_filesystem(filesystem), format="parquet")
         return dataset.to_table(columns=columns, filter=filter)
+
+    def bucket(self, name: str, bucket: int, num_buckets: int, columns: list[str] | None = None) -> pa.Table | None:
+        """Rows of the users of one of `num_buckets` buckets; None if the snapshot has no such table.
+
+        Other files are read only where the snapshot was cut into another number of buckets.
+        """
+        own = self.files.filter(pc.equal(self.files["table"], name))
+        if own.num_rows == 0:
+            return None
+        if same := self.manifest["num_buckets"] == num_buckets:
+            own = own.filter(pc.equal(own["bucket"], bucket))
+        tables = [
+            read_table(join(self.root, path), "catalog", columns and [*dict.fromkeys([*columns, "user_id"])])
+            for path in own["path"].to_pylist()
+        ]
+        if not tables:
+            return None
+        table = pa.concat_tables(tables)
+        if not same:
+            table = table.filter(pa.array([bucket_of(user, num_buckets) == bucket for user in table["user_id"].to_pylist()], pa.bool_()))
+        return table if columns is None else table.select(columns)
 
     def items(self, columns: list[str] | None = None, user_ids: list[str] | None = None) -> pa.Table:
         """Items, of all users or of some, sorted by user and rank; without pixels.
@@ -47,13 +74,14 @@ class Snapshot:
     def images(self, items: pa.Table) -> list[bytes]:
         """The encoded images of rows of `items`, in their order; reads only the row groups that hold them."""
         filesystem, root = open_filesystem(self.root)
-        paths = self.paths("images")
+        images = self.files.filter(pc.equal(self.files["table"], "images"))
+        path_of = dict(zip(images["file"].to_pylist(), images["path"].to_pylist(), strict=True))
         wanted: dict[int, dict[int, list[int]]] = {}
         for place, (file, row) in enumerate(zip(items["image_file"].to_pylist(), items["image_row"].to_pylist(), strict=True)):
             wanted.setdefault(file, {}).setdefault(row, []).append(place)
         found: list[bytes] = [b""] * items.num_rows
         for file, rows in wanted.items():
-            with filesystem.open(join(root, paths[file]), "rb") as handle:
+            with filesystem.open(join(root, path_of[file]), "rb") as handle:
                 parquet = pq.ParquetFile(handle)
                 start = 0
                 for group in range(parquet.num_row_groups):
@@ -72,7 +100,7 @@ class Snapshot:
 def published(root: str) -> Snapshot | None:
     """The snapshot `latest.json` points to, or None before the first publication."""
     pointer, _ = read_pointer(root)
-    return open_snapshot(root, pointer["snapshot"]) if pointer else None
+    return open_snapshot(root, pointer.snapshot) if pointer.snapshot else None
 
 
 def read_catalog(root: str) -> Snapshot:
@@ -92,4 +120,4 @@ def open_snapshot(root: str, path: str) -> Snapshot:
         raise UserError(
             f"catalog {root}: schema version {manifest['schema_version']}, this version reads {SCHEMA_VERSION}; upgrade rebeca-ray"
         )
-    return Snapshot(root=root, manifest=manifest, files=read_table(join(root, manifest["files"]["path"]), "catalog"))
+    return Snapshot(root=root, path=path, manifest=manifest, files=read_table(join(root, manifest["files"]["path"]), "catalog"))

@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.publish import publish
 from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.config import GenerateConfig
 from rebeca_ray.histories import build_histories, user_table
@@ -20,7 +19,7 @@ from rebeca_ray.stickers.judge import Judge
 from rebeca_ray.stickers.report import write_report
 from rebeca_ray.stickers.simulate import load_world, simulate
 from rebeca_ray.stickers.training_data import load_stickers
-from tests.conftest import assembled, prepare, write_tiny_prior
+from tests.conftest import snapshot_of, write_tiny_prior
 
 
 def write_real_items(folder: Path) -> str:
@@ -43,9 +42,7 @@ def test_the_truth_check_and_the_page(tmp_path: Path) -> None:
         num_images=2,
         sampler=SamplerSettings(num_inference_steps=2),
     )
-    run = prepare(config)
-    assembled(run, requested=28, error_budget=0)
-    publish(run.root, run.snapshot, run_id=run.run_id, run_date=run.run_date, epoch=run.epoch)
+    snapshot_of(config, requested=28)
     snapshot, judge = read_catalog(config.root), Judge()
 
     check = check_truth(tmp_path, judge, load_stickers(), interactions, snapshot, config)

@@ -1,0 +1,103 @@
+"""`latest.json`, the one mutable object of a catalog: what is published, and who may write. Changed by compare-and-swap alone."""
+
+import fcntl
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from botocore.exceptions import ClientError
+
+from rebeca_ray.errors import UserError
+from rebeca_ray.storage import UNREACHABLE, describe, is_local, join, open_filesystem, write_json
+
+POINTER = "latest.json"
+TRIES = 20  # of changing it while others do
+
+
+class LostRaceError(UserError):
+    """Another run holds the lease, or took it over."""
+
+    exit_code = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pointer:
+    """The published snapshot (None before the first), the highest epoch handed out, and the lease of a run at work."""
+
+    epoch: int = 0
+    run_id: str | None = None
+    run_date: str | None = None
+    snapshot: str | None = None  # its folder, below the root
+    forced: bool = False  # published though the quality gate refused it
+    lease: dict[str, Any] | None = None  # run_id, epoch, beat, seconds; see lease.py
+
+
+def read_pointer(root: str) -> tuple[Pointer, str | None]:
+    """The pointer and its version, to be given to a swap; an empty one and None before the first.
+
+    Raises UserError if it cannot be read or is damaged.
+    """
+    filesystem, path = open_filesystem(join(root, POINTER))
+    try:
+        if is_local(filesystem):
+            version = text = Path(path).read_text()
+        else:
+            filesystem.invalidate_cache(path)
+            version = filesystem.info(path, refresh=True)["ETag"]
+            text = filesystem.cat_file(path).decode()
+    except (FileNotFoundError, NotADirectoryError):
+        return Pointer(), None
+    except UNREACHABLE as error:
+        raise UserError(f"catalog {root}: cannot be read ({describe(error)}); check the path and the credentials") from None
+    try:
+        told = json.loads(text)
+        return Pointer(**{field.name: told[field.name] for field in fields(Pointer) if field.name in told}), version
+    except (ValueError, TypeError):
+        raise UserError(f"catalog {root}: {POINTER} is damaged; remove it and `rebeca catalog publish` a snapshot again") from None
+
+
+def change_pointer(root: str, change: Callable[[Pointer], Pointer]) -> Pointer:
+    """Swap the pointer for what `change` makes of it, as often as another writer comes between; returns the new one.
+
+    On S3 by `If-Match` / `If-None-Match`, locally under a file lock and by a rename. What `change` raises is raised. An answer that
+    was lost (stored, asked again, 412) is no lost race: what is there is then what was to be written.
+    """
+    filesystem, path = open_filesystem(join(root, POINTER))
+    if is_local(filesystem):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    for _ in range(TRIES):
+        with locked(Path(path)) if is_local(filesystem) else nullcontext():
+            current, version = read_pointer(root)
+            wanted = change(current)
+            if wanted == current or swap(root, wanted, version):
+                return wanted
+        if read_pointer(root)[0] == wanted:
+            return wanted
+    raise LostRaceError(f"catalog {root}: {POINTER} was changed by others {TRIES} times in a row; look who writes there")
+
+
+def locked(path: Path) -> Any:
+    """The lock file beside the pointer, open and held until it is closed."""
+    lock = path.with_name(".latest.lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
+def swap(root: str, wanted: Pointer, version: str | None) -> bool:
+    """Write `wanted` if `version` is still there; False if it is not."""
+    uri = join(root, POINTER)
+    filesystem, path = open_filesystem(uri)
+    if is_local(filesystem):
+        write_json(asdict(wanted), uri)
+        return True
+    condition = {"IfMatch": version} if version else {"IfNoneMatch": "*"}
+    try:
+        filesystem.pipe_file(path, json.dumps(asdict(wanted), indent=2).encode(), **condition)
+    except (ClientError, OSError) as error:
+        if any(told in str(error) for told in ("PreconditionFailed", "412", "pre-conditions", "ConditionalRequestConflict", "409")):
+            return False
+        raise
+    return True
