@@ -1,25 +1,33 @@
 """A run that is killed, or hangs, is gone on with: what was drawn is not drawn again, and every item is published once."""
 
+import datetime
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 
-from rebeca_ray.catalog.layout import work_folder
+import rebeca_ray
+from rebeca_ray.catalog.layout import Run, work_folder
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import Snapshot, published, read_catalog
 from rebeca_ray.config import GenerateConfig
+from rebeca_ray.decoding import DecodedImage
+from rebeca_ray.errors import UserError
 from rebeca_ray.generation import generate_catalog
-from rebeca_ray.resume import unfinished_runs
+from rebeca_ray.job import plain_errors
+from rebeca_ray.local_decoder import LocalDecoder
+from rebeca_ray.resume import begin, describe_run, unfinished_runs
 from rebeca_ray.settings import LayoutSettings, LimitSettings
-from rebeca_ray.storage import join, list_files, open_filesystem, read_json
+from rebeca_ray.storage import join, list_files, open_filesystem, read_json, read_table
+from tests.conftest import prepare, run_of, versions_of, write_plan
 
 DRIVER = """
 import os, sys, time
@@ -51,6 +59,19 @@ def to_resume(config: GenerateConfig, **update: Any) -> GenerateConfig:
     return config.model_copy(update={"num_images": 9, "layout": LayoutSettings(images_per_file=4), "limits": limits, **update})
 
 
+def planned(config: GenerateConfig) -> str:
+    """The id of a run that was killed when it had planned; its plan is made here, for that is sooner done."""
+    run = run_of(config)
+    note_beginning(config, run)
+    write_plan(config, run)
+    return run.run_id
+
+
+def note_beginning(config: GenerateConfig, run: Run) -> None:
+    versions = {**versions_of(config), "code": rebeca_ray.__version__}
+    begin(config.root, run.run_id, datetime.date.fromisoformat(run.run_date), describe_run(config, versions, None))
+
+
 def start(config: GenerateConfig, sabotage: str, ray_address: str) -> subprocess.Popen[str]:
     """A driver of its own."""
     return subprocess.Popen(
@@ -62,20 +83,21 @@ def start(config: GenerateConfig, sabotage: str, ray_address: str) -> subprocess
     )
 
 
-def wait_for_records(process: subprocess.Popen[str], config: GenerateConfig, count: int) -> str:
-    """The id of the run of `process`, once it has so many image files."""
-    while process.poll() is None:
-        for run_id in unfinished_runs(config.root):
-            if len(list_files(join(work_folder(config.root, run_id), "records"), ".json")) >= count:
-                return run_id
+def wait_for_records(process: subprocess.Popen[str], config: GenerateConfig, run_id: str) -> None:
+    """Return once two image files of a run are there."""
+    while len(list_files(join(work_folder(config.root, run_id), "records"), ".json")) < 2:
+        assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
-    raise AssertionError(process.communicate()[0])
 
 
 def drawn(root: str, run_id: str) -> dict[str, Any]:
     """Of every image file with a record: what the record says, and when the file was written."""
-    records = [read_json(uri) for uri in list_files(join(work_folder(root, run_id), "records"), ".json")]
-    return {record["path"]: (record["sha256"], written_at(root, record["path"])) for record in records if record}
+    return {record["path"]: (record["sha256"], written_at(root, record["path"])) for record in records(root, run_id)}
+
+
+def records(root: str, run_id: str) -> list[dict[str, Any]]:
+    found = [read_json(uri) for uri in list_files(join(work_folder(root, run_id), "records"), ".json")]
+    return [record for record in found if record]
 
 
 def written_at(root: str, path: str) -> Any:
@@ -102,8 +124,9 @@ def test_a_run_that_is_killed_while_rendering_draws_the_rest(
     config: GenerateConfig, ray_local: str, place: Callable[[GenerateConfig], GenerateConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = place(to_resume(config))
+    run_id = planned(config)
     process = start(config, HANG, ray_local)
-    run_id = wait_for_records(process, config, 2)
+    wait_for_records(process, config, run_id)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = drawn(config.root, run_id)
@@ -159,14 +182,15 @@ def test_a_run_that_dies_while_planning_and_again_before_publishing(
 
 def test_a_run_that_hangs_ends_itself_and_is_gone_on_with(config: GenerateConfig, ray_local: str) -> None:
     config = to_resume(config)
-    hasty = config.model_copy(update={"limits": LimitSettings(stall_minutes=0.2, lease_seconds=600)})
+    run_id = planned(config)
+    hasty = config.model_copy(update={"limits": LimitSettings(stall_minutes=0.15, lease_seconds=600)})
     process = start(hasty, HANG, ray_local)
     output, _ = process.communicate()
     assert process.returncode == 75, output
-    (run_id,) = unfinished_runs(config.root)
+    assert f"resuming run {run_id}" in output
     (dump,) = Path(work_folder(config.root, run_id)).glob("stalled-*.txt")
     told = (
-        f"error: no progress for 0.2 min while it was at render (limits.stall_minutes); its state is in {dump}. Start it again: it resumes"
+        f"error: no progress for 0.15 min while it was at render (limits.stall_minutes); its state is in {dump}. Start it again: it resumes"
     )
     assert [line for line in output.splitlines() if line.startswith("error:")] == [told]
     state = dump.read_text()
@@ -174,8 +198,44 @@ def test_a_run_that_hangs_ends_itself_and_is_gone_on_with(config: GenerateConfig
     assert "rebeca_ray/rendering.py" in state
     assert "in render_unit" in state  # the stack of the driver's main thread
     assert read_pointer(config.root)[0].lease is None
+    rows = sum(image_file["rows"] for image_file in records(config.root, run_id))
 
     manifest = generate_catalog(config, resume="require")  # at once, though the lease was one of ten minutes
     assert manifest["run_id"] == run_id
-    assert manifest["measured"]["stages"]["render"]["rows"] == 24
+    assert manifest["measured"]["stages"]["render"]["rows"] == 40 - rows
     assert_everything_once(read_catalog(config.root))
+
+
+def test_what_failed_is_drawn_again_when_asked_for(
+    config: GenerateConfig, ray_local: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two of sixteen items failed in a decoder that is well again."""
+    whole = LocalDecoder.decode
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalDecoder, "decode", lambda self, rows: [DecodedImage(seed=1, error="bad luck")] * 2 + whole(self, rows)[2:])
+        run = prepare(config).run
+    note_beginning(config, run)
+    for _ in range(2):  # it is not drawn again of itself
+        with pytest.raises(SystemExit) as caught, plain_errors():
+            generate_catalog(config)
+        assert caught.value.code == 3
+        told = f"error: run {run.run_id}: 2 of 16 items failed (bad luck), the budget is 0.10%; nothing is published. Mend it"
+        assert capsys.readouterr().err.startswith(told)
+        assert published(config.root) is None
+    errors = read_table(join(config.root, Run(**{**asdict(run), "epoch": 2}).table("errors", 0)), "errors").to_pylist()
+    assert [(row["stage"], row["error"], row["attempt"]) for row in errors] == [("render", "bad luck", 0)] * 2
+
+    manifest = generate_catalog(config, retry_failed=True)
+    assert manifest["run_id"] == run.run_id
+    assert (manifest["counts"]["new"], manifest["counts"]["failed"]) == (16, 0)
+    assert manifest["measured"]["stages"]["render"]["rows"] == 2
+    snapshot = read_catalog(config.root)
+    assert snapshot.table("errors").num_rows == 0
+    (again,) = (row["path"] for row in snapshot.files.to_pylist() if row["table"] == "images" and "/part-000003-" in row["path"])
+    drawn_again = read_table(join(config.root, again), "images")
+    assert sorted(drawn_again["item_id"].to_pylist()) == sorted(row["item_id"] for row in errors)
+    items = snapshot.items()
+    assert items.num_rows == 16
+    assert None not in snapshot.images(items)
+    with pytest.raises(UserError, match="no unfinished run of .* to go on with"):
+        generate_catalog(config, retry_failed=True)
