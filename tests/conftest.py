@@ -45,7 +45,7 @@ REPO = Path(__file__).parents[1]
 D = 16
 TINY_NETWORK = NetworkSettings(num_layers=2, num_heads=2, width=16, num_tokens=3, user_encoder="id")
 USERS = [f"user-{number}" for number in range(7)]
-LONGEST = ("test_jobs.py", "test_training.py", "test_triton.py", "test_generation.py", "test_weights.py")
+LONGEST = ("test_jobs.py", "test_training.py", "test_resume.py", "test_triton.py", "test_generation.py", "test_weights.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,6 +4,7 @@ import datetime
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -11,16 +12,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from rebeca_ray import rendering, schemas
+from rebeca_ray import generation, rendering, schemas
 from rebeca_ray.catalog.assemble import IncompleteRunError
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.read import Snapshot, open_snapshot, published, read_catalog
 from rebeca_ray.config import GenerateConfig
 from rebeca_ray.errors import ErrorBudgetExceededError
+from rebeca_ray.generation import deadline_of
 from rebeca_ray.progress import Progress
 from rebeca_ray.refresh import Decisions
 from rebeca_ray.rendering import Rendered, RenderImages, read_records, render_all
-from rebeca_ray.settings import LayoutSettings
+from rebeca_ray.settings import LayoutSettings, LimitSettings
 from rebeca_ray.storage import join, read_json, read_table
 from tests.conftest import USERS, Prepared, assembled, decide, draw_rows, prepare, publish, run_of, snapshot_of, write_plan
 
@@ -187,6 +189,31 @@ def night(config: GenerateConfig, *, units: int, and_rows: int = 0, requested: i
     manifest = assembled(config, prepared, requested=requested)
     publish(config.root, run)
     return manifest, prepared
+
+
+@pytest.mark.parametrize(
+    ("limits", "ends"),
+    [
+        ({}, None),
+        ({"publish_by": "06:00"}, "2026-03-03T05:59:00"),  # the next such time, less once and a half what assembling took
+        ({"publish_by": "23:00"}, "2026-03-02T22:59:00"),
+        ({"publish_by": "22:30"}, "2026-03-03T22:29:00"),
+        ({"max_gpu_hours": 3.0}, "2026-03-03T00:30:00"),  # of two actors
+        ({"publish_by": "06:00", "max_gpu_hours": 3.0}, "2026-03-03T00:30:00"),
+        ({"publish_by": "23:00", "max_gpu_hours": 3.0}, "2026-03-02T22:59:00"),
+    ],
+)
+def test_when_rendering_must_stop(
+    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch, limits: dict[str, Any], ends: str | None
+) -> None:
+    """A run that began at half past ten in the evening, and came to rendering half an hour later."""
+    now = datetime.datetime(2026, 3, 2, 23, tzinfo=datetime.UTC).timestamp()
+    monkeypatch.setattr(generation, "time", SimpleNamespace(time=lambda: now))
+    last = Snapshot(root="", path="", files=schemas.FILES.empty_table(), manifest={"measured": {"stages": {"assemble": {"seconds": 40.0}}}})
+    decoder = config.decoder.model_copy(update={"num_actors": 2})
+    config = config.model_copy(update={"limits": LimitSettings.model_validate(limits), "decoder": decoder})
+    found = deadline_of(config, {"begun_at": "2026-03-02T22:30:00+00:00"}, last)
+    assert (found and datetime.datetime.fromtimestamp(found, datetime.UTC).isoformat()) == (ends and f"{ends}+00:00")
 
 
 def test_a_first_catalog_that_time_ran_out_for_is_whole_after_a_second_night(config: GenerateConfig) -> None:

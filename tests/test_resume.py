@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow.compute as pc
 import pytest
 
 import rebeca_ray
@@ -27,7 +28,7 @@ from rebeca_ray.local_decoder import LocalDecoder
 from rebeca_ray.resume import begin, describe_run, unfinished_runs
 from rebeca_ray.settings import LayoutSettings, LimitSettings
 from rebeca_ray.storage import join, list_files, open_filesystem, read_json, read_table
-from tests.conftest import prepare, run_of, versions_of, write_plan
+from tests.conftest import draw_rows, prepare, run_of, versions_of, write_plan
 
 DRIVER = """
 import os, sys, time
@@ -239,3 +240,18 @@ def test_what_failed_is_drawn_again_when_asked_for(
     assert None not in snapshot.images(items)
     with pytest.raises(UserError, match="no unfinished run of .* to go on with"):
         generate_catalog(config, retry_failed=True)
+
+
+def test_a_run_that_has_spent_its_hours_publishes_what_there_is(config: GenerateConfig, ray_local: str) -> None:
+    """It was killed with one unit of three drawn, and has no time left."""
+    config = config.model_copy(update={"layout": LayoutSettings(items_per_unit=6)})
+    run = run_of(config)
+    note_beginning(config, run)
+    _, rows, _ = write_plan(config, run)
+    first = rows.filter(pc.equal(rows["unit"], 0))
+    draw_rows(config, run, 0, first)
+    counts = generate_catalog(config.model_copy(update={"limits": LimitSettings(max_gpu_hours=1e-9)}))["counts"]
+    assert (counts["requested"], counts["new"], counts["deferred"]) == (16, first.num_rows, 16 - first.num_rows)
+    done = set(first["user_id"].to_pylist())
+    assert (counts["users"], counts["late_users"]) == (len(done), 5 - len(done))
+    assert set(read_catalog(config.root).items()["user_id"].to_pylist()) == done
