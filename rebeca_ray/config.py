@@ -126,6 +126,23 @@ class GenerateConfig(Settings):
     run_id: Annotated[Identifier | None, Field(description="default: the time and six random digits")] = None
     error_budget: Annotated[Share, Field(description="share of items that may fail; above it nothing is published")] = 0.001
 
+    def date(self) -> datetime.date:
+        """The date the snapshot is for."""
+        return self.run_date or datetime.datetime.now(datetime.UTC).date()
+
+
+class NightlyConfig(Settings):
+    """`rebeca nightly`: what one date needs. A section may be the name of a file beside this one; `{run_date}` in paths is filled in."""
+
+    embed: Annotated[EmbedConfig | None, Field(description="null: items come embedded")] = None
+    train: Annotated[TrainConfig | None, Field(description="null: the prior comes from elsewhere")] = None
+    generate: GenerateConfig
+    run_date: Annotated[datetime.date | None, Field(description="default: today, UTC")] = None
+    train_every_days: Annotated[int, Field(gt=0, description="the prior is trained anew when it is as old")] = 1
+    catch_up: Annotated[int, Field(ge=0, description="dates without a snapshot that are made up for, at most")] = 3
+    keep_snapshots: Positive = 7
+    grace_hours: Annotated[float, Field(ge=0, description="how long a reader may hold a snapshot that was followed")] = 48
+
 
 def load_config(model: type[C], path: str | Path, overrides: list[str] | None = None) -> C:
     """Read `path` (YAML), apply `key.sub=value` overrides, and check everything.
@@ -133,6 +150,17 @@ def load_config(model: type[C], path: str | Path, overrides: list[str] | None = 
     Raises UserError naming the key, what was found, and the nearest known key or the expected value.
     """
     path = Path(path)
+    values = read_values(path)
+    for name, value in values.items():
+        if isinstance(value, str) and name in model.model_fields and section_of(model, name) is not None:
+            values[name] = read_values(path.parent / value)
+    for override in overrides or []:
+        apply_override(values, override)
+    return parse_config(model, values, where=str(path))
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
@@ -141,9 +169,7 @@ def load_config(model: type[C], path: str | Path, overrides: list[str] | None = 
         raise UserError(f"config {path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise UserError(f"config {path}: found {type(values).__name__} at the top, expected a mapping of settings")
-    for override in overrides or []:
-        apply_override(values, override)
-    return parse_config(model, values, where=str(path))
+    return values
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -184,7 +210,12 @@ def parse_config(model: type[C], values: dict[str, Any], *, where: str) -> C:
 def section_at(model: type[Settings], parents: list[str]) -> type[Settings]:
     """The settings class found by walking `parents` down from `model`."""
     for parent in parents:
-        annotation: Any = model.model_fields[parent].annotation
-        candidates = [annotation, *typing.get_args(annotation)]
-        model = next(kind for kind in candidates if isinstance(kind, type) and issubclass(kind, Settings))
+        model = typing.cast(type[Settings], section_of(model, parent))
     return model
+
+
+def section_of(model: type[Settings], name: str) -> type[Settings] | None:
+    """The settings class of a field; None if it is a value."""
+    annotation: Any = model.model_fields[name].annotation
+    candidates = [annotation, *typing.get_args(annotation)]
+    return next((kind for kind in candidates if isinstance(kind, type) and issubclass(kind, Settings)), None)

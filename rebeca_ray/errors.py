@@ -27,3 +27,18 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     known = list(known)
     near = get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+
+
+def user_error(error: BaseException | None) -> UserError | None:
+    """The UserError behind an exception, through Ray's wrappers and causes.
+
+    The cause comes first: what Ray raises for a UserError in a task is one too, but its text is a traceback.
+    """
+    if error is None:
+        return None
+    failures = getattr(error, "worker_failures", None) or {}  # Ray Train: one exception a rank
+    arguments = [inner for inner in error.args if isinstance(inner, BaseException)]  # ActorDiedError: the constructor's
+    for inner in (getattr(error, "cause", None), error.__cause__, *failures.values(), *arguments):
+        if found := user_error(inner):
+            return found
+    return error if isinstance(error, UserError) else None

@@ -2,6 +2,7 @@
 
 import datetime
 import time
+from dataclasses import asdict
 from typing import Any
 
 import rebeca_ray
@@ -15,6 +16,7 @@ from rebeca_ray.cluster import require_room, start_ray
 from rebeca_ray.config import GenerateConfig, Resume
 from rebeca_ray.decoder_files import DecoderIdentity, identify_decoder
 from rebeca_ray.errors import QualityGateError
+from rebeca_ray.estimate import foresee, spent
 from rebeca_ray.planning import plan_items, request_histories
 from rebeca_ray.progress import Progress, watchdog
 from rebeca_ray.refresh import decide_all
@@ -39,7 +41,7 @@ def generate_catalog(config: GenerateConfig, *, resume: Resume = "auto", retry_f
     prior = load_prior(config.prior)  # a damaged one is found now, not by every actor
     published(config.root)  # likewise
     versions = {"prior": prior.fingerprint, "decoder": decoder.fingerprint(config.decoder), "code": rebeca_ray.__version__}
-    run_date = config.run_date or datetime.datetime.now(datetime.UTC).date()
+    run_date = config.date()
     with hold_lease(config.root, config.run_id or "starting", config.limits.lease_seconds) as lease:
         previous = published(config.root)
         described = describe_run(config, versions, previous.path if previous else None)
@@ -80,6 +82,9 @@ def make_snapshot(
     with progress.stage("decide"):
         histories = request_histories(config, run)
         decisions = decide_all(config, run, prior, histories, previous, versions["decoder"])
+    foreseen = foresee(config, decisions, requested, previous) if previous else None
+    if foreseen:
+        print(f"{foreseen.images:,} images to draw for {foreseen.planned_users:,} users; some {60 * foreseen.hours:.1f} min", flush=True)
     plan_items(config, run, versions, histories, previous, decisions, progress)
     with progress.stage("test"):
         permutation = check_plan(run, config.gate, force=force)
@@ -100,6 +105,8 @@ def make_snapshot(
         refused = refusals(manifest, previous.manifest if previous else None, config.gate)
         manifest["gate"] = {"refused": refused, "forced": bool(refused) and force}
         manifest["measured"] = measured(config, progress)
+        manifest["foreseen"] = asdict(foreseen) if foreseen else None
+        manifest["spent"] = asdict(spent(config, decisions, requested, progress, manifest["bytes_written"]))
         lease.check()
         write_json(manifest, run.manifest)
     if refused and not force:

@@ -17,6 +17,7 @@ from rebeca_ray import schemas
 from rebeca_ray.cluster import require_room, start_ray
 from rebeca_ray.config import EmbedConfig
 from rebeca_ray.errors import UserError, did_you_mean
+from rebeca_ray.parts import WithoutThose
 from rebeca_ray.storage import (
     arrow_filesystem,
     join,
@@ -122,8 +123,11 @@ def clip_fingerprint(name: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def embed_items(config: EmbedConfig) -> int:
-    """Embed every item of `config.items` and write `config.out` (a folder of Parquet files); returns the row count."""
+def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:
+    """Embed every item of `config.items` and write `config.out` (a folder of Parquet files); returns how many were embedded.
+
+    `only_new` keeps what is there already and adds items whose `item_id` is not, unless another CLIP made it: then all is embedded.
+    """
     files, schema = open_table(config.items, "items")
     for name in ("item_id", "image"):
         if name not in schema.names:
@@ -139,13 +143,18 @@ def embed_items(config: EmbedConfig) -> int:
     require_own(config.out, "out", MARKER, "clip")
     fingerprint = clip_fingerprint(config.clip)
     require_writable(config.out, "out")
+    kept = read_item_ids(config.out) if only_new and (read_json(join(config.out, MARKER)) or {}).get("clip") == fingerprint else None
+    if kept is not None and np.isin(read_item_ids(config.items), kept).all():
+        return 0
     start_ray()
     require_room("num_actors", workers=config.num_actors, cpus=config.cpus_per_actor, device=config.device, spare_cpus=1)
     import ray
 
+    items = ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem))
+    if kept is not None:
+        items = items.map_batches(WithoutThose(ray.put(pa.array(kept))), batch_format="pyarrow", batch_size=None)
     dataset = (
-        ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem))
-        .repartition(target_num_rows_per_block=config.batch_size)  # a small file is one block, which one actor would get
+        items.repartition(target_num_rows_per_block=config.batch_size)  # a small file is one block, which one actor would get
         .map_batches(
             EmbedImages,
             fn_constructor_args=(config.clip, config.device),
@@ -157,13 +166,14 @@ def embed_items(config: EmbedConfig) -> int:
         )
         .materialize()
     )
-    if out_filesystem.exists(out_path):  # only now that the new ones are complete
+    if kept is None and out_filesystem.exists(out_path):  # only now that the new ones are complete
         out_filesystem.rm(out_path, recursive=True)
-    write_json(UNFINISHED, join(config.out, MARKER))
+    write_json(UNFINISHED, join(config.out, MARKER))  # a crash from here on makes the next run embed all
     dataset.write_parquet(out_path, filesystem=arrow_filesystem(out_filesystem))
-    meta = {"clip": fingerprint, "clip_name": config.clip, "rows": dataset.count()}
+    embedded = dataset.count()
+    meta = {"clip": fingerprint, "clip_name": config.clip, "rows": embedded + (0 if kept is None else len(kept))}
     write_json(meta, join(config.out, MARKER))
-    return int(meta["rows"])
+    return embedded
 
 
 def read_image_embeds(uri: str) -> EmbeddedItems:

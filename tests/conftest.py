@@ -306,7 +306,11 @@ def assembled(config: GenerateConfig, prepared: Prepared, *, requested: int, err
         error_budget=error_budget,
     )
     manifest = assemble(prepared.run, made, prepared.decisions, prepared.parts, prepared.rendered, published(config.root), requested)
-    manifest |= {"quality": {"permutation": None}, "measured": {"stages": {"assemble": {"seconds": 0.0}}}}
+    manifest |= {
+        "quality": {"permutation": None},
+        "gate": {"refused": [], "forced": False},
+        "measured": {"stages": {"assemble": {"seconds": 0.0}}},
+    }
     write_json(manifest, prepared.run.manifest)
     return manifest
 
