@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,16 @@ def join(uri: str, *parts: str) -> str:
 
 
 def open_table(uri: str, what: str) -> tuple[list[str], pa.Schema]:
-    """The Parquet files of `uri` (a file or a folder of files), sorted, and their schema.
+    """The Parquet files of `uri` (a file or a folder of files), sorted, and the schema of the first. Raises as `read_schemas`."""
+    found = read_schemas(uri, what)
+    return list(found), next(iter(found.values()))
 
-    Raises UserError, naming `what`, if there is nothing there, a file is not Parquet, or the files differ in their
-    columns: a reader would take the first file's and drop the rest without a word.
+
+def read_schemas(uri: str, what: str) -> dict[str, pa.Schema]:
+    """The schema of every Parquet file of `uri` (a file or a folder of files), in the order of their names.
+
+    Raises UserError, naming `what`, if there is nothing there, a file is not Parquet, has two columns of one name, or the
+    files differ in their columns: a reader would take the first file's and drop the rest without a word.
     """
     filesystem, path = open_filesystem(uri)
     try:
@@ -71,19 +78,24 @@ def open_table(uri: str, what: str) -> tuple[list[str], pa.Schema]:
         raise UserError(f"{what} {uri}: cannot be read ({describe(error)}); check the path and the credentials") from None
 
     for name, schema in zip(files, schemas, strict=True):
+        if len({*schema.names}) < len(schema.names):
+            twice = next(column for column in schema.names if schema.names.count(column) > 1)
+            raise UserError(f"{what} {uri}: {Path(name).name} has column {twice!r} more than once; rename or drop the others")
         if odd := sorted({*schema.names} ^ {*schemas[0].names}):
             raise UserError(
                 f"{what} {uri}: {Path(name).name} and {Path(files[0]).name} differ in their columns ({', '.join(odd[:3])}); "
                 "write all files with the same"
             )
-    return files, schemas[0]
+    return dict(zip(files, schemas, strict=True))
 
 
 def read_schema(filesystem: AbstractFileSystem, path: str, what: str, uri: str) -> pa.Schema:
     try:
         with filesystem.open(path, "rb") as file:
             return pq.read_schema(file)
-    except pa.ArrowException:
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and (error.errno is not None or type(error) is not OSError):
+            raise  # the file system's; Arrow's own, on a damaged footer, has no number
         raise UserError(f"{what} {uri}: {Path(path).name} is not a readable Parquet file; write it again") from None
 
 
@@ -232,23 +244,39 @@ def write_json(value: dict[str, Any], uri: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def remove(uri: str) -> None:
+    """Remove a folder with all that is in it, if it is there."""
+    filesystem, path = open_filesystem(uri)
+    if filesystem.exists(path):
+        filesystem.rm(path, recursive=True)
+
+
 def require_writable(uri: str, what: str) -> None:
     """Raise UserError, naming `what`, unless something can be written below `uri`."""
     filesystem, path = open_filesystem(uri)
     probe = f"{path.rstrip('/')}/.write-probe-{os.getpid()}"
+    missing = [folder for folder in (Path(path), *Path(path).parents) if is_local(filesystem) and not os.path.lexists(folder)]
     try:
-        if is_local(filesystem):
-            Path(path).mkdir(parents=True, exist_ok=True)
+        if missing:
+            Path(path).mkdir(parents=True)
         filesystem.pipe_file(probe, b"")
         filesystem.rm_file(probe)
     except UNREACHABLE as error:
         raise UserError(f"{what} {uri}: cannot be written ({describe(error)}); choose another place or mend its permissions") from None
+    finally:
+        for folder in missing:  # the job that fails later leaves no empty one behind
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def require_own(uri: str, what: str, marker: str, key: str) -> None:
     """Raise UserError unless `uri` is empty or holds a JSON `marker` with `key`: it will be replaced."""
     filesystem, path = open_filesystem(uri)
-    if filesystem.exists(path) and filesystem.ls(path) and key not in (read_json(join(uri, marker)) or {}):
+    try:
+        occupied = filesystem.exists(path) and (filesystem.isfile(path) or filesystem.ls(path))
+    except UNREACHABLE as error:
+        raise UserError(f"{what} {uri}: cannot be read ({describe(error)}); check the path and the credentials") from None
+    if occupied and key not in (read_json(join(uri, marker)) or {}):
         raise UserError(f"{what} {uri}: holds something else (no {marker} of ours) and would be replaced; choose another folder")
 
 
