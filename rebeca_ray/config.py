@@ -8,7 +8,7 @@ import re
 import typing
 from pathlib import Path
 from textwrap import shorten
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -153,11 +153,9 @@ def load_config(model: type[C], path: str | Path, overrides: list[str] | None = 
 class ConfigLoader(yaml.SafeLoader):
     """YAML with the scalars of version 1.2 and dates, and without what a config has no use for: repeated keys and aliases."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for billions of values
-            raise yaml.MarkedYAMLError(problem="found an alias, write the value itself", problem_mark=self.peek_event().start_mark)
+            raise yaml.MarkedYAMLError(problem="found an alias, write the value itself", problem_mark=self.peek_event().start_mark)  # type: ignore[no-untyped-call]
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -178,6 +176,7 @@ SCALARS = (  # kind, what it looks like, what it begins with
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", [*"-+."]),
     ("timestamp", r"[0-9]{4}-[0-9]{2}-[0-9]{2}", [*"0123456789"]),
 )
+ConfigLoader.yaml_implicit_resolvers = {}
 for scalar, pattern, beginnings in SCALARS:
     ConfigLoader.add_implicit_resolver(f"tag:yaml.org,2002:{scalar}", re.compile(f"^(?:{pattern})$"), beginnings)
 

@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from errno import EDQUOT, ENOSPC, EROFS
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -134,4 +135,16 @@ def user_error(error: BaseException | None) -> UserError | None:
     for inner in (getattr(error, "cause", None), error.__cause__, *failures.values(), *arguments):
         if found := user_error(inner):
             return found
-    return error if isinstance(error, UserError) else None
+    return error if isinstance(error, UserError) else storage_error(error)
+
+
+def storage_error(error: BaseException) -> UserError | None:
+    """A full disk, a lost server or a permission withdrawn during a job, as the mistake of nobody's code."""
+    from botocore.exceptions import BotoCoreError
+
+    from rebeca_ray.storage import describe
+
+    if not isinstance(error, BotoCoreError | PermissionError) and getattr(error, "errno", None) not in (ENOSPC, EDQUOT, EROFS):
+        return None
+    file = getattr(error, "filename", None)
+    return UserError(f"{file or 'storage'}: {describe(error)}; nothing was published; mend the place, or give another, and run again")

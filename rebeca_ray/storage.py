@@ -9,33 +9,65 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import botocore.exceptions
 import fsspec
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet as pq
-from botocore.exceptions import BotoCoreError
+from botocore.exceptions import BotoCoreError, HTTPClientError
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from rebeca_ray.errors import UserError
 
+PATIENT: dict[str, Any] = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "total_max_attempts": 10}}
+HASTY: dict[str, Any] = {"connect_timeout": 3, "read_timeout": 10, "retries": {"mode": "standard", "total_max_attempts": 3}}
 UNREACHABLE = (OSError, BotoCoreError)  # what a file system raises; BotoCoreError: no credentials, no such endpoint
 
 
 def open_filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
     """The fsspec filesystem of `uri`, and the path inside it.
 
-    Raises UserError for a scheme other than local and `s3://`.
+    Raises UserError for a scheme other than local and `s3://`, and for an S3 server that cannot be reached.
     """
     scheme = uri.partition("://")[0] if "://" in uri else "file"
     if scheme not in ("file", "s3"):
         raise UserError(f"{uri}: storage {scheme!r} is not supported; give a local path or s3://bucket/prefix")
-    filesystem, path = fsspec.core.url_to_fs(uri)
+    if scheme == "file":
+        filesystem, path = fsspec.core.url_to_fs(uri)
+        return filesystem, path
+    filesystem, path = fsspec.core.url_to_fs(uri, config_kwargs=PATIENT)
+    bucket = path.strip("/").split("/")[0]
+    if not bucket:
+        raise UserError(f"{uri}: names no bucket; give s3://bucket/prefix")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the one of AWS"
+    try:
+        meet(endpoint, bucket)
+    except (BotoCoreError, OSError, ValueError) as error:  # ValueError: no URL
+        raise UserError(
+            f"{uri}: its server cannot be reached ({describe(error)}); look at AWS_ENDPOINT_URL ({endpoint}) and the network"
+        ) from None
     return filesystem, path
+
+
+@cache
+def meet(endpoint: str, bucket: str) -> None:
+    """Raise whatever keeps us from an S3 server, soon: once it was met, it is waited for through every hiccup."""
+    from s3fs import S3FileSystem
+
+    hasty = S3FileSystem(config_kwargs=HASTY, skip_instance_cache=True)
+    hasty.retries = 1
+    try:
+        hasty.call_s3("head_bucket", Bucket=bucket)
+    except (botocore.exceptions.ConnectionError, HTTPClientError):
+        raise
+    except (OSError, BotoCoreError):  # it answered, or was not asked: what is wanted of it next will tell
+        pass
 
 
 def is_local(filesystem: AbstractFileSystem) -> bool:
@@ -152,7 +184,11 @@ class HashingSink:
     def write(self, data: bytes) -> int:
         self.digest.update(data)
         self.size += len(data)
-        self.file.write(data)
+        try:
+            self.file.write(data)
+        except BaseException:  # of a writer that is not ours, nobody else would tidy up
+            self.discard()
+            raise
         return len(data)
 
     def flush(self) -> None:
@@ -162,9 +198,23 @@ class HashingSink:
         if self.closed:
             return
         self.closed = True
-        self.file.close()
+        try:
+            self.file.close()  # on a full disk it is often this that fails
+        except BaseException:
+            self.discard()
+            raise
         if self.local:
             Path(f"{self.path}.partial").replace(self.path)
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        self.closed = True
+        if not self.local:
+            self.file.discard()
+            return
+        with suppress(OSError):
+            self.file.close()
+        Path(f"{self.path}.partial").unlink(missing_ok=True)
 
     def record(self) -> dict[str, Any]:
         """What a reader can check the file against."""
@@ -177,12 +227,7 @@ class HashingSink:
         if kind is None:
             self.close()
         elif not self.closed:
-            self.closed = True
-            if self.local:
-                self.file.close()
-                Path(f"{self.path}.partial").unlink(missing_ok=True)
-            else:
-                self.file.discard()
+            self.discard()
 
 
 class ChecksumHandler(pyarrow.fs.FSSpecHandler):  # type: ignore[misc]  # pyarrow has no types
