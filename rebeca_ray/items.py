@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,16 +181,22 @@ def check_image_embeds(uri: str) -> None:
     """Raise the UserError of `read_image_embeds`, without ever having all of it in memory."""
     embed_dim, _ = embedded_with(uri)
     item_id = read_item_ids(uri)
-    filesystem, _ = open_filesystem(uri)
     start = 0
+    for column in embeds_in_batches(uri, ROWS_AT_ONCE):
+        values = checked_embeds(column, item_id[start : start + len(column)], uri)
+        start += len(column)
+        if values.shape[1] != embed_dim:
+            raise several_sizes(uri, [embed_dim, values.shape[1]])
+
+
+def embeds_in_batches(uri: str, rows: int) -> Iterator[pa.Array]:
+    files, _ = open_table(uri, "items")
+    filesystem, _ = open_filesystem(uri)
     try:
-        for name in open_table(uri, "items")[0]:
+        for name in files:
             with filesystem.open(name, "rb") as file:
-                for batch in pq.ParquetFile(file).iter_batches(ROWS_AT_ONCE, columns=["image_embeds"]):
-                    values = checked_embeds(batch["image_embeds"], item_id[start : start + batch.num_rows], uri)
-                    start += batch.num_rows
-                    if values.shape[1] != embed_dim:
-                        raise several_sizes(uri, [embed_dim, values.shape[1]])
+                for batch in pq.ParquetFile(file).iter_batches(rows, columns=["image_embeds"]):
+                    yield batch["image_embeds"]
     except (pa.ArrowException, *UNREACHABLE) as error:
         raise UserError(f"items {uri}: not readable as Parquet ({describe(error)}); write it again") from None
 
@@ -227,18 +234,15 @@ def embedded_with(uri: str) -> tuple[int, str | None]:
     """`(D, fingerprint of the CLIP)` of embedded items, read from the first row and the marker; None if there is no marker."""
     expected = schemas.embedded_items(1)
     check_columns(uri, "items", expected, instead={"image": "run `rebeca embed` on them first"})
-    files, schema = open_table(uri, "items")
+    _, schema = open_table(uri, "items")
     column = schema.field("image_embeds").type
     if pa.types.is_fixed_size_list(column):
         embed_dim = column.list_size
     else:
-        filesystem, _ = open_filesystem(uri)
-        with filesystem.open(files[0], "rb") as file:
-            first = next(pq.ParquetFile(file).iter_batches(1, columns=["image_embeds"]), None)
-        value = first["image_embeds"][0].as_py() if first and first.num_rows else None
-        if not value:
-            raise UserError(f"items {uri}: the first row of {Path(files[0]).name} has no image_embeds; drop it, or embed the items again")
-        embed_dim = len(value)
+        first = next(embeds_in_batches(uri, 1), [])
+        embed_dim = len(first[0]) if len(first) and first[0].is_valid else 0
+    if not embed_dim:
+        raise UserError(f"items {uri}: the first row has no image_embeds; drop it, or embed the items again")
     marker = read_json(join(uri, MARKER))
     if marker == UNFINISHED:
         raise UserError(f"items {uri}: the embedding that wrote them did not finish; run `rebeca embed` again")

@@ -32,6 +32,8 @@ def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
     check_prior_can(config, prior)
     if config.items is not None:
         check_items_fit(config.items, prior)
+    if config.interactions is not None:
+        check_columns(config.interactions.path, "interactions", schemas.INTERACTIONS)
     request = read_table(config.request, "request", check_columns(config.request, "request", schemas.REQUEST))
     check_rows(request, "request", config.request)
     check_ids(request["user_id"], "request", config.request, "user_id", unique="ask for each user once")
@@ -40,11 +42,12 @@ def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
             check_texts(request[name], "request", config.request, name)
     if "num_images" not in request.column_names:
         return request.num_rows * config.num_images
-    counts = pc.fill_null(plain(request["num_images"]), config.num_images)
-    least, most = pc.min_max(counts).as_py().values()
-    if least < 1 or most > MAX_IMAGES:
-        raise UserError(f"request {config.request}: num_images goes from {least} to {most}; ask for 1 to {MAX_IMAGES:,} images a user")
-    return int(pc.sum(counts).as_py())
+    own = plain(request["num_images"]).drop_null()
+    if len(own):
+        least, most = pc.min_max(own).as_py().values()
+        if least < 1 or most > MAX_IMAGES:
+            raise UserError(f"request {config.request}: num_images goes from {least} to {most}; ask for 1 to {MAX_IMAGES:,} images a user")
+    return int(pc.sum(own).as_py() or 0) + (request.num_rows - len(own)) * config.num_images
 
 
 def check_prior_can(config: GenerateConfig, prior: dict[str, Any]) -> None:

@@ -58,9 +58,7 @@ def open_filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
 @cache
 def meet(endpoint: str, bucket: str) -> None:
     """Raise whatever keeps us from an S3 server, soon: once it was met, it is waited for through every hiccup."""
-    from s3fs import S3FileSystem
-
-    hasty = S3FileSystem(config_kwargs=HASTY, skip_instance_cache=True)
+    hasty = fsspec.get_filesystem_class("s3")(config_kwargs=HASTY, skip_instance_cache=True)
     hasty.retries = 1
     try:
         hasty.call_s3("head_bucket", Bucket=bucket)

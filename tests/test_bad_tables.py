@@ -18,6 +18,7 @@ from rebeca_ray import schemas
 from rebeca_ray.config import EmbedConfig, GenerateConfig
 from rebeca_ray.decoder_files import DecoderIdentity, identify_decoder
 from rebeca_ray.errors import UserError
+from rebeca_ray.generation import generate_catalog
 from rebeca_ray.histories import build_histories
 from rebeca_ray.interactions import read_interactions
 from rebeca_ray.items import EmbedImages, embed_items, read_image_embeds
@@ -253,8 +254,10 @@ def test_what_is_no_table_is_refused(table: Input, tmp_path: Path, monkeypatch: 
     for data in broken:
         path.write_bytes(data)
         assert_told(table, path, "table.parquet is not a readable Parquet file; write it again")
-    path.write_bytes(whole[:4] + b"\xff" * 60 + whole[64:])
-    assert_told(table, path, "not readable as Parquet (", "; write it again")
+    for again in (right, in_lists(right)):
+        pq.write_table(again, path)
+        path.write_bytes(whole[:4] + b"\xff" * 60 + path.read_bytes()[64:])
+        assert_told(table, path, "not readable as Parquet (", "; write it again")
     assert_told(table, path / "below", "not found; give a Parquet file, or a folder that holds some")
     assert_told(table, tmp_path / "nothing", "not found")
     (tmp_path / "folder").mkdir()
@@ -271,6 +274,44 @@ def test_what_is_no_table_is_refused(table: Input, tmp_path: Path, monkeypatch: 
     path.write_bytes(whole)
     monkeypatch.setattr(LocalFileSystem, "open", refuse)
     assert_told(table, path, "cannot be read (Permission denied); check the path and the credentials")
+
+
+def in_lists(table: pa.Table) -> pa.Table:
+    """Its embeddings in lists of any size, as other writers keep them."""
+    if "image_embeds" not in table.column_names:
+        return table
+    return with_column(table, "image_embeds", table["image_embeds"].cast(pa.list_(pa.float32())))
+
+
+def test_embeddings_may_be_lists(shared: tuple[GenerateConfig, DecoderIdentity], tmp_path: Path) -> None:
+    pq.write_table(in_lists(good_table(schemas.embedded_items(D))), tmp_path / "items.parquet")
+    config, decoder = shared
+    assert check_request(config.model_copy(update={"items": str(tmp_path / "items.parquet")}), decoder) == 16
+    assert read_image_embeds(str(tmp_path / "items.parquet")).image_embeds.shape == (ROWS, D)
+
+
+def test_counts_in_small_numbers_are_added_up(shared: tuple[GenerateConfig, DecoderIdentity], tmp_path: Path) -> None:
+    """The default need not fit the column's type."""
+    config, decoder = shared
+    for counts in (
+        pa.array([100, None, 100], pa.int8()),
+        pa.array([100, None, 100], pa.uint64()),
+        pa.array([100, None, 100]).dictionary_encode(),
+    ):
+        pq.write_table(pa.table({"user_id": ["a", "b", "c"], "num_images": counts}), tmp_path / "request.parquet")
+        told = config.model_copy(update={"request": str(tmp_path / "request.parquet"), "num_images": 1000})
+        assert check_request(told, decoder) == 1200
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize("name", ["user_id", "item_id", "rating"])
+def test_what_is_found_while_planning_leaves_nothing(shared: tuple[GenerateConfig, DecoderIdentity], tmp_path: Path, name: str) -> None:
+    right = good_table(schemas.INTERACTIONS)
+    pq.write_table(with_column(right, name, first(None, good_column(schemas.INTERACTIONS.field(name)))), tmp_path / "bad.parquet")
+    rated = InteractionSettings(path=str(tmp_path / "bad.parquet"))
+    with pytest.raises(UserError, match=rf"^interactions {tmp_path}/bad.parquet: 1 of 3 rows have .*{name}"):
+        generate_catalog(shared[0].model_copy(update={"interactions": rated, "root": str(tmp_path / "out")}))
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_of_a_folder_that_differ_are_refused(table: Input, tmp_path: Path) -> None:
