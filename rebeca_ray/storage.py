@@ -259,13 +259,16 @@ def read_json(uri: str) -> dict[str, Any] | None:
     """The object at `uri`, or None if there is none."""
     filesystem, path = open_filesystem(uri)
     try:
-        return dict(json.loads(filesystem.cat_file(path)))
+        found = json.loads(filesystem.cat_file(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except UNREACHABLE as error:
         raise UserError(f"{uri}: cannot be read ({describe(error)}); check the path and the credentials") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{uri}: not valid JSON; restore it from a backup or remove it") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{uri}: holds a JSON {type(found).__name__}, expected an object; restore it from a backup or remove it")
+    return found
 
 
 def write_json(value: dict[str, Any], uri: str) -> None:

@@ -236,3 +236,15 @@ def test_removing_what_is_not_there_is_nothing(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").write_text("")
     remove(str(tmp_path / "a"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"run_id": 1}', '{"run_id": "a", "snapshot": "b", "epoch": "3"}', "[" * 100_000])
+def test_a_damaged_pointer_is_told(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "latest.json").write_text(text)
+    assert_told(read_catalog, str(tmp_path), "; restore it from a backup or remove it", capsys)
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_damaged_pointer_is_told_on_s3_too(capsys: pytest.CaptureFixture[str]) -> None:
+    fsspec.filesystem("s3").pipe_file("rebeca/damaged/latest.json", b"{")
+    assert_told(read_catalog, "s3://rebeca/damaged", "not valid JSON; restore it from a backup or remove it", capsys)

@@ -23,7 +23,7 @@ def read_pointer(root: str) -> tuple[dict[str, Any] | None, str | None]:
     """The published `latest.json` and its version (an ETag on S3, None locally); (None, None) before the first."""
     filesystem, path = open_filesystem(join(root, POINTER))
     if is_local(filesystem):
-        return read_json(join(root, POINTER)), None
+        return read_checked(root), None
     filesystem.invalidate_cache()
     try:
         version = filesystem.info(path)["ETag"]
@@ -31,7 +31,16 @@ def read_pointer(root: str) -> tuple[dict[str, Any] | None, str | None]:
         return None, None
     except UNREACHABLE as error:
         raise UserError(f"catalog {root}: cannot be read ({describe(error)}); check the path and the credentials") from None
-    return json.loads(filesystem.cat_file(path)), version
+    return read_checked(root), version
+
+
+def read_checked(root: str) -> dict[str, Any] | None:
+    pointer = read_json(join(root, POINTER))
+    if pointer and not (
+        isinstance(pointer.get("epoch"), int) and all(isinstance(pointer.get(name), str) for name in ("run_id", "snapshot"))
+    ):
+        raise UserError(f"catalog {root}: {POINTER} names no run_id, snapshot and epoch; restore it from a backup or remove it")
+    return pointer
 
 
 def publish(root: str, snapshot: str, *, run_id: str, run_date: str, epoch: int) -> None:
