@@ -25,12 +25,12 @@ from rebeca_ray.settings import (
     GateSettings,
     Identifier,
     InteractionSettings,
+    LearningRate,
     Location,
     ModelName,
     NetworkSettings,
     OptimizationSettings,
     Positive,
-    Rate,
     Ratio,
     SamplerSettings,
     Seed,
@@ -101,7 +101,7 @@ class DistillConfig(Settings):
     num_trajectories: Annotated[Positive, Field(ge=256)] = 20_000
     max_epochs: Positive = 10
     batch_size: Size = 512
-    learning_rate: Rate = 5e-4
+    learning_rate: LearningRate = 5e-4
     min_quality: Annotated[Ratio, Field(description="of the teacher's mean like probability; below it nothing is written")] = 0.98
     min_diversity: Annotated[Ratio, Field(description="of the teacher's mean distance between a user's samples; likewise")] = 0.9
     device: Device = "cpu"

@@ -51,7 +51,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 MAX_IMAGES = 32_767  # a rank is an int16
 Share = Annotated[float, Field(ge=0, lt=1)]
 Part = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(gt=0, le=1)]
+LearningRate = Annotated[float, Field(gt=0, le=1e6)]
 Ratio = Annotated[float, Field(ge=0, le=10)]
 Scale = Annotated[float, Field(ge=1, le=1000)]  # of guidance; 1 is none
 Rating = Annotated[float, Field(ge=-1e6, le=1e6)]
@@ -134,8 +134,8 @@ class PriorSampling(Settings):
 class OptimizationSettings(Settings):
     """One training run: AdamW, early stopping, exponential moving average. Defaults are the authors' where they told them."""
 
-    learning_rate: Rate = 1e-4
-    user_learning_rate: Annotated[Rate, Field(description="of the `id` table's rows (row-wise AdaGrad)")] = 0.1
+    learning_rate: LearningRate = 1e-4
+    user_learning_rate: Annotated[LearningRate, Field(description="of the `id` table's rows (row-wise AdaGrad)")] = 0.1
     weight_decay: Part = 1e-5
     batch_size: Annotated[Size, Field(description="samples a step, over all workers")] = 64
     samples_per_user: Annotated[Positive, Field(description="draws a user an epoch")] = 100
@@ -201,7 +201,7 @@ class SelectionSettings(Settings):
     candidates_per_item: Annotated[Few, Field(description="1 keeps what is sampled, in its order")] = 4
     diversity: Annotated[Part, Field(description="weight of unlikeness to those chosen, against the like probability")] = 0.3
     max_item_similarity: Annotated[
-        Rate, Field(description="nearer to an existing item, by cosine, a candidate is a copy and comes last")
+        float, Field(gt=0, le=1, description="nearer to an existing item, by cosine, a candidate is a copy and comes last")
     ] = 0.98
 
 
