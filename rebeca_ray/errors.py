@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from errno import EDQUOT, ENOSPC, EROFS
 
 
 class UserError(ValueError):
@@ -41,4 +42,25 @@ def user_error(error: BaseException | None) -> UserError | None:
     for inner in (getattr(error, "cause", None), error.__cause__, *failures.values(), *arguments):
         if found := user_error(inner):
             return found
-    return error if isinstance(error, UserError) else None
+    return error if isinstance(error, UserError) else storage_error(error)
+
+
+def storage_error(error: BaseException) -> UserError | None:
+    """A full disk, a lost server or a permission withdrawn during a job, as the mistake of nobody's code."""
+    from botocore.exceptions import BotoCoreError
+
+    from rebeca_ray.storage import describe
+
+    if not isinstance(error, BotoCoreError | PermissionError) and getattr(error, "errno", None) not in (ENOSPC, EDQUOT, EROFS):
+        return None
+    file = getattr(error, "filename", None)
+    return UserError(f"{file or 'storage'}: {describe(error)}; nothing was published; mend the place, or give another, and run again")
+
+
+def shown(value: object) -> str:
+    """A value as an error tells it: of a long one its beginning."""
+    try:
+        text = repr(value[:60] if isinstance(value, str) else value)
+    except ValueError:  # an integer with more digits than Python prints
+        text = "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -88,4 +88,4 @@ def training_is_due(prior: str, date: datetime.date, every_days: int) -> bool:
 def dated(config: J, date: datetime.date) -> J:
     """The config with `{run_date}` in its paths filled in."""
     told = json.dumps(config.model_dump(mode="json")).replace("{run_date}", date.isoformat())
-    return type(config).model_validate(json.loads(told))
+    return type(config).model_validate_json(told)

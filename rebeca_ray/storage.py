@@ -8,33 +8,64 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import botocore.exceptions
 import fsspec
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet as pq
-from botocore.exceptions import BotoCoreError
+from botocore.exceptions import BotoCoreError, HTTPClientError
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from rebeca_ray.errors import UserError
 
+PATIENT: dict[str, Any] = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "total_max_attempts": 10}}
+HASTY: dict[str, Any] = {"connect_timeout": 3, "read_timeout": 10, "retries": {"mode": "standard", "total_max_attempts": 3}}
 UNREACHABLE = (OSError, BotoCoreError)  # what a file system raises; BotoCoreError: no credentials, no such endpoint
 
 
 def open_filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
     """The fsspec filesystem of `uri`, and the path inside it.
 
-    Raises UserError for a scheme other than local and `s3://`.
+    Raises UserError for a scheme other than local and `s3://`, and for an S3 server that cannot be reached.
     """
     scheme = uri.partition("://")[0] if "://" in uri else "file"
     if scheme not in ("file", "s3"):
         raise UserError(f"{uri}: storage {scheme!r} is not supported; give a local path or s3://bucket/prefix")
-    filesystem, path = fsspec.core.url_to_fs(uri)
+    if scheme == "file":
+        filesystem, path = fsspec.core.url_to_fs(uri)
+        return filesystem, path
+    filesystem, path = fsspec.core.url_to_fs(uri, config_kwargs=PATIENT)
+    bucket = path.strip("/").split("/")[0]
+    if not bucket:
+        raise UserError(f"{uri}: names no bucket; give s3://bucket/prefix")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the one of AWS"
+    try:
+        meet(endpoint, bucket)
+    except (BotoCoreError, OSError, ValueError) as error:  # ValueError: no URL
+        raise UserError(
+            f"{uri}: its server cannot be reached ({describe(error)}); look at AWS_ENDPOINT_URL ({endpoint}) and the network"
+        ) from None
     return filesystem, path
+
+
+@cache
+def meet(endpoint: str, bucket: str) -> None:
+    """Raise whatever keeps us from an S3 server, soon: once it was met, it is waited for through every hiccup."""
+    hasty = fsspec.get_filesystem_class("s3")(config_kwargs=HASTY, skip_instance_cache=True)
+    hasty.retries = 1
+    try:
+        hasty.call_s3("head_bucket", Bucket=bucket)
+    except (botocore.exceptions.ConnectionError, HTTPClientError):
+        raise
+    except (OSError, BotoCoreError):  # it answered, or was not asked: what is wanted of it next will tell
+        pass
 
 
 def is_local(filesystem: AbstractFileSystem) -> bool:
@@ -54,10 +85,16 @@ def join(uri: str, *parts: str) -> str:
 
 
 def open_table(uri: str, what: str) -> tuple[list[str], pa.Schema]:
-    """The Parquet files of `uri` (a file or a folder of files), sorted, and their schema.
+    """The Parquet files of `uri` (a file or a folder of files), sorted, and the schema of the first. Raises as `read_schemas`."""
+    found = read_schemas(uri, what)
+    return list(found), next(iter(found.values()))
 
-    Raises UserError, naming `what`, if there is nothing there, a file is not Parquet, or the files differ in their
-    columns: a reader would take the first file's and drop the rest without a word.
+
+def read_schemas(uri: str, what: str) -> dict[str, pa.Schema]:
+    """The schema of every Parquet file of `uri` (a file or a folder of files), in the order of their names.
+
+    Raises UserError, naming `what`, if there is nothing there, a file is not Parquet, has two columns of one name, or the
+    files differ in their columns: a reader would take the first file's and drop the rest without a word.
     """
     filesystem, path = open_filesystem(uri)
     try:
@@ -71,19 +108,24 @@ def open_table(uri: str, what: str) -> tuple[list[str], pa.Schema]:
         raise UserError(f"{what} {uri}: cannot be read ({describe(error)}); check the path and the credentials") from None
 
     for name, schema in zip(files, schemas, strict=True):
+        if len({*schema.names}) < len(schema.names):
+            twice = next(column for column in schema.names if schema.names.count(column) > 1)
+            raise UserError(f"{what} {uri}: {Path(name).name} has column {twice!r} more than once; rename or drop the others")
         if odd := sorted({*schema.names} ^ {*schemas[0].names}):
             raise UserError(
                 f"{what} {uri}: {Path(name).name} and {Path(files[0]).name} differ in their columns ({', '.join(odd[:3])}); "
                 "write all files with the same"
             )
-    return files, schemas[0]
+    return dict(zip(files, schemas, strict=True))
 
 
 def read_schema(filesystem: AbstractFileSystem, path: str, what: str, uri: str) -> pa.Schema:
     try:
         with filesystem.open(path, "rb") as file:
             return pq.read_schema(file)
-    except pa.ArrowException:
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and (error.errno is not None or type(error) is not OSError):
+            raise  # the file system's; Arrow's own, on a damaged footer, has no number
         raise UserError(f"{what} {uri}: {Path(path).name} is not a readable Parquet file; write it again") from None
 
 
@@ -140,7 +182,11 @@ class HashingSink:
     def write(self, data: bytes) -> int:
         self.digest.update(data)
         self.size += len(data)
-        self.file.write(data)
+        try:
+            self.file.write(data)
+        except BaseException:  # of a writer that is not ours, nobody else would tidy up
+            self.discard()
+            raise
         return len(data)
 
     def flush(self) -> None:
@@ -150,9 +196,23 @@ class HashingSink:
         if self.closed:
             return
         self.closed = True
-        self.file.close()
+        try:
+            self.file.close()  # on a full disk it is often this that fails
+        except BaseException:
+            self.discard()
+            raise
         if self.local:
             Path(f"{self.path}.partial").replace(self.path)
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        self.closed = True
+        if not self.local:
+            self.file.discard()
+            return
+        with suppress(OSError):
+            self.file.close()
+        Path(f"{self.path}.partial").unlink(missing_ok=True)
 
     def record(self) -> dict[str, Any]:
         """What a reader can check the file against."""
@@ -165,12 +225,7 @@ class HashingSink:
         if kind is None:
             self.close()
         elif not self.closed:
-            self.closed = True
-            if self.local:
-                self.file.close()
-                Path(f"{self.path}.partial").unlink(missing_ok=True)
-            else:
-                self.file.discard()
+            self.discard()
 
 
 class ChecksumHandler(pyarrow.fs.FSSpecHandler):  # type: ignore[misc]  # pyarrow has no types
@@ -204,13 +259,16 @@ def read_json(uri: str) -> dict[str, Any] | None:
     """The object at `uri`, or None if there is none."""
     filesystem, path = open_filesystem(uri)
     try:
-        return dict(json.loads(filesystem.cat_file(path)))
+        found = json.loads(filesystem.cat_file(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except UNREACHABLE as error:
         raise UserError(f"{uri}: cannot be read ({describe(error)}); check the path and the credentials") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{uri}: not valid JSON; restore it from a backup or remove it") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{uri}: holds a JSON {type(found).__name__}, expected an object; restore it from a backup or remove it")
+    return found
 
 
 def write_json(value: dict[str, Any], uri: str) -> None:
@@ -261,6 +319,12 @@ def list_folders(uri: str) -> list[str]:
     )
 
 
+def exists(uri: str) -> bool:
+    filesystem, path = open_filesystem(uri)
+    filesystem.invalidate_cache()
+    return bool(filesystem.exists(path))
+
+
 def delete(uri: str) -> None:
     """Remove a file, or a folder with all in it; what is not there is no error."""
     filesystem, path = open_filesystem(uri)
@@ -275,19 +339,28 @@ def require_writable(uri: str, what: str) -> None:
     """Raise UserError, naming `what`, unless something can be written below `uri`."""
     filesystem, path = open_filesystem(uri)
     probe = f"{path.rstrip('/')}/.write-probe-{os.getpid()}"
+    missing = [folder for folder in (Path(path), *Path(path).parents) if is_local(filesystem) and not os.path.lexists(folder)]
     try:
-        if is_local(filesystem):
-            Path(path).mkdir(parents=True, exist_ok=True)
+        if missing:
+            Path(path).mkdir(parents=True)
         filesystem.pipe_file(probe, b"")
         filesystem.rm_file(probe)
     except UNREACHABLE as error:
         raise UserError(f"{what} {uri}: cannot be written ({describe(error)}); choose another place or mend its permissions") from None
+    finally:
+        for folder in missing:  # the job that fails later leaves no empty one behind
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def require_own(uri: str, what: str, marker: str, key: str) -> None:
     """Raise UserError unless `uri` is empty or holds a JSON `marker` with `key`: it will be replaced."""
     filesystem, path = open_filesystem(uri)
-    if filesystem.exists(path) and filesystem.ls(path) and key not in (read_json(join(uri, marker)) or {}):
+    try:
+        occupied = filesystem.exists(path) and (filesystem.isfile(path) or filesystem.ls(path))
+    except UNREACHABLE as error:
+        raise UserError(f"{what} {uri}: cannot be read ({describe(error)}); check the path and the credentials") from None
+    if occupied and key not in (read_json(join(uri, marker)) or {}):
         raise UserError(f"{what} {uri}: holds something else (no {marker} of ours) and would be replaced; choose another folder")
 
 

@@ -4,11 +4,12 @@ import fcntl
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from botocore.exceptions import ClientError
+from pydantic import TypeAdapter, ValidationError
 
 from rebeca_ray.errors import UserError
 from rebeca_ray.storage import UNREACHABLE, describe, is_local, join, open_filesystem, write_json
@@ -53,9 +54,8 @@ def read_pointer(root: str) -> tuple[Pointer, str | None]:
     except UNREACHABLE as error:
         raise UserError(f"catalog {root}: cannot be read ({describe(error)}); check the path and the credentials") from None
     try:
-        told = json.loads(text)
-        return Pointer(**{field.name: told[field.name] for field in fields(Pointer) if field.name in told}), version
-    except (ValueError, TypeError):
+        return TypeAdapter(Pointer).validate_json(text, strict=True), version
+    except ValidationError:
         raise UserError(f"catalog {root}: {POINTER} is damaged; remove it and `rebeca catalog publish` a snapshot again") from None
 
 
