@@ -7,8 +7,9 @@ S3 goes through s3fs; endpoint and credentials come from the usual AWS environme
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet as pq
+from aiohttp import ClientPayloadError
 from botocore.exceptions import BotoCoreError, HTTPClientError
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
@@ -27,7 +29,8 @@ from rebeca_ray.errors import UserError
 
 PATIENT: dict[str, Any] = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "total_max_attempts": 10}}
 HASTY: dict[str, Any] = {"connect_timeout": 3, "read_timeout": 10, "retries": {"mode": "standard", "total_max_attempts": 3}}
-UNREACHABLE = (OSError, BotoCoreError)  # what a file system raises; BotoCoreError: no credentials, no such endpoint
+# What a file system raises. BotoCoreError: no credentials, no such endpoint; ClientPayloadError: every answer was cut in its middle.
+UNREACHABLE = (OSError, BotoCoreError, ClientPayloadError)
 
 
 def open_filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
@@ -82,6 +85,15 @@ def arrow_filesystem(filesystem: AbstractFileSystem) -> pyarrow.fs.FileSystem:
 def join(uri: str, *parts: str) -> str:
     """`uri` with `parts` below it."""
     return "/".join([uri.rstrip("/"), *parts])
+
+
+@contextmanager
+def one_line(uri: str, done: str) -> Iterator[None]:
+    """A UserError for a store that does not do, after all retries, what was to be `done` (written, listed, removed)."""
+    try:
+        yield
+    except UNREACHABLE as error:
+        raise UserError(f"{uri}: cannot be {done} ({describe(error)}); check the path, its free space and the credentials") from None
 
 
 def open_table(uri: str, what: str) -> tuple[list[str], pa.Schema]:
@@ -173,9 +185,10 @@ class HashingSink:
         self.path = path
         self.digest = hashlib.sha256()
         self.size = 0
-        if self.local:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self.file = filesystem.open(f"{path}.partial" if self.local else path, "wb")
+        with one_line(path, "written"):
+            if self.local:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self.file = filesystem.open(f"{path}.partial" if self.local else path, "wb")
 
     closed = False
 
@@ -183,7 +196,8 @@ class HashingSink:
         self.digest.update(data)
         self.size += len(data)
         try:
-            self.file.write(data)
+            with one_line(self.path, "written"):
+                self.file.write(data)
         except BaseException:  # of a writer that is not ours, nobody else would tidy up
             self.discard()
             raise
@@ -197,22 +211,25 @@ class HashingSink:
             return
         self.closed = True
         try:
-            self.file.close()  # on a full disk it is often this that fails
+            with one_line(self.path, "written"):
+                self.file.close()  # on a full disk it is often this that fails
+                if self.local:
+                    Path(f"{self.path}.partial").replace(self.path)
         except BaseException:
             self.discard()
             raise
-        if self.local:
-            Path(f"{self.path}.partial").replace(self.path)
 
     def discard(self) -> None:
-        """Leave nothing behind."""
+        """Leave nothing behind, as far as the store lets us: what went wrong before is what is to be told."""
         self.closed = True
-        if not self.local:
-            self.file.discard()
-            return
-        with suppress(OSError):
-            self.file.close()
-        Path(f"{self.path}.partial").unlink(missing_ok=True)
+        with suppress(*UNREACHABLE):
+            if self.local:
+                self.file.close()
+            else:
+                self.file.discard()
+                self.file.closed = True  # or it would be written when it is collected
+        if self.local:
+            Path(f"{self.path}.partial").unlink(missing_ok=True)
 
     def record(self) -> dict[str, Any]:
         """What a reader can check the file against."""
@@ -226,33 +243,6 @@ class HashingSink:
             self.close()
         elif not self.closed:
             self.discard()
-
-
-class ChecksumHandler(pyarrow.fs.FSSpecHandler):  # type: ignore[misc]  # pyarrow has no types
-    """A pyarrow filesystem that leaves, for every file closed, its size and sha256 in a folder of its own.
-
-    For writers that are not ours (Ray Data's): the checksum is taken while writing, never by reading back.
-    """
-
-    def __init__(self, filesystem: AbstractFileSystem, checksums: str) -> None:
-        super().__init__(filesystem)
-        self.checksums = checksums
-
-    def open_output_stream(self, path: str, metadata: object) -> pa.PythonFile:
-        return pa.PythonFile(RecordedSink(self.fs, path, join(self.checksums, f"{Path(path).name}.json")), mode="w")
-
-
-class RecordedSink(HashingSink):
-    """A HashingSink that writes its record on closing."""
-
-    def __init__(self, filesystem: AbstractFileSystem, path: str, record: str) -> None:
-        super().__init__(filesystem, path)
-        self.record_uri = record
-
-    def close(self) -> None:
-        if not self.closed:
-            super().close()
-            write_json(self.record(), self.record_uri)
 
 
 def read_json(uri: str) -> dict[str, Any] | None:
@@ -275,10 +265,16 @@ def write_json(value: dict[str, Any], uri: str) -> None:
     """Write an object so that a reader sees the old one or the new one, never a part."""
     filesystem, path = open_filesystem(uri)
     data = json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"
-    if not is_local(filesystem):
-        filesystem.pipe_file(path, data)
-        return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with one_line(uri, "written"):
+        if is_local(filesystem):
+            replace_file(Path(path), data)
+        else:
+            filesystem.pipe_file(path, data)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a local file beside its place, then move it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{path}.partial-{os.getpid()}")
     try:
         with partial.open("wb") as file:
@@ -287,7 +283,8 @@ def write_json(value: dict[str, Any], uri: str) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong before is what is to be told
+            partial.unlink(missing_ok=True)
 
 
 def describe_files(uri: str, what: str) -> str:
@@ -303,20 +300,18 @@ def list_files(uri: str, suffix: str = "") -> list[str]:
     """The files below `uri` that end with `suffix`, sorted, as they are now; none if there is nothing."""
     filesystem, path = open_filesystem(uri)
     filesystem.invalidate_cache()
-    return sorted(
-        f"{uri.rstrip('/')}{str(found).removeprefix(path.rstrip('/'))}" for found in filesystem.find(path) if found.endswith(suffix)
-    )
+    with one_line(uri, "listed"):
+        found = [str(name) for name in filesystem.find(path)]
+    return sorted(f"{uri.rstrip('/')}{name.removeprefix(path.rstrip('/'))}" for name in found if name.endswith(suffix))
 
 
 def list_folders(uri: str) -> list[str]:
     """The names of the folders directly in `uri`, sorted."""
     filesystem, path = open_filesystem(uri)
     filesystem.invalidate_cache()
-    if not filesystem.exists(path):
-        return []
-    return sorted(
-        str(found["name"]).rstrip("/").rsplit("/", 1)[-1] for found in filesystem.ls(path, detail=True) if found["type"] == "directory"
-    )
+    with one_line(uri, "listed"):
+        found = filesystem.ls(path, detail=True) if filesystem.exists(path) else []
+    return sorted(str(entry["name"]).rstrip("/").rsplit("/", 1)[-1] for entry in found if entry["type"] == "directory")
 
 
 def exists(uri: str) -> bool:
@@ -329,10 +324,8 @@ def delete(uri: str) -> None:
     """Remove a file, or a folder with all in it; what is not there is no error."""
     filesystem, path = open_filesystem(uri)
     filesystem.invalidate_cache()
-    try:
+    with one_line(uri, "removed"), suppress(FileNotFoundError):
         filesystem.rm(path, recursive=True)
-    except FileNotFoundError:
-        return
 
 
 def require_writable(uri: str, what: str) -> None:
