@@ -75,12 +75,15 @@ def render_unit(
         records = read_records(run, unit)
     everything = drawn_items(run, records, failed_too=lambda record: True)
     fit = drawn_items(run, records, failed_too=lambda record: False)
+    whole = len(everything) == total
     written = {
         "attempt": attempt,
         "files": [{name: value for name, value in record.items() if name != BUSY} for record in records],
-        "late": len(everything) < total,
+        "late": not whole,
         "failed": len(everything) - len(fit),
     }
+    if not whole and deadline is None:  # rows were lost: no marker, so that the next attempt draws them
+        return {**written, "late": False}
     write_json(written, run.unit(unit))
     return written
 

@@ -49,25 +49,34 @@ def choose_run(
     begun = unfinished_runs(config.root)
     if config.run_id is not None:
         begun = {run_id: told for run_id, told in begun.items() if run_id == config.run_id}
-        if not begun and read_json(join(config.root, f"snapshots/run_date={run_date}/run_id={config.run_id}/manifest.json")):
+        dates = list_folders(join(config.root, "snapshots"))
+        if not begun and any(read_json(join(config.root, "snapshots", date, f"run_id={config.run_id}/manifest.json")) for date in dates):
             raise UserError(f"root {config.root}: run_id {config.run_id} was used before; choose another, or give none")
     else:
         begun = {run_id: told for run_id, told in begun.items() if told["run_date"] == run_date.isoformat()}
-    differences = {run_id: difference(told["described"], described) for run_id, told in begun.items()}
+    differences = {
+        run_id: difference(
+            {"run_date": told["run_date"], **told["described"]},
+            {"run_date": str(config.run_date or told["run_date"]), **described},  # a date nobody gave is that of the run
+        )
+        for run_id, told in begun.items()
+    }
     same = [run_id for run_id, found in differences.items() if found is None]
-    must = resume == "require" or retry_failed or config.run_id is not None
+    must = resume == "require" or retry_failed
     if resume != "never" and same:
         return same[-1], begun[same[-1]]
     if resume == "never" and config.run_id in begun:
         raise UserError(f"root {config.root}: run_id {config.run_id} was begun before; choose another, or let it be resumed")
     if resume != "never" and differences:
         run_id, found = list(differences.items())[-1]
-        told = f"run {run_id} of {run_date} cannot be resumed: {found}"
-        if must:
+        told = f"run {run_id} of {begun[run_id]['run_date']} cannot be resumed: {found}"
+        if must or config.run_id is not None:
             raise UserError(f"root {config.root}: {told}; restore that, or start a new run with --resume never and another run_id")
         print(f"{told}; a new run starts", flush=True)
-    elif must and config.run_id is None:
-        raise UserError(f"root {config.root}: no unfinished run of {run_date} to go on with; start one without this option")
+    elif must:
+        raise UserError(
+            f"root {config.root}: no unfinished run {config.run_id or f'of {run_date}'} to go on with; start one without this option"
+        )
     return config.run_id or new_run_id(), None
 
 

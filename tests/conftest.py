@@ -269,6 +269,13 @@ class Prepared(NamedTuple):
 def prepare(config: GenerateConfig, *, break_first: bool = False, attempt: int = 0) -> Prepared:
     """Decide, plan and render a run by calling the stages one after the other, without Ray."""
     run = run_of(config)
+    decisions, planned, parts = write_plan(config, run, break_first=break_first)
+    drawn = [draw_rows(config, run, unit, planned.filter(pc.equal(planned["unit"], unit)), attempt) for unit in range(decisions.units)]
+    return Prepared(run, decisions, parts, Rendered(files=[file for files in drawn for file in files], late=False))
+
+
+def write_plan(config: GenerateConfig, run: Run, *, break_first: bool = False) -> tuple[Decisions, pa.Table, list[dict[str, Any]]]:
+    """Decide and plan a run without Ray; its decisions, planned items and the parts they lie in."""
     decisions = decide(config, run)
     planned = plan_of(config, run, decisions)
     if break_first:
@@ -279,20 +286,14 @@ def prepare(config: GenerateConfig, *, break_first: bool = False, attempt: int =
     writer = WriteParts(run.work, "plan", by=["unit", "bucket"], epoch=1, row_group_size=100, note={})
     parts = writer(with_busy_seconds(planned, 1.0)).to_pylist()
     write_json({"parts": parts}, f"{run.work}/plan.json")
-    drawn = [
-        WriteParts(
-            run.root,
-            run.images,
-            by=["bucket"],
-            epoch=1,
-            row_group_size=100,
-            records=run.records(unit),
-            note={"unit": unit, "attempt": attempt},
-        )(RenderImages(config.decoder)(planned.filter(pc.equal(planned["unit"], unit))))
-        for unit in range(decisions.units)
-    ]
-    files = [file for table in drawn for file in table.to_pylist()]
-    return Prepared(run, decisions, parts, Rendered(files=files, late=False))
+    return decisions, planned, parts
+
+
+def draw_rows(config: GenerateConfig, run: Run, unit: int, planned: pa.Table, attempt: int = 0) -> list[dict[str, Any]]:
+    """Draw some planned items of a unit without Ray; the records of their files."""
+    note = {"unit": unit, "attempt": attempt}
+    writer = WriteParts(run.root, run.images, by=["bucket"], epoch=1, row_group_size=100, records=run.records(unit), note=note)
+    return list(writer(RenderImages(config.decoder)(planned)).to_pylist())
 
 
 def assembled(config: GenerateConfig, prepared: Prepared, *, requested: int, error_budget: float = 0.0) -> dict[str, Any]:

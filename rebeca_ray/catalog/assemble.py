@@ -112,7 +112,7 @@ def with_pool(work: Assembly) -> Assembly:
     found = Bucket(work, work.pool["bucket"], [work.pool]).put_together()
     if found.undrawn:
         raise incomplete(work.run, f"{found.undrawn} items of the strangers' pool were not rendered")
-    return replace(work, pool_items=found.items, pool_failed=found.errors.num_rows)
+    return replace(work, pool_items=found.items, pool_failed=found.errors.num_rows, pool_late=bool(found.late))
 
 
 def incomplete(run: Run, told: str) -> IncompleteRunError:

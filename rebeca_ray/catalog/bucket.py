@@ -46,6 +46,7 @@ class Assembly:
     pool: dict[str, Any] | None  # the decision on it
     pool_items: pa.Table | None = None  # as they are in the snapshot
     pool_failed: int = 0
+    pool_late: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +248,8 @@ class Bucket:
             missing = row["num_images"] - num_items.get(user, 0) if user != POOL else 0
             failed = min(missing, self.work.pool_failed if row["decision"] == POOLED else num_failed.get(user, 0))
             counts["failed"] += failed
-            counts["deferred" if user in found.late else "filtered"] += missing - failed
+            late = user in found.late or (row["decision"] == POOLED and self.work.pool_late)
+            counts["deferred" if late else "filtered"] += missing - failed
         return {**counts, "users": len(num_items), "late_users": len(found.late - {POOL})}
 
     def live_rows(self, items: pa.Table) -> dict[int, int]:

@@ -1,0 +1,241 @@
+"""A run that is killed, or hangs, is gone on with: what was drawn is not drawn again, and every item is published once."""
+
+import datetime
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+import rebeca_ray
+from rebeca_ray.catalog.layout import Run, work_folder
+from rebeca_ray.catalog.pointer import read_pointer
+from rebeca_ray.catalog.read import Snapshot, published, read_catalog
+from rebeca_ray.config import GenerateConfig
+from rebeca_ray.decoding import DecodedImage
+from rebeca_ray.errors import UserError
+from rebeca_ray.generation import generate_catalog
+from rebeca_ray.job import plain_errors
+from rebeca_ray.local_decoder import LocalDecoder
+from rebeca_ray.resume import begin, describe_run, unfinished_runs
+from rebeca_ray.settings import LayoutSettings, LimitSettings
+from rebeca_ray.storage import join, list_files, open_filesystem, read_json, read_table
+from tests.conftest import prepare, run_of, versions_of, write_plan
+
+DRIVER = """
+import os, sys, time
+from rebeca_ray import generation, planning, rendering
+from rebeca_ray.catalog.lease import Lease
+from rebeca_ray.config import GenerateConfig
+from rebeca_ray.job import plain_errors
+
+class HangsLater(rendering.RenderImages):
+    calls = 0
+    def __call__(self, batch):
+        self.calls += 1
+        if self.calls > 4:
+            time.sleep(3600)
+        return super().__call__(batch)
+
+{sabotage}
+with plain_errors():
+    generation.generate_catalog(GenerateConfig.model_validate_json(sys.argv[1]))
+"""
+HANG = "rendering.RenderImages = HangsLater"  # so that a kill always comes in the middle
+DIE_PLANNING = "planning.write_json = lambda *_: os._exit(9)"  # everything is planned, but nothing says so
+DIE_PUBLISHING = "Lease.publish = lambda *_, **__: os._exit(9)"  # the manifest is there, but nobody is pointed to it
+
+
+def to_resume(config: GenerateConfig, **update: Any) -> GenerateConfig:
+    """Forty items in files of four, and a lease that soon counts as dead."""
+    limits = LimitSettings(lease_seconds=3)
+    return config.model_copy(update={"num_images": 9, "layout": LayoutSettings(images_per_file=4), "limits": limits, **update})
+
+
+def planned(config: GenerateConfig) -> str:
+    """The id of a run that was killed when it had planned; its plan is made here, for that is sooner done."""
+    run = run_of(config)
+    note_beginning(config, run)
+    write_plan(config, run)
+    return run.run_id
+
+
+def note_beginning(config: GenerateConfig, run: Run) -> None:
+    versions = {**versions_of(config), "code": rebeca_ray.__version__}
+    begin(config.root, run.run_id, datetime.date.fromisoformat(run.run_date), describe_run(config, versions, None))
+
+
+def start(config: GenerateConfig, sabotage: str, ray_address: str) -> subprocess.Popen[str]:
+    """A driver of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER.format(sabotage=sabotage), config.model_dump_json()],
+        env={**os.environ, "RAY_ADDRESS": ray_address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_records(process: subprocess.Popen[str], config: GenerateConfig, run_id: str) -> None:
+    """Return once two image files of a run are there."""
+    while len(list_files(join(work_folder(config.root, run_id), "records"), ".json")) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+
+
+def drawn(root: str, run_id: str) -> dict[str, Any]:
+    """Of every image file with a record: what the record says, and when the file was written."""
+    return {record["path"]: (record["sha256"], written_at(root, record["path"])) for record in records(root, run_id)}
+
+
+def records(root: str, run_id: str) -> list[dict[str, Any]]:
+    found = [read_json(uri) for uri in list_files(join(work_folder(root, run_id), "records"), ".json")]
+    return [record for record in found if record]
+
+
+def written_at(root: str, path: str) -> Any:
+    filesystem, base = open_filesystem(root)
+    return filesystem.modified(join(base, path))
+
+
+def assert_everything_once(snapshot: Snapshot, count: int = 40) -> None:
+    """So many items, each with one image, and each image drawn once."""
+    ids = snapshot.table("images")["item_id"].to_pylist()
+    assert len(ids) == len(set(ids)) == count
+    assert sorted(snapshot.items()["item_id"].to_pylist()) == sorted(ids)
+    counts = snapshot.manifest["counts"]
+    assert (counts["requested"], counts["new"]) == (count, count)
+
+
+def on_s3(config: GenerateConfig) -> GenerateConfig:
+    fsspec.filesystem("s3").put_file(config.request, "rebeca/resumed/request.parquet")
+    return config.model_copy(update={"request": "s3://rebeca/resumed/request.parquet", "root": "s3://rebeca/resumed/catalog"})
+
+
+@pytest.mark.parametrize("place", [lambda config: config, on_s3], ids=["local", "s3"])
+def test_a_run_that_is_killed_while_rendering_draws_the_rest(
+    config: GenerateConfig, ray_local: str, place: Callable[[GenerateConfig], GenerateConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = place(to_resume(config))
+    run_id = planned(config)
+    process = start(config, HANG, ray_local)
+    wait_for_records(process, config, run_id)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = drawn(config.root, run_id)
+    assert published(config.root) is None
+
+    manifest = generate_catalog(config, resume="require")
+    assert f"resuming run {run_id}, begun at 20" in capsys.readouterr().out
+    assert (manifest["run_id"], manifest["epoch"]) == (run_id, 2)
+    snapshot = read_catalog(config.root)
+    assert_everything_once(snapshot)
+    files = [row for row in snapshot.files.to_pylist() if row["table"] == "images"]
+    assert before.items() <= {row["path"]: (row["sha256"], written_at(config.root, row["path"])) for row in files}.items()
+    kept = sum(row["rows"] for row in files if "/part-000001-" in row["path"])
+    assert 8 <= kept <= 16
+    assert manifest["measured"]["stages"]["render"]["rows"] == 40 - kept
+    assert read_pointer(config.root)[0].lease is None
+    assert unfinished_runs(config.root) == {}
+
+
+def test_a_run_that_dies_while_planning_and_again_before_publishing(
+    config: GenerateConfig, ray_local: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = to_resume(config)
+    process = start(config, DIE_PLANNING, ray_local)
+    output, _ = process.communicate()
+    assert process.returncode == 9, output
+    (run_id,) = unfinished_runs(config.root)
+    work = Path(work_folder(config.root, run_id))
+    assert list(work.glob("plan/unit=0/bucket=0/part-000001-*.parquet"))
+    assert not (work / "plan.json").exists()
+    assert not (work / "records").exists()
+
+    process = start(config, DIE_PUBLISHING, ray_local)
+    output, _ = process.communicate()
+    assert process.returncode == 9, output
+    assert f"resuming run {run_id}" in output
+    parts = read_json(str(work / "plan.json"))
+    assert parts is not None
+    assert sum(part["rows"] for part in parts["parts"]) == 40
+    assert all("/part-000002-" in part["path"] for part in parts["parts"])
+    before = drawn(config.root, run_id)
+    assert len(before) == 10
+    assert published(config.root) is None
+
+    manifest = generate_catalog(config)
+    assert f"resuming run {run_id}" in capsys.readouterr().out
+    assert (manifest["run_id"], manifest["epoch"]) == (run_id, 3)
+    assert not {"plan", "render"} & set(manifest["measured"]["stages"])  # neither was done again
+    snapshot = read_catalog(config.root)
+    assert_everything_once(snapshot)
+    assert {row["path"] for row in snapshot.files.to_pylist() if row["table"] == "images"} == set(before)
+
+
+def test_a_run_that_hangs_ends_itself_and_is_gone_on_with(config: GenerateConfig, ray_local: str) -> None:
+    config = to_resume(config)
+    run_id = planned(config)
+    hasty = config.model_copy(update={"limits": LimitSettings(stall_minutes=0.15, lease_seconds=600)})
+    process = start(hasty, HANG, ray_local)
+    output, _ = process.communicate()
+    assert process.returncode == 75, output
+    assert f"resuming run {run_id}" in output
+    (dump,) = Path(work_folder(config.root, run_id)).glob("stalled-*.txt")
+    told = (
+        f"error: no progress for 0.15 min while it was at render (limits.stall_minutes); its state is in {dump}. Start it again: it resumes"
+    )
+    assert [line for line in output.splitlines() if line.startswith("error:")] == [told]
+    state = dump.read_text()
+    assert state.startswith("stage render; stages so far: {'decide': ")
+    assert "rebeca_ray/rendering.py" in state
+    assert "in render_unit" in state  # the stack of the driver's main thread
+    assert read_pointer(config.root)[0].lease is None
+    rows = sum(image_file["rows"] for image_file in records(config.root, run_id))
+
+    manifest = generate_catalog(config, resume="require")  # at once, though the lease was one of ten minutes
+    assert manifest["run_id"] == run_id
+    assert manifest["measured"]["stages"]["render"]["rows"] == 40 - rows
+    assert_everything_once(read_catalog(config.root))
+
+
+def test_what_failed_is_drawn_again_when_asked_for(
+    config: GenerateConfig, ray_local: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two of sixteen items failed in a decoder that is well again."""
+    whole = LocalDecoder.decode
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalDecoder, "decode", lambda self, rows: [DecodedImage(seed=1, error="bad luck")] * 2 + whole(self, rows)[2:])
+        run = prepare(config).run
+    note_beginning(config, run)
+    for _ in range(2):  # it is not drawn again of itself
+        with pytest.raises(SystemExit) as caught, plain_errors():
+            generate_catalog(config)
+        assert caught.value.code == 3
+        told = f"error: run {run.run_id}: 2 of 16 items failed (bad luck), the budget is 0.10%; nothing is published. Mend it"
+        assert capsys.readouterr().err.startswith(told)
+        assert published(config.root) is None
+    errors = read_table(join(config.root, Run(**{**asdict(run), "epoch": 2}).table("errors", 0)), "errors").to_pylist()
+    assert [(row["stage"], row["error"], row["attempt"]) for row in errors] == [("render", "bad luck", 0)] * 2
+
+    manifest = generate_catalog(config, retry_failed=True)
+    assert manifest["run_id"] == run.run_id
+    assert (manifest["counts"]["new"], manifest["counts"]["failed"]) == (16, 0)
+    assert manifest["measured"]["stages"]["render"]["rows"] == 2
+    snapshot = read_catalog(config.root)
+    assert snapshot.table("errors").num_rows == 0
+    (again,) = (row["path"] for row in snapshot.files.to_pylist() if row["table"] == "images" and "/part-000003-" in row["path"])
+    drawn_again = read_table(join(config.root, again), "images")
+    assert sorted(drawn_again["item_id"].to_pylist()) == sorted(row["item_id"] for row in errors)
+    items = snapshot.items()
+    assert items.num_rows == 16
+    assert None not in snapshot.images(items)
+    with pytest.raises(UserError, match="no unfinished run of .* to go on with"):
+        generate_catalog(config, retry_failed=True)
