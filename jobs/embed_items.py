@@ -3,8 +3,8 @@
 
 from pathlib import Path
 
-from rebeca_ray.config import EmbedConfig
-from rebeca_ray.job import embed, run_job
+from rebeca_ray.cli import embed
+from rebeca_ray.job import run_job
 
 if __name__ == "__main__":
-    run_job(EmbedConfig, embed, default=Path(__file__).parent / "configs" / "embed_stickers.yaml")
+    run_job(embed, default=Path(__file__).parent / "configs" / "embed_stickers.yaml")

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Generate and publish one catalog snapshot.
 
-`ray job submit --working-dir . -- jobs/generate_catalog.py [--config FILE] [--dry-run] [key.sub=value …]`
+`ray job submit --working-dir . -- jobs/generate_catalog.py [--config FILE] [--dry-run] [key.sub=value …]`, and
+`[--resume auto|require|never] [--retry-failed] [--force]`
 """
 
 from pathlib import Path
 
-from rebeca_ray.config import GenerateConfig
-from rebeca_ray.job import generate, run_job
+from rebeca_ray.cli import generate
+from rebeca_ray.job import run_job
 
 if __name__ == "__main__":
-    run_job(GenerateConfig, generate, default=Path(__file__).parent / "configs" / "generate_stickers.yaml")
+    run_job(generate, default=Path(__file__).parent / "configs" / "generate_stickers.yaml")

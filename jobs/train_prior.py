@@ -3,8 +3,8 @@
 
 from pathlib import Path
 
-from rebeca_ray.config import TrainConfig
-from rebeca_ray.job import run_job, train
+from rebeca_ray.cli import train
+from rebeca_ray.job import run_job
 
 if __name__ == "__main__":
-    run_job(TrainConfig, train, default=Path(__file__).parent / "configs" / "train_stickers.yaml")
+    run_job(train, default=Path(__file__).parent / "configs" / "train_stickers.yaml")

@@ -17,15 +17,16 @@ import json
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import ConfigDict, Field
 
 import rebeca_ray
 from rebeca_ray.config import parse_config
 from rebeca_ray.errors import UserError
-from rebeca_ray.settings import DiffusionSettings, NetworkSettings, PriorSampling
+from rebeca_ray.settings import DiffusionSettings, NetworkSettings, Part, PriorSampling, Settings, Size
 from rebeca_ray.storage import UNREACHABLE, describe, join, open_filesystem, read_json, require_writable, write_json
 
 if TYPE_CHECKING:
@@ -40,6 +41,29 @@ if TYPE_CHECKING:
 FORMAT = 4
 UNFINISHED = "unfinished"
 USER_ROWS = "user_rows"  # the table's name among the weights
+
+
+class ScalerSettings(Settings):
+    """An EmbedScaler as it is written."""
+
+    embed_dim: Size
+    norm: Annotated[float, Field(gt=0, le=1e6)]
+    clamp: Annotated[float, Field(gt=0, le=1000)]
+
+
+class PriorConfig(Settings):
+    """What must stand in a prior's config.json."""
+
+    model_config = ConfigDict(extra="ignore")  # it says more than is read
+
+    network: NetworkSettings
+    diffusion: DiffusionSettings
+    sampling: PriorSampling
+    condition_dropout: Part
+    scaler: ScalerSettings
+    clip: str | None
+    metrics: dict[str, Any]
+    sha256: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +206,7 @@ def verified_file(uri: str, name: str, config: dict[str, Any]) -> bytes:
         data: bytes = filesystem.cat_file(f"{path}/{name}")
     except UNREACHABLE as error:
         raise UserError(f"prior {uri}: {name} cannot be read ({describe(error)}); copy the whole directory again") from None
-    if hashlib.sha256(data).hexdigest() != config["sha256"][name]:
+    if hashlib.sha256(data).hexdigest() != config["sha256"].get(name):
         raise UserError(f"prior {uri}: {name} is not the file config.json describes (sha256 differs); copy the whole directory again")
     return data
 
@@ -196,6 +220,10 @@ def read_prior_config(uri: str) -> dict[str, Any]:
         raise UserError(f"prior {uri}: was not written to its end; train it again")
     if config.get("format") != FORMAT:
         raise UserError(f"prior {uri}: format {config.get('format')!r}, this version reads {FORMAT}; upgrade rebeca-ray or train again")
+    try:
+        parse_config(PriorConfig, config, where=f"prior {uri}: config.json")
+    except UserError as error:
+        raise UserError(f"{error}; it was changed: copy the whole directory again, or train again") from None
     return config
 
 

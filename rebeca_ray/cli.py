@@ -1,7 +1,7 @@
 """The `rebeca` command. Every command imports its work when it runs, so that `--help` answers at once."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,6 +13,12 @@ app.add_typer(catalog, name="catalog")
 
 Config = Annotated[Path, typer.Option("--config", help="YAML file; see jobs/configs")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="changes to the config")]
+ResumeOption = Annotated[
+    Literal["auto", "require", "never"],
+    typer.Option(help="go on with an unfinished run of the same date and the same things: if there is one, or else fail"),
+]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="draw again what failed in the unfinished run of this date")]
+Force = Annotated[bool, typer.Option("--force", help="publish what the quality gate refuses; it is recorded")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved config and stop")]
 
 
@@ -61,12 +67,47 @@ def distill(config: Config, overrides: Overrides = None, dry_run: DryRun = False
 
 
 @app.command()
-def generate(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def generate(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    resume: ResumeOption = "auto",
+    retry_failed: RetryFailed = False,
+    force: Force = False,
+) -> None:
     """Prior + decoder + request -> a published snapshot."""
     from rebeca_ray import job
     from rebeca_ray.config import GenerateConfig
 
-    job.execute(GenerateConfig, job.generate, config, overrides or [], dry_run=dry_run)
+    def work(settings: GenerateConfig) -> None:
+        job.generate(settings, resume=resume, retry_failed=retry_failed, force=force)
+
+    job.execute(GenerateConfig, work, config, overrides or [], dry_run=dry_run)
+
+
+@app.command()
+def nightly(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """One night: embed new items, train if it is due, generate, collect garbage; missed dates first. Does nothing twice."""
+    from rebeca_ray import job
+    from rebeca_ray.config import NightlyConfig
+
+    job.execute(NightlyConfig, job.nightly, config, overrides or [], dry_run=dry_run)
+
+
+@app.command()
+def estimate(
+    config: Config,
+    overrides: Overrides = None,
+    images_per_second: Annotated[
+        float | None, typer.Option(min=0, help="of one decoder actor; default: as the last run of this catalog measured")
+    ] = None,
+) -> None:
+    """What `rebeca generate` would draw tonight: items, hours, GPU-hours, bytes, cost. Overrides describe another cluster."""
+    from rebeca_ray import job
+    from rebeca_ray.config import GenerateConfig, load_config
+
+    with job.plain_errors():
+        job.estimate(load_config(GenerateConfig, config, overrides), images_per_second=images_per_second)
 
 
 @app.command()
@@ -131,23 +172,79 @@ def simulate(
         console.print(f"{users:,} users, {rows:,} ratings -> {out}")
 
 
-@catalog.command()
-def show(root: Annotated[str, typer.Argument(help="local path or s3://bucket/prefix")]) -> None:
-    """The published snapshot: what it holds and what made it."""
-    from rich.table import Table
+Root = Annotated[str, typer.Argument(help="local path or s3://bucket/prefix")]
+RunId = Annotated[str | None, typer.Option("--run-id", help="default: the published one")]
 
-    from rebeca_ray.catalog.read import read_catalog
+
+@catalog.command(name="list")
+def list_(root: Root) -> None:
+    """All complete snapshots, the oldest first."""
+    from rebeca_ray import job
+
+    with job.plain_errors():
+        job.list_catalog(root)
+
+
+@catalog.command()
+def show(root: Root, run_id: RunId = None) -> None:
+    """A snapshot: what it holds, how it was judged, what made it."""
+    from rebeca_ray import job
+
+    with job.plain_errors():
+        job.show_snapshot(root, run_id)
+
+
+@catalog.command()
+def verify(
+    root: Root,
+    run_id: RunId = None,
+    level: Annotated[
+        Literal["metadata", "sample", "full"], typer.Option(help="counts and sizes; some files, rows and images too; or all")
+    ] = "sample",
+) -> None:
+    """Whether a snapshot is what its manifest says; exit code 4 and a line for each thing that is not."""
+    from rebeca_ray import job
+
+    with job.plain_errors():
+        job.verify_snapshot(root, run_id, level)
+
+
+@catalog.command()
+def publish(root: Root, run_id: Annotated[str, typer.Option("--run-id", help="whose snapshot; see `rebeca catalog list`")]) -> None:
+    """Point readers at a complete snapshot, also at one that the quality gate refused: that is recorded."""
+    from rebeca_ray.catalog.snapshots import publish_snapshot
     from rebeca_ray.job import console, plain_errors
 
     with plain_errors():
-        manifest = read_catalog(root).manifest
-        table = Table("", "", show_header=False)
-        for key in ("run_date", "run_id", "epoch", "created_at", "embed_dim"):
-            table.add_row(key, str(manifest[key]))
-        for section in ("counts", "versions"):
-            for key, value in manifest[section].items():
-                table.add_row(f"{section}.{key}", f"{value:,}" if isinstance(value, int) else str(value))
-        console.print(table)
+        manifest = publish_snapshot(root, run_id)
+        console.print(f"published run {run_id} of {manifest['run_date']} in {root}")
+
+
+@catalog.command()
+def rollback(root: Root) -> None:
+    """Publish the snapshot that the published one followed."""
+    from rebeca_ray.catalog.snapshots import roll_back
+    from rebeca_ray.job import console, plain_errors
+
+    with plain_errors():
+        manifest = roll_back(root)
+        console.print(f"published run {manifest['run_id']} of {manifest['run_date']} in {root} again")
+
+
+@catalog.command()
+def gc(
+    root: Root,
+    keep: Annotated[int, typer.Option(min=1, help="latest snapshots that stay")] = 7,
+    grace_hours: Annotated[
+        float, typer.Option(min=0, help="a snapshot stays so long after it was followed, an unfinished run after its start")
+    ] = 48,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would go, and remove nothing")] = False,
+) -> None:
+    """Remove what no kept snapshot and no unfinished run needs."""
+    from rebeca_ray import job
+
+    with job.plain_errors():
+        job.collect_garbage(root, keep=keep, grace_hours=grace_hours, dry_run=dry_run)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from errno import EDQUOT, ENOSPC, EROFS
 
 
 class UserError(ValueError):
@@ -27,3 +28,39 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     known = list(known)
     near = get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+
+
+def user_error(error: BaseException | None) -> UserError | None:
+    """The UserError behind an exception, through Ray's wrappers and causes.
+
+    The cause comes first: what Ray raises for a UserError in a task is one too, but its text is a traceback.
+    """
+    if error is None:
+        return None
+    failures = getattr(error, "worker_failures", None) or {}  # Ray Train: one exception a rank
+    arguments = [inner for inner in error.args if isinstance(inner, BaseException)]  # ActorDiedError: the constructor's
+    for inner in (getattr(error, "cause", None), error.__cause__, *failures.values(), *arguments):
+        if found := user_error(inner):
+            return found
+    return error if isinstance(error, UserError) else storage_error(error)
+
+
+def storage_error(error: BaseException) -> UserError | None:
+    """A full disk, a lost server or a permission withdrawn during a job, as the mistake of nobody's code."""
+    from botocore.exceptions import BotoCoreError
+
+    from rebeca_ray.storage import describe
+
+    if not isinstance(error, BotoCoreError | PermissionError) and getattr(error, "errno", None) not in (ENOSPC, EDQUOT, EROFS):
+        return None
+    file = getattr(error, "filename", None)
+    return UserError(f"{file or 'storage'}: {describe(error)}; nothing was published; mend the place, or give another, and run again")
+
+
+def shown(value: object) -> str:
+    """A value as an error tells it: of a long one its beginning."""
+    try:
+        text = repr(value[:60] if isinstance(value, str) else value)
+    except ValueError:  # an integer with more digits than Python prints
+        text = "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -2,6 +2,9 @@
 
 import datetime
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import rebeca_ray
@@ -14,14 +17,15 @@ from rebeca_ray.checkpoint import TrainedPrior, load_prior
 from rebeca_ray.cluster import require_room, start_ray
 from rebeca_ray.config import GenerateConfig, Resume
 from rebeca_ray.decoder_files import DecoderIdentity, identify_decoder
-from rebeca_ray.errors import QualityGateError
+from rebeca_ray.errors import QualityGateError, UserError, user_error
+from rebeca_ray.estimate import foresee, spent
 from rebeca_ray.planning import plan_items, request_histories
 from rebeca_ray.progress import Progress, watchdog
 from rebeca_ray.refresh import decide_all
 from rebeca_ray.rendering import check_renderer, render_all
 from rebeca_ray.request import check_request
-from rebeca_ray.resume import begin, choose_run, describe_run
-from rebeca_ray.storage import delete, join, read_json, require_writable, write_json
+from rebeca_ray.resume import begin, choose_run, describe_run, unfinished_runs
+from rebeca_ray.storage import delete, exists, join, read_json, require_writable, write_json
 
 ASSEMBLE_RESERVE = 1.5  # of the seconds that the last assembling took: rendering stops so long before `publish_by`
 
@@ -35,12 +39,16 @@ def generate_catalog(config: GenerateConfig, *, resume: Resume = "auto", retry_f
     """
     decoder = identify_decoder(config.decoder)
     requested = check_request(config, decoder)
+    first_ever = not exists(config.root)
     require_writable(config.root, "root")
     prior = load_prior(config.prior)  # a damaged one is found now, not by every actor
     published(config.root)  # likewise
     versions = {"prior": prior.fingerprint, "decoder": decoder.fingerprint(config.decoder), "code": rebeca_ray.__version__}
-    run_date = config.run_date or datetime.datetime.now(datetime.UTC).date()
-    with hold_lease(config.root, config.run_id or "starting", config.limits.lease_seconds) as lease:
+    run_date = config.date()
+    with (
+        emptied_if_refused(config.root, first_ever),
+        hold_lease(config.root, config.run_id or "starting", config.limits.lease_seconds) as lease,
+    ):
         previous = published(config.root)
         described = describe_run(config, versions, previous.path if previous else None)
         run_id, begun = choose_run(config, run_date, described, resume=resume, retry_failed=retry_failed)
@@ -53,12 +61,40 @@ def generate_catalog(config: GenerateConfig, *, resume: Resume = "auto", retry_f
         if resumed:
             print(f"resuming run {run_id}, begun at {begun['begun_at']}", flush=True)
         progress = Progress()
-        with watchdog(progress, config.limits.stall_minutes, dump_to=run.work, on_stall=lease.release):
+        with (
+            forgotten_if_refused(run, resumed=resumed),
+            watchdog(progress, config.limits.stall_minutes, dump_to=run.work, on_stall=lease.release),
+        ):
             manifest = make_snapshot(
                 config, run, lease, prior, decoder, previous, versions, begun, requested, progress, retry_failed=retry_failed, force=force
             )
         delete(run.work)
     return manifest
+
+
+@contextmanager
+def forgotten_if_refused(run: Run, *, resumed: bool) -> Iterator[None]:
+    """A new run that bad input ends leaves nothing: there is nothing to go on with."""
+    try:
+        yield
+    except Exception as error:
+        found = user_error(error)
+        if found is not None and found.exit_code == UserError.exit_code and not resumed:
+            delete(run.work)
+            delete(join(run.root, run.images))
+        raise
+
+
+@contextmanager
+def emptied_if_refused(root: str, first_ever: bool) -> Iterator[None]:
+    """Likewise a catalog in which that run was the first."""
+    try:
+        yield
+    except Exception as error:
+        found = user_error(error)
+        if found is not None and found.exit_code == UserError.exit_code and first_ever and not unfinished_runs(root):
+            delete(root)
+        raise
 
 
 def make_snapshot(
@@ -80,6 +116,9 @@ def make_snapshot(
     with progress.stage("decide"):
         histories = request_histories(config, run)
         decisions = decide_all(config, run, prior, histories, previous, versions["decoder"])
+    foreseen = foresee(config, decisions, requested, previous) if previous else None
+    if foreseen:
+        print(f"{foreseen.images:,} images to draw for {foreseen.planned_users:,} users; some {60 * foreseen.hours:.1f} min", flush=True)
     plan_items(config, run, versions, histories, previous, decisions, progress)
     with progress.stage("test"):
         permutation = check_plan(run, config.gate, force=force)
@@ -100,6 +139,8 @@ def make_snapshot(
         refused = refusals(manifest, previous.manifest if previous else None, config.gate)
         manifest["gate"] = {"refused": refused, "forced": bool(refused) and force}
         manifest["measured"] = measured(config, progress)
+        manifest["foreseen"] = asdict(foreseen) if foreseen else None
+        manifest["spent"] = asdict(spent(config, decisions, requested, progress, manifest["bytes_written"]))
         lease.check()
         write_json(manifest, run.manifest)
     if refused and not force:

@@ -7,6 +7,7 @@ grouped, checked and written by a task of its own, so that no process ever holds
 """
 
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,10 +18,12 @@ import pyarrow.parquet as pq
 from rebeca_ray import schemas
 from rebeca_ray.errors import UserError
 from rebeca_ray.identity import bucket_of, hash128
-from rebeca_ray.interactions import Interactions, check_columns, history_digests, interactions_of, no_users, normalise, read_interactions
+from rebeca_ray.interactions import Interactions, history_digests, interactions_of, no_users, normalise, read_interactions
 from rebeca_ray.settings import InteractionSettings
 from rebeca_ray.storage import (
+    UNREACHABLE,
     arrow_filesystem,
+    delete,
     describe_files,
     join,
     open_filesystem,
@@ -30,6 +33,7 @@ from rebeca_ray.storage import (
     write_json,
     write_table,
 )
+from rebeca_ray.tables import check_columns
 
 ROWS_A_BUCKET = 500_000
 ROWS_A_BLOCK = 100_000  # of interactions, while they are split
@@ -80,7 +84,7 @@ def build_histories(settings: InteractionSettings, item_id: np.ndarray, storage:
     `item_id` are the embedded items, into which `item_index` counts. The number of buckets is a multiple of `multiple_of`. Raises
     UserError as `read_interactions` does, and for rated items that are not among them.
     """
-    columns = check_columns(settings.path)
+    columns = check_columns(settings.path, "interactions", schemas.INTERACTIONS)
     source = fingerprint(settings, item_id)
     out = join(storage, f"histories-{source[:12]}")
     if told := read_json(join(out, MARKER)):
@@ -88,14 +92,19 @@ def build_histories(settings: InteractionSettings, item_id: np.ndarray, storage:
     order = np.argsort(item_id)
     items = ItemIndex(sorted_id=item_id[order], row=order)
     num_buckets = multiple_of * math.ceil(count_rows(settings.path) / ROWS_A_BUCKET / multiple_of)
-    if num_buckets <= 1:
-        interactions = read_interactions(settings)
-        counted = [write_bucket(interactions, items, settings.path, out, 0)]
-    else:
-        counted = build_in_buckets(settings, columns, items, out, num_buckets)
-    users_of_bucket, digests = (list(column) for column in zip(*counted, strict=True))
-    if not sum(users_of_bucket):
-        raise no_users(settings)
+    try:
+        if num_buckets <= 1:
+            interactions = read_interactions(settings)
+            counted = [write_bucket(interactions, items, settings.path, out, 0)]
+        else:
+            counted = build_in_buckets(settings, columns, items, out, num_buckets)
+        users_of_bucket, digests = (list(column) for column in zip(*counted, strict=True))
+        if not sum(users_of_bucket):
+            raise no_users(settings)
+    except BaseException:
+        with suppress(*UNREACHABLE):
+            delete(out)
+        raise
     histories = Histories(uri=out, users_of_bucket=users_of_bucket, digest=hash128(*digests))
     write_json(asdict(histories), join(out, MARKER))
     return histories
@@ -130,14 +139,13 @@ def build_in_buckets(
     filesystem, _ = open_filesystem(settings.path)
     split = join(out, "split")
     split_filesystem, split_path = open_filesystem(split)
-    if split_filesystem.exists(split_path):
-        split_filesystem.rm(split_path, recursive=True)
+    delete(split)
     interactions = ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem))
     interactions.context.execution_options.resource_limits = ExecutionResources(object_store_memory=BYTES_IN_FLIGHT)
     interactions.context.target_max_block_size = BYTES_A_BLOCK
     (
         interactions.select_columns(columns)
-        .map_batches(AddBucket(num_buckets), batch_format="pyarrow", batch_size=ROWS_A_BLOCK, zero_copy_batch=True)
+        .map_batches(AddBucket(num_buckets, settings.path), batch_format="pyarrow", batch_size=ROWS_A_BLOCK, zero_copy_batch=True)
         .write_parquet(split_path, filesystem=arrow_filesystem(split_filesystem), partition_cols=["bucket"])
     )
     shared = ray.put(items)
@@ -147,18 +155,18 @@ def build_in_buckets(
         return {"bucket": row["id"], "users": users, "digest": digest}
 
     built = ray.data.range(num_buckets, override_num_blocks=num_buckets).map(build).to_pandas().sort_values("bucket")
-    split_filesystem.rm(split_path, recursive=True)
+    delete(split)
     return list(zip(built["users"].astype(int).tolist(), built["digest"].tolist(), strict=True))
 
 
 class AddBucket:
     """One row in, the same row out with its user's `bucket`."""
 
-    def __init__(self, num_buckets: int) -> None:
-        self.num_buckets = num_buckets
+    def __init__(self, num_buckets: int, uri: str) -> None:
+        self.num_buckets, self.uri = num_buckets, uri
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        batch = normalise(batch)
+        batch = normalise(batch, self.uri)
         users = batch["user_id"].combine_chunks().dictionary_encode()  # a null user is anybody's bucket, which will refuse it
         of_user = np.array([bucket_of(user, self.num_buckets) for user in users.dictionary.to_pylist()], np.int32)
         codes = users.indices.fill_null(0).to_numpy()
@@ -171,7 +179,7 @@ def build_bucket(settings: InteractionSettings, split: str, items: ItemIndex, ou
     if not filesystem.exists(path):  # no user's hash fell here
         write_table(schemas.HISTORIES.empty_table(), bucket_file(out, bucket), row_group_size=USERS_A_ROW_GROUP)
         return 0, ""
-    interactions = interactions_of(normalise(read_table(folder, "interactions", schemas.INTERACTIONS.names)), settings)
+    interactions = interactions_of(normalise(read_table(folder, "interactions"), settings.path), settings)
     return write_bucket(interactions, items, settings.path, out, bucket)
 
 

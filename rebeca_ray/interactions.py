@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
-from rebeca_ray.errors import UserError, did_you_mean
+from rebeca_ray.errors import UserError
 from rebeca_ray.identity import hash128
-from rebeca_ray.schemas import compatible
 from rebeca_ray.settings import InteractionSettings
-from rebeca_ray.storage import open_table, read_table
+from rebeca_ray.storage import read_table
+from rebeca_ray.tables import MAX_EXAMPLES, check_columns, check_ids, check_rows, plain, refuse
 
-MAX_EXAMPLES = 3
+FIRST_TIME, LAST_TIME = np.datetime64("0001-01-01", "us").astype(int), np.datetime64("9999-12-31", "us").astype(int)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,49 +84,53 @@ def interactions_of(table: pa.Table, settings: InteractionSettings) -> Interacti
 
 def read_columns(uri: str) -> pa.Table:
     """The interaction columns of `uri` in memory, as `check_columns` finds them."""
-    return normalise(read_table(uri, "interactions", check_columns(uri)))
+    return normalise(read_table(uri, "interactions", check_columns(uri, "interactions", schemas.INTERACTIONS)), uri)
 
 
-def check_columns(uri: str) -> list[str]:
-    """The interaction columns that `uri` has, with a clear error for a missing or mistyped one."""
-    _, found = open_table(uri, "interactions")
-    columns = []
-    for field in schemas.INTERACTIONS:
-        if field.name not in found.names:
-            if field.nullable:
-                continue
-            raise UserError(f"interactions {uri}: column {field.name!r} is missing; {did_you_mean(field.name, found.names)}")
-        actual = found.field(field.name).type
-        if not compatible(actual, field.type):
-            raise UserError(f"interactions {uri}: column {field.name!r} is {actual}, expected {field.type}; cast it and write again")
-        columns.append(field.name)
-    return columns
-
-
-def normalise(table: pa.Table) -> pa.Table:
-    """Interaction columns in the types of `schemas.INTERACTIONS`."""
-    if "timestamp" in table.column_names:  # below a microsecond nothing is lost that matters
+def normalise(table: pa.Table, uri: str) -> pa.Table:
+    """Interaction columns of `uri` in the types of `schemas.INTERACTIONS`. Raises UserError for times that do not fit them."""
+    if "timestamp" in table.column_names:
         place = table.column_names.index("timestamp")
-        table = table.set_column(place, "timestamp", table["timestamp"].cast(schemas.INTERACTIONS.field("timestamp").type, safe=False))
+        options = pc.CastOptions(
+            schemas.INTERACTIONS.field("timestamp").type, allow_time_truncate=True
+        )  # below a microsecond nothing is lost
+        try:
+            table = table.set_column(place, "timestamp", pc.cast(plain(table["timestamp"]), options=options))
+        except pa.ArrowInvalid:
+            raise off_the_calendar(uri) from None
+    if "rating" in table.column_names:  # one that is too large for the type is off the scale too
+        table = table.set_column(table.column_names.index("rating"), "rating", plain(table["rating"]).cast(pa.float32(), safe=False))
     return table.cast(pa.schema([schemas.INTERACTIONS.field(name).with_nullable(True) for name in table.column_names]))
+
+
+def off_the_calendar(uri: str) -> UserError:
+    return UserError(f"interactions {uri}: column 'timestamp' leaves the years 1 to 9999; look at its unit, mend it or drop it")
 
 
 def validate(table: pa.Table, settings: InteractionSettings) -> pa.Table:
     """Refuse empty ids, ratings off the scale, and repeated (user, item) pairs, with counts and examples."""
     uri = settings.path
-    if table.num_rows == 0:
-        raise UserError(f"interactions {uri}: has no rows; give at least one rating")
+    check_rows(table, "interactions", uri)
     for name in ("user_id", "item_id"):
-        bad = pc.or_kleene(pc.is_null(table[name]), pc.equal(pc.fill_null(table[name], ""), ""))
-        refuse(uri, bad, f"an empty {name}", row_numbers(bad), "drop or fill them")
+        check_ids(table[name], "interactions", uri, name)
+    if "timestamp" in table.column_names:
+        ends = pc.min_max(table["timestamp"].cast(pa.int64())).as_py()
+        if ends["min"] is not None and (ends["min"] < FIRST_TIME or ends["max"] > LAST_TIME):
+            raise off_the_calendar(uri)
     if "rating" in table.column_names:
         bad = pc.invert(pc.fill_null(pc.is_finite(table["rating"]), False))
         refuse(
-            uri, bad, "a rating that is null, NaN or infinite", examples(table, bad), "drop them, or drop the column if every row is a like"
+            "interactions",
+            uri,
+            bad,
+            "a rating that is null, NaN or infinite",
+            examples(table, bad),
+            "drop them, or drop the column if every row is a like",
         )
         low, high = settings.rating_scale
         bad = pc.or_(pc.less(table["rating"], low), pc.greater(table["rating"], high))
         refuse(
+            "interactions",
             uri,
             bad,
             f"a rating outside {low:g} to {high:g}",
@@ -139,6 +143,7 @@ def validate(table: pa.Table, settings: InteractionSettings) -> pa.Table:
     repeated = np.ones(len(indices), bool)
     repeated[np.unique(indices, return_index=True)[1]] = False
     refuse(
+        "interactions",
         uri,
         pa.array(repeated),
         "a (user_id, item_id) pair seen before",
@@ -148,20 +153,9 @@ def validate(table: pa.Table, settings: InteractionSettings) -> pa.Table:
     return table
 
 
-def refuse(uri: str, bad: pa.Array, what: str, shown: str, remedy: str) -> None:
-    count = pc.sum(bad).as_py() or 0
-    if count:
-        raise UserError(f"interactions {uri}: {count} of {len(bad)} rows have {what} ({shown}); {remedy}")
-
-
-def row_numbers(bad: pa.Array) -> str:
-    rows = np.flatnonzero(bad.to_numpy(zero_copy_only=False))[:MAX_EXAMPLES]
-    return "rows " + ", ".join(str(row) for row in rows)
-
-
 def examples(table: pa.Table, bad: pa.Array) -> str:
     rows = table.filter(bad).slice(0, MAX_EXAMPLES).select(["user_id", "item_id"]).to_pylist()
-    return "; ".join(f"{row['user_id']} × {row['item_id']}" for row in rows)
+    return "; ".join(f"{row['user_id'][:40]} × {row['item_id'][:40]}" for row in rows)
 
 
 def likes(table: pa.Table, threshold: float) -> np.ndarray:

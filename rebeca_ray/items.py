@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,13 @@ from safetensors import SafetensorError, safe_open
 from rebeca_ray import schemas
 from rebeca_ray.cluster import require_room, start_ray
 from rebeca_ray.config import EmbedConfig
-from rebeca_ray.errors import UserError, did_you_mean
+from rebeca_ray.errors import UserError, did_you_mean, shown
+from rebeca_ray.parts import WithoutThose
 from rebeca_ray.storage import (
+    UNREACHABLE,
     arrow_filesystem,
+    delete,
+    describe,
     join,
     open_filesystem,
     open_table,
@@ -28,8 +33,10 @@ from rebeca_ray.storage import (
     require_writable,
     write_json,
 )
+from rebeca_ray.tables import check_columns, check_ids, check_rows
 
 MARKER = "embedding.json"  # beside embedded items: how many, and by which CLIP
+ROWS_AT_ONCE = 10_000
 UNFINISHED: dict[str, Any] = {"clip": None, "rows": None}
 
 
@@ -57,7 +64,7 @@ class EmbedImages:
         self.model = self.model.eval().to(device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        encoded = batch["image"].combine_chunks().field("bytes")
+        encoded = pc.struct_field(batch["image"], "bytes")  # null where the whole image is
         images = [self.preprocess(open_image(value, item)) for value, item in zip(encoded.to_pylist(), batch["item_id"], strict=True)]
         with self.torch.inference_mode():
             embeds = self.model.encode_image(self.torch.stack(images).to(self.device), normalize=False).float().cpu().numpy()
@@ -73,9 +80,9 @@ def open_image(encoded: bytes | None, item_id: pa.Scalar) -> Any:
 
     try:
         return Image.open(io.BytesIO(encoded or b"")).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        why = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise UserError(f"items: the image of {item_id.as_py()!r} cannot be decoded ({why}); mend or drop that item") from None
+    except Exception as error:  # a broken file makes the decoders raise anything
+        why = "not an image" if isinstance(error, UnidentifiedImageError) else describe(error)
+        raise UserError(f"items: the image of {shown(item_id.as_py())} cannot be decoded ({why}); mend or drop that item") from None
 
 
 def load_clip(name: str) -> tuple[Any, Any]:
@@ -122,16 +129,14 @@ def clip_fingerprint(name: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def embed_items(config: EmbedConfig) -> int:
-    """Embed every item of `config.items` and write `config.out` (a folder of Parquet files); returns the row count."""
-    files, schema = open_table(config.items, "items")
-    for name in ("item_id", "image"):
-        if name not in schema.names:
-            hint = "nothing is left to embed" if "image_embeds" in schema.names else did_you_mean(name, schema.names)
-            raise UserError(f"items {config.items}: column {name!r} is missing; {hint}")
-        actual, expected = schema.field(name).type, {"item_id": pa.string(), "image": schemas.IMAGE}[name]
-        if not schemas.compatible(actual, expected):
-            raise UserError(f"items {config.items}: column {name!r} is {actual}, expected {expected}; cast it and write again")
+def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:
+    """Embed every item of `config.items` and write `config.out` (a folder of Parquet files); returns how many were embedded.
+
+    `only_new` keeps what is there already and adds items whose `item_id` is not, unless another CLIP made it: then all is embedded.
+    """
+    check_columns(config.items, "items", schemas.ITEMS, instead={"image_embeds": "nothing is left to embed"})
+    read_item_ids(config.items)
+    files, _ = open_table(config.items, "items")
     if f"{config.items}/".startswith(f"{config.out.rstrip('/')}/"):
         raise UserError(f"out {config.out}: holds the items themselves and would be replaced; choose another folder")
     filesystem, _ = open_filesystem(config.items)
@@ -139,13 +144,18 @@ def embed_items(config: EmbedConfig) -> int:
     require_own(config.out, "out", MARKER, "clip")
     fingerprint = clip_fingerprint(config.clip)
     require_writable(config.out, "out")
+    kept = read_item_ids(config.out) if only_new and (read_json(join(config.out, MARKER)) or {}).get("clip") == fingerprint else None
+    if kept is not None and np.isin(read_item_ids(config.items), kept).all():
+        return 0
     start_ray()
     require_room("num_actors", workers=config.num_actors, cpus=config.cpus_per_actor, device=config.device, spare_cpus=1)
     import ray
 
+    items = ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem))
+    if kept is not None:
+        items = items.map_batches(WithoutThose(ray.put(pa.array(kept))), batch_format="pyarrow", batch_size=None)
     dataset = (
-        ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem))
-        .repartition(target_num_rows_per_block=config.batch_size)  # a small file is one block, which one actor would get
+        items.repartition(target_num_rows_per_block=config.batch_size)  # a small file is one block, which one actor would get
         .map_batches(
             EmbedImages,
             fn_constructor_args=(config.clip, config.device),
@@ -157,13 +167,14 @@ def embed_items(config: EmbedConfig) -> int:
         )
         .materialize()
     )
-    if out_filesystem.exists(out_path):  # only now that the new ones are complete
-        out_filesystem.rm(out_path, recursive=True)
-    write_json(UNFINISHED, join(config.out, MARKER))
+    if kept is None:
+        delete(config.out)  # only now that the new ones are complete
+    write_json(UNFINISHED, join(config.out, MARKER))  # a crash from here on makes the next run embed all
     dataset.write_parquet(out_path, filesystem=arrow_filesystem(out_filesystem))
-    meta = {"clip": fingerprint, "clip_name": config.clip, "rows": dataset.count()}
+    embedded = dataset.count()
+    meta = {"clip": fingerprint, "clip_name": config.clip, "rows": embedded + (0 if kept is None else len(kept))}
     write_json(meta, join(config.out, MARKER))
-    return int(meta["rows"])
+    return embedded
 
 
 def read_image_embeds(uri: str) -> EmbeddedItems:
@@ -172,45 +183,77 @@ def read_image_embeds(uri: str) -> EmbeddedItems:
     Raises UserError for a missing column, nulls, repeated ids, and embeddings that are zero or not finite.
     """
     _, clip = embedded_with(uri)
+    item_id = read_item_ids(uri)
     column = read_table(uri, "items", ["image_embeds"])["image_embeds"].combine_chunks()
-    if column.null_count or not (pa.types.is_fixed_size_list(column.type) or pa.types.is_list(column.type)):
-        raise UserError(
-            f"items {uri}: image_embeds is {column.type} with {column.null_count} nulls; expected fixed_size_list<float32>[D] without nulls"
-        )
+    return EmbeddedItems(item_id=item_id, image_embeds=checked_embeds(column, item_id, uri), clip=clip)
+
+
+def check_image_embeds(uri: str) -> None:
+    """Raise the UserError of `read_image_embeds`, without ever having all of it in memory."""
+    embed_dim, _ = embedded_with(uri)
+    item_id = read_item_ids(uri)
+    start = 0
+    for column in embeds_in_batches(uri, ROWS_AT_ONCE):
+        values = checked_embeds(column, item_id[start : start + len(column)], uri)
+        start += len(column)
+        if values.shape[1] != embed_dim:
+            raise several_sizes(uri, [embed_dim, values.shape[1]])
+
+
+def embeds_in_batches(uri: str, rows: int) -> Iterator[pa.Array]:
+    files, _ = open_table(uri, "items")
+    filesystem, _ = open_filesystem(uri)
+    try:
+        for name in files:
+            with filesystem.open(name, "rb") as file:
+                for batch in pq.ParquetFile(file).iter_batches(rows, columns=["image_embeds"]):
+                    yield batch["image_embeds"]
+    except (pa.ArrowException, *UNREACHABLE) as error:
+        raise UserError(f"items {uri}: not readable as Parquet ({describe(error)}); write it again") from None
+
+
+def checked_embeds(column: pa.Array, item_id: np.ndarray, uri: str) -> np.ndarray:
+    """The embeddings in a column as an array. Raises UserError for any that is missing, of another size, zero or not finite."""
+    if column.null_count:
+        raise UserError(f"items {uri}: {column.null_count} of {len(column)} image_embeds are null; embed those items again")
     sizes = pc.unique(pc.list_value_length(column)).to_pylist()
     if len(sizes) != 1:
-        raise UserError(f"items {uri}: image_embeds has rows of {len(sizes)} sizes ({sizes[:3]}); every item needs the same D")
-    item_id = read_item_ids(uri)
-    values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(item_id), -1)
-    length = np.linalg.norm(values, axis=1)
+        raise several_sizes(uri, sizes)
+    values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(column), -1)
+    with np.errstate(over="ignore"):
+        length = np.linalg.norm(values, axis=1)
     bad = ~np.isfinite(length) | (length == 0)
     if bad.any():
-        names = ", ".join(item_id[bad][:3])
+        names = ", ".join(shown(name)[1:-1] for name in item_id[bad][:3].tolist())
         raise UserError(f"items {uri}: {bad.sum()} of {len(bad)} image_embeds are zero or not finite ({names}); embed those items again")
-    return EmbeddedItems(item_id=item_id, image_embeds=values, clip=clip)
+    return values
+
+
+def several_sizes(uri: str, sizes: list[int]) -> UserError:
+    return UserError(f"items {uri}: image_embeds has rows of {len(sizes)} sizes ({sizes[:3]}); every item needs the same D")
 
 
 def read_item_ids(uri: str) -> np.ndarray:
-    """The ids of all items, in the order of their embeddings. Raises UserError if one is repeated."""
-    item_id = read_table(uri, "items", ["item_id"])["item_id"].to_numpy(zero_copy_only=False).astype(str)
-    if repeated := len(item_id) - len(np.unique(item_id)):
-        raise UserError(f"items {uri}: {repeated} item_ids are repeated; keep one row an item")
-    return item_id
+    """The ids of all items, in the order of their embeddings. Raises UserError for none, and for one that is no id or repeated."""
+    table = read_table(uri, "items", ["item_id"])
+    check_rows(table, "items", uri)
+    check_ids(table["item_id"], "items", uri, "item_id", unique="keep one row an item")
+    return table["item_id"].to_numpy(zero_copy_only=False).astype(str)
 
 
 def embedded_with(uri: str) -> tuple[int, str | None]:
     """`(D, fingerprint of the CLIP)` of embedded items, read from the first row and the marker; None if there is no marker."""
-    files, schema = open_table(uri, "items")
-    if "image_embeds" not in schema.names:
-        remedy = "run `rebeca embed` on them first" if "image" in schema.names else did_you_mean("image_embeds", schema.names)
-        raise UserError(f"items {uri}: column 'image_embeds' is missing; {remedy}")
+    expected = schemas.embedded_items(1)
+    check_columns(uri, "items", expected, instead={"image": "run `rebeca embed` on them first"})
+    _, schema = open_table(uri, "items")
     column = schema.field("image_embeds").type
-    filesystem, _ = open_filesystem(uri)
     if pa.types.is_fixed_size_list(column):
         embed_dim = column.list_size
     else:
-        with filesystem.open(files[0], "rb") as file:
-            embed_dim = len(pq.ParquetFile(file).read_row_group(0, columns=["image_embeds"])["image_embeds"][0])
+        first: Any = next(embeds_in_batches(uri, 1), [])
+        embed_dim = len(first[0]) if len(first) and first[0].is_valid else 0
+    if not embed_dim:
+        raise UserError(f"items {uri}: the first row has no image_embeds; drop it, or embed the items again")
     marker = read_json(join(uri, MARKER))
     if marker == UNFINISHED:
         raise UserError(f"items {uri}: the embedding that wrote them did not finish; run `rebeca embed` again")

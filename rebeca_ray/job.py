@@ -5,14 +5,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from rich.console import Console
 
-from rebeca_ray.config import DistillConfig, EmbedConfig, GenerateConfig, Resume, TrainConfig, load_config
-from rebeca_ray.errors import UserError
+from rebeca_ray.config import DistillConfig, EmbedConfig, GenerateConfig, NightlyConfig, Resume, TrainConfig, load_config
+from rebeca_ray.errors import QualityGateError, UserError, user_error
 from rebeca_ray.settings import DecoderSettings, Settings
+
+if TYPE_CHECKING:
+    from rebeca_ray.catalog.gc import Garbage
+    from rebeca_ray.catalog.verify import Level
 
 console = Console(soft_wrap=True)  # a log is searched line by line
 
@@ -75,6 +79,109 @@ def print_personality(manifest: dict[str, Any]) -> None:
         )
 
 
+def nightly(config: NightlyConfig) -> None:
+    """One night, and the dates that were missed before it."""
+    from rebeca_ray.nightly import run_nightly
+
+    nights, garbage = run_nightly(config)
+    for night in nights:
+        print_published(night.manifest, config.generate.root)
+    if not nights:
+        console.print(f"{config.generate.root}: a snapshot of this date is published; nothing to do")
+    if garbage:
+        print_garbage(garbage, "removed")
+
+
+def estimate(config: GenerateConfig, *, images_per_second: float | None) -> None:
+    """What a run would take, beside what the last one took."""
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from rebeca_ray.catalog.read import published
+    from rebeca_ray.estimate import estimate as foresee
+
+    found = asdict(foresee(config, images_per_second=images_per_second))
+    last = published(config.root)
+    table = Table("", "tonight", "the last run", title_justify="left")
+    for name, value in found.items():
+        table.add_row(name, f"{value:,}", f"{last.manifest['spent'][name]:,}" if last else "")
+    console.print(table)
+
+
+def list_catalog(root: str) -> None:
+    """A line a snapshot."""
+    from rich.table import Table
+
+    from rebeca_ray.catalog.pointer import read_pointer
+    from rebeca_ray.catalog.snapshots import list_snapshots
+
+    pointer, _ = read_pointer(root)
+    table = Table("run_date", "run_id", "created_at", "items", "new", "")
+    for manifest in list_snapshots(root):
+        counts = manifest["counts"]
+        items = counts["new"] + counts["carried"] + counts["population"]
+        told = "published" if manifest["run_id"] == pointer.run_id else "refused by the quality gate" if manifest["gate"]["refused"] else ""
+        table.add_row(manifest["run_date"], manifest["run_id"], manifest["created_at"], f"{items:,}", f"{counts['new']:,}", told)
+    console.print(table)
+    if pointer.lease:
+        console.print(f"at work: run {pointer.lease['run_id']} (epoch {pointer.lease['epoch']})")
+
+
+def show_snapshot(root: str, run_id: str | None) -> None:
+    """What a manifest says, for a person."""
+    from rich.table import Table
+
+    from rebeca_ray.catalog.read import read_catalog
+    from rebeca_ray.catalog.snapshots import find_snapshot
+
+    manifest = find_snapshot(root, run_id) if run_id else read_catalog(root).manifest
+    table = Table("", "", show_header=False)
+    for key in ("run_date", "run_id", "epoch", "created_at", "previous", "embed_dim", "num_buckets", "carried_buckets", "bytes"):
+        table.add_row(key, str(manifest[key]))
+    for section in ("counts", "figures", "spent", "versions"):
+        for key, value in manifest[section].items():
+            table.add_row(f"{section}.{key}", f"{value:,}" if isinstance(value, int) else str(value))
+    for refusal in manifest["gate"]["refused"]:
+        table.add_row("refused", refusal)
+    console.print(table)
+
+
+def verify_snapshot(root: str, run_id: str | None, level: "Level") -> None:
+    """Say what is wrong, or that nothing is. Raises QualityGateError in the first case."""
+    from rebeca_ray.catalog.read import open_snapshot, read_catalog
+    from rebeca_ray.catalog.snapshots import find_snapshot
+    from rebeca_ray.catalog.verify import verify
+
+    snapshot = open_snapshot(root, find_snapshot(root, run_id)["path"]) if run_id else read_catalog(root)
+    wrong = verify(snapshot, level)
+    for line in wrong:
+        console.print(line)
+    if wrong:
+        raise QualityGateError(
+            f"catalog {root}: run {snapshot.manifest['run_id']} is damaged ({len(wrong)} things, above); `rebeca catalog rollback` it, "
+            "or restore the files"
+        )
+    console.print(f"run {snapshot.manifest['run_id']}: nothing wrong ({level}: {snapshot.files.num_rows:,} files)")
+
+
+def collect_garbage(root: str, *, keep: int, grace_hours: float, dry_run: bool) -> None:
+    from rebeca_ray.catalog.gc import collect
+
+    garbage = collect(root, keep=keep, grace_hours=grace_hours, dry_run=dry_run)
+    if dry_run:
+        for uri in (*garbage.manifests, *garbage.folders, *garbage.files):
+            console.print(uri)
+    print_garbage(garbage, "would remove" if dry_run else "removed")
+
+
+def print_garbage(garbage: "Garbage", did: str) -> None:
+    console.print(
+        f"{did} {len(garbage.manifests)} snapshots, {len(garbage.folders)} folders and {len(garbage.files)} files; "
+        f"kept {len(garbage.kept)} snapshots"
+    )
+
+
 def serve(decoder: DecoderSettings, *, http_port: int, grpc_port: int, metrics_port: int, instances: int) -> None:
     """Triton until it is interrupted, or told to stop."""
     from rebeca_ray.server import triton_server
@@ -92,19 +199,9 @@ def serve(decoder: DecoderSettings, *, http_port: int, grpc_port: int, metrics_p
         console.print("stopped")
 
 
-def run_job(model: type[C], work: Callable[[C], Any], default: Path) -> None:
-    """Run `work` with the config named on the command line, or `default`. For `jobs/*.py`.
-
-    Command line: `[--config FILE] [--dry-run] [key.sub=value …]`.
-    """
-
-    def command(
-        overrides: list[str] = typer.Argument(None, metavar="[KEY.SUB=VALUE]...", help="changes to the config"),
-        config: Path = typer.Option(default, "--config", help="YAML file"),
-        dry_run: bool = typer.Option(False, "--dry-run", help="print the resolved config and stop"),
-    ) -> None:
-        execute(model, work, config, overrides or [], dry_run=dry_run)
-
+def run_job(command: Callable[..., None], default: Path) -> None:
+    """Run a command of `rebeca` with the config named on the command line, or `default`. For `jobs/*.py`."""
+    sys.argv.insert(1, f"--config={default}")  # of an option that is given twice the last one counts
     typer.run(command)
 
 
@@ -129,18 +226,3 @@ def plain_errors() -> Iterator[None]:
             raise
         print(f"error: {str(found).splitlines()[0]}", file=sys.stderr)  # Ray Data appends advice on retries
         raise SystemExit(found.exit_code) from None
-
-
-def user_error(error: BaseException | None) -> UserError | None:
-    """The UserError behind an exception, through Ray's wrappers and causes.
-
-    The cause comes first: what Ray raises for a UserError in a task is one too, but its text is a traceback.
-    """
-    if error is None:
-        return None
-    failures = getattr(error, "worker_failures", None) or {}  # Ray Train: one exception a rank
-    arguments = [inner for inner in error.args if isinstance(inner, BaseException)]  # ActorDiedError: the constructor's
-    for inner in (getattr(error, "cause", None), error.__cause__, *failures.values(), *arguments):
-        if found := user_error(inner):
-            return found
-    return error if isinstance(error, UserError) else None

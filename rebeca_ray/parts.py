@@ -53,6 +53,18 @@ class WriteParts:
         return record
 
 
+class WithoutThose:
+    """Rows in, those out whose `item_id` is not among the given ones (an object of Ray's)."""
+
+    def __init__(self, done: Any) -> None:
+        self.done = done
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        import ray
+
+        return batch.filter(pc.invert(pc.is_in(batch["item_id"], value_set=ray.get(self.done))))
+
+
 def with_busy_seconds(table: pa.Table, seconds: float) -> pa.Table:
     """The rows of one call of an actor, with what each took."""
     return table.append_column(BUSY, pa.array(np.full(table.num_rows, seconds / max(1, table.num_rows), np.float32)))

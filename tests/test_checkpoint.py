@@ -99,3 +99,26 @@ def test_weights_trained_with_another_scaler_or_clip_are_refused(tiny_prior: str
     edit(tiny_prior, **changes)
     with pytest.raises(UserError, match=rf"config.json has {next(iter(changes))} .* its weights were trained with"):
         load_prior(tiny_prior)
+
+
+def test_a_config_with_any_value_missing_or_of_another_type_is_refused(tiny_prior: str) -> None:
+    path = Path(tiny_prior) / "config.json"
+    right = json.loads(path.read_text())
+    read = ("network", "diffusion", "sampling", "condition_dropout", "scaler", "clip", "metrics", "sha256")
+    spoilt = [{key: value for key, value in right.items() if key != name} for name in read]
+    spoilt += [{**right, name: bad} for name in read for bad in (True, [1], 10**30, float("nan"), *([None, "a"] if name != "clip" else []))]
+    for section in ("network", "diffusion", "sampling", "scaler"):
+        for name, value in right[section].items():
+            bads = [True, [1], 10**30, float("nan"), "no such word", *([] if value is None else [None])]
+            spoilt += [{**right, section: {**right[section], name: bad}} for bad in bads]
+    spoilt += [{**right, "sha256": {}}, {**right, "scaler": {"embed_dim": D}}]
+    for config in spoilt:
+        path.write_text(json.dumps(config))
+        with pytest.raises(UserError) as caught:
+            load_prior(tiny_prior)
+        assert str(caught.value).startswith(f"prior {tiny_prior}: ")
+        assert "again" in str(caught.value)
+    for text in ("[1]", "null", "7", "", "{", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"config.json: (not valid JSON|holds a JSON)"):
+            load_prior(tiny_prior)

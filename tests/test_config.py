@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from rebeca_ray.config import DistillConfig, EmbedConfig, GenerateConfig, TrainConfig, load_config
+from rebeca_ray.config import DistillConfig, EmbedConfig, GenerateConfig, NightlyConfig, TrainConfig, load_config
 from rebeca_ray.errors import UserError
 from rebeca_ray.settings import expand
 
 CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
-MODELS = {"embed": EmbedConfig, "train": TrainConfig, "distill": DistillConfig, "generate": GenerateConfig}
+MODELS = {"embed": EmbedConfig, "train": TrainConfig, "distill": DistillConfig, "generate": GenerateConfig, "nightly": NightlyConfig}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -55,8 +55,8 @@ def test_config_is_frozen() -> None:
         (["decoder.image_size=63"], "image_size = 63"),
         (["num_images"], "expected key.sub=value"),
         (["prior.sub=1"], "prior is a value, not a section"),
-        (["run_date=2026-99-99"], "'2026-99-99' is not valid YAML (month must be in 1..12)"),
-        (["num_images=["], "'[' is not valid YAML ("),
+        (["run_date=2026-99-99"], "'run_date=2026-99-99': not valid YAML (month must be in 1..12)"),
+        (["num_images=["], "'num_images=[': not valid YAML ("),
         (["num_images=40000"], "num_images = 40000: input should be less than or equal to 32767"),
     ],
 )

@@ -100,6 +100,7 @@ def assemble(
         "num_buckets": made.num_buckets,
         "next_file": max([first - 1, *(row["file"] for row in images)]) + 1,
         "bytes": sum(row["bytes"] for row in rows),
+        "bytes_written": sum(row["bytes"] for row in rows if f"run_id={run.run_id}/" in row["path"]),
         "files": {"path": listing, **list_written},
     }
 

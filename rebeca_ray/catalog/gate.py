@@ -60,9 +60,7 @@ def refusals(manifest: dict[str, Any], before: dict[str, Any] | None, gate: Gate
             found.append(f"{name} is {value:g}, {bound - value:.4g} below gate.min_{name} {bound:g}")
         if former and gate.max_drop is not None and value < (1 - gate.max_drop) * former:
             drop = 1 - value / former
-            found.append(
-                f"{name} is {value:g}, {drop:.1%} below the {former:g} of the last snapshot (gate.max_drop is {gate.max_drop:.1%})"
-            )
+            found.append(f"{name} is {value:g}, {drop:.1%} below the last snapshot's {former:g} (gate.max_drop is {gate.max_drop:.1%})")
     for name, bound in highest.items():
         value, former = now[name], last.get(name)
         if value is None:

@@ -85,7 +85,7 @@ class Lease:
                 while not self.released.wait(1):  # until it is heard: Ray may be waiting in C
                     os.kill(os.getpid(), signal.SIGINT)
                 return
-            except (UserError, OSError):
+            except UserError:
                 continue
 
     def check(self) -> None:
@@ -104,7 +104,7 @@ class Lease:
     def release(self) -> None:
         try:
             change_pointer(self.root, lambda pointer: replace(pointer, lease=None) if self.own(pointer) else pointer)
-        except (UserError, OSError):
+        except UserError:
             return  # another's by now, or out of reach: then it runs out
 
 
@@ -116,13 +116,19 @@ def hold_lease(root: str, run_id: str, seconds: float) -> Iterator[Lease]:
     """
     lease = Lease(root, run_id, seconds)
     main = threading.current_thread() is threading.main_thread()
+
+    def interrupt(*_: object) -> None:
+        if not (lease.lost and lease.released.is_set()):  # a loss noticed at the very end interrupts nothing any more
+            raise KeyboardInterrupt
+
     # A process that a shell starts with `&` ignores SIGINT, and would go on without its lease.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler) if main else None
+    before = signal.signal(signal.SIGINT, interrupt) if main else None
     thread = threading.Thread(target=lease.keep_beating, name="lease", daemon=True)
     thread.start()
     try:
         yield lease
     except BaseException:
+        lease.released.set()  # before anything else: the interrupt is sent until it is heard
         if lease.lost:
             raise lease.lost from None
         raise

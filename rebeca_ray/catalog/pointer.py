@@ -4,14 +4,15 @@ import fcntl
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from botocore.exceptions import ClientError
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from rebeca_ray.errors import UserError
-from rebeca_ray.storage import UNREACHABLE, describe, is_local, join, open_filesystem, write_json
+from rebeca_ray.storage import UNREACHABLE, describe, is_local, join, one_line, open_filesystem, write_json
 
 POINTER = "latest.json"
 TRIES = 20  # of changing it while others do
@@ -23,6 +24,16 @@ class LostRaceError(UserError):
     exit_code = 5
 
 
+class LeaseState(TypedDict):
+    """Who may write: see lease.py."""
+
+    run_id: str
+    epoch: int
+    holder: str
+    beat: int
+    seconds: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pointer:
     """The published snapshot (None before the first), the highest epoch handed out, and the lease of a run at work."""
@@ -32,7 +43,7 @@ class Pointer:
     run_date: str | None = None
     snapshot: str | None = None  # its folder, below the root
     forced: bool = False  # published though the quality gate refused it
-    lease: dict[str, Any] | None = None  # run_id, epoch, beat, seconds; see lease.py
+    lease: dict[str, Any] | None = None  # LEASE; see lease.py
 
 
 def read_pointer(root: str) -> tuple[Pointer, str | None]:
@@ -48,15 +59,20 @@ def read_pointer(root: str) -> tuple[Pointer, str | None]:
             filesystem.invalidate_cache(path)
             version = filesystem.info(path, refresh=True)["ETag"]
             text = filesystem.cat_file(path).decode()
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return Pointer(), None
+    except UnicodeDecodeError:
+        raise damaged(root) from None
     except UNREACHABLE as error:
         raise UserError(f"catalog {root}: cannot be read ({describe(error)}); check the path and the credentials") from None
     try:
-        told = json.loads(text)
-        return Pointer(**{field.name: told[field.name] for field in fields(Pointer) if field.name in told}), version
-    except (ValueError, TypeError):
-        raise UserError(f"catalog {root}: {POINTER} is damaged; remove it and `rebeca catalog publish` a snapshot again") from None
+        return TypeAdapter(Pointer).validate_json(text, strict=True), version
+    except ValidationError:
+        raise damaged(root) from None
+
+
+def damaged(root: str) -> UserError:
+    return UserError(f"catalog {root}: {POINTER} is damaged; remove it and `rebeca catalog publish` a snapshot again")
 
 
 def change_pointer(root: str, change: Callable[[Pointer], Pointer]) -> Pointer:
@@ -66,8 +82,6 @@ def change_pointer(root: str, change: Callable[[Pointer], Pointer]) -> Pointer:
     was lost (stored, asked again, 412) is no lost race: what is there is then what was to be written.
     """
     filesystem, path = open_filesystem(join(root, POINTER))
-    if is_local(filesystem):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
     for _ in range(TRIES):
         with locked(Path(path)) if is_local(filesystem) else nullcontext():
             current, version = read_pointer(root)
@@ -81,9 +95,11 @@ def change_pointer(root: str, change: Callable[[Pointer], Pointer]) -> Pointer:
 
 def locked(path: Path) -> Any:
     """The lock file beside the pointer, open and held until it is closed."""
-    lock = path.with_name(".latest.lock").open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    return lock
+    with one_line(str(path), "written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(".latest.lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return lock
 
 
 def swap(root: str, wanted: Pointer, version: str | None) -> bool:
@@ -94,10 +110,13 @@ def swap(root: str, wanted: Pointer, version: str | None) -> bool:
         write_json(asdict(wanted), uri)
         return True
     condition = {"IfMatch": version} if version else {"IfNoneMatch": "*"}
-    try:
-        filesystem.pipe_file(path, json.dumps(asdict(wanted), indent=2).encode(), **condition)
-    except (ClientError, OSError) as error:
-        if any(told in str(error) for told in ("PreconditionFailed", "412", "pre-conditions", "ConditionalRequestConflict", "409")):
-            return False
-        raise
+    with one_line(uri, "written"):
+        try:
+            filesystem.pipe_file(path, json.dumps(asdict(wanted), indent=2).encode(), **condition)
+        except OSError as error:
+            answer = getattr(error.__cause__, "response", {})
+            status, code = answer.get("ResponseMetadata", {}).get("HTTPStatusCode"), answer.get("Error", {}).get("Code")
+            if status in (409, 412) or code == "NoSuchKey":  # changed, being changed, or removed
+                return False
+            raise
     return True

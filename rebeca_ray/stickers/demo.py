@@ -62,8 +62,9 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
     data = data.absolute()
     require_writable(str(out), "--out")
     require_writable(str(data), "--data")
-    if any(data.iterdir()) and not (data / "truth.parquet").exists():
+    if data.exists() and any(data.iterdir()) and not (data / "truth.parquet").exists():
         raise UserError(f"--data {data}: holds something else than a demo's data; give an empty folder")
+    data.mkdir(parents=True, exist_ok=True)
     for name in ("items", "prior", "train"):  # a demo starts afresh; the catalog gains a snapshot
         shutil.rmtree(data / name, ignore_errors=True)
     embed = parse_config(EmbedConfig, settings_in(data, "embed"), where="demo")

@@ -25,6 +25,7 @@ def write_report(
     """Write `out/report.html` and return its path."""
     template = Environment(loader=PackageLoader("rebeca_ray.stickers", "."), autoescape=select_autoescape()).get_template("report.html.j2")
     page = out / "report.html"
+    out.mkdir(parents=True, exist_ok=True)
     page.write_text(
         template.render(
             users=shown_users(snapshot, interactions),

@@ -94,6 +94,7 @@ def simulate(num_users: int, seed: int, out: Path, num_requested: int = 100) -> 
     """
     world = load_world()
     require_writable(str(out), "--out")
+    out.mkdir(parents=True, exist_ok=True)
     truth_schema = pa.schema(
         [("user_id", pa.string()), ("style", pa.string()), ("subcategory", pa.string()), ("like_probability", pa.float32())]
     )

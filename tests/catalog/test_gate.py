@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from rebeca_ray.catalog.gate import MAX_ITEMS_A_USER, check_plan, plan_test, read_sample
+from rebeca_ray.catalog.gate import MAX_ITEMS_A_USER, check_plan, plan_test, read_sample, refusals
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.checkpoint import load_prior, save_prior
 from rebeca_ray.config import GenerateConfig
@@ -96,3 +97,57 @@ def test_a_prior_that_ignores_its_users_does_not_pass_by_what_the_selector_chose
     test = plan_test(read_sample(run.plan))
     assert test is not None
     assert np.mean(chosen) > test.own + 3 * test.null_std  # what the selector chose pleases it, whoever it was drawn for
+
+
+def manifest_of(**changes: float | None) -> dict[str, Any]:
+    """A snapshot of 1,000 items, with some figures changed."""
+    figures = {"failed": 0.0, "filtered": 0.01, "duplicates": 0.0, "like_probability": 0.5, "diversity": 0.4, "judged_items": 1000}
+    counts = {"requested": 1000, "users": 100, "new": 600, "carried": 300, "population": 90}
+    permutation = {"effect": 0.2, "users": 100}
+    for name, value in changes.items():
+        next(section for section in (figures, counts, permutation) if name in section)[name] = value  # type: ignore[index]
+    return {"counts": counts, "figures": figures, "quality": {"permutation": permutation}}
+
+
+@pytest.mark.parametrize(
+    ("gate", "now", "told"),
+    [
+        ({"min_items": 991}, {}, "items is 990, 1 below gate.min_items 991"),
+        ({"min_users": 100}, {"users": 99}, "users is 99, 1 below gate.min_users 100"),
+        ({"min_effect": 0.1}, {"effect": 0.05}, "effect is 0.05, 0.05 below gate.min_effect 0.1"),
+        ({"min_like_probability": 0.45}, {"like_probability": 0.4}, "like_probability is 0.4, 0.05 below gate.min_like_probability 0.45"),
+        ({"min_diversity": 0.35}, {"diversity": 0.3}, "diversity is 0.3, 0.05 below gate.min_diversity 0.35"),
+        ({"max_failed": 0.01}, {"failed": 0.015}, "failed is 1.50%, 0.50% above gate.max_failed 1.00%"),
+        ({"max_filtered": 0.1}, {"filtered": 0.25}, "filtered is 25.00%, 15.00% above gate.max_filtered 10.00%"),
+        ({"max_duplicates": 0.0}, {"duplicates": 0.01}, "duplicates is 1.00%, 1.00% above gate.max_duplicates 0.00%"),
+    ],
+)
+def test_every_bound_refuses_with_the_figure_and_the_distance(gate: dict[str, Any], now: dict[str, float], told: str) -> None:
+    loose = {"max_drop": None, "max_rise": None, "max_filtered": None, "max_duplicates": None}
+    assert refusals(manifest_of(**now), manifest_of(), GateSettings.model_validate({**loose, **gate})) == [told]
+    assert refusals(manifest_of(**now), manifest_of(), GateSettings.model_validate(loose)) == []
+
+
+@pytest.mark.parametrize("name", ["users", "effect", "like_probability", "diversity"])
+def test_a_drop_against_the_last_snapshot_refuses(name: str) -> None:
+    gate, before = GateSettings(), manifest_of()
+    former = {"users": 100, "effect": 0.2, "like_probability": 0.5, "diversity": 0.4}[name]
+    assert refusals(manifest_of(**{name: 0.81 * former}), before, gate) == []
+    (told,) = refusals(manifest_of(**{name: 0.79 * former}), before, gate)
+    assert told == f"{name} is {0.79 * former:g}, 21.0% below the last snapshot's {former:g} (gate.max_drop is 20.0%)"
+    assert refusals(manifest_of(**{name: 0.79 * former}), None, gate) == []
+
+
+@pytest.mark.parametrize("name", ["failed", "filtered", "duplicates"])
+def test_a_rise_against_the_last_snapshot_refuses(name: str) -> None:
+    gate = GateSettings(max_filtered=None, max_duplicates=None)
+    assert refusals(manifest_of(**{name: 0.05}), manifest_of(**{name: 0.01}), gate) == []
+    (told,) = refusals(manifest_of(**{name: 0.07}), manifest_of(**{name: 0.01}), gate)
+    assert told == f"{name} is 7.00%, 6.00% above the last snapshot's 1.00% (gate.max_rise is 5.00%)"
+
+
+def test_the_qualities_of_few_items_stop_nothing() -> None:
+    few = manifest_of(judged_items=99, like_probability=0.0, diversity=0.0, duplicates=1.0)
+    assert refusals(few, manifest_of(), GateSettings()) == []
+    unknown = manifest_of(like_probability=None, diversity=None, duplicates=None, effect=None)
+    assert refusals(unknown, manifest_of(), GateSettings()) == []

@@ -1,0 +1,92 @@
+"""Input tables: columns, ids and texts checked against `schemas.py`, before anything is made of them."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rebeca_ray.errors import UserError, did_you_mean, shown
+from rebeca_ray.schemas import compatible, may_be_missing
+from rebeca_ray.storage import read_schemas
+
+MAX_ID_BYTES, MAX_TEXT_BYTES = 1000, 10_000
+MAX_EXAMPLES = 3
+MAX_NUMBER = 2.0**24  # float32 counts so far
+
+
+def check_columns(uri: str, what: str, expected: pa.Schema, *, instead: dict[str, str] | None = None) -> list[str]:
+    """The columns of `expected` that the table at `uri` has; those of which `may_be_missing` is true may be missing.
+
+    Raises UserError for a missing column (with the advice of `instead` where the table has that other one) and, in any
+    of the files, for one of another type.
+    """
+    found = read_schemas(uri, what)
+    names = next(iter(found.values())).names
+    columns = [field.name for field in expected if field.name in names]
+    for field in expected:
+        if field.name not in names and not may_be_missing(field):
+            advice = [remedy for other, remedy in (instead or {}).items() if other in names]
+            raise UserError(f"{what} {uri}: column {field.name!r} is missing; {(advice or [did_you_mean(field.name, names)])[0]}")
+    for name in columns:
+        for file, schema in found.items():
+            actual = schema.field(name).type
+            if not compatible(actual, expected.field(name).type):
+                where = f" in {file.rsplit('/', 1)[-1]}" if len(found) > 1 else ""
+                raise UserError(
+                    f"{what} {uri}: column {name!r} is {actual}{where}, expected {expected.field(name).type}; cast it and write again"
+                )
+    return columns
+
+
+def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column without its dictionary, if it has one."""
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def check_rows(table: pa.Table, what: str, uri: str) -> None:
+    if table.num_rows == 0:
+        raise UserError(f"{what} {uri}: has no rows; give at least one")
+
+
+def check_ids(column: pa.ChunkedArray, what: str, uri: str, name: str, *, unique: str | None = None) -> None:
+    """Refuse ids that are null, empty, very long, no text or, where `unique` says what to do about it, repeated."""
+    column = plain(column)
+    bad = pc.or_kleene(pc.is_null(column), pc.equal(pc.fill_null(column, ""), ""))
+    refuse(what, uri, bad, f"an empty {name}", row_numbers(bad), "drop or fill them")
+    check_texts(column, what, uri, name, max_bytes=MAX_ID_BYTES)
+    # numpy would take "a" and "a\0" for the same, and \x1f parts the names that are hashed
+    bad = pc.match_substring_regex(column, "[\\x00-\\x1f]")
+    refuse(what, uri, bad, f"a control character in {name}", row_numbers(bad), "take them out")
+    if unique and (repeated := len(column) - pc.count_distinct(column).as_py()):
+        counted = pc.value_counts(column)
+        often = counted.filter(pc.greater(counted.field("counts"), 1)).field("values")[:MAX_EXAMPLES]
+        raise UserError(f"{what} {uri}: {repeated} {name}s are repeated ({', '.join(map(shown, often.to_pylist()))}); {unique}")
+
+
+def check_texts(column: pa.ChunkedArray, what: str, uri: str, name: str, *, max_bytes: int = MAX_TEXT_BYTES) -> None:
+    """Refuse texts that are very long or not UTF-8; null and "" are none."""
+    column = plain(column)
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        raise UserError(f"{what} {uri}: column {name!r} is not UTF-8 throughout; encode it and write again") from None
+    bad = pc.fill_null(pc.greater(pc.binary_length(column), max_bytes), False)
+    refuse(what, uri, bad, f"a {name} of more than {max_bytes:,} bytes", row_numbers(bad), "shorten them")
+
+
+def check_numbers(column: pa.ChunkedArray, what: str, uri: str, name: str) -> None:
+    """Refuse numbers that are not finite or absurdly large; null is none."""
+    size = pc.abs(plain(column).cast(pa.float64(), safe=False))
+    bad = pc.fill_null(pc.invert(pc.less(size, MAX_NUMBER)), False)
+    refuse(what, uri, bad, f"a {name} that is not below {MAX_NUMBER:g}", row_numbers(bad), "give smaller numbers, or null")
+
+
+def refuse(what: str, uri: str, bad: pa.ChunkedArray, defect: str, examples: str, remedy: str) -> None:
+    """Raise UserError if any row is `bad`."""
+    count = pc.sum(bad).as_py() or 0
+    if count:
+        raise UserError(f"{what} {uri}: {count} of {len(bad)} rows have {defect} ({examples}); {remedy}")
+
+
+def row_numbers(bad: pa.ChunkedArray) -> str:
+    rows = np.flatnonzero(bad.to_numpy(zero_copy_only=False))[:MAX_EXAMPLES]
+    return "rows " + ", ".join(str(row) for row in rows)

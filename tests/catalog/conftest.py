@@ -1,0 +1,68 @@
+"""A catalog root on disk and on a real S3 server, and processes of their own that work on it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from s3fs import S3FileSystem
+
+from tests.conftest import REPO
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture(params=["disk", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "disk":
+        return str(tmp_path)
+    for name, value in request.getfixturevalue("s3_server").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(S3FileSystem, "_cache", {})
+    return f"s3://rebeca/{tmp_path.name}"
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts `worker.py` with these arguments; it begins when it is told to. Who is left at the end is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start_one(*arguments: object, **options: object) -> subprocess.Popen[str]:
+        process = subprocess.Popen(  # type: ignore[call-overload]
+            [sys.executable, str(Path(__file__).with_name("worker.py")), *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(REPO)},
+            **options,
+        )
+        started.append(process)
+        return process
+
+    yield start_one
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def begin(*processes: subprocess.Popen[str]) -> None:
+    """Let them begin, all at the same moment."""
+    for process in processes:
+        assert heard(process) == "ready"
+    for process in processes:
+        tell(process)
+
+
+def tell(process: subprocess.Popen[str]) -> None:
+    assert process.stdin
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def heard(process: subprocess.Popen[str]) -> str:
+    """The next line it says; empty if it ended without one."""
+    assert process.stdout
+    return process.stdout.readline().strip()

@@ -1,0 +1,191 @@
+"""The pointer, on disk and on a real S3 server: nobody's change is lost, and nothing damaged or unreachable is taken for empty."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from s3fs import S3FileSystem
+
+from rebeca_ray.catalog import pointer as module
+from rebeca_ray.catalog.pointer import TRIES, LostRaceError, Pointer, change_pointer, read_pointer, swap
+from rebeca_ray.errors import UserError
+from rebeca_ray.storage import join, open_filesystem
+from tests.catalog.conftest import Start, begin
+from tests.catalog.worker import COUNT
+
+PUBLISHED = Pointer(epoch=3, run_id="a", run_date="2026-01-01", snapshot="snapshots/a", forced=True)
+
+
+def put(root: str, data: bytes) -> None:
+    filesystem, path = open_filesystem(join(root, "latest.json"))
+    filesystem.pipe_file(path, data)
+
+
+def test_what_is_written_is_what_is_read(root: str) -> None:
+    assert read_pointer(root) == (Pointer(), None)
+    assert change_pointer(root, lambda _: PUBLISHED) == PUBLISHED
+    pointer, version = read_pointer(root)
+    assert pointer == PUBLISHED
+    assert change_pointer(root, lambda pointer: replace(pointer)) == PUBLISHED
+    assert read_pointer(root)[1] == version  # what changes nothing is not written
+    put(root, b'{"epoch": 4, "of_a_later_version": 1}')
+    assert read_pointer(root)[0] == Pointer(epoch=4)
+
+
+def test_changes_of_several_processes_are_all_made(root: str, start: Start) -> None:
+    processes = [start(root, name, "count") for name in "abc"]
+    begin(*processes)
+    told = [(process.communicate(timeout=60)[1], process.returncode) for process in processes]
+    assert told == [("", 0)] * 3
+    pointer = read_pointer(root)[0]
+    assert pointer.epoch == 3 * COUNT
+    assert pointer.snapshot in [f"{name}-{COUNT - 1}" for name in "abc"]
+
+
+def test_what_a_change_raises_is_raised_and_nothing_is_written(root: str) -> None:
+    change_pointer(root, lambda _: PUBLISHED)
+
+    def refuse(pointer: Pointer) -> Pointer:
+        raise LostRaceError(f"epoch {pointer.epoch} is enough")
+
+    with pytest.raises(LostRaceError, match=r"^epoch 3 is enough$"):
+        change_pointer(root, refuse)
+    assert change_pointer(root, lambda pointer: replace(pointer, epoch=4)).epoch == 4  # the lock is free
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"\xff", b"[]", b'"epoch"', b"7", b"null", b'{"epoch": "3"}', b'{"lease": {}}', b'{"lease": 7}']
+)
+def test_a_damaged_pointer_is_one_line_and_never_an_empty_catalog(root: str, data: bytes) -> None:
+    put(root, data)
+    expected = rf"^catalog {root}: latest.json is damaged; remove it and `rebeca catalog publish` a snapshot again$"
+    with pytest.raises(UserError, match=expected) as error:
+        read_pointer(root)
+    assert error.value.exit_code == 2
+    with pytest.raises(UserError, match=expected):
+        change_pointer(root, lambda _: PUBLISHED)
+    filesystem, path = open_filesystem(join(root, "latest.json"))
+    assert filesystem.cat_file(path) == data
+
+
+@pytest.fixture
+def s3_root(s3_server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(S3FileSystem, "_cache", {})
+    return f"s3://rebeca/{tmp_path.name}"
+
+
+def test_a_stale_version_is_refused(s3_root: str) -> None:
+    assert swap(s3_root, Pointer(epoch=1), None)
+    _, first = read_pointer(s3_root)
+    assert swap(s3_root, Pointer(epoch=2), first)
+    assert not swap(s3_root, Pointer(epoch=7), first)
+    assert not swap(s3_root, Pointer(epoch=7), None)
+    assert not swap(s3_root, Pointer(epoch=7), '"stale"')
+    assert not swap(f"{s3_root}/none", Pointer(epoch=7), first)  # it was removed meanwhile
+    assert read_pointer(s3_root)[0] == Pointer(epoch=2)
+
+
+def test_a_refused_change_is_made_again_of_what_is_there_now(s3_root: str) -> None:
+    seen = []
+
+    def publish_b(pointer: Pointer) -> Pointer:
+        seen.append(pointer.epoch)
+        if len(seen) < 3:
+            change_pointer(s3_root, lambda other: replace(other, epoch=other.epoch + 1))
+        return replace(pointer, snapshot="b")
+
+    assert change_pointer(s3_root, publish_b) == Pointer(epoch=2, snapshot="b")
+    assert seen == [0, 1, 2]
+    assert read_pointer(s3_root)[0] == Pointer(epoch=2, snapshot="b")
+
+
+def test_a_change_that_is_never_let_through_ends(s3_root: str) -> None:
+    def always_late(pointer: Pointer) -> Pointer:
+        change_pointer(s3_root, lambda other: replace(other, epoch=other.epoch + 1))
+        return replace(pointer, snapshot="b")
+
+    with pytest.raises(LostRaceError, match=rf"^catalog {s3_root}: latest.json was changed by others {TRIES} times in a row") as error:
+        change_pointer(s3_root, always_late)
+    assert error.value.exit_code == 5
+    assert read_pointer(s3_root)[0] == Pointer(epoch=TRIES)
+
+
+class LostAnswer:
+    """An S3 file system whose conditional write is stored, but answered 412 to the client's second try."""
+
+    def __init__(self, real: Any) -> None:
+        self.real = real
+        self.written = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def pipe_file(self, path: str, data: bytes, **condition: str) -> None:
+        self.written += 1
+        self.real.pipe_file(path, data, **condition)
+        self.real.pipe_file(path, data, **condition)
+
+
+def test_a_stored_change_whose_answer_was_lost_is_no_lost_race(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    filesystem, path = open_filesystem(join(s3_root, "latest.json"))
+    lost = LostAnswer(filesystem)
+    monkeypatch.setattr(module, "open_filesystem", lambda uri: (lost, path))
+    for epoch in (1, 2):
+        assert change_pointer(s3_root, lambda pointer: replace(pointer, epoch=pointer.epoch + 1)) == Pointer(epoch=epoch)
+    assert lost.written == 2
+    assert read_pointer(s3_root)[0] == Pointer(epoch=2)
+
+
+class Refusing:
+    """An S3 file system that may read, but not write."""
+
+    def __init__(self, real: Any) -> None:
+        self.real = real
+        self.written = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def pipe_file(self, path: str, data: bytes, **condition: str) -> None:
+        self.written += 1
+        raise PermissionError("Access Denied. Request 4127409")
+
+
+def test_a_write_that_is_denied_is_no_lost_race(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    filesystem, path = open_filesystem(join(s3_root, "latest.json"))
+    denied = Refusing(filesystem)
+    monkeypatch.setattr(module, "open_filesystem", lambda uri: (denied, path))
+    with pytest.raises(UserError, match=rf"^{s3_root}/latest.json: cannot be written \(Access Denied. Request 4127409\)") as error:
+        change_pointer(s3_root, lambda _: PUBLISHED)
+    assert error.value.exit_code == 2
+    assert denied.written == 1
+
+
+def test_others_may_read_the_pointer_and_a_file_uri_is_the_path(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    change_pointer(f"file://{tmp_path}/catalog", lambda _: PUBLISHED)
+    assert (tmp_path / "catalog/latest.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert read_pointer(f"{tmp_path}/catalog") == read_pointer(f"file://{tmp_path}/catalog")
+    assert read_pointer(f"{tmp_path}/catalog/")[0] == PUBLISHED
+    assert json.loads((tmp_path / "catalog/latest.json").read_text())["snapshot"] == "snapshots/a"
+    assert sorted(path.name for path in (tmp_path / "catalog").iterdir()) == [".latest.lock", "latest.json"]
+
+
+def test_a_root_that_is_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=rf"^catalog {tmp_path}/file: cannot be read \(Not a directory\); check the path"):
+        read_pointer(f"{tmp_path}/file")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/file/latest.json: cannot be written \(File exists\); check the path"):
+        change_pointer(f"{tmp_path}/file", lambda _: PUBLISHED)
+
+
+def test_an_s3_root_that_is_not_ours_to_read_is_one_line(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_pointer(s3_root, lambda _: PUBLISHED)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    monkeypatch.setattr(S3FileSystem, "_cache", {})
+    with pytest.raises(UserError, match=rf"^catalog {s3_root}: cannot be read \(Forbidden\); check the path and the credentials$"):
+        change_pointer(s3_root, lambda _: Pointer())

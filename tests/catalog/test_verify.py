@@ -1,0 +1,95 @@
+"""Verification finds every kind of damage, at the level that promises to."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from rebeca_ray.catalog.read import Snapshot, read_catalog
+from rebeca_ray.catalog.verify import verify
+from rebeca_ray.config import GenerateConfig
+from rebeca_ray.storage import write_table
+from tests.conftest import USERS
+from tests.test_nights import night
+
+
+@pytest.fixture
+def snapshot(config: GenerateConfig) -> Snapshot:
+    return night(config, [*USERS[:3], "stranger"])[1]
+
+
+def path_of(snapshot: Snapshot, table: str) -> Path:
+    return Path(snapshot.root, snapshot.paths(table)[0])
+
+
+def listed_again(snapshot: Snapshot, table: str) -> Snapshot:
+    """As if a file that was changed had been listed so: its bytes are as the list says, its content is wrong."""
+    import hashlib
+
+    data = path_of(snapshot, table).read_bytes()
+    told = {"rows": pq.read_metadata(path_of(snapshot, table)).num_rows, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    rows = [{**row, **told} if row["table"] == table else row for row in snapshot.files.to_pylist()]
+    return Snapshot(
+        root=snapshot.root, path=snapshot.path, manifest=snapshot.manifest, files=pa.Table.from_pylist(rows, schema=snapshot.files.schema)
+    )
+
+
+def test_a_sound_snapshot_passes_every_level(snapshot: Snapshot) -> None:
+    assert [verify(snapshot, level) for level in ("metadata", "sample", "full")] == [[], [], []]
+
+
+def test_a_missing_and_a_short_file_are_metadata(snapshot: Snapshot) -> None:
+    path_of(snapshot, "users").write_bytes(b"short")
+    path_of(snapshot, "images").unlink()
+    found = sorted(verify(snapshot, "metadata"))
+    assert found[0].endswith(".parquet: is missing")
+    assert "has 5 bytes, the file list says" in found[1]
+
+
+def test_a_manifest_that_does_not_add_up_is_metadata(snapshot: Snapshot) -> None:
+    file = Path(snapshot.root, snapshot.path, "manifest.json")
+    manifest = json.loads(file.read_text())
+    manifest["counts"]["new"] += 1
+    file.write_text(json.dumps(manifest))
+    assert verify(read_catalog(snapshot.root), "metadata") == [
+        "manifest: 12 items requested, but 13 accounted for",
+        "items: 12 rows are listed, the manifest counts 13",
+    ]
+
+
+def test_a_flipped_byte_is_found_by_its_hash(snapshot: Snapshot) -> None:
+    path = path_of(snapshot, "images")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert verify(snapshot, "metadata") == []
+    assert "its sha256 is not the one in the file list" in verify(snapshot, "sample")[0]
+
+
+def test_items_out_of_order_twice_or_pointing_nowhere(snapshot: Snapshot) -> None:
+    items = pq.read_table(path_of(snapshot, "items"))
+    wrong = {
+        "is not sorted by user and rank": items.take([1, 0, *range(2, items.num_rows)]),
+        "a user's ranks have a gap": items.set_column(2, items.schema.field(2), pc.multiply(items["rank"], pa.scalar(2, pa.int16()))),
+        "a user has an item twice": items.set_column(0, items.schema.field(0), pa.array([items["item_id"][0].as_py()] * items.num_rows)),
+        "points to row 99 of image file 0, which is not listed": items.set_column(
+            11, items.schema.field(11), pa.array([99] * items.num_rows, pa.int32())
+        ),
+    }
+    for told, table in wrong.items():
+        write_table(table, str(path_of(snapshot, "items")), row_group_size=2000, embed_column="image_embeds")
+        assert any(told in line for line in verify(listed_again(snapshot, "items"), "full")), told
+
+
+def test_an_image_of_another_item_and_one_that_cannot_be_decoded(snapshot: Snapshot) -> None:
+    images = pq.read_table(path_of(snapshot, "images"))
+    write_table(images.take(list(reversed(range(images.num_rows)))), str(path_of(snapshot, "images")), row_group_size=100)
+    assert any("holds another item's image" in line for line in verify(listed_again(snapshot, "images"), "full"))
+    rows = images.to_pylist()
+    rows[0]["image"]["bytes"] = b"no image"
+    write_table(pa.Table.from_pylist(rows, schema=images.schema), str(path_of(snapshot, "images")), row_group_size=100)
+    found = verify(listed_again(snapshot, "images"), "full")
+    assert [f"the image of {rows[0]['item_id']} cannot be decoded" in line for line in found] == [True]

@@ -1,0 +1,134 @@
+"""Which dates are due, when training is, what `{run_date}` means, and nights that go wrong."""
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rebeca_ray import nightly
+from rebeca_ray.catalog.gc import Garbage
+from rebeca_ray.catalog.layout import Run
+from rebeca_ray.config import GenerateConfig, NightlyConfig, load_config
+from rebeca_ray.errors import QualityGateError, UserError
+from rebeca_ray.nightly import dated, dates_due, run_nightly, training_is_due
+from rebeca_ray.storage import write_json
+from tests.conftest import REPO, publish
+
+DATES = st.dates(datetime.date(2026, 1, 1), datetime.date(2027, 1, 1))
+
+
+@given(last=st.none() | DATES, tonight=DATES, catch_up=st.integers(0, 5))
+def test_the_dates_due_are_the_latest_missed_ones_and_tonight(last: datetime.date | None, tonight: datetime.date, catch_up: int) -> None:
+    due = dates_due(last, tonight, catch_up)
+    assert due == sorted(set(due))
+    if last is None:
+        assert due == [tonight]
+    elif last >= tonight:
+        assert due == []
+    else:
+        assert due[-1] == tonight
+        assert len(due) == min((tonight - last).days, catch_up + 1)
+        assert (due[-1] - due[0]).days == len(due) - 1
+
+
+def test_training_is_due_when_the_prior_is_missing_or_old(tmp_path: Path) -> None:
+    date = datetime.date(2026, 3, 10)
+    assert training_is_due(str(tmp_path), date, 7)
+    write_json({"run_date": "2026-03-04"}, str(tmp_path / "nightly.json"))
+    assert not training_is_due(str(tmp_path), date, 7)
+    assert training_is_due(str(tmp_path), date, 6)
+
+
+def test_the_date_is_filled_into_paths_and_sections_come_from_files(tmp_path: Path) -> None:
+    told = yaml.safe_load((REPO / "jobs" / "configs" / "generate_stickers.yaml").read_text())
+    told["request"] = "s3://bucket/requests/{run_date}.parquet"
+    (tmp_path / "generate.yaml").write_text(yaml.safe_dump(told))
+    (tmp_path / "night.yaml").write_text("generate: generate.yaml\ncatch_up: 0\n")
+    config = load_config(NightlyConfig, tmp_path / "night.yaml", ["generate.num_images=2"])
+    assert config.generate.num_images == 2
+    found = dated(config.generate, datetime.date(2026, 3, 1))
+    assert found.request == "s3://bucket/requests/2026-03-01.parquet"
+    assert found.model_copy(update={"request": config.generate.request}) == config.generate
+    (tmp_path / "night.yaml").write_text("generate: nothing.yaml\n")
+    with pytest.raises(UserError, match=rf"config {tmp_path}/nothing.yaml: cannot be read"):
+        load_config(NightlyConfig, tmp_path / "night.yaml")
+
+
+class Nights:
+    """Stands in for the stages of a night: each published one moves the pointer, some dates fail."""
+
+    def __init__(self, failing: dict[str, Exception]) -> None:
+        self.failing, self.dates = failing, list[str]()
+
+    def __call__(self, config: GenerateConfig) -> dict[str, Any]:
+        date = config.date().isoformat()
+        if error := self.failing.get(date):
+            raise error
+        self.dates.append(date)
+        publish(config.root, Run(root=config.root, run_date=date, run_id=date, epoch=1))
+        return {"run_date": date}
+
+
+@pytest.fixture
+def config(config: GenerateConfig) -> NightlyConfig:
+    return NightlyConfig(generate=config, run_date=datetime.date(2026, 3, 5), catch_up=2)
+
+
+def stub(monkeypatch: pytest.MonkeyPatch, **failing: Exception) -> Nights:
+    nights = Nights({f"2026-03-{day.removeprefix('day')}": error for day, error in failing.items()})
+    monkeypatch.setattr(nightly, "generate_catalog", nights)
+    monkeypatch.setattr(nightly, "collect", lambda root, **_: Garbage(manifests=[], folders=[], files=[], kept=[]))
+    return nights
+
+
+def test_missed_dates_are_made_up_for_in_order_and_done_once(config: NightlyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    nights = stub(monkeypatch)
+    publish(config.generate.root, Run(root=config.generate.root, run_date="2026-03-01", run_id="first", epoch=1))
+    found, garbage = run_nightly(config)
+    assert nights.dates == [night.run_date.isoformat() for night in found] == ["2026-03-03", "2026-03-04", "2026-03-05"]
+    assert garbage is not None
+    assert run_nightly(config) == ([], None)
+
+
+def test_a_missed_date_that_fails_costs_no_later_one_but_is_told(config: NightlyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    nights = stub(monkeypatch, day03=QualityGateError("too few users"))
+    publish(config.generate.root, Run(root=config.generate.root, run_date="2026-03-01", run_id="first", epoch=1))
+    with pytest.raises(QualityGateError, match="too few users"):
+        run_nightly(config)
+    assert nights.dates == ["2026-03-04", "2026-03-05"]
+
+
+def test_a_night_that_fails_is_an_error_and_an_unexpected_one_stops_at_once(config: NightlyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub(monkeypatch, day05=UserError("no request"))
+    with pytest.raises(UserError, match="no request"):
+        run_nightly(config)
+    nights = stub(monkeypatch, day04=RuntimeError("a bug"))
+    publish(config.generate.root, Run(root=config.generate.root, run_date="2026-03-03", run_id="first", epoch=1))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_nightly(config)
+    assert nights.dates == []
+
+
+def test_a_training_that_fails_does_not_cost_the_catalog(config: NightlyConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nights = stub(monkeypatch)
+
+    def diverges(_: object) -> None:
+        raise UserError("training diverged")
+
+    monkeypatch.setattr(nightly, "train_prior", diverges)
+    train = load_config(NightlyConfig, REPO / "jobs" / "configs" / "nightly_stickers.yaml").train
+    assert train is not None
+    there = config.model_copy(update={"train": train.model_copy(update={"out": config.generate.prior})})
+    with pytest.raises(UserError, match="training diverged"):
+        run_nightly(there)
+    assert nights.dates == ["2026-03-05"]
+    missing = there.model_copy(
+        update={"run_date": datetime.date(2026, 3, 6), "train": train.model_copy(update={"out": str(tmp_path / "none")})}
+    )
+    with pytest.raises(UserError, match="training diverged"):
+        run_nightly(missing)
+    assert nights.dates == ["2026-03-05"]  # without any prior there is nothing to draw with

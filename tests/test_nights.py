@@ -1,0 +1,236 @@
+"""Night after night without Ray: who is carried, what is written, what is counted; every snapshot is verified to the last byte."""
+
+import datetime
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from rebeca_ray.catalog.layout import POOL
+from rebeca_ray.catalog.read import Snapshot, read_catalog
+from rebeca_ray.catalog.verify import verify
+from rebeca_ray.checkpoint import load_prior, save_prior
+from rebeca_ray.config import GenerateConfig
+from rebeca_ray.identity import bucket_of
+from rebeca_ray.rendering import Rendered
+from rebeca_ray.selector import Selector
+from rebeca_ray.settings import LayoutSettings, RefreshSettings
+from rebeca_ray.storage import read_table
+from tests.conftest import USERS, D, assembled, prepare, prior_users, publish, snapshot_of, write_tiny_prior
+
+MONDAY = datetime.date(2026, 3, 2)
+
+
+def ask(config: GenerateConfig, users: list[str], night: int = 0, **columns: Any) -> GenerateConfig:
+    """The config of one night, for some users."""
+    pq.write_table(pa.table({"user_id": users, **columns}), config.request)
+    return config.model_copy(update={"run_date": MONDAY + datetime.timedelta(days=night)})
+
+
+def night(config: GenerateConfig, users: list[str], number: int = 0, *, requested: int | None = None) -> tuple[dict[str, Any], Snapshot]:
+    """One night for some users, published and verified in full."""
+    config = ask(config, users, number)
+    manifest = snapshot_of(config, requested=requested or 3 * len(users))
+    snapshot = read_catalog(config.root)
+    assert verify(snapshot, "full") == []
+    return manifest, snapshot
+
+
+def counts(manifest: dict[str, Any], *kinds: str) -> tuple[int, ...]:
+    return tuple(manifest["counts"][kind] for kind in kinds)
+
+
+def by_user(snapshot: Snapshot) -> dict[str, list[str]]:
+    items = snapshot.items(["user_id", "item_id"]).to_pylist()
+    found: dict[str, list[str]] = {}
+    for item in items:
+        found.setdefault(item["user_id"], []).append(item["item_id"])
+    return found
+
+
+def change_digest(config: GenerateConfig, user: str) -> None:
+    """As if a user had rated something: the prior's table tells another history."""
+    prior = load_prior(config.prior)
+    assert prior.users is not None
+    names, digests = (prior.users[name].to_pylist() for name in ("user_id", "history_digest"))
+    changed = pa.array([f"{digest}!" if name == user else digest for name, digest in zip(names, digests, strict=True)])
+    place = prior.users.schema.get_field_index("history_digest")
+    save_prior(replace(prior, users=prior.users.set_column(place, prior.users.schema.field(place), changed)), config.prior)
+
+
+def test_an_unchanged_night_draws_nothing_and_the_third_is_carried_by_reference(config: GenerateConfig) -> None:
+    first, before = night(config, USERS[:5])
+    second, after = night(config, USERS[:5], 1)
+    third, last = night(config, USERS[:5], 2)
+    assert counts(first, "new", "carried") == (15, 0)
+    assert counts(second, "new", "carried") == counts(third, "new", "carried") == (0, 15)
+    assert by_user(before) == by_user(after) == by_user(last)
+    assert set(after.items()["origin"].to_pylist()) == {"carried"}
+    assert [second["carried_buckets"], third["carried_buckets"]] == [0, 1]  # the second says `carried` where the first said `new`
+    assert last.paths("items") == after.paths("items")
+    assert last.paths("images") == before.paths("images")
+    assert last.table("changes").num_rows == 0
+    assert first["created_at"][:4] == str(after.items()["generated_at"][0].as_py().year)
+
+
+def test_who_changed_is_drawn_who_left_is_gone_and_the_rest_stays(config: GenerateConfig) -> None:
+    _, before = night(config, USERS[:5])
+    change_digest(config, USERS[1])
+    manifest, after = night(config, [*USERS[1:5], USERS[6]], 1)
+    assert counts(manifest, "new", "carried", "users") == (6, 9, 5)
+    old, new = by_user(before), by_user(after)
+    assert [new[user] == old[user] for user in USERS[2:5]] == [True] * 3
+    assert not set(new[USERS[1]]) & set(old[USERS[1]])
+    changes = {(row["user_id"], row["change"]) for row in after.table("changes").to_pylist()}
+    assert changes == {(USERS[0], "removed"), (USERS[1], "removed"), (USERS[1], "added"), (USERS[6], "added")}
+    assert after.images(after.items(user_ids=[USERS[3]])) == before.images(before.items(user_ids=[USERS[3]]))
+
+
+def test_strangers_share_one_pool_that_is_drawn_once(config: GenerateConfig) -> None:
+    users = [USERS[0], "stranger", "nobody"]
+    first, snapshot = night(config, users)
+    assert counts(first, "new", "population", "users") == (3, 6, 3)
+    assert first["decisions"]["planned_items"] == 6
+    items = by_user(snapshot)
+    assert items["stranger"] == items["nobody"] == items[POOL]
+    second, after = night(config, [*users, "third stranger"], 1)
+    assert counts(second, "new", "carried", "population") == (0, 3, 9)
+    assert second["decisions"]["planned_items"] == 0
+    assert by_user(after)["third stranger"] == items[POOL]
+    night(config, [*users, "third stranger"], 2)
+    third, _ = night(config, [*users, "third stranger"], 3)
+    assert third["carried_buckets"] == 1
+
+
+def test_a_stranger_with_a_prompt_is_drawn_alone_and_the_pool_is_as_large_as_the_most_wanted(config: GenerateConfig) -> None:
+    config = ask(config, ["stranger", "greedy", "poet"], num_images=pa.array([1, 4, 2], pa.int32()), prompt=["", None, "noto food pizza"])
+    manifest = snapshot_of(config, requested=7)
+    items = by_user(read_catalog(config.root))
+    assert counts(manifest, "new", "population") == (0, 7)
+    assert (len(items[POOL]), items["stranger"], items["greedy"]) == (4, items[POOL][:1], items[POOL])
+    assert not set(items["poet"]) & set(items[POOL])
+
+
+def test_rotation_draws_other_items_for_users_whose_turn_it_is(config: GenerateConfig) -> None:
+    config = config.model_copy(update={"refresh": RefreshSettings(rotation=0.5)})
+    _, first = night(config, USERS)
+    _, second = night(config, USERS, 1)
+    _, third = night(config, USERS, 2)
+    changed = [{user for user in USERS if by_user(one)[user] != by_user(other)[user]} for one, other in ((first, second), (second, third))]
+    assert changed[0] | changed[1] == set(USERS)
+    assert not changed[0] & changed[1]
+
+
+def test_a_new_prior_may_judge_anew_what_it_keeps(config: GenerateConfig, tmp_path: Path) -> None:
+    uri = write_tiny_prior(tmp_path, users=prior_users(USERS), selector=Selector(D, 4))
+    config = config.model_copy(update={"prior": uri, "refresh": RefreshSettings(on_new_prior="rescore")})
+    _, before = night(config, USERS[:3])
+    write_tiny_prior(tmp_path, users=prior_users(USERS), selector=Selector(D, 4))  # other numbers in the selector
+    manifest, after = night(config, USERS[:3], 1)
+    assert counts(manifest, "new", "carried") == (0, 9)
+    assert sorted(before.items()["item_id"].to_pylist()) == sorted(after.items()["item_id"].to_pylist())
+    old, new = before.items(["item_id", "like_probability"]), after.items(["item_id", "like_probability"])
+    assert old.sort_by("item_id")["like_probability"].to_pylist() != new.sort_by("item_id")["like_probability"].to_pylist()
+    for user in USERS[:3]:
+        likes = after.items(["like_probability"], [user])["like_probability"].to_pylist()
+        assert likes == sorted(likes, reverse=True)
+
+
+def test_another_number_of_buckets_keeps_every_item(config: GenerateConfig, ray_local: str) -> None:
+    _, before = night(config, USERS)
+    cut = config.model_copy(update={"layout": LayoutSettings(num_buckets=4, images_per_file=2)})
+    manifest, after = night(cut, USERS, 1)
+    assert counts(manifest, "new", "carried") == (0, 21)
+    assert by_user(after) == by_user(before)
+    files = after.files.filter(pc.equal(after.files["table"], "items"))
+    for row in files.to_pylist():
+        users = read_table(f"{config.root}/{row['path']}", "items", ["user_id"])["user_id"].to_pylist()
+        assert {bucket_of(user, 4) for user in users} <= {row["bucket"]}
+    _, last = night(cut, USERS, 2)
+    assert by_user(last) == by_user(before)
+
+
+def test_when_time_runs_out_the_rest_keeps_last_nights_items_and_a_first_catalog_fills_over_the_nights(config: GenerateConfig) -> None:
+    config = config.model_copy(update={"layout": LayoutSettings(items_per_unit=3)})
+    priority = pa.array([0.0, 5.0, 0.0, 1.0, 0.0], pa.float32())
+
+    def cut_short(number: int, units: int) -> tuple[dict[str, Any], Snapshot]:
+        """A night that had time for the first units alone."""
+        told = ask(config, USERS[:5], number, priority=priority)
+        prepared = prepare(told)
+        files = [file for file in prepared.rendered.files if file["unit"] < units]
+        manifest = assembled(told, prepared._replace(rendered=Rendered(files=files, late=True)), requested=15)
+        publish(told.root, prepared.run)
+        snapshot = read_catalog(told.root)
+        assert verify(snapshot, "full") == []
+        return manifest, snapshot
+
+    first, snapshot = cut_short(0, 2)
+    assert counts(first, "new", "carried", "deferred", "users", "late_users") == (6, 0, 9, 2, 3)
+    assert set(by_user(snapshot)) == {USERS[1], USERS[3]}  # the most urgent
+    second, snapshot = cut_short(1, 2)
+    assert counts(second, "new", "carried", "deferred", "late_users") == (6, 6, 3, 1)
+    change_digest(config, USERS[1])
+    third, snapshot = cut_short(2, 0)
+    assert counts(third, "new", "carried", "deferred", "late_users") == (0, 12, 3, 2)
+    late = {row["user_id"]: row["late"] for row in snapshot.table("users").to_pylist()}
+    assert late[USERS[1]]
+    assert sum(late.values()) == 1
+    fourth, snapshot = cut_short(3, 9)
+    assert counts(fourth, "new", "carried", "deferred", "late_users") == (6, 9, 0, 0)
+    assert set(by_user(snapshot)) == set(USERS[:5])
+
+
+def test_a_failed_item_is_told_with_its_user_and_drawn_again_the_next_night(config: GenerateConfig) -> None:
+    prepared = prepare(ask(config, USERS[:5]), break_first=True)
+    manifest = assembled(config, prepared, requested=15, error_budget=0.1)
+    publish(config.root, prepared.run)
+    assert counts(manifest, "new", "failed") == (14, 1)
+    error = read_catalog(config.root).table("errors").to_pylist()[0]
+    assert (error["user_id"], error["stage"], error["attempt"]) == (USERS[0], "render", 0)
+    again, snapshot = night(config, USERS[:5], 1)
+    assert counts(again, "new", "carried", "failed") == (3, 12, 0)
+    assert error["item_id"] in by_user(snapshot)[USERS[0]]
+
+
+def test_mostly_dead_image_files_are_copied_and_no_longer_listed(config: GenerateConfig) -> None:
+    _, first = night(config, USERS)
+    assert len(first.paths("images")) == 1
+    for user in USERS[:4]:
+        change_digest(config, user)
+    manifest, after = night(config, USERS, 1)
+    assert counts(manifest, "new", "carried") == (12, 9)
+    copied = [path for path in after.paths("images") if "compacted" in path]
+    assert len(copied) == 1
+    assert not set(first.paths("images")) & set(after.paths("images"))
+    kept = pc.is_in(first.items()["user_id"], value_set=pa.array(USERS[4:]))
+    assert after.images(after.items(user_ids=USERS[4:])) == first.images(first.items().filter(kept))
+    files = after.files.filter(pc.equal(after.files["table"], "images"))
+    assert sorted(files["live_rows"].to_pylist()) == [9, 12]
+    assert len(set(files["file"].to_pylist())) == 2
+    assert manifest["next_file"] == max(files["file"].to_pylist()) + 1
+    assert np.array_equal(np.unique(after.items()["image_file"]), np.sort(files["file"]))
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_random_nights_lose_and_double_nothing(config: GenerateConfig, number: int) -> None:
+    """Users come, go, rate and ask for other counts, over six nights: everybody has what they asked for, each item once."""
+    random = np.random.default_rng(number)
+    config = config.model_copy(update={"refresh": RefreshSettings(rotation=0.25)})
+    everybody = [*USERS, "stranger", "passer-by"]
+    for day in range(6):
+        users = sorted(random.choice(everybody, size=random.integers(1, len(everybody)), replace=False).tolist())
+        wanted = random.integers(1, 4, len(users))
+        if day % 2:
+            change_digest(config, str(random.choice(USERS)))
+        told = ask(config, users, day, num_images=pa.array(wanted, pa.int32()))
+        manifest = snapshot_of(told, requested=int(wanted.sum()))
+        snapshot = read_catalog(config.root)
+        assert verify(snapshot, "full") == []
+        assert {user: len(items) for user, items in by_user(snapshot).items() if user != POOL} == dict(zip(users, wanted, strict=True))
+        assert manifest["counts"]["users"] == len(users)
