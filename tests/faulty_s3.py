@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 Fault = Literal["", "slow down", "error", "lost", "cut", "late", "gone"]
 FAULTS: tuple[Fault, ...] = ("slow down", "error", "lost", "cut", "late", "gone")
-LATE = 0.3  # seconds
+LATE = 0.1  # seconds
 CODES = {"slow down": (503, "SlowDown"), "error": (500, "InternalError"), "lost": (500, "InternalError")}
 
 

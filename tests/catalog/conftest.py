@@ -30,7 +30,7 @@ def start() -> Iterator[Start]:
     started: list[subprocess.Popen[str]] = []
 
     def start_one(*arguments: object, **options: object) -> subprocess.Popen[str]:
-        process = subprocess.Popen(  # type: ignore[call-overload]
+        process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("worker.py")), *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.pointer import Pointer, change_pointer
-from rebeca_ray.job import plain_errors
+from rebeca_ray.errors import UserError
 
 COUNT = 15
 
@@ -20,11 +20,16 @@ def main(root: str, name: str, doing: str, seconds: str = "2", days: str = "0") 
     time.time = lambda: right() + 86_400 * float(days)
     print("ready", flush=True)
     sys.stdin.readline()
-    with plain_errors():
+    try:
         if doing == "count":
             count(root, name)
         else:
             hold(root, name, doing, float(seconds))
+    except UserError:
+        from rebeca_ray.job import plain_errors  # as every command ends; only who fails pays for its imports
+
+        with plain_errors():
+            raise
 
 
 def count(root: str, name: str) -> None:

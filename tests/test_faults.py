@@ -1,0 +1,271 @@
+"""A store that misbehaves: what is written through faults is right and there once, and a store that stays down ends a run in one line."""
+
+import asyncio
+import gc
+import hashlib
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from s3fs import S3FileSystem
+
+from rebeca_ray.catalog.lease import hold_lease
+from rebeca_ray.catalog.pointer import Pointer, change_pointer, read_pointer
+from rebeca_ray.errors import UserError
+from rebeca_ray.job import plain_errors
+from rebeca_ray.storage import (
+    HashingSink,
+    delete,
+    list_files,
+    list_folders,
+    open_filesystem,
+    read_json,
+    read_table,
+    write_json,
+    write_table,
+)
+from tests.faulty_s3 import FAULTS, Fault, FaultyS3, faulty_s3, forever, seeded
+
+TABLE = pa.table({"user_id": [f"user-{number}" for number in range(1000)], "rank": list(range(1000))})
+PART = 5 * 2**20  # bytes of a part of a big file, the fewest S3 takes
+
+
+@pytest.fixture
+def proxy(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
+    """What misbehaves between us and the S3 server; botocore's waits between its tries are left out."""
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(S3FileSystem, "_cache", {})
+    at_once = asyncio.sleep
+    monkeypatch.setattr("aiobotocore.endpoint.asyncio", SimpleNamespace(sleep=lambda seconds: at_once(0)))
+    with faulty_s3(s3_server["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield proxy
+
+
+@pytest.fixture
+def root(proxy: FaultyS3, request: pytest.FixtureRequest) -> str:
+    return f"s3://rebeca/faults/{hashlib.md5(request.node.name.encode()).hexdigest()}"
+
+
+def faults(proxy: FaultyS3) -> list[Fault]:
+    return [request.fault for request in proxy.requests if request.fault]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_operation_outlives_every_fault(proxy: FaultyS3, root: str, fault: Fault) -> None:
+    """Twice each: on the first request and on the second, where there is one."""
+    operations: list[tuple[Callable[[], Any], Any]] = [
+        (lambda: write_table(TABLE, f"{root}/items/a.parquet", row_group_size=100)["rows"], 1000),
+        (lambda: write_json({"a": 1}, f"{root}/one.json"), None),
+        (lambda: read_json(f"{root}/one.json"), {"a": 1}),
+        (lambda: read_json(f"{root}/none.json"), None),
+        (lambda: read_table(f"{root}/items", "items").equals(TABLE), True),
+        (lambda: list_files(root), [f"{root}/items/a.parquet", f"{root}/one.json"]),
+        (lambda: list_files(f"{root}/items", ".json"), []),
+        (lambda: list_folders(root), ["items"]),
+        (lambda: delete(f"{root}/one.json"), None),
+        (lambda: read_json(f"{root}/one.json"), None),
+    ]
+    for plan in ([fault], ["", fault]):
+        hit = 0
+        for operation, expected in operations:
+            proxy.misbehave(plan)
+            assert operation() == expected
+            hit += fault in faults(proxy)
+        assert hit >= 6
+
+
+@pytest.mark.parametrize("seed", [0, 4])
+def test_a_stream_of_faults_leaves_the_same_files(proxy: FaultyS3, root: str, seed: int) -> None:
+    proxy.misbehave(seeded(seed, share=0.3))
+    for number in range(8):
+        part = TABLE.slice(100 * number, 100)
+        record = write_table(part, f"{root}/items/{number}.parquet", row_group_size=10)
+        write_json({"file": number, **record}, f"{root}/records/{number}.json")
+        assert read_json(f"{root}/records/{number}.json") == {"file": number, **record}
+    delete(f"{root}/records/7.json")
+    assert [name.removeprefix(root) for name in list_files(f"{root}/records")] == [f"/records/{number}.json" for number in range(7)]
+    assert read_table(f"{root}/items", "items").equals(TABLE.slice(0, 800))
+    assert len({*faults(proxy)}) >= 5
+    assert len(faults(proxy)) >= 10
+
+    proxy.misbehave([])
+    filesystem, path = open_filesystem(root)
+    for number in range(7):
+        data = filesystem.cat_file(f"{path}/items/{number}.parquet")
+        record = read_json(f"{root}/records/{number}.json") or {}
+        assert (record["bytes"], record["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+
+
+@pytest.fixture
+def big(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """A file in three parts, each with content of its own."""
+    monkeypatch.setattr(S3FileSystem, "default_block_size", PART)
+    return [random.Random(number).randbytes(size) for number, size in enumerate((PART, PART, 1000))]
+
+
+def write_big(parts: list[bytes], root: str) -> dict[str, Any]:
+    filesystem, path = open_filesystem(f"{root}/big")
+    with HashingSink(filesystem, path) as sink:
+        for part in parts:
+            sink.write(part)
+    return sink.record()
+
+
+@pytest.mark.parametrize("fault", ["slow down", "lost", "cut", "gone"])
+def test_a_file_of_many_parts_is_whole(proxy: FaultyS3, root: str, big: list[bytes], fault: Fault) -> None:
+    for plan, step in (([fault], "?uploads"), (["", fault], "partNumber"), ([fault], "POST /rebeca/faults/")):
+        proxy.misbehave(plan, step)
+        assert write_big(big, root) == {"bytes": 2 * PART + 1000, "sha256": hashlib.sha256(b"".join(big)).hexdigest()}
+        assert faults(proxy) == [fault]
+        filesystem, path = open_filesystem(f"{root}/big")
+        assert filesystem.cat_file(path) == b"".join(big)
+        delete(f"{root}/big")
+
+
+@pytest.mark.parametrize("step", ["?uploads", "partNumber=2", "?uploadId"])
+def test_a_file_of_many_parts_that_fails_leaves_nothing(proxy: FaultyS3, root: str, big: list[bytes], step: str) -> None:
+    filesystem, path = open_filesystem(f"{root}/big")
+    proxy.misbehave(forever("error"), f"POST /{path}{step}" if step == "?uploadId" else step)
+    with pytest.raises(UserError, match=rf"^{path}: cannot be written \(InternalError, by plan\); check the path, its free space"):
+        write_big(big, root)
+    gc.collect()
+    proxy.misbehave([])
+    assert not filesystem.exists(path)
+    assert [upload for upload in filesystem.list_multipart_uploads("rebeca") if upload["Key"] == path.removeprefix("rebeca/")] == []
+
+
+def test_what_failed_before_it_was_closed_is_not_written_later(proxy: FaultyS3, root: str) -> None:
+    filesystem, path = open_filesystem(f"{root}/half")
+
+    def write_half() -> None:
+        with HashingSink(filesystem, path) as sink:
+            sink.write(b"half")
+            raise RuntimeError("of its own")
+
+    with pytest.raises(RuntimeError, match=r"^of its own$"):
+        write_half()
+    gc.collect()
+    assert not filesystem.exists(path)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("method", ["HEAD", "GET", "PUT"])
+def test_a_pointer_is_changed_once(proxy: FaultyS3, root: str, fault: Fault, method: str) -> None:
+    for epoch in (1, 2):  # there is none yet; there is one
+        plan: list[Fault] = [fault, "", fault]
+        proxy.misbehave(plan, f"{method} /")
+        changed = change_pointer(root, lambda pointer: replace(pointer, epoch=pointer.epoch + 1))
+        assert fault in faults(proxy)
+        assert changed == read_pointer(root)[0] == Pointer(epoch=epoch)
+
+
+def test_a_lease_is_taken_once_and_publishes_once(proxy: FaultyS3, root: str) -> None:
+    for epoch in (1, 2, 3):
+        proxy.misbehave(seeded(epoch, share=0.4))
+        with hold_lease(root, f"run-{epoch}", 1.0) as lease:
+            assert lease.epoch == epoch
+            time.sleep(0.4)  # a beat or two
+            lease.check()
+            lease.publish(run_id=f"run-{epoch}", run_date="2026-01-01", snapshot=f"snapshots/{epoch}")
+        assert len(faults(proxy)) >= 3
+        proxy.misbehave([])
+        assert read_pointer(root)[0] == Pointer(
+            epoch=epoch, run_id=f"run-{epoch}", run_date="2026-01-01", snapshot=f"snapshots/{epoch}", lease=None
+        )
+
+
+@pytest.mark.parametrize("fault", ["lost", "cut"])
+def test_answers_lost_to_taking_publishing_and_releasing(proxy: FaultyS3, root: str, fault: Fault) -> None:
+    proxy.misbehave([fault], "PUT /")
+    with hold_lease(root, "run", 60) as lease:
+        assert faults(proxy) == [fault]
+        assert lease.epoch == 1
+        proxy.misbehave([fault], "PUT /")
+        lease.publish(run_id="run", run_date="2026-01-01", snapshot="snapshots/run")
+        assert faults(proxy) == [fault]
+        proxy.misbehave([fault], "PUT /")
+    assert faults(proxy) == [fault]
+    assert read_pointer(root)[0] == Pointer(epoch=1, run_id="run", run_date="2026-01-01", snapshot="snapshots/run")
+
+
+@pytest.mark.parametrize(("fault", "method"), [("gone", "PUT"), ("gone", "HEAD"), ("cut", "GET"), ("error", "")])
+def test_a_store_out_of_reach_for_a_while_does_not_lose_the_lease(
+    proxy: FaultyS3, root: str, fault: Fault, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(S3FileSystem, "retries", 1)  # every beat of that while fails for good
+    with hold_lease(root, "run", 1.2) as lease:
+        proxy.misbehave(forever(fault), method)
+        while len(faults(proxy)) < 8:
+            time.sleep(0.02)
+        proxy.misbehave([])
+        before = read_pointer(root)[0].lease
+        while read_pointer(root)[0].lease == before:
+            time.sleep(0.05)
+        lease.check()
+        assert lease.lost is None
+        assert lease.epoch == 1
+        assert [thread.name for thread in threading.enumerate()].count("lease") == 1
+
+
+DOWN: dict[str, Callable[[str], Any]] = {
+    "read_json": lambda root: read_json(f"{root}/one.json"),
+    "read_table": lambda root: read_table(f"{root}/items", "items"),
+    "write_json": lambda root: write_json({"a": 2}, f"{root}/one.json"),
+    "write_table": lambda root: write_table(TABLE, f"{root}/items/b.parquet", row_group_size=10),
+    "list_files": list_files,
+    "list_folders": list_folders,
+    "delete": lambda root: delete(f"{root}/one.json"),
+    "read_pointer": read_pointer,
+    "change_pointer": lambda root: change_pointer(root, lambda pointer: replace(pointer, epoch=7)),
+    "hold_lease": lambda root: hold_lease(root, "run", 60).__enter__(),
+}
+
+
+WRITES = ["write_json", "write_table", "change_pointer", "hold_lease"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "methods", "ends"),
+    [
+        ("slow down", "", list(DOWN)),
+        ("error", "", list(DOWN)),
+        ("gone", "", list(DOWN)),
+        ("cut", "GET /", [name for name in DOWN if name not in ("write_json", "write_table")]),
+        ("error", "PUT /", WRITES),
+    ],
+)
+def test_a_store_that_stays_down_ends_in_one_line(
+    proxy: FaultyS3,
+    root: str,
+    fault: Fault,
+    methods: str,
+    ends: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(S3FileSystem, "retries", 2)
+    write_json({"a": 1}, f"{root}/one.json")
+    write_table(TABLE, f"{root}/items/a.parquet", row_group_size=100)
+    change_pointer(root, lambda _: Pointer(epoch=1))
+    proxy.misbehave(forever(fault), methods)
+    for name in ends:
+        with pytest.raises(SystemExit) as ended, plain_errors():
+            DOWN[name](root)
+        assert ended.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert root.removeprefix("s3://") in line
+        assert "cannot be " in line
+    proxy.misbehave([])
+    assert read_pointer(root)[0] == Pointer(epoch=1)
+    assert read_json(f"{root}/one.json") == {"a": 1}
+    assert list_files(root) == [f"{root}/items/a.parquet", f"{root}/latest.json", f"{root}/one.json"]
+    assert read_table(f"{root}/items", "items").equals(TABLE)
