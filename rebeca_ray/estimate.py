@@ -67,9 +67,8 @@ def foresee(
     stages = previous.manifest["measured"]["stages"] if previous else {}
     batch, actors = config.decoder.batch_size, config.decoder.num_actors
     images = decisions.planned_items
-    last_actors = measured_actors(previous, "decoder")
-    render = seconds_of(stages.get("render"), last_actors, padded(images, batch, actors), actors, images_per_second, batch)
-    plan = seconds_of(stages.get("plan"), measured_actors(previous, "sampler"), images, config.sampler.num_actors, None, 1)
+    render = seconds_of(stages.get("render"), padded(images, batch, actors), actors, images_per_second, batch)
+    plan = seconds_of(stages.get("plan"), images, config.sampler.num_actors, None, 1)
     last_requested = previous.manifest["counts"]["requested"] if previous else requested
     other = sum(stages[name]["seconds"] for name in ("decide", "test", "assemble") if name in stages) * max(1.0, requested / last_requested)
     image_rows = [row for row in previous.files.to_pylist() if row["table"] == "images"] if previous else []
@@ -84,12 +83,11 @@ def foresee(
     )
 
 
-def seconds_of(
-    stage: dict[str, float] | None, last_actors: int, rows: int, actors: int, rows_per_second: float | None, batch: int
-) -> float:
+def seconds_of(stage: dict[str, float] | None, rows: int, actors: int, rows_per_second: float | None, batch: int) -> float:
     """Seconds of a stage that actors do: what it took to start them, then the rows at their rate."""
-    if stage is None or not stage.get("rows"):
+    if stage is None:
         return rows / (rows_per_second * actors) if rows_per_second else 0.0
+    last_actors = int(stage["actors"])
     start = max(0.0, stage["seconds"] - stage[BUSY] / last_actors)
     rate = rows_per_second or padded(int(stage["rows"]), batch, last_actors) / stage[BUSY]
     return start + rows / (rate * actors)
@@ -98,10 +96,6 @@ def seconds_of(
 def padded(rows: int, batch: int, actors: int) -> int:
     """Rows as they are computed: in whole batches, and no fewer on the actor that has the most."""
     return ceil(rows / batch / actors) * batch * actors if rows else 0
-
-
-def measured_actors(previous: Snapshot | None, kind: str) -> int:
-    return int(previous.manifest["measured"][kind]["num_actors"]) if previous else 1
 
 
 def tables_bytes(previous: Snapshot | None) -> int:

@@ -138,7 +138,7 @@ def make_snapshot(
         manifest["quality"] = {"permutation": permutation.figures() if permutation else None}
         refused = refusals(manifest, previous.manifest if previous else None, config.gate)
         manifest["gate"] = {"refused": refused, "forced": bool(refused) and force}
-        manifest["measured"] = measured(config, progress)
+        manifest["measured"] = {"stages": measured(config, progress, previous)}
         manifest["foreseen"] = asdict(foreseen) if foreseen else None
         manifest["spent"] = asdict(spent(config, decisions, requested, progress, manifest["bytes_written"]))
         lease.check()
@@ -183,11 +183,17 @@ def deadline_of(config: GenerateConfig, begun: dict[str, Any], previous: Snapsho
     return min(ends, default=None)
 
 
-def measured(config: GenerateConfig, progress: Progress) -> dict[str, Any]:
-    """What estimates are made from: the stages of this attempt, and how many did them."""
+def measured(config: GenerateConfig, progress: Progress, previous: Snapshot | None) -> dict[str, dict[str, float]]:
+    """What estimates are made from: the stages of this attempt, of those that actors did with their number.
+
+    A stage in which there was nothing to do tells what it told the last time.
+    """
     progress.pause()
-    return {
-        "stages": progress.stages,
-        "sampler": config.sampler.model_dump(include={"num_actors", "cpus_per_actor", "device"}),
-        "decoder": config.decoder.model_dump(include={"num_actors", "cpus_per_actor", "device", "batch_size"}),
-    }
+    last = previous.manifest["measured"]["stages"] if previous else {}
+    told = {name: {**stage} for name, stage in progress.stages.items()}
+    for name, section in (("plan", config.sampler), ("render", config.decoder)):
+        if told.get(name, {}).get("rows"):
+            told[name]["actors"] = section.num_actors
+        elif name in last:
+            told[name] = last[name]
+    return told

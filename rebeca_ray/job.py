@@ -56,13 +56,13 @@ def generate(config: GenerateConfig, *, resume: Resume = "auto", retry_failed: b
 
 def print_published(manifest: dict[str, Any], root: str) -> None:
     """What was published, in lines for a log."""
-    counts, stages = manifest["counts"], manifest["measured"]["stages"]
+    counts, seconds = manifest["counts"], manifest["seconds"]
     told = ", ".join(
         f"{counts[kind]:,} {kind}" for kind in ("new", "carried", "population", "failed", "filtered", "deferred") if counts[kind]
     )
-    seconds = ", ".join(f"{name} {stage['seconds']:.1f} s" for name, stage in stages.items())
+    took = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
     console.print(f"published run {manifest['run_id']} of {manifest['run_date']} in {root}, with items of {counts['users']:,} users")
-    console.print(f"items: {told}; {seconds}")
+    console.print(f"items: {told}; {took}")
     if counts["late_users"]:
         console.print(f"time ran out: {counts['late_users']:,} users are not of tonight; the next run draws them")
     for refusal in manifest["gate"]["refused"]:

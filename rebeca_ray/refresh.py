@@ -80,32 +80,34 @@ def decide_all(
 
     found = for_each_bucket(decide_bucket, tonight.num_buckets)
     pool = decide_pool(run, tonight, previous, most=max(part["most_of_strangers"] for part in found))
-    keys = [key for part in found for key in part["keys"]]
-    sizes = [size for part in found for size in part["sizes"]]
+    planned = [part["planned"] for part in found]
     if pool and pool["decision"] != CARRY:
         write_decisions([pool], run.decisions(tonight.num_buckets, "to-plan"))  # a file beside those of the buckets
     if pool and pool["decision"] == PLAN:
-        keys.append(draw_key(pool))
-        sizes.append(pool["num_images"])
-    boundaries = cut(keys, np.array(sizes, int), config.layout.items_per_unit)
+        planned.append(keys_and_sizes([pool]))
+    planned_G4 = np.concatenate(planned)
+    boundaries = cut(planned_G4, config.layout.items_per_unit)
     decisions = Decisions(
         pool=pool,
         boundaries=boundaries,
-        planned_users=len(keys),
-        planned_items=int(sum(sizes)),
-        units=len(boundaries) + 1 if keys else 0,
+        planned_users=len(planned_G4),
+        planned_items=int(planned_G4[:, 3].sum()),
+        units=len(boundaries) + 1 if len(planned_G4) else 0,
     )
     write_json(asdict(decisions), marker)
     return decisions
 
 
-def cut(keys: list[Key], size_G: np.ndarray, items_per_unit: int) -> list[Key]:
+def cut(planned_G4: np.ndarray, items_per_unit: int) -> list[Key]:
     """The first key of every unit but the first, so that each has about `items_per_unit` items."""
-    if not keys:
-        return []
-    order = sorted(range(len(keys)), key=keys.__getitem__)
-    unit_G = (np.cumsum(size_G[order]) - 1) // items_per_unit
-    return [keys[order[place + 1]] for place, (one, other) in enumerate(pairwise(unit_G)) if one != other]
+    ordered_G4 = planned_G4[np.lexsort((planned_G4[:, 2], planned_G4[:, 1], planned_G4[:, 0]))]
+    unit_G = (np.cumsum(ordered_G4[:, 3]) - 1) // items_per_unit
+    return [(float(key[0]), int(key[1]), int(key[2])) for key in ordered_G4[1:][np.diff(unit_G) > 0]]
+
+
+def keys_and_sizes(rows: list[dict[str, Any]]) -> np.ndarray:
+    """[G, 4] of some users: the three parts of their key, and how many images they get. (Doubles hold 48 bits of a hash.)"""
+    return np.array([(*draw_key(row), row["num_images"]) for row in rows], np.float64).reshape(-1, 4)
 
 
 def draw_key(row: dict[str, Any]) -> Key:
@@ -172,8 +174,7 @@ class Bucket:
             write_decisions(drawn, self.run.decisions(self.bucket, "to-plan"))
         planned = [row for row in drawn if row["decision"] == PLAN]
         return {
-            "keys": [draw_key(row) for row in planned],
-            "sizes": [row["num_images"] for row in planned],
+            "planned": keys_and_sizes(planned),
             "most_of_strangers": max((row["num_images"] for row in rows if row["decision"] == POOLED), default=0),
         }
 

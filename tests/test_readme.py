@@ -15,6 +15,8 @@ def test_every_module_stands_in_the_tree_with_one_line() -> None:
     modules = {path.name for folder in ("jobs", "serving") for path in (REPO / folder).glob("*.py")}
     modules |= {path.name for path in (REPO / "rebeca_ray").rglob("*.py")}
     assert {Path(name).name for name in named} == modules
+    manifests = set(re.findall(r"^  ([\w.-]+(?:Dockerfile|dockerignore|yaml))\s{2,}\S", tree, re.MULTILINE))
+    assert manifests == {path.name for path in (REPO / "infra").iterdir()}
 
 
 def test_every_relative_link_and_picture_exists() -> None:
@@ -29,7 +31,9 @@ def test_every_command_named_is_there() -> None:
     for path in set(re.findall(r"(?:jobs|tests)/[\w/]+\.(?:py|yaml)", README)):
         assert (REPO / path).exists(), path
     commands = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
-    groups = {group.name: {c.callback.__name__ for c in group.typer_instance.registered_commands} for group in app.registered_groups}
+    groups = {
+        group.name: {c.name or c.callback.__name__ for c in group.typer_instance.registered_commands} for group in app.registered_groups
+    }
     for first, second in set(re.findall(r"(?:^|`)rebeca ([a-z]+) +([a-z-]+)?", README, re.MULTILINE)):
         assert first in commands or second in groups[first], (first, second)
 

@@ -15,6 +15,7 @@ from rebeca_ray.errors import UserError
 from rebeca_ray.storage import UNREACHABLE, describe, is_local, join, one_line, open_filesystem, write_json
 
 POINTER = "latest.json"
+LOCK_SECONDS = 30  # which a change takes milliseconds of
 TRIES = 20  # of changing it while others do
 
 
@@ -98,8 +99,16 @@ def locked(path: Path) -> Any:
     with one_line(str(path), "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_name(".latest.lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return lock
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                lock.close()
+                raise LostRaceError(f"{lock.name}: another process has held it for {LOCK_SECONDS} s; end that process") from None
+            time.sleep(0.02)
 
 
 def swap(root: str, wanted: Pointer, version: str | None) -> bool:

@@ -1,5 +1,6 @@
 """The pointer, on disk and on a real S3 server: nobody's change is lost, and nothing damaged or unreachable is taken for empty."""
 
+import fcntl
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -189,3 +190,12 @@ def test_an_s3_root_that_is_not_ours_to_read_is_one_line(s3_root: str, monkeypat
     monkeypatch.setattr(S3FileSystem, "_cache", {})
     with pytest.raises(UserError, match=rf"^catalog {s3_root}: cannot be read \(Forbidden\); check the path and the credentials$"):
         change_pointer(s3_root, lambda _: Pointer())
+
+
+def test_a_lock_that_is_never_freed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOCK_SECONDS", 0.1)
+    with (tmp_path / ".latest.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(LostRaceError, match=r"\.latest\.lock: another process has held it for 0\.1 s; end that process"):
+            change_pointer(str(tmp_path), lambda now: replace(now, epoch=1))
+    assert change_pointer(str(tmp_path), lambda now: replace(now, epoch=1)).epoch == 1
