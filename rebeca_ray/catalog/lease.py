@@ -13,9 +13,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
-from rebeca_ray.catalog.pointer import LostRaceError, Pointer, change_pointer, read_pointer
+from rebeca_ray.catalog.pointer import LeaseState, LostRaceError, Pointer, change_pointer, read_pointer
 from rebeca_ray.errors import UserError
 
 BEATS = 4  # in the time after which a silent lease is taken over
@@ -47,7 +46,7 @@ class Lease:
             if now != lease:
                 raise self.refused(now)
 
-    def refused(self, lease: dict[str, Any]) -> LostRaceError:
+    def refused(self, lease: LeaseState) -> LostRaceError:
         return LostRaceError(
             f"catalog {self.root}: run {lease['run_id']} (epoch {lease['epoch']}) is at work on it; wait for it, or stop it and start again"
         )
@@ -58,10 +57,10 @@ class Lease:
         if pointer.lease is not None and pointer.lease != self.watched:
             raise self.refused(pointer.lease)
         epoch = pointer.epoch + 1
-        lease = {"run_id": self.run_id, "epoch": epoch, "holder": self.holder, "beat": 0, "seconds": self.seconds}
+        lease: LeaseState = {"run_id": self.run_id, "epoch": epoch, "holder": self.holder, "beat": 0, "seconds": self.seconds}
         return replace(pointer, epoch=epoch, lease=lease)
 
-    def own(self, pointer: Pointer) -> dict[str, Any]:
+    def own(self, pointer: Pointer) -> LeaseState:
         """The lease as it stands. Raises LostRaceError if it is another's by now."""
         if pointer.lease is None or pointer.lease.get("holder") != self.holder:
             to = f"run {pointer.lease['run_id']}" if pointer.lease else "one that has ended"
@@ -73,7 +72,8 @@ class Lease:
 
     def beat(self, pointer: Pointer) -> Pointer:
         lease = self.own(pointer)
-        return replace(pointer, lease={**lease, "run_id": self.run_id, "beat": lease["beat"] + 1})
+        beaten: LeaseState = {**lease, "run_id": self.run_id, "beat": lease["beat"] + 1}
+        return replace(pointer, lease=beaten)
 
     def keep_beating(self) -> None:
         """Beat until released. An unreachable store is no loss: whoever takes over has to reach it first."""

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -44,7 +45,7 @@ class Pointer:
     run_date: str | None = None
     snapshot: str | None = None  # its folder, below the root
     forced: bool = False  # published though the quality gate refused it
-    lease: dict[str, Any] | None = None  # LEASE; see lease.py
+    lease: LeaseState | None = None
 
 
 def read_pointer(root: str) -> tuple[Pointer, str | None]:
@@ -107,7 +108,7 @@ def locked(path: Path) -> Any:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 lock.close()
-                raise LostRaceError(f"{lock.name}: another process has held it for {LOCK_SECONDS} s; end that process") from None
+                raise UserError(f"{lock.name}: another process has held it for {LOCK_SECONDS} s; end that process") from None
             time.sleep(0.02)
 
 

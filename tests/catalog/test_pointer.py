@@ -196,6 +196,6 @@ def test_a_lock_that_is_never_freed_is_told(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(module, "LOCK_SECONDS", 0.1)
     with (tmp_path / ".latest.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(LostRaceError, match=r"\.latest\.lock: another process has held it for 0\.1 s; end that process"):
+        with pytest.raises(UserError, match=r"\.latest\.lock: another process has held it for 0\.1 s; end that process"):
             change_pointer(str(tmp_path), lambda now: replace(now, epoch=1))
     assert change_pointer(str(tmp_path), lambda now: replace(now, epoch=1)).epoch == 1
