@@ -22,7 +22,7 @@ from rebeca_ray.estimate import foresee, spent
 from rebeca_ray.planning import plan_items, request_histories
 from rebeca_ray.progress import Progress, watchdog
 from rebeca_ray.refresh import decide_all
-from rebeca_ray.rendering import check_renderer, render_all
+from rebeca_ray.rendering import check_renderer, render_all, seconds_so_far
 from rebeca_ray.request import check_request
 from rebeca_ray.resume import begin, choose_run, describe_run, unfinished_runs
 from rebeca_ray.storage import delete, exists, join, read_json, require_writable, write_json
@@ -122,7 +122,7 @@ def make_snapshot(
     plan_items(config, run, versions, histories, previous, decisions, progress)
     with progress.stage("test"):
         permutation = check_plan(run, config.gate, force=force)
-    deadline = deadline_of(config, begun, previous)
+    deadline = deadline_of(config, begun, previous, seconds_so_far(run, decisions) if config.limits.max_gpu_hours else 0.0)
     rendered = render_all(config, run, decisions, progress, deadline=deadline, retry_failed=retry_failed)
     with progress.stage("assemble"):
         made = MadeOf(
@@ -168,8 +168,11 @@ def check_cluster(config: GenerateConfig) -> None:
     check_renderer(decoder)
 
 
-def deadline_of(config: GenerateConfig, begun: dict[str, Any], previous: Snapshot | None) -> float | None:
-    """When rendering must stop, in seconds since 1970: so that assembling ends by `publish_by`, or when the GPU hours are spent."""
+def deadline_of(config: GenerateConfig, begun: dict[str, Any], previous: Snapshot | None, drawn_seconds: float) -> float | None:
+    """When rendering must stop, in seconds since 1970: so that assembling ends by `publish_by`, or when the GPU hours are spent.
+
+    Of those, `drawn_seconds` were spent by earlier attempts.
+    """
     ends = []
     if config.limits.publish_by is not None:
         start = datetime.datetime.fromisoformat(begun["begun_at"])
@@ -179,7 +182,7 @@ def deadline_of(config: GenerateConfig, begun: dict[str, Any], previous: Snapsho
         last = previous.manifest["measured"]["stages"]["assemble"]["seconds"] if previous else 0.0
         ends.append(end.timestamp() - ASSEMBLE_RESERVE * last)
     if config.limits.max_gpu_hours is not None:
-        ends.append(time.time() + 3600 * config.limits.max_gpu_hours / config.decoder.num_actors)
+        ends.append(time.time() + (3600 * config.limits.max_gpu_hours - drawn_seconds) / config.decoder.num_actors)
     return min(ends, default=None)
 
 

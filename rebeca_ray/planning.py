@@ -28,7 +28,7 @@ from rebeca_ray.histories import Histories, build_histories
 from rebeca_ray.items import read_image_embeds, read_item_ids
 from rebeca_ray.parts import WRITER_CPUS, WriteParts, with_busy_seconds
 from rebeca_ray.progress import Progress
-from rebeca_ray.refresh import PLAN, RESCORE, Decisions, draw_key
+from rebeca_ray.refresh import PLAN, RESCORE, Decisions
 from rebeca_ray.sampling import USERS_PADDED_TO, sample_liked
 from rebeca_ray.selection import choose, nearest_items
 from rebeca_ray.selector import MAX_HISTORY
@@ -184,7 +184,7 @@ class PlanUsers:
                         "nearest_similarity": None if nearest_N[place] is None else similarity_N[place],
                         "origin": schemas.POPULATION if row["stranger"] else schemas.NEW,
                         "bucket": row["bucket"],
-                        "unit": self.decisions.unit_of(draw_key(row)),
+                        "unit": self.decisions.unit_of(row),
                         "prompt": prompt,
                         "negative_prompt": negative_prompt,
                     }

@@ -46,12 +46,14 @@ class Decisions:
     """All of them, counted; they themselves lie in the run's work folder, a file a bucket."""
 
     pool: dict[str, Any] | None  # the row of the strangers' pool, if there are any
+    by_urgency: bool  # units follow priority, since time may run out; else the buckets, so that files are full
     boundaries: list[Key]  # the first key of each unit but the first
     planned_users: int
     planned_items: int  # images to render, were all of them drawn
     units: int
 
-    def unit_of(self, key: Key) -> int:
+    def unit_of(self, row: dict[str, Any]) -> int:
+        key = draw_key(row, self.by_urgency)
         return sum(key >= boundary for boundary in self.boundaries)
 
 
@@ -73,10 +75,11 @@ def decide_all(
         num_buckets=config.layout.num_buckets,
     )
     known = known_users(prior)
+    by_urgency = config.limits.publish_by is not None or config.limits.max_gpu_hours is not None
     split_request(config, run)
 
     def decide_bucket(bucket: int) -> dict[str, Any]:
-        return Bucket(run, tonight, bucket, histories, known, previous).decide()
+        return Bucket(run, tonight, bucket, histories, known, previous).decide(by_urgency)
 
     found = for_each_bucket(decide_bucket, tonight.num_buckets)
     pool = decide_pool(run, tonight, previous, most=max(part["most_of_strangers"] for part in found))
@@ -84,11 +87,12 @@ def decide_all(
     if pool and pool["decision"] != CARRY:
         write_decisions([pool], run.decisions(tonight.num_buckets, "to-plan"))  # a file beside those of the buckets
     if pool and pool["decision"] == PLAN:
-        planned.append(keys_and_sizes([pool]))
+        planned.append(keys_and_sizes([pool], by_urgency))
     planned_G4 = np.concatenate(planned)
     boundaries = cut(planned_G4, config.layout.items_per_unit)
     decisions = Decisions(
         pool=pool,
+        by_urgency=by_urgency,
         boundaries=boundaries,
         planned_users=len(planned_G4),
         planned_items=int(planned_G4[:, 3].sum()),
@@ -105,14 +109,15 @@ def cut(planned_G4: np.ndarray, items_per_unit: int) -> list[Key]:
     return [(float(key[0]), int(key[1]), int(key[2])) for key in ordered_G4[1:][np.diff(unit_G) > 0]]
 
 
-def keys_and_sizes(rows: list[dict[str, Any]]) -> np.ndarray:
+def keys_and_sizes(rows: list[dict[str, Any]], by_urgency: bool) -> np.ndarray:
     """[G, 4] of some users: the three parts of their key, and how many images they get. (Doubles hold 48 bits of a hash.)"""
-    return np.array([(*draw_key(row), row["num_images"]) for row in rows], np.float64).reshape(-1, 4)
+    return np.array([(*draw_key(row, by_urgency), row["num_images"]) for row in rows], np.float64).reshape(-1, 4)
 
 
-def draw_key(row: dict[str, Any]) -> Key:
-    """By priority, then by activity; a hash decides between equals, so that the order is total."""
-    return -row["priority"], -row["activity"], int(hash128("order", row["user_id"])[:12], 16)
+def draw_key(row: dict[str, Any], by_urgency: bool) -> Key:
+    """By priority, then by activity, or by bucket; a hash decides between equals, so that the order is total."""
+    first, second = (-row["priority"], -row["activity"]) if by_urgency else (float(row["bucket"]), 0)
+    return first, second, int(hash128("order", row["user_id"])[:12], 16)
 
 
 def split_request(config: GenerateConfig, run: Run) -> None:
@@ -163,7 +168,7 @@ class Bucket:
             known |= {user: (digest, likes) for user, digest, likes in zip(*(column.to_pylist() for column in table), strict=True)}
         return known
 
-    def decide(self) -> dict[str, Any]:
+    def decide(self, by_urgency: bool) -> dict[str, Any]:
         """Write the bucket's decisions; returns what must be known of all buckets together."""
         asked = read_table(request_file(self.run, self.bucket), "request").to_pylist()
         rows = [self.row(want) for want in asked]
@@ -174,7 +179,7 @@ class Bucket:
             write_decisions(drawn, self.run.decisions(self.bucket, "to-plan"))
         planned = [row for row in drawn if row["decision"] == PLAN]
         return {
-            "planned": keys_and_sizes(planned),
+            "planned": keys_and_sizes(planned, by_urgency),
             "most_of_strangers": max((row["num_images"] for row in rows if row["decision"] == POOLED), default=0),
         }
 

@@ -68,6 +68,7 @@ def render_unit(
     attempt = max([attempt, *(record["attempt"] for record in records)])
     done = drawn_items(run, records, failed_too=lambda record: marker is None or record["attempt"] == attempt)
     parts = [part for part in (read_json(join(run.work, "plan.json")) or {})["parts"] if part["unit"] == unit]
+    parts.sort(key=lambda part: part["bucket"])  # so that few files hold parts of two
     total = sum(part["rows"] for part in parts)
     if len(done) < total and (deadline is None or time.time() < deadline):
         stages = graph(config, run, unit, parts, done, attempt, deadline)
@@ -133,6 +134,11 @@ def read_records(run: Run, unit: int) -> list[dict[str, Any]]:
     """The records of a unit's files: of all that were written to the end."""
     with ThreadPoolExecutor(16) as pool:
         return [record for record in pool.map(read_json, list_files(run.records(unit), ".json")) if record]
+
+
+def seconds_so_far(run: Run, decisions: Decisions) -> float:
+    """What all actors together have drawn for in this run."""
+    return float(sum(record[BUSY] for unit in range(decisions.units) for record in read_records(run, unit)))
 
 
 def drawn_items(run: Run, records: list[dict[str, Any]], failed_too: Any) -> pa.Array:

@@ -38,7 +38,7 @@ def measured(config: GenerateConfig) -> GenerateConfig:
 
 
 def drawing(images: int) -> Decisions:
-    return Decisions(pool=None, boundaries=[], planned_users=5, planned_items=images, units=1)
+    return Decisions(pool=None, by_urgency=True, boundaries=[], planned_users=5, planned_items=images, units=1)
 
 
 def test_the_same_work_takes_the_same_time(measured: GenerateConfig) -> None:

@@ -198,8 +198,8 @@ def night(config: GenerateConfig, *, units: int, and_rows: int = 0, requested: i
         ({"publish_by": "06:00"}, "2026-03-03T05:59:00"),  # the next such time, less once and a half what assembling took
         ({"publish_by": "23:00"}, "2026-03-02T22:59:00"),
         ({"publish_by": "22:30"}, "2026-03-03T22:29:00"),
-        ({"max_gpu_hours": 3.0}, "2026-03-03T00:30:00"),  # of two actors
-        ({"publish_by": "06:00", "max_gpu_hours": 3.0}, "2026-03-03T00:30:00"),
+        ({"max_gpu_hours": 3.0}, "2026-03-03T00:15:00"),  # of two actors, who have drawn for half an hour
+        ({"publish_by": "06:00", "max_gpu_hours": 3.0}, "2026-03-03T00:15:00"),
         ({"publish_by": "23:00", "max_gpu_hours": 3.0}, "2026-03-02T22:59:00"),
     ],
 )
@@ -212,7 +212,7 @@ def test_when_rendering_must_stop(
     last = Snapshot(root="", path="", files=schemas.FILES.empty_table(), manifest={"measured": {"stages": {"assemble": {"seconds": 40.0}}}})
     decoder = config.decoder.model_copy(update={"num_actors": 2})
     config = config.model_copy(update={"limits": LimitSettings.model_validate(limits), "decoder": decoder})
-    found = deadline_of(config, {"begun_at": "2026-03-02T22:30:00+00:00"}, last)
+    found = deadline_of(config, {"begun_at": "2026-03-02T22:30:00+00:00"}, last, 1800.0)
     assert (found and datetime.datetime.fromtimestamp(found, datetime.UTC).isoformat()) == (ends and f"{ends}+00:00")
 
 

@@ -19,7 +19,7 @@ from rebeca_ray.config import GenerateConfig
 from rebeca_ray.identity import bucket_of
 from rebeca_ray.rendering import Rendered
 from rebeca_ray.selector import Selector
-from rebeca_ray.settings import LayoutSettings, RefreshSettings
+from rebeca_ray.settings import LayoutSettings, LimitSettings, RefreshSettings
 from rebeca_ray.storage import read_table
 from tests.conftest import USERS, D, assembled, prepare, prior_users, publish, snapshot_of, write_tiny_prior
 
@@ -156,7 +156,7 @@ def test_another_number_of_buckets_keeps_every_item(config: GenerateConfig, ray_
 
 
 def test_when_time_runs_out_the_rest_keeps_last_nights_items_and_a_first_catalog_fills_over_the_nights(config: GenerateConfig) -> None:
-    config = config.model_copy(update={"layout": LayoutSettings(items_per_unit=3)})
+    config = config.model_copy(update={"layout": LayoutSettings(items_per_unit=3), "limits": LimitSettings(max_gpu_hours=1.0)})
     priority = pa.array([0.0, 5.0, 0.0, 1.0, 0.0], pa.float32())
 
     def cut_short(number: int, units: int) -> tuple[dict[str, Any], Snapshot]:

@@ -28,7 +28,7 @@ from rebeca_ray.selector import Selector
 from rebeca_ray.settings import InteractionSettings, SelectionSettings
 from tests.conftest import TINY_NETWORK, USERS, D, assembled, plan, prepare, run_of, untrained_prior, versions_of
 
-NOBODY = Decisions(pool=None, boundaries=[], planned_users=0, planned_items=0, units=0)
+NOBODY = Decisions(pool=None, by_urgency=True, boundaries=[], planned_users=0, planned_items=0, units=0)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -77,10 +77,17 @@ def test_units_hold_the_most_urgent_first_and_no_more_than_they_may(users: list[
     rows = [
         {"user_id": f"user-{number}", "priority": priority, "activity": activity} for number, (priority, activity, _) in enumerate(users)
     ]
-    keys, sizes = [draw_key(one) for one in rows], [size for _, _, size in users]
+    keys, sizes = [draw_key(one, True) for one in rows], [size for _, _, size in users]
     boundaries = cut(np.array([(*key, size) for key, size in zip(keys, sizes, strict=True)]).reshape(-1, 4), items_per_unit)
-    decisions = Decisions(pool=None, boundaries=boundaries, planned_users=len(rows), planned_items=sum(sizes), units=len(boundaries) + 1)
-    units = [decisions.unit_of(key) for key in keys]
+    decisions = Decisions(
+        pool=None,
+        by_urgency=True,
+        boundaries=boundaries,
+        planned_users=len(rows),
+        planned_items=sum(sizes),
+        units=len(boundaries) + 1,
+    )
+    units = [decisions.unit_of(one) for one in rows]
     order = sorted(range(len(rows)), key=lambda place: (-rows[place]["priority"], -rows[place]["activity"]))
     urgency = [(-rows[place]["priority"], -rows[place]["activity"]) for place in range(len(rows))]
     assert all(units[one] <= units[other] for one in order for other in order if urgency[one] < urgency[other])

@@ -65,7 +65,7 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
     if data.exists() and any(data.iterdir()) and not (data / "truth.parquet").exists():
         raise UserError(f"--data {data}: holds something else than a demo's data; give an empty folder")
     data.mkdir(parents=True, exist_ok=True)
-    for name in ("items", "prior", "train"):  # a demo starts afresh; the catalog gains a snapshot
+    for name in ("items", "prior", "train", "catalog"):  # a demo starts afresh
         shutil.rmtree(data / name, ignore_errors=True)
     embed = parse_config(EmbedConfig, settings_in(data, "embed"), where="demo")
     train = parse_config(TrainConfig, settings_in(data, "train"), where="demo")
@@ -117,6 +117,7 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
         "\nNext:\n"
         f"  source {Path(sys.prefix) / 'bin' / 'activate'}\n"
         f"  rebeca catalog show {generate.root}\n"
+        f"  rebeca generate --config {data}/generate.yaml            # tomorrow's snapshot: nobody changed, so all is carried over\n"
         f"  rebeca generate --config {data}/generate.yaml num_images=1\n"
         "  export RAY_AUTH_MODE=token; ray start --head        # then, on this cluster:\n"
         f"  ray job submit --working-dir . -- jobs/generate_catalog.py --config {data}/generate.yaml num_images=1",
