@@ -4,6 +4,7 @@ An unknown key is an error that suggests the nearest known one. The sections are
 """
 
 import datetime
+import json
 import re
 import typing
 from pathlib import Path
@@ -152,6 +153,12 @@ class NightlyConfig(Settings):
     catch_up: Annotated[int, Field(ge=0, le=1000, description="dates without a snapshot that are made up for, at most")] = 3
     keep_snapshots: Few = 7
     grace_hours: Annotated[float, Field(ge=0, le=10**5, description="how long a reader may hold a snapshot that was followed")] = 48
+
+
+def dated(config: C, date: datetime.date) -> C:
+    """The config with `{run_date}` in its paths filled in."""
+    told = json.dumps(config.model_dump(mode="json")).replace("{run_date}", date.isoformat())
+    return type(config).model_validate_json(told)
 
 
 def load_config(model: type[C], path: str | Path, overrides: list[str] | None = None) -> C:

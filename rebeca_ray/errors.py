@@ -11,6 +11,16 @@ class UserError(ValueError):
     exit_code = 2
 
 
+class StorageError(UserError):
+    """A store that was there does not do what it should, after all retries."""
+
+
+class UnfinishedError(UserError):
+    """A run that could not end, but can be gone on with."""
+
+    exit_code = 75
+
+
 class ErrorBudgetExceededError(UserError):
     """More items failed than the run allows; nothing was published."""
 
@@ -54,7 +64,7 @@ def storage_error(error: BaseException) -> UserError | None:
     if not isinstance(error, BotoCoreError | PermissionError) and getattr(error, "errno", None) not in (ENOSPC, EDQUOT, EROFS):
         return None
     file = getattr(error, "filename", None)
-    return UserError(f"{file or 'storage'}: {describe(error)}; nothing was published; mend the place, or give another, and run again")
+    return StorageError(f"{file or 'storage'}: {describe(error)}; nothing was published; mend the place, or give another, and run again")
 
 
 def shown(value: object) -> str:

@@ -1,6 +1,7 @@
 """What a run will take, from the request and from what the last run measured; and what it took, in the same words."""
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from math import ceil
 
 from rebeca_ray.catalog.layout import Run, new_run_id
@@ -14,9 +15,10 @@ from rebeca_ray.planning import request_histories
 from rebeca_ray.progress import Progress
 from rebeca_ray.refresh import Decisions, decide_all
 from rebeca_ray.request import check_request
-from rebeca_ray.storage import delete
+from rebeca_ray.storage import delete, join, write_json
 
 HOUR, GIB = 3600, 2**30
+OTHERS = ("histories", "decide", "test", "assemble")
 TABLES_A_BUCKET = 4 + 3  # of the snapshot; and private ones
 
 
@@ -52,9 +54,13 @@ def estimate(config: GenerateConfig, *, images_per_second: float | None = None) 
             "or generate for a few users first"
         )
     run = Run(root=config.root.rstrip("/"), run_date=config.date().isoformat(), run_id=f"estimate-{new_run_id()}", epoch=0)
+    note = {"run_id": run.run_id, "run_date": "estimate", "begun_at": datetime.now(UTC).isoformat(timespec="seconds"), "described": {}}
+    write_json(note, join(run.work, "run.json"))  # so that no collection takes it meanwhile
     try:
         histories = request_histories(config, run)
-        decisions = decide_all(config, run, load_prior(config.prior), histories, previous, decoder.fingerprint(config.decoder))
+        decisions = decide_all(
+            config, run, load_prior(config.prior), histories, previous, decoder.fingerprint(config.decoder), lambda: None
+        )
     finally:
         delete(run.work)
     return foresee(config, decisions, requested, previous, images_per_second)
@@ -70,7 +76,7 @@ def foresee(
     render = seconds_of(stages.get("render"), padded(images, batch, actors), actors, images_per_second, batch)
     plan = seconds_of(stages.get("plan"), images, config.sampler.num_actors, None, 1)
     last_requested = previous.manifest["counts"]["requested"] if previous else requested
-    other = sum(stages[name]["seconds"] for name in ("decide", "test", "assemble") if name in stages) * max(1.0, requested / last_requested)
+    other = sum(stages[name]["seconds"] for name in OTHERS if name in stages) * max(1.0, requested / last_requested)
     image_rows = [row for row in previous.files.to_pylist() if row["table"] == "images"] if previous else []
     bytes_an_image = sum(row["bytes"] for row in image_rows) / max(1, sum(row["rows"] for row in image_rows))
     return priced(
@@ -105,7 +111,7 @@ def tables_bytes(previous: Snapshot | None) -> int:
 def spent(config: GenerateConfig, decisions: Decisions, requested: int, progress: Progress, bytes_written: int) -> Estimate:
     """The same figures of a run that is done."""
     seconds = {name: stage["seconds"] for name, stage in progress.stages.items()}
-    other = sum(seconds.get(name, 0.0) for name in ("decide", "test", "assemble"))
+    other = sum(seconds.get(name, 0.0) for name in OTHERS)
     return priced(
         config,
         requested_items=requested,

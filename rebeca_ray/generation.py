@@ -12,12 +12,13 @@ from rebeca_ray.catalog.assemble import MadeOf, assemble
 from rebeca_ray.catalog.gate import check_plan, refusals
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.lease import Lease, hold_lease
+from rebeca_ray.catalog.pointer import Pointer, read_pointer
 from rebeca_ray.catalog.read import Snapshot, published
 from rebeca_ray.checkpoint import TrainedPrior, load_prior
 from rebeca_ray.cluster import require_room, start_ray
 from rebeca_ray.config import GenerateConfig, Resume
 from rebeca_ray.decoder_files import DecoderIdentity, identify_decoder
-from rebeca_ray.errors import QualityGateError, UserError, user_error
+from rebeca_ray.errors import QualityGateError, StorageError, UnfinishedError, UserError, user_error
 from rebeca_ray.estimate import foresee, spent
 from rebeca_ray.planning import plan_items, request_histories
 from rebeca_ray.progress import Progress, watchdog
@@ -30,12 +31,20 @@ from rebeca_ray.storage import delete, exists, join, read_json, require_writable
 ASSEMBLE_RESERVE = 1.5  # of the seconds that the last assembling took: rendering stops so long before `publish_by`
 
 
-def generate_catalog(config: GenerateConfig, *, resume: Resume = "auto", retry_failed: bool = False, force: bool = False) -> dict[str, Any]:
+def generate_catalog(
+    config: GenerateConfig,
+    *,
+    resume: Resume = "auto",
+    retry_failed: bool = False,
+    force: bool = False,
+    since: datetime.datetime | None = None,
+) -> dict[str, Any]:
     """Generate and publish one snapshot; returns its manifest.
 
     A run of the same date that was begun from the same things and did not end is gone on with (`resume`; `require` accepts nothing
     else, `never` starts anew). `retry_failed` draws again what failed in it. `force` publishes what the quality gate refuses, and the
-    manifest and the pointer say so. Raises UserErrors, whose exit codes are the job's.
+    manifest and the pointer say so. `limits.publish_by` is the next after `since`, or after the run began. Raises UserErrors, whose
+    exit codes are the job's.
     """
     decoder = identify_decoder(config.decoder)
     requested = check_request(config, decoder)
@@ -61,27 +70,41 @@ def generate_catalog(config: GenerateConfig, *, resume: Resume = "auto", retry_f
         if resumed:
             print(f"resuming run {run_id}, begun at {begun['begun_at']}", flush=True)
         progress = Progress()
+        begun_at = min(datetime.datetime.fromisoformat(begun["begun_at"]), since or datetime.datetime.max.replace(tzinfo=datetime.UTC))
         with (
-            forgotten_if_refused(run, resumed=resumed),
+            forgotten_if_refused(run, lease, resumed=resumed),
             watchdog(progress, config.limits.stall_minutes, dump_to=run.work, on_stall=lease.release),
         ):
             manifest = make_snapshot(
-                config, run, lease, prior, decoder, previous, versions, begun, requested, progress, retry_failed=retry_failed, force=force
+                config,
+                run,
+                lease,
+                prior,
+                decoder,
+                previous,
+                versions,
+                begun_at,
+                requested,
+                progress,
+                retry_failed=retry_failed,
+                force=force,
             )
         delete(run.work)
     return manifest
 
 
 @contextmanager
-def forgotten_if_refused(run: Run, *, resumed: bool) -> Iterator[None]:
-    """A new run that bad input ends leaves nothing: there is nothing to go on with."""
+def forgotten_if_refused(run: Run, lease: Lease, *, resumed: bool) -> Iterator[None]:
+    """A new run that bad input ends before it has a plan leaves nothing; one that its store ends can be gone on with, and says so."""
     try:
         yield
     except Exception as error:
         found = user_error(error)
-        if found is not None and found.exit_code == UserError.exit_code and not resumed:
+        if isinstance(found, StorageError):
+            raise UnfinishedError(f"{found}. Start run {run.run_id} again: it resumes") from None
+        if found is not None and found.exit_code == UserError.exit_code and not resumed and not exists(join(run.work, "plan.json")):
+            lease.check()
             delete(run.work)
-            delete(join(run.root, run.images))
         raise
 
 
@@ -92,7 +115,13 @@ def emptied_if_refused(root: str, first_ever: bool) -> Iterator[None]:
         yield
     except Exception as error:
         found = user_error(error)
-        if found is not None and found.exit_code == UserError.exit_code and first_ever and not unfinished_runs(root):
+        if (
+            found is not None
+            and found.exit_code == UserError.exit_code
+            and first_ever
+            and read_pointer(root)[0] == Pointer(epoch=1)
+            and not unfinished_runs(root)
+        ):
             delete(root)
         raise
 
@@ -105,7 +134,7 @@ def make_snapshot(
     decoder: DecoderIdentity,
     previous: Snapshot | None,
     versions: dict[str, str],
-    begun: dict[str, Any],
+    begun_at: datetime.datetime,
     requested: int,
     progress: Progress,
     *,
@@ -113,16 +142,20 @@ def make_snapshot(
     force: bool,
 ) -> dict[str, Any]:
     """The stages, each of which a resumed run finds done or does."""
-    with progress.stage("decide"):
+    with progress.stage("histories"):
         histories = request_histories(config, run)
-        decisions = decide_all(config, run, prior, histories, previous, versions["decoder"])
+    with progress.stage("decide"):
+        decisions = decide_all(config, run, prior, histories, previous, versions["decoder"], progress.move)
     foreseen = foresee(config, decisions, requested, previous) if previous else None
     if foreseen:
         print(f"{foreseen.images:,} images to draw for {foreseen.planned_users:,} users; some {60 * foreseen.hours:.1f} min", flush=True)
     plan_items(config, run, versions, histories, previous, decisions, progress)
     with progress.stage("test"):
-        permutation = check_plan(run, config.gate, force=force)
-    deadline = deadline_of(config, begun, previous, seconds_so_far(run, decisions) if config.limits.max_gpu_hours else 0.0)
+        permutation, refused_plan = check_plan(run, config.gate)
+    if refused_plan and not force:
+        raise QualityGateError(f"{refused_plan}. Nothing was rendered or published; look at the prior's training.csv, or train it longer")
+    drawn_seconds = seconds_so_far(run, decisions) if config.limits.max_gpu_hours else 0.0
+    deadline = deadline_of(config, begun_at, previous, drawn_seconds)
     rendered = render_all(config, run, decisions, progress, deadline=deadline, retry_failed=retry_failed)
     with progress.stage("assemble"):
         made = MadeOf(
@@ -134,9 +167,9 @@ def make_snapshot(
             error_budget=config.error_budget,
         )
         parts = (read_json(join(run.work, "plan.json")) or {})["parts"]
-        manifest = assemble(run, made, decisions, parts, rendered, previous, requested)
+        manifest = assemble(run, made, decisions, parts, rendered, previous, requested, progress.move)
         manifest["quality"] = {"permutation": permutation.figures() if permutation else None}
-        refused = refusals(manifest, previous.manifest if previous else None, config.gate)
+        refused = [*filter(None, [refused_plan]), *refusals(manifest, previous.manifest if previous else None, config.gate)]
         manifest["gate"] = {"refused": refused, "forced": bool(refused) and force}
         manifest["measured"] = {"stages": measured(config, progress, previous)}
         manifest["foreseen"] = asdict(foreseen) if foreseen else None
@@ -168,17 +201,16 @@ def check_cluster(config: GenerateConfig) -> None:
     check_renderer(decoder)
 
 
-def deadline_of(config: GenerateConfig, begun: dict[str, Any], previous: Snapshot | None, drawn_seconds: float) -> float | None:
+def deadline_of(config: GenerateConfig, begun_at: datetime.datetime, previous: Snapshot | None, drawn_seconds: float) -> float | None:
     """When rendering must stop, in seconds since 1970: so that assembling ends by `publish_by`, or when the GPU hours are spent.
 
     Of those, `drawn_seconds` were spent by earlier attempts.
     """
     ends = []
     if config.limits.publish_by is not None:
-        start = datetime.datetime.fromisoformat(begun["begun_at"])
         hour, minute = (int(part) for part in config.limits.publish_by.split(":"))
-        end = start.replace(hour=hour, minute=minute, second=0, microsecond=0)
-        end += datetime.timedelta(days=end <= start)
+        end = begun_at.replace(hour=hour, minute=minute, second=0, microsecond=0)
+        end += datetime.timedelta(days=end <= begun_at)
         last = previous.manifest["measured"]["stages"]["assemble"]["seconds"] if previous else 0.0
         ends.append(end.timestamp() - ASSEMBLE_RESERVE * last)
     if config.limits.max_gpu_hours is not None:
@@ -199,4 +231,6 @@ def measured(config: GenerateConfig, progress: Progress, previous: Snapshot | No
             told[name]["actors"] = section.num_actors
         elif name in last:
             told[name] = last[name]
+        else:
+            told.pop(name, None)
     return told

@@ -101,7 +101,7 @@ def build_histories(settings: InteractionSettings, item_id: np.ndarray, storage:
         users_of_bucket, digests = (list(column) for column in zip(*counted, strict=True))
         if not sum(users_of_bucket):
             raise no_users(settings)
-    except BaseException:
+    except Exception:  # not an interrupt: another attempt may be at it by now
         with suppress(*UNREACHABLE):
             delete(out)
         raise

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import typer
 from rich.console import Console
 
-from rebeca_ray.config import DistillConfig, EmbedConfig, GenerateConfig, NightlyConfig, Resume, TrainConfig, load_config
+from rebeca_ray.config import DistillConfig, EmbedConfig, GenerateConfig, NightlyConfig, Resume, TrainConfig, dated, load_config
 from rebeca_ray.errors import QualityGateError, UserError, user_error
 from rebeca_ray.settings import DecoderSettings, Settings
 
@@ -51,6 +51,7 @@ def generate(config: GenerateConfig, *, resume: Resume = "auto", retry_failed: b
     """Prior + decoder + request -> a published snapshot."""
     from rebeca_ray.generation import generate_catalog
 
+    config = dated(config, config.date())
     print_published(generate_catalog(config, resume=resume, retry_failed=retry_failed, force=force), config.root)
 
 
@@ -101,6 +102,7 @@ def estimate(config: GenerateConfig, *, images_per_second: float | None) -> None
     from rebeca_ray.catalog.read import published
     from rebeca_ray.estimate import estimate as foresee
 
+    config = dated(config, config.date())
     found = asdict(foresee(config, images_per_second=images_per_second))
     last = published(config.root)
     table = Table("", "tonight", "the last run", title_justify="left")

@@ -1,20 +1,18 @@
 """One night: embed new items, train if it is due, generate, collect garbage. For a date; done twice, it does nothing the second time."""
 
 import datetime
-import json
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from rebeca_ray.catalog.gc import Garbage, collect
-from rebeca_ray.catalog.pointer import read_pointer
-from rebeca_ray.config import EmbedConfig, GenerateConfig, NightlyConfig, TrainConfig
-from rebeca_ray.errors import UserError, user_error
+from rebeca_ray.catalog.pointer import LostRaceError, read_pointer
+from rebeca_ray.config import NightlyConfig, dated
+from rebeca_ray.errors import UnfinishedError, UserError, user_error
 from rebeca_ray.generation import generate_catalog
 from rebeca_ray.items import embed_items
 from rebeca_ray.storage import join, read_json, write_json
 from rebeca_ray.training import train_prior
 
-J = TypeVar("J", EmbedConfig, TrainConfig, GenerateConfig)
 TRAINED = "nightly.json"  # beside a prior: the date it was trained for
 
 
@@ -36,13 +34,14 @@ def run_nightly(config: NightlyConfig) -> tuple[list[Night], Garbage | None]:
     pointer, _ = read_pointer(config.generate.root)
     last = datetime.date.fromisoformat(pointer.run_date) if pointer.run_date else None
     nights, trouble = [], None
+    since = datetime.datetime.now(datetime.UTC)  # `publish_by` is the same for all of them
     for date in dates_due(last, tonight, config.catch_up):
         try:
-            nights.append(one_night(config, date))
+            nights.append(one_night(config, date, since))
             trouble = trouble or nights[-1].trouble
         except Exception as error:
             found = user_error(error)
-            if found is None or date == tonight:
+            if found is None or date == tonight or found.exit_code in (LostRaceError.exit_code, UnfinishedError.exit_code):
                 raise
             print(f"the night of {date} failed and is left out: {found}", flush=True)
             trouble = trouble or found
@@ -60,7 +59,7 @@ def dates_due(last: datetime.date | None, tonight: datetime.date, catch_up: int)
     return [first + datetime.timedelta(days=number) for number in range((tonight - first).days + 1)]
 
 
-def one_night(config: NightlyConfig, date: datetime.date) -> Night:
+def one_night(config: NightlyConfig, date: datetime.date, since: datetime.datetime) -> Night:
     """Embed, train if due, generate and publish for one date."""
     trouble = None
     if config.embed is not None:
@@ -76,16 +75,10 @@ def one_night(config: NightlyConfig, date: datetime.date) -> Night:
                 raise
             print(f"{date}: training failed, the prior of before is used: {trouble}", flush=True)
     generate = dated(config.generate, date).model_copy(update={"run_date": date})
-    return Night(run_date=date, manifest=generate_catalog(generate), trouble=trouble)
+    return Night(run_date=date, manifest=generate_catalog(generate, since=since), trouble=trouble)
 
 
 def training_is_due(prior: str, date: datetime.date, every_days: int) -> bool:
     """Whether the prior is missing, or `every_days` old on `date`."""
     trained = (read_json(join(prior, TRAINED)) or {}).get("run_date")
     return trained is None or (date - datetime.date.fromisoformat(trained)).days >= every_days
-
-
-def dated(config: J, date: datetime.date) -> J:
-    """The config with `{run_date}` in its paths filled in."""
-    told = json.dumps(config.model_dump(mode="json")).replace("{run_date}", date.isoformat())
-    return type(config).model_validate_json(told)

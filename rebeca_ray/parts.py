@@ -21,8 +21,8 @@ BUSY = "busy_seconds"  # the column in which actors tell what a row took them; n
 class WriteParts:
     """Ray Data stage: rows in; a file for each combination of the `by` columns in a batch; a row of records out for each file.
 
-    Records tell `path` (below `root`), `rows`, `bytes`, `sha256`, `busy_seconds`, the values of the `by` columns, and `note`'s. With a
-    folder for `records` they are also written there, and the `by` columns are in them alone.
+    Records tell `path` (below `root`), `rows`, `bytes`, `sha256`, `failed` (rows with an `error`), `busy_seconds`, the values of the
+    `by` columns, and `note`'s. With a folder for `records` they are also written there, and the `by` columns are in them alone.
     """
 
     def __init__(
@@ -47,7 +47,8 @@ class WriteParts:
         table = table.select([name for name in table.column_names if name != BUSY and (self.records is None or name not in self.by)])
         embeds = "image_embeds" if "image_embeds" in table.column_names else None
         written = write_table(table, join(self.root, path), row_group_size=self.row_group_size, embed_column=embeds)
-        record = {**values, **self.note, "path": path, **written, BUSY: round(busy, 3)}
+        failed = pc.sum(pc.is_valid(table["error"])).as_py() if "error" in table.column_names else 0
+        record = {**values, **self.note, "path": path, **written, "failed": failed or 0, BUSY: round(busy, 3)}
         if self.records:
             write_json(record, join(self.records, f"{'-'.join(str(value) for value in values.values())}-{name}.json"))
         return record

@@ -115,6 +115,7 @@ class PlanUsers:
         decisions: Decisions,
     ) -> None:
         self.config, self.versions, self.histories, self.previous, self.decisions = config, versions, histories, previous, decisions
+        self.kept: tuple[int, pa.Table | None] | None = None
         self.prior = load_prior(config.prior, config.sampler.device)
         if self.prior.fingerprint != versions["prior"]:
             raise UserError(f"prior {config.prior}: was replaced while this run was planning; run again")
@@ -195,7 +196,7 @@ class PlanUsers:
         """Last night's items of some users, with the like probability of tonight's selector, in its order."""
         if not asked or self.previous is None:
             return []
-        parts = [self.previous.bucket("items", bucket, self.config.layout.num_buckets) for bucket in {row["bucket"] for row in asked}]
+        parts = [self.last_items(bucket) for bucket in {row["bucket"] for row in asked}]
         last = pa.concat_tables([part for part in parts if part is not None])
         place = {row["user_id"]: number for number, row in enumerate(asked)}
         last = last.filter(pc.is_in(last["user_id"], value_set=pa.array(list(place))))
@@ -205,11 +206,12 @@ class PlanUsers:
         x_ND = self.prior.scaler.scale(torch.from_numpy(np.pad(embeds_ND, ((0, padding), (0, 0)), mode="edge")))
         like_N, _ = self.judge(x_ND, self.meet(asked), np.pad(row_N, (0, padding), mode="edge"))
         assert like_N is not None  # nobody is rescored without a selector
+        told = last.drop_columns(["image_embeds"]).to_pylist()
         planned: list[dict[str, Any]] = []
         ranks = [0] * len(asked)
         for item in np.lexsort((-like_N[: len(row_N)], row_N)):
             row = asked[row_N[item]]
-            old = last.slice(int(item), 1).to_pylist()[0]
+            old = told[item]
             planned.append(
                 {
                     **{name: old[name] for name in ("item_id", "user_id", "nearest_item_id", "nearest_similarity")},
@@ -227,6 +229,13 @@ class PlanUsers:
             )
             ranks[row_N[item]] += 1
         return planned
+
+    def last_items(self, bucket: int) -> pa.Table | None:
+        """Last night's items of a bucket, the latest of which is kept: users come bucket by bucket."""
+        if self.kept is None or self.kept[0] != bucket:
+            assert self.previous is not None
+            self.kept = (bucket, self.previous.bucket("items", bucket, self.config.layout.num_buckets))
+        return self.kept[1]
 
     def meet(self, asked: list[dict[str, Any]]) -> Users:
         """Everything known of the users of some rows of the request."""

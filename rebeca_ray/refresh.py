@@ -6,6 +6,7 @@ Shapes: G users to be drawn.
 """
 
 import datetime
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -58,7 +59,13 @@ class Decisions:
 
 
 def decide_all(
-    config: GenerateConfig, run: Run, prior: TrainedPrior, histories: Histories | None, previous: Snapshot | None, decoder: str
+    config: GenerateConfig,
+    run: Run,
+    prior: TrainedPrior,
+    histories: Histories | None,
+    previous: Snapshot | None,
+    decoder: str,
+    moved: Callable[[], None],
 ) -> Decisions:
     """Decide for every requested user; a resumed run reads what was decided."""
     marker = join(run.work, "decisions.json")
@@ -74,14 +81,15 @@ def decide_all(
         num_images=config.num_images,
         num_buckets=config.layout.num_buckets,
     )
-    known = known_users(prior)
+    encoder = prior.settings.user_encoder
     by_urgency = config.limits.publish_by is not None or config.limits.max_gpu_hours is not None
     split_request(config, run)
 
     def decide_bucket(bucket: int) -> dict[str, Any]:
-        return Bucket(run, tonight, bucket, histories, known, previous).decide(by_urgency)
+        known = known_users(config.prior, encoder, histories, bucket, tonight.num_buckets)
+        return Users(run, tonight, bucket, known, histories, previous).decide(by_urgency)
 
-    found = for_each_bucket(decide_bucket, tonight.num_buckets)
+    found = for_each_bucket(decide_bucket, tonight.num_buckets, moved)
     pool = decide_pool(run, tonight, previous, most=max(part["most_of_strangers"] for part in found))
     planned = [part["planned"] for part in found]
     if pool and pool["decision"] != CARRY:
@@ -135,15 +143,23 @@ def request_file(run: Run, bucket: int) -> str:
     return join(run.work, "request", f"bucket-{bucket:05d}.parquet")
 
 
-def known_users(prior: TrainedPrior) -> dict[str, tuple[str, int]] | None:
-    """Digest and activity of the users of a prior with a table of them; None if it reads histories."""
-    if prior.users is None:
-        return None if prior.settings.user_encoder == "history" else {}
-    columns = (prior.users[name].to_pylist() for name in ("user_id", "history_digest", "num_likes"))
-    return {user: (digest, likes) for user, digest, likes in zip(*columns, strict=True)}
+def known_users(prior: str, encoder: str, histories: Histories | None, bucket: int, num_buckets: int) -> dict[str, tuple[str, int]]:
+    """Digest and activity of the users of a bucket whom the prior knows: by its table, by their histories, or none at all."""
+    if encoder == "none":
+        return {}
+    parts = [f"{prior.rstrip('/')}/users.parquet"]
+    if encoder == "history":
+        assert histories is not None
+        parts = [histories.file(number) for number in range(bucket, len(histories.users_of_bucket), num_buckets)]
+    known: dict[str, tuple[str, int]] = {}
+    for part in parts:
+        table = read_table(part, "users", ["user_id", "history_digest", "num_likes"])
+        rows = zip(*(column.to_pylist() for column in table), strict=True)
+        known |= {user: (digest, likes) for user, digest, likes in rows if bucket_of(user, num_buckets) == bucket}
+    return known
 
 
-class Bucket:
+class Users:
     """The users of one bucket, met and decided upon."""
 
     def __init__(
@@ -151,22 +167,12 @@ class Bucket:
         run: Run,
         tonight: Tonight,
         bucket: int,
+        known: dict[str, tuple[str, int]],
         histories: Histories | None,
-        known: dict[str, tuple[str, int]] | None,
         previous: Snapshot | None,
     ) -> None:
-        self.run, self.tonight, self.bucket, self.histories = run, tonight, bucket, histories
-        self.known = self.from_histories() if known is None else known
+        self.run, self.tonight, self.bucket, self.histories, self.known = run, tonight, bucket, histories, known
         self.last = last_users(previous, bucket, tonight.num_buckets)
-
-    def from_histories(self) -> dict[str, tuple[str, int]]:
-        """Digest and activity of this bucket's users, from the histories' parts of it."""
-        assert self.histories is not None
-        known: dict[str, tuple[str, int]] = {}
-        for number in range(self.bucket, len(self.histories.users_of_bucket), self.tonight.num_buckets):
-            table = read_table(self.histories.file(number), "histories", ["user_id", "history_digest", "num_likes"])
-            known |= {user: (digest, likes) for user, digest, likes in zip(*(column.to_pylist() for column in table), strict=True)}
-        return known
 
     def decide(self, by_urgency: bool) -> dict[str, Any]:
         """Write the bucket's decisions; returns what must be known of all buckets together."""

@@ -29,6 +29,7 @@ from rebeca_ray.settings import DecoderSettings
 from rebeca_ray.storage import arrow_filesystem, join, list_files, open_filesystem, read_json, write_json
 
 ROW_GROUP = 100
+CLOCKS_DIFFER = 60  # seconds at most, those of actors from ours
 BATCHES_A_CALL = 4  # of a server, which waits for nothing but between calls
 
 
@@ -52,8 +53,9 @@ def render_all(
     late = False
     for unit in range(decisions.units):
         marker = read_json(run.unit(unit))
-        if marker is None or (retry_failed and marker["failed"]):
-            marker = render_unit(config, run, unit, marker, progress, deadline)
+        late_no_more = marker is not None and marker["late"] and (deadline is None or time.time() < deadline)
+        if marker is None or late_no_more or (retry_failed and marker["failed"]):
+            marker = render_unit(config, run, unit, None if late_no_more else marker, progress, deadline)
         files += marker["files"]
         late = late or marker["late"]
     return Rendered(files=files, late=late)
@@ -74,16 +76,21 @@ def render_unit(
         stages = graph(config, run, unit, parts, done, attempt, deadline)
         progress.follow("render", stages, of=total - len(done))
         records = read_records(run, unit)
-    everything = drawn_items(run, records, failed_too=lambda record: True)
-    fit = drawn_items(run, records, failed_too=lambda record: False)
-    whole = len(everything) == total
+    drawn = sum(record["rows"] for record in records)
+    failed = sum(record["failed"] for record in records)
+    if drawn != total or attempt:  # drawn twice, or not at all: the ids tell
+        everything = drawn_items(run, records, failed_too=lambda record: True)
+        drawn, failed = len(everything), len(everything) - len(drawn_items(run, records, failed_too=lambda record: False))
+    whole = drawn == total
     written = {
         "attempt": attempt,
         "files": [{name: value for name, value in record.items() if name != BUSY} for record in records],
         "late": not whole,
-        "failed": len(everything) - len(fit),
+        "failed": failed,
     }
-    if not whole and deadline is None:  # rows were lost: no marker, so that the next attempt draws them
+    if not whole and (
+        deadline is None or time.time() < deadline - CLOCKS_DIFFER
+    ):  # rows were lost: no marker, so that the next attempt draws them
         return {**written, "late": False}
     write_json(written, run.unit(unit))
     return written
@@ -146,7 +153,7 @@ def drawn_items(run: Run, records: list[dict[str, Any]], failed_too: Any) -> pa.
     filesystem, root = open_filesystem(run.root)
 
     def items(record: dict[str, Any]) -> pa.Array:
-        with filesystem.open(join(root, record["path"]), "rb") as file:
+        with filesystem.open(join(root, record["path"]), "rb", cache_type="none") as file:  # not the pixels between
             table = pq.read_table(file, columns=["item_id", "error"])
         return (table if failed_too(record) else table.filter(pc.is_null(table["error"])))["item_id"].combine_chunks()
 

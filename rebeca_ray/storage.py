@@ -25,7 +25,7 @@ from botocore.exceptions import BotoCoreError, HTTPClientError
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import StorageError, UserError
 
 PATIENT: dict[str, Any] = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "total_max_attempts": 10}}
 HASTY: dict[str, Any] = {"connect_timeout": 3, "read_timeout": 10, "retries": {"mode": "standard", "total_max_attempts": 3}}
@@ -93,7 +93,7 @@ def one_line(uri: str, done: str) -> Iterator[None]:
     try:
         yield
     except UNREACHABLE as error:
-        raise UserError(f"{uri}: cannot be {done} ({describe(error)}); check the path, its free space and the credentials") from None
+        raise StorageError(f"{uri}: cannot be {done} ({describe(error)}); check the path, its free space and the credentials") from None
 
 
 def open_table(uri: str, what: str) -> tuple[list[str], pa.Schema]:

@@ -23,7 +23,7 @@ from rebeca_ray.histories import Histories, build_histories, user_table
 from rebeca_ray.items import EmbeddedItems, read_image_embeds
 from rebeca_ray.prior import Prior
 from rebeca_ray.settings import PriorSampling
-from rebeca_ray.storage import arrow_filesystem, open_filesystem, require_own, require_writable
+from rebeca_ray.storage import arrow_filesystem, delete, join, open_filesystem, read_json, require_own, require_writable
 from rebeca_ray.train_loop import STATE, is_streamed, train_loop_per_worker
 from rebeca_ray.training_set import Batch
 
@@ -56,6 +56,7 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
         f"training on {histories.num_users:,} users (any with fewer than interactions.min_likes = {fewest} likes is left out)", flush=True
     )
     x0_ID = scaler.scale(image_embeds).numpy()
+    drop_torn_record(join(config.storage, config.run_name, "checkpoint_manager_snapshot.json"))
     trainer = TorchTrainer(
         train_loop_per_worker,
         train_loop_config={
@@ -113,6 +114,18 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
     prior = finish_prior(prior, histories, x0_ID, seed=config.optimization.seed)
     save_prior(prior, config.out)
     return prior.metrics
+
+
+def drop_torn_record(uri: str) -> None:
+    """Remove Ray Train's record of its checkpoints if it is half-written, as a kill may leave it: it would refuse to start.
+
+    The run then starts anew; the checkpoints themselves stay where they are.
+    """
+    try:
+        read_json(uri)
+    except UserError:
+        print(f"{uri} is half-written, as a kill may leave it; training starts anew", flush=True)
+        delete(uri)
 
 
 def stream_of(histories: Histories, config: TrainConfig) -> ray.data.Dataset:

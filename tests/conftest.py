@@ -233,7 +233,9 @@ def versions_of(config: GenerateConfig) -> dict[str, str]:
 
 def decide(config: GenerateConfig, run: Run, histories: Histories | None = None) -> Decisions:
     """Who is drawn by a run, decided by the stage itself."""
-    return decide_all(config, run, load_prior(config.prior), histories, published(config.root), versions_of(config)["decoder"])
+    return decide_all(
+        config, run, load_prior(config.prior), histories, published(config.root), versions_of(config)["decoder"], lambda: None
+    )
 
 
 def run_of(config: GenerateConfig, epoch: int = 1) -> Run:
@@ -306,7 +308,9 @@ def assembled(config: GenerateConfig, prepared: Prepared, *, requested: int, err
         max_safety_probability=0.5,
         error_budget=error_budget,
     )
-    manifest = assemble(prepared.run, made, prepared.decisions, prepared.parts, prepared.rendered, published(config.root), requested)
+    manifest = assemble(
+        prepared.run, made, prepared.decisions, prepared.parts, prepared.rendered, published(config.root), requested, lambda: None
+    )
     manifest |= {
         "quality": {"permutation": None},
         "gate": {"refused": [], "forced": False},

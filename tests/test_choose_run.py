@@ -4,6 +4,7 @@ import datetime
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,11 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rebeca_ray.catalog.layout import Run
+from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.config import GenerateConfig, Resume, apply_override
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import StorageError, UserError, user_error
+from rebeca_ray.generation import forgotten_if_refused
 from rebeca_ray.resume import begin, choose_run, describe_run, difference
 from rebeca_ray.settings import SamplerSettings
-from rebeca_ray.storage import delete, join, write_json
+from rebeca_ray.storage import delete, exists, join, write_json
 from tests.conftest import USERS, write_items, write_request
 
 TODAY, YESTERDAY = datetime.date(2026, 3, 2), datetime.date(2026, 3, 1)
@@ -246,3 +250,29 @@ def test_any_single_field_that_differs_is_found_and_named(told: dict[str, Any], 
     missing = {key: value for key, value in told.items() if key != name}
     assert difference(told, missing) == f"{name} was {told[name]!r}, is None"
     assert difference(missing, told) == f"{name} was None, is {told[name]!r}"
+
+
+def test_bad_input_leaves_nothing_of_a_new_run_and_a_lost_store_everything(tmp_path: Path) -> None:
+    run = Run(root=str(tmp_path), run_date="2026-03-02", run_id="run", epoch=1)
+
+    def end_with(error: Exception, *, resumed: bool = False, planned: bool = False) -> tuple[BaseException, bool]:
+        """What a run ends with, and whether it can be gone on with."""
+        begin(run.root, run.run_id, datetime.date(2026, 3, 2), {})
+        if planned:
+            write_json({"parts": []}, f"{run.work}/plan.json")
+        try:
+            with hold_lease(run.root, "run", 60) as lease, forgotten_if_refused(run, lease, resumed=resumed):
+                raise error
+        except Exception as ended:
+            found = ended
+        there = exists(run.work)
+        delete(run.work)
+        return found, there
+
+    found, there = end_with(StorageError("s3://bucket/a: cannot be written (time-out)"))
+    assert (user_error(found).exit_code, there) == (75, True)  # type: ignore[union-attr]
+    assert str(found).endswith("cannot be written (time-out). Start run run again: it resumes")
+    assert end_with(UserError("a rating is null")) == (ANY, False)
+    assert end_with(UserError("the prior was replaced"), planned=True) == (ANY, True)
+    assert end_with(UserError("a rating is null"), resumed=True) == (ANY, True)
+    assert end_with(RuntimeError("a bug")) == (ANY, True)

@@ -12,6 +12,8 @@ from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.config import GenerateConfig
 from rebeca_ray.errors import UserError
 from rebeca_ray.estimate import estimate, foresee, padded, seconds_of
+from rebeca_ray.generation import measured as measured_stages
+from rebeca_ray.progress import Progress
 from rebeca_ray.refresh import Decisions
 from rebeca_ray.settings import DecoderSettings, PriceSettings
 from rebeca_ray.storage import read_json, write_json
@@ -89,3 +91,16 @@ def test_batches_are_padded_on_the_actor_that_has_most() -> None:
     assert [padded(rows, 4, 2) for rows in (1, 8, 9)] == [8, 8, 16]
     assert seconds_of(None, 10, 2, 5.0, 4) == 1.0
     assert DecoderSettings(model="any").batch_size == 16
+
+
+def test_a_night_in_which_no_actor_came_to_draw_measures_nothing(config: GenerateConfig) -> None:
+    progress = Progress()
+    with progress.stage("plan"):
+        pass
+    progress.stages |= {
+        "plan": {"seconds": 9.0, "rows": 16, "busy_seconds": 4.0},
+        "render": {"seconds": 5.0, "rows": 0, "busy_seconds": 0.0},
+    }
+    found = measured_stages(config, progress, None)
+    assert found["plan"]["actors"] == 1
+    assert "render" not in found

@@ -212,7 +212,8 @@ def test_when_rendering_must_stop(
     last = Snapshot(root="", path="", files=schemas.FILES.empty_table(), manifest={"measured": {"stages": {"assemble": {"seconds": 40.0}}}})
     decoder = config.decoder.model_copy(update={"num_actors": 2})
     config = config.model_copy(update={"limits": LimitSettings.model_validate(limits), "decoder": decoder})
-    found = deadline_of(config, {"begun_at": "2026-03-02T22:30:00+00:00"}, last, 1800.0)
+    begun_at = datetime.datetime(2026, 3, 2, 22, 30, tzinfo=datetime.UTC)
+    found = deadline_of(config, begun_at, last, 1800.0)
     assert (found and datetime.datetime.fromtimestamp(found, datetime.UTC).isoformat()) == (ends and f"{ends}+00:00")
 
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from rebeca_ray import nightly
 from rebeca_ray.catalog.gc import Garbage
 from rebeca_ray.catalog.layout import Run
-from rebeca_ray.config import GenerateConfig, NightlyConfig, load_config
-from rebeca_ray.errors import QualityGateError, UserError
-from rebeca_ray.nightly import dated, dates_due, run_nightly, training_is_due
+from rebeca_ray.config import GenerateConfig, NightlyConfig, dated, load_config
+from rebeca_ray.errors import QualityGateError, UnfinishedError, UserError
+from rebeca_ray.nightly import dates_due, run_nightly, training_is_due
 from rebeca_ray.storage import write_json
 from tests.conftest import REPO, publish
 
@@ -64,7 +64,8 @@ class Nights:
     def __init__(self, failing: dict[str, Exception]) -> None:
         self.failing, self.dates = failing, list[str]()
 
-    def __call__(self, config: GenerateConfig) -> dict[str, Any]:
+    def __call__(self, config: GenerateConfig, since: datetime.datetime) -> dict[str, Any]:
+        self.since = since
         date = config.date().isoformat()
         if error := self.failing.get(date):
             raise error
@@ -132,3 +133,12 @@ def test_a_training_that_fails_does_not_cost_the_catalog(config: NightlyConfig, 
     with pytest.raises(UserError, match="training diverged"):
         run_nightly(missing)
     assert nights.dates == ["2026-03-05"]  # without any prior there is nothing to draw with
+
+
+def test_a_night_that_can_be_gone_on_with_is_never_left_out(config: NightlyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    nights = stub(monkeypatch, day04=UnfinishedError("storage went away"))
+    publish(config.generate.root, Run(root=config.generate.root, run_date="2026-03-03", run_id="first", epoch=1))
+    with pytest.raises(UnfinishedError, match="storage went away") as caught:
+        run_nightly(config)
+    assert caught.value.exit_code == 75
+    assert nights.dates == []  # a later date would keep this one from ever being resumed

@@ -234,3 +234,24 @@ def test_random_nights_lose_and_double_nothing(config: GenerateConfig, number: i
         assert verify(snapshot, "full") == []
         assert {user: len(items) for user, items in by_user(snapshot).items() if user != POOL} == dict(zip(users, wanted, strict=True))
         assert manifest["counts"]["users"] == len(users)
+
+
+def test_a_stranger_who_drops_a_prompt_gets_the_pools_items(config: GenerateConfig) -> None:
+    users = ["poet", "stranger"]
+    for number in range(3):
+        told = ask(config, users, number, prompt=["noto food pizza", ""])
+        snapshot_of(told, requested=6)
+    _, snapshot = night(config, users, 3)
+    items = by_user(snapshot)
+    assert items["poet"] == items["stranger"] == items[POOL]
+
+
+def test_a_late_user_who_wanted_fewer_gets_all_back(config: GenerateConfig) -> None:
+    snapshot_of(ask(config, USERS[:2], 0, num_images=pa.array([4, 4], pa.int32())), requested=8)
+    told = ask(config, USERS[:2], 1, num_images=pa.array([2, 4], pa.int32()))
+    prepared = prepare(told)
+    manifest = assembled(told, prepared._replace(rendered=Rendered(files=[], late=True)), requested=6)
+    publish(told.root, prepared.run)
+    assert counts(manifest, "carried", "late_users", "filtered", "deferred") == (6, 1, 0, 0)
+    again = snapshot_of(ask(config, USERS[:2], 2, num_images=pa.array([4, 4], pa.int32())), requested=8)
+    assert counts(again, "new", "carried", "filtered") == (4, 4, 0)

@@ -29,7 +29,7 @@ from rebeca_ray.sampling import sample_liked
 from rebeca_ray.settings import SamplerSettings
 from rebeca_ray.storage import read_table
 from rebeca_ray.train_loop import train_epoch
-from rebeca_ray.training import run_name, train_prior
+from rebeca_ray.training import drop_torn_record, run_name, train_prior
 from rebeca_ray.training_set import USERS_A_BLOCK, Batch, Rated, UserBlock
 from rebeca_ray.users import UserTable
 from tests.conftest import D
@@ -248,7 +248,8 @@ def test_killed_workers_and_drivers_go_on_from_the_last_epoch(world: dict[str, s
     second = start_training(config, tmp_path, ray_local)
     out, _ = second.communicate(timeout=200)
     assert second.returncode == 0, out
-    assert min(epochs_in(out)) > 5  # the sixth may not have been kept yet
+    if "half-written" not in out:  # the kill came while Ray Train wrote its record, some once in fifty times
+        assert min(epochs_in(out)) > 5  # the sixth may not have been kept yet
     assert epochs_in(out)[-1] == 12
     epochs = [int(line.split(",")[0]) for line in (Path(config.out) / "training.csv").read_text().splitlines()[1:]]
     assert epochs == list(range(1, 13))
@@ -258,3 +259,15 @@ def test_items_without_embeddings_are_refused(world: dict[str, str]) -> None:
     pq.write_table(pa.table({"item_id": ["i00"], "image": [b""]}), world["items"])
     with pytest.raises(UserError, match="column 'image_embeds' is missing; run `rebeca embed` on them first"):
         train_prior(configure(world))
+
+
+def test_a_half_written_record_of_ray_train_is_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = tmp_path / "checkpoint_manager_snapshot.json"
+    drop_torn_record(str(record))
+    record.write_text('{"ray_version": "2.60.0"}')
+    drop_torn_record(str(record))
+    assert record.exists()
+    record.write_text('{"ray_version": "2.6')
+    drop_torn_record(str(record))
+    assert not record.exists()
+    assert "half-written" in capsys.readouterr().out

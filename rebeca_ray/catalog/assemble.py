@@ -5,6 +5,7 @@ user's first items.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -41,7 +42,14 @@ class MadeOf:
 
 
 def assemble(
-    run: Run, made: MadeOf, decisions: Decisions, parts: list[dict[str, Any]], rendered: Rendered, previous: Snapshot | None, requested: int
+    run: Run,
+    made: MadeOf,
+    decisions: Decisions,
+    parts: list[dict[str, Any]],
+    rendered: Rendered,
+    previous: Snapshot | None,
+    requested: int,
+    moved: Callable[[], None],
 ) -> dict[str, Any]:
     """Write the snapshot's tables and its file list; returns its manifest, which the caller judges, completes and writes.
 
@@ -67,7 +75,7 @@ def assemble(
             pool=decisions.pool,
         )
     )
-    found = for_each_bucket(lambda bucket: Bucket.read(work, bucket).assemble(), made.num_buckets)
+    found = for_each_bucket(lambda bucket: Bucket.read(work, bucket).assemble(), made.num_buckets, moved)
     counts = total([part.counts for part in found])
     accounted = sum(counts.get(kind, 0) for kind in KINDS)
     if undrawn := sum(part.undrawn for part in found):

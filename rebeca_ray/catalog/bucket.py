@@ -107,7 +107,7 @@ class Bucket:
         """Whether a user has the very items of last night."""
         if row["decision"] == POOLED:
             kept = self.work.pool is not None and self.work.pool["decision"] == CARRY
-            return bool(kept and last["stranger"] and last["num_images"] == row["num_images"])
+            return bool(kept and last["stranger"] and last["num_images"] == row["num_images"] and last["made_with"] == row["made_with"])
         return bool(row["decision"] == CARRY)
 
     def by_reference(self) -> Assembled:
@@ -225,7 +225,8 @@ class Bucket:
         for user, row in self.decided.items():
             last = self.last.get(user)
             if user in found.late:
-                rows += [{**last, "num_items": num_items.get(user, 0), "late": True}] if last else []
+                wanted = min(last["num_images"], row["num_images"]) if last else 0  # who wants more again is drawn
+                rows += [{**last, "num_images": wanted, "num_items": num_items.get(user, 0), "late": True}] if last else []
                 continue
             kept = last is not None and (row["decision"] == RESCORE or self.keeps(row, last))
             made = {name: last[name] for name in ("planned_on", "run_id", "prior")} if kept and last else self.made_tonight()

@@ -53,11 +53,21 @@ def mostly_dead(work: Assembly, bucket: int, items: pa.Table) -> np.ndarray:
     images = work.previous.files.filter(
         pc.and_(pc.equal(work.previous.files["table"], "images"), pc.equal(work.previous.files["bucket"], bucket))
     )
-    places = np.unique(np.stack([items["image_file"].to_numpy(), items["image_row"].to_numpy()]), axis=1)
-    live = {int(file): int(count) for file, count in zip(*np.unique(places[0], return_counts=True), strict=True)}
+    last = work.previous.bucket("items", bucket, work.num_buckets, ["image_file", "image_row"])
+    if last is None:
+        return np.array([], int)
+    own = distinct_places(last)  # of a file that serves other buckets too, from before a change of their number, nothing is known here
+    alone = {file for file, live in zip(images["file"].to_pylist(), images["live_rows"].to_pylist(), strict=True) if own.get(file) == live}
+    live = distinct_places(items)
     pooled = set() if work.pool_items is None else set(work.pool_items["image_file"].to_pylist())
     found = zip(images["file"].to_pylist(), images["rows"].to_pylist(), strict=True)
-    return np.array([file for file, count in found if 0 < live.get(file, 0) < MIN_LIVE * count and file not in pooled], int)
+    return np.array([file for file, count in found if 0 < live.get(file, 0) < MIN_LIVE * count and file in alone - pooled], int)
+
+
+def distinct_places(items: pa.Table) -> dict[int, int]:
+    """How many rows of each image file are pointed to."""
+    places = np.unique(np.stack([items["image_file"].to_numpy(), items["image_row"].to_numpy()]), axis=1)
+    return {int(file): int(count) for file, count in zip(*np.unique(places[0], return_counts=True), strict=True)}
 
 
 def read_images(work: Assembly, files: np.ndarray, rows: np.ndarray) -> pa.Table:

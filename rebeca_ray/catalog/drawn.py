@@ -35,7 +35,7 @@ class Drawn:
         filesystem, base = open_filesystem(root)
 
         def index(file: dict[str, Any]) -> pa.Table:
-            with filesystem.open(join(base, file["path"]), "rb") as handle:
+            with filesystem.open(join(base, file["path"]), "rb", cache_type="none") as handle:  # not the pixels between
                 table = pq.read_table(handle, columns=COLUMNS)
             count = table.num_rows
             for name, values in (

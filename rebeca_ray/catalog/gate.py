@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rebeca_ray.catalog.layout import Run
-from rebeca_ray.errors import QualityGateError
 from rebeca_ray.evaluation.permutation import PermutationTest, permutation_test
 from rebeca_ray.settings import GateSettings
 from rebeca_ray.storage import list_files, open_filesystem
@@ -20,21 +19,21 @@ MAX_FILES, MAX_USERS, MAX_ITEMS_A_USER = 20, 2000, 10  # a sample of the plan is
 MIN_USERS = 20  # fewer tell too little to stop a run
 
 
-def check_plan(run: Run, gate: GateSettings, *, force: bool = False) -> PermutationTest | None:
-    """Test whether the prior draws what its users like, and not what others like, as the selector sees it.
+def check_plan(run: Run, gate: GateSettings) -> tuple[PermutationTest | None, str | None]:
+    """Test whether the prior draws what its users like, and not what others like, as the selector sees it; and why that stops a run.
 
     Tested are candidates as they were drawn: those that the selector chose would please it whoever they were drawn for. It
-    catches a prior that ignores its users; items of people at large are left out. None without a selector or for fewer
-    than two users. Raises QualityGateError before anything is rendered, unless `force` is given.
+    catches a prior that ignores its users; items of people at large are left out. There is no test without a selector or for fewer
+    than two users.
     """
     test = plan_test(read_sample(run.plan))
-    if test and not force and test.num_users >= MIN_USERS and gate.max_p_value is not None and test.p_value > gate.max_p_value:
-        raise QualityGateError(
-            f"run {run.run_id}: what the prior draws pleases its own users no more than others: like probability {test.own:.4f}, "
-            f"{test.null_mean:.4f} when dealt at random (p = {test.p_value:.4f} with {test.num_users} users; gate.max_p_value is "
-            f"{gate.max_p_value:g}). Nothing was rendered or published; look at the prior's training.csv, or train it longer"
-        )
-    return test
+    if test is None or test.num_users < MIN_USERS or gate.max_p_value is None or test.p_value <= gate.max_p_value:
+        return test, None
+    return test, (
+        f"run {run.run_id}: what the prior draws pleases its own users no more than others: like probability {test.own:.4f}, "
+        f"{test.null_mean:.4f} when dealt at random (p = {test.p_value:.4f} with {test.num_users} users; gate.max_p_value is "
+        f"{gate.max_p_value:g})"
+    )
 
 
 def refusals(manifest: dict[str, Any], before: dict[str, Any] | None, gate: GateSettings) -> list[str]:

@@ -10,11 +10,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from rebeca_ray.catalog.lease import hold_lease
-from rebeca_ray.catalog.pointer import read_pointer
+from rebeca_ray.catalog.pointer import Pointer, read_pointer
 from rebeca_ray.catalog.read import open_snapshot
 from rebeca_ray.catalog.snapshots import LEASE_SECONDS, list_snapshots
+from rebeca_ray.errors import UserError
 from rebeca_ray.resume import unfinished_runs
 from rebeca_ray.storage import delete, join, list_files, list_folders
+
+MAX_HOURS = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +33,14 @@ class Garbage:
 def collect(root: str, *, keep: int, grace_hours: float, dry_run: bool = False) -> Garbage:
     """Remove what no kept snapshot and no unfinished run needs; returns it.
 
-    Kept are the published snapshot, the `keep` latest, and whatever was still the latest one within the last `grace_hours`, so that a
-    reader who holds it can finish. Unfinished runs stay as long, from when they were begun. Raises LostRaceError while a run is at work.
+    Kept are the published snapshot and the one it followed, the `keep` that were published last, and whatever was published or made
+    within the last `grace_hours`, so that a reader who holds it can finish. Unfinished runs stay as long, from when they were begun.
+    Raises LostRaceError while a run is at work.
     """
+    if read_pointer(root)[1] is None:
+        raise UserError(f"catalog {root}: there is none (no latest.json); give the root of one")
+    if not (keep > 0 and 0 <= grace_hours <= MAX_HOURS):
+        raise UserError(f"keep {keep}, grace_hours {grace_hours}: keep at least one, for 0 to {MAX_HOURS:,} hours")
     with hold_lease(root, "gc", LEASE_SECONDS):
         garbage = find_garbage(root, keep=keep, now=datetime.now(UTC), grace=timedelta(hours=grace_hours))
         if not dry_run:
@@ -56,7 +64,7 @@ def find_garbage(root: str, *, keep: int, now: datetime, grace: timedelta) -> Ga
     root = root.rstrip("/")
     snapshots = list_snapshots(root)
     begun = {run_id: told for run_id, told in unfinished_runs(root).items() if now - datetime.fromisoformat(told["begun_at"]) < grace}
-    kept = kept_snapshots(snapshots, read_pointer(root)[0].run_id, keep, now, grace)
+    kept = kept_snapshots(snapshots, read_pointer(root)[0], keep, now, grace)
     kept += [manifest for manifest in snapshots if manifest["run_id"] in begun and manifest not in kept]
     kept_ids = {manifest["run_id"] for manifest in kept}
     alive = kept_ids | set(begun)
@@ -78,13 +86,11 @@ def find_garbage(root: str, *, keep: int, now: datetime, grace: timedelta) -> Ga
     return Garbage(manifests=manifests, folders=folders, files=files, kept=sorted(kept_ids))
 
 
-def kept_snapshots(
-    snapshots: list[dict[str, Any]], published: str | None, keep: int, now: datetime, grace: timedelta
-) -> list[dict[str, Any]]:
-    """Of snapshots, the oldest first, those that stay."""
-    followed = [datetime.fromisoformat(manifest["created_at"]) for manifest in snapshots[1:]] + [now]
-    return [
-        manifest
-        for place, (manifest, until) in enumerate(zip(snapshots, followed, strict=True))
-        if manifest["run_id"] == published or place >= len(snapshots) - keep or now - until < grace
-    ]
+def kept_snapshots(snapshots: list[dict[str, Any]], pointer: Pointer, keep: int, now: datetime, grace: timedelta) -> list[dict[str, Any]]:
+    """Of snapshots those that stay: the published one and the one it followed, the `keep` that were published last, and, within the grace
+    period, whatever was published until then or was made and not published."""
+    before = {left["run_id"]: datetime.fromisoformat(left["at"]) for left in pointer.left}
+    latest = {pointer.run_id, *[*dict.fromkeys(run_id for run_id in reversed([*before]) if run_id != pointer.run_id)][: keep - 1]}
+    latest |= {manifest["previous"] for manifest in snapshots if manifest["run_id"] == pointer.run_id}
+    ends = {manifest["run_id"]: before.get(manifest["run_id"], datetime.fromisoformat(manifest["created_at"])) for manifest in snapshots}
+    return [manifest for manifest in snapshots if manifest["run_id"] in latest or now - ends[manifest["run_id"]] < grace]

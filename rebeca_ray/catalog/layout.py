@@ -2,7 +2,7 @@
 
     <root>/latest.json                                                     what is published, and who may write
     <root>/snapshots/run_date=<date>/run_id=<id>/manifest.json             written last
-    <root>/snapshots/run_date=<date>/run_id=<id>/files.parquet             one row a file
+    <root>/snapshots/run_date=<date>/run_id=<id>/files-<epoch>.parquet     one row a file
     <root>/snapshots/run_date=<date>/run_id=<id>/{items,users,errors,changes}/bucket=<b>/part-<epoch>.parquet
     <root>/images/run_id=<id>/bucket=<b>/part-<epoch>-*.parquet            immutable; may serve later snapshots too
     <root>/work/run_id=<id>/run.json                                       what the run is made from; written first
@@ -10,7 +10,7 @@
     <root>/work/run_id=<id>/records/unit=<u>/                              one record an image file, written after it
     <root>/work/run_id=<id>/units/<u>.json                                 that a unit is rendered, with its records
 
-A reader follows `latest.json` -> `manifest.json` -> `files.parquet` -> files, and never lists a prefix.
+A reader follows `latest.json` -> `manifest.json` -> its file list -> files, and never lists a prefix.
 """
 
 import secrets
@@ -79,11 +79,15 @@ def new_run_id() -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
 
 
-def for_each_bucket(work: Callable[[int], T], num_buckets: int) -> list[T]:
-    """`work` of every bucket, in order: each in a Ray task of its own, a single one here."""
+def for_each_bucket(work: Callable[[int], T], num_buckets: int, moved: Callable[[], None]) -> list[T]:
+    """`work` of every bucket, in order: each in a Ray task of its own, a single one here. Calls `moved` whenever one is done."""
     if num_buckets == 1:
         return [work(0)]
     import ray
 
     task: Any = ray.remote(work)
-    return list(ray.get([task.remote(bucket) for bucket in range(num_buckets)]))
+    tasks = left = [task.remote(bucket) for bucket in range(num_buckets)]
+    while left:
+        _, left = ray.wait(left, fetch_local=False)
+        moved()
+    return list(ray.get(tasks))

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from rebeca_ray.catalog.pointer import LeaseState, LostRaceError, Pointer, change_pointer, read_pointer
+from rebeca_ray.catalog.pointer import LeaseState, LostRaceError, Pointer, change_pointer, left_behind, read_pointer
 from rebeca_ray.errors import UserError
 
 BEATS = 4  # in the time after which a silent lease is taken over
@@ -97,7 +97,7 @@ class Lease:
 
         def move(pointer: Pointer) -> Pointer:
             self.own(pointer)
-            return replace(pointer, run_id=run_id, run_date=run_date, snapshot=snapshot, forced=forced)
+            return replace(pointer, run_id=run_id, run_date=run_date, snapshot=snapshot, forced=forced, left=left_behind(pointer, run_id))
 
         change_pointer(self.root, move)
 

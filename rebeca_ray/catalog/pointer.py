@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rebeca_ray.storage import UNREACHABLE, describe, is_local, join, one_line, 
 
 POINTER = "latest.json"
 LOCK_SECONDS = 30  # which a change takes milliseconds of
+REMEMBERED = 100  # snapshots that were published before
 TRIES = 20  # of changing it while others do
 
 
@@ -36,6 +38,13 @@ class LeaseState(TypedDict):
     seconds: float
 
 
+class Left(TypedDict):
+    """A snapshot that was published, and when another took its place (ISO 8601, UTC)."""
+
+    run_id: str
+    at: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pointer:
     """The published snapshot (None before the first), the highest epoch handed out, and the lease of a run at work."""
@@ -46,6 +55,7 @@ class Pointer:
     snapshot: str | None = None  # its folder, below the root
     forced: bool = False  # published though the quality gate refused it
     lease: LeaseState | None = None
+    left: tuple[Left, ...] = ()  # published before, the last of them last; gc goes by it
 
 
 def read_pointer(root: str) -> tuple[Pointer, str | None]:
@@ -93,6 +103,14 @@ def change_pointer(root: str, change: Callable[[Pointer], Pointer]) -> Pointer:
         if read_pointer(root)[0] == wanted:
             return wanted
     raise LostRaceError(f"catalog {root}: {POINTER} was changed by others {TRIES} times in a row; look who writes there")
+
+
+def left_behind(pointer: Pointer, run_id: str) -> tuple[Left, ...]:
+    """What will have been published before, once `run_id` is. The time is told for gc alone."""
+    if pointer.run_id is None or pointer.run_id == run_id:
+        return pointer.left
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return (*pointer.left, Left(run_id=pointer.run_id, at=now))[-REMEMBERED:]
 
 
 def locked(path: Path) -> Any:

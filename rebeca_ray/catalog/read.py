@@ -1,5 +1,6 @@
 """Reading a published snapshot: pointer, manifest, file list, files; no prefix is ever listed."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,15 +26,19 @@ class Snapshot:
     manifest: dict[str, Any]
     files: pa.Table  # schemas.FILES
 
-    def paths(self, table: str) -> list[str]:
-        """The files of a table in the order of their number, below the root."""
+    def paths(self, table: str, buckets: set[int] | None = None) -> list[str]:
+        """The files of a table, of all buckets or of some, in the order of their number, below the root."""
         chosen = self.files.filter(pc.equal(self.files["table"], table)).sort_by("file")
+        if buckets is not None:
+            chosen = chosen.filter(pc.is_in(chosen["bucket"], value_set=pa.array(sorted(buckets), pa.int32())))
         return list(chosen["path"].to_pylist())
 
-    def table(self, name: str, columns: list[str] | None = None, filter: pc.Expression | None = None) -> pa.Table:
+    def table(
+        self, name: str, columns: list[str] | None = None, filter: pc.Expression | None = None, buckets: set[int] | None = None
+    ) -> pa.Table:
         """Rows of one of the snapshot's tables in memory."""
         filesystem, root = open_filesystem(self.root)
-        files = [join(root, path) for path in self.paths(name)]
+        files = [join(root, path) for path in self.paths(name, buckets)]
         if not files:  # of errors and changes, when everything was carried over
             empty = schemas.table(name, self.manifest["embed_dim"]).empty_table()
             return empty if columns is None else empty.select(columns)
@@ -48,17 +53,21 @@ class Snapshot:
         own = self.files.filter(pc.equal(self.files["table"], name))
         if own.num_rows == 0:
             return None
-        if same := self.manifest["num_buckets"] == num_buckets:
-            own = own.filter(pc.equal(own["bucket"], bucket))
-        tables = [
-            read_table(join(self.root, path), "catalog", columns and [*dict.fromkeys([*columns, "user_id"])])
-            for path in own["path"].to_pylist()
-        ]
+        same = self.manifest["num_buckets"] == num_buckets
+        step = math.gcd(self.manifest["num_buckets"], num_buckets)  # both are the same hash, modulo
+        own = own.filter(pa.array([other % step == bucket % step for other in own["bucket"].to_pylist()], pa.bool_()))
+        read = None if columns is None else [*dict.fromkeys([*columns, "user_id"])]
+        tables = []
+        for path in own["path"].to_pylist():
+            table = read_table(join(self.root, path), "catalog", read)
+            if not same:
+                table = table.filter(
+                    pa.array([bucket_of(user, num_buckets) == bucket for user in table["user_id"].to_pylist()], pa.bool_())
+                )
+            tables.append(table)
         if not tables:
             return None
         table = pa.concat_tables(tables)
-        if not same:
-            table = table.filter(pa.array([bucket_of(user, num_buckets) == bucket for user in table["user_id"].to_pylist()], pa.bool_()))
         return table if columns is None else table.select(columns)
 
     def items(self, columns: list[str] | None = None, user_ids: list[str] | None = None) -> pa.Table:
@@ -68,8 +77,11 @@ class Snapshot:
         """
         if isinstance(user_ids, str):
             raise TypeError(f"user_ids is the string {user_ids!r}; give a list of users, [{user_ids!r}]")
-        chosen = None if user_ids is None else pc.field("user_id").isin(user_ids)
-        return self.table("items", columns, chosen)
+        if user_ids is None:
+            return self.table("items", columns)
+        num_buckets = self.manifest["num_buckets"]
+        buckets = {bucket_of(user, num_buckets) for user in user_ids}
+        return self.table("items", columns, pc.field("user_id").isin(user_ids), buckets)
 
     def images(self, items: pa.Table) -> list[bytes]:
         """The encoded images of rows of `items`, in their order; reads only the row groups that hold them."""

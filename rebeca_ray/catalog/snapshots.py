@@ -3,12 +3,13 @@
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from rebeca_ray.catalog.layout import work_folder
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import open_snapshot
 from rebeca_ray.catalog.verify import verify
 from rebeca_ray.errors import QualityGateError, UserError
-from rebeca_ray.storage import join, list_files, read_json
+from rebeca_ray.storage import delete, join, list_files, read_json
 
 LEASE_SECONDS = 60
 
@@ -38,11 +39,13 @@ def publish_snapshot(root: str, run_id: str) -> dict[str, Any]:
 
     Raises UserError if there is no such snapshot or a file of it is missing, LostRaceError while a run is at work.
     """
-    manifest = find_snapshot(root, run_id)
-    if wrong := verify(open_snapshot(root, manifest["path"]), "metadata"):
-        raise QualityGateError(f"catalog {root}: run {run_id} is not published: {wrong[0]} ({len(wrong)} such)")
-    with hold_lease(root, f"publish of {run_id}", LEASE_SECONDS) as lease:
+    find_snapshot(root, run_id)  # a slip of the keyboard writes nothing
+    with hold_lease(root, f"publish of {run_id}", LEASE_SECONDS) as lease:  # from here on nothing is collected
+        manifest = find_snapshot(root, run_id)
+        if wrong := verify(open_snapshot(root, manifest["path"]), "metadata"):
+            raise QualityGateError(f"catalog {root}: run {run_id} is not published: {wrong[0]} ({len(wrong)} such)")
         lease.publish(run_id=run_id, run_date=manifest["run_date"], snapshot=manifest["path"], forced=bool(manifest["gate"]["refused"]))
+        delete(work_folder(root, run_id))  # there is nothing left to go on with
     return manifest
 
 

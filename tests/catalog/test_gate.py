@@ -1,5 +1,6 @@
 """The quality gate: a prior that draws the same for everybody stops a run before it is rendered."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from rebeca_ray.catalog.gate import MAX_ITEMS_A_USER, check_plan, plan_test, rea
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.checkpoint import load_prior, save_prior
 from rebeca_ray.config import GenerateConfig
-from rebeca_ray.errors import QualityGateError
 from rebeca_ray.selector import Selector
 from rebeca_ray.settings import GateSettings
 from tests.conftest import D, plan, prior_users, write_tiny_prior
@@ -45,7 +45,8 @@ def write_plan(folder: Path, *, users: int, own: bool, items: int = 3, origin: s
 
 
 def test_personal_draws_pass_with_their_figures(tmp_path: Path) -> None:
-    test = check_plan(write_plan(tmp_path, users=30, own=True), GateSettings())
+    test, refusal = check_plan(write_plan(tmp_path, users=30, own=True), GateSettings())
+    assert refusal is None
     assert test is not None
     assert test.num_users == 30
     assert test.p_value == 1 / 10_001  # no permutation comes near
@@ -55,22 +56,24 @@ def test_personal_draws_pass_with_their_figures(tmp_path: Path) -> None:
 
 def test_draws_for_others_stop_the_run_and_null_lets_it_go_on(tmp_path: Path) -> None:
     run = write_plan(tmp_path, users=30, own=False)
-    with pytest.raises(QualityGateError, match=r"its own users no more than others.*30 users.*gate\.max_p_value is 0\.01") as error:
-        check_plan(run, GateSettings())
-    assert error.value.exit_code == 4
-    test = check_plan(run, GateSettings(max_p_value=None))
+    _, refusal = check_plan(run, GateSettings())
+    assert refusal is not None
+    assert re.search(r"its own users no more than others.*30 users.*gate\.max_p_value is 0\.01", refusal)
+    test, refusal = check_plan(run, GateSettings(max_p_value=None))
+    assert refusal is None
     assert test is not None
     assert test.p_value > 0.01
 
 
 def test_few_users_are_told_of_but_stop_nothing(tmp_path: Path) -> None:
-    test = check_plan(write_plan(tmp_path, users=19, own=False), GateSettings())
+    test, refusal = check_plan(write_plan(tmp_path, users=19, own=False), GateSettings())
+    assert refusal is None
     assert test is not None
     assert test.num_users == 19
 
 
 def test_the_population_is_not_tested(tmp_path: Path) -> None:
-    assert check_plan(write_plan(tmp_path, users=30, own=False, origin="population"), GateSettings()) is None
+    assert check_plan(write_plan(tmp_path, users=30, own=False, origin="population"), GateSettings()) == (None, None)
 
 
 def test_a_large_plan_is_sampled(tmp_path: Path) -> None:
@@ -91,8 +94,7 @@ def test_a_prior_that_ignores_its_users_does_not_pass_by_what_the_selector_chose
     run = Run(root=str(tmp_path), run_date="2026-01-01", run_id="run", epoch=1)
     Path(run.plan).mkdir(parents=True)
     pq.write_table(planned, f"{run.plan}/a.parquet")
-    with pytest.raises(QualityGateError, match="pleases its own users no more than others"):
-        check_plan(run, GateSettings())
+    assert "pleases its own users no more than others" in str(check_plan(run, GateSettings())[1])
     chosen = [float(value) for value in planned["like_probability"].to_pylist()]
     test = plan_test(read_sample(run.plan))
     assert test is not None

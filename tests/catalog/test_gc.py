@@ -9,7 +9,7 @@ import pytest
 from rebeca_ray.catalog import gc
 from rebeca_ray.catalog.gc import collect, find_garbage, kept_snapshots
 from rebeca_ray.catalog.lease import hold_lease
-from rebeca_ray.catalog.pointer import LostRaceError
+from rebeca_ray.catalog.pointer import LostRaceError, read_pointer
 from rebeca_ray.catalog.read import open_snapshot, read_catalog
 from rebeca_ray.catalog.snapshots import find_snapshot, list_snapshots, publish_snapshot, roll_back
 from rebeca_ray.catalog.verify import verify
@@ -87,10 +87,18 @@ def test_a_snapshot_stays_through_the_grace_period_after_it_was_followed(four_ni
     now = datetime.datetime.now(datetime.UTC)
     snapshots = list_snapshots(root)
     hour = datetime.timedelta(hours=1)
-    assert kept_snapshots(snapshots, snapshots[-1]["run_id"], 1, now, hour) == snapshots
-    assert kept_snapshots(snapshots, snapshots[0]["run_id"], 1, now + 2 * hour, hour) == [snapshots[0], snapshots[-1]]
+    pointer, _ = read_pointer(root)
+    assert [left["run_id"] for left in pointer.left] == [manifest["run_id"] for manifest in snapshots[:3]]
+    assert kept_snapshots(snapshots, pointer, 1, now, hour) == snapshots
+    assert kept_snapshots(snapshots, pointer, 1, now + 2 * hour, hour) == snapshots[2:]  # it, and the one it followed
+    assert kept_snapshots(snapshots, pointer, 3, now + 2 * hour, hour) == snapshots[1:]
+    long_ago = [{**manifest, "created_at": "2020-01-01T00:00:00+00:00"} for manifest in snapshots]  # made long before they were followed
+    assert kept_snapshots(long_ago, pointer, 1, now, hour) == long_ago
+    never = {**snapshots[0], "run_id": "refused", "created_at": now.isoformat()}  # by the gate, tonight: it counts for nobody's place
+    assert kept_snapshots([*snapshots, never], pointer, 2, now + 2 * hour, hour) == snapshots[2:]
+    assert kept_snapshots([*snapshots, never], pointer, 2, now, hour) == [*snapshots, never]
     garbage = find_garbage(root, keep=1, now=now + 2 * hour, grace=hour)
-    assert len(garbage.manifests) == 3
+    assert len(garbage.manifests) == 2
     assert read_catalog(root).manifest["run_id"] in garbage.kept
 
 
@@ -123,6 +131,16 @@ def test_publishing_by_hand_and_back_again(four_nights: GenerateConfig) -> None:
     Path(root, read_catalog(root).paths("items")[0]).unlink()
     with pytest.raises(QualityGateError, match=r"is not published: .*items/bucket=0/.*: is missing \(1 such\)"):
         publish_snapshot(root, fourth)
+
+
+def test_a_slip_of_the_keyboard_makes_no_catalog(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is none \(no latest.json\)"):
+        collect(str(tmp_path / "typo"), keep=1, grace_hours=0)
+    (tmp_path / "latest.json").write_text("{}")
+    for hours in (float("nan"), -1.0, 1e13):
+        with pytest.raises(UserError, match="for 0 to 100,000 hours"):
+            collect(str(tmp_path), keep=1, grace_hours=hours)
+    assert [path.name for path in tmp_path.iterdir()] == ["latest.json"]
 
 
 def test_there_is_nothing_before_the_first(config: GenerateConfig) -> None:
