@@ -26,15 +26,14 @@ CHANGED = 0.05
 
 
 def rate_something(source: Path, users: list[str], out: Path) -> None:
-    """The interactions with one more rating of each of some users, of an item they had rated, a day after all others."""
+    """The interactions with one more rating of each of some users, of an item new to them, a day after all others."""
     table = pq.read_table(source)
-    rows = table.filter(np.isin(table["user_id"].to_numpy(zero_copy_only=False), users))
-    first = np.unique(rows["user_id"].to_numpy(zero_copy_only=False), return_index=True)[1]
+    owner, item = (table[name].to_numpy(zero_copy_only=False) for name in ("user_id", "item_id"))
+    everything = np.unique(item)
+    rated = [str(np.setdiff1d(everything, item[owner == user])[0]) for user in users]
     latest = np.max(table["timestamp"].to_numpy()) + np.timedelta64(1, "D")
-    more = rows.take(pa.array(first))
-    more = more.set_column(
-        more.schema.get_field_index("timestamp"), "timestamp", pa.array(np.full(len(first), latest), more["timestamp"].type)
-    )
+    columns = {"user_id": users, "item_id": rated, "rating": [5.0] * len(users), "timestamp": [latest.astype(object)] * len(users)}
+    more = pa.table({name: columns[name] for name in table.column_names}, schema=table.schema)
     pq.write_table(pa.concat_tables([table, more]), out)
 
 
