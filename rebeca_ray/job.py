@@ -118,7 +118,9 @@ def list_catalog(root: str) -> None:
     from rebeca_ray.catalog.pointer import read_pointer
     from rebeca_ray.catalog.snapshots import list_snapshots
 
-    pointer, _ = read_pointer(root)
+    pointer, version = read_pointer(root)
+    if version is None:
+        raise UserError(f"catalog {root}: there is none (no latest.json); give the root of one")
     table = Table("run_date", "run_id", "created_at", "items", "new", "")
     for manifest in list_snapshots(root):
         counts = manifest["counts"]

@@ -107,3 +107,12 @@ def test_dry_run_prints_the_resolved_config_and_starts_nothing() -> None:
     assert out.returncode == 0
     assert '"num_images": 9' in out.stdout
     assert "rebeca-stickers/prior" in out.stdout
+
+
+@pytest.mark.parametrize("command", ["list", "show", "verify", "rollback", "gc", "publish"])
+def test_a_catalog_that_is_not_there_is_one_line_and_stays_away(tmp_path: Path, command: str) -> None:
+    out = run("catalog", command, str(tmp_path / "nowhere"), *(["--run-id", "a"] if command == "publish" else []))
+    assert out.returncode == 2
+    assert out.stderr.startswith(f"error: catalog {tmp_path}/nowhere: ")
+    assert out.stderr.count("\n") == 1
+    assert not (tmp_path / "nowhere").exists()
