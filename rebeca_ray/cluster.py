@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import UnfinishedError, UserError
 
 RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line a worker prints shows twice
@@ -37,7 +37,13 @@ def start_ray() -> None:
 
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # a warning that only a Ray open to others needs
     if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=True, logging_level=logging.WARNING)
+        try:
+            ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=True, logging_level=logging.WARNING)
+        except Exception as error:  # of every kind, by what did not answer in time
+            why = str(error).split(". ")[0][:200]
+            raise UnfinishedError(
+                f"Ray could not be started or joined ({why}); look at RAY_ADDRESS and the machine's load, start again"
+            ) from None
     context = ray.data.DataContext.get_current()  # this sets up Ray Data's log, so only now:
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # so that a UserError in a stage arrives as one

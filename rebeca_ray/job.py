@@ -113,7 +113,7 @@ def estimate(config: GenerateConfig, *, images_per_second: float | None) -> None
 
 def list_catalog(root: str) -> None:
     """A line a snapshot."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from rebeca_ray.catalog.pointer import read_pointer
     from rebeca_ray.catalog.snapshots import list_snapshots
@@ -121,12 +121,12 @@ def list_catalog(root: str) -> None:
     pointer, version = read_pointer(root)
     if version is None:
         raise UserError(f"catalog {root}: there is none (no latest.json); give the root of one")
-    table = Table("run_date", "run_id", "created_at", "items", "new", "")
+    table = Table("run_date", Column("run_id", no_wrap=True), "items", "new", "")
     for manifest in list_snapshots(root):
         counts = manifest["counts"]
         items = counts["new"] + counts["carried"] + counts["population"]
         told = "published" if manifest["run_id"] == pointer.run_id else "refused by the quality gate" if manifest["gate"]["refused"] else ""
-        table.add_row(manifest["run_date"], manifest["run_id"], manifest["created_at"], f"{items:,}", f"{counts['new']:,}", told)
+        table.add_row(manifest["run_date"], manifest["run_id"], f"{items:,}", f"{counts['new']:,}", told)
     console.print(table)
     if pointer.lease:
         console.print(f"at work: run {pointer.lease['run_id']} (epoch {pointer.lease['epoch']})")

@@ -33,6 +33,11 @@ def run_nightly(config: NightlyConfig) -> tuple[list[Night], Garbage | None]:
     tonight = config.run_date or datetime.datetime.now(datetime.UTC).date()
     pointer, _ = read_pointer(config.generate.root)
     last = datetime.date.fromisoformat(pointer.run_date) if pointer.run_date else None
+    if last is not None and tonight < last:
+        raise UserError(
+            f"catalog {config.generate.root}: run_date {tonight} is before {last}, which is published; a night only goes forward "
+            "(`rebeca generate` publishes any date, and `rebeca catalog rollback` goes back)"
+        )
     nights, trouble = [], None
     since = datetime.datetime.now(datetime.UTC)  # `publish_by` is the same for all of them
     for date in dates_due(last, tonight, config.catch_up):

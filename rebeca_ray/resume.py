@@ -75,7 +75,8 @@ def choose_run(
         print(f"{told}; a new run starts", flush=True)
     elif must:
         raise UserError(
-            f"root {config.root}: no unfinished run {config.run_id or f'of {run_date}'} to go on with; start one without this option"
+            f"root {config.root}: no unfinished run {config.run_id or f'of {run_date}'} to go on with, "
+            "which --resume require and --retry-failed ask for; leave them out to start one"
         )
     return config.run_id or new_run_id(), None
 

@@ -142,3 +142,11 @@ def test_a_night_that_can_be_gone_on_with_is_never_left_out(config: NightlyConfi
         run_nightly(config)
     assert caught.value.exit_code == 75
     assert nights.dates == []  # a later date would keep this one from ever being resumed
+
+
+def test_a_night_before_the_published_one_is_refused(config: NightlyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    nights = stub(monkeypatch)
+    publish(config.generate.root, Run(root=config.generate.root, run_date="2026-03-06", run_id="later", epoch=1))
+    with pytest.raises(UserError, match="run_date 2026-03-05 is before 2026-03-06, which is published; a night only goes forward"):
+        run_nightly(config)
+    assert nights.dates == []
