@@ -177,7 +177,9 @@ def test_a_lease_is_taken_once_and_publishes_once(proxy: FaultyS3, root: str) ->
             lease.publish(run_id=f"run-{epoch}", run_date="2026-01-01", snapshot=f"snapshots/{epoch}")
         assert len(faults(proxy)) >= 3
         proxy.misbehave([])
-        assert read_pointer(root)[0] == Pointer(
+        found, _ = read_pointer(root)
+        assert [left["run_id"] for left in found.left] == [f"run-{before}" for before in range(1, epoch)]
+        assert replace(found, left=()) == Pointer(
             epoch=epoch, run_id=f"run-{epoch}", run_date="2026-01-01", snapshot=f"snapshots/{epoch}", lease=None
         )
 

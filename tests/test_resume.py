@@ -195,7 +195,7 @@ def test_a_run_that_hangs_ends_itself_and_is_gone_on_with(config: GenerateConfig
     )
     assert [line for line in output.splitlines() if line.startswith("error:")] == [told]
     state = dump.read_text()
-    assert state.startswith("stage render; stages so far: {'decide': ")
+    assert state.startswith("stage render; stages so far: {'histories': ")
     assert "rebeca_ray/rendering.py" in state
     assert "in render_unit" in state  # the stack of the driver's main thread
     assert read_pointer(config.root)[0].lease is None
