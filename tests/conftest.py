@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -239,8 +238,7 @@ def decide(config: GenerateConfig, run: Run, histories: Histories | None = None)
 
 
 def run_of(config: GenerateConfig, epoch: int = 1) -> Run:
-    run_date = config.run_date or datetime.now(UTC).date()
-    return Run(root=config.root, run_date=run_date.isoformat(), run_id=config.run_id or new_run_id(), epoch=epoch)
+    return Run(root=config.root, run_date=config.date().isoformat(), run_id=config.run_id or new_run_id(), epoch=epoch)
 
 
 def plan(config: GenerateConfig, request: pa.Table, histories: Histories | None = None) -> pa.Table:
