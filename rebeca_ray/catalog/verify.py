@@ -70,7 +70,7 @@ def check_counts(snapshot: Snapshot, files: list[dict[str, Any]]) -> Iterator[st
     if rows["items"] - pool != published:
         yield f"items: {rows['items'] - pool:,} rows are listed, the manifest counts {published:,}"
     if len({row["path"] for row in files}) != len(files):
-        yield "files.parquet: a path is listed twice"
+        yield "file list: a path is listed twice"
 
 
 def check_size(snapshot: Snapshot, row: dict[str, Any]) -> Iterator[str]:
