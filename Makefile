@@ -47,7 +47,7 @@ bench: setup
 # used, in a process of its own: so numpy is overridden here, and what is locked is installed with --no-deps.
 lock: $(VENV)/.ready
 	echo "numpy>=2.2" | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
-		--no-header --override - --extra onnx --group dev pyproject.toml -o requirements.lock
+		--no-header --override - --all-extras --group dev pyproject.toml -o requirements.lock
 
 clean:
 	rm -rf $(VENV) demo runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

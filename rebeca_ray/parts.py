@@ -26,10 +26,19 @@ class WriteParts:
     """
 
     def __init__(
-        self, root: str, folder: str, *, by: list[str], epoch: int, row_group_size: int, records: str | None = None, note: dict[str, int]
+        self,
+        root: str,
+        folder: str,
+        *,
+        by: list[str],
+        epoch: int,
+        row_group_size: int,
+        records: str | None = None,
+        metadata: dict[bytes, bytes] | None = None,
+        note: dict[str, int],
     ) -> None:
         self.root, self.folder, self.by, self.epoch, self.row_group_size = root, folder, by, epoch, row_group_size
-        self.records, self.note = records, note
+        self.records, self.metadata, self.note = records, metadata, note
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = [self.write(batch.filter(mask), values) for values, mask in self.groups(batch)]
@@ -45,6 +54,7 @@ class WriteParts:
         path = "/".join([self.folder, *(f"{column}={value}" for column, value in values.items()), f"{name}.parquet"])
         busy = float(np.sum(table[BUSY].to_numpy()))
         table = table.select([name for name in table.column_names if name != BUSY and (self.records is None or name not in self.by)])
+        table = table.replace_schema_metadata(self.metadata)
         embeds = "image_embeds" if "image_embeds" in table.column_names else None
         written = write_table(table, join(self.root, path), row_group_size=self.row_group_size, embed_column=embeds)
         failed = pc.sum(pc.is_valid(table["error"])).as_py() if "error" in table.column_names else 0

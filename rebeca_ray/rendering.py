@@ -112,6 +112,7 @@ def graph(
         epoch=run.epoch,
         row_group_size=ROW_GROUP,
         records=run.records(unit),
+        metadata=schemas.IMAGES.metadata,
         note={"unit": unit, "attempt": attempt},
     )
     planned = ray.data.read_parquet(

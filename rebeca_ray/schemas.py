@@ -4,9 +4,13 @@ Embeddings are float32 rounded to half precision (Spark refuses float16), fixed-
 level, so that every Parquet reader opens them.
 """
 
+import json
+
 import pyarrow as pa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3  # of what is published. From 3 on it only grows: see infra/catalog-format.md, and the golden files in the tests
+OLDEST_SCHEMA_VERSION = 3  # that can be read
+VERSION_KEY = "rebeca.schema_version"  # in the metadata of every published file
 NEW, CARRIED, POPULATION = "new", "carried", "population"  # where an item comes from: tonight, a night before, the strangers' pool
 
 IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])  # the Hugging Face convention
@@ -65,7 +69,7 @@ USERS = pa.schema(  # of a snapshot: what a user's items were made from, which t
         pa.field("prior", pa.string(), nullable=False),
         pa.field("made_with", pa.string(), nullable=False),  # of the settings, the decoder and the prompts
         pa.field("planned_on", pa.date32(), nullable=False),
-        pa.field("run_id", pa.string(), nullable=False),  # that planned them
+        pa.field("planned_by", pa.string(), nullable=False),  # the run; readers make a column `run_id` of the folder's name
     ]
 )
 
@@ -106,7 +110,7 @@ CHANGES = pa.schema(
     [
         pa.field("item_id", pa.string(), nullable=False),
         pa.field("user_id", pa.string(), nullable=False),
-        pa.field("change", pa.string(), nullable=False),  # added | removed
+        pa.field("change", pa.string(), nullable=False),  # added | removed | updated (another rank, probability or image place)
     ]
 )
 
@@ -120,7 +124,8 @@ IMAGES = pa.schema(
         pa.field("safety_probability", pa.float32()),
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("error", pa.string()),
-    ]
+    ],
+    metadata={VERSION_KEY: str(SCHEMA_VERSION), "huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
 )
 
 FILES = pa.schema(
@@ -135,7 +140,8 @@ FILES = pa.schema(
         pa.field("min_user_id", pa.string()),
         pa.field("max_user_id", pa.string()),
         pa.field("live_rows", pa.int64()),  # of images: those that `items` points to
-    ]
+    ],
+    metadata={VERSION_KEY: str(SCHEMA_VERSION)},
 )
 
 

@@ -292,7 +292,8 @@ def write_plan(config: GenerateConfig, run: Run, *, break_first: bool = False) -
 def draw_rows(config: GenerateConfig, run: Run, unit: int, planned: pa.Table, attempt: int = 0) -> list[dict[str, Any]]:
     """Draw some planned items of a unit without Ray; the records of their files."""
     note = {"unit": unit, "attempt": attempt}
-    writer = WriteParts(run.root, run.images, by=["bucket"], epoch=1, row_group_size=100, records=run.records(unit), note=note)
+    kept = {"records": run.records(unit), "metadata": schemas.IMAGES.metadata}
+    writer = WriteParts(run.root, run.images, by=["bucket"], epoch=1, row_group_size=100, note=note, **kept)
     return list(writer(RenderImages(config.decoder)(planned)).to_pylist())
 
 

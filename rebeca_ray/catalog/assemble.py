@@ -98,6 +98,7 @@ def assemble(
         "epoch": run.epoch,
         "created_at": work.now.isoformat(timespec="seconds"),
         "previous": previous.manifest["run_id"] if previous else None,
+        "previous_path": previous.path if previous else None,
         "counts": {"requested": requested, **{kind: counts[kind] for kind in (*KINDS, "users", "late_users")}},
         "decisions": {"planned_users": decisions.planned_users, "planned_items": decisions.planned_items, "units": decisions.units},
         "carried_buckets": sum(part.by_reference for part in found),
@@ -179,5 +180,5 @@ def figures(counts: Counter[str], sums: Counter[str], requested: int) -> dict[st
 
 
 def file_metadata(versions: dict[str, str]) -> dict[str, str]:
-    """Every table but images says what made it; for images the manifest does."""
-    return {"rebeca.schema_version": str(schemas.SCHEMA_VERSION), **{f"rebeca.{name}": value for name, value in versions.items()}}
+    """Every table but images says what made it; images say the version alone, and the manifest the rest."""
+    return {schemas.VERSION_KEY: str(schemas.SCHEMA_VERSION), **{f"rebeca.{name}": value for name, value in versions.items()}}

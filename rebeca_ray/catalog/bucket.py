@@ -24,6 +24,7 @@ ITEM_ROW_GROUP = 2000
 PLAN_COLUMNS = [
     "item_id", "user_id", "rank", "image_embeds", "like_probability", "nearest_item_id", "nearest_similarity", "origin",
 ]  # fmt: skip
+COMPARED = ["item_id", "user_id", "rank", "like_probability", "image_file", "image_row"]
 KINDS = (schemas.NEW, schemas.CARRIED, schemas.POPULATION, "failed", "filtered", "deferred")
 
 
@@ -99,7 +100,7 @@ class Bucket:
             return False
         for row in self.decisions:
             last = self.last.get(row["user_id"])
-            if last is None or last["run_id"] == previous.manifest["run_id"] or last["late"] or not self.keeps(row, last):
+            if last is None or last["planned_by"] == previous.manifest["run_id"] or last["late"] or not self.keeps(row, last):
                 return False
         return True
 
@@ -130,7 +131,7 @@ class Bucket:
         if found.undrawn:
             return Assembled(files=[], images=[], counts={}, sums={}, live={}, undrawn=found.undrawn)
         items, images = compact(work, self.bucket, found.items) if work.previous else (found.items, [])
-        before = work.previous.bucket("items", self.bucket, work.num_buckets, ["item_id", "user_id"]) if work.previous else None
+        before = work.previous.bucket("items", self.bucket, work.num_buckets, COMPARED) if work.previous else None
         files = [
             self.write("items", items, "image_embeds"),
             self.write("users", self.users_table(found), None),
@@ -229,7 +230,7 @@ class Bucket:
                 rows += [{**last, "num_images": wanted, "num_items": num_items.get(user, 0), "late": True}] if last else []
                 continue
             kept = last is not None and (row["decision"] == RESCORE or self.keeps(row, last))
-            made = {name: last[name] for name in ("planned_on", "run_id", "prior")} if kept and last else self.made_tonight()
+            made = {name: last[name] for name in ("planned_on", "planned_by", "prior")} if kept and last else self.made_tonight()
             judged = {"prior": self.work.prior} if row["decision"] == RESCORE else {}
             told = {name: row[name] for name in ("user_id", "num_images", "stranger", "history_digest", "generation", "made_with")}
             counted = {"num_items": num_items.get(user, 0), "num_failed": num_failed.get(user, 0), "late": False}
@@ -237,7 +238,7 @@ class Bucket:
         return pa.Table.from_pylist(rows, schema=schemas.USERS).sort_by("user_id")
 
     def made_tonight(self) -> dict[str, Any]:
-        return {"planned_on": date.fromisoformat(self.work.run.run_date), "run_id": self.work.run.run_id, "prior": self.work.prior}
+        return {"planned_on": date.fromisoformat(self.work.run.run_date), "planned_by": self.work.run.run_id, "prior": self.work.prior}
 
     def count(self, found: Together) -> dict[str, int]:
         """Every requested item as one of KINDS; the pool itself is requested by nobody."""
@@ -325,11 +326,22 @@ def quality_sums(items: pa.Table) -> dict[str, float]:
 
 
 def changes_table(items: pa.Table, before: pa.Table | None) -> pa.Table:
-    """Items added and removed since the snapshot before, user by user."""
-    now = items.select(["item_id", "user_id"])
-    before = now.slice(0, 0) if before is None else before.select(now.column_names)
-    joined = [pc.binary_join_element_wise(part["user_id"], part["item_id"], "\x1f").combine_chunks() for part in (now, before)]
-    added = now.filter(pc.invert(pc.is_in(joined[0], value_set=joined[1])))
-    removed = before.filter(pc.invert(pc.is_in(joined[1], value_set=joined[0])))
-    parts = [part.append_column("change", pa.repeat(change, part.num_rows)) for part, change in ((added, "added"), (removed, "removed"))]
-    return pa.concat_tables([part.cast(schemas.CHANGES) for part in parts]).sort_by([("user_id", "ascending"), ("item_id", "ascending")])
+    """What differs from the snapshot before, user by user: items that came, that went, and that stayed but are told differently."""
+    now = items.select(COMPARED)
+    before = now.slice(0, 0) if before is None else before.select(COMPARED)
+    names, names_before = (pc.binary_join_element_wise(part["user_id"], part["item_id"], "\x1f").combine_chunks() for part in (now, before))
+    place = pc.index_in(names, value_set=names_before)
+    stayed, was = now.filter(pc.is_valid(place)), before.take(place.drop_null())
+    same = np.ones(stayed.num_rows, bool)
+    for name in COMPARED[2:]:
+        same &= stayed[name].fill_null(-1).to_numpy() == was[name].fill_null(-1).to_numpy()
+    parts = {
+        "added": now.filter(pc.is_null(place)),
+        "removed": before.filter(pc.invert(pc.is_in(names_before, value_set=names))),
+        "updated": stayed.filter(pa.array(~same)),
+    }
+    tables = [
+        pa.table([part["item_id"], part["user_id"], pa.repeat(change, part.num_rows)], schema=schemas.CHANGES)
+        for change, part in parts.items()
+    ]
+    return pa.concat_tables(tables).sort_by([("user_id", "ascending"), ("item_id", "ascending")])

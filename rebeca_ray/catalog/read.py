@@ -1,8 +1,18 @@
-"""Reading a published snapshot: pointer, manifest, file list, files; no prefix is ever listed."""
+"""Reading a published snapshot: pointer, manifest, file list, files; no prefix is ever listed.
 
+A snapshot is pinned: it never changes, whatever is published after it. It can be read until it is collected.
+"""
+
+from __future__ import annotations
+
+import hashlib
 import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -11,39 +21,195 @@ import pyarrow.parquet as pq
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.pointer import read_pointer
-from rebeca_ray.errors import UserError
+from rebeca_ray.catalog.row_groups import read_rows, read_users
+from rebeca_ray.errors import UserError, did_you_mean
 from rebeca_ray.identity import bucket_of
-from rebeca_ray.schemas import SCHEMA_VERSION
-from rebeca_ray.storage import arrow_filesystem, join, open_filesystem, read_json, read_table
+from rebeca_ray.storage import PARQUET, UNREACHABLE, arrow_filesystem, describe, exists, join, open_filesystem, read_json, read_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import polars as pl
+    import ray.data
+
+THREADS = 16
+TABLES = ("items", "images", "users", "errors", "changes")
+
+
+class File(NamedTuple):
+    """One file of a table: its path below the root, its size, and the users it goes from and to (None: it has no rows)."""
+
+    path: str
+    bytes: int
+    first_user: str | None
+    last_user: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """One published snapshot, pinned: what is published later does not change what it reads."""
+    """One published snapshot.
+
+    Every method raises UserError for a snapshot that was collected meanwhile, and for a file that is missing or damaged; what is read
+    lazily (`dataset`, `to_ray`) then raises what its library does.
+    """
 
     root: str
     path: str  # its folder, below the root
     manifest: dict[str, Any]
     files: pa.Table  # schemas.FILES
 
-    def paths(self, table: str, buckets: set[int] | None = None) -> list[str]:
+    @property
+    def run_id(self) -> str:
+        """The run that made it."""
+        return str(self.manifest["run_id"])
+
+    def refresh(self) -> Snapshot:
+        """The snapshot that is published now: this very one if nothing was published since. Asks for `latest.json` alone."""
+        pointer, _ = read_pointer(self.root)
+        if pointer.snapshot == self.path:
+            return self
+        if pointer.snapshot is None:
+            raise nothing_published(self.root)
+        return open_snapshot(self.root, pointer.snapshot)
+
+    def for_user(self, user_id: str, columns: list[str] | None = None) -> pa.Table:
+        """A user's items, the best first; none for a user who is not there.
+
+        Reads one or two row groups of one file: with some 2,000 items a group, about 100 kB without `image_embeds`. `for_user("")` are
+        the items that all users without a history share.
+        """
+        return self.items(columns, [user_id])
+
+    def items(self, columns: list[str] | None = None, user_ids: Sequence[str] | None = None) -> pa.Table:
+        """Items, of all users or of some, without pixels. Of some: sorted by user and rank; of all: sorted so within a bucket."""
+        return self.table("items", columns, user_ids)
+
+    def table(self, name: str = "items", columns: list[str] | None = None, user_ids: Sequence[str] | None = None) -> pa.Table:
+        """Rows of one of the snapshot's tables in memory: `items`, `images`, `users`, `errors` or `changes`.
+
+        Raises UserError for an unknown table or column, and for users of `images`, which has none.
+        """
+        self.check_names(name, columns)
+        if user_ids is None:
+            with self.explained():
+                return self.dataset(name).to_table(columns=columns)
+        users = self.sorted_users(name, user_ids)
+        order = [column for column in ("user_id", "rank") if column in self.schema(name).names]
+        read = None if columns is None else [*dict.fromkeys([*columns, *order])]
+        wanted = self.files_with(name, users)
+
+        def rows(file: File) -> pa.Table:
+            with self.explained(file.path):
+                return read_users(self.root, file.path, file.bytes, users, read)
+
+        if len(wanted) > 1:
+            with ThreadPoolExecutor(THREADS) as pool:
+                tables = list(pool.map(rows, wanted))
+        else:
+            tables = [rows(file) for file in wanted]
+        empty = self.schema(name).empty_table()
+        found = pa.concat_tables(tables) if tables else empty if read is None else empty.select(read)
+        found = found.sort_by([(column, "ascending") for column in order])
+        return found if columns is None else found.select(columns)
+
+    def to_pandas(self, name: str = "items", columns: list[str] | None = None, user_ids: Sequence[str] | None = None) -> pd.DataFrame:
+        """The same as a pandas DataFrame; integers stay integers where nothing is missing."""
+        return self.table(name, columns, user_ids).to_pandas()
+
+    def to_polars(self, name: str = "items", columns: list[str] | None = None, user_ids: Sequence[str] | None = None) -> pl.DataFrame:
+        """The same as a Polars DataFrame. Raises UserError where Polars is not installed."""
+        try:
+            import polars as pl
+        except ImportError:
+            raise UserError("to_polars: Polars is not installed; pip install 'rebeca-ray[polars]'") from None
+        found = pl.from_arrow(self.table(name, columns, user_ids))
+        assert isinstance(found, pl.DataFrame)
+        return found
+
+    def dataset(self, name: str = "items", user_ids: Sequence[str] | None = None) -> pyarrow.dataset.Dataset:
+        """A table as a pyarrow dataset, of which columns and rows are selected when it is read. `user_ids` leaves out whole files."""
+        self.check_names(name, None)
+        users = None if user_ids is None else self.sorted_users(name, user_ids)
+        paths = self.paths(name) if users is None else [file.path for file in self.files_with(name, users)]
+        filesystem, base = open_filesystem(self.root)
+        dataset = pyarrow.dataset.dataset(
+            [join(base, path) for path in paths],
+            schema=self.schema(name),
+            filesystem=arrow_filesystem(filesystem),
+            format=PARQUET,
+        )
+        return dataset if users is None else dataset.filter(pc.field("user_id").isin(users))
+
+    def to_ray(self, name: str = "items", columns: list[str] | None = None) -> ray.data.Dataset:
+        """A table as a Ray Dataset, which reads it in parallel, file by file."""
+        import ray.data
+
+        self.check_names(name, columns)
+        filesystem, base = open_filesystem(self.root)
+        paths = [join(base, path) for path in self.paths(name)]
+        if not paths:
+            return ray.data.from_arrow(self.table(name, columns))
+        return ray.data.read_parquet(paths, columns=columns, filesystem=arrow_filesystem(filesystem), partitioning=None)
+
+    def uris(self, name: str = "items") -> list[str]:
+        """Where a table's files are, for any other reader; see infra/catalog-format.md."""
+        self.check_names(name, None)
+        return [join(self.root, path) for path in self.paths(name)]
+
+    def images(self, items: pa.Table) -> list[bytes]:
+        """The encoded images of rows of `items`, in their order; reads only the row groups that hold them.
+
+        `items` needs the columns `image_file` and `image_row`.
+        """
+        if missing := {"image_file", "image_row"} - set(items.column_names):
+            raise UserError(f"images: the items have no column {', '.join(sorted(missing))}; read them with it, or with all columns")
+        wanted: dict[int, dict[int, list[int]]] = {}
+        for place, (file, row) in enumerate(zip(items["image_file"].to_pylist(), items["image_row"].to_pylist(), strict=True)):
+            wanted.setdefault(file, {}).setdefault(row, []).append(place)
+        found: list[bytes] = [b""] * items.num_rows
+
+        def read(number: int) -> None:
+            path, size = self.image_files[number]
+            rows = sorted(wanted[number])
+            with self.explained(path):
+                for row, image in zip(rows, read_rows(self.root, path, size, rows, "image"), strict=True):
+                    for place in wanted[number][row]:
+                        found[place] = image["bytes"].as_py()
+
+        if unknown := set(wanted) - set(self.image_files):
+            raise UserError(
+                f"catalog {self.root}: run {self.run_id} has no image file {min(unknown)}; the items are of another snapshot: "
+                "give this one's, or ask that one"
+            )
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(read, wanted))
+        return found
+
+    def changed_users(self, since: str) -> list[str]:
+        """Users whose items are not what they were in the snapshot of run `since`, those who left among them; sorted.
+
+        Who keeps a copy of the catalog replaces the items of these users, and has what a reload would give: all but `origin`, which
+        says of every item whether it is of this night. Raises UserError if this snapshot does not follow that one, or one in between
+        is gone.
+        """
+        changed: set[str] = set()
+        snapshot = self
+        while snapshot.run_id != since:
+            before = snapshot.manifest["previous_path"]
+            if before is None or not exists(join(self.root, before, "manifest.json")):
+                raise UserError(
+                    f"catalog {self.root}: run {self.run_id} does not follow run {since}, or a snapshot in between was collected; "
+                    "load this one as a whole"
+                )
+            changed.update(snapshot.table("changes", ["user_id"])["user_id"].to_pylist())
+            snapshot = open_snapshot(self.root, before)
+        return sorted(changed)
+
+    def paths(self, name: str, buckets: set[int] | None = None) -> list[str]:
         """The files of a table, of all buckets or of some, in the order of their number, below the root."""
-        chosen = self.files.filter(pc.equal(self.files["table"], table)).sort_by("file")
+        chosen = self.files.filter(pc.equal(self.files["table"], name)).sort_by("file")
         if buckets is not None:
             chosen = chosen.filter(pc.is_in(chosen["bucket"], value_set=pa.array(sorted(buckets), pa.int32())))
         return list(chosen["path"].to_pylist())
-
-    def table(
-        self, name: str, columns: list[str] | None = None, filter: pc.Expression | None = None, buckets: set[int] | None = None
-    ) -> pa.Table:
-        """Rows of one of the snapshot's tables in memory."""
-        filesystem, root = open_filesystem(self.root)
-        files = [join(root, path) for path in self.paths(name, buckets)]
-        if not files:  # of errors and changes, when everything was carried over
-            empty = schemas.table(name, self.manifest["embed_dim"]).empty_table()
-            return empty if columns is None else empty.select(columns)
-        dataset = pyarrow.dataset.dataset(files, filesystem=arrow_filesystem(filesystem), format="parquet")
-        return dataset.to_table(columns=columns, filter=filter)
 
     def bucket(self, name: str, bucket: int, num_buckets: int, columns: list[str] | None = None) -> pa.Table | None:
         """Rows of the users of one of `num_buckets` buckets; None if the snapshot has no such table.
@@ -70,43 +236,72 @@ class Snapshot:
         table = pa.concat_tables(tables)
         return table if columns is None else table.select(columns)
 
-    def items(self, columns: list[str] | None = None, user_ids: list[str] | None = None) -> pa.Table:
-        """Items, of all users or of some, sorted by user and rank; without pixels.
+    def schema(self, name: str) -> pa.Schema:
+        """The columns of a table in this snapshot."""
+        return schemas.table(name, self.manifest["embed_dim"])
 
-        Raises TypeError for a single name in place of the list, which would be taken for a list of letters.
-        """
+    @cached_property
+    def image_files(self) -> dict[int, tuple[str, int]]:
+        """Path and size of the image files by their number."""
+        images = self.files.filter(pc.equal(self.files["table"], "images"))
+        places = zip(images["path"].to_pylist(), images["bytes"].to_pylist(), strict=True)
+        return dict(zip(images["file"].to_pylist(), places, strict=True))
+
+    @cached_property
+    def files_of_buckets(self) -> dict[tuple[str, int], list[File]]:
+        """The files of every table with users, by bucket."""
+        found: dict[tuple[str, int], list[File]] = {}
+        for row in self.files.filter(pc.not_equal(self.files["table"], "images")).to_pylist():
+            file = File(row["path"], row["bytes"], row["min_user_id"], row["max_user_id"])
+            found.setdefault((row["table"], row["bucket"]), []).append(file)
+        return found
+
+    def files_with(self, name: str, users: list[str]) -> list[File]:
+        """The files in which any of some users may be."""
+        by_bucket: dict[int, list[str]] = {}
+        for user in users:
+            by_bucket.setdefault(bucket_of(user, self.manifest["num_buckets"]), []).append(user)
+        return [
+            file
+            for bucket, own in sorted(by_bucket.items())
+            for file in self.files_of_buckets.get((name, bucket), [])
+            if file.first_user is not None and file.last_user is not None and own[0] <= file.last_user and own[-1] >= file.first_user
+        ]
+
+    def check_names(self, name: str, columns: list[str] | None) -> None:
+        if name not in TABLES:
+            raise UserError(f"catalog {self.root}: there is no table {name!r}; {did_you_mean(name, TABLES)}")
+        for column in columns or []:
+            if column not in self.schema(name).names:
+                raise UserError(f"catalog {self.root}: {name} has no column {column!r}; {did_you_mean(column, self.schema(name).names)}")
+
+    def sorted_users(self, name: str, user_ids: Sequence[str]) -> list[str]:
+        """Each user once. Raises TypeError for a single name, which would be taken for a list of letters."""
         if isinstance(user_ids, str):
             raise TypeError(f"user_ids is the string {user_ids!r}; give a list of users, [{user_ids!r}]")
-        if user_ids is None:
-            return self.table("items", columns)
-        num_buckets = self.manifest["num_buckets"]
-        buckets = {bucket_of(user, num_buckets) for user in user_ids}
-        return self.table("items", columns, pc.field("user_id").isin(user_ids), buckets)
+        if name == "images":
+            raise UserError("images: has no users; read the users' items, and give them to `Snapshot.images`")
+        if strange := [user for user in user_ids if not isinstance(user, str)]:
+            raise TypeError(f"user_ids: {strange[0]!r} is no string, as every user_id is; give {str(strange[0])!r}")
+        return sorted(set(user_ids))
 
-    def images(self, items: pa.Table) -> list[bytes]:
-        """The encoded images of rows of `items`, in their order; reads only the row groups that hold them."""
-        filesystem, root = open_filesystem(self.root)
-        images = self.files.filter(pc.equal(self.files["table"], "images"))
-        path_of = dict(zip(images["file"].to_pylist(), images["path"].to_pylist(), strict=True))
-        wanted: dict[int, dict[int, list[int]]] = {}
-        for place, (file, row) in enumerate(zip(items["image_file"].to_pylist(), items["image_row"].to_pylist(), strict=True)):
-            wanted.setdefault(file, {}).setdefault(row, []).append(place)
-        found: list[bytes] = [b""] * items.num_rows
-        for file, rows in wanted.items():
-            with filesystem.open(join(root, path_of[file]), "rb") as handle:
-                parquet = pq.ParquetFile(handle)
-                start = 0
-                for group in range(parquet.num_row_groups):
-                    stop = start + parquet.metadata.row_group(group).num_rows
-                    inside = [row for row in rows if start <= row < stop]
-                    if inside:
-                        column = parquet.read_row_group(group, columns=["image"])["image"]
-                        for row in inside:
-                            image = column[row - start]["bytes"].as_py()
-                            for place in rows[row]:
-                                found[place] = image
-                    start = stop
-        return found
+    @contextmanager
+    def explained(self, path: str = "") -> Iterator[None]:
+        """What keeps a file (one of them) from being read, as a UserError with the remedy."""
+        try:
+            yield
+        except (pa.ArrowException, *UNREACHABLE) as error:
+            told = f"catalog {self.root}: run {self.run_id}"
+            if not exists(join(self.root, self.path, "manifest.json")):
+                raise UserError(
+                    f"{told} was collected and cannot be read any more; go on with `refresh()`, and hold no snapshot longer than "
+                    "the grace period of `rebeca catalog gc`"
+                ) from None
+            where = f"{path} " if path else ""
+            raise UserError(
+                f"{told}: {where}is missing or damaged ({describe(error)}); `rebeca catalog verify` names every such file, "
+                "`rebeca catalog rollback` publishes the snapshot before"
+            ) from None
 
 
 def published(root: str) -> Snapshot | None:
@@ -116,20 +311,50 @@ def published(root: str) -> Snapshot | None:
 
 
 def read_catalog(root: str) -> Snapshot:
-    """The published snapshot of the catalog at `root`. Raises UserError if there is none."""
+    """The published snapshot of the catalog at `root`, a local path or `s3://bucket/prefix`. Raises UserError if there is none."""
     snapshot = published(root)
     if snapshot is None:
-        raise UserError(f"catalog {root}: nothing is published there (no latest.json); run `rebeca generate`, or give another root")
+        raise nothing_published(root)
     return snapshot
 
 
+def nothing_published(root: str) -> UserError:
+    return UserError(f"catalog {root}: nothing is published there (no latest.json); run `rebeca generate`, or give another root")
+
+
 def open_snapshot(root: str, path: str) -> Snapshot:
-    """One snapshot by its folder below the root. Raises UserError if it is gone or newer than this version reads."""
+    """One snapshot by its folder below the root.
+
+    Raises UserError if it is gone, damaged, of a newer version than this one reads, or of one before the format was settled.
+    """
     manifest = read_json(join(root, path, "manifest.json"))
     if manifest is None:
         raise UserError(f"catalog {root}: snapshot {path} has no manifest.json; it was removed or never finished")
-    if manifest["schema_version"] > SCHEMA_VERSION:
+    version = manifest.get("schema_version")
+    if not isinstance(version, int) or version < schemas.OLDEST_SCHEMA_VERSION:
         raise UserError(
-            f"catalog {root}: schema version {manifest['schema_version']}, this version reads {SCHEMA_VERSION}; upgrade rebeca-ray"
+            f"catalog {root}: schema version {version}, of before the format was settled; this version reads "
+            f"{schemas.OLDEST_SCHEMA_VERSION} to {schemas.SCHEMA_VERSION}: generate into another root"
         )
-    return Snapshot(root=root, path=path, manifest=manifest, files=read_table(join(root, manifest["files"]["path"]), "catalog"))
+    if version > schemas.SCHEMA_VERSION:
+        raise UserError(f"catalog {root}: schema version {version}, this version reads {schemas.SCHEMA_VERSION}; upgrade rebeca-ray")
+    return Snapshot(root=root.rstrip("/"), path=path, manifest=manifest, files=read_file_list(root, path, manifest))
+
+
+def read_file_list(root: str, path: str, manifest: dict[str, Any]) -> pa.Table:
+    """The file list that a manifest names, compared with the checksum it tells."""
+    try:
+        listing = manifest["files"]
+        filesystem, base = open_filesystem(root)
+        data = filesystem.cat_file(join(base, listing["path"]))
+        if hashlib.sha256(data).hexdigest() == listing["sha256"]:
+            return pq.read_table(pa.BufferReader(data))
+        why = "its sha256 is not the manifest's"
+    except (KeyError, TypeError):
+        why = "manifest.json does not name it"
+    except (pa.ArrowException, *UNREACHABLE) as error:
+        why = describe(error)
+    raise UserError(
+        f"catalog {root}: the file list of snapshot {path} is missing or damaged ({why}); restore it, or publish another snapshot "
+        "with `rebeca catalog publish`"
+    )

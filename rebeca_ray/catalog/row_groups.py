@@ -1,0 +1,80 @@
+"""Parts of one Parquet file: its footer is read once, and after that only the row groups and columns that are wanted.
+
+Files of a catalog never change, so what was read of one stays true. Pages are checked against their checksums.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rebeca_ray.storage import join, open_filesystem
+
+FOOTERS = 512  # that are remembered, of some 100 kB each
+
+
+def read_users(root: str, path: str, size: int, users: list[str], columns: list[str] | None) -> pa.Table:
+    """The rows of some users in one file; `users` are sorted, `size` is the file's in bytes.
+
+    Reads the row groups whose smallest and largest `user_id` have one of them in between.
+    """
+    metadata = footer(root, path, size)
+    groups = [group for group in range(metadata.num_row_groups) if may_hold(metadata, group, users)]
+    read = None if columns is None else [*dict.fromkeys([*columns, "user_id"])]
+    with open_parquet(root, path, size) as file:
+        table = file.read_row_groups(groups, columns=read, use_threads=len(groups) > 1)
+    table = table.filter(pa.compute.is_in(table["user_id"], value_set=pa.array(users, pa.string())))
+    return table if columns is None else table.select(columns)
+
+
+def read_rows(root: str, path: str, size: int, rows: list[int], column: str) -> list[pa.Scalar]:
+    """One column's values in some rows of a file, in the order of `rows`."""
+    metadata = footer(root, path, size)
+    found: dict[int, pa.Scalar] = {}
+    with open_parquet(root, path, size) as file:
+        start = 0
+        for group in range(metadata.num_row_groups):
+            stop = start + metadata.row_group(group).num_rows
+            if inside := [row for row in rows if start <= row < stop]:
+                values = file.read_row_group(group, columns=[column])[column]
+                found |= {row: values[row - start] for row in inside}
+            start = stop
+    return [found[row] for row in rows]
+
+
+def may_hold(metadata: pq.FileMetaData, group: int, users: list[str]) -> bool:
+    """Whether any of the sorted `users` is between a row group's ends; yes if the file does not tell them."""
+    row_group = metadata.row_group(group)
+    statistics = row_group.column(user_id_column(metadata)).statistics
+    if statistics is None or not statistics.has_min_max:
+        return row_group.num_rows > 0
+    place = bisect_left(users, statistics.min)
+    return place < len(users) and users[place] <= statistics.max
+
+
+def user_id_column(metadata: pq.FileMetaData) -> int:
+    """The number of the column among the leaves of the schema."""
+    return next(number for number in range(metadata.num_columns) if metadata.schema.column(number).path == "user_id")
+
+
+@lru_cache(maxsize=FOOTERS)
+def footer(root: str, path: str, size: int) -> pq.FileMetaData:
+    with opened(root, path, size) as handle:
+        return pq.read_metadata(handle)
+
+
+@contextmanager
+def open_parquet(root: str, path: str, size: int) -> Iterator[pq.ParquetFile]:
+    with opened(root, path, size) as handle:
+        yield pq.ParquetFile(handle, metadata=footer(root, path, size), pre_buffer=True, page_checksum_verification=True)
+
+
+@contextmanager
+def opened(root: str, path: str, size: int) -> Iterator[pa.PythonFile]:
+    """A file whose size is known, so that nobody need ask; reads exactly what is asked for."""
+    filesystem, base = open_filesystem(root)
+    with filesystem.open(join(base, path), "rb", cache_type="none", size=size) as handle:
+        yield handle
