@@ -115,7 +115,7 @@ class PlanUsers:
         decisions: Decisions,
     ) -> None:
         self.config, self.versions, self.histories, self.previous, self.decisions = config, versions, histories, previous, decisions
-        self.kept: tuple[int, pa.Table | None] | None = None
+        self.kept: tuple[int, pa.Table] | None = None
         self.prior = load_prior(config.prior, config.sampler.device)
         if self.prior.fingerprint != versions["prior"]:
             raise UserError(f"prior {config.prior}: was replaced while this run was planning; run again")
@@ -196,8 +196,7 @@ class PlanUsers:
         """Last night's items of some users, with the like probability of tonight's selector, in its order."""
         if not asked or self.previous is None:
             return []
-        parts = [self.last_items(bucket) for bucket in {row["bucket"] for row in asked}]
-        last = pa.concat_tables([part for part in parts if part is not None])
+        last = pa.concat_tables([self.last_items(bucket) for bucket in {row["bucket"] for row in asked}])
         place = {row["user_id"]: number for number, row in enumerate(asked)}
         last = last.filter(pc.is_in(last["user_id"], value_set=pa.array(list(place))))
         row_N = np.array([place[user] for user in last["user_id"].to_pylist()])
@@ -230,7 +229,7 @@ class PlanUsers:
             ranks[row_N[item]] += 1
         return planned
 
-    def last_items(self, bucket: int) -> pa.Table | None:
+    def last_items(self, bucket: int) -> pa.Table:
         """Last night's items of a bucket, the latest of which is kept: users come bucket by bucket."""
         if self.kept is None or self.kept[0] != bucket:
             assert self.previous is not None

@@ -266,8 +266,7 @@ def last_users(previous: Snapshot | None, bucket: int, num_buckets: int) -> dict
     """Last night's `users` of a bucket."""
     if previous is None:
         return {}
-    rows = previous.bucket("users", bucket, num_buckets)
-    return {} if rows is None else {row["user_id"]: row for row in rows.to_pylist()}
+    return {row["user_id"]: row for row in previous.bucket("users", bucket, num_buckets).to_pylist()}
 
 
 def write_decisions(rows: list[dict[str, Any]], uri: str) -> None:

@@ -80,7 +80,7 @@ class Bucket:
         self.work, self.bucket, self.decisions = work, bucket, decisions
         self.decided = {row["user_id"]: row for row in decisions}
         last = work.previous.bucket("users", bucket, work.num_buckets) if work.previous else None
-        self.last = {row["user_id"]: row for row in last.to_pylist()} if last is not None else {}
+        self.last = {row["user_id"]: row for row in last.to_pylist()} if last else {}
 
     @classmethod
     def read(cls, work: Assembly, bucket: int) -> Self:
@@ -132,12 +132,13 @@ class Bucket:
             return Assembled(files=[], images=[], counts={}, sums={}, live={}, undrawn=found.undrawn)
         items, images = compact(work, self.bucket, found.items) if work.previous else (found.items, [])
         before = work.previous.bucket("items", self.bucket, work.num_buckets, COMPARED) if work.previous else None
-        files = [
-            self.write("items", items, "image_embeds"),
-            self.write("users", self.users_table(found), None),
-            self.write("errors", found.errors, None),
-            self.write("changes", changes_table(items, before), None),
-        ]
+        tables = {
+            "items": items,
+            "users": self.users_table(found),
+            "errors": found.errors,
+            "changes": changes_table(items, before),
+        }
+        files = [self.write(name, table) for name, table in tables.items() if table.num_rows]  # some readers stumble over empty files
         return Assembled(files=files, images=images, counts=self.count(found), sums=quality_sums(items), live=self.live_rows(items))
 
     def put_together(self) -> Together:
@@ -200,7 +201,6 @@ class Bucket:
         if not users or self.work.previous is None:
             return schema.empty_table()
         last = self.work.previous.bucket("items", self.bucket, self.work.num_buckets)
-        assert last is not None
         last = last.filter(is_among(last, users)).select(schema.names).cast(schema)
         place = pc.index_in(last["item_id"], value_set=judged["item_id"].combine_chunks())
         for name in ("like_probability", "rank"):
@@ -261,9 +261,10 @@ class Bucket:
             items = items.filter(pc.invert(pc.is_in(place_of(items), value_set=place_of(pool))))
         return tally((pc.unique(place_of(items)).to_numpy() >> 32).tolist())
 
-    def write(self, name: str, table: pa.Table, embed_column: str | None) -> dict[str, Any]:
+    def write(self, name: str, table: pa.Table) -> dict[str, Any]:
         path = self.work.run.table(name, self.bucket)
         table = table.replace_schema_metadata(self.work.metadata)
+        embed_column = "image_embeds" if name == "items" else None
         written = write_table(table, join(self.work.run.root, path), row_group_size=ITEM_ROW_GROUP, embed_column=embed_column)
         ends = pc.min_max(table["user_id"]).as_py()
         told = {"min_user_id": ends["min"], "max_user_id": ends["max"], "live_rows": None}

@@ -54,8 +54,6 @@ def mostly_dead(work: Assembly, bucket: int, items: pa.Table) -> np.ndarray:
         pc.and_(pc.equal(work.previous.files["table"], "images"), pc.equal(work.previous.files["bucket"], bucket))
     )
     last = work.previous.bucket("items", bucket, work.num_buckets, ["image_file", "image_row"])
-    if last is None:
-        return np.array([], int)
     own = distinct_places(last)  # of a file that serves other buckets too, from before a change of their number, nothing is known here
     alone = {file for file, live in zip(images["file"].to_pylist(), images["live_rows"].to_pylist(), strict=True) if own.get(file) == live}
     live = distinct_places(items)

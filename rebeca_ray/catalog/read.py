@@ -211,19 +211,18 @@ class Snapshot:
             chosen = chosen.filter(pc.is_in(chosen["bucket"], value_set=pa.array(sorted(buckets), pa.int32())))
         return list(chosen["path"].to_pylist())
 
-    def bucket(self, name: str, bucket: int, num_buckets: int, columns: list[str] | None = None) -> pa.Table | None:
-        """Rows of the users of one of `num_buckets` buckets; None if the snapshot has no such table.
+    def bucket(self, name: str, bucket: int, num_buckets: int, columns: list[str] | None = None) -> pa.Table:
+        """Rows of the users of one of `num_buckets` buckets.
 
         Other files are read only where the snapshot was cut into another number of buckets.
         """
         own = self.files.filter(pc.equal(self.files["table"], name))
-        if own.num_rows == 0:
-            return None
         same = self.manifest["num_buckets"] == num_buckets
         step = math.gcd(self.manifest["num_buckets"], num_buckets)  # both are the same hash, modulo
         own = own.filter(pa.array([other % step == bucket % step for other in own["bucket"].to_pylist()], pa.bool_()))
         read = None if columns is None else [*dict.fromkeys([*columns, "user_id"])]
-        tables = []
+        empty = self.schema(name).empty_table()
+        tables = [empty if read is None else empty.select(read)]
         for path in own["path"].to_pylist():
             table = read_table(join(self.root, path), "catalog", read)
             if not same:
@@ -231,8 +230,6 @@ class Snapshot:
                     pa.array([bucket_of(user, num_buckets) == bucket for user in table["user_id"].to_pylist()], pa.bool_())
                 )
             tables.append(table)
-        if not tables:
-            return None
         table = pa.concat_tables(tables)
         return table if columns is None else table.select(columns)
 

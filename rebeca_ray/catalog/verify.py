@@ -66,7 +66,7 @@ def check_counts(snapshot: Snapshot, files: list[dict[str, Any]]) -> Iterator[st
     published = counts["new"] + counts["carried"] + counts["population"]
     num_buckets = snapshot.manifest["num_buckets"]
     users = snapshot.bucket("users", bucket_of(POOL, num_buckets), num_buckets, ["user_id", "num_items"])
-    pool = 0 if users is None else sum(users.filter(pc.equal(users["user_id"], POOL))["num_items"].to_pylist())
+    pool = sum(users.filter(pc.equal(users["user_id"], POOL))["num_items"].to_pylist())
     if rows["items"] - pool != published:
         yield f"items: {rows['items'] - pool:,} rows are listed, the manifest counts {published:,}"
     if len({row["path"] for row in files}) != len(files):

@@ -1,0 +1,222 @@
+"""The reader matrix: one snapshot on a real S3 server, every column of every table, read by whatever people read Parquet with.
+
+What pyarrow reads is compared with what was published, and everything else with that, value by value.
+"""
+
+import datetime
+import io
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import duckdb
+import fsspec
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow.fs
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from rebeca_ray import schemas
+from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
+from rebeca_ray.selector import Selector
+from rebeca_ray.settings import DecoderSettings, LayoutSettings
+from tests.conftest import USERS, D, assembled, generate_config, prepare, prior_users, publish, snapshot_of, write_tiny_prior
+from tests.test_nights import ask, change_digest
+
+Rows = list[dict[str, Any]]
+KEYS = {
+    "items": ("user_id", "rank"),
+    "images": ("item_id",),
+    "users": ("user_id",),
+    "errors": ("item_id",),
+    "changes": ("item_id", "user_id"),
+}
+
+
+class Published(NamedTuple):
+    snapshot: Snapshot
+    rows: dict[str, Rows]  # of every table, as pyarrow reads them
+
+
+@pytest.fixture(scope="module")
+def published(tiny_decoder: DecoderSettings, ray_local: str, tmp_path_factory: pytest.TempPathFactory) -> Published:
+    """The second night of a catalog of two buckets: items old and new, a failure, comers and goers, somebody without a history."""
+    folder = tmp_path_factory.mktemp("readers")
+    torch.manual_seed(2)
+    write_tiny_prior(folder, users=prior_users(USERS), selector=Selector(D, 4))
+    prior = (folder / "prior").rename(folder / "prior-with-a-selector")
+    config = generate_config(folder, tiny_decoder).model_copy(
+        update={"prior": str(prior), "root": f"s3://rebeca/{folder.name}", "layout": LayoutSettings(num_buckets=2)}
+    )
+    snapshot_of(ask(config, USERS[:6]), requested=18)
+    change_digest(config, USERS[2])
+    prepared = prepare(ask(config, [*USERS[1:], "stranger"], 1), break_first=True)
+    assembled(config, prepared, requested=21, error_budget=0.2)
+    publish(config.root, prepared.run)
+    snapshot = read_catalog(config.root)
+    return Published(snapshot, {name: ordered(name, snapshot.table(name).to_pylist()) for name in TABLES})
+
+
+def ordered(name: str, rows: Rows) -> Rows:
+    """Rows as plain values in an order of their own."""
+    return sorted(({key: plain(value) for key, value in row.items()} for row in rows), key=lambda row: [row[key] for key in KEYS[name]])
+
+
+def plain(value: Any) -> Any:
+    """What a reader makes of a value, without its clothes: arrays as lists, NaN as None where a reader knows no null, times in UTC."""
+    if isinstance(value, np.ndarray | pl.Series):
+        return [float(element) for element in value]
+    if hasattr(value, "asDict"):  # a Spark row, which is a tuple too
+        return {name: plain(element) for name, element in value.asDict().items()}
+    if isinstance(value, list):
+        return [float(element) for element in value]
+    if isinstance(value, bytearray | memoryview):
+        return bytes(value)
+    if value is pd.NaT or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, pd.Timestamp):
+        value = value.to_pydatetime()
+    if isinstance(value, datetime.datetime):
+        return value.astimezone(datetime.UTC) if value.tzinfo else value.replace(tzinfo=datetime.UTC)
+    if isinstance(value, np.generic):
+        return value.item()
+    return value
+
+
+def assert_same(published: Published, name: str, rows: Rows) -> None:
+    found, expected = ordered(name, rows), published.rows[name]
+    assert list(found[0]) == list(expected[0])
+    assert found == expected
+
+
+def test_there_is_something_of_everything_to_read(published: Published) -> None:
+    rows = published.rows
+    assert {name: bool(rows[name]) for name in TABLES} == dict.fromkeys(TABLES, True)
+    assert {row["origin"] for row in rows["items"]} == {"new", "carried", "population"}
+    assert {row["change"] for row in rows["changes"]} >= {"added", "removed"}
+    assert [row["image"] is None for row in rows["images"]].count(True) == len(rows["errors"]) == 1
+    assert all(len(published.snapshot.paths(name)) > 1 for name in TABLES if name != "errors")
+    for name in TABLES:
+        for path in published.snapshot.uris(name):
+            with fsspec.open(path) as file:
+                metadata = pq.read_schema(file).metadata
+            assert metadata[b"rebeca.schema_version"] == str(schemas.SCHEMA_VERSION).encode()
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_pyarrow(published: Published, name: str, s3_server: dict[str, str]) -> None:
+    """By Arrow's own S3 client, which shares nothing with ours."""
+    filesystem = pyarrow.fs.S3FileSystem(
+        access_key="test-key", secret_key="test-secret", endpoint_override=s3_server["AWS_ENDPOINT_URL"], region="us-east-1"
+    )
+    tables = [pq.read_table(uri.removeprefix("s3://"), filesystem=filesystem) for uri in published.snapshot.uris(name)]
+    schema = schemas.table(name, D)
+    assert all(table.schema.remove_metadata().equals(schema.remove_metadata()) for table in tables)
+    assert_same(published, name, [row for table in tables for row in table.to_pylist()])
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_duckdb_by_sql_over_the_file_list(published: Published, name: str) -> None:
+    snapshot = published.snapshot
+    with duckdb.connect() as connection:
+        connection.register_filesystem(fsspec.filesystem("s3"))
+        connection.execute("SET TimeZone = 'UTC'")
+        listing = f"{snapshot.root}/{snapshot.manifest['files']['path']}"
+        connection.execute(f"""
+            SET VARIABLE files = (SELECT list('{snapshot.root}/' || path) FROM read_parquet('{listing}') WHERE "table" = '{name}')
+        """)
+        found = connection.execute("SELECT * FROM read_parquet(getvariable('files'), hive_partitioning = false)")
+        assert_same(published, name, found.to_arrow_table().to_pylist())
+
+
+def test_duckdb_with_the_folders_as_columns_changes_no_column_of_ours(published: Published) -> None:
+    """By default it makes columns of `run_date=` and `run_id=`, which would hide any of ours of such a name."""
+    with duckdb.connect() as connection:
+        connection.register_filesystem(fsspec.filesystem("s3"))
+        for name in TABLES:
+            files = str(published.snapshot.uris(name))
+            columns = [row[0] for row in connection.execute(f"DESCRIBE SELECT * FROM read_parquet({files})").fetchall()]
+            assert not {"bucket", "run_date", "run_id"} & set(schemas.table(name, D).names)
+            assert columns[: len(schemas.table(name, D))] == schemas.table(name, D).names
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_polars_by_its_own_client(published: Published, name: str, s3_server: dict[str, str]) -> None:
+    options = {"aws_endpoint_url": s3_server["AWS_ENDPOINT_URL"], "aws_allow_http": "true"}
+    table = pl.read_parquet(published.snapshot.uris(name), storage_options=options)
+    assert_same(published, name, table.to_dicts())
+    assert published.snapshot.to_polars(name).equals(table)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_pandas(published: Published, name: str) -> None:
+    table = pd.concat([pd.read_parquet(uri) for uri in published.snapshot.uris(name)])
+    assert_same(published, name, table.to_dict("records"))
+    assert_same(published, name, published.snapshot.to_pandas(name).to_dict("records"))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_ray_data(published: Published, name: str) -> None:
+    assert_same(published, name, published.snapshot.to_ray(name).take_all())
+    columns = schemas.table(name, D).names[:2]
+    assert published.snapshot.to_ray(name, columns).schema().names == columns
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_hugging_face_datasets_decode_the_images(
+    published: Published, name: str, tmp_path: Path, s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from datasets import load_dataset
+
+    found = load_dataset("parquet", data_files=published.snapshot.uris(name), split="train", cache_dir=str(tmp_path))
+    if name == "images":
+        pictures = {row["item_id"]: row["image"] for row in found}
+        for row in published.rows["images"]:
+            picture = pictures[row["item_id"]]
+            if row["image"] is None:
+                assert picture is None
+            else:
+                assert np.array_equal(np.asarray(picture), np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))))
+        from datasets import Image as Encoded
+
+        found = found.cast_column("image", Encoded(decode=False))
+    assert_same(published, name, list(found))
+
+
+@pytest.fixture(scope="module")
+def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A Spark session."""
+    from pyspark.sql import SparkSession
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
+        session = (
+            SparkSession.builder.master("local[1]")
+            .config("spark.ui.enabled", "false")
+            .config("spark.driver.memory", "1g")
+            .config("spark.sql.session.timeZone", "UTC")
+            .config("spark.sql.warehouse.dir", str(tmp_path_factory.mktemp("warehouse")))
+            .getOrCreate()
+        )
+        yield session
+        session.stop()
+
+
+@pytest.mark.skipif(not shutil.which("java"), reason="Spark needs a Java, 17 or newer: `java` is not on the PATH")
+@pytest.mark.parametrize("name", TABLES)
+def test_spark(published: Published, spark: Any, name: str, tmp_path: Path) -> None:
+    """On copies of the files: Spark's own S3 client, hadoop-aws, is not part of `pip install pyspark`."""
+    filesystem = fsspec.filesystem("s3")
+    copies = []
+    for uri in published.snapshot.uris(name):
+        copies.append(f"{tmp_path}/{uri.removeprefix(published.snapshot.root)}")
+        Path(copies[-1]).parent.mkdir(parents=True, exist_ok=True)
+        filesystem.get_file(uri, copies[-1])
+    assert_same(published, name, [row.asDict() for row in spark.read.parquet(*copies).collect()])
