@@ -137,7 +137,7 @@ class Snapshot:
             filesystem=arrow_filesystem(filesystem),
             format=PARQUET,
         )
-        return dataset if users is None else dataset.filter(pc.field("user_id").isin(users))
+        return dataset if users is None else dataset.filter(pc.field("user_id").isin(pa.array(users, pa.string())))
 
     def to_ray(self, name: str = "items", columns: list[str] | None = None) -> ray.data.Dataset:
         """A table as a Ray Dataset, which reads it in parallel, file by file."""

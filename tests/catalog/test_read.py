@@ -1,0 +1,310 @@
+"""Reading the published snapshot: lookups, columns, other forms, following publications, and what is said of a broken catalog."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from rebeca_ray import schemas
+from rebeca_ray.catalog import row_groups
+from rebeca_ray.catalog.gc import collect
+from rebeca_ray.catalog.layout import Run
+from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
+from rebeca_ray.config import GenerateConfig
+from rebeca_ray.errors import UserError
+from rebeca_ray.identity import bucket_of
+from rebeca_ray.storage import write_json, write_table
+from tests.conftest import USERS, publish
+from tests.test_nights import change_digest, night
+
+BUCKETS, USERS_THERE, ITEMS_A_USER = 3, 500, 4
+D = 64
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Snapshot:
+    return read_catalog(write_snapshot(tmp_path / "large", rows_a_group=100))
+
+
+def write_snapshot(root: Path, *, rows_a_group: int, version: int = schemas.SCHEMA_VERSION) -> str:
+    """A published snapshot of items alone, in three files of several row groups."""
+    run = Run(root=str(root), run_date="2026-03-02", run_id="large", epoch=1)
+    random = np.random.default_rng(0)
+    users = [f"üser-{number:03d}" for number in range(USERS_THERE)]
+    files = []
+    for bucket in range(BUCKETS):
+        own = sorted(user for user in users if bucket_of(user, BUCKETS) == bucket)
+        count = len(own) * ITEMS_A_USER
+        embeds = random.standard_normal((count, D), np.float32)
+        columns = {
+            "item_id": [f"{bucket}-{number:04d}" for number in range(count)],
+            "user_id": np.repeat(own, ITEMS_A_USER),
+            "rank": np.tile(np.arange(ITEMS_A_USER), len(own)),
+            "image_embeds": pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(D)),
+            "like_probability": random.random(count),
+            "nearest_item_id": pa.nulls(count, pa.string()),
+            "nearest_similarity": pa.nulls(count, pa.float32()),
+            "safety_flag": np.zeros(count, bool),
+            "origin": ["new"] * count,
+            "generated_at": pa.repeat(pa.scalar(0, pa.timestamp("us", "UTC")), count),
+            "image_file": np.zeros(count),
+            "image_row": np.zeros(count),
+        }
+        schema = schemas.items(D)
+        table = pa.table([pa.array(columns[name]).cast(schema.field(name).type) for name in schema.names], schema=schema)
+        path = run.table("items", bucket)
+        written = write_table(table, f"{root}/{path}", row_group_size=rows_a_group, embed_column="image_embeds")
+        ends = {"min_user_id": own[0], "max_user_id": own[-1]}
+        files.append({"table": "items", "bucket": bucket, "file": bucket, "path": path, **written, **ends})
+    listing = f"{run.snapshot}/files.parquet"
+    written = write_table(pa.Table.from_pylist(files, schema=schemas.FILES), f"{root}/{listing}", row_group_size=100)
+    told = {"schema_version": version, "run_id": "large", "embed_dim": D, "num_buckets": BUCKETS, "previous_path": None}
+    write_json({**told, "files": {"path": listing, **written}}, run.manifest)
+    publish(str(root), run)
+    return str(root)
+
+
+class Reads:
+    """Counts the bytes that are read of a catalog's Parquet files."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.bytes, self.files = 0, 0
+        opened = LocalFileSystem.open
+
+        def counting(filesystem: LocalFileSystem, path: str, mode: str = "rb", **options: Any) -> Any:
+            file = opened(filesystem, path, mode, **options)
+            self.files += 1
+            read = file.f.read
+
+            def counted(*size: int) -> bytes:
+                data: bytes = read(*size)
+                self.bytes += len(data)
+                return data
+
+            file.read = counted
+            return file
+
+        monkeypatch.setattr(LocalFileSystem, "open", counting)
+
+
+def test_a_users_items_are_found_by_bucket_file_and_row_group(large: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = large.items()
+    reads = Reads(monkeypatch)
+    row_groups.footer.cache_clear()
+    for number in range(0, USERS_THERE, 37):
+        user = f"üser-{number:03d}"
+        expected = everything.filter(pc.equal(everything["user_id"], user))
+        assert large.for_user(user).equals(expected)
+        assert large.for_user(user)["rank"].to_pylist() == [0, 1, 2, 3]
+    before, files = reads.bytes, reads.files
+    found = large.for_user("üser-007", ["item_id", "like_probability"])
+    assert (found.column_names, found.num_rows) == (["item_id", "like_probability"], 4)
+    items = next(row for row in large.files.to_pylist() if row["bucket"] == bucket_of("üser-007", BUCKETS))
+    metadata = pq.read_metadata(f"{large.root}/{items['path']}")
+    wanted = {"item_id", "like_probability", "user_id", "rank"}
+    sizes = [
+        sum(
+            metadata.row_group(group).column(column).total_compressed_size
+            for column in range(metadata.num_columns)
+            if metadata.row_group(group).column(column).path_in_schema in wanted
+        )
+        for group in range(metadata.num_row_groups)
+    ]
+    assert len(sizes) > 5
+    assert reads.files - files == 1  # its footer is remembered
+    assert min(sizes) <= reads.bytes - before <= 2 * max(sizes)
+
+
+def test_some_users_are_read_in_one_table_sorted_by_user_and_rank(large: Snapshot) -> None:
+    users = [f"üser-{number:03d}" for number in (450, 3, 77, 78, 3)]
+    found = large.items(["rank", "user_id"], [*users, "nobody"])
+    assert found.column_names == ["rank", "user_id"]
+    assert found["user_id"].to_pylist() == [user for user in sorted(set(users)) for _ in range(ITEMS_A_USER)]
+    assert found["rank"].to_pylist() == [0, 1, 2, 3] * 4
+    assert large.to_pandas("items", ["item_id"], users[:1]).shape == (4, 1)
+    assert large.to_polars("items", None, users[:1]).shape == (4, len(schemas.items(D)))
+    assert large.dataset("items", users[:2]).to_table(columns=["rank"]).num_rows == 8
+    assert len(large.dataset("items", users[:1]).files) == 1
+
+
+def test_an_unknown_user_is_an_empty_result(large: Snapshot) -> None:
+    for user in ("nobody", "", "\x00", "ÿ", "a" * 2000):
+        found = large.for_user(user)
+        assert found.num_rows == 0
+        assert found.schema.equals(schemas.items(D))
+        assert large.for_user(user, ["rank"]).schema.names == ["rank"]
+    assert large.items(user_ids=[]).num_rows == large.dataset("items", []).count_rows() == 0
+    assert large.images(large.for_user("nobody")) == []
+
+
+def test_a_table_without_rows_has_its_columns(large: Snapshot, ray_local: str) -> None:
+    for name in set(TABLES) - {"items"}:
+        assert large.table(name).schema.equals(schemas.table(name, D).remove_metadata(), check_metadata=False)
+        assert large.to_ray(name).count() == 0
+        assert large.uris(name) == []
+    assert large.table("changes", None, ["üser-003"]).num_rows == 0
+
+
+def test_what_nobody_has_is_refused_by_name(large: Snapshot) -> None:
+    with pytest.raises(UserError, match="there is no table 'item'; did you mean 'items'"):
+        large.table("item")
+    for read in (large.items, large.to_pandas, large.to_ray):
+        with pytest.raises(UserError, match="items has no column 'image_embed'; did you mean 'image_embeds'"):
+            read(**{"columns": ["image_embed"]})  # type: ignore[operator]
+    with pytest.raises(UserError, match=r"images: has no users; read the users' items"):
+        large.table("images", None, ["a"])
+    with pytest.raises(UserError, match="the items have no column image_file, image_row; read them with it"):
+        large.images(large.items(["user_id"]))
+    with pytest.raises(UserError, match="run large has no image file 0; the items are of another snapshot"):
+        large.images(large.for_user("üser-003"))
+    with pytest.raises(TypeError, match="user_ids: 7 is no string, as every user_id is; give '7'"):
+        large.for_user(7)  # type: ignore[arg-type]
+
+
+def test_a_reader_follows_publications_and_holds_its_snapshot_until_it_is_collected(config: GenerateConfig) -> None:
+    _, monday = night(config, USERS[:5])
+    assert monday.refresh() is monday
+    items, images = monday.items(), monday.images(monday.items())
+    change_digest(config, USERS[0])
+    _, tuesday = night(config, USERS[:5], 1)
+    now = monday.refresh()
+    assert (now.path, now.run_id, now.refresh()) == (tuesday.path, tuesday.run_id, now)
+    _, wednesday = night(config, USERS[:5], 2)
+    assert collect(config.root, keep=1, grace_hours=48).manifests == []
+    assert monday.items().equals(items)  # held through two publications and a collection
+    assert monday.images(items) == images
+    collect(config.root, keep=1, grace_hours=0)  # keeps the published one, and the one it followed
+    row_groups.footer.cache_clear()
+    for read in (monday.items, lambda: monday.for_user(USERS[0]), lambda: monday.to_pandas("users")):
+        with pytest.raises(UserError, match=f"run {monday.run_id} was collected and cannot be read any more; go on with `refresh"):
+            read()
+    assert monday.refresh().run_id == wednesday.run_id
+    assert monday.refresh().for_user(USERS[1], ["item_id"]).equals(tuesday.for_user(USERS[1], ["item_id"]))
+
+
+def test_differences_of_three_nights_arrive_where_a_reload_does(config: GenerateConfig) -> None:
+    """Users come, go and change; images are copied to other files; one night is missed."""
+
+    def reload(snapshot: Snapshot) -> dict[str, list[dict[str, Any]]]:
+        state: dict[str, list[dict[str, Any]]] = {}
+        for row in snapshot.items().drop_columns(["origin"]).to_pylist():
+            state.setdefault(row["user_id"], []).append(row)
+        return state
+
+    _, snapshot = night(config, USERS[:6])
+    state, seen = reload(snapshot), snapshot.run_id
+    kinds: set[str] = set()
+    untouched = 0
+    for number, users, changed in ((1, USERS[:7], USERS[:4]), (2, USERS[1:6], []), (3, [*USERS[2:7], "stranger"], [USERS[5]])):
+        for user in changed:
+            change_digest(config, user)
+        _, snapshot = night(config, users, number)
+        kinds.update(snapshot.table("changes")["change"].to_pylist())
+        if number == 2:
+            continue  # this consumer was asleep
+        touched = snapshot.changed_users(seen)
+        items = reload_of(snapshot, touched)
+        untouched += len(set(items) | set(state) - set(touched)) - len(items)
+        state = {user: rows for user, rows in state.items() if user not in touched} | items
+        seen = snapshot.run_id
+        assert state == reload(snapshot)
+    assert kinds == {"added", "removed", "updated"}
+    assert untouched
+    assert snapshot.changed_users(snapshot.run_id) == []
+    with pytest.raises(UserError, match="does not follow run another, or a snapshot in between was collected; load this one as a whole"):
+        snapshot.changed_users("another")
+
+
+def reload_of(snapshot: Snapshot, users: list[str]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in snapshot.items(user_ids=users).drop_columns(["origin"]).to_pylist():
+        found.setdefault(row["user_id"], []).append(row)
+    return found
+
+
+def test_who_is_ranked_anew_is_a_change(config: GenerateConfig) -> None:
+    """Another probability for the same item, as `on_new_prior: rescore` gives it, is told as `updated`."""
+    from rebeca_ray.catalog.bucket import changes_table
+
+    before = pa.table(
+        {
+            "item_id": ["a", "b", "c"],
+            "user_id": ["u", "u", "u"],
+            "rank": pa.array([0, 1, 2], pa.int16()),
+            "like_probability": pa.array([0.9, None, 0.5], pa.float32()),
+            "image_file": pa.array([0, 0, 0], pa.int32()),
+            "image_row": pa.array([0, 1, 2], pa.int32()),
+        }
+    )
+    probability = pa.array([0.9, None, 0.6], pa.float32())
+    now = before.set_column(3, "like_probability", probability)
+    assert changes_table(now, before).to_pylist() == [{"item_id": "c", "user_id": "u", "change": "updated"}]
+    assert changes_table(before, before).num_rows == 0
+    swapped = before.take([1, 0, 2]).set_column(2, "rank", before["rank"])
+    assert [row["item_id"] for row in changes_table(swapped, before).to_pylist()] == ["a", "b"]
+
+
+def test_a_catalog_that_is_not_there_or_of_another_version_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing is published there \(no latest.json\); run `rebeca generate`, or give another root"):
+        read_catalog(str(tmp_path / "nowhere"))
+    newer = write_snapshot(tmp_path / "newer", rows_a_group=100, version=schemas.SCHEMA_VERSION + 1)
+    with pytest.raises(UserError, match=rf"schema version {schemas.SCHEMA_VERSION + 1}, this version reads 3; upgrade rebeca-ray"):
+        read_catalog(newer)
+    older = write_snapshot(tmp_path / "older", rows_a_group=100, version=2)
+    with pytest.raises(UserError, match="schema version 2, of before the format was settled; .* generate into another root"):
+        read_catalog(older)
+
+
+@pytest.mark.parametrize("what", ["truncated", "missing", "one bit", "no parquet"])
+def test_a_damaged_file_is_named_with_the_remedy(large: Snapshot, what: str) -> None:
+    user = "üser-007"
+    path = Path(large.root, large.paths("items", {bucket_of(user, BUCKETS)})[0])
+    data = bytearray(path.read_bytes())
+    metadata = pq.read_metadata(path)
+    if what == "missing":
+        path.unlink()
+    elif what == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif what == "no parquet":
+        path.write_bytes(b"x" * len(data))
+    else:  # in the middle of every page of embeddings, which no codec of its own would notice
+        for group in range(metadata.num_row_groups):
+            column = metadata.row_group(group).column(3)
+            data[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+        path.write_bytes(data)
+    row_groups.footer.cache_clear()
+    for read in (lambda: large.for_user(user), lambda: large.items(), lambda: large.to_pandas()):
+        with pytest.raises(UserError, match=r"run large: .*is missing or damaged \(.*\); `rebeca catalog verify` names every such file"):
+            read()
+    with pytest.raises(UserError, match=str(path.relative_to(large.root))):
+        large.for_user(user)
+
+
+@pytest.mark.parametrize("what", ["missing", "changed", "unnamed"])
+def test_a_damaged_file_list_is_told(large: Snapshot, what: str) -> None:
+    listing = Path(large.root, large.manifest["files"]["path"])
+    if what == "missing":
+        listing.unlink()
+    elif what == "changed":
+        listing.write_bytes(listing.read_bytes() + b"x")
+    else:
+        manifest = Path(large.root, large.path, "manifest.json")
+        told = json.loads(manifest.read_text())
+        del told["files"]
+        manifest.write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"the file list of snapshot .* is missing or damaged \(.*\); restore it, or publish another"):
+        read_catalog(large.root)
+
+
+def test_a_missing_image_file_is_named(config: GenerateConfig) -> None:
+    _, snapshot = night(config, USERS[:2])
+    Path(snapshot.root, snapshot.paths("images")[0]).unlink()
+    row_groups.footer.cache_clear()
+    with pytest.raises(UserError, match=r"images/run_id=.* is missing or damaged \(.*"):
+        snapshot.images(snapshot.items())
