@@ -1,0 +1,83 @@
+"""Snapshots of every version of the format that was ever released, read for ever.
+
+A new version needs golden files of its own: `REBECA_WRITE_GOLDEN=1 python -m pytest tests/catalog/test_golden.py` writes them, once.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from rebeca_ray import schemas
+from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
+from rebeca_ray.catalog.verify import verify
+from rebeca_ray.config import GenerateConfig
+from tests.conftest import USERS, D, assembled, prepare, publish, snapshot_of
+from tests.test_nights import ask, change_digest
+
+GOLDEN = Path(__file__).parent / "golden"
+VERSIONS = range(schemas.OLDEST_SCHEMA_VERSION, schemas.SCHEMA_VERSION + 1)
+
+
+@pytest.mark.skipif(not os.environ.get("REBECA_WRITE_GOLDEN"), reason="REBECA_WRITE_GOLDEN is not set: golden files are written once")
+def test_write_golden_files(config: GenerateConfig) -> None:
+    """The second night of a small catalog, with something in every table."""
+    folder = GOLDEN / f"v{schemas.SCHEMA_VERSION}"
+    assert not folder.exists()
+    snapshot_of(ask(config, USERS[:4]), requested=12)
+    change_digest(config, USERS[1])
+    prepared = prepare(ask(config, [*USERS[1:5], "stranger"], 1), break_first=True)
+    assembled(config, prepared, requested=15, error_budget=0.1)
+    publish(config.root, prepared.run)
+    shutil.copytree(config.root, folder, ignore=shutil.ignore_patterns("work", ".latest.lock"))
+    snapshot = read_catalog(str(folder))
+    shutil.rmtree(folder / str(snapshot.manifest["previous_path"]))  # of the night before only images are needed
+    told = {"rows": rows_of(snapshot), "images": image_hashes(snapshot)}
+    (folder / "expected.json").write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
+
+
+def rows_of(snapshot: Snapshot) -> dict[str, list[dict[str, Any]]]:
+    """Every row of every table as JSON can say it; of bytes a hash."""
+    return {name: json.loads(json.dumps(snapshot.table(name).to_pylist(), default=told)) for name in TABLES}
+
+
+def told(value: Any) -> str:
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value.isoformat())
+
+
+def image_hashes(snapshot: Snapshot) -> list[str]:
+    return [hashlib.sha256(image).hexdigest() for image in snapshot.images(snapshot.items())]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_version_is_read_as_it_was_written(version: int) -> None:
+    snapshot = read_catalog(str(GOLDEN / f"v{version}"))
+    expected = json.loads((GOLDEN / f"v{version}" / "expected.json").read_text())
+    assert snapshot.manifest["schema_version"] == version
+    rows = rows_of(snapshot)
+    for name in TABLES:
+        assert len(rows[name]) == len(expected["rows"][name]) > 0
+        for row, was in zip(rows[name], expected["rows"][name], strict=True):
+            assert {column: row[column] for column in was} == was
+    assert image_hashes(snapshot) == expected["images"]
+    user = rows["items"][-1]["user_id"]
+    assert snapshot.for_user(user)["item_id"].to_pylist() == [row["item_id"] for row in expected["rows"]["items"] if row["user_id"] == user]
+    assert verify(snapshot, "full") == []
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_schema_has_only_grown(version: int) -> None:
+    """Every column that was ever published is still there, of the same type, before those that came later."""
+    snapshot = read_catalog(str(GOLDEN / f"v{version}"))
+    assert snapshot.manifest["embed_dim"] == D
+    for name in TABLES:
+        was = pq.read_schema(snapshot.uris(name)[0])
+        assert was.metadata[schemas.VERSION_KEY.encode()] == str(version).encode()
+        now = schemas.table(name, D)
+        assert [now.field(field.name) for field in was] == list(was)
+        assert now.names[: len(was)] == was.names
