@@ -8,8 +8,10 @@ import typer
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Nightly generated image recommendations (REBECA on Ray).")
 stickers = typer.Typer(no_args_is_help=True, help="The bundled world of rated stickers.")
 catalog = typer.Typer(no_args_is_help=True, help="Look at published catalogs.")
+exports = typer.Typer(no_args_is_help=True, help="The published snapshot, for what does not read Parquet.")
 app.add_typer(stickers, name="stickers")
 app.add_typer(catalog, name="catalog")
+catalog.add_typer(exports, name="export")
 
 Config = Annotated[Path, typer.Option("--config", help="YAML file; see jobs/configs")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="changes to the config")]
@@ -245,6 +247,49 @@ def gc(
 
     with job.plain_errors():
         job.collect_garbage(root, keep=keep, grace_hours=grace_hours, dry_run=dry_run)
+
+
+@exports.command(name="images")
+def export_images(
+    root: Root,
+    out: Annotated[str, typer.Argument(help="folder for objects/ and the tables of URLs: local, or s3://bucket/prefix")],
+    url_base: Annotated[str, typer.Option(help="what the CDN calls that folder: the URL of an image is this, a slash, and its key")],
+) -> None:
+    """Images as objects with stable keys, and tables of who is shown which URL. Only what is new is written."""
+    from rebeca_ray import job
+
+    with job.plain_errors():
+        job.export_images(root, out, url_base)
+
+
+@exports.command()
+def key_values(
+    root: Root,
+    out: Annotated[str, typer.Argument(help="folder for the part files: local, or s3://bucket/prefix")],
+    format: Annotated[Literal["jsonl", "redis"], typer.Option(help="JSON lines, or commands for `redis-cli --pipe`")] = "jsonl",
+    key_prefix: Annotated[str, typer.Option(help="of the keys in Redis; the user_id follows")] = "rebeca:",
+    since: Annotated[str | None, typer.Option(help="a run: only users whose items differ from its snapshot's")] = None,
+    images: Annotated[str | None, typer.Option(help="the folder of `export images`, whose URLs are added")] = None,
+) -> None:
+    """Every user's items as one value, for a serving store to load in bulk."""
+    from rebeca_ray import job
+
+    with job.plain_errors():
+        job.export_key_values(root, out, format, key_prefix=key_prefix, since=since, images=images)
+
+
+@exports.command()
+def iceberg(
+    root: Root,
+    catalog: Annotated[str, typer.Option(help="database of an Iceberg SQL catalog, such as sqlite:////data/iceberg.db")],
+    warehouse: Annotated[str, typer.Option(help="folder for the Iceberg tables' metadata")],
+    namespace: Annotated[str, typer.Option(help="of the tables items, images, users, errors, changes")] = "rebeca",
+) -> None:
+    """Register the snapshot's own files as Iceberg tables; nothing is copied."""
+    from rebeca_ray import job
+
+    with job.plain_errors():
+        job.register_iceberg(root, catalog, warehouse, namespace)
 
 
 if __name__ == "__main__":

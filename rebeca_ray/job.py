@@ -13,9 +13,11 @@ from rich.console import Console
 from rebeca_ray.config import DistillConfig, EmbedConfig, GenerateConfig, NightlyConfig, Resume, TrainConfig, dated, load_config
 from rebeca_ray.errors import QualityGateError, UserError, user_error
 from rebeca_ray.settings import DecoderSettings, Settings
+from rebeca_ray.storage import join
 
 if TYPE_CHECKING:
     from rebeca_ray.catalog.gc import Garbage
+    from rebeca_ray.catalog.key_values import Format
     from rebeca_ray.catalog.verify import Level
 
 console = Console(soft_wrap=True)  # a log is searched line by line
@@ -167,6 +169,35 @@ def verify_snapshot(root: str, run_id: str | None, level: "Level") -> None:
             "or restore the files"
         )
     console.print(f"run {snapshot.manifest['run_id']}: nothing wrong ({level}: {snapshot.files.num_rows:,} files)")
+
+
+def export_images(root: str, out: str, url_base: str) -> None:
+    from rebeca_ray.catalog.image_objects import export_images
+    from rebeca_ray.catalog.read import read_catalog
+
+    snapshot = read_catalog(root)
+    done = export_images(snapshot, out, url_base)
+    console.print(
+        f"run {snapshot.run_id} -> {out}: {done.written:,} images written, {done.removed:,} removed, "
+        f"{done.urls:,} rows of URLs in {len(done.files):,} files, which {join(out, 'latest.json')} names"
+    )
+
+
+def export_key_values(root: str, out: str, format: "Format", *, key_prefix: str, since: str | None, images: str | None) -> None:
+    from rebeca_ray.catalog.key_values import export_key_values
+    from rebeca_ray.catalog.read import read_catalog
+
+    done = export_key_values(read_catalog(root), out, format, key_prefix=key_prefix, since=since, images=images)
+    console.print(f"{done.users:,} users to set, {done.removed:,} to remove -> {len(done.files):,} files in {done.folder}")
+
+
+def register_iceberg(root: str, catalog: str, warehouse: str, namespace: str) -> None:
+    from rebeca_ray.catalog.iceberg import register_snapshot
+    from rebeca_ray.catalog.read import read_catalog
+
+    snapshot = read_catalog(root)
+    for name, (added, dropped) in register_snapshot(snapshot, catalog, warehouse, namespace).items():
+        console.print(f"{namespace}.{name}: run {snapshot.run_id}, {added:,} files added, {dropped:,} dropped")
 
 
 def collect_garbage(root: str, *, keep: int, grace_hours: float, dry_run: bool) -> None:

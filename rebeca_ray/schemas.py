@@ -128,6 +128,19 @@ IMAGES = pa.schema(
     metadata={VERSION_KEY: str(SCHEMA_VERSION), "huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
 )
 
+URLS = pa.schema(  # of exported images: who is shown what, the best first
+    [
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("rank", pa.int16(), nullable=False),
+        pa.field("item_id", pa.string(), nullable=False),
+        pa.field("like_probability", pa.float32()),
+        pa.field("origin", pa.string(), nullable=False),
+        pa.field("image_key", pa.string(), nullable=False),  # below the export's folder
+        pa.field("image_url", pa.string(), nullable=False),
+    ],
+    metadata={VERSION_KEY: str(SCHEMA_VERSION)},
+)
+
 FILES = pa.schema(
     [
         pa.field("table", pa.string(), nullable=False),

@@ -160,12 +160,16 @@ class Snapshot:
 
         `items` needs the columns `image_file` and `image_row`.
         """
+        return [image["bytes"] for image in self.named_images(items)]
+
+    def named_images(self, items: pa.Table) -> list[dict[str, Any]]:
+        """The same, each with its `bytes` and its `path`: a file name whose ending says how it is encoded."""
         if missing := {"image_file", "image_row"} - set(items.column_names):
             raise UserError(f"images: the items have no column {', '.join(sorted(missing))}; read them with it, or with all columns")
         wanted: dict[int, dict[int, list[int]]] = {}
         for place, (file, row) in enumerate(zip(items["image_file"].to_pylist(), items["image_row"].to_pylist(), strict=True)):
             wanted.setdefault(file, {}).setdefault(row, []).append(place)
-        found: list[bytes] = [b""] * items.num_rows
+        found: list[dict[str, Any]] = [{}] * items.num_rows
 
         def read(number: int) -> None:
             path, size = self.image_files[number]
@@ -173,7 +177,7 @@ class Snapshot:
             with self.explained(path):
                 for row, image in zip(rows, read_rows(self.root, path, size, rows, "image"), strict=True):
                     for place in wanted[number][row]:
-                        found[place] = image["bytes"].as_py()
+                        found[place] = image.as_py()
 
         if unknown := set(wanted) - set(self.image_files):
             raise UserError(

@@ -156,7 +156,7 @@ def test_what_nobody_has_is_refused_by_name(large: Snapshot) -> None:
         large.table("item")
     for read in (large.items, large.to_pandas, large.to_ray):
         with pytest.raises(UserError, match="items has no column 'image_embed'; did you mean 'image_embeds'"):
-            read(**{"columns": ["image_embed"]})  # type: ignore[operator]
+            read(columns=["image_embed"])  # type: ignore[operator]
     with pytest.raises(UserError, match=r"images: has no users; read the users' items"):
         large.table("images", None, ["a"])
     with pytest.raises(UserError, match="the items have no column image_file, image_row; read them with it"):

@@ -1,0 +1,72 @@
+"""The published snapshot as Iceberg tables: its own files, registered where they lie. Nothing is copied.
+
+Each table (`items`, `images`, `users`, `errors`, `changes`) moves to a snapshot in one commit, which drops the files that are no longer
+listed and adds the new ones. A commit says of which run it is, so that doing it again does nothing.
+"""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from rebeca_ray.catalog.read import TABLES, Snapshot
+from rebeca_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from pyiceberg.catalog import Catalog
+    from pyiceberg.table import Table
+
+RUN = "rebeca.run_id"  # a property of the tables
+PROPERTIES = {"gc.enabled": "false"}  # the files are the catalog's: `rebeca catalog gc` removes them, Iceberg's own clean-up must not
+
+
+def register_snapshot(snapshot: Snapshot, catalog: str, warehouse: str, namespace: str = "rebeca") -> dict[str, tuple[int, int]]:
+    """Bring the tables of a namespace to the snapshot; returns how many files each gained and lost.
+
+    `catalog` is the database of an Iceberg SQL catalog (`sqlite:////path/catalog.db`), `warehouse` the folder for the tables' metadata.
+    Raises UserError where pyiceberg is not installed, or another commit came between.
+    """
+    try:
+        from pyiceberg.exceptions import CommitFailedException
+    except ImportError:
+        raise UserError("iceberg: pyiceberg is not installed; pip install 'rebeca-ray[iceberg]'") from None
+    found = open_iceberg(catalog, warehouse)
+    found.create_namespace_if_not_exists(namespace)
+    done = {}
+    for name in TABLES:
+        table = found.create_table_if_not_exists(f"{namespace}.{name}", snapshot.schema(name).remove_metadata(), properties=PROPERTIES)
+        try:
+            done[name] = bring_to(table, snapshot, name)
+        except CommitFailedException as error:
+            raise UserError(f"iceberg {catalog}: {namespace}.{name} was changed by another writer ({error}); run it again") from None
+    return done
+
+
+def open_iceberg(catalog: str, warehouse: str) -> "Catalog":
+    """An SQL catalog. Raises UserError if its database cannot be opened."""
+    from pyiceberg.catalog.sql import SqlCatalog
+    from sqlalchemy.exc import SQLAlchemyError
+
+    told = {"s3.endpoint": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")}  # the rest pyarrow finds itself
+    try:
+        return SqlCatalog("rebeca", uri=catalog, warehouse=warehouse, **{name: value for name, value in told.items() if value})
+    except SQLAlchemyError as error:
+        told_error = " ".join(str(error).split())[:200]
+        raise UserError(f"iceberg {catalog}: cannot be opened ({told_error}); give a database as sqlite:////absolute/path.db") from None
+
+
+def bring_to(table: "Table", snapshot: Snapshot, name: str) -> tuple[int, int]:
+    """One commit; how many files it added and dropped."""
+    if table.properties.get(RUN) == snapshot.run_id:
+        return 0, 0
+    listed = snapshot.uris(name)
+    there: dict[str, Any] = {task.file.file_path: task.file for task in table.scan().plan_files()}
+    gone = [file for path, file in there.items() if path not in set(listed)]
+    new = [path for path in listed if path not in there]
+    with table.transaction() as transaction:
+        if gone:
+            with transaction.update_snapshot().overwrite() as overwrite:
+                for file in gone:
+                    overwrite.delete_data_file(file)
+        if new:
+            transaction.add_files(new)
+        transaction.set_properties({RUN: snapshot.run_id})
+    return len(new), len(gone)
