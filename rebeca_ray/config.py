@@ -71,6 +71,9 @@ class TrainConfig(Settings):
     ] = None
     interactions: InteractionSettings
     items: Location
+    catalog: Annotated[
+        Location | None, Field(description="root of a catalog whose generated items are rated too: they are found there")
+    ] = None
     out: Location
     network: NetworkSettings = NetworkSettings()
     diffusion: DiffusionSettings = DiffusionSettings()
@@ -101,6 +104,9 @@ class DistillConfig(Settings):
     out: Location
     interactions: Annotated[InteractionSettings | None, Field(description="for a `history` prior: whose trajectories to learn")] = None
     items: Location | None = None
+    catalog: Annotated[
+        Location | None, Field(description="root of a catalog whose generated items are rated too: they are found there")
+    ] = None
     storage: Annotated[Location, Field(description="where histories are kept", validate_default=True)] = "runs/distill"
     num_inference_steps: Annotated[Few, Field(description="passes of the student")] = 4
     num_users: Annotated[Positive, Field(description="users whose trajectories are drawn, at most")] = 20_000

@@ -19,6 +19,7 @@ from rebeca_ray.checkpoint import TrainedPrior, load_prior, read_prior_config, s
 from rebeca_ray.config import DistillConfig
 from rebeca_ray.diffusion import Denoiser, Diffusion
 from rebeca_ray.errors import QualityGateError, UserError
+from rebeca_ray.feedback import with_rated
 from rebeca_ray.finishing import USERS_AT_ONCE, factors_of, training_blocks
 from rebeca_ray.histories import build_histories
 from rebeca_ray.items import read_image_embeds
@@ -121,6 +122,8 @@ def known_users(teacher: TrainedPrior, config: DistillConfig) -> tuple[KnownUser
         everybody = KnownUsers(token_GUH=rows[chosen], factor_GF=factors)
         return everybody, everybody
     items = read_image_embeds(config.items)
+    if config.catalog is not None:
+        items = with_rated(items, config.catalog, config.interactions.path)
     x0_ID = teacher.scaler.scale(torch.from_numpy(items.image_embeds)).numpy()
     block = next(training_blocks(build_histories(config.interactions, items.item_id, config.storage)))
     chosen = np.linspace(0, len(block.counts_V) - 1, min(config.num_users, len(block.counts_V))).astype(int)

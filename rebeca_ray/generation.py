@@ -162,6 +162,7 @@ def make_snapshot(
             versions=versions,
             decoder_weights=decoder.weights,
             embed_dim=decoder.embed_dim,
+            clip=prior.clip,
             num_buckets=config.layout.num_buckets,
             max_safety_probability=config.decoder.safety.max_probability,
             error_budget=config.error_budget,

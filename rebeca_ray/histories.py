@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rebeca_ray import schemas
 from rebeca_ray.errors import UserError
 from rebeca_ray.identity import bucket_of, hash128
-from rebeca_ray.interactions import Interactions, history_digests, interactions_of, no_users, normalise, read_interactions
+from rebeca_ray.interactions import Interactions, history_digests, interactions_of, no_users, normalise, read_columns
 from rebeca_ray.settings import InteractionSettings
 from rebeca_ray.storage import (
     UNREACHABLE,
@@ -49,6 +50,7 @@ class Histories:
     uri: str
     users_of_bucket: list[int]
     digest: str  # of all users' histories
+    rated: str | None = None  # of generation: where the generated items are that stand after the real ones
 
     @property
     def num_users(self) -> int:
@@ -94,8 +96,8 @@ def build_histories(settings: InteractionSettings, item_id: np.ndarray, storage:
     num_buckets = multiple_of * math.ceil(count_rows(settings.path) / ROWS_A_BUCKET / multiple_of)
     try:
         if num_buckets <= 1:
-            interactions = read_interactions(settings)
-            counted = [write_bucket(interactions, items, settings.path, out, 0)]
+            ratings = known_items(read_columns(settings.path), items, settings)
+            counted = [write_bucket(interactions_of(ratings, settings), items, settings.path, out, 0)]
         else:
             counted = build_in_buckets(settings, columns, items, out, num_buckets)
         users_of_bucket, digests = (list(column) for column in zip(*counted, strict=True))
@@ -179,8 +181,18 @@ def build_bucket(settings: InteractionSettings, split: str, items: ItemIndex, ou
     if not filesystem.exists(path):  # no user's hash fell here
         write_table(schemas.HISTORIES.empty_table(), bucket_file(out, bucket), row_group_size=USERS_A_ROW_GROUP)
         return 0, ""
-    interactions = interactions_of(normalise(read_table(folder, "interactions"), settings.path), settings)
-    return write_bucket(interactions, items, settings.path, out, bucket)
+    ratings = known_items(normalise(read_table(folder, "interactions"), settings.path), items, settings)
+    return write_bucket(interactions_of(ratings, settings), items, settings.path, out, bucket)
+
+
+def known_items(ratings: pa.Table, items: ItemIndex, settings: InteractionSettings) -> pa.Table:
+    """Without ratings of items whose embedding is nowhere, if they may be dropped; those are counted aloud."""
+    if settings.unknown_items == "refuse":
+        return ratings
+    known = pc.is_in(ratings["item_id"], value_set=pa.array(items.sorted_id, pa.string()))
+    if unknown := len(known) - (pc.sum(known).as_py() or 0):
+        print(f"interactions {settings.path}: {unknown:,} of {len(known):,} rate an item whose embedding is nowhere; left out", flush=True)
+    return ratings.filter(known)
 
 
 def write_bucket(interactions: Interactions, items: ItemIndex, uri: str, out: str, bucket: int) -> tuple[int, str]:
@@ -221,7 +233,8 @@ def index_items(interactions: Interactions, items: ItemIndex, uri: str) -> np.nd
         names = ", ".join(sorted(set(interactions.item_id[missing]))[:3])
         raise UserError(
             f"interactions {uri}: {int(missing.sum())} of {len(missing)} rate an item that has no embedding "
-            f"({names}); embed those items with `rebeca embed`, or drop their ratings"
+            f"({names}); embed those items with `rebeca embed`, name the catalog they were generated in (`catalog`), or set "
+            "interactions.unknown_items=drop"
         )
     return items.row[place].astype(np.int32)
 

@@ -15,7 +15,7 @@ from rebeca_ray.errors import UserError
 from rebeca_ray.identity import hash128
 from rebeca_ray.settings import InteractionSettings
 from rebeca_ray.storage import read_table
-from rebeca_ray.tables import MAX_EXAMPLES, check_columns, check_ids, check_rows, plain, refuse
+from rebeca_ray.tables import MAX_EXAMPLES, check_columns, check_ids, check_rows, check_texts, plain, refuse, row_numbers
 
 FIRST_TIME, LAST_TIME = np.datetime64("0001-01-01", "us").astype(int), np.datetime64("9999-12-31", "us").astype(int)
 
@@ -88,7 +88,8 @@ def read_columns(uri: str) -> pa.Table:
 
 
 def normalise(table: pa.Table, uri: str) -> pa.Table:
-    """Interaction columns of `uri` in the types of `schemas.INTERACTIONS`. Raises UserError for times that do not fit them."""
+    """The ratings of `uri` in the types of `schemas.INTERACTIONS`, without impressions. Raises UserError for times that do not fit them."""
+    table = only_ratings(table, uri)
     if "timestamp" in table.column_names:
         place = table.column_names.index("timestamp")
         options = pc.CastOptions(
@@ -101,6 +102,17 @@ def normalise(table: pa.Table, uri: str) -> pa.Table:
     if "rating" in table.column_names:  # one that is too large for the type is off the scale too
         table = table.set_column(table.column_names.index("rating"), "rating", plain(table["rating"]).cast(pa.float32(), safe=False))
     return table.cast(pa.schema([schemas.INTERACTIONS.field(name).with_nullable(True) for name in table.column_names]))
+
+
+def only_ratings(table: pa.Table, uri: str) -> pa.Table:
+    """Without the rows that only say that something was shown, and without `event`. Raises UserError for an event of another name."""
+    if "event" not in table.column_names:
+        return table
+    event = pc.fill_null(plain(table["event"]), "")
+    check_texts(event, "interactions", uri, "event")
+    bad = pc.invert(pc.is_in(event, value_set=pa.array(["", *schemas.EVENTS])))
+    refuse("interactions", uri, bad, "an event that is neither rating nor impression", row_numbers(bad), "name it so, or leave it null")
+    return table.filter(pc.not_equal(event, "impression")).drop_columns(["event"])
 
 
 def off_the_calendar(uri: str) -> UserError:

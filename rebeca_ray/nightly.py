@@ -71,6 +71,8 @@ def one_night(config: NightlyConfig, date: datetime.date, since: datetime.dateti
         new = embed_items(dated(config.embed, date), only_new=True)
         print(f"{date}: {new:,} new items embedded", flush=True)
     if config.train is not None and (train := dated(config.train, date)) and training_is_due(train.out, date, config.train_every_days):
+        if train.catalog is None:
+            train = train.model_copy(update={"catalog": config.generate.root})
         try:
             train_prior(train)
             write_json({"run_date": date.isoformat()}, join(train.out, TRAINED))

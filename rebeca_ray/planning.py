@@ -7,7 +7,7 @@ Shapes: G users, N candidates of all of them, D embed dim, U user tokens, H widt
 
 import hashlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -24,15 +24,16 @@ from rebeca_ray.checkpoint import load_prior
 from rebeca_ray.config import GenerateConfig
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.errors import UserError
+from rebeca_ray.feedback import find_rated
 from rebeca_ray.histories import Histories, build_histories
-from rebeca_ray.items import read_image_embeds, read_item_ids
+from rebeca_ray.items import embedded_with, read_image_embeds, read_item_ids
 from rebeca_ray.parts import WRITER_CPUS, WriteParts, with_busy_seconds
 from rebeca_ray.progress import Progress
 from rebeca_ray.refresh import PLAN, RESCORE, Decisions
 from rebeca_ray.sampling import USERS_PADDED_TO, sample_liked
 from rebeca_ray.selection import choose, nearest_items
 from rebeca_ray.selector import MAX_HISTORY
-from rebeca_ray.storage import arrow_filesystem, delete, join, list_files, open_filesystem, read_json, read_table, write_json
+from rebeca_ray.storage import arrow_filesystem, delete, join, list_files, open_filesystem, read_json, read_table, write_json, write_table
 from rebeca_ray.training_set import Rated, UserBlock
 
 ITEMS_A_FILE = 20_000
@@ -84,11 +85,20 @@ def users_a_batch(config: GenerateConfig) -> int:
 
 
 def request_histories(config: GenerateConfig, run: Run) -> Histories | None:
-    """What the users rated until now, hold-out and all, in parts of the catalog's buckets; None if the config gives no interactions."""
+    """What the users rated until now, hold-out and all, in parts of the catalog's buckets; None if the config gives no interactions.
+
+    Generated items that were rated are counted on after the real ones.
+    """
     if config.interactions is None or config.items is None:
         return None
     everything = config.interactions.model_copy(update={"hold_out": 0.0, "min_likes": 0})
-    return build_histories(everything, read_item_ids(config.items), run.work, multiple_of=config.layout.num_buckets)
+    item_id, rated_id, rated = read_item_ids(config.items), np.array([], str), None
+    found = find_rated(config.root, config.interactions.path, item_id, *embedded_with(config.items))
+    if found.num_rows:
+        rated, rated_id = join(run.work, "rated.parquet"), found["item_id"].to_numpy(zero_copy_only=False).astype(str)
+        write_table(found, rated, row_group_size=ITEMS_A_FILE, embed_column="image_embeds")
+    histories = build_histories(everything, np.concatenate([item_id, rated_id]), run.work, multiple_of=config.layout.num_buckets)
+    return replace(histories, rated=rated)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +134,9 @@ class PlanUsers:
         told = self.sampler.model_dump_json(exclude={"batch_size", "num_actors", "cpus_per_actor", "device"})
         self.settings = hashlib.sha256((told + config.selection.model_dump_json()).encode()).hexdigest()
         self.items = read_image_embeds(config.items) if config.items else None
+        self.embeds_ID = None if self.items is None else self.items.image_embeds  # of what may have been rated
+        if self.embeds_ID is not None and histories is not None and histories.rated:
+            self.embeds_ID = np.concatenate([self.embeds_ID, read_image_embeds(histories.rated).image_embeds])
         self.unit_ID = F.normalize(torch.from_numpy(self.items.image_embeds)).to(config.sampler.device) if self.items else None
         self.place = {} if self.prior.users is None else {user: place for place, user in enumerate(self.prior.users["user_id"].to_pylist())}
 
@@ -242,8 +255,8 @@ class PlanUsers:
         index_G = np.array([self.place.get(row["user_id"], -1) for row in asked] + [-1] * padding)
         rated = self.rated(asked, padding)
         history = None
-        if rated is not None and self.items is not None:
-            history = rated.look_up(self.items.image_embeds, self.config.sampler.device)
+        if rated is not None and self.embeds_ID is not None:
+            history = rated.look_up(self.embeds_ID, self.config.sampler.device)
             history = history._replace(item_BLD=self.prior.scaler.scale(history.item_BLD))
         latest = None if history is None else history.latest(self.prior.settings.max_history)
         selector = self.prior.selector

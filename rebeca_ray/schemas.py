@@ -23,8 +23,10 @@ INTERACTIONS = pa.schema(
         pa.field("item_id", pa.string(), nullable=False),
         pa.field("rating", pa.float32(), nullable=False, metadata=OPTIONAL),  # without it every row is a like
         pa.field("timestamp", pa.timestamp("us")),
+        pa.field("event", pa.string()),  # "impression": was shown, and says nothing; anything rated: "rating", or null
     ]
 )
+EVENTS = ("rating", "impression")
 
 ITEMS = pa.schema([pa.field("item_id", pa.string(), nullable=False), pa.field("image", IMAGE, nullable=False)])  # to be embedded
 

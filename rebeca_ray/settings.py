@@ -84,6 +84,9 @@ class InteractionSettings(Settings):
     like_threshold: Rating = 4.0
     min_likes: Count = 1
     hold_out: Annotated[Share, Field(description="share of each user's interactions kept from training")] = 0.1
+    unknown_items: Annotated[
+        Literal["refuse", "drop"], Field(description="ratings of items whose embedding is nowhere: not among `items`, nor in the catalog")
+    ] = "refuse"
 
     @model_validator(mode="after")
     def threshold_is_on_the_scale(self) -> Self:

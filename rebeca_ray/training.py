@@ -18,6 +18,7 @@ from rebeca_ray.cluster import require_room, start_ray
 from rebeca_ray.config import TrainConfig
 from rebeca_ray.embeds import EmbedScaler
 from rebeca_ray.errors import UserError
+from rebeca_ray.feedback import with_rated
 from rebeca_ray.finishing import finish_prior, training_blocks
 from rebeca_ray.histories import Histories, build_histories, user_table
 from rebeca_ray.items import EmbeddedItems, read_image_embeds
@@ -38,8 +39,9 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
     UserError if the loss diverges; the best epoch's checkpoint stays in the storage.
     """
     items = read_image_embeds(config.items)
-    image_embeds = torch.from_numpy(items.image_embeds)
-    scaler = EmbedScaler.fit(image_embeds, clamp=config.embed_clamp)
+    scaler = EmbedScaler.fit(torch.from_numpy(items.image_embeds), clamp=config.embed_clamp)
+    if config.catalog is not None:
+        items = with_rated(items, config.catalog, config.interactions.path)
     require_own(config.out, "out", "config.json", "format")
     require_writable(config.out, "out")
     require_writable(config.storage, "storage")
@@ -55,7 +57,7 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
     print(
         f"training on {histories.num_users:,} users (any with fewer than interactions.min_likes = {fewest} likes is left out)", flush=True
     )
-    x0_ID = scaler.scale(image_embeds).numpy()
+    x0_ID = scaler.scale(torch.from_numpy(items.image_embeds)).numpy()
     drop_torn_record(join(config.storage, config.run_name, "checkpoint_manager_snapshot.json"))
     trainer = TorchTrainer(
         train_loop_per_worker,
@@ -140,7 +142,9 @@ def stream_of(histories: Histories, config: TrainConfig) -> ray.data.Dataset:
 
 def run_name(config: TrainConfig, histories: Histories, items: EmbeddedItems) -> str:
     """The same for the same settings, ratings and embeddings, so that a rerun resumes; another for anything new."""
-    told = config.model_dump_json(exclude={"interactions": {"path"}, "items": True, "out": True, "storage": True, "workers": True})
+    told = config.model_dump_json(
+        exclude={"interactions": {"path"}, "items": True, "catalog": True, "out": True, "storage": True, "workers": True}
+    )
     embeds = hashlib.sha256(items.image_embeds.tobytes()).hexdigest()
     return f"{config.run_name}-{identity.hash128(told, embeds, *items.item_id, histories.digest)[:12]}"
 

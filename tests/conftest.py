@@ -303,6 +303,7 @@ def assembled(config: GenerateConfig, prepared: Prepared, *, requested: int, err
         versions={"prior": load_prior(config.prior).fingerprint},
         decoder_weights={},
         embed_dim=identify_decoder(config.decoder).embed_dim,
+        clip=None,
         num_buckets=config.layout.num_buckets,
         max_safety_probability=0.5,
         error_budget=error_budget,

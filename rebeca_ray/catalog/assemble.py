@@ -36,6 +36,7 @@ class MadeOf:
     versions: dict[str, str]
     decoder_weights: dict[str, str]
     embed_dim: int
+    clip: str | None
     num_buckets: int
     max_safety_probability: float
     error_budget: float
@@ -106,6 +107,7 @@ def assemble(
         "versions": made.versions,
         "decoder_weights": made.decoder_weights,
         "embed_dim": made.embed_dim,
+        "clip": made.clip,
         "num_buckets": made.num_buckets,
         "next_file": max([first - 1, *(row["file"] for row in images)]) + 1,
         "bytes": sum(row["bytes"] for row in rows),

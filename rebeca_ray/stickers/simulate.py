@@ -19,6 +19,7 @@ from rebeca_ray import schemas
 from rebeca_ray.stickers import ITEMS
 from rebeca_ray.storage import require_writable
 
+RATINGS = pa.schema([field for field in schemas.INTERACTIONS if field.name != "event"])  # nothing is shown to simulated users
 BIAS = -3.1
 TEMPERATURE = 0.97
 POPULARITY_EXPONENT = 0.6
@@ -102,7 +103,7 @@ def simulate(num_users: int, seed: int, out: Path, num_requested: int = 100) -> 
     subcategory_column = pa.array([subcategory for _, subcategory in world.pairs])
     num_ratings = 0
     with (
-        pq.ParquetWriter(out / "interactions.parquet", schemas.INTERACTIONS, compression="zstd") as interactions,
+        pq.ParquetWriter(out / "interactions.parquet", RATINGS, compression="zstd") as interactions,
         pq.ParquetWriter(out / "truth.parquet", truth_schema, compression="zstd") as truth,
     ):
         for start in range(0, num_users, CHUNK):
@@ -145,5 +146,5 @@ def draw_ratings(world: World, user_id: str, logit: np.ndarray, random: np.rando
             "rating": rating.astype(np.float32),
             "timestamp": LAST_DAY - age.astype("timedelta64[us]"),
         },
-        schema=schemas.INTERACTIONS,
+        schema=RATINGS,
     )

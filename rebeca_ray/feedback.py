@@ -1,0 +1,135 @@
+"""Feedback: people rate generated items too, and what they rated is found in the catalog by its `item_id`.
+
+interactions whose item is no real one -> the snapshots that are there, the latest first, by bucket and user -> <root>/rated/
+
+An embedding that was found once is kept in <root>/rated/ for as long as there is a catalog, for ratings outlive snapshots:
+`rebeca catalog gc` leaves that folder alone.
+"""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
+
+from rebeca_ray import schemas
+from rebeca_ray.catalog.layout import for_each_bucket
+from rebeca_ray.catalog.read import Snapshot, open_snapshot
+from rebeca_ray.catalog.snapshots import list_snapshots
+from rebeca_ray.cluster import start_ray
+from rebeca_ray.errors import UserError
+from rebeca_ray.identity import bucket_of, hash128
+from rebeca_ray.interactions import only_ratings
+from rebeca_ray.items import EmbeddedItems
+from rebeca_ray.storage import (
+    PARQUET,
+    UNREACHABLE,
+    arrow_filesystem,
+    describe,
+    join,
+    list_files,
+    open_filesystem,
+    open_table,
+    read_table,
+    write_table,
+)
+from rebeca_ray.tables import check_columns, plain
+
+ROWS_A_GROUP = 2_000
+
+
+def with_rated(items: EmbeddedItems, root: str, interactions: str) -> EmbeddedItems:
+    """Real items, and after them the generated ones of the catalog at `root` that were rated, in the order of their ids."""
+    found = find_rated(root, interactions, items.item_id, items.image_embeds.shape[1], items.clip)
+    if not found.num_rows:
+        return items
+    embeds = found["image_embeds"].combine_chunks().flatten().to_numpy().reshape(found.num_rows, -1)
+    return EmbeddedItems(
+        item_id=np.concatenate([items.item_id, found["item_id"].to_numpy(zero_copy_only=False).astype(str)]),
+        image_embeds=np.concatenate([items.image_embeds, embeds]),
+        clip=items.clip,
+    )
+
+
+def find_rated(root: str, interactions: str, item_id: np.ndarray, embed_dim: int, clip: str | None) -> pa.Table:
+    """The generated items that `interactions` rate: `schemas.embedded_items`, sorted by id.
+
+    `item_id` are the real items. An item is looked for among those of the user who rated it, in snapshots of the same embedding size
+    and CLIP. What is not found anywhere is not in the result, and for `build_histories` to refuse or to drop.
+    """
+    rated = ratings_of_others(interactions, item_id)
+    if not rated.num_rows:
+        return schemas.embedded_items(embed_dim).empty_table()
+    folder = join(root, "rated", f"{clip or 'clip'}-{embed_dim}")
+    kept = read_kept(folder, rated, embed_dim)
+    for manifest in reversed(list_snapshots(root)):
+        missing = rated.filter(pc.invert(pc.is_in(rated["item_id"], value_set=kept["item_id"].combine_chunks())))
+        if not missing.num_rows:
+            break
+        if manifest["embed_dim"] != embed_dim or (clip and manifest.get("clip") and manifest["clip"] != clip):
+            continue
+        found = find_in(open_snapshot(root, manifest["path"]), missing)
+        if found.num_rows:
+            name = f"part-{hash128(*found['item_id'].to_pylist())[:16]}.parquet"
+            write_table(found, join(folder, name), row_group_size=ROWS_A_GROUP, embed_column="image_embeds")
+            kept = pa.concat_tables([kept, found])
+    return kept.sort_by("item_id")
+
+
+def ratings_of_others(interactions: str, item_id: np.ndarray) -> pa.Table:
+    """`user_id` and `item_id` of ratings of items that are not among these, each pair once."""
+    columns = check_columns(interactions, "interactions", schemas.INTERACTIONS)
+    files, _ = open_table(interactions, "interactions")
+    filesystem, _ = open_filesystem(interactions)
+    known = pa.array(item_id, pa.string())
+    parts = [pa.table({"user_id": pa.array([], pa.string()), "item_id": pa.array([], pa.string())})]
+    try:
+        dataset = pyarrow.dataset.dataset(files, filesystem=arrow_filesystem(filesystem), format=PARQUET)
+        for batch in dataset.to_batches(columns=[name for name in columns if name in ("user_id", "item_id", "event")]):
+            table = only_ratings(pa.Table.from_batches([batch]), interactions)
+            pair = pa.table({name: plain(table[name]).cast(pa.string()) for name in ("user_id", "item_id")})
+            parts.append(pair.filter(pc.invert(pc.is_in(pair["item_id"], value_set=known))))
+    except (pa.ArrowException, *UNREACHABLE) as error:
+        raise UserError(f"interactions {interactions}: not readable as Parquet ({describe(error)}); write it again") from None
+    return pa.concat_tables(parts).drop_null().group_by(["user_id", "item_id"]).aggregate([])
+
+
+def read_kept(folder: str, rated: pa.Table, embed_dim: int) -> pa.Table:
+    """Those of the rated items that were found in earlier nights, each once."""
+    tables = [schemas.embedded_items(embed_dim).empty_table()]
+    for file in list_files(folder, ".parquet"):
+        table = read_table(file, "rated items")
+        tables.append(table.filter(pc.is_in(table["item_id"], value_set=rated["item_id"].combine_chunks())))
+    return each_once(pa.concat_tables(tables))
+
+
+def find_in(snapshot: Snapshot, missing: pa.Table) -> pa.Table:
+    """Those of some ratings' items that are in a snapshot, among the items of who rated them; each once, sorted by id."""
+    num_buckets = snapshot.manifest["num_buckets"]
+    buckets = pa.array([bucket_of(user, num_buckets) for user in missing["user_id"].to_pylist()], pa.int32())
+    missing = missing.append_column("bucket", buckets)
+    shared: Any = missing
+    if num_buckets > 1:
+        import ray
+
+        start_ray()
+        shared = ray.put(missing)
+
+    def find(bucket: int) -> pa.Table:
+        pairs = shared
+        if num_buckets > 1:
+            import ray
+
+            pairs = ray.get(shared)
+        own = pairs.filter(pc.equal(pairs["bucket"], bucket))
+        items = snapshot.items(["item_id", "image_embeds"], own["user_id"].unique().to_pylist())
+        return items.filter(pc.is_in(items["item_id"], value_set=own["item_id"].combine_chunks()))
+
+    return each_once(pa.concat_tables(for_each_bucket(find, num_buckets, lambda: None))).sort_by("item_id")
+
+
+def each_once(items: pa.Table) -> pa.Table:
+    """Without repetitions of an id."""
+    _, first = np.unique(items["item_id"].to_numpy(zero_copy_only=False).astype(str), return_index=True)
+    return items.take(pa.array(first))

@@ -1,0 +1,198 @@
+"""Ratings of generated items: found in the catalog, kept beyond it, and followed by the next night."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from rebeca_ray import schemas
+from rebeca_ray.catalog.gc import collect
+from rebeca_ray.catalog.read import Snapshot, read_catalog
+from rebeca_ray.config import GenerateConfig, TrainConfig
+from rebeca_ray.errors import UserError
+from rebeca_ray.feedback import find_rated, with_rated
+from rebeca_ray.generation import generate_catalog
+from rebeca_ray.histories import build_histories
+from rebeca_ray.interactions import read_interactions
+from rebeca_ray.items import read_image_embeds
+from rebeca_ray.settings import DecoderSettings, InteractionSettings, LayoutSettings, RefreshSettings, SamplerSettings, SelectionSettings
+from rebeca_ray.storage import list_files
+from rebeca_ray.training import train_prior
+from tests.conftest import USERS, D
+from tests.test_nights import change_digest, night
+
+REAL = np.array(["real-0", "real-1"])
+
+
+def rate(path: Path, rows: list[tuple[str, str, float | None, str | None]]) -> str:
+    """Interactions: who, what, how, and what kind of event."""
+    user, item, rating, event = zip(*rows, strict=True)
+    pq.write_table(
+        pa.table({"user_id": user, "item_id": item, "rating": pa.array(rating, pa.float32()), "event": pa.array(event, pa.string())}), path
+    )
+    return str(path)
+
+
+def first_items(snapshot: Snapshot, *users: str) -> list[dict[str, Any]]:
+    return [snapshot.for_user(user).slice(0, 1).to_pylist()[0] for user in users]
+
+
+@pytest.mark.parametrize("num_buckets", [1, 3])
+def test_rated_items_are_found_once_and_outlive_their_snapshot(
+    config: GenerateConfig, tmp_path: Path, request: pytest.FixtureRequest, num_buckets: int
+) -> None:
+    if num_buckets > 1:
+        request.getfixturevalue("ray_local")
+    config = config.model_copy(update={"layout": LayoutSettings(num_buckets=num_buckets)})
+    _, monday = night(config, [*USERS[:4], "stranger"])
+    one, two, pooled = first_items(monday, USERS[0], USERS[1], "stranger")
+    rows = [(USERS[0], one["item_id"], 5.0, None), ("stranger", pooled["item_id"], 4.0, "rating"), (USERS[0], "real-0", 5.0, "rating")]
+    shown = [(USERS[2], first_items(monday, USERS[2])[0]["item_id"], None, "impression")]
+    interactions = rate(tmp_path / "interactions.parquet", [*rows, *shown])
+    found = find_rated(config.root, interactions, REAL, D, None)
+    assert found.schema.equals(schemas.embedded_items(D))
+    assert {row["item_id"]: row["image_embeds"] for row in found.to_pylist()} == {
+        item["item_id"]: item["image_embeds"] for item in (one, pooled)
+    }
+    assert len(list_files(f"{config.root}/rated")) == 1
+
+    for user in USERS[:4]:
+        change_digest(config, user)
+    night(config, USERS[:4], 1)
+    night(config, USERS[:4], 2)
+    later = rate(tmp_path / "interactions.parquet", [*rows, (USERS[1], two["item_id"], 1.0, None)])
+    assert find_rated(config.root, later, REAL, D, None).num_rows == 3  # from a snapshot that is no longer published
+    collect(config.root, keep=1, grace_hours=0)
+    assert read_catalog(config.root).items(["item_id"])["item_id"].to_pylist().count(one["item_id"]) == 0
+    kept = find_rated(config.root, later, REAL, D, None)
+    assert kept["item_id"].to_pylist() == sorted(item["item_id"] for item in (one, two, pooled))
+    assert len(list_files(f"{config.root}/rated")) == 2
+    assert find_rated(config.root, later, REAL, D, "another-clip").num_rows == 0
+    items = read_image_embeds(str(config.items))
+    together = with_rated(items, config.root, later)
+    assert together.item_id.tolist() == [*items.item_id, *kept["item_id"].to_pylist()]
+    assert np.array_equal(together.image_embeds[-3:], np.array(kept["image_embeds"].to_pylist(), np.float32))
+
+
+def test_a_rating_of_what_is_nowhere_is_refused_or_dropped(
+    config: GenerateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    night(config, USERS[:2])
+    interactions = rate(tmp_path / "interactions.parquet", [(USERS[0], "real-0", 5.0, None), (USERS[0], "f" * 32, 5.0, None)])
+    found = find_rated(config.root, interactions, REAL, D, None)
+    assert found.num_rows == 0
+    settings = InteractionSettings(path=interactions)
+    with pytest.raises(UserError, match=r"1 of 2 rate an item that has no embedding \(f+\); .* or set interactions.unknown_items=drop"):
+        build_histories(settings, REAL, str(tmp_path / "storage"))
+    settings = settings.model_copy(update={"unknown_items": "drop"})
+    histories = build_histories(settings, REAL, str(tmp_path / "storage"))
+    assert pq.read_table(histories.file(0))["item_index"].to_pylist() == [[0]]
+    assert "1 of 2 rate an item whose embedding is nowhere; left out" in capsys.readouterr().out
+
+
+def test_impressions_are_no_ratings(tmp_path: Path) -> None:
+    rows = [
+        ("a", "real-0", 5.0, "rating"),
+        ("a", "real-0", None, "impression"),
+        ("a", "real-1", 3.0, ""),
+        ("b", "real-1", None, "impression"),
+    ]
+    found = read_interactions(InteractionSettings(path=rate(tmp_path / "interactions.parquet", rows), hold_out=0.0))
+    assert found.user_id.tolist() == ["a"]
+    assert dict(zip(found.item_id, found.like, strict=True)) == {"real-0": 1, "real-1": 0}
+    path = rate(tmp_path / "interactions.parquet", [("a", "real-0", 5.0, "click")])
+    with pytest.raises(UserError, match=r"1 of 1 rows have an event that is neither rating nor impression \(rows 0\); name it so"):
+        read_interactions(InteractionSettings(path=path))
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> TrainConfig:
+    """Two kinds of items far apart; some people like the one kind, some the other, some both."""
+    random = np.random.default_rng(0)
+    centres = random.standard_normal((2, D)) * 3
+    embeds = (np.repeat(centres, 20, axis=0) + 0.3 * random.standard_normal((40, D))).astype(np.float32)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(D))
+    pq.write_table(pa.table({"item_id": [f"i{number:02d}" for number in range(40)], "image_embeds": column}), tmp_path / "real.parquet")
+    rows: list[tuple[str, str, float | None, str | None]] = []
+    for number in range(24):
+        liked = [{0}, {1}, {0, 1}][number % 3]
+        for item in random.choice(40, 16, replace=False):
+            rows.append((f"person-{number}", f"i{item:02d}", 5.0 if item // 20 in liked else 1.0, "rating"))
+    for user in ("newcomer", "twin"):
+        rows += [(user, f"i{item:02d}", 5.0, None) for item in (3, 23)]
+    rate(tmp_path / "interactions.parquet", rows)
+    config = TrainConfig.model_validate(
+        {
+            "interactions": {"path": str(tmp_path / "interactions.parquet")},
+            "items": str(tmp_path / "real.parquet"),
+            "out": str(tmp_path / "learnt"),
+            "storage": str(tmp_path / "storage"),
+            "network": {"num_layers": 2, "num_heads": 2, "width": 32, "num_tokens": 2, "user_encoder": "history", "max_history": 24},
+            "diffusion": {"num_train_timesteps": 100},
+            "optimization": {"learning_rate": 3e-3, "batch_size": 64, "samples_per_user": 256, "max_epochs": 6, "ema_decay": 0.9},
+            "workers": {"cpus_per_worker": 0.5},
+        }
+    )
+    train_prior(config)
+    return config
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_liked_generated_items_draw_the_next_night_towards_them(
+    trained: TrainConfig, config: GenerateConfig, tmp_path: Path, tiny_decoder: DecoderSettings
+) -> None:
+    """Two nights. In between the newcomer likes what was generated of one kind and not of the other; the twin only saw theirs."""
+    pq.write_table(pa.table({"user_id": ["newcomer", "twin"]}), config.request)
+    config = config.model_copy(
+        update={
+            "prior": trained.out,
+            "items": trained.items,
+            "interactions": trained.interactions,
+            "num_images": 8,
+            "sampler": SamplerSettings(num_inference_steps=10, batch_size=32, cpus_per_actor=0.5),
+            "selection": SelectionSettings(candidates_per_item=1),
+            "refresh": RefreshSettings(rotation=0.0),
+        }
+    )
+    generate_catalog(config)
+    monday = read_catalog(config.root)
+    real = read_image_embeds(trained.items)
+    kind_of = {item: int(number >= 20) for number, item in enumerate(real.item_id.tolist())}
+    items = monday.for_user("newcomer").to_pylist()
+    kinds = [kind_of[item["nearest_item_id"]] for item in items]
+    assert set(kinds) == {0, 1}, "both kinds please somebody who likes both"
+    liked = [item for item, kind in zip(items, kinds, strict=True) if kind]
+    ratings = [("newcomer", item["item_id"], 5.0 if kind else 1.0, "rating") for item, kind in zip(items, kinds, strict=True)]
+    shown = [("twin", item, None, "impression") for item in monday.for_user("twin")["item_id"].to_pylist()]
+    before = [tuple(row.values()) for row in pq.read_table(trained.interactions.path).to_pylist()]
+    rate(Path(trained.interactions.path), [*before, *ratings, *shown])
+
+    manifest = generate_catalog(config)
+    assert (manifest["counts"]["new"], manifest["counts"]["carried"]) == (8, 8)
+    tuesday = read_catalog(config.root)
+    centre = np.mean([item["image_embeds"] for item in liked], axis=0)
+    then, now = (closeness(snapshot.for_user("newcomer"), centre) for snapshot in (monday, tuesday))
+    assert now > then + 0.2
+    assert [kind_of[item] for item in tuesday.for_user("newcomer")["nearest_item_id"].to_pylist()].count(1) >= 7
+    assert tuesday.for_user("twin", ["item_id"]).equals(monday.for_user("twin", ["item_id"]))
+    assert pc.all(pc.is_in(tuesday.items()["nearest_item_id"], value_set=pa.array(real.item_id.tolist()))).as_py()  # never a generated one
+
+    with pytest.raises(UserError, match=r"8 of 396 rate an item that has no embedding .* name the catalog they were generated in"):
+        train_prior(trained.model_copy(update={"out": str(tmp_path / "again")}))
+    again = trained.model_copy(
+        update={
+            "out": str(tmp_path / "again"),
+            "catalog": config.root,
+            "optimization": trained.optimization.model_copy(update={"max_epochs": 1}),
+        }
+    )
+    assert train_prior(again)["best_epoch"] == 1
+
+
+def closeness(items: pa.Table, centre: np.ndarray) -> float:
+    embeds = np.array(items["image_embeds"].to_pylist())
+    return float(np.mean(embeds @ centre / np.linalg.norm(embeds, axis=1) / np.linalg.norm(centre)))
