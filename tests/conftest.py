@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -341,10 +342,15 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A real S3 server (SeaweedFS) on 127.0.0.1; yields the environment that reaches it."""
+    with seaweedfs(tmp_path_factory.mktemp("s3")) as environment:
+        yield environment
+
+
+@contextmanager
+def seaweedfs(folder: Path) -> Iterator[dict[str, str]]:
+    """A real S3 server (SeaweedFS) on 127.0.0.1 with a bucket `rebeca`; yields the environment that reaches it."""
     import s3fs
 
-    folder = tmp_path_factory.mktemp("s3")
     key, secret = "test-key", "test-secret"
     identity = {"name": "tests", "credentials": [{"accessKey": key, "secretKey": secret}], "actions": ["Admin", "Read", "Write", "List"]}
     reader = {
@@ -396,6 +402,8 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
             time.sleep(0.5)
     else:
         raise RuntimeError((folder / "log").read_text()[-2000:])
-    yield environment
-    process.kill()  # it takes its time to stop by itself, and its data is thrown away
-    process.wait()
+    try:
+        yield environment
+    finally:
+        process.kill()  # it takes its time to stop by itself, and its data is thrown away
+        process.wait()

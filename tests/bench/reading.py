@@ -1,8 +1,8 @@
-"""Reading a large catalog: how long it takes to open, how many bytes and milliseconds a user's items cost, how much more a scan reads than it must.
+"""Reading a large catalog: what it takes to open it, to look up a user, to scan columns; in bytes and in milliseconds.
 
-`python -m tests.bench.reading` makes a snapshot of a million users with ten items each at D = 256 (some five minutes and 5 GB below --data;
-made once), reads it from the disk and from a real S3 server on this machine, and writes `tests/bench/results/reading.json`. Images are small
-stand-ins, a hundred a bucket. Bytes are counted by the file system that the reader is given; times are taken without it.
+`python -m tests.bench.reading` makes a snapshot of a million users with ten items each at D = 256 (some minutes, and 5 GB below --data;
+made once), reads it from the disk and from a real S3 server on this machine, and writes `tests/bench/results/reading.json`. Images are
+small stand-ins, a hundred a bucket. Bytes are counted by the file system that the reader is given; times are taken without it.
 """
 
 import argparse
@@ -51,7 +51,13 @@ def synthesise(root: str, num_users: int) -> None:
         rows = [row for part in pool.map(write_bucket, [run] * BUCKETS, range(BUCKETS), users) for row in part]
     listing = f"{run.snapshot}/files-000001.parquet"
     written = write_table(pa.Table.from_pylist(rows, schema=schemas.FILES), join(root, listing), row_group_size=10_000)
-    told = {"schema_version": schemas.SCHEMA_VERSION, "run_id": run.run_id, "run_date": run.run_date, "embed_dim": D, "num_buckets": BUCKETS}
+    told = {
+        "schema_version": schemas.SCHEMA_VERSION,
+        "run_id": run.run_id,
+        "run_date": run.run_date,
+        "embed_dim": D,
+        "num_buckets": BUCKETS,
+    }
     write_json({**told, "previous_path": None, "files": {"path": listing, **written}}, run.manifest)
     with hold_lease(root, run.run_id, 60) as lease:
         lease.publish(run_id=run.run_id, run_date=run.run_date, snapshot=run.snapshot)
@@ -91,7 +97,9 @@ def write_bucket(run: Run, bucket: int, users: list[str]) -> list[dict[str, Any]
     for name, table, embed_column in (("items", items, "image_embeds"), ("images", images, None)):
         path = run.table("items", bucket) if name == "items" else f"{run.images}/bucket={bucket}/part-000001.parquet"
         written = write_table(table, join(run.root, path), row_group_size=ITEM_ROW_GROUP, embed_column=embed_column)
-        rows.append({"table": name, "bucket": bucket, "file": bucket, "path": path, **written, "min_user_id": users[0], "max_user_id": users[-1]})
+        rows.append(
+            {"table": name, "bucket": bucket, "file": bucket, "path": path, **written, "min_user_id": users[0], "max_user_id": users[-1]}
+        )
     return rows
 
 
@@ -191,14 +199,22 @@ def scan(snapshot: Snapshot, columns: list[str]) -> dict[str, float]:
     for path in snapshot.paths("items"):
         with filesystem.open(join(base, path), "rb", cache_type="none") as file:
             metadata = pq.read_metadata(file)
-        chunks = (metadata.row_group(group).column(column) for group in range(metadata.num_row_groups) for column in range(metadata.num_columns))
+        chunks = (
+            metadata.row_group(group).column(column) for group in range(metadata.num_row_groups) for column in range(metadata.num_columns)
+        )
         needed += sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
     with counted(snapshot.root) as counting:
         rows = sum(batch.num_rows for batch in snapshot.dataset("items").to_batches(columns=columns))
     started = time.perf_counter()
     for _ in snapshot.dataset("items").to_batches(columns=columns):
         pass
-    return {"rows": rows, "needed_mb": needed / 1e6, "read_mb": counting.bytes / 1e6, "ratio": counting.bytes / needed, "seconds": time.perf_counter() - started}
+    return {
+        "rows": rows,
+        "needed_mb": needed / 1e6,
+        "read_mb": counting.bytes / 1e6,
+        "ratio": counting.bytes / needed,
+        "seconds": time.perf_counter() - started,
+    }
 
 
 def opening(root: str) -> dict[str, float]:

@@ -1,0 +1,71 @@
+"""The example of a ranker, run as a person would, on two kinds of items far apart."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rebeca_ray import schemas
+from rebeca_ray.catalog.read import Snapshot
+from rebeca_ray.config import GenerateConfig
+from tests.conftest import REPO, USERS, D
+from tests.test_nights import night
+
+
+@pytest.fixture
+def world(config: GenerateConfig, tmp_path: Path) -> tuple[Snapshot, list[str]]:
+    """A catalog; forty real items; everybody rates some, of which they like one kind. One rated a generated item."""
+    _, snapshot = night(config, USERS[:5])
+    random = np.random.default_rng(0)
+    centres = np.repeat(random.standard_normal((2, D)) * 3, 20, axis=0)
+    embeds = (centres + 0.5 * random.standard_normal((40, D))).astype(np.float32)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(D))
+    pq.write_table(pa.table({"item_id": [f"i{number:02d}" for number in range(40)], "image_embeds": column}), tmp_path / "forty.parquet")
+    rows = [
+        (user, f"i{item:02d}", 5.0 if item // 20 == number % 2 else 1.0)
+        for number, user in enumerate(USERS)
+        for item in random.choice(40, 16, replace=False)
+    ]
+    rows.append((USERS[0], snapshot.for_user(USERS[0])["item_id"][0].as_py(), 5.0))
+    user_id, item_id, rating = zip(*rows, strict=True)
+    table = pa.table({"user_id": user_id, "item_id": item_id, "rating": pa.array(rating, pa.float32())})
+    pq.write_table(table, tmp_path / "rated.parquet")
+    options = ["--catalog", config.root, "--items", f"{tmp_path}/forty.parquet", "--interactions", f"{tmp_path}/rated.parquet"]
+    return snapshot, options
+
+
+def run(*options: str) -> subprocess.CompletedProcess[str]:
+    environment = {"COLUMNS": "200", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, REPO / "jobs" / "rank_example.py", *options], capture_output=True, text=True, env=environment)
+
+
+def test_it_ranks_what_was_not_rated_real_and_generated_together(world: tuple[Snapshot, list[str]]) -> None:
+    snapshot, options = world
+    told = run(*options, "--user", USERS[0], "--top", "100")
+    assert told.returncode == 0, told.stderr
+    rows = re.findall(r"│ (\d+) +│ ([\d.]+) +│ (\w+) +│ (\w+) +│", told.stdout)
+    assert [int(row[0]) for row in rows] == list(range(1, 27))  # 24 real ones that they have not rated, and two generated
+    probability = [float(row[1]) for row in rows]
+    assert probability == sorted(probability, reverse=True)
+    generated = {row[3] for row in rows if row[2] == "generated"}
+    assert generated == set(snapshot.for_user(USERS[0])["item_id"].to_pylist()[1:])  # the first was rated
+    kind = [int(row[3][1:]) // 20 for row in rows if row[2] == "real"]
+    assert kind == sorted(kind)  # they like the first kind
+    assert "2 of the best 26 are generated; of all 26 that were ranked 2 are" in told.stdout
+
+
+def test_without_a_user_it_takes_the_first_and_of_a_stranger_it_says_so(world: tuple[Snapshot, list[str]]) -> None:
+    told = run(*world[1], "--top", "3")
+    assert f"for {USERS[0]}, who liked" in told.stdout
+    told = run(*world[1], "--user", "nobody")
+    assert (told.returncode, told.stderr) == (
+        2,
+        "error: user 'nobody': neither in the catalog nor in the interactions; give another with --user\n",
+    )
+    told = run("--catalog", "/nowhere")
+    assert (told.returncode, told.stderr.count("\n")) == (2, 1)
