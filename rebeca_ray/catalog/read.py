@@ -24,7 +24,7 @@ from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.row_groups import read_rows, read_users
 from rebeca_ray.errors import UserError, did_you_mean
 from rebeca_ray.identity import bucket_of
-from rebeca_ray.storage import PARQUET, UNREACHABLE, arrow_filesystem, describe, exists, join, open_filesystem, read_json, read_table
+from rebeca_ray.storage import PARQUET, UNREACHABLE, describe, exists, join, open_filesystem, read_json, read_table, scanning_filesystem
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,7 +134,7 @@ class Snapshot:
         dataset = pyarrow.dataset.dataset(
             [join(base, path) for path in paths],
             schema=self.schema(name),
-            filesystem=arrow_filesystem(filesystem),
+            filesystem=scanning_filesystem(filesystem, base),
             format=PARQUET,
         )
         return dataset if users is None else dataset.filter(pc.field("user_id").isin(pa.array(users, pa.string())))
@@ -148,7 +148,7 @@ class Snapshot:
         paths = [join(base, path) for path in self.paths(name)]
         if not paths:
             return ray.data.from_arrow(self.table(name, columns))
-        return ray.data.read_parquet(paths, columns=columns, filesystem=arrow_filesystem(filesystem), partitioning=None)
+        return ray.data.read_parquet(paths, columns=columns, filesystem=scanning_filesystem(filesystem, base), partitioning=None)
 
     def uris(self, name: str = "items") -> list[str]:
         """Where a table's files are, for any other reader; see infra/catalog-format.md."""
