@@ -32,7 +32,7 @@ COLUMNS = ["item_id", "image_embeds", "nearest_item_id"]
 
 
 def rank(
-    user: Annotated[str | None, typer.Option(help="whom to rank for; default: the first in the catalog")] = None,
+    user: Annotated[str | None, typer.Option(help="whom to rank for; default: one of the catalog")] = None,
     catalog: Annotated[str, typer.Option(help="root of the catalog")] = f"{STICKERS}/catalog",
     items: Annotated[str, typer.Option(help="embedded real items")] = f"{STICKERS}/items",
     interactions: Annotated[str, typer.Option(help="who rated what")] = f"{STICKERS}/interactions.parquet",
@@ -44,8 +44,12 @@ def rank(
         rated = read_interactions(InteractionSettings(path=interactions, hold_out=0.0))
         real = read_image_embeds(items)
         known = with_rated(real, catalog, interactions)
+        if snapshot.manifest["embed_dim"] != real.image_embeds.shape[1]:
+            raise UserError(
+                f"items {items}: embeddings of size {real.image_embeds.shape[1]}, the catalog's have {snapshot.manifest['embed_dim']}"
+            )
         weights = fit(rated, known)
-        user = user or next((name for name in snapshot.items(["user_id"])["user_id"].to_pylist() if name), "")
+        user = user or next(name for name in snapshot.files["max_user_id"].to_pylist() if name)
         show(user, snapshot, rated, real, known, weights, top)
 
 

@@ -41,7 +41,8 @@ class Estimate:
 
 
 def estimate(config: GenerateConfig, *, images_per_second: float | None = None) -> Estimate:
-    """What `generate_catalog` would take tonight on the actors that `config` names. Nothing is drawn; what it writes it removes.
+    """What `generate_catalog` would take tonight on the actors that `config` names. Nothing is drawn; what it writes it removes,
+    but for embeddings of rated items, which the next run would look up too.
 
     Raises UserError for bad input, and if neither `images_per_second` (of one decoder actor) is given nor a run measured it.
     """

@@ -6,18 +6,15 @@ An embedding that was found once is kept in <root>/rated/ for as long as there i
 `rebeca catalog gc` leaves that folder alone.
 """
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.layout import for_each_bucket
+from rebeca_ray.catalog.layout import POOL, for_each_bucket
 from rebeca_ray.catalog.read import Snapshot, open_snapshot
 from rebeca_ray.catalog.snapshots import list_snapshots
-from rebeca_ray.cluster import start_ray
 from rebeca_ray.errors import UserError
 from rebeca_ray.identity import bucket_of, hash128
 from rebeca_ray.interactions import only_ratings
@@ -27,11 +24,11 @@ from rebeca_ray.storage import (
     UNREACHABLE,
     arrow_filesystem,
     describe,
+    exists,
     join,
     list_files,
     open_filesystem,
     open_table,
-    read_table,
     write_table,
 )
 from rebeca_ray.tables import check_columns, plain
@@ -55,8 +52,8 @@ def with_rated(items: EmbeddedItems, root: str, interactions: str) -> EmbeddedIt
 def find_rated(root: str, interactions: str, item_id: np.ndarray, embed_dim: int, clip: str | None) -> pa.Table:
     """The generated items that `interactions` rate: `schemas.embedded_items`, sorted by id.
 
-    `item_id` are the real items. An item is looked for among those of the user who rated it, in snapshots of the same embedding size
-    and CLIP. What is not found anywhere is not in the result, and for `build_histories` to refuse or to drop.
+    `item_id` are the real items. An item is looked for among those of the user who rated it, and among those that strangers share, in
+    snapshots of the same embedding size and CLIP. What is not found anywhere is not in the result; `build_histories` leaves it out.
     """
     rated = ratings_of_others(interactions, item_id)
     if not rated.num_rows:
@@ -69,7 +66,12 @@ def find_rated(root: str, interactions: str, item_id: np.ndarray, embed_dim: int
             break
         if manifest["embed_dim"] != embed_dim or (clip and manifest.get("clip") and manifest["clip"] != clip):
             continue
-        found = find_in(open_snapshot(root, manifest["path"]), missing)
+        try:
+            found = find_in(open_snapshot(root, manifest["path"]), missing)
+        except UserError:
+            if exists(join(root, manifest["path"], "manifest.json")):
+                raise
+            continue  # collected since it was listed
         if found.num_rows:
             name = f"part-{hash128(*found['item_id'].to_pylist())[:16]}.parquet"
             write_table(found, join(folder, name), row_group_size=ROWS_A_GROUP, embed_column="image_embeds")
@@ -82,51 +84,41 @@ def ratings_of_others(interactions: str, item_id: np.ndarray) -> pa.Table:
     columns = check_columns(interactions, "interactions", schemas.INTERACTIONS)
     files, _ = open_table(interactions, "interactions")
     filesystem, _ = open_filesystem(interactions)
-    known = pa.array(item_id, pa.string())
-    parts = [pa.table({"user_id": pa.array([], pa.string()), "item_id": pa.array([], pa.string())})]
+    real = pc.field("item_id").cast(pa.string()).isin(pa.array(item_id, pa.string()))
     try:
         dataset = pyarrow.dataset.dataset(files, filesystem=arrow_filesystem(filesystem), format=PARQUET)
-        for batch in dataset.to_batches(columns=[name for name in columns if name in ("user_id", "item_id", "event")]):
-            table = only_ratings(pa.Table.from_batches([batch]), interactions)
-            pair = pa.table({name: plain(table[name]).cast(pa.string()) for name in ("user_id", "item_id")})
-            parts.append(pair.filter(pc.invert(pc.is_in(pair["item_id"], value_set=known))))
+        table = dataset.to_table(columns=[name for name in columns if name in ("user_id", "item_id", "event")], filter=~real)
     except (pa.ArrowException, *UNREACHABLE) as error:
         raise UserError(f"interactions {interactions}: not readable as Parquet ({describe(error)}); write it again") from None
-    return pa.concat_tables(parts).drop_null().group_by(["user_id", "item_id"]).aggregate([])
+    table = only_ratings(table, interactions)
+    pairs = pa.table({name: plain(table[name]).cast(pa.string()) for name in ("user_id", "item_id")})
+    return pairs.drop_null().group_by(["user_id", "item_id"]).aggregate([])
 
 
 def read_kept(folder: str, rated: pa.Table, embed_dim: int) -> pa.Table:
     """Those of the rated items that were found in earlier nights, each once."""
-    tables = [schemas.embedded_items(embed_dim).empty_table()]
-    for file in list_files(folder, ".parquet"):
-        table = read_table(file, "rated items")
-        tables.append(table.filter(pc.is_in(table["item_id"], value_set=rated["item_id"].combine_chunks())))
-    return each_once(pa.concat_tables(tables))
+    filesystem, _ = open_filesystem(folder)
+    files = [open_filesystem(file)[1] for file in list_files(folder, ".parquet")]
+    dataset = pyarrow.dataset.dataset(
+        files, schema=schemas.embedded_items(embed_dim), filesystem=arrow_filesystem(filesystem), format=PARQUET
+    )
+    return each_once(dataset.to_table(filter=pc.field("item_id").isin(rated["item_id"].combine_chunks())))
 
 
 def find_in(snapshot: Snapshot, missing: pa.Table) -> pa.Table:
-    """Those of some ratings' items that are in a snapshot, among the items of who rated them; each once, sorted by id."""
+    """Those of some ratings' items that are in a snapshot, among the items of who rated them and of the pool; each once, sorted by id."""
     num_buckets = snapshot.manifest["num_buckets"]
-    buckets = pa.array([bucket_of(user, num_buckets) for user in missing["user_id"].to_pylist()], pa.int32())
-    missing = missing.append_column("bucket", buckets)
-    shared: Any = missing
-    if num_buckets > 1:
-        import ray
-
-        start_ray()
-        shared = ray.put(missing)
+    users: dict[int, set[str]] = {bucket_of(POOL, num_buckets): {POOL}}
+    for user in missing["user_id"].unique().to_pylist():
+        users.setdefault(bucket_of(user, num_buckets), set()).add(user)
+    wanted = missing["item_id"].unique()
+    buckets = sorted(users)
 
     def find(bucket: int) -> pa.Table:
-        pairs = shared
-        if num_buckets > 1:
-            import ray
+        items = snapshot.items(["item_id", "image_embeds"], sorted(users[bucket]))
+        return items.filter(pc.is_in(items["item_id"], value_set=wanted))
 
-            pairs = ray.get(shared)
-        own = pairs.filter(pc.equal(pairs["bucket"], bucket))
-        items = snapshot.items(["item_id", "image_embeds"], own["user_id"].unique().to_pylist())
-        return items.filter(pc.is_in(items["item_id"], value_set=own["item_id"].combine_chunks()))
-
-    return each_once(pa.concat_tables(for_each_bucket(find, num_buckets, lambda: None))).sort_by("item_id")
+    return each_once(pa.concat_tables(for_each_bucket(find, buckets))).sort_by("item_id")
 
 
 def each_once(items: pa.Table) -> pa.Table:

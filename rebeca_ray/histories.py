@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from rebeca_ray import schemas
 from rebeca_ray.errors import UserError
-from rebeca_ray.identity import bucket_of, hash128
+from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
 from rebeca_ray.interactions import Interactions, history_digests, interactions_of, no_users, normalise, read_columns
 from rebeca_ray.settings import InteractionSettings
 from rebeca_ray.storage import (
@@ -186,12 +186,20 @@ def build_bucket(settings: InteractionSettings, split: str, items: ItemIndex, ou
 
 
 def known_items(ratings: pa.Table, items: ItemIndex, settings: InteractionSettings) -> pa.Table:
-    """Without ratings of items whose embedding is nowhere, if they may be dropped; those are counted aloud."""
-    if settings.unknown_items == "refuse":
-        return ratings
+    """Without ratings of items whose embedding is nowhere, which are counted aloud: of generated ones, and of all that may be dropped.
+
+    What was generated long ago is in no snapshot any more, and a late rating of it is nobody's mistake.
+    """
     known = pc.is_in(ratings["item_id"], value_set=pa.array(items.sorted_id, pa.string()))
+    if settings.unknown_items == "refuse":
+        known = pc.or_(known, pc.invert(pc.match_substring_regex(ratings["item_id"], GENERATED_ID)))
+    known = pc.fill_null(known, True)  # a null is for others to refuse
     if unknown := len(known) - (pc.sum(known).as_py() or 0):
-        print(f"interactions {settings.path}: {unknown:,} of {len(known):,} rate an item whose embedding is nowhere; left out", flush=True)
+        print(
+            f"interactions {settings.path}: {unknown:,} of {len(known):,} rate a generated item that is in no catalog that was named "
+            "(`catalog`), or an unknown one; left out",
+            flush=True,
+        )
     return ratings.filter(known)
 
 
@@ -233,8 +241,7 @@ def index_items(interactions: Interactions, items: ItemIndex, uri: str) -> np.nd
         names = ", ".join(sorted(set(interactions.item_id[missing]))[:3])
         raise UserError(
             f"interactions {uri}: {int(missing.sum())} of {len(missing)} rate an item that has no embedding "
-            f"({names}); embed those items with `rebeca embed`, name the catalog they were generated in (`catalog`), or set "
-            "interactions.unknown_items=drop"
+            f"({names}); embed those items with `rebeca embed`, drop their ratings, or set interactions.unknown_items=drop"
         )
     return items.row[place].astype(np.int32)
 

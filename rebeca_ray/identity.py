@@ -2,6 +2,8 @@
 
 import hashlib
 
+GENERATED_ID = "^[0-9a-f]{32}$"  # what the id of a generated item looks like
+
 
 def hash128(*parts: str | int) -> str:
     """32 hex digits of BLAKE2b over the parts, the same on every machine."""

@@ -89,7 +89,7 @@ def decide_all(
         known = known_users(config.prior, encoder, histories, bucket, tonight.num_buckets)
         return Users(run, tonight, bucket, known, histories, previous).decide(by_urgency)
 
-    found = for_each_bucket(decide_bucket, tonight.num_buckets, moved)
+    found = for_each_bucket(decide_bucket, range(tonight.num_buckets), moved)
     pool = decide_pool(run, tonight, previous, most=max(part["most_of_strangers"] for part in found))
     planned = [part["planned"] for part in found]
     if pool and pool["decision"] != CARRY:

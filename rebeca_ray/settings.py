@@ -85,7 +85,8 @@ class InteractionSettings(Settings):
     min_likes: Count = 1
     hold_out: Annotated[Share, Field(description="share of each user's interactions kept from training")] = 0.1
     unknown_items: Annotated[
-        Literal["refuse", "drop"], Field(description="ratings of items whose embedding is nowhere: not among `items`, nor in the catalog")
+        Literal["refuse", "drop"],
+        Field(description="ratings of items that are not there; of generated ones they are always dropped"),
     ] = "refuse"
 
     @model_validator(mode="after")

@@ -26,6 +26,10 @@ def test_every_relative_link_and_picture_exists() -> None:
         assert (REPO / target).exists(), target
 
 
+def test_every_figure_stands_in_its_place() -> None:
+    assert not re.findall(r"\b[A-Z]+(?:_[A-Z0-9]+)+\b(?=[ ;,]? ?(?:s|ms|kB|MB|\||;))", README)
+
+
 def test_every_command_named_is_there() -> None:
     makefile = (REPO / "Makefile").read_text()
     for target in set(re.findall(r"`?make ([a-z]+)`?", README)):

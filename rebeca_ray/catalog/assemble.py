@@ -76,7 +76,7 @@ def assemble(
             pool=decisions.pool,
         )
     )
-    found = for_each_bucket(lambda bucket: Bucket.read(work, bucket).assemble(), made.num_buckets, moved)
+    found = for_each_bucket(lambda bucket: Bucket.read(work, bucket).assemble(), range(made.num_buckets), moved)
     counts = total([part.counts for part in found])
     accounted = sum(counts.get(kind, 0) for kind in KINDS)
     if undrawn := sum(part.undrawn for part in found):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rebeca_ray.catalog.read import TABLES, Snapshot
 from rebeca_ray.errors import UserError
+from rebeca_ray.storage import describe
 
 if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog
@@ -25,23 +26,30 @@ def register_snapshot(snapshot: Snapshot, catalog: str, warehouse: str, namespac
     Raises UserError where pyiceberg is not installed, or another commit came between.
     """
     try:
-        from pyiceberg.exceptions import CommitFailedException
-    except ImportError:
-        raise UserError("iceberg: pyiceberg is not installed; pip install 'rebeca-ray[iceberg]'") from None
-    found = open_iceberg(catalog, warehouse)
-    found.create_namespace_if_not_exists(namespace)
+        found = open_iceberg(catalog, warehouse)
+    except ImportError as error:
+        raise UserError(f"iceberg {catalog}: {error.name} is not installed; pip install 'rebeca-ray[iceberg]' (and the driver)") from None
+    from pyiceberg.exceptions import CommitFailedException
+    from sqlalchemy.exc import SQLAlchemyError
+
     done = {}
-    for name in TABLES:
-        table = found.create_table_if_not_exists(f"{namespace}.{name}", snapshot.schema(name).remove_metadata(), properties=PROPERTIES)
-        try:
-            done[name] = bring_to(table, snapshot, name)
-        except CommitFailedException as error:
-            raise UserError(f"iceberg {catalog}: {namespace}.{name} was changed by another writer ({error}); run it again") from None
+    try:
+        found.create_namespace_if_not_exists(namespace)
+        for name in TABLES:
+            table = found.create_table_if_not_exists(f"{namespace}.{name}", snapshot.schema(name).remove_metadata(), properties=PROPERTIES)
+            with snapshot.explained():
+                done[name] = bring_to(table, snapshot, name)
+    except CommitFailedException as error:
+        raise UserError(f"iceberg {catalog}: {namespace} was changed by another writer ({error}); run it again") from None
+    except (SQLAlchemyError, ValueError, OSError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise refused(catalog, error) from None
     return done
 
 
 def open_iceberg(catalog: str, warehouse: str) -> "Catalog":
-    """An SQL catalog. Raises UserError if its database cannot be opened."""
+    """An SQL catalog. Raises UserError if its database cannot be opened, ImportError for a driver that is not there."""
     from pyiceberg.catalog.sql import SqlCatalog
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -49,19 +57,27 @@ def open_iceberg(catalog: str, warehouse: str) -> "Catalog":
     try:
         return SqlCatalog("rebeca", uri=catalog, warehouse=warehouse, **{name: value for name, value in told.items() if value})
     except SQLAlchemyError as error:
-        told_error = " ".join(str(error).split())[:200]
-        raise UserError(f"iceberg {catalog}: cannot be opened ({told_error}); give a database as sqlite:////absolute/path.db") from None
+        raise refused(catalog, error) from None
+
+
+def refused(catalog: str, error: Exception) -> UserError:
+    return UserError(
+        f"iceberg {catalog}: cannot be used ({describe(error)}); give a database as sqlite:////absolute/path.db, and a warehouse as "
+        "file:///absolute/path or s3://bucket/prefix"
+    )
 
 
 def bring_to(table: "Table", snapshot: Snapshot, name: str) -> tuple[int, int]:
     """One commit; how many files it added and dropped."""
     if table.properties.get(RUN) == snapshot.run_id:
         return 0, 0
-    listed = snapshot.uris(name)
+    listed = dict.fromkeys(snapshot.uris(name))
     there: dict[str, Any] = {task.file.file_path: task.file for task in table.scan().plan_files()}
-    gone = [file for path, file in there.items() if path not in set(listed)]
+    gone = [file for path, file in there.items() if path not in listed]
     new = [path for path in listed if path not in there]
     with table.transaction() as transaction:
+        with transaction.update_schema() as schema:  # of a later version
+            schema.union_by_name(snapshot.schema(name).remove_metadata())
         if gone:
             with transaction.update_snapshot().overwrite() as overwrite:
                 for file in gone:

@@ -1,17 +1,17 @@
 """Images as objects of their own, for a CDN, and a table that says who is shown which.
 
     <out>/objects/<two digits>/<item_id>.<kind>              never changes: the same item has the same key in every export
-    <out>/urls/run_id=<id>/bucket=<b>.parquet                schemas.URLS, of one snapshot
-    <out>/latest.json                                        the export that is whole, written last; and the one before it
+    <out>/urls/run_id=<id>/epoch=<n>/bucket=<b>.parquet      schemas.URLS of one snapshot
+    <out>/urls/run_id=<id>/epoch=<n>/manifest.json           ImageExport, written last
+    <out>/latest.json                                        the export that is whole, and who may write: as a catalog's own
 
-An object is written once, in the first export that needs it. It is removed one export after nobody is shown it any more, so that pages
-that were made from the table before still have their pictures.
+An object is written once, in the first export that needs it. It is removed when neither the new export nor the one before shows it, so
+that pages that were made from the table before still have their pictures. Objects of the strangers' pool stay, for anybody may show them.
 """
 
-import mimetypes
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -19,152 +19,151 @@ import pyarrow.compute as pc
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import POOL, for_each_bucket
+from rebeca_ray.catalog.lease import hold_lease
+from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import Snapshot
-from rebeca_ray.cluster import start_ray
 from rebeca_ray.errors import UserError
-from rebeca_ray.storage import (
-    delete,
-    is_local,
-    join,
-    one_line,
-    open_filesystem,
-    read_json,
-    read_table,
-    replace_file,
-    write_json,
-    write_table,
-)
+from rebeca_ray.storage import delete, delete_files, join, read_json, read_table, write_json, write_object, write_table
 
-LATEST = "latest.json"
 IMAGES_AT_ONCE = 500  # in memory
 WRITERS = 16
-KEPT_FOR_EVER = "public, max-age=31536000, immutable"
+LEASE_SECONDS = 60
 COLUMNS = ["user_id", "rank", "item_id", "like_probability", "origin", "image_file", "image_row"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageExport:
-    """An export that is whole: of which run, with a file of URLs (below the folder) for each bucket."""
+    """An export that is whole: of which run, with a file of URLs for each bucket."""
 
+    folder: str  # below the export's root, as the files are
     run_id: str
     run_date: str
     num_buckets: int
     url_base: str
     files: list[str]
-    pool: list[str]  # items of the strangers' pool, which its own bucket alone writes and removes
-    before: dict[str, Any] | None = None  # the export that this one followed, without its own `before`
+    pool: list[str]  # items that strangers share
+    before: str | None  # folder of the export that this one followed
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What came of a bucket, or of all: rows of URLs, objects written and removed."""
+    """What an export did, or its part for a bucket: rows of URLs, objects written and removed, files of URLs."""
 
-    urls: int = 0
-    written: int = 0
-    removed: int = 0
-    files: list[str] = field(default_factory=list)
+    urls: int
+    written: int
+    removed: int
+    files: list[str]
 
 
-def read_export(out: str) -> ImageExport | None:
-    """The latest whole export in a folder; None if there is none. Raises UserError if its `latest.json` is something else."""
-    told = read_json(join(out, LATEST))
+def read_export(out: str, folder: str | None = None) -> ImageExport | None:
+    """The latest whole export at a root, or the one in a folder; None if there is none. Raises UserError if it is something else."""
+    folder = folder or read_pointer(out)[0].snapshot
+    told = read_json(join(out, folder, "manifest.json")) if folder else None
     try:
         return None if told is None else ImageExport(**told)
     except TypeError:
-        raise UserError(f"export {out}: its {LATEST} is not that of an export of images; choose another folder") from None
+        raise UserError(f"export {out}: holds something else than an export of images; choose another folder") from None
 
 
 def export_images(snapshot: Snapshot, out: str, url_base: str) -> Exported:
     """Write a snapshot's images that are not there yet, and its table of URLs: `url_base`, a slash, and the object's key.
 
     An export that died is repeated: objects are written over by the same bytes. Of a snapshot that is exported already with these URLs
-    nothing is written.
+    nothing is written. Raises LostRaceError while another export to `out` is at work.
     """
     url_base = url_base.rstrip("/")
-    last = read_export(out)
-    if last is not None and (last.run_id, last.url_base) == (snapshot.run_id, url_base):
-        return Exported(urls=sum(read_table(join(out, path), "export", ["rank"]).num_rows for path in last.files), files=last.files)
-    num_buckets = snapshot.manifest["num_buckets"]
-    pool = snapshot.for_user(POOL, COLUMNS)
-    pool_keys = {item: key_of(item, image) for item, image in zip(pool["item_id"].to_pylist(), snapshot.named_images(pool), strict=True)}
-    known = [last, ImageExport(**last.before) if last and last.before else None]
-    there, gone = (export if export and export.num_buckets == num_buckets else None for export in known)  # else none can be told
-    if num_buckets > 1:
-        start_ray()
+    read_export(out)  # something else is left alone
+    with hold_lease(out, f"export of {snapshot.run_id}", LEASE_SECONDS) as lease:
+        last = read_export(out)
+        if last is not None and (last.run_id, last.url_base) == (snapshot.run_id, url_base):
+            urls = sum(read_table(join(out, path), "export", ["rank"]).num_rows for path in last.files)
+            return Exported(urls=urls, written=0, removed=0, files=last.files)
+        before_last = read_export(out, last.before) if last and last.before else None
+        num_buckets = snapshot.manifest["num_buckets"]
+        there, gone = (export if export and export.num_buckets == num_buckets else None for export in (last, before_last))  # or unknown
+        pool = snapshot.for_user(POOL, COLUMNS)
+        pool_keys = {
+            item: key_of(item, image) for item, image in zip(pool["item_id"].to_pylist(), snapshot.named_images(pool), strict=True)
+        }
+        folder = f"urls/run_id={snapshot.run_id}/epoch={lease.epoch}"
 
-    def work(bucket: int) -> Exported:
-        return export_bucket(snapshot, out, url_base, pool_keys, there, gone, bucket)
+        def work(bucket: int) -> Exported:
+            return export_bucket(snapshot, out, folder, url_base, pool_keys, there, gone, bucket)
 
-    found = for_each_bucket(work, num_buckets, lambda: None)
-    done = Exported(
-        urls=sum(part.urls for part in found),
-        written=sum(part.written for part in found),
-        removed=sum(part.removed for part in found),
-        files=[path for part in found for path in part.files],
-    )
-    export = ImageExport(
-        run_id=snapshot.run_id,
-        run_date=snapshot.manifest["run_date"],
-        num_buckets=num_buckets,
-        url_base=url_base,
-        files=done.files,
-        pool=[*pool_keys],
-        before={**asdict(last), "before": None} if last else None,
-    )
-    write_json(asdict(export), join(out, LATEST))
-    if last and last.before and last.before["run_id"] not in (snapshot.run_id, last.run_id):
-        delete(join(out, f"urls/run_id={last.before['run_id']}"))
+        done = total(for_each_bucket(work, range(num_buckets)))
+        export = ImageExport(
+            folder=folder,
+            run_id=snapshot.run_id,
+            run_date=snapshot.manifest["run_date"],
+            num_buckets=num_buckets,
+            url_base=url_base,
+            files=done.files,
+            pool=[*pool_keys],
+            before=last.folder if last else None,
+        )
+        write_json(asdict(export), join(out, folder, "manifest.json"))
+        lease.publish(run_id=export.run_id, run_date=export.run_date, snapshot=folder)
+        if before_last:
+            delete(join(out, before_last.folder))
     return done
+
+
+def total(parts: Sequence[Exported]) -> Exported:
+    return Exported(
+        urls=sum(part.urls for part in parts),
+        written=sum(part.written for part in parts),
+        removed=sum(part.removed for part in parts),
+        files=[path for part in parts for path in part.files],
+    )
 
 
 def export_bucket(
     snapshot: Snapshot,
     out: str,
+    folder: str,
     url_base: str,
     pool_keys: dict[str, str],
     last: ImageExport | None,
     before_last: ImageExport | None,
     bucket: int,
 ) -> Exported:
-    """The objects and the file of URLs of one bucket. The strangers' pool is written and removed by the bucket it is in."""
+    """The objects and the file of URLs of one bucket. Those of the strangers' pool are written by the bucket that it is in."""
     items = snapshot.bucket("items", bucket, snapshot.manifest["num_buckets"], COLUMNS)
     there, gone = keys_of(out, last, bucket), keys_of(out, before_last, bucket)
     keys = pool_keys | there
-    missing = owned(items, [*pool_keys])
+    shared = pc.is_in(items["item_id"], value_set=pa.array([*pool_keys], pa.string()))
+    missing = items.filter(pc.or_(pc.equal(items["user_id"], POOL), pc.invert(shared)))
     missing = missing.filter(pc.invert(pc.is_in(missing["item_id"], value_set=pa.array([*there], pa.string()))))
     missing = missing.sort_by([("image_file", "ascending"), ("image_row", "ascending")])
     for start in range(0, missing.num_rows, IMAGES_AT_ONCE):
         part = missing.slice(start, IMAGES_AT_ONCE)
         images = snapshot.named_images(part)
-        part_keys = [key_of(item, image) for item, image in zip(part["item_id"].to_pylist(), images, strict=True)]
+        new = {item: key_of(item, image) for item, image in zip(part["item_id"].to_pylist(), images, strict=True)}
         with ThreadPoolExecutor(WRITERS) as pool:
-            list(pool.map(lambda pair: write_object(join(out, pair[0]), pair[1]["bytes"]), zip(part_keys, images, strict=True)))
-        keys |= dict(zip(part["item_id"].to_pylist(), part_keys, strict=True))
+            list(pool.map(lambda key, image: write_image(join(out, key), image["bytes"]), new.values(), images))
+        keys |= new
     image_key = [keys[item] for item in items["item_id"].to_pylist()]
     columns = {name: items[name] for name in COLUMNS[:5]} | {
         "image_key": image_key,
         "image_url": [f"{url_base}/{key}" for key in image_key],
     }
-    path = f"urls/run_id={snapshot.run_id}/bucket={bucket}.parquet"
+    path = f"{folder}/bucket={bucket}.parquet"
     write_table(pa.table(columns, schema=schemas.URLS), join(out, path), row_group_size=2000)
-    stale = set(gone.values()) - set(there.values()) - set(image_key)
-    for key in stale:
-        delete(join(out, key))
+    pools = {*pool_keys, *(last.pool if last else []), *(before_last.pool if before_last else [])}
+    shown = {*there.values(), *image_key}
+    stale = [key for item, key in gone.items() if key not in shown and item not in pools]
+    delete_files([join(out, key) for key in stale])
     return Exported(urls=items.num_rows, written=missing.num_rows, removed=len(stale), files=[path])
 
 
 def keys_of(out: str, export: ImageExport | None, bucket: int) -> dict[str, str]:
-    """The keys of the objects that a bucket of an earlier export owns, by item."""
+    """The keys of the objects that an earlier export shows the users of a bucket, by item; of the pool in its own bucket alone."""
     if export is None:
         return {}
-    urls = owned(read_table(join(out, export.files[bucket]), "export", ["user_id", "item_id", "image_key"]), export.pool)
+    urls = read_table(join(out, export.files[bucket]), "export", ["user_id", "item_id", "image_key"])
+    shared = pc.is_in(urls["item_id"], value_set=pa.array(export.pool, pa.string()))
+    urls = urls.filter(pc.or_(pc.equal(urls["user_id"], POOL), pc.invert(shared)))
     return dict(zip(urls["item_id"].to_pylist(), urls["image_key"].to_pylist(), strict=True))
-
-
-def owned(items: pa.Table, pool: list[str]) -> pa.Table:
-    """Without the items that strangers have from the pool: those stand under its own name too, in its own bucket."""
-    shared = pc.is_in(items["item_id"], value_set=pa.array(pool, pa.string()))
-    return items.filter(pc.or_(pc.equal(items["user_id"], POOL), pc.invert(shared)))
 
 
 def key_of(item: str, image: dict[str, Any]) -> str:
@@ -172,11 +171,6 @@ def key_of(item: str, image: dict[str, Any]) -> str:
     return f"objects/{item[:2]}/{item}.{image['path'].rsplit('.', 1)[-1]}"
 
 
-def write_object(uri: str, image: bytes) -> None:
-    filesystem, path = open_filesystem(uri)
-    with one_line(uri, "written"):
-        if is_local(filesystem):
-            replace_file(Path(path), image)
-        else:
-            kind = mimetypes.guess_type(uri)[0] or "application/octet-stream"
-            filesystem.pipe_file(path, image, ContentType=kind, CacheControl=KEPT_FOR_EVER)
+def write_image(uri: str, image: bytes) -> None:
+    kind = uri.rsplit(".", 1)[-1]
+    write_object(image, uri, content_type=f"image/{'jpeg' if kind == 'jpg' else kind}", cache_control="public, max-age=31536000, immutable")

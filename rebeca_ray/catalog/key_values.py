@@ -13,9 +13,7 @@ import pyarrow.compute as pc
 from rebeca_ray.catalog.image_objects import read_export
 from rebeca_ray.catalog.layout import for_each_bucket
 from rebeca_ray.catalog.read import Snapshot
-from rebeca_ray.cluster import start_ray
 from rebeca_ray.errors import UserError
-from rebeca_ray.identity import bucket_of
 from rebeca_ray.storage import HashingSink, join, open_filesystem, read_table, write_json
 
 Format = Literal["jsonl", "redis"]
@@ -42,17 +40,15 @@ def export_key_values(
     snapshot's images, every item has its `image_url`. The key of the items for strangers is `key_prefix` alone. The folder's
     `export.json`, which says what it is, is written last. Raises UserError where `since` or `images` do not fit the snapshot.
     """
-    changed = None if since is None else snapshot.changed_users(since)
+    if since is not None:
+        snapshot.back_to(since)  # or it is told now that there is no way
     urls = None if images is None else url_files(snapshot, images)
-    folder = join(out, f"run_id={snapshot.run_id}", *([f"since={since}"] if since else []))
-    num_buckets = snapshot.manifest["num_buckets"]
-    if num_buckets > 1:
-        start_ray()
+    folder = join(out, format, f"run_id={snapshot.run_id}{f',since={since}' if since else ''}")
 
     def work(bucket: int) -> dict[str, Any] | None:
-        return export_bucket(snapshot, folder, format, key_prefix, changed, urls, bucket)
+        return export_bucket(snapshot, folder, format, key_prefix, since, urls, bucket)
 
-    found = [part for part in for_each_bucket(work, num_buckets, lambda: None) if part]
+    found = [part for part in for_each_bucket(work, range(snapshot.manifest["num_buckets"])) if part]
     done = KeyValues(
         folder=folder,
         files=[part["path"] for part in found],
@@ -76,17 +72,16 @@ def url_files(snapshot: Snapshot, images: str) -> list[str]:
 
 
 def export_bucket(
-    snapshot: Snapshot, folder: str, format: Format, key_prefix: str, changed: list[str] | None, urls: list[str] | None, bucket: int
+    snapshot: Snapshot, folder: str, format: Format, key_prefix: str, since: str | None, urls: list[str] | None, bucket: int
 ) -> dict[str, Any] | None:
     """The part file of one bucket; None if it has nobody."""
-    num_buckets = snapshot.manifest["num_buckets"]
-    own = None if changed is None else [user for user in changed if bucket_of(user, num_buckets) == bucket]
+    own = None if since is None else snapshot.changed_users(since, bucket)
     if own == []:
         return None
     if urls is not None:
         items = read_table(urls[bucket], "export", [*COLUMNS, "image_url"])
     else:
-        items = snapshot.bucket("items", bucket, num_buckets, COLUMNS)
+        items = snapshot.bucket("items", bucket, snapshot.manifest["num_buckets"], COLUMNS)
     if own is not None:
         items = items.filter(pc.is_in(items["user_id"], value_set=pa.array(own, pa.string())))
     values: dict[str, list[dict[str, Any]] | None] = dict.fromkeys(own or [])

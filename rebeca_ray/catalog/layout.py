@@ -5,6 +5,7 @@
     <root>/snapshots/run_date=<date>/run_id=<id>/files-<epoch>.parquet     one row a file
     <root>/snapshots/run_date=<date>/run_id=<id>/{items,users,errors,changes}/bucket=<b>/part-<epoch>.parquet
     <root>/images/run_id=<id>/bucket=<b>/part-<epoch>-*.parquet            immutable; may serve later snapshots too
+    <root>/rated/<clip>-<D>/part-*.parquet                                 embeddings of generated items that were rated; stay for ever
     <root>/work/run_id=<id>/run.json                                       what the run is made from; written first
     <root>/work/run_id=<id>/decisions/, plan/, plan.json                   who is drawn; what; that the plan is whole
     <root>/work/run_id=<id>/records/unit=<u>/                              one record an image file, written after it
@@ -14,7 +15,7 @@ A reader follows `latest.json` -> `manifest.json` -> its file list -> files, and
 """
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -79,15 +80,19 @@ def new_run_id() -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
 
 
-def for_each_bucket(work: Callable[[int], T], num_buckets: int, moved: Callable[[], None]) -> list[T]:
-    """`work` of every bucket, in order: each in a Ray task of its own, a single one here. Calls `moved` whenever one is done."""
-    if num_buckets == 1:
-        return [work(0)]
+def for_each_bucket(work: Callable[[int], T], buckets: Sequence[int], moved: Callable[[], None] | None = None) -> list[T]:
+    """`work` of some buckets, in order: each in a Ray task of its own, a single one here. Calls `moved` whenever one is done."""
+    if len(buckets) < 2:
+        return [work(bucket) for bucket in buckets]
     import ray
 
+    from rebeca_ray.cluster import start_ray
+
+    start_ray()
     task: Any = ray.remote(work)
-    tasks = left = [task.remote(bucket) for bucket in range(num_buckets)]
+    tasks = left = [task.remote(bucket) for bucket in buckets]
     while left:
         _, left = ray.wait(left, fetch_local=False)
-        moved()
+        if moved:
+            moved()
     return list(ray.get(tasks))

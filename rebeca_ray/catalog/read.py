@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,9 +22,11 @@ import pyarrow.parquet as pq
 from rebeca_ray import schemas
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.row_groups import read_rows, read_users
-from rebeca_ray.errors import UserError, did_you_mean
+from rebeca_ray.catalog.scanning import scanning_filesystem
+from rebeca_ray.errors import StorageError, UserError, did_you_mean
 from rebeca_ray.identity import bucket_of
-from rebeca_ray.storage import PARQUET, UNREACHABLE, describe, exists, join, open_filesystem, read_json, read_table, scanning_filesystem
+from rebeca_ray.settings import absolute
+from rebeca_ray.storage import PARQUET, UNREACHABLE, describe, exists, join, open_filesystem, read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,7 +101,7 @@ class Snapshot:
 
         def rows(file: File) -> pa.Table:
             with self.explained(file.path):
-                return read_users(self.root, file.path, file.bytes, users, read)
+                return complete(read_users(self.root, file.path, file.bytes, users, read), self.schema(name), read)
 
         if len(wanted) > 1:
             with ThreadPoolExecutor(THREADS) as pool:
@@ -128,16 +130,17 @@ class Snapshot:
     def dataset(self, name: str = "items", user_ids: Sequence[str] | None = None) -> pyarrow.dataset.Dataset:
         """A table as a pyarrow dataset, of which columns and rows are selected when it is read. `user_ids` leaves out whole files."""
         self.check_names(name, None)
-        users = None if user_ids is None else self.sorted_users(name, user_ids)
-        paths = self.paths(name) if users is None else [file.path for file in self.files_with(name, users)]
+        if user_ids is None:
+            return self.dataset_of(name, self.paths(name))
+        users = self.sorted_users(name, user_ids)
+        dataset = self.dataset_of(name, [file.path for file in self.files_with(name, users)])
+        return dataset.filter(pc.field("user_id").isin(pa.array(users, pa.string())))
+
+    def dataset_of(self, name: str, paths: list[str]) -> pyarrow.dataset.Dataset:
+        """Some files of a table. A column that came after one of them was written is null there."""
         filesystem, base = open_filesystem(self.root)
-        dataset = pyarrow.dataset.dataset(
-            [join(base, path) for path in paths],
-            schema=self.schema(name),
-            filesystem=scanning_filesystem(filesystem, base),
-            format=PARQUET,
-        )
-        return dataset if users is None else dataset.filter(pc.field("user_id").isin(pa.array(users, pa.string())))
+        files, store = [join(base, path) for path in paths], scanning_filesystem(filesystem, base)
+        return pyarrow.dataset.dataset(files, schema=self.schema(name), filesystem=store, format=PARQUET)
 
     def to_ray(self, name: str = "items", columns: list[str] | None = None) -> ray.data.Dataset:
         """A table as a Ray Dataset, which reads it in parallel, file by file."""
@@ -158,7 +161,7 @@ class Snapshot:
     def images(self, items: pa.Table) -> list[bytes]:
         """The encoded images of rows of `items`, in their order; reads only the row groups that hold them.
 
-        `items` needs the columns `image_file` and `image_row`.
+        `items` needs the columns `image_file` and `image_row`. Raises UserError for items of another snapshot, if they have `item_id` too.
         """
         return [image["bytes"] for image in self.named_images(items)]
 
@@ -166,6 +169,7 @@ class Snapshot:
         """The same, each with its `bytes` and its `path`: a file name whose ending says how it is encoded."""
         if missing := {"image_file", "image_row"} - set(items.column_names):
             raise UserError(f"images: the items have no column {', '.join(sorted(missing))}; read them with it, or with all columns")
+        item_id = items["item_id"].to_pylist() if "item_id" in items.column_names else None
         wanted: dict[int, dict[int, list[int]]] = {}
         for place, (file, row) in enumerate(zip(items["image_file"].to_pylist(), items["image_row"].to_pylist(), strict=True)):
             wanted.setdefault(file, {}).setdefault(row, []).append(place)
@@ -175,28 +179,43 @@ class Snapshot:
             path, size = self.image_files[number]
             rows = sorted(wanted[number])
             with self.explained(path):
-                for row, image in zip(rows, read_rows(self.root, path, size, rows, "image"), strict=True):
-                    for place in wanted[number][row]:
-                        found[place] = image.as_py()
+                images = read_rows(self.root, path, size, rows, ["item_id", "image"])
+            for row, image in zip(rows, images, strict=True):
+                for place in wanted[number][row]:
+                    if image is None or (item_id and item_id[place] != image["item_id"]):
+                        raise self.of_another_snapshot(f"row {row} of image file {number} is another item's")
+                    found[place] = image["image"]
 
         if unknown := set(wanted) - set(self.image_files):
-            raise UserError(
-                f"catalog {self.root}: run {self.run_id} has no image file {min(unknown)}; the items are of another snapshot: "
-                "give this one's, or ask that one"
-            )
+            raise self.of_another_snapshot(f"there is no image file {min(unknown)}")
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(read, wanted))
         return found
 
-    def changed_users(self, since: str) -> list[str]:
-        """Users whose items are not what they were in the snapshot of run `since`, those who left among them; sorted.
+    def of_another_snapshot(self, why: str) -> UserError:
+        return UserError(
+            f"catalog {self.root}: run {self.run_id}: {why}; the items are of another snapshot: give this one's, or ask that one"
+        )
 
-        Who keeps a copy of the catalog replaces the items of these users, and has what a reload would give: all but `origin`, which
-        says of every item whether it is of this night. Raises UserError if this snapshot does not follow that one, or one in between
-        is gone.
+    def changed_users(self, since: str, bucket: int | None = None) -> list[str]:
+        """Users, of all buckets or of one, whose items are not what they were in the snapshot of run `since`; sorted.
+
+        Those who left are among them. Who keeps a copy of the catalog replaces the items of these users, and has what a reload would
+        give: all but `origin`, which says of every item whether it is of this night. Raises UserError if this snapshot does not follow
+        that one, or one in between is gone.
         """
         changed: set[str] = set()
-        snapshot = self
+        for snapshot in self.back_to(since):
+            if bucket is None:
+                changes = snapshot.table("changes", ["user_id"])
+            else:
+                changes = snapshot.bucket("changes", bucket, self.manifest["num_buckets"], ["user_id"])
+            changed.update(changes["user_id"].unique().to_pylist())
+        return sorted(changed)
+
+    def back_to(self, since: str) -> list[Snapshot]:
+        """This snapshot and those before it, without the one of run `since`. Raises UserError if one of them is gone."""
+        found, snapshot = [], self
         while snapshot.run_id != since:
             before = snapshot.manifest["previous_path"]
             if before is None or not exists(join(self.root, before, "manifest.json")):
@@ -204,9 +223,9 @@ class Snapshot:
                     f"catalog {self.root}: run {self.run_id} does not follow run {since}, or a snapshot in between was collected; "
                     "load this one as a whole"
                 )
-            changed.update(snapshot.table("changes", ["user_id"])["user_id"].to_pylist())
+            found.append(snapshot)
             snapshot = open_snapshot(self.root, before)
-        return sorted(changed)
+        return found
 
     def paths(self, name: str, buckets: set[int] | None = None) -> list[str]:
         """The files of a table, of all buckets or of some, in the order of their number, below the root."""
@@ -225,21 +244,19 @@ class Snapshot:
         step = math.gcd(self.manifest["num_buckets"], num_buckets)  # both are the same hash, modulo
         own = own.filter(pa.array([other % step == bucket % step for other in own["bucket"].to_pylist()], pa.bool_()))
         read = None if columns is None else [*dict.fromkeys([*columns, "user_id"])]
-        empty = self.schema(name).empty_table()
-        tables = [empty if read is None else empty.select(read)]
-        for path in own["path"].to_pylist():
-            table = read_table(join(self.root, path), "catalog", read)
-            if not same:
-                table = table.filter(
-                    pa.array([bucket_of(user, num_buckets) == bucket for user in table["user_id"].to_pylist()], pa.bool_())
-                )
-            tables.append(table)
-        table = pa.concat_tables(tables)
+        with self.explained():
+            table = self.dataset_of(name, own["path"].to_pylist()).to_table(columns=read)
+        if not same:
+            table = table.filter(pa.array([bucket_of(user, num_buckets) == bucket for user in table["user_id"].to_pylist()], pa.bool_()))
         return table if columns is None else table.select(columns)
 
     def schema(self, name: str) -> pa.Schema:
         """The columns of a table in this snapshot."""
         return schemas.table(name, self.manifest["embed_dim"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is derived from the file list: it is large, and a Ray task asks for little of it."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
     def image_files(self) -> dict[int, tuple[str, int]]:
@@ -292,17 +309,34 @@ class Snapshot:
         try:
             yield
         except (pa.ArrowException, *UNREACHABLE) as error:
-            told = f"catalog {self.root}: run {self.run_id}"
-            if not exists(join(self.root, self.path, "manifest.json")):
+            told, where = f"catalog {self.root}: run {self.run_id}", f"{path} " if path else ""
+            # A damaged file is an error of Arrow's, which has no number where it is an OSError.
+            broken = isinstance(error, pa.ArrowException | FileNotFoundError) or (type(error) is OSError and error.errno is None)
+            try:
+                gone = broken and not exists(join(self.root, self.path, "manifest.json"))
+            except UNREACHABLE:
+                broken, gone = False, False
+            if not broken:
+                raise StorageError(
+                    f"{told}: {where}cannot be read ({describe(error)}); check the network and the credentials, and ask again"
+                ) from None
+            if gone:
                 raise UserError(
                     f"{told} was collected and cannot be read any more; go on with `refresh()`, and hold no snapshot longer than "
                     "the grace period of `rebeca catalog gc`"
                 ) from None
-            where = f"{path} " if path else ""
             raise UserError(
                 f"{told}: {where}is missing or damaged ({describe(error)}); `rebeca catalog verify` names every such file, "
                 "`rebeca catalog rollback` publishes the snapshot before"
             ) from None
+
+
+def complete(table: pa.Table, schema: pa.Schema, columns: list[str] | None) -> pa.Table:
+    """Columns of `schema`, in its order; those that came after a file was written are null."""
+    for name in schema.names if columns is None else columns:
+        if name not in table.column_names:
+            table = table.append_column(schema.field(name), pa.nulls(table.num_rows, schema.field(name).type))
+    return table.select(schema.names if columns is None else columns)
 
 
 def published(root: str) -> Snapshot | None:
@@ -339,7 +373,7 @@ def open_snapshot(root: str, path: str) -> Snapshot:
         )
     if version > schemas.SCHEMA_VERSION:
         raise UserError(f"catalog {root}: schema version {version}, this version reads {schemas.SCHEMA_VERSION}; upgrade rebeca-ray")
-    return Snapshot(root=root.rstrip("/"), path=path, manifest=manifest, files=read_file_list(root, path, manifest))
+    return Snapshot(root=absolute(root).rstrip("/"), path=path, manifest=manifest, files=read_file_list(root, path, manifest))
 
 
 def read_file_list(root: str, path: str, manifest: dict[str, Any]) -> pa.Table:

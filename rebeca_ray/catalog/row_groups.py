@@ -7,18 +7,21 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rebeca_ray.storage import join, open_filesystem
 
-FOOTERS = 512  # that are remembered, of some 100 kB each
+FOOTERS = 4096  # that are remembered, of some 100 kB each: more than there are files of items
 
 
 def read_users(root: str, path: str, size: int, users: list[str], columns: list[str] | None) -> pa.Table:
-    """The rows of some users in one file; `users` are sorted, `size` is the file's in bytes.
+    """The rows of some users in one file, with `user_id` and those of `columns` that it has.
 
+    `users` are sorted, `size` is the file's in bytes.
     Reads the row groups whose smallest and largest `user_id` have one of them in between.
     """
     metadata = footer(root, path, size)
@@ -26,23 +29,22 @@ def read_users(root: str, path: str, size: int, users: list[str], columns: list[
     read = None if columns is None else [*dict.fromkeys([*columns, "user_id"])]
     with open_parquet(root, path, size) as file:
         table = file.read_row_groups(groups, columns=read, use_threads=len(groups) > 1)
-    table = table.filter(pa.compute.is_in(table["user_id"], value_set=pa.array(users, pa.string())))
-    return table if columns is None else table.select(columns)
+    return table.filter(pc.is_in(table["user_id"], value_set=pa.array(users, pa.string())))
 
 
-def read_rows(root: str, path: str, size: int, rows: list[int], column: str) -> list[pa.Scalar]:
-    """One column's values in some rows of a file, in the order of `rows`."""
+def read_rows(root: str, path: str, size: int, rows: list[int], columns: list[str]) -> list[dict[str, Any] | None]:
+    """Some rows of a file, in the order of `rows`; None for one that it does not have."""
     metadata = footer(root, path, size)
-    found: dict[int, pa.Scalar] = {}
+    found: dict[int, dict[str, Any]] = {}
     with open_parquet(root, path, size) as file:
         start = 0
         for group in range(metadata.num_row_groups):
             stop = start + metadata.row_group(group).num_rows
             if inside := [row for row in rows if start <= row < stop]:
-                values = file.read_row_group(group, columns=[column])[column]
-                found |= {row: values[row - start] for row in inside}
+                table = file.read_row_group(group, columns=columns).take([row - start for row in inside])
+                found |= dict(zip(inside, table.to_pylist(), strict=True))
             start = stop
-    return [found[row] for row in rows]
+    return [found.get(row) for row in rows]
 
 
 def may_hold(metadata: pq.FileMetaData, group: int, users: list[str]) -> bool:

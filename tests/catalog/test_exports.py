@@ -15,6 +15,8 @@ from rebeca_ray.catalog.iceberg import open_iceberg, register_snapshot
 from rebeca_ray.catalog.image_objects import export_images, read_export
 from rebeca_ray.catalog.key_values import KeyValues, export_key_values
 from rebeca_ray.catalog.layout import POOL
+from rebeca_ray.catalog.lease import hold_lease
+from rebeca_ray.catalog.pointer import LostRaceError
 from rebeca_ray.catalog.read import TABLES, Snapshot
 from rebeca_ray.config import GenerateConfig
 from rebeca_ray.errors import StorageError, UserError
@@ -80,12 +82,15 @@ def test_images_become_objects_that_are_written_once_and_outlive_their_snapshot_
 
     _, wednesday = night(on_store, USERS[:3], 2)
     done = export_images(wednesday, out, CDN)
-    assert (done.written, done.removed) == (0, 6)  # of one user who changed, and one who left
+    assert (done.written, done.removed) == (0, 6)  # of one user who changed, and one who left on Tuesday
     assert_everybody_has_pictures(wednesday, out)
-    _, thursday = night(on_store, USERS[:3], 3)
-    assert export_images(thursday, out, CDN).removed == 3  # the pool
-    assert set(objects(out)) == {row["image_key"] for row in urls(out)}
-    assert len(list_files(f"{out}/urls")) == 2
+    pool = {f"objects/{item[:2]}/{item}.png" for item in monday.for_user(POOL)["item_id"].to_pylist()}
+    assert set(objects(out)) == {row["image_key"] for row in urls(out)} | pool  # of the strangers', who are gone, the pictures stay
+    assert len(list_files(f"{out}/urls", ".parquet")) == 2
+    with hold_lease(out, "export of another", 60), pytest.raises(LostRaceError, match="export of another .* is at work on it"):
+        export_images(monday, out, CDN)
+    assert export_images(wednesday, out, "https://other.example.com").written == 0
+    assert {row["image_url"].split("/objects")[0] for row in urls(out)} == {"https://other.example.com"}
 
 
 def test_an_export_that_dies_shows_the_one_before_and_is_repeated(
@@ -96,7 +101,7 @@ def test_an_export_that_dies_shows_the_one_before_and_is_repeated(
     export_images(monday, out, CDN)
     change_digest(config, USERS[0])
     _, tuesday = night(config, USERS[:4], 1)
-    write = image_objects.write_object
+    write = image_objects.write_image
     left = iter(range(2))
 
     def dying(uri: str, image: bytes) -> None:
@@ -104,14 +109,14 @@ def test_an_export_that_dies_shows_the_one_before_and_is_repeated(
             raise StorageError(f"{uri}: cannot be written (No space left on device)")
         write(uri, image)
 
-    monkeypatch.setattr(image_objects, "write_object", dying)
+    monkeypatch.setattr(image_objects, "write_image", dying)
     with pytest.raises(StorageError):
         export_images(tuesday, out, CDN)
     assert_everybody_has_pictures(monday, out)
-    monkeypatch.setattr(image_objects, "write_object", write)
+    monkeypatch.setattr(image_objects, "write_image", write)
     assert export_images(tuesday, out, CDN).written == 3
     assert_everybody_has_pictures(tuesday, out)
-    with pytest.raises(UserError, match=r"its latest.json is not that of an export of images; choose another folder"):
+    with pytest.raises(UserError, match=r"holds something else than an export of images; choose another folder"):
         export_images(tuesday, config.root, CDN)
 
 
@@ -164,7 +169,7 @@ def test_a_real_redis_loads_a_snapshot_and_then_the_nights_difference(on_store: 
     _, tuesday = night(on_store, USERS[:6], 1)
     done = export_key_values(tuesday, f"{root}/kv", "redis", key_prefix="rec/", since=monday.run_id)
     assert (done.users, done.removed) == (1, 3)
-    assert f"run_id={tuesday.run_id}/since={monday.run_id}" in done.folder
+    assert done.folder == f"{root}/kv/redis/run_id={tuesday.run_id},since={monday.run_id}"
     load(done)
     assert held() == items_by_user(tuesday)
 
@@ -218,8 +223,15 @@ def test_iceberg_tables_are_the_snapshots_files_and_follow_it(on_store: Generate
     assert len(open_iceberg(**told).load_table("rebeca.items").history()) > commits
     register_snapshot(tuesday, **told)  # and back
     assert_same(tuesday)
-    with pytest.raises(UserError, match="cannot be opened .*; give a database as sqlite:////absolute/path.db"):
+    with pytest.raises(UserError, match="cannot be used .*; give a database as sqlite:////absolute/path.db"):
         register_snapshot(monday, "sqlite:////nowhere/at/all.db", told["warehouse"])
+    for catalog, warehouse in (("nonsense", told["warehouse"]), (f"sqlite:///{tmp_path}/other.db", "gopher://here")):
+        with pytest.raises(
+            UserError, match=r"iceberg .*: cannot be used .*, and a warehouse as file:///absolute/path or s3://bucket/prefix"
+        ):
+            register_snapshot(monday, catalog, warehouse)
+    with pytest.raises(UserError, match=r"psycopg is not installed; pip install 'rebeca-ray\[iceberg\]' \(and the driver\)"):
+        register_snapshot(monday, "postgresql://nobody@127.0.0.1/nothing", told["warehouse"])
 
 
 def test_many_buckets_are_exported_in_parallel(config: GenerateConfig, tmp_path: Path, ray_local: str) -> None:
@@ -230,12 +242,15 @@ def test_many_buckets_are_exported_in_parallel(config: GenerateConfig, tmp_path:
     assert export_images(monday, out, CDN).written == 18
     assert_everybody_has_pictures(monday, out)
     for number in (1, 2, 3):
+        change_digest(config, USERS[number])
         _, later = night(config, users[:-number], number)
         export_images(later, out, CDN)
         assert_everybody_has_pictures(later, out)
-    done = export_key_values(monday, str(tmp_path / "kv"), "jsonl")
-    assert len(done.files) == 3
-    assert done.users == len(users) + 1
+    done = export_key_values(later, str(tmp_path / "kv"), "jsonl")
+    assert done.users == 5
+    done = export_key_values(later, str(tmp_path / "kv"), "jsonl", since=monday.run_id)
+    assert done.users >= 3
+    assert done.removed == 4  # the three strangers, and the pool with them
 
 
 def test_the_commands_say_what_they_did(config: GenerateConfig, tmp_path: Path) -> None:
@@ -244,7 +259,7 @@ def test_the_commands_say_what_they_did(config: GenerateConfig, tmp_path: Path) 
     assert told.returncode == 0, told.stderr
     assert f"run {monday.run_id} -> {tmp_path}/cdn: 6 images written, 0 removed, 6 rows of URLs in 1 files" in told.stdout
     told = run("catalog", "export", "key-values", config.root, str(tmp_path / "kv"), "--format", "redis")
-    assert f"2 users to set, 0 to remove -> 1 files in {tmp_path}/kv/run_id={monday.run_id}" in told.stdout
+    assert f"2 users to set, 0 to remove -> 1 files in {tmp_path}/kv/redis/run_id={monday.run_id}" in told.stdout
     database = f"sqlite:///{tmp_path}/iceberg.db"
     told = run("catalog", "export", "iceberg", config.root, "--catalog", database, "--warehouse", f"file://{tmp_path}/warehouse")
     assert f"rebeca.items: run {monday.run_id}, 1 files added, 0 dropped" in told.stdout

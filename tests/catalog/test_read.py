@@ -1,6 +1,7 @@
 """Reading the published snapshot: lookups, columns, other forms, following publications, and what is said of a broken catalog."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import EndpointConnectionError
 from fsspec.implementations.local import LocalFileSystem
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog import row_groups
+from rebeca_ray.catalog.bucket import changes_table
 from rebeca_ray.catalog.gc import collect
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
 from rebeca_ray.config import GenerateConfig
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import StorageError, UserError
 from rebeca_ray.identity import bucket_of
+from rebeca_ray.settings import LayoutSettings
 from rebeca_ray.storage import write_json, write_table
 from tests.conftest import USERS, publish
 from tests.test_nights import change_digest, night
@@ -161,7 +165,7 @@ def test_what_nobody_has_is_refused_by_name(large: Snapshot) -> None:
         large.table("images", None, ["a"])
     with pytest.raises(UserError, match="the items have no column image_file, image_row; read them with it"):
         large.images(large.items(["user_id"]))
-    with pytest.raises(UserError, match="run large has no image file 0; the items are of another snapshot"):
+    with pytest.raises(UserError, match="run large: there is no image file 0; the items are of another snapshot"):
         large.images(large.for_user("üser-003"))
     with pytest.raises(TypeError, match="user_ids: 7 is no string, as every user_id is; give '7'"):
         large.for_user(7)  # type: ignore[arg-type]
@@ -228,10 +232,39 @@ def reload_of(snapshot: Snapshot, users: list[str]) -> dict[str, list[dict[str, 
     return found
 
 
-def test_who_is_ranked_anew_is_a_change(config: GenerateConfig) -> None:
-    """Another probability for the same item, as `on_new_prior: rescore` gives it, is told as `updated`."""
-    from rebeca_ray.catalog.bucket import changes_table
+def test_items_of_another_snapshot_have_no_images_here(config: GenerateConfig) -> None:
+    """Not another item's: after a rollback, numbers of image files come again."""
+    _, monday = night(config, USERS[:3])
+    items = monday.items()
+    swapped = items.set_column(items.schema.get_field_index("image_row"), "image_row", items["image_row"].take([*range(1, 9), 0]))
+    with pytest.raises(UserError, match="row . of image file 0 is another item's; the items are of another snapshot: give this one's"):
+        monday.images(swapped)
+    beyond = items.set_column(items.schema.get_field_index("image_row"), "image_row", pa.array([99] * 9, pa.int32()))
+    with pytest.raises(UserError, match="row 99 of image file 0 is another item's"):
+        monday.images(beyond)
 
+
+def test_a_column_that_came_later_is_null_in_older_files(config: GenerateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the next version will find this one's files: alone, and beside its own in one snapshot."""
+    config = config.model_copy(update={"layout": LayoutSettings(num_buckets=1)})
+    _, monday = night(config, USERS[:3])
+    was = monday.items()
+    grown = schemas.items
+
+    def items(embed_dim: int) -> pa.Schema:
+        return grown(embed_dim).append(pa.field("mood", pa.string()))
+
+    monkeypatch.setattr(schemas, "items", items)
+    now = read_catalog(config.root)
+    for table in (now.items(), now.bucket("items", 0, 1), now.items(user_ids=USERS[:3])):
+        assert table["mood"].null_count == 9
+        assert table.drop_columns(["mood"]).equals(was)
+    assert now.for_user(USERS[0], ["mood", "rank"]).to_pylist() == [{"mood": None, "rank": rank} for rank in range(3)]
+    assert now.bucket("items", 0, 1, ["mood"])["mood"].null_count == 9
+
+
+def test_who_is_ranked_anew_is_a_change() -> None:
+    """Another probability for the same item, as `on_new_prior: rescore` gives it, is told as `updated`."""
     before = pa.table(
         {
             "item_id": ["a", "b", "c"],
@@ -308,3 +341,24 @@ def test_a_missing_image_file_is_named(config: GenerateConfig) -> None:
     row_groups.footer.cache_clear()
     with pytest.raises(UserError, match=r"images/run_id=.* is missing or damaged \(.*"):
         snapshot.images(snapshot.items())
+
+
+def test_a_store_that_does_not_answer_is_no_damaged_file(large: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise EndpointConnectionError(endpoint_url="http://store")
+
+    monkeypatch.setattr(LocalFileSystem, "open", unreachable)
+    row_groups.footer.cache_clear()
+    with pytest.raises(
+        StorageError, match=r"cannot be read \(Could not connect to the endpoint.*\); check the network and the credentials"
+    ):
+        large.for_user("üser-007")
+
+
+def test_what_travels_to_a_task_is_small(large: Snapshot) -> None:
+    before = len(pickle.dumps(large))
+    large.for_user("üser-007")
+    assert large.files_of_buckets
+    assert large.image_files == {}
+    assert len(pickle.dumps(large)) == before
+    assert pickle.loads(pickle.dumps(large)).for_user("üser-007").equals(large.for_user("üser-007"))
