@@ -139,6 +139,8 @@ def test_a_new_prior_may_judge_anew_what_it_keeps(config: GenerateConfig, tmp_pa
     for user in USERS[:3]:
         likes = after.items(["like_probability"], [user])["like_probability"].to_pylist()
         assert likes == sorted(likes, reverse=True)
+    assert set(after.table("changes")["change"].to_pylist()) == {"updated"}
+    assert after.changed_users(before.run_id) == sorted(USERS[:3])
 
 
 def test_another_number_of_buckets_keeps_every_item(config: GenerateConfig, ray_local: str) -> None:

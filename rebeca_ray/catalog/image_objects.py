@@ -23,6 +23,7 @@ from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.errors import UserError
+from rebeca_ray.settings import absolute
 from rebeca_ray.storage import delete, delete_files, join, read_json, read_table, write_json, write_object, write_table
 
 IMAGES_AT_ONCE = 500  # in memory
@@ -71,7 +72,7 @@ def export_images(snapshot: Snapshot, out: str, url_base: str) -> Exported:
     An export that died is repeated: objects are written over by the same bytes. Of a snapshot that is exported already with these URLs
     nothing is written. Raises LostRaceError while another export to `out` is at work.
     """
-    url_base = url_base.rstrip("/")
+    out, url_base = absolute(out), url_base.rstrip("/")
     read_export(out)  # something else is left alone
     with hold_lease(out, f"export of {snapshot.run_id}", LEASE_SECONDS) as lease:
         last = read_export(out)

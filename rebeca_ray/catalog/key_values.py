@@ -14,6 +14,7 @@ from rebeca_ray.catalog.image_objects import read_export
 from rebeca_ray.catalog.layout import for_each_bucket
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.errors import UserError
+from rebeca_ray.settings import absolute
 from rebeca_ray.storage import HashingSink, join, open_filesystem, read_table, write_json
 
 Format = Literal["jsonl", "redis"]
@@ -42,8 +43,8 @@ def export_key_values(
     """
     if since is not None:
         snapshot.back_to(since)  # or it is told now that there is no way
-    urls = None if images is None else url_files(snapshot, images)
-    folder = join(out, format, f"run_id={snapshot.run_id}{f',since={since}' if since else ''}")
+    urls = None if images is None else url_files(snapshot, absolute(images))
+    folder = join(absolute(out), format, f"run_id={snapshot.run_id}{f',since={since}' if since else ''}")
 
     def work(bucket: int) -> dict[str, Any] | None:
         return export_bucket(snapshot, folder, format, key_prefix, since, urls, bucket)
