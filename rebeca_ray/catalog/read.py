@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.pointer import read_pointer
-from rebeca_ray.catalog.row_groups import read_rows, read_users
+from rebeca_ray.catalog.row_groups import read_users
 from rebeca_ray.catalog.scanning import scanning_filesystem
 from rebeca_ray.errors import StorageError, UserError, did_you_mean
 from rebeca_ray.identity import bucket_of
@@ -142,16 +142,23 @@ class Snapshot:
         files, store = [join(base, path) for path in paths], scanning_filesystem(filesystem, base)
         return pyarrow.dataset.dataset(files, schema=self.schema(name), filesystem=store, format=PARQUET)
 
-    def to_ray(self, name: str = "items", columns: list[str] | None = None) -> ray.data.Dataset:
-        """A table as a Ray Dataset, which reads it in parallel, file by file."""
+    def to_ray(self, name: str = "items", columns: list[str] | None = None, user_ids: Sequence[str] | None = None) -> ray.data.Dataset:
+        """A table as a Ray Dataset, which reads it in parallel, file by file; of users those files that they may be in."""
         import ray.data
 
         self.check_names(name, columns)
-        filesystem, base = open_filesystem(self.root)
-        paths = [join(base, path) for path in self.paths(name)]
+        users = None if user_ids is None else self.sorted_users(name, user_ids)
+        paths = self.paths(name) if users is None else [file.path for file in self.files_with(name, users)]
         if not paths:
-            return ray.data.from_arrow(self.table(name, columns))
-        return ray.data.read_parquet(paths, columns=columns, filesystem=scanning_filesystem(filesystem, base), partitioning=None)
+            return ray.data.from_arrow(self.table(name, columns, user_ids))
+        filesystem, base = open_filesystem(self.root)
+        read = columns if users is None or columns is None else [*dict.fromkeys([*columns, "user_id"])]
+        files, store = [join(base, path) for path in paths], scanning_filesystem(filesystem, base)
+        found = ray.data.read_parquet(files, columns=read, filesystem=store, partitioning=None)
+        if users is None:
+            return found
+        names = columns or self.schema(name).names
+        return found.map_batches(lambda rows: rows.filter(pc.is_in(rows["user_id"], pa.array(users))).select(names), batch_format="pyarrow")
 
     def uris(self, name: str = "items") -> list[str]:
         """Where a table's files are, for any other reader; see infra/catalog-format.md."""
@@ -167,35 +174,9 @@ class Snapshot:
 
     def named_images(self, items: pa.Table) -> list[dict[str, Any]]:
         """The same, each with its `bytes` and its `path`: a file name whose ending says how it is encoded."""
-        if missing := {"image_file", "image_row"} - set(items.column_names):
-            raise UserError(f"images: the items have no column {', '.join(sorted(missing))}; read them with it, or with all columns")
-        item_id = items["item_id"].to_pylist() if "item_id" in items.column_names else None
-        wanted: dict[int, dict[int, list[int]]] = {}
-        for place, (file, row) in enumerate(zip(items["image_file"].to_pylist(), items["image_row"].to_pylist(), strict=True)):
-            wanted.setdefault(file, {}).setdefault(row, []).append(place)
-        found: list[dict[str, Any]] = [{}] * items.num_rows
+        from rebeca_ray.catalog.images import read_images
 
-        def read(number: int) -> None:
-            path, size = self.image_files[number]
-            rows = sorted(wanted[number])
-            with self.explained(path):
-                images = read_rows(self.root, path, size, rows, ["item_id", "image"])
-            for row, image in zip(rows, images, strict=True):
-                for place in wanted[number][row]:
-                    if image is None or (item_id and item_id[place] != image["item_id"]):
-                        raise self.of_another_snapshot(f"row {row} of image file {number} is another item's")
-                    found[place] = image["image"]
-
-        if unknown := set(wanted) - set(self.image_files):
-            raise self.of_another_snapshot(f"there is no image file {min(unknown)}")
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(read, wanted))
-        return found
-
-    def of_another_snapshot(self, why: str) -> UserError:
-        return UserError(
-            f"catalog {self.root}: run {self.run_id}: {why}; the items are of another snapshot: give this one's, or ask that one"
-        )
+        return read_images(self, items)
 
     def changed_users(self, since: str, bucket: int | None = None) -> list[str]:
         """Users, of all buckets or of one, whose items are not what they were in the snapshot of run `since`; sorted.

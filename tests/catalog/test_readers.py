@@ -166,6 +166,10 @@ def test_ray_data(published: Published, name: str) -> None:
     assert_same(published, name, published.snapshot.to_ray(name).take_all())
     columns = schemas.table(name, D).names[:2]
     assert published.snapshot.to_ray(name, columns).schema().names == columns
+    if name == "items":
+        some = published.snapshot.to_ray(name, ["item_id"], USERS[2:4]).take_all()
+        own = [row["item_id"] for row in published.rows[name] if row["user_id"] in USERS[2:4]]
+        assert sorted(row["item_id"] for row in some) == sorted(own)
 
 
 @pytest.mark.parametrize("name", TABLES)
