@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from botocore.exceptions import EndpointConnectionError
 from fsspec.implementations.local import LocalFileSystem
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog import row_groups
@@ -29,6 +32,7 @@ from tests.test_nights import change_digest, night
 
 BUCKETS, USERS_THERE, ITEMS_A_USER = 3, 500, 4
 D = 64
+MANY_USERS = [f"üser-{number:03d}" for number in range(USERS_THERE)]
 
 
 @pytest.fixture
@@ -36,14 +40,17 @@ def large(tmp_path: Path) -> Snapshot:
     return read_catalog(write_snapshot(tmp_path / "large", rows_a_group=100))
 
 
-def write_snapshot(root: Path, *, rows_a_group: int, version: int = schemas.SCHEMA_VERSION) -> str:
+def write_snapshot(
+    root: Path, *, rows_a_group: int, version: int = schemas.SCHEMA_VERSION, users: list[str] = MANY_USERS, D: int = D
+) -> str:
     """A published snapshot of items alone, in three files of several row groups."""
     run = Run(root=str(root), run_date="2026-03-02", run_id="large", epoch=1)
     random = np.random.default_rng(0)
-    users = [f"üser-{number:03d}" for number in range(USERS_THERE)]
     files = []
     for bucket in range(BUCKETS):
         own = sorted(user for user in users if bucket_of(user, BUCKETS) == bucket)
+        if not own:
+            continue
         count = len(own) * ITEMS_A_USER
         embeds = random.standard_normal((count, D), np.float32)
         columns = {
@@ -123,6 +130,26 @@ def test_a_users_items_are_found_by_bucket_file_and_row_group(large: Snapshot, m
     assert len(sizes) > 5
     assert reads.files - files == 1  # its footer is remembered
     assert min(sizes) <= reads.bytes - before <= 2 * max(sizes)
+
+
+NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(users=st.lists(NAMES, min_size=1, max_size=25, unique=True), others=st.lists(NAMES, max_size=10), rows_a_group=st.integers(1, 9))
+def test_whoever_is_asked_for_gets_what_a_scan_finds(users: list[str], others: list[str], rows_a_group: int) -> None:
+    """Names of any letters, in any order of the alphabet; some of them there, some not."""
+    with tempfile.TemporaryDirectory() as folder:
+        snapshot = read_catalog(write_snapshot(Path(folder), rows_a_group=rows_a_group, users=users, D=2))
+        everything = snapshot.items(["user_id", "rank", "item_id"])
+        for user in [*users, *others, *(user[:-1] for user in users), *(f"{user}a" for user in users)]:
+            expected = everything.filter(pc.equal(everything["user_id"], user))
+            assert snapshot.for_user(user, ["user_id", "rank", "item_id"]).equals(expected)
+            assert expected.num_rows == (ITEMS_A_USER if user in users else 0)
+        some = sorted({*users[::2], *others})
+        expected = everything.filter(pc.is_in(everything["user_id"], value_set=pa.array(some, pa.string())))
+        order = [("user_id", "ascending"), ("rank", "ascending")]
+        assert snapshot.items(["user_id", "rank", "item_id"], some).equals(expected.sort_by(order))
 
 
 def test_some_users_are_read_in_one_table_sorted_by_user_and_rank(large: Snapshot) -> None:
