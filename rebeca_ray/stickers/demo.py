@@ -117,6 +117,7 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
         "\nNext:\n"
         f"  source {Path(sys.prefix) / 'bin' / 'activate'}\n"
         f"  rebeca catalog show {generate.root}\n"
+        f"  python jobs/rank_example.py --catalog {generate.root} --items {data}/items --interactions {data}/interactions.parquet\n"
         f"  rebeca generate --config {data}/generate.yaml            # tomorrow's snapshot: nobody changed, so all is carried over\n"
         f"  rebeca generate --config {data}/generate.yaml num_images=1\n"
         "  export RAY_AUTH_MODE=token; ray start --head        # then, on this cluster:\n"
