@@ -32,7 +32,7 @@ from rebeca_ray.decoder_files import identify_decoder
 from rebeca_ray.embeds import EmbedScaler
 from rebeca_ray.histories import Histories
 from rebeca_ray.parts import BUSY, WriteParts, with_busy_seconds
-from rebeca_ray.planning import PlanUsers
+from rebeca_ray.planning import PlanUsers, request_histories
 from rebeca_ray.prior import CrossAttentionDenoiser, Prior
 from rebeca_ray.refresh import Decisions, decide_all
 from rebeca_ray.rendering import Rendered, RenderImages
@@ -277,8 +277,9 @@ def prepare(config: GenerateConfig, *, break_first: bool = False, attempt: int =
 
 def write_plan(config: GenerateConfig, run: Run, *, break_first: bool = False) -> tuple[Decisions, pa.Table, list[dict[str, Any]]]:
     """Decide and plan a run without Ray; its decisions, planned items and the parts they lie in."""
-    decisions = decide(config, run)
-    planned = plan_of(config, run, decisions)
+    histories = request_histories(config, run)
+    decisions = decide(config, run, histories)
+    planned = plan_of(config, run, decisions, histories)
     if break_first:
         values = planned["image_embeds"].combine_chunks().flatten().to_numpy().copy()
         values[0] = np.nan

@@ -15,14 +15,13 @@ from rebeca_ray.catalog.read import Snapshot, read_catalog
 from rebeca_ray.config import GenerateConfig, TrainConfig
 from rebeca_ray.errors import UserError
 from rebeca_ray.feedback import find_rated, with_rated
-from rebeca_ray.generation import generate_catalog
 from rebeca_ray.histories import build_histories
 from rebeca_ray.interactions import read_interactions
 from rebeca_ray.items import read_image_embeds
 from rebeca_ray.settings import InteractionSettings, LayoutSettings, RefreshSettings, SamplerSettings, SelectionSettings
 from rebeca_ray.storage import list_files
 from rebeca_ray.training import train_prior
-from tests.conftest import USERS, D
+from tests.conftest import USERS, D, snapshot_of
 from tests.test_nights import change_digest, night
 
 REAL = np.array(["real-0", "real-1"])
@@ -134,7 +133,7 @@ def trained(tmp_path: Path) -> TrainConfig:
             "storage": str(tmp_path / "storage"),
             "network": {"num_layers": 2, "num_heads": 2, "width": 32, "num_tokens": 2, "user_encoder": "history", "max_history": 24},
             "diffusion": {"num_train_timesteps": 100},
-            "optimization": {"learning_rate": 3e-3, "batch_size": 64, "samples_per_user": 256, "max_epochs": 6, "ema_decay": 0.9},
+            "optimization": {"learning_rate": 3e-3, "batch_size": 64, "samples_per_user": 256, "max_epochs": 4, "ema_decay": 0.9},
             "workers": {"cpus_per_worker": 0.5},
         }
     )
@@ -159,7 +158,7 @@ def test_liked_generated_items_draw_the_next_night_towards_them(
             "refresh": RefreshSettings(rotation=0.0),
         }
     )
-    generate_catalog(config)
+    assert snapshot_of(config, requested=16)["counts"]["new"] == 16
     monday = read_catalog(config.root)
     real = read_image_embeds(trained.items)
     kind_of = {item: int(number >= 20) for number, item in enumerate(real.item_id.tolist())}
@@ -172,7 +171,7 @@ def test_liked_generated_items_draw_the_next_night_towards_them(
     before = [tuple(row.values()) for row in pq.read_table(trained.interactions.path).to_pylist()]
     rate(Path(trained.interactions.path), [*before, *ratings, *shown])
 
-    manifest = generate_catalog(config)
+    manifest = snapshot_of(config, requested=16)
     assert (manifest["counts"]["new"], manifest["counts"]["carried"]) == (8, 8)
     tuesday = read_catalog(config.root)
     centre = np.mean([item["image_embeds"] for item in liked], axis=0)

@@ -76,7 +76,7 @@ def wait_for_dashboard(environment: dict[str, str]) -> None:
     raise AssertionError(listed.stdout + listed.stderr)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(600)  # two jobs on a cluster of their own, embedding and training included
 def test_a_night_with_its_default_config_and_once_is_enough(head: dict[str, str]) -> None:
     """Embed, train, generate and collect for a date, submitted; the second time there is nothing to do."""
     wait_for_dashboard(head)

@@ -249,7 +249,7 @@ def test_killed_workers_and_drivers_go_on_from_the_last_epoch(world: dict[str, s
     out, _ = second.communicate(timeout=200)
     assert second.returncode == 0, out
     if "half-written" not in out:  # the kill came while Ray Train wrote its record, some once in fifty times
-        assert min(epochs_in(out)) > 5  # the sixth may not have been kept yet
+        assert min(epochs_in(out)) > 3  # keeping a checkpoint takes its time: the last two may not have been kept yet
     assert epochs_in(out)[-1] == 12
     epochs = [int(line.split(",")[0]) for line in (Path(config.out) / "training.csv").read_text().splitlines()[1:]]
     assert epochs == list(range(1, 13))
