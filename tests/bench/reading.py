@@ -9,6 +9,7 @@ import argparse
 import io
 import json
 import os
+import platform
 import shutil
 import statistics
 import tempfile
@@ -275,7 +276,14 @@ def main() -> None:
         started = time.perf_counter()
         synthesise(root, told.users)
         print(f"made {root} in {time.perf_counter() - started:.0f} s", flush=True)
-    result: dict[str, Any] = {"users": told.users, "items": told.users * ITEMS_A_USER, "embed_dim": D, "buckets": BUCKETS}
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    result: dict[str, Any] = {
+        "machine": machine,
+        "users": told.users,
+        "items": told.users * ITEMS_A_USER,
+        "embed_dim": D,
+        "buckets": BUCKETS,
+    }
     result["local"] = measure(root, told.users)
     from tests.conftest import seaweedfs
 

@@ -111,7 +111,7 @@ def test_there_is_something_of_everything_to_read(published: Published) -> None:
 
 @pytest.mark.parametrize("name", TABLES)
 def test_pyarrow(published: Published, name: str, s3_server: dict[str, str]) -> None:
-    """By Arrow's own S3 client, which shares nothing with ours."""
+    """By hand, as somebody who knows the files alone."""
     filesystem = pyarrow.fs.S3FileSystem(
         access_key="test-key", secret_key="test-secret", endpoint_override=s3_server["AWS_ENDPOINT_URL"], region="us-east-1"
     )
