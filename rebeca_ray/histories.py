@@ -196,8 +196,8 @@ def known_items(ratings: pa.Table, items: ItemIndex, settings: InteractionSettin
     known = pc.fill_null(known, True)  # a null is for others to refuse
     if unknown := len(known) - (pc.sum(known).as_py() or 0):
         print(
-            f"interactions {settings.path}: {unknown:,} of {len(known):,} rate a generated item that is in no catalog that was named "
-            "(`catalog`), or an unknown one; left out",
+            f"interactions {settings.path}: {unknown:,} of {len(known):,} rate an item whose embedding is nowhere (generated long ago, for "
+            "somebody else, or in a catalog that `catalog` does not name); left out",
             flush=True,
         )
     return ratings.filter(known)

@@ -86,7 +86,7 @@ def test_a_rating_of_what_is_nowhere_is_refused_of_real_items_and_dropped_of_gen
     assert find_rated(config.root, settings.path, REAL, D, None).num_rows == 0
     histories = build_histories(settings, REAL, str(tmp_path / "storage"))
     assert pq.read_table(histories.file(0))["item_index"].to_pylist() == [[0]]
-    assert "1 of 2 rate a generated item that is in no catalog that was named" in capsys.readouterr().out
+    assert "1 of 2 rate an item whose embedding is nowhere (generated long ago" in capsys.readouterr().out
     rate(Path(settings.path), [*rows, (USERS[0], "reel-1", 1.0, None)])
     with pytest.raises(UserError, match=r"1 of 2 rate an item that has no embedding \(reel-1\); .* or set interactions.unknown_items=drop"):
         build_histories(settings, REAL, str(tmp_path / "storage"))

@@ -4,11 +4,13 @@ Each table (`items`, `images`, `users`, `errors`, `changes`) moves to a snapshot
 listed and adds the new ones. A commit says of which run it is, so that doing it again does nothing.
 """
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
 from rebeca_ray.catalog.read import TABLES, Snapshot
 from rebeca_ray.errors import UserError
+from rebeca_ray.settings import absolute
 from rebeca_ray.storage import describe
 
 if TYPE_CHECKING:
@@ -36,7 +38,10 @@ def register_snapshot(snapshot: Snapshot, catalog: str, warehouse: str, namespac
     try:
         found.create_namespace_if_not_exists(namespace)
         for name in TABLES:
-            table = found.create_table_if_not_exists(f"{namespace}.{name}", snapshot.schema(name).remove_metadata(), properties=PROPERTIES)
+            own = f"{namespace}.{name}"
+            if not found.table_exists(own):
+                found.create_table(own, snapshot.schema(name).remove_metadata(), properties=PROPERTIES)
+            table = found.load_table(own)
             with snapshot.explained():
                 done[name] = bring_to(table, snapshot, name)
     except CommitFailedException as error:
@@ -54,6 +59,8 @@ def open_iceberg(catalog: str, warehouse: str) -> "Catalog":
     from sqlalchemy.exc import SQLAlchemyError
 
     told = {"s3.endpoint": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")}  # the rest pyarrow finds itself
+    logging.getLogger("pyiceberg.io.pyarrow").setLevel(logging.ERROR)  # embeddings have no statistics, on purpose
+    warehouse = warehouse if "://" in warehouse else f"file://{absolute(warehouse)}"
     try:
         return SqlCatalog("rebeca", uri=catalog, warehouse=warehouse, **{name: value for name, value in told.items() if value})
     except SQLAlchemyError as error:

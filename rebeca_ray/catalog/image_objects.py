@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.layout import POOL, for_each_bucket
+from rebeca_ray.catalog.layout import POOL, for_each_bucket, require_outside
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import Snapshot
@@ -73,6 +73,9 @@ def export_images(snapshot: Snapshot, out: str, url_base: str) -> Exported:
     nothing is written. Raises LostRaceError while another export to `out` is at work.
     """
     out, url_base = absolute(out), url_base.rstrip("/")
+    if "://" not in url_base and not url_base.startswith("/"):
+        raise UserError(f"url_base {url_base}: is no URL; give one such as https://{url_base}, or a path that begins with /")
+    require_outside(snapshot.root, out)
     read_export(out)  # something else is left alone
     with hold_lease(out, f"export of {snapshot.run_id}", LEASE_SECONDS) as lease:
         last = read_export(out)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
+from rebeca_ray.errors import UserError
 from rebeca_ray.storage import join
 
 T = TypeVar("T")
@@ -74,6 +75,12 @@ class Run:
 
 def work_folder(root: str, run_id: str) -> str:
     return join(root, f"work/run_id={run_id}")
+
+
+def require_outside(root: str, out: str) -> None:
+    """Raise UserError for an export into the catalog itself."""
+    if f"{out.rstrip('/')}/".startswith(f"{root.rstrip('/')}/"):
+        raise UserError(f"out {out}: is in the catalog {root}, whose files are nobody else's; choose another folder")
 
 
 def new_run_id() -> str:

@@ -74,10 +74,10 @@ class Snapshot:
         return open_snapshot(self.root, pointer.snapshot)
 
     def for_user(self, user_id: str, columns: list[str] | None = None) -> pa.Table:
-        """A user's items, the best first; none for a user who is not there.
+        """A user's items by `rank`, which weighs how much they are liked and how much they differ; none for a user who is not there.
 
         Reads one or two row groups of one file: with some 2,000 items a group, about 100 kB without `image_embeds`. `for_user("")` are
-        the items that all users without a history share.
+        the items that all users without a history share, if there are such users.
         """
         return self.items(columns, [user_id])
 
@@ -90,10 +90,9 @@ class Snapshot:
 
         Raises UserError for an unknown table or column, and for users of `images`, which has none.
         """
-        self.check_names(name, columns)
+        columns = self.checked(name, columns)
         if user_ids is None:
-            with self.explained():
-                return self.dataset(name).to_table(columns=columns)
+            return self.read_files(name, self.paths(name), columns)
         users = self.sorted_users(name, user_ids)
         order = [column for column in ("user_id", "rank") if column in self.schema(name).names]
         read = None if columns is None else [*dict.fromkeys([*columns, *order])]
@@ -129,7 +128,7 @@ class Snapshot:
 
     def dataset(self, name: str = "items", user_ids: Sequence[str] | None = None) -> pyarrow.dataset.Dataset:
         """A table as a pyarrow dataset, of which columns and rows are selected when it is read. `user_ids` leaves out whole files."""
-        self.check_names(name, None)
+        self.checked(name, None)
         if user_ids is None:
             return self.dataset_of(name, self.paths(name))
         users = self.sorted_users(name, user_ids)
@@ -142,15 +141,26 @@ class Snapshot:
         files, store = [join(base, path) for path in paths], scanning_filesystem(filesystem, base)
         return pyarrow.dataset.dataset(files, schema=self.schema(name), filesystem=store, format=PARQUET)
 
+    def read_files(self, name: str, paths: list[str], columns: list[str] | None) -> pa.Table:
+        """All rows of some files of a table. If one cannot be read, it is looked for and named."""
+        try:
+            return self.dataset_of(name, paths).to_table(columns=columns)
+        except (pa.ArrowException, *UNREACHABLE):
+            for path in paths:
+                with self.explained(path):
+                    self.dataset_of(name, [path]).to_table(columns=columns)
+            with self.explained():
+                raise
+
     def to_ray(self, name: str = "items", columns: list[str] | None = None, user_ids: Sequence[str] | None = None) -> ray.data.Dataset:
         """A table as a Ray Dataset, which reads it in parallel, file by file; of users those files that they may be in."""
         import ray.data
 
-        self.check_names(name, columns)
+        columns = self.checked(name, columns)
         users = None if user_ids is None else self.sorted_users(name, user_ids)
         paths = self.paths(name) if users is None else [file.path for file in self.files_with(name, users)]
         if not paths:
-            return ray.data.from_arrow(self.table(name, columns, user_ids))
+            return ray.data.from_arrow(self.table(name, columns, users))
         filesystem, base = open_filesystem(self.root)
         read = columns if users is None or columns is None else [*dict.fromkeys([*columns, "user_id"])]
         files, store = [join(base, path) for path in paths], scanning_filesystem(filesystem, base)
@@ -162,7 +172,7 @@ class Snapshot:
 
     def uris(self, name: str = "items") -> list[str]:
         """Where a table's files are, for any other reader; see infra/catalog-format.md."""
-        self.check_names(name, None)
+        self.checked(name, None)
         return [join(self.root, path) for path in self.paths(name)]
 
     def images(self, items: pa.Table) -> list[bytes]:
@@ -225,8 +235,7 @@ class Snapshot:
         step = math.gcd(self.manifest["num_buckets"], num_buckets)  # both are the same hash, modulo
         own = own.filter(pa.array([other % step == bucket % step for other in own["bucket"].to_pylist()], pa.bool_()))
         read = None if columns is None else [*dict.fromkeys([*columns, "user_id"])]
-        with self.explained():
-            table = self.dataset_of(name, own["path"].to_pylist()).to_table(columns=read)
+        table = self.read_files(name, own["path"].to_pylist(), read)
         if not same:
             table = table.filter(pa.array([bucket_of(user, num_buckets) == bucket for user in table["user_id"].to_pylist()], pa.bool_()))
         return table if columns is None else table.select(columns)
@@ -267,12 +276,17 @@ class Snapshot:
             if file.first_user is not None and file.last_user is not None and own[0] <= file.last_user and own[-1] >= file.first_user
         ]
 
-    def check_names(self, name: str, columns: list[str] | None) -> None:
+    def checked(self, name: str, columns: Sequence[str] | None) -> list[str] | None:
+        """The columns as a list. Raises UserError for a table or a column that there is not."""
+        if isinstance(columns, str):
+            raise TypeError(f"columns is the string {columns!r}; give a list of columns, [{columns!r}]")
+        columns = None if columns is None else list(columns)
         if name not in TABLES:
             raise UserError(f"catalog {self.root}: there is no table {name!r}; {did_you_mean(name, TABLES)}")
         for column in columns or []:
             if column not in self.schema(name).names:
                 raise UserError(f"catalog {self.root}: {name} has no column {column!r}; {did_you_mean(column, self.schema(name).names)}")
+        return columns
 
     def sorted_users(self, name: str, user_ids: Sequence[str]) -> list[str]:
         """Each user once. Raises TypeError for a single name, which would be taken for a list of letters."""
@@ -280,9 +294,10 @@ class Snapshot:
             raise TypeError(f"user_ids is the string {user_ids!r}; give a list of users, [{user_ids!r}]")
         if name == "images":
             raise UserError("images: has no users; read the users' items, and give them to `Snapshot.images`")
-        if strange := [user for user in user_ids if not isinstance(user, str)]:
-            raise TypeError(f"user_ids: {strange[0]!r} is no string, as every user_id is; give {str(strange[0])!r}")
-        return sorted(set(user_ids))
+        users = user_ids.to_pylist() if isinstance(user_ids, pa.Array | pa.ChunkedArray) else list(user_ids)
+        if strange := [user for user in users if not isinstance(user, str)]:
+            raise TypeError(f"user_ids: {strange[0]!r} is a {type(strange[0]).__name__}; every user_id is a string")
+        return sorted(set(users))
 
     @contextmanager
     def explained(self, path: str = "") -> Iterator[None]:
@@ -307,8 +322,8 @@ class Snapshot:
                     "the grace period of `rebeca catalog gc`"
                 ) from None
             raise UserError(
-                f"{told}: {where}is missing or damaged ({describe(error)}); `rebeca catalog verify` names every such file, "
-                "`rebeca catalog rollback` publishes the snapshot before"
+                f"{told}: {where}is missing or damaged ({describe(error)}); `rebeca catalog verify` names every such file: "
+                "restore it, or `rebeca catalog rollback`, if the snapshot before can do without it"
             ) from None
 
 
@@ -322,6 +337,7 @@ def complete(table: pa.Table, schema: pa.Schema, columns: list[str] | None) -> p
 
 def published(root: str) -> Snapshot | None:
     """The snapshot `latest.json` points to, or None before the first publication."""
+    root = str(root)  # a Path will do
     pointer, _ = read_pointer(root)
     return open_snapshot(root, pointer.snapshot) if pointer.snapshot else None
 

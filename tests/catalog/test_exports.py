@@ -116,8 +116,10 @@ def test_an_export_that_dies_shows_the_one_before_and_is_repeated(
     monkeypatch.setattr(image_objects, "write_image", write)
     assert export_images(tuesday, out, CDN).written == 3
     assert_everybody_has_pictures(tuesday, out)
+    other = config.model_copy(update={"root": str(tmp_path / "another-catalog")})
+    night(other, USERS[:1])
     with pytest.raises(UserError, match=r"holds something else than an export of images; choose another folder"):
-        export_images(tuesday, config.root, CDN)
+        export_images(tuesday, other.root, CDN)
 
 
 @pytest.fixture
@@ -135,6 +137,20 @@ def redis(tmp_path: Path) -> Iterator[tuple[str, int]]:
     yield client, port
     process.terminate()
     process.wait()
+
+
+def test_where_nothing_must_be_written_nothing_is(config: GenerateConfig, tmp_path: Path) -> None:
+    _, monday = night(config, USERS[:2])
+    before = list_files(config.root)
+    for out in (config.root, f"{config.root}/cdn"):
+        with pytest.raises(UserError, match=r"is in the catalog .*, whose files are nobody else's; choose another folder"):
+            export_images(monday, out, CDN)
+        with pytest.raises(UserError, match=r"is in the catalog .*; choose another folder"):
+            export_key_values(monday, out, "jsonl")
+    with pytest.raises(UserError, match="url_base cdn.example.com: is no URL; give one such as https://cdn.example.com"):
+        export_images(monday, str(tmp_path / "cdn"), "cdn.example.com")
+    assert list_files(config.root) == before
+    assert not (tmp_path / "cdn").exists()
 
 
 def items_by_user(snapshot: Snapshot) -> dict[str, list[dict[str, Any]]]:
@@ -211,6 +227,7 @@ def test_iceberg_tables_are_the_snapshots_files_and_follow_it(on_store: Generate
     assert register_snapshot(monday, **told) == {"items": (1, 0), "images": (1, 0), "users": (1, 0), "errors": (0, 0), "changes": (1, 0)}
     assert_same(monday)
     assert set(register_snapshot(monday, **told).values()) == {(0, 0)}
+    assert len(list((tmp_path / "warehouse").rglob("*.metadata.json"))) <= 2 * len(TABLES)  # none is left by the second time
     commits = len(open_iceberg(**told).load_table("rebeca.items").history())
     change_digest(on_store, USERS[0])
     _, tuesday = night(on_store, USERS[:4], 1)

@@ -194,8 +194,20 @@ def test_what_nobody_has_is_refused_by_name(large: Snapshot) -> None:
         large.images(large.items(["user_id"]))
     with pytest.raises(UserError, match="run large: there is no image file 0; the items are of another snapshot"):
         large.images(large.for_user("üser-003"))
-    with pytest.raises(TypeError, match="user_ids: 7 is no string, as every user_id is; give '7'"):
+    with pytest.raises(TypeError, match="user_ids: 7 is a int; every user_id is a string"):
         large.for_user(7)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"columns is the string 'item_id'; give a list of columns, \['item_id'\]"):
+        large.items("item_id")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="images: the items are a DataFrame; give rows of `Snapshot.items`, a pyarrow table"):
+        large.images(large.to_pandas())
+
+
+def test_users_and_columns_may_come_in_any_sequence(large: Snapshot) -> None:
+    users = ["üser-003", "üser-004"]
+    expected = large.items(["item_id"], users)
+    for some in (tuple(users), iter(users), (user for user in users), pa.array(users), pa.chunked_array([users]), np.array(users, object)):
+        assert large.items(("item_id",), some).equals(expected)  # type: ignore[arg-type]
+    assert read_catalog(Path(large.root)).items(("item_id",)).num_rows == USERS_THERE * ITEMS_A_USER  # type: ignore[arg-type]
 
 
 def test_a_reader_follows_publications_and_holds_its_snapshot_until_it_is_collected(config: GenerateConfig) -> None:
@@ -342,8 +354,9 @@ def test_a_damaged_file_is_named_with_the_remedy(large: Snapshot, what: str) -> 
     for read in (lambda: large.for_user(user), lambda: large.items(), lambda: large.to_pandas()):
         with pytest.raises(UserError, match=r"run large: .*is missing or damaged \(.*\); `rebeca catalog verify` names every such file"):
             read()
-    with pytest.raises(UserError, match=str(path.relative_to(large.root))):
-        large.for_user(user)
+    for read in (lambda: large.for_user(user), large.items, lambda: large.bucket("items", bucket_of(user, BUCKETS), BUCKETS)):
+        with pytest.raises(UserError, match=str(path.relative_to(large.root))):
+            read()
 
 
 @pytest.mark.parametrize("what", ["missing", "changed", "unnamed"])
