@@ -119,7 +119,7 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
         f"  rebeca catalog show {generate.root}\n"
         f"  python jobs/rank_example.py --catalog {generate.root} --items {data}/items --interactions {data}/interactions.parquet\n"
         f"  rebeca generate --config {data}/generate.yaml            # tomorrow's snapshot: nobody changed, so all is carried over\n"
-        f"  rebeca estimate --config {data}/generate.yaml refresh.rotation=1    # and what it would take to draw everybody anew\n"
+        f"  rebeca estimate --config {data}/generate.yaml refresh.rotation=0.5    # what a night takes that draws half of them anew\n"
         "  export RAY_AUTH_MODE=token; ray start --head        # then, on this cluster:\n"
         f"  ray job submit --working-dir . -- jobs/generate_catalog.py --config {data}/generate.yaml",
         highlight=False,
