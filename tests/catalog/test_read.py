@@ -22,6 +22,7 @@ from rebeca_ray.catalog.bucket import changes_table
 from rebeca_ray.catalog.gc import collect
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
+from rebeca_ray.catalog.verify import verify
 from rebeca_ray.config import GenerateConfig
 from rebeca_ray.errors import StorageError, UserError
 from rebeca_ray.identity import bucket_of
@@ -294,6 +295,9 @@ def test_a_column_that_came_later_is_null_in_older_files(config: GenerateConfig,
         return grown(embed_dim).append(pa.field("mood", pa.string()))
 
     monkeypatch.setattr(schemas, "items", items)
+    assert verify(monday, "full") != []  # files of this version without it are not whole
+    monkeypatch.setattr(schemas, "SCHEMA_VERSION", schemas.SCHEMA_VERSION + 1)
+    assert verify(monday, "full") == []
     now = read_catalog(config.root)
     for table in (now.items(), now.bucket("items", 0, 1), now.items(user_ids=USERS[:3])):
         assert table["mood"].null_count == 9
