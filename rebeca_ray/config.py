@@ -4,7 +4,6 @@ An unknown key is an error that suggests the nearest known one. The sections are
 """
 
 import datetime
-import json
 import re
 import typing
 from pathlib import Path
@@ -163,8 +162,13 @@ class NightlyConfig(Settings):
 
 def dated(config: C, date: datetime.date) -> C:
     """The config with `{run_date}` in its paths filled in."""
-    told = json.dumps(config.model_dump(mode="json")).replace("{run_date}", date.isoformat())
-    return type(config).model_validate_json(told)
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: filled(part) for name, part in value.items()}
+        return value.replace("{run_date}", date.isoformat()) if isinstance(value, str) else value
+
+    return type(config).model_validate(filled(config.model_dump()))
 
 
 def load_config(model: type[C], path: str | Path, overrides: list[str] | None = None) -> C:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from rebeca_ray.config import DistillConfig, EmbedConfig, GenerateConfig, NightlyConfig, TrainConfig, load_config
+from rebeca_ray.config import DistillConfig, EmbedConfig, GenerateConfig, NightlyConfig, TrainConfig, dated, load_config
 from rebeca_ray.errors import UserError
 from rebeca_ray.settings import expand
 
@@ -111,3 +111,16 @@ def test_a_value_in_place_of_a_section_is_told_with_a_preset_too(tmp_path: Path)
     (tmp_path / "train.yaml").write_text("preset: stickers\ninteractions: {path: a}\nitems: b\nout: c\n")
     with pytest.raises(UserError, match="network is a section, not the value 3; set one of its keys"):
         load_config(TrainConfig, tmp_path / "train.yaml", ["network=3"])
+
+
+@pytest.mark.parametrize("model", [GenerateConfig, NightlyConfig, TrainConfig])
+def test_a_config_is_dated_also_where_it_names_the_date_itself(model: type[GenerateConfig | NightlyConfig | TrainConfig]) -> None:
+    """As `rebeca generate run_date=…` does; of the rest nothing changes, whatever its types."""
+    name = {GenerateConfig: "generate", NightlyConfig: "nightly", TrainConfig: "train"}[model]
+    overrides = [] if model is TrainConfig else ["run_date=2026-11-23"]
+    config = load_config(model, Path("jobs/configs") / f"{name}_stickers.yaml", overrides)
+    date = datetime.date(2026, 11, 23)
+    assert dated(config, date) == config
+    request = {"request": "/asked/{run_date}.parquet"}
+    if isinstance(config, GenerateConfig):
+        assert dated(config.model_copy(update=request), date).request == "/asked/2026-11-23.parquet"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import date, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -113,13 +114,14 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
     console.print(
         f"[bold]Look at it:[/bold]  {page}\n[bold]Catalog:[/bold]     {generate.root}\n[bold]Prior:[/bold]       {generate.prior}"
     )
+    tomorrow = date.fromisoformat(manifest["run_date"]) + timedelta(days=1)
     console.print(
         "\nNext:\n"
         f"  source {Path(sys.prefix) / 'bin' / 'activate'}\n"
         f"  rebeca catalog show {generate.root}\n"
         f"  python jobs/rank_example.py --catalog {generate.root} --items {data}/items --interactions {data}/interactions.parquet\n"
         f"  rebeca generate --config {data}/generate.yaml            # tomorrow's snapshot: nobody changed, so all is carried over\n"
-        f"  rebeca estimate --config {data}/generate.yaml refresh.rotation=0.5    # what a night takes that draws half of them anew\n"
+        f"  rebeca estimate --config {data}/generate.yaml refresh.rotation=0.5 run_date={tomorrow}    # if half were drawn anew\n"
         "  export RAY_AUTH_MODE=token; ray start --head        # then, on this cluster:\n"
         f"  ray job submit --working-dir . -- jobs/generate_catalog.py --config {data}/generate.yaml",
         highlight=False,
