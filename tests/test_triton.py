@@ -30,7 +30,8 @@ from rebeca_ray.server import triton_server
 from rebeca_ray.settings import DecoderSettings, SafetySettings, TritonSettings
 from rebeca_ray.stickers.training_data import to_pixels
 from rebeca_ray.triton import MODEL, TritonDecoder, request_inputs
-from tests.conftest import D, free_port, plan, prepare
+from tests.conftest import D, plan, prepare
+from tests.seaweedfs import free_port
 
 PORTS = ("http_port", "grpc_port", "metrics_port")
 

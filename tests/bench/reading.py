@@ -285,7 +285,7 @@ def main() -> None:
         "buckets": BUCKETS,
     }
     result["local"] = measure(root, told.users)
-    from tests.conftest import seaweedfs
+    from tests.seaweedfs import seaweedfs
 
     with tempfile.TemporaryDirectory(dir=told.data) as folder, seaweedfs(Path(folder)) as environment:
         os.environ.update(environment)

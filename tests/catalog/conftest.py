@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from s3fs import S3FileSystem
 
+from rebeca_ray.catalog.read import Snapshot, read_catalog
+from tests.catalog.large import write_snapshot
 from tests.conftest import REPO
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -22,6 +24,11 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(S3FileSystem, "_cache", {})
     return f"s3://rebeca/{tmp_path.name}"
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Snapshot:
+    return read_catalog(write_snapshot(tmp_path / "large", rows_a_group=100))
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ from rebeca_ray.config import GenerateConfig
 from rebeca_ray.errors import StorageError, UserError
 from rebeca_ray.settings import LayoutSettings
 from rebeca_ray.storage import list_files, read_table
-from tests.conftest import USERS, free_port
+from tests.conftest import USERS
+from tests.seaweedfs import free_port
 from tests.test_cli import run
 from tests.test_nights import change_digest, night
 

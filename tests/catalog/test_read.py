@@ -1,6 +1,5 @@
 """Reading the published snapshot: lookups, columns, other forms, following publications, and what is said of a broken catalog."""
 
-import json
 import pickle
 import tempfile
 from pathlib import Path
@@ -11,7 +10,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from botocore.exceptions import EndpointConnectionError
 from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,66 +18,15 @@ from rebeca_ray import schemas
 from rebeca_ray.catalog import row_groups
 from rebeca_ray.catalog.bucket import changes_table
 from rebeca_ray.catalog.gc import collect
-from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
 from rebeca_ray.catalog.verify import verify
 from rebeca_ray.config import GenerateConfig
-from rebeca_ray.errors import StorageError, UserError
+from rebeca_ray.errors import UserError
 from rebeca_ray.identity import bucket_of
 from rebeca_ray.settings import LayoutSettings
-from rebeca_ray.storage import write_json, write_table
-from tests.conftest import USERS, publish
+from tests.catalog.large import BUCKETS, ITEMS_A_USER, USERS_THERE, D, write_snapshot
+from tests.conftest import USERS
 from tests.test_nights import change_digest, night
-
-BUCKETS, USERS_THERE, ITEMS_A_USER = 3, 500, 4
-D = 64
-MANY_USERS = [f"üser-{number:03d}" for number in range(USERS_THERE)]
-
-
-@pytest.fixture
-def large(tmp_path: Path) -> Snapshot:
-    return read_catalog(write_snapshot(tmp_path / "large", rows_a_group=100))
-
-
-def write_snapshot(
-    root: Path, *, rows_a_group: int, version: int = schemas.SCHEMA_VERSION, users: list[str] = MANY_USERS, D: int = D
-) -> str:
-    """A published snapshot of items alone, in three files of several row groups."""
-    run = Run(root=str(root), run_date="2026-03-02", run_id="large", epoch=1)
-    random = np.random.default_rng(0)
-    files = []
-    for bucket in range(BUCKETS):
-        own = sorted(user for user in users if bucket_of(user, BUCKETS) == bucket)
-        if not own:
-            continue
-        count = len(own) * ITEMS_A_USER
-        embeds = random.standard_normal((count, D), np.float32)
-        columns = {
-            "item_id": [f"{bucket}-{number:04d}" for number in range(count)],
-            "user_id": np.repeat(own, ITEMS_A_USER),
-            "rank": np.tile(np.arange(ITEMS_A_USER), len(own)),
-            "image_embeds": pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(D)),
-            "like_probability": random.random(count),
-            "nearest_item_id": pa.nulls(count, pa.string()),
-            "nearest_similarity": pa.nulls(count, pa.float32()),
-            "safety_flag": np.zeros(count, bool),
-            "origin": ["new"] * count,
-            "generated_at": pa.repeat(pa.scalar(0, pa.timestamp("us", "UTC")), count),
-            "image_file": np.zeros(count),
-            "image_row": np.zeros(count),
-        }
-        schema = schemas.items(D)
-        table = pa.table([pa.array(columns[name]).cast(schema.field(name).type) for name in schema.names], schema=schema)
-        path = run.table("items", bucket)
-        written = write_table(table, f"{root}/{path}", row_group_size=rows_a_group, embed_column="image_embeds")
-        ends = {"min_user_id": own[0], "max_user_id": own[-1]}
-        files.append({"table": "items", "bucket": bucket, "file": bucket, "path": path, **written, **ends})
-    listing = f"{run.snapshot}/files.parquet"
-    written = write_table(pa.Table.from_pylist(files, schema=schemas.FILES), f"{root}/{listing}", row_group_size=100)
-    told = {"schema_version": version, "run_id": "large", "embed_dim": D, "num_buckets": BUCKETS, "previous_path": None}
-    write_json({**told, "files": {"path": listing, **written}}, run.manifest)
-    publish(str(root), run)
-    return str(root)
 
 
 class Reads:
@@ -324,79 +271,6 @@ def test_who_is_ranked_anew_is_a_change() -> None:
     assert changes_table(before, before).num_rows == 0
     swapped = before.take([1, 0, 2]).set_column(2, "rank", before["rank"])
     assert [row["item_id"] for row in changes_table(swapped, before).to_pylist()] == ["a", "b"]
-
-
-def test_a_catalog_that_is_not_there_or_of_another_version_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nothing is published there \(no latest.json\); run `rebeca generate`, or give another root"):
-        read_catalog(str(tmp_path / "nowhere"))
-    newer = write_snapshot(tmp_path / "newer", rows_a_group=100, version=schemas.SCHEMA_VERSION + 1)
-    with pytest.raises(UserError, match=rf"schema version {schemas.SCHEMA_VERSION + 1}, this version reads 3; upgrade rebeca-ray"):
-        read_catalog(newer)
-    older = write_snapshot(tmp_path / "older", rows_a_group=100, version=2)
-    with pytest.raises(UserError, match="schema version 2, of before the format was settled; .* generate into another root"):
-        read_catalog(older)
-
-
-@pytest.mark.parametrize("what", ["truncated", "missing", "one bit", "no parquet"])
-def test_a_damaged_file_is_named_with_the_remedy(large: Snapshot, what: str) -> None:
-    user = "üser-007"
-    path = Path(large.root, large.paths("items", {bucket_of(user, BUCKETS)})[0])
-    data = bytearray(path.read_bytes())
-    metadata = pq.read_metadata(path)
-    if what == "missing":
-        path.unlink()
-    elif what == "truncated":
-        path.write_bytes(data[: len(data) // 2])
-    elif what == "no parquet":
-        path.write_bytes(b"x" * len(data))
-    else:  # in the middle of every page of embeddings, which no codec of its own would notice
-        for group in range(metadata.num_row_groups):
-            column = metadata.row_group(group).column(3)
-            data[column.data_page_offset + column.total_compressed_size // 2] ^= 1
-        path.write_bytes(data)
-    row_groups.footer.cache_clear()
-    for read in (lambda: large.for_user(user), lambda: large.items(), lambda: large.to_pandas()):
-        with pytest.raises(UserError, match=r"run large: .*is missing or damaged \(.*\); `rebeca catalog verify` names every such file"):
-            read()
-    for read in (lambda: large.for_user(user), large.items, lambda: large.bucket("items", bucket_of(user, BUCKETS), BUCKETS)):
-        with pytest.raises(UserError, match=str(path.relative_to(large.root))):
-            read()
-
-
-@pytest.mark.parametrize("what", ["missing", "changed", "unnamed"])
-def test_a_damaged_file_list_is_told(large: Snapshot, what: str) -> None:
-    listing = Path(large.root, large.manifest["files"]["path"])
-    if what == "missing":
-        listing.unlink()
-    elif what == "changed":
-        listing.write_bytes(listing.read_bytes() + b"x")
-    else:
-        manifest = Path(large.root, large.path, "manifest.json")
-        told = json.loads(manifest.read_text())
-        del told["files"]
-        manifest.write_text(json.dumps(told))
-    with pytest.raises(UserError, match=r"the file list of snapshot .* is missing or damaged \(.*\); restore it, or publish another"):
-        read_catalog(large.root)
-
-
-def test_a_missing_image_file_is_named(config: GenerateConfig) -> None:
-    _, snapshot = night(config, USERS[:2])
-    Path(snapshot.root, snapshot.paths("images")[0]).unlink()
-    row_groups.footer.cache_clear()
-    with pytest.raises(UserError, match=r"images/run_id=.* is missing or damaged \(.*"):
-        snapshot.images(snapshot.items())
-
-
-def test_a_store_that_does_not_answer_is_no_damaged_file(large: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*_: Any, **__: Any) -> None:
-        raise EndpointConnectionError(endpoint_url="http://store")
-
-    monkeypatch.setattr(LocalFileSystem, "open", unreachable)
-    row_groups.footer.cache_clear()
-    with pytest.raises(
-        StorageError, match=r"cannot be read \(Could not connect to the endpoint.*\); check the network and the credentials"
-    ):
-        large.for_user("üser-007")
 
 
 def test_what_travels_to_a_task_is_small(large: Snapshot) -> None:

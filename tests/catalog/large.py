@@ -1,0 +1,57 @@
+"""A snapshot of items alone, larger than a night of the tiny decoder: in three files of several row groups."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from rebeca_ray import schemas
+from rebeca_ray.catalog.layout import Run
+from rebeca_ray.identity import bucket_of
+from rebeca_ray.storage import write_json, write_table
+from tests.conftest import publish
+
+BUCKETS, USERS_THERE, ITEMS_A_USER = 3, 500, 4
+D = 64
+MANY_USERS = [f"üser-{number:03d}" for number in range(USERS_THERE)]
+
+
+def write_snapshot(
+    root: Path, *, rows_a_group: int, version: int = schemas.SCHEMA_VERSION, users: list[str] = MANY_USERS, D: int = D
+) -> str:
+    """A published snapshot of items alone, in three files of several row groups."""
+    run = Run(root=str(root), run_date="2026-03-02", run_id="large", epoch=1)
+    random = np.random.default_rng(0)
+    files = []
+    for bucket in range(BUCKETS):
+        own = sorted(user for user in users if bucket_of(user, BUCKETS) == bucket)
+        if not own:
+            continue
+        count = len(own) * ITEMS_A_USER
+        embeds = random.standard_normal((count, D), np.float32)
+        columns = {
+            "item_id": [f"{bucket}-{number:04d}" for number in range(count)],
+            "user_id": np.repeat(own, ITEMS_A_USER),
+            "rank": np.tile(np.arange(ITEMS_A_USER), len(own)),
+            "image_embeds": pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(D)),
+            "like_probability": random.random(count),
+            "nearest_item_id": pa.nulls(count, pa.string()),
+            "nearest_similarity": pa.nulls(count, pa.float32()),
+            "safety_flag": np.zeros(count, bool),
+            "origin": ["new"] * count,
+            "generated_at": pa.repeat(pa.scalar(0, pa.timestamp("us", "UTC")), count),
+            "image_file": np.zeros(count),
+            "image_row": np.zeros(count),
+        }
+        schema = schemas.items(D)
+        table = pa.table([pa.array(columns[name]).cast(schema.field(name).type) for name in schema.names], schema=schema)
+        path = run.table("items", bucket)
+        written = write_table(table, f"{root}/{path}", row_group_size=rows_a_group, embed_column="image_embeds")
+        ends = {"min_user_id": own[0], "max_user_id": own[-1]}
+        files.append({"table": "items", "bucket": bucket, "file": bucket, "path": path, **written, **ends})
+    listing = f"{run.snapshot}/files.parquet"
+    written = write_table(pa.Table.from_pylist(files, schema=schemas.FILES), f"{root}/{listing}", row_group_size=100)
+    told = {"schema_version": version, "run_id": "large", "embed_dim": D, "num_buckets": BUCKETS, "previous_path": None}
+    write_json({**told, "files": {"path": listing, **written}}, run.manifest)
+    publish(str(root), run)
+    return str(root)

@@ -1,0 +1,93 @@
+"""What a reader says of a catalog that is not there, of another version, damaged, or out of reach."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from botocore.exceptions import EndpointConnectionError
+from fsspec.implementations.local import LocalFileSystem
+
+from rebeca_ray import schemas
+from rebeca_ray.catalog import row_groups
+from rebeca_ray.catalog.read import Snapshot, read_catalog
+from rebeca_ray.config import GenerateConfig
+from rebeca_ray.errors import StorageError, UserError
+from rebeca_ray.identity import bucket_of
+from tests.catalog.large import BUCKETS, write_snapshot
+from tests.conftest import USERS
+from tests.test_nights import night
+
+
+def test_a_catalog_that_is_not_there_or_of_another_version_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing is published there \(no latest.json\); run `rebeca generate`, or give another root"):
+        read_catalog(str(tmp_path / "nowhere"))
+    newer = write_snapshot(tmp_path / "newer", rows_a_group=100, version=schemas.SCHEMA_VERSION + 1)
+    with pytest.raises(UserError, match=rf"schema version {schemas.SCHEMA_VERSION + 1}, this version reads 3; upgrade rebeca-ray"):
+        read_catalog(newer)
+    older = write_snapshot(tmp_path / "older", rows_a_group=100, version=2)
+    with pytest.raises(UserError, match="schema version 2, of before the format was settled; .* generate into another root"):
+        read_catalog(older)
+
+
+@pytest.mark.parametrize("what", ["truncated", "missing", "one bit", "no parquet"])
+def test_a_damaged_file_is_named_with_the_remedy(large: Snapshot, what: str) -> None:
+    user = "üser-007"
+    path = Path(large.root, large.paths("items", {bucket_of(user, BUCKETS)})[0])
+    data = bytearray(path.read_bytes())
+    metadata = pq.read_metadata(path)
+    if what == "missing":
+        path.unlink()
+    elif what == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif what == "no parquet":
+        path.write_bytes(b"x" * len(data))
+    else:  # in the middle of every page of embeddings, which no codec of its own would notice
+        for group in range(metadata.num_row_groups):
+            column = metadata.row_group(group).column(3)
+            data[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+        path.write_bytes(data)
+    row_groups.footer.cache_clear()
+    for read in (lambda: large.for_user(user), lambda: large.items(), lambda: large.to_pandas()):
+        with pytest.raises(UserError, match=r"run large: .*is missing or damaged \(.*\); `rebeca catalog verify` names every such file"):
+            read()
+    for read in (lambda: large.for_user(user), large.items, lambda: large.bucket("items", bucket_of(user, BUCKETS), BUCKETS)):
+        with pytest.raises(UserError, match=str(path.relative_to(large.root))):
+            read()
+
+
+@pytest.mark.parametrize("what", ["missing", "changed", "unnamed"])
+def test_a_damaged_file_list_is_told(large: Snapshot, what: str) -> None:
+    listing = Path(large.root, large.manifest["files"]["path"])
+    if what == "missing":
+        listing.unlink()
+    elif what == "changed":
+        listing.write_bytes(listing.read_bytes() + b"x")
+    else:
+        manifest = Path(large.root, large.path, "manifest.json")
+        told = json.loads(manifest.read_text())
+        del told["files"]
+        manifest.write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"the file list of snapshot .* is missing or damaged \(.*\); restore it, or publish another"):
+        read_catalog(large.root)
+
+
+def test_a_missing_image_file_is_named(config: GenerateConfig) -> None:
+    _, snapshot = night(config, USERS[:2])
+    Path(snapshot.root, snapshot.paths("images")[0]).unlink()
+    row_groups.footer.cache_clear()
+    with pytest.raises(UserError, match=r"images/run_id=.* is missing or damaged \(.*"):
+        snapshot.images(snapshot.items())
+
+
+def test_a_store_that_does_not_answer_is_no_damaged_file(large: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise EndpointConnectionError(endpoint_url="http://store")
+
+    monkeypatch.setattr(LocalFileSystem, "open", unreachable)
+    row_groups.footer.cache_clear()
+    with pytest.raises(
+        StorageError, match=r"cannot be read \(Could not connect to the endpoint.*\); check the network and the credentials"
+    ):
+        large.for_user("üser-007")
