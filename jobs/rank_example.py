@@ -12,6 +12,7 @@ Shapes: N pairs, I items, D embed dim.
 from typing import Annotated
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 import typer
@@ -41,7 +42,7 @@ def rank(
     """Rank what a user has not rated yet."""
     with plain_errors():
         snapshot = read_catalog(catalog)
-        rated = read_interactions(InteractionSettings(path=interactions, hold_out=0.0))
+        rated = read_interactions(InteractionSettings(path=interactions, hold_out=0.0, min_likes=0))
         real = read_image_embeds(items)
         known = with_rated(real, catalog, interactions)
         if snapshot.manifest["embed_dim"] != real.image_embeds.shape[1]:
@@ -49,8 +50,16 @@ def rank(
                 f"items {items}: embeddings of size {real.image_embeds.shape[1]}, the catalog's have {snapshot.manifest['embed_dim']}"
             )
         weights = fit(rated, known)
-        user = user or next(name for name in snapshot.files["max_user_id"].to_pylist() if name)
+        user = user or somebody(snapshot)
         show(user, snapshot, rated, real, known, weights, top)
+
+
+def somebody(snapshot: Snapshot) -> str:
+    """The last user of a file of items."""
+    files = snapshot.files.filter(pc.and_(pc.equal(snapshot.files["table"], "items"), pc.not_equal(snapshot.files["max_user_id"], "")))
+    if not files.num_rows:
+        raise UserError(f"catalog {snapshot.root}: has no items; give a user with --user")
+    return str(files["max_user_id"][0])
 
 
 def unit(embeds: np.ndarray) -> torch.Tensor:
@@ -84,6 +93,8 @@ def fit(rated: Interactions, known: EmbeddedItems) -> torch.Tensor:
             liked, disliked = (embeds_ID[place[others & (like == value)]] for value in (1, 0))
             rows.append(features(embeds_ID[place[number : number + 1]], liked, disliked))
         likes.append(like)
+    if not rows:
+        raise UserError("interactions: none of them rates a known item; give the interactions and the items of one and the same catalog")
     x_N4, like_N = torch.cat(rows), torch.from_numpy(np.concatenate(likes)).float()
     weights = torch.zeros(4, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")

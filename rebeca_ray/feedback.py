@@ -6,6 +6,8 @@ An embedding that was found once is kept in <root>/rated/ for as long as there i
 `rebeca catalog gc` leaves that folder alone.
 """
 
+import sys
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,8 +17,8 @@ from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import POOL, for_each_bucket
 from rebeca_ray.catalog.read import Snapshot, open_snapshot
 from rebeca_ray.catalog.snapshots import list_snapshots
-from rebeca_ray.errors import UserError
-from rebeca_ray.identity import bucket_of, hash128
+from rebeca_ray.errors import StorageError, UserError
+from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
 from rebeca_ray.interactions import only_ratings
 from rebeca_ray.items import EmbeddedItems
 from rebeca_ray.storage import (
@@ -68,10 +70,12 @@ def find_rated(root: str, interactions: str, item_id: np.ndarray, embed_dim: int
             continue
         try:
             found = find_in(open_snapshot(root, manifest["path"]), missing)
-        except UserError:
-            if exists(join(root, manifest["path"], "manifest.json")):
-                raise
-            continue  # collected since it was listed
+        except StorageError:
+            raise
+        except UserError as error:
+            if exists(join(root, manifest["path"], "manifest.json")):  # or it was collected since it was listed
+                print(f"warning: {error}; ratings of its items are left out", file=sys.stderr)
+            continue
         if found.num_rows:
             name = f"part-{hash128(*found['item_id'].to_pylist())[:16]}.parquet"
             write_table(found, join(folder, name), row_group_size=ROWS_A_GROUP, embed_column="image_embeds")
@@ -80,14 +84,17 @@ def find_rated(root: str, interactions: str, item_id: np.ndarray, embed_dim: int
 
 
 def ratings_of_others(interactions: str, item_id: np.ndarray) -> pa.Table:
-    """`user_id` and `item_id` of ratings of items that are not among these, each pair once."""
+    """`user_id` and `item_id` of ratings of items that may have been generated and are not among these, each pair once."""
     columns = check_columns(interactions, "interactions", schemas.INTERACTIONS)
     files, _ = open_table(interactions, "interactions")
     filesystem, _ = open_filesystem(interactions)
-    real = pc.field("item_id").cast(pa.string()).isin(pa.array(item_id, pa.string()))
+    item = pc.field("item_id").cast(pa.string())
+    wanted = pc.match_substring_regex(item, GENERATED_ID) & ~item.isin(pa.array(item_id, pa.string()))
     try:
         dataset = pyarrow.dataset.dataset(files, filesystem=arrow_filesystem(filesystem), format=PARQUET)
-        table = dataset.to_table(columns=[name for name in columns if name in ("user_id", "item_id", "event")], filter=~real)
+        if "event" in columns:
+            only_ratings(dataset.to_table(columns=["event"]), interactions)  # a strange one is told with its row
+        table = dataset.to_table(columns=[name for name in columns if name in ("user_id", "item_id", "event")], filter=wanted)
     except (pa.ArrowException, *UNREACHABLE) as error:
         raise UserError(f"interactions {interactions}: not readable as Parquet ({describe(error)}); write it again") from None
     table = only_ratings(table, interactions)
@@ -99,10 +106,16 @@ def read_kept(folder: str, rated: pa.Table, embed_dim: int) -> pa.Table:
     """Those of the rated items that were found in earlier nights, each once."""
     filesystem, _ = open_filesystem(folder)
     files = [open_filesystem(file)[1] for file in list_files(folder, ".parquet")]
-    dataset = pyarrow.dataset.dataset(
-        files, schema=schemas.embedded_items(embed_dim), filesystem=arrow_filesystem(filesystem), format=PARQUET
-    )
-    return each_once(dataset.to_table(filter=pc.field("item_id").isin(rated["item_id"].combine_chunks())))
+    try:
+        dataset = pyarrow.dataset.dataset(
+            files, schema=schemas.embedded_items(embed_dim), filesystem=arrow_filesystem(filesystem), format=PARQUET
+        )
+        return each_once(dataset.to_table(filter=pc.field("item_id").isin(rated["item_id"].combine_chunks())))
+    except (pa.ArrowException, *UNREACHABLE) as error:
+        raise UserError(
+            f"rated items {folder}: not readable ({describe(error)}); restore what is damaged, or remove it: what a snapshot still has is "
+            "found again"
+        ) from None
 
 
 def find_in(snapshot: Snapshot, missing: pa.Table) -> pa.Table:
@@ -115,7 +128,9 @@ def find_in(snapshot: Snapshot, missing: pa.Table) -> pa.Table:
     buckets = sorted(users)
 
     def find(bucket: int) -> pa.Table:
-        items = snapshot.items(["item_id", "image_embeds"], sorted(users[bucket]))
+        ids = snapshot.items(["user_id", "item_id"], sorted(users[bucket]))
+        found = ids.filter(pc.is_in(ids["item_id"], value_set=wanted))["user_id"].unique().to_pylist()  # embeddings are much to read
+        items = snapshot.items(["item_id", "image_embeds"], found)
         return items.filter(pc.is_in(items["item_id"], value_set=wanted))
 
     return each_once(pa.concat_tables(for_each_bucket(find, buckets))).sort_by("item_id")

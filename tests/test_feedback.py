@@ -1,5 +1,6 @@
 """Ratings of generated items: found in the catalog, kept beyond it, and followed by the next night."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,13 @@ def test_rated_items_are_found_once_and_outlive_their_snapshot(
         item["item_id"]: item["image_embeds"] for item in (one, pooled)
     }
     assert len(list_files(f"{config.root}/rated")) == 1
+    manifest = Path(config.root, monday.path, "manifest.json")
+    told = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**told, "clip": "this-clip"}))
+    assert find_rated(config.root, interactions, REAL, D, "another-clip").num_rows == 0
+    assert find_rated(config.root, interactions, REAL, D + 1, "this-clip").num_rows == 0
+    assert find_rated(config.root, interactions, REAL, D, "this-clip").equals(found)
+    manifest.write_text(json.dumps(told))
 
     for user in USERS[:4]:
         change_digest(config, user)
@@ -69,8 +77,7 @@ def test_rated_items_are_found_once_and_outlive_their_snapshot(
     assert read_catalog(config.root).items(["item_id"])["item_id"].to_pylist().count(one["item_id"]) == 0
     kept = find_rated(config.root, later, REAL, D, None)
     assert kept["item_id"].to_pylist() == sorted(item["item_id"] for item in (one, two, pooled))
-    assert len(list_files(f"{config.root}/rated")) == 2
-    assert find_rated(config.root, later, REAL, D, "another-clip").num_rows == 0
+    assert len(list_files(f"{config.root}/rated/clip-{D}")) == 2
     items = read_image_embeds(str(config.items))
     together = with_rated(items, config.root, later)
     assert together.item_id.tolist() == [*items.item_id, *kept["item_id"].to_pylist()]
@@ -94,6 +101,23 @@ def test_a_rating_of_what_is_nowhere_is_refused_of_real_items_and_dropped_of_gen
     assert pq.read_table(histories.file(0))["item_index"].to_pylist() == [[0]]
 
 
+def test_what_is_damaged_is_told_and_stops_the_night_only_where_it_was_kept(
+    config: GenerateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, monday = night(config, USERS[:2])
+    change_digest(config, USERS[1])
+    _, tuesday = night(config, USERS[:2], 1)
+    one, two = first_items(monday, USERS[0], USERS[1])
+    interactions = rate(tmp_path / "interactions.parquet", [(USERS[0], one["item_id"], 5.0, None), (USERS[1], two["item_id"], 5.0, None)])
+    Path(config.root, monday.manifest["files"]["path"]).write_bytes(b"damaged")
+    assert find_rated(config.root, interactions, REAL, D, None)["item_id"].to_pylist() == [one["item_id"]]
+    assert f"{monday.path}/manifest.json; ratings of its items are left out" in capsys.readouterr().err
+    Path(list_files(f"{config.root}/rated")[0]).write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"rated items .*: not readable \(.*\); restore what is damaged, or remove it"):
+        find_rated(config.root, interactions, REAL, D, None)
+    assert tuesday.for_user(USERS[0]).num_rows == 3
+
+
 def test_impressions_are_no_ratings(tmp_path: Path) -> None:
     rows = [
         ("a", "real-0", 5.0, "rating"),
@@ -107,6 +131,9 @@ def test_impressions_are_no_ratings(tmp_path: Path) -> None:
     path = rate(tmp_path / "interactions.parquet", [("a", "real-0", 5.0, "click")])
     with pytest.raises(UserError, match=r"1 of 1 rows have an event that is neither rating nor impression \(rows 0\); name it so"):
         read_interactions(InteractionSettings(path=path))
+    rate(Path(path), [("a", "real-0", 5.0, "rating"), ("a", "f" * 32, 5.0, "click")])
+    with pytest.raises(UserError, match=r"1 of 2 rows have an event that is neither rating nor impression \(rows 1\); name it so"):
+        find_rated(str(tmp_path / "catalog"), path, REAL, D, None)
 
 
 @pytest.fixture

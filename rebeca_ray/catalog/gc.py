@@ -4,7 +4,6 @@ What makes a thing visible goes first (a manifest, a run's `run.json`), what it 
 has only left more to collect.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -15,7 +14,7 @@ from rebeca_ray.catalog.read import open_snapshot
 from rebeca_ray.catalog.snapshots import LEASE_SECONDS, list_snapshots
 from rebeca_ray.errors import UserError
 from rebeca_ray.resume import unfinished_runs
-from rebeca_ray.storage import delete, join, list_files, list_folders
+from rebeca_ray.storage import delete, delete_files, join, list_files, list_folders
 
 MAX_HOURS = 100_000
 
@@ -55,8 +54,7 @@ def remove(garbage: Garbage) -> None:
         if folder.rpartition("/")[0].endswith("/work"):
             delete(join(folder, "run.json"))
         delete(folder)
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(delete, garbage.files))
+    delete_files(garbage.files)
 
 
 def find_garbage(root: str, *, keep: int, now: datetime, grace: timedelta) -> Garbage:
@@ -90,7 +88,10 @@ def kept_snapshots(snapshots: list[dict[str, Any]], pointer: Pointer, keep: int,
     """Of snapshots those that stay: the published one and the one it followed, the `keep` that were published last, and, within the grace
     period, whatever was published until then or was made and not published."""
     before = {left["run_id"]: datetime.fromisoformat(left["at"]) for left in pointer.left}
-    latest = {pointer.run_id, *[*dict.fromkeys(run_id for run_id in reversed([*before]) if run_id != pointer.run_id)][: keep - 1]}
+    left = dict.fromkeys(left["run_id"] for left in reversed(pointer.left) if left["run_id"] != pointer.run_id)  # each when it was last
+    latest = {pointer.run_id, *[*left][: keep - 1]}
+    made = [manifest["run_id"] for manifest in reversed(snapshots) if not manifest["gate"]["refused"] and manifest["run_id"] not in latest]
+    latest.update(made[: max(0, keep - len(latest))])  # where latest.json was lost, it has forgotten what was published
     latest |= {manifest["previous"] for manifest in snapshots if manifest["run_id"] == pointer.run_id}
     ends = {manifest["run_id"]: before.get(manifest["run_id"], datetime.fromisoformat(manifest["created_at"])) for manifest in snapshots}
     return [manifest for manifest in snapshots if manifest["run_id"] in latest or now - ends[manifest["run_id"]] < grace]

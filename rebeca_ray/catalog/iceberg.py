@@ -8,6 +8,8 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from rebeca_ray.catalog.read import TABLES, Snapshot
 from rebeca_ray.errors import UserError
 from rebeca_ray.settings import absolute
@@ -39,11 +41,16 @@ def register_snapshot(snapshot: Snapshot, catalog: str, warehouse: str, namespac
         found.create_namespace_if_not_exists(namespace)
         for name in TABLES:
             own = f"{namespace}.{name}"
-            if not found.table_exists(own):
-                found.create_table(own, snapshot.schema(name).remove_metadata(), properties=PROPERTIES)
+            if not found.table_exists(own):  # or it would write metadata that nobody needs
+                found.create_table_if_not_exists(own, snapshot.schema(name).remove_metadata(), properties=PROPERTIES)
             table = found.load_table(own)
-            with snapshot.explained():
+            try:
                 done[name] = bring_to(table, snapshot, name)
+            except (pa.ArrowException, FileNotFoundError) as error:
+                if isinstance(error, FileNotFoundError) and not any(path in str(error) for path in snapshot.paths(name)):
+                    raise  # of the warehouse
+                with snapshot.explained():
+                    raise
     except CommitFailedException as error:
         raise UserError(f"iceberg {catalog}: {namespace} was changed by another writer ({error}); run it again") from None
     except (SQLAlchemyError, ValueError, OSError) as error:

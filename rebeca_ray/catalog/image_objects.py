@@ -6,9 +6,11 @@
     <out>/latest.json                                        the export that is whole, and who may write: as a catalog's own
 
 An object is written once, in the first export that needs it. It is removed when neither the new export nor the one before shows it, so
-that pages that were made from the table before still have their pictures. Objects of the strangers' pool stay, for anybody may show them.
+that pages that were made from the table before still have their pictures. Objects of the strangers' pool stay: anybody may still be shown
+the pool of some night before. An earlier table that cannot be read is taken as not there: its images are written again, none is removed.
 """
 
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -22,7 +24,7 @@ from rebeca_ray.catalog.layout import POOL, for_each_bucket, require_outside
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import Snapshot
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import StorageError, UserError
 from rebeca_ray.settings import absolute
 from rebeca_ray.storage import delete, delete_files, join, read_json, read_table, write_json, write_object, write_table
 
@@ -42,7 +44,8 @@ class ImageExport:
     num_buckets: int
     url_base: str
     files: list[str]
-    pool: list[str]  # items that strangers share
+    urls: int
+    pool: dict[str, str]  # the keys of all items that strangers ever shared
     before: str | None  # folder of the export that this one followed
 
 
@@ -80,19 +83,17 @@ def export_images(snapshot: Snapshot, out: str, url_base: str) -> Exported:
     with hold_lease(out, f"export of {snapshot.run_id}", LEASE_SECONDS) as lease:
         last = read_export(out)
         if last is not None and (last.run_id, last.url_base) == (snapshot.run_id, url_base):
-            urls = sum(read_table(join(out, path), "export", ["rank"]).num_rows for path in last.files)
-            return Exported(urls=urls, written=0, removed=0, files=last.files)
+            return Exported(urls=last.urls, written=0, removed=0, files=last.files)
         before_last = read_export(out, last.before) if last and last.before else None
         num_buckets = snapshot.manifest["num_buckets"]
         there, gone = (export if export and export.num_buckets == num_buckets else None for export in (last, before_last))  # or unknown
-        pool = snapshot.for_user(POOL, COLUMNS)
-        pool_keys = {
-            item: key_of(item, image) for item, image in zip(pool["item_id"].to_pylist(), snapshot.named_images(pool), strict=True)
-        }
+        shared = snapshot.for_user(POOL, COLUMNS)
+        pool = last.pool.copy() if last else {}
+        pool |= {item: key_of(item, image) for item, image in images_of(snapshot, shared).items()}
         folder = f"urls/run_id={snapshot.run_id}/epoch={lease.epoch}"
 
         def work(bucket: int) -> Exported:
-            return export_bucket(snapshot, out, folder, url_base, pool_keys, there, gone, bucket)
+            return export_bucket(snapshot, out, folder, url_base, pool, there, gone, bucket)
 
         done = total(for_each_bucket(work, range(num_buckets)))
         export = ImageExport(
@@ -102,7 +103,8 @@ def export_images(snapshot: Snapshot, out: str, url_base: str) -> Exported:
             num_buckets=num_buckets,
             url_base=url_base,
             files=done.files,
-            pool=[*pool_keys],
+            urls=done.urls,
+            pool=pool,
             before=last.folder if last else None,
         )
         write_json(asdict(export), join(out, folder, "manifest.json"))
@@ -126,7 +128,7 @@ def export_bucket(
     out: str,
     folder: str,
     url_base: str,
-    pool_keys: dict[str, str],
+    pool: dict[str, str],
     last: ImageExport | None,
     before_last: ImageExport | None,
     bucket: int,
@@ -134,18 +136,20 @@ def export_bucket(
     """The objects and the file of URLs of one bucket. Those of the strangers' pool are written by the bucket that it is in."""
     items = snapshot.bucket("items", bucket, snapshot.manifest["num_buckets"], COLUMNS)
     there, gone = keys_of(out, last, bucket), keys_of(out, before_last, bucket)
-    keys = pool_keys | there
-    shared = pc.is_in(items["item_id"], value_set=pa.array([*pool_keys], pa.string()))
-    missing = items.filter(pc.or_(pc.equal(items["user_id"], POOL), pc.invert(shared)))
-    missing = missing.filter(pc.invert(pc.is_in(missing["item_id"], value_set=pa.array([*there], pa.string()))))
+    keys = pool | (there or {})
+    known = [*(there or {}), *(last.pool if last else {})]
+    missing = items.filter(pc.invert(pc.is_in(items["item_id"], value_set=pa.array(known, pa.string()))))
+    shared = pc.is_in(missing["item_id"], value_set=pa.array([*pool], pa.string()))
+    missing = missing.filter(pc.or_(pc.equal(missing["user_id"], POOL), pc.invert(shared)))
     missing = missing.sort_by([("image_file", "ascending"), ("image_row", "ascending")])
+    written: set[str] = set()
     for start in range(0, missing.num_rows, IMAGES_AT_ONCE):
-        part = missing.slice(start, IMAGES_AT_ONCE)
-        images = snapshot.named_images(part)
-        new = {item: key_of(item, image) for item, image in zip(part["item_id"].to_pylist(), images, strict=True)}
-        with ThreadPoolExecutor(WRITERS) as pool:
-            list(pool.map(lambda key, image: write_image(join(out, key), image["bytes"]), new.values(), images))
+        images = images_of(snapshot, missing.slice(start, IMAGES_AT_ONCE))
+        new = {item: key_of(item, image) for item, image in images.items()}
+        with ThreadPoolExecutor(WRITERS) as writers:
+            list(writers.map(lambda key, image: write_image(join(out, key), image["bytes"]), new.values(), images.values()))
         keys |= new
+        written.update(new)
     image_key = [keys[item] for item in items["item_id"].to_pylist()]
     columns = {name: items[name] for name in COLUMNS[:5]} | {
         "image_key": image_key,
@@ -153,21 +157,31 @@ def export_bucket(
     }
     path = f"{folder}/bucket={bucket}.parquet"
     write_table(pa.table(columns, schema=schemas.URLS), join(out, path), row_group_size=2000)
-    pools = {*pool_keys, *(last.pool if last else []), *(before_last.pool if before_last else [])}
-    shown = {*there.values(), *image_key}
-    stale = [key for item, key in gone.items() if key not in shown and item not in pools]
+    shown = {*(there or {}).values(), *image_key}
+    stale = [key for item, key in (gone or {}).items() if key not in shown and item not in pool]
+    if there is None:  # nobody knows what the export before shows
+        stale = []
     delete_files([join(out, key) for key in stale])
-    return Exported(urls=items.num_rows, written=missing.num_rows, removed=len(stale), files=[path])
+    return Exported(urls=items.num_rows, written=len(written), removed=len(stale), files=[path])
 
 
-def keys_of(out: str, export: ImageExport | None, bucket: int) -> dict[str, str]:
-    """The keys of the objects that an earlier export shows the users of a bucket, by item; of the pool in its own bucket alone."""
+def keys_of(out: str, export: ImageExport | None, bucket: int) -> dict[str, str] | None:
+    """The keys of the objects that an earlier export shows the users of a bucket, by item; None if there is none that can be read."""
     if export is None:
-        return {}
-    urls = read_table(join(out, export.files[bucket]), "export", ["user_id", "item_id", "image_key"])
-    shared = pc.is_in(urls["item_id"], value_set=pa.array(export.pool, pa.string()))
-    urls = urls.filter(pc.or_(pc.equal(urls["user_id"], POOL), pc.invert(shared)))
+        return None
+    try:
+        urls = read_table(join(out, export.files[bucket]), "export", ["item_id", "image_key"])
+    except StorageError:
+        raise
+    except UserError as error:
+        print(f"warning: {error}; until then its images are taken to be missing", file=sys.stderr)
+        return None
     return dict(zip(urls["item_id"].to_pylist(), urls["image_key"].to_pylist(), strict=True))
+
+
+def images_of(snapshot: Snapshot, items: pa.Table) -> dict[str, dict[str, Any]]:
+    """Images by item, each once: two users may have one and the same of a pool of before."""
+    return dict(zip(items["item_id"].to_pylist(), snapshot.named_images(items), strict=True))
 
 
 def key_of(item: str, image: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from rebeca_ray.catalog.layout import for_each_bucket, require_outside
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.errors import UserError
 from rebeca_ray.settings import absolute
-from rebeca_ray.storage import HashingSink, join, open_filesystem, read_table, write_json
+from rebeca_ray.storage import HashingSink, delete, join, open_filesystem, read_table, write_json
 
 Format = Literal["jsonl", "redis"]
 COLUMNS = ["user_id", "rank", "item_id", "like_probability"]  # not `origin`, which grows old without a change
@@ -46,6 +46,7 @@ def export_key_values(
         snapshot.back_to(since)  # or it is told now that there is no way
     urls = None if images is None else url_files(snapshot, absolute(images))
     folder = join(absolute(out), format, f"run_id={snapshot.run_id}{f',since={since}' if since else ''}")
+    delete(join(folder, "export.json"))  # of another export of the same, whose parts are written over
 
     def work(bucket: int) -> dict[str, Any] | None:
         return export_bucket(snapshot, folder, format, key_prefix, since, urls, bucket)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.pointer import read_pointer
-from rebeca_ray.catalog.row_groups import read_users
+from rebeca_ray.catalog.row_groups import complete, read_users
 from rebeca_ray.catalog.scanning import scanning_filesystem
 from rebeca_ray.errors import StorageError, UserError, did_you_mean
 from rebeca_ray.identity import bucket_of
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 
 THREADS = 16
 TABLES = ("items", "images", "users", "errors", "changes")
+MANIFEST_KEYS = ("run_id", "embed_dim", "num_buckets", "previous_path")
+REPAIR = "restore it, or publish another snapshot with `rebeca catalog publish` and remove {path}/manifest.json"
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class File(NamedTuple):
@@ -98,15 +102,15 @@ class Snapshot:
         read = None if columns is None else [*dict.fromkeys([*columns, *order])]
         wanted = self.files_with(name, users)
 
-        def rows(file: File) -> pa.Table:
+        def rows(file: File, own: list[str]) -> pa.Table:
             with self.explained(file.path):
-                return complete(read_users(self.root, file.path, file.bytes, users, read), self.schema(name), read)
+                return complete(read_users(self.root, file.path, file.bytes, own, read), self.schema(name), read)
 
         if len(wanted) > 1:
             with ThreadPoolExecutor(THREADS) as pool:
-                tables = list(pool.map(rows, wanted))
+                tables = list(pool.map(rows, *zip(*wanted, strict=True)))
         else:
-            tables = [rows(file) for file in wanted]
+            tables = [rows(file, own) for file, own in wanted]
         empty = self.schema(name).empty_table()
         found = pa.concat_tables(tables) if tables else empty if read is None else empty.select(read)
         found = found.sort_by([(column, "ascending") for column in order])
@@ -132,7 +136,7 @@ class Snapshot:
         if user_ids is None:
             return self.dataset_of(name, self.paths(name))
         users = self.sorted_users(name, user_ids)
-        dataset = self.dataset_of(name, [file.path for file in self.files_with(name, users)])
+        dataset = self.dataset_of(name, [file.path for file, _ in self.files_with(name, users)])
         return dataset.filter(pc.field("user_id").isin(pa.array(users, pa.string())))
 
     def dataset_of(self, name: str, paths: list[str]) -> pyarrow.dataset.Dataset:
@@ -146,7 +150,9 @@ class Snapshot:
         try:
             return self.dataset_of(name, paths).to_table(columns=columns)
         except (pa.ArrowException, *UNREACHABLE):
-            for path in paths:
+            with self.explained():
+                there = exists(join(self.root, self.path, "manifest.json"))
+            for path in paths if there else []:
                 with self.explained(path):
                     self.dataset_of(name, [path]).to_table(columns=columns)
             with self.explained():
@@ -158,16 +164,16 @@ class Snapshot:
 
         columns = self.checked(name, columns)
         users = None if user_ids is None else self.sorted_users(name, user_ids)
-        paths = self.paths(name) if users is None else [file.path for file in self.files_with(name, users)]
+        paths = self.paths(name) if users is None else [file.path for file, _ in self.files_with(name, users)]
         if not paths:
             return ray.data.from_arrow(self.table(name, columns, users))
         filesystem, base = open_filesystem(self.root)
-        read = columns if users is None or columns is None else [*dict.fromkeys([*columns, "user_id"])]
         files, store = [join(base, path) for path in paths], scanning_filesystem(filesystem, base)
-        found = ray.data.read_parquet(files, columns=read, filesystem=store, partitioning=None)
-        if users is None:
-            return found
+        found = ray.data.read_parquet(files, filesystem=store, partitioning=None, schema=self.schema(name))
         names = columns or self.schema(name).names
+        if users is None:
+            return found.select_columns(names)
+        found = found.select_columns([*dict.fromkeys([*names, "user_id"])])
         return found.map_batches(lambda rows: rows.filter(pc.is_in(rows["user_id"], pa.array(users))).select(names), batch_format="pyarrow")
 
     def uris(self, name: str = "items") -> list[str]:
@@ -264,13 +270,13 @@ class Snapshot:
             found.setdefault((row["table"], row["bucket"]), []).append(file)
         return found
 
-    def files_with(self, name: str, users: list[str]) -> list[File]:
-        """The files in which any of some users may be."""
+    def files_with(self, name: str, users: list[str]) -> list[tuple[File, list[str]]]:
+        """The files in which any of some users may be, each with those of its bucket."""
         by_bucket: dict[int, list[str]] = {}
         for user in users:
             by_bucket.setdefault(bucket_of(user, self.manifest["num_buckets"]), []).append(user)
         return [
-            file
+            (file, own)
             for bucket, own in sorted(by_bucket.items())
             for file in self.files_of_buckets.get((name, bucket), [])
             if file.first_user is not None and file.last_user is not None and own[0] <= file.last_user and own[-1] >= file.first_user
@@ -289,7 +295,7 @@ class Snapshot:
         return columns
 
     def sorted_users(self, name: str, user_ids: Sequence[str]) -> list[str]:
-        """Each user once. Raises TypeError for a single name, which would be taken for a list of letters."""
+        """Each user once, but names that are no text. Raises TypeError for a single name, which would be taken for a list of letters."""
         if isinstance(user_ids, str):
             raise TypeError(f"user_ids is the string {user_ids!r}; give a list of users, [{user_ids!r}]")
         if name == "images":
@@ -297,7 +303,7 @@ class Snapshot:
         users = user_ids.to_pylist() if isinstance(user_ids, pa.Array | pa.ChunkedArray) else list(user_ids)
         if strange := [user for user in users if not isinstance(user, str)]:
             raise TypeError(f"user_ids: {strange[0]!r} is a {type(strange[0]).__name__}; every user_id is a string")
-        return sorted(set(users))
+        return sorted({user for user in users if not SURROGATE.search(user)})
 
     @contextmanager
     def explained(self, path: str = "") -> Iterator[None]:
@@ -306,8 +312,9 @@ class Snapshot:
             yield
         except (pa.ArrowException, *UNREACHABLE) as error:
             told, where = f"catalog {self.root}: run {self.run_id}", f"{path} " if path else ""
-            # A damaged file is an error of Arrow's, which has no number where it is an OSError.
-            broken = isinstance(error, pa.ArrowException | FileNotFoundError) or (type(error) is OSError and error.errno is None)
+            # A damaged file is an error of Arrow's, which has no number where it is an OSError; one of S3's own has neither.
+            damaged = type(error) is OSError and error.errno is None and "AWS Error" not in str(error)
+            broken = damaged or isinstance(error, pa.ArrowException | FileNotFoundError)
             try:
                 gone = broken and not exists(join(self.root, self.path, "manifest.json"))
             except UNREACHABLE:
@@ -325,14 +332,6 @@ class Snapshot:
                 f"{told}: {where}is missing or damaged ({describe(error)}); `rebeca catalog verify` names every such file: "
                 "restore it, or `rebeca catalog rollback`, if the snapshot before can do without it"
             ) from None
-
-
-def complete(table: pa.Table, schema: pa.Schema, columns: list[str] | None) -> pa.Table:
-    """Columns of `schema`, in its order; those that came after a file was written are null."""
-    for name in schema.names if columns is None else columns:
-        if name not in table.column_names:
-            table = table.append_column(schema.field(name), pa.nulls(table.num_rows, schema.field(name).type))
-    return table.select(schema.names if columns is None else columns)
 
 
 def published(root: str) -> Snapshot | None:
@@ -361,7 +360,10 @@ def open_snapshot(root: str, path: str) -> Snapshot:
     """
     manifest = read_json(join(root, path, "manifest.json"))
     if manifest is None:
-        raise UserError(f"catalog {root}: snapshot {path} has no manifest.json; it was removed or never finished")
+        raise UserError(
+            f"catalog {root}: snapshot {path} has no manifest.json; it was removed or never finished: publish another with "
+            "`rebeca catalog publish`"
+        )
     version = manifest.get("schema_version")
     if not isinstance(version, int) or version < schemas.OLDEST_SCHEMA_VERSION:
         raise UserError(
@@ -370,6 +372,8 @@ def open_snapshot(root: str, path: str) -> Snapshot:
         )
     if version > schemas.SCHEMA_VERSION:
         raise UserError(f"catalog {root}: schema version {version}, this version reads {schemas.SCHEMA_VERSION}; upgrade rebeca-ray")
+    if missing := [name for name in MANIFEST_KEYS if name not in manifest]:
+        raise UserError(f"catalog {root}: the manifest of snapshot {path} has no {missing[0]!r}; {REPAIR.format(path=path)}")
     return Snapshot(root=absolute(root).rstrip("/"), path=path, manifest=manifest, files=read_file_list(root, path, manifest))
 
 
@@ -386,7 +390,4 @@ def read_file_list(root: str, path: str, manifest: dict[str, Any]) -> pa.Table:
         why = "manifest.json does not name it"
     except (pa.ArrowException, *UNREACHABLE) as error:
         why = describe(error)
-    raise UserError(
-        f"catalog {root}: the file list of snapshot {path} is missing or damaged ({why}); restore it, or publish another snapshot "
-        "with `rebeca catalog publish`"
-    )
+    raise UserError(f"catalog {root}: the file list of snapshot {path} is missing or damaged ({why}); {REPAIR.format(path=path)}")

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.bucket import KINDS, place_of, tally
+from rebeca_ray.catalog.bucket import KINDS, tally
 from rebeca_ray.catalog.layout import POOL
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.identity import bucket_of
@@ -27,7 +27,7 @@ def verify(snapshot: Snapshot, level: Level) -> list[str]:
     """What is wrong with a snapshot, a line each; nothing if all is well.
 
     `metadata` compares counts, and every file's presence and size. `sample` also hashes 20 files of each table, reads them, and decodes
-    some of their images. `full` does that with all.
+    some of their images. `full` does that with all. Raises UserError if the snapshot is collected meanwhile, or its store cannot be asked.
     """
     files = snapshot.files.to_pylist()
     wrong = in_threads(check_size, snapshot, files) or list(check_counts(snapshot, files))
@@ -38,12 +38,13 @@ def verify(snapshot: Snapshot, level: Level) -> list[str]:
     if wrong:
         return wrong
     numbers = {row["file"]: row for row in files if row["table"] == "images"}
-    items = [check_items(snapshot, row, numbers) for row in chosen if row["table"] == "items"]
-    wrong += [line for lines in items for line in lines]
+    items = [row for row in chosen if row["table"] == "items"]
+    wrong += in_threads(lambda snapshot, row: check_items(snapshot, row, numbers), snapshot, items)
     images = [row for row in chosen if row["table"] == "images"]
     wrong += in_threads(lambda snapshot, row: check_images(snapshot, row, level), snapshot, images)
     if level == "full" and not wrong:
-        wrong += check_places(snapshot, numbers)
+        with snapshot.explained():
+            wrong += check_places(snapshot, items, numbers)
     return wrong
 
 
@@ -54,8 +55,12 @@ def spread(rows: list[dict[str, Any]], level: Level) -> list[dict[str, Any]]:
 
 
 def in_threads(check: Any, snapshot: Snapshot, rows: list[dict[str, Any]]) -> list[str]:
+    def checked(row: dict[str, Any]) -> list[str]:
+        with snapshot.explained(row["path"]):
+            return list(check(snapshot, row))
+
     with ThreadPoolExecutor(16) as pool:
-        return [line for lines in pool.map(lambda row: list(check(snapshot, row)), rows) for line in lines]
+        return [line for lines in pool.map(checked, rows) for line in lines]
 
 
 def check_counts(snapshot: Snapshot, files: list[dict[str, Any]]) -> Iterator[str]:
@@ -141,24 +146,24 @@ def check_images(snapshot: Snapshot, row: dict[str, Any], level: Level) -> Itera
             yield f"{row['path']}: the image of {image['item_id']} is {found}, not {(image['width'], image['height'])}"
 
 
-def check_places(snapshot: Snapshot, numbers: dict[int, dict[str, Any]]) -> Iterator[str]:
+def check_places(snapshot: Snapshot, items: list[dict[str, Any]], numbers: dict[int, dict[str, Any]]) -> Iterator[str]:
     """Every item's place holds its own image, and a file's `live_rows` are as many as are pointed to."""
-    items = snapshot.items(["item_id", "image_file", "image_row"])
     filesystem, root = open_filesystem(snapshot.root)
-    items = items.sort_by("image_file")
-    ends = np.cumsum([count for _, count in sorted(tally(items["image_file"]).items())])
-    of_file = {
-        file: items.slice(end - count, count) for (file, count), end in zip(sorted(tally(items["image_file"]).items()), ends, strict=True)
-    }
-    live = tally((pc.unique(place_of(items)).to_numpy() >> 32).tolist())
+    live: dict[int, np.ndarray] = {}
+    for listed in items:  # one at a time: all of them may be more than fits into memory
+        with filesystem.open(join(root, listed["path"]), "rb") as file:
+            pointing = pq.read_table(file, columns=["item_id", "image_file", "image_row"]).sort_by("image_file")
+        start = 0
+        for number, count in sorted(tally(pointing["image_file"]).items()):
+            own, row, start = pointing.slice(start, count), numbers[number], start + count
+            with filesystem.open(join(root, row["path"]), "rb") as file:
+                drawn = pq.read_table(file, columns=["item_id", "width"]).take(own["image_row"])
+            if not pc.all(pc.equal(drawn["item_id"], own["item_id"])).as_py():
+                yield f"{row['path']}: holds another item's image where `items` points"
+            if drawn["width"].null_count:
+                yield f"{row['path']}: an item points to a row without an image"
+            live[number] = np.union1d(live.get(number, np.array([], np.int32)), own["image_row"].to_numpy())
     for number, row in numbers.items():
-        with filesystem.open(join(root, row["path"]), "rb") as file:
-            drawn = pq.read_table(file, columns=["item_id", "width"])
-        own = of_file.get(number, items.slice(0, 0))
-        there = drawn.take(own["image_row"])
-        if own.num_rows and not pc.all(pc.equal(there["item_id"], own["item_id"])).as_py():
-            yield f"{row['path']}: holds another item's image where `items` points"
-        if pc.any(pc.is_null(there["width"])).as_py():
-            yield f"{row['path']}: an item points to a row without an image"
-        if live.get(number, 0) > row["live_rows"]:  # fewer than it says only keep a file longer
-            yield f"{row['path']}: {live.get(number, 0)} rows are pointed to, the file list says {row['live_rows']}"
+        pointed_to = len(live.get(number, []))
+        if pointed_to > row["live_rows"]:  # fewer than it says only keep a file longer
+            yield f"{row['path']}: {pointed_to} rows are pointed to, the file list says {row['live_rows']}"

@@ -48,7 +48,7 @@ def test_a_damaged_file_is_named_with_the_remedy(large: Snapshot, what: str) -> 
             column = metadata.row_group(group).column(3)
             data[column.data_page_offset + column.total_compressed_size // 2] ^= 1
         path.write_bytes(data)
-    row_groups.footer.cache_clear()
+    row_groups.footer_bytes.cache_clear()
     for read in (lambda: large.for_user(user), lambda: large.items(), lambda: large.to_pandas()):
         with pytest.raises(UserError, match=r"run large: .*is missing or damaged \(.*\); `rebeca catalog verify` names every such file"):
             read()
@@ -73,10 +73,20 @@ def test_a_damaged_file_list_is_told(large: Snapshot, what: str) -> None:
         read_catalog(large.root)
 
 
+def test_a_manifest_without_what_readers_need_is_told(large: Snapshot) -> None:
+    manifest = Path(large.root, large.path, "manifest.json")
+    told = json.loads(manifest.read_text())
+    del told["embed_dim"]
+    manifest.write_text(json.dumps(told))
+    remedy = "restore it, or publish another snapshot with `rebeca catalog publish` and remove snapshots/.*/manifest.json"
+    with pytest.raises(UserError, match=f"the manifest of snapshot .* has no 'embed_dim'; {remedy}"):
+        read_catalog(large.root)
+
+
 def test_a_missing_image_file_is_named(config: GenerateConfig) -> None:
     _, snapshot = night(config, USERS[:2])
     Path(snapshot.root, snapshot.paths("images")[0]).unlink()
-    row_groups.footer.cache_clear()
+    row_groups.footer_bytes.cache_clear()
     with pytest.raises(UserError, match=r"images/run_id=.* is missing or damaged \(.*"):
         snapshot.images(snapshot.items())
 
@@ -86,8 +96,20 @@ def test_a_store_that_does_not_answer_is_no_damaged_file(large: Snapshot, monkey
         raise EndpointConnectionError(endpoint_url="http://store")
 
     monkeypatch.setattr(LocalFileSystem, "open", unreachable)
-    row_groups.footer.cache_clear()
+    row_groups.footer_bytes.cache_clear()
     with pytest.raises(
         StorageError, match=r"cannot be read \(Could not connect to the endpoint.*\); check the network and the credentials"
     ):
         large.for_user("üser-007")
+
+
+def test_what_s3_itself_answers_is_no_damaged_file(large: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Arrow's client tells it: an OSError without a number, like one of a damaged file."""
+    told = "When reading information for key 'items' in bucket 'rebeca': AWS Error SLOW_DOWN during HeadObject operation"
+
+    def busy(*_: Any) -> None:
+        raise OSError(told)
+
+    monkeypatch.setattr(Snapshot, "dataset_of", busy)
+    with pytest.raises(StorageError, match=r"cannot be read \(.*AWS Error SLOW_DOWN.*\); check the network and the credentials"):
+        large.items()

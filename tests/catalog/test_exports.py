@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rebeca_ray.catalog import image_objects
@@ -17,14 +19,17 @@ from rebeca_ray.catalog.key_values import KeyValues, export_key_values
 from rebeca_ray.catalog.layout import POOL
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.pointer import LostRaceError
-from rebeca_ray.catalog.read import TABLES, Snapshot
+from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
 from rebeca_ray.config import GenerateConfig
 from rebeca_ray.errors import StorageError, UserError
+from rebeca_ray.identity import bucket_of
 from rebeca_ray.settings import LayoutSettings
 from rebeca_ray.storage import list_files, read_table
-from tests.conftest import USERS
+from tests.conftest import USERS, snapshot_of
 from tests.seaweedfs import free_port
 from tests.test_cli import run
+from tests.test_failed_and_late import MONDAY, THURSDAY, TUESDAY, WEDNESDAY, on
+from tests.test_failed_and_late import night as late_night
 from tests.test_nights import change_digest, night
 
 CDN = "https://cdn.example.com/stickers"
@@ -121,6 +126,57 @@ def test_an_export_that_dies_shows_the_one_before_and_is_repeated(
     night(other, USERS[:1])
     with pytest.raises(UserError, match=r"holds something else than an export of images; choose another folder"):
         export_images(tuesday, other.root, CDN)
+
+
+def test_who_keeps_the_pool_of_a_night_before_has_its_pictures(config: GenerateConfig, tmp_path: Path) -> None:
+    """Two strangers of one bucket, not the pool's, have a prompt each by now, are not drawn in time, and keep what no pool has any more."""
+    layout = LayoutSettings(num_buckets=2)
+    names = [name for name in (f"stranger-{number}" for number in range(20)) if bucket_of(name, 2) != bucket_of(POOL, 2)][:2]
+    request, out = tmp_path / "strangers.parquet", str(tmp_path / "cdn")
+    config = config.model_copy(update={"request": str(request), "layout": layout})
+    pq.write_table(pa.table({"user_id": names}), request)
+    snapshot_of(on(MONDAY, config), requested=6)
+    assert export_images(read_catalog(config.root), out, CDN).written == 3
+    before = urls(out)
+    pq.write_table(pa.table({"user_id": names, "prompt": ["a cat", "a dog"]}), request)
+    for day in (TUESDAY, WEDNESDAY, THURSDAY):
+        late_night(on(day, config), units=0, requested=6)
+        done = export_images(read_catalog(config.root), out, CDN)
+        assert (done.urls, done.written, done.removed) == (6, 0, 0)
+        assert_everybody_has_pictures(read_catalog(config.root), out)
+    assert [row["image_key"] for row in urls(out)] == [row["image_key"] for row in before if row["user_id"] != POOL]
+
+
+def test_a_lost_table_of_urls_is_written_again_and_nothing_is_removed(config: GenerateConfig, tmp_path: Path) -> None:
+    out = str(tmp_path / "cdn")
+    for number, users in enumerate((USERS[:4], USERS[:3])):
+        _, snapshot = night(config, users, number)
+        export_images(snapshot, out, CDN)
+    before, export = objects(out), read_export(out)
+    assert export is not None
+    for path in export.files:
+        (tmp_path / "cdn" / path).unlink()
+    _, snapshot = night(config, USERS[:3], 2)
+    done = export_images(snapshot, out, CDN)
+    assert (done.written, done.removed) == (9, 0)
+    assert_everybody_has_pictures(snapshot, out)
+    assert objects(out) == before
+
+
+def test_an_iceberg_table_that_lost_its_own_metadata_is_no_damaged_catalog(config: GenerateConfig, tmp_path: Path) -> None:
+    told = {"catalog": f"sqlite:///{tmp_path}/iceberg.db", "warehouse": f"file://{tmp_path}/warehouse"}
+    _, monday = night(config, USERS[:2])
+    register_snapshot(monday, **told)
+    for lost in (tmp_path / "warehouse").rglob("snap-*.avro"):
+        lost.unlink()
+    change_digest(config, USERS[0])
+    _, tuesday = night(config, USERS[:2], 1)
+    with pytest.raises(UserError, match=r"iceberg sqlite:.*: cannot be used \(.*snap-.*avro.*\)"):
+        register_snapshot(tuesday, **told)
+    Path(monday.root, tuesday.paths("items")[0]).unlink()
+    other = {"catalog": f"sqlite:///{tmp_path}/other.db", "warehouse": f"file://{tmp_path}/other"}
+    with pytest.raises(UserError, match=r"catalog .*: run .*missing or damaged .*; `rebeca catalog verify` names every such file"):
+        register_snapshot(tuesday, **other)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from rebeca_ray.catalog import gc
 from rebeca_ray.catalog.gc import collect, find_garbage, kept_snapshots
 from rebeca_ray.catalog.lease import hold_lease
-from rebeca_ray.catalog.pointer import LostRaceError, read_pointer
+from rebeca_ray.catalog.pointer import Left, LostRaceError, Pointer, read_pointer
 from rebeca_ray.catalog.read import open_snapshot, read_catalog
 from rebeca_ray.catalog.snapshots import find_snapshot, list_snapshots, publish_snapshot, roll_back
 from rebeca_ray.catalog.verify import verify
@@ -100,6 +100,27 @@ def test_a_snapshot_stays_through_the_grace_period_after_it_was_followed(four_ni
     garbage = find_garbage(root, keep=1, now=now + 2 * hour, grace=hour)
     assert len(garbage.manifests) == 2
     assert read_catalog(root).manifest["run_id"] in garbage.kept
+
+
+@pytest.mark.parametrize(
+    ("published", "left", "kept"),
+    [
+        ("D", "ABAC", "ACD"),  # A was published again after B was
+        ("D", "", "BCD"),  # latest.json was lost, and with it what was published before: the newest
+        ("B", "ABC", "ABC"),  # and the one that it followed
+    ],
+)
+def test_the_last_published_stay(published: str, left: str, kept: str) -> None:
+    """R, the newest, was refused and never published."""
+    at = datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC).isoformat()
+    snapshots = [
+        {"run_id": name, "previous": before, "created_at": at, "gate": {"refused": ["too dark"] if name == "R" else []}}
+        for name, before in zip("ABCDR", (None, *"ABCD"), strict=True)
+    ]
+    pointer = Pointer(run_id=published, left=tuple(Left(run_id=name, at=at) for name in left))
+    now = datetime.datetime(2026, 3, 9, tzinfo=datetime.UTC)
+    found = kept_snapshots(snapshots, pointer, 3, now, datetime.timedelta(hours=1))
+    assert "".join(manifest["run_id"] for manifest in found) == kept
 
 
 def test_an_unfinished_run_stays_for_the_grace_period_and_is_then_given_up(config: GenerateConfig) -> None:

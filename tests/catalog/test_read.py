@@ -24,7 +24,7 @@ from rebeca_ray.config import GenerateConfig
 from rebeca_ray.errors import UserError
 from rebeca_ray.identity import bucket_of
 from rebeca_ray.settings import LayoutSettings
-from tests.catalog.large import BUCKETS, ITEMS_A_USER, USERS_THERE, D, write_snapshot
+from tests.catalog.large import BUCKETS, ITEMS_A_USER, MANY_USERS, USERS_THERE, D, write_snapshot
 from tests.conftest import USERS
 from tests.test_nights import change_digest, night
 
@@ -55,7 +55,7 @@ class Reads:
 def test_a_users_items_are_found_by_bucket_file_and_row_group(large: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
     everything = large.items()
     reads = Reads(monkeypatch)
-    row_groups.footer.cache_clear()
+    row_groups.footer_bytes.cache_clear()
     for number in range(0, USERS_THERE, 37):
         user = f"üser-{number:03d}"
         expected = everything.filter(pc.equal(everything["user_id"], user))
@@ -112,8 +112,20 @@ def test_some_users_are_read_in_one_table_sorted_by_user_and_rank(large: Snapsho
     assert len(large.dataset("items", users[:1]).files) == 1
 
 
+def test_of_some_users_of_several_files_no_more_is_read_than_of_each_alone(large: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of each bucket, from the beginning, the middle and the end of the alphabet: in no file anything between them."""
+    by_bucket = [[user for user in MANY_USERS if bucket_of(user, BUCKETS) == bucket] for bucket in range(BUCKETS)]
+    chosen = [by_bucket[0][0], by_bucket[1][len(by_bucket[1]) // 2], by_bucket[2][-1]]
+    large.items(user_ids=chosen)  # the footers
+    reads = Reads(monkeypatch)
+    alone = pa.concat_tables([large.for_user(user) for user in chosen])
+    before = reads.bytes
+    assert large.items(user_ids=chosen).equals(alone)
+    assert reads.bytes - before == before > 0
+
+
 def test_an_unknown_user_is_an_empty_result(large: Snapshot) -> None:
-    for user in ("nobody", "", "\x00", "ÿ", "a" * 2000):
+    for user in ("nobody", "", "\x00", "ÿ", "a" * 2000, "\ud800"):
         found = large.for_user(user)
         assert found.num_rows == 0
         assert found.schema.equals(schemas.items(D))
@@ -171,7 +183,7 @@ def test_a_reader_follows_publications_and_holds_its_snapshot_until_it_is_collec
     assert monday.items().equals(items)  # held through two publications and a collection
     assert monday.images(items) == images
     collect(config.root, keep=1, grace_hours=0)  # keeps the published one, and the one it followed
-    row_groups.footer.cache_clear()
+    row_groups.footer_bytes.cache_clear()
     for read in (monday.items, lambda: monday.for_user(USERS[0]), lambda: monday.to_pandas("users")):
         with pytest.raises(UserError, match=f"run {monday.run_id} was collected and cannot be read any more; go on with `refresh"):
             read()
@@ -231,6 +243,7 @@ def test_items_of_another_snapshot_have_no_images_here(config: GenerateConfig) -
         monday.images(beyond)
 
 
+@pytest.mark.usefixtures("ray_local")
 def test_a_column_that_came_later_is_null_in_older_files(config: GenerateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the next version will find this one's files: alone, and beside its own in one snapshot."""
     config = config.model_copy(update={"layout": LayoutSettings(num_buckets=1)})
@@ -251,6 +264,7 @@ def test_a_column_that_came_later_is_null_in_older_files(config: GenerateConfig,
         assert table.drop_columns(["mood"]).equals(was)
     assert now.for_user(USERS[0], ["mood", "rank"]).to_pylist() == [{"mood": None, "rank": rank} for rank in range(3)]
     assert now.bucket("items", 0, 1, ["mood"])["mood"].null_count == 9
+    assert now.to_ray(columns=["mood", "rank"], user_ids=USERS[:1]).to_pandas().to_dict("list") == {"mood": [None] * 3, "rank": [0, 1, 2]}
 
 
 def test_who_is_ranked_anew_is_a_change() -> None:
