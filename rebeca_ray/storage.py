@@ -27,12 +27,8 @@ from fsspec.spec import AbstractFileSystem
 
 from rebeca_ray.errors import StorageError, UserError
 
-PATIENT: dict[str, Any] = {
-    "connect_timeout": 5,
-    "read_timeout": 30,
-    "retries": {"mode": "standard", "total_max_attempts": 10},
-    "max_pool_connections": 64,  # of 10 a server with many threads would wait for one
-}
+PATIENT: dict[str, Any] = {"connect_timeout": 5, "read_timeout": 30, "max_pool_connections": 64}  # 10 by default, for all threads together
+PATIENT["retries"] = {"mode": "standard", "total_max_attempts": 10}
 HASTY: dict[str, Any] = {"connect_timeout": 3, "read_timeout": 10, "retries": {"mode": "standard", "total_max_attempts": 3}}
 # What a file system raises. BotoCoreError: no credentials, no such endpoint; ClientPayloadError: every answer was cut in its middle.
 UNREACHABLE = (OSError, BotoCoreError, ClientPayloadError)

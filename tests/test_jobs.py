@@ -35,7 +35,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     home = tmp_path_factory.mktemp("home")
     port, dashboard = free_port(), free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    environment |= {
+        "RAY_worker_niceness": "0",
+        "HOME": str(home),
+        "RAY_AUTH_MODE": "token",
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    }
     subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
     process = subprocess.Popen(
         [

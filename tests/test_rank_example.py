@@ -44,6 +44,13 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, REPO / "jobs" / "rank_example.py", *options], capture_output=True, text=True, env=environment)
 
 
+def rate_nothing_known(items: str) -> Path:
+    """Interactions of another world."""
+    path = Path(items).with_name("others.parquet")
+    pq.write_table(pa.table({"user_id": ["a"], "item_id": ["unheard-of"], "rating": pa.array([5.0], pa.float32())}), path)
+    return path
+
+
 def test_it_ranks_what_was_not_rated_real_and_generated_together(world: tuple[Snapshot, list[str]]) -> None:
     snapshot, options = world
     told = run(*options, "--user", USERS[0], "--top", "100")
@@ -67,5 +74,7 @@ def test_without_a_user_it_takes_one_of_the_catalog_and_of_a_stranger_it_says_so
         2,
         "error: user 'nobody': neither in the catalog nor in the interactions; give another with --user\n",
     )
+    told = run(*world[1][:4], "--interactions", str(rate_nothing_known(world[1][3])), "--user", USERS[0])
+    assert (told.returncode, told.stderr.split(";")[0]) == (2, "error: interactions: none of them rates a known item")
     told = run("--catalog", "/nowhere")
     assert (told.returncode, told.stderr.count("\n")) == (2, 1)

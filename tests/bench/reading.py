@@ -168,14 +168,14 @@ def counted(root: str) -> Iterator[Counting]:
 def lookups(snapshot: Snapshot, num_users: int, columns: list[str] | None) -> dict[str, float]:
     """Users at random: bytes and requests of each, footers read before or not; milliseconds once all footers were read."""
     users = [user_name(number) for number in np.random.default_rng(0).integers(0, num_users, LOOKUPS).tolist()]
-    row_groups.footer.cache_clear()
+    row_groups.footer_bytes.cache_clear()
     first, after, requests = [], [], []
     with counted(snapshot.root) as counting:
         for sizes in (first, after):
             for user in users:
-                cached, asked, was = row_groups.footer.cache_info().misses, counting.requests, counting.bytes
+                cached, asked, was = row_groups.footer_bytes.cache_info().misses, counting.requests, counting.bytes
                 assert snapshot.for_user(user, columns).num_rows == ITEMS_A_USER
-                if sizes is after or row_groups.footer.cache_info().misses > cached:
+                if sizes is after or row_groups.footer_bytes.cache_info().misses > cached:
                     sizes.append(counting.bytes - was)
                 requests.append(counting.requests - asked)
     times = []

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rebeca_ray.catalog import image_objects
+from rebeca_ray.catalog import image_objects, key_values
 from rebeca_ray.catalog.iceberg import open_iceberg, register_snapshot
 from rebeca_ray.catalog.image_objects import export_images, read_export
 from rebeca_ray.catalog.key_values import KeyValues, export_key_values
@@ -245,6 +245,25 @@ def test_a_real_redis_loads_a_snapshot_and_then_the_nights_difference(on_store: 
     assert done.folder == f"{root}/kv/redis/run_id={tuesday.run_id},since={monday.run_id}"
     load(done)
     assert held() == items_by_user(tuesday)
+
+
+def test_key_values_that_are_not_whole_have_nothing_that_says_what_they_are(
+    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where there were some before, whose parts are written over."""
+    out = f"{config.root}-kv"
+    _, monday = night(config, USERS[:2])
+    done = export_key_values(monday, out, "redis", key_prefix="one:")
+    told = Path(done.folder, "export.json")
+    assert json.loads(told.read_text())["key_prefix"] == "one:"
+
+    def die(*_: Any) -> None:
+        raise StorageError("the store is gone")
+
+    monkeypatch.setattr(key_values, "for_each_bucket", die)
+    with pytest.raises(StorageError):
+        export_key_values(monday, out, "redis", key_prefix="two:")
+    assert not told.exists()
 
 
 def test_json_lines_have_a_line_a_user_with_urls(on_store: GenerateConfig, root: str) -> None:
