@@ -26,8 +26,9 @@ from pydantic import ConfigDict, Field
 import rebeca_ray
 from rebeca_ray.config import parse_config
 from rebeca_ray.errors import UserError
+from rebeca_ray.outputs import require_writable
 from rebeca_ray.settings import DiffusionSettings, NetworkSettings, Part, PriorSampling, Settings, Size
-from rebeca_ray.storage import UNREACHABLE, describe, join, open_filesystem, read_json, require_writable, write_json
+from rebeca_ray.storage import UNREACHABLE, describe, join, open_filesystem, read_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,7 +15,8 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_NON_TTY_PROGRESS_LOG_INTERVAL": "20",
-    "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # 128 footers at once; by default each read starts 32 processes for them
+    "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # by default each read starts 32 processes, for ten footers at a time each
+    "RAY_DATA_PARQUET_FOOTER_BATCH_SIZE": "128",
     "RAY_OVERRIDE_RESOURCES": '{"decoder_slot": 1}',  # of a Ray that is started here; a cluster's nodes say their own
     "RAY_local_fs_capacity_threshold": "0.99",  # at 95% of a large disk it would warn every ten seconds
 }

@@ -17,7 +17,7 @@ from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import POOL, for_each_bucket
 from rebeca_ray.catalog.read import Snapshot, open_snapshot
 from rebeca_ray.catalog.snapshots import list_snapshots
-from rebeca_ray.errors import StorageError, UserError
+from rebeca_ray.errors import StorageError, UserError, user_error
 from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
 from rebeca_ray.interactions import only_ratings
 from rebeca_ray.items import EmbeddedItems
@@ -27,6 +27,7 @@ from rebeca_ray.storage import (
     arrow_filesystem,
     describe,
     exists,
+    is_damage,
     join,
     list_files,
     open_filesystem,
@@ -66,15 +67,16 @@ def find_rated(root: str, interactions: str, item_id: np.ndarray, embed_dim: int
         missing = rated.filter(pc.invert(pc.is_in(rated["item_id"], value_set=kept["item_id"].combine_chunks())))
         if not missing.num_rows:
             break
-        if manifest["embed_dim"] != embed_dim or (clip and manifest.get("clip") and manifest["clip"] != clip):
+        if manifest.get("embed_dim", embed_dim) != embed_dim or (clip and manifest.get("clip") and manifest["clip"] != clip):
             continue
         try:
             found = find_in(open_snapshot(root, manifest["path"]), missing)
-        except StorageError:
-            raise
-        except UserError as error:
+        except UserError as error:  # a Ray task's too, whose own text is a traceback
+            why = user_error(error)
+            if isinstance(why, StorageError):
+                raise
             if exists(join(root, manifest["path"], "manifest.json")):  # or it was collected since it was listed
-                print(f"warning: {error}; ratings of its items are left out", file=sys.stderr)
+                print(f"warning: {why}; ratings of its items are left out", file=sys.stderr)
             continue
         if found.num_rows:
             name = f"part-{hash128(*found['item_id'].to_pylist())[:16]}.parquet"
@@ -112,6 +114,8 @@ def read_kept(folder: str, rated: pa.Table, embed_dim: int) -> pa.Table:
         )
         return each_once(dataset.to_table(filter=pc.field("item_id").isin(rated["item_id"].combine_chunks())))
     except (pa.ArrowException, *UNREACHABLE) as error:
+        if not is_damage(error):
+            raise StorageError(f"rated items {folder}: cannot be read ({describe(error)}); check the network and the credentials") from None
         raise UserError(
             f"rated items {folder}: not readable ({describe(error)}); restore what is damaged, or remove it: what a snapshot still has is "
             "found again"

@@ -18,6 +18,7 @@ from rebeca_ray import schemas
 from rebeca_ray.cluster import require_room, start_ray
 from rebeca_ray.config import EmbedConfig
 from rebeca_ray.errors import UserError, did_you_mean, shown
+from rebeca_ray.outputs import require_own, require_writable
 from rebeca_ray.parts import WithoutThose
 from rebeca_ray.storage import (
     UNREACHABLE,
@@ -29,8 +30,6 @@ from rebeca_ray.storage import (
     open_table,
     read_json,
     read_table,
-    require_own,
-    require_writable,
     write_json,
 )
 from rebeca_ray.tables import check_columns, check_ids, check_rows

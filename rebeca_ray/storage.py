@@ -128,7 +128,7 @@ def read_schemas(uri: str, what: str) -> dict[str, pa.Schema]:
         with ThreadPoolExecutor(16) as pool:  # on S3 each takes a round trip or two
             schemas = list(pool.map(lambda name: read_schema(filesystem, name, what, uri), files))
     except UNREACHABLE as error:
-        raise UserError(f"{what} {uri}: cannot be read ({describe(error)}); check the path and the credentials") from None
+        raise unreadable(f"{what} {uri}", error) from None
 
     for name, schema in zip(files, schemas, strict=True):
         if len({*schema.names}) < len(schema.names):
@@ -147,8 +147,8 @@ def read_schema(filesystem: AbstractFileSystem, path: str, what: str, uri: str) 
         with filesystem.open(path, "rb") as file:
             return pq.read_schema(file)
     except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and (error.errno is not None or type(error) is not OSError):
-            raise  # the file system's; Arrow's own, on a damaged footer, has no number
+        if not is_damage(error):
+            raise
         raise UserError(f"{what} {uri}: {Path(path).name} is not a readable Parquet file; write it again") from None
 
 
@@ -160,6 +160,8 @@ def read_table(uri: str, what: str, columns: list[str] | None = None) -> pa.Tabl
         dataset = pyarrow.dataset.dataset(files, filesystem=arrow_filesystem(filesystem), format=PARQUET)
         return dataset.to_table(columns=columns)
     except (pa.ArrowException, *UNREACHABLE) as error:
+        if not is_damage(error):
+            raise unreadable(f"{what} {uri}", error) from None
         raise UserError(f"{what} {uri}: not readable as Parquet ({describe(error)}); write it again") from None
 
 
@@ -265,7 +267,7 @@ def read_json(uri: str) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except UNREACHABLE as error:
-        raise UserError(f"{uri}: cannot be read ({describe(error)}); check the path and the credentials") from None
+        raise unreadable(f"{uri}", error) from None
     except (ValueError, RecursionError):
         raise UserError(f"{uri}: not valid JSON; restore it from a backup or remove it") from None
     if not isinstance(found, dict):
@@ -364,33 +366,19 @@ def delete_files(uris: list[str]) -> None:
             filesystem.rm(paths)
 
 
-def require_writable(uri: str, what: str) -> None:
-    """Raise UserError, naming `what`, unless something can be written below `uri`."""
-    filesystem, path = open_filesystem(uri)
-    probe = f"{path.rstrip('/')}/.write-probe-{os.getpid()}"
-    missing = [folder for folder in (Path(path), *Path(path).parents) if is_local(filesystem) and not os.path.lexists(folder)]
-    try:
-        if missing:
-            Path(path).mkdir(parents=True)
-        filesystem.pipe_file(probe, b"")
-        filesystem.rm_file(probe)
-    except UNREACHABLE as error:
-        raise UserError(f"{what} {uri}: cannot be written ({describe(error)}); choose another place or mend its permissions") from None
-    finally:
-        for folder in missing:  # the job that fails later leaves no empty one behind
-            with suppress(OSError):
-                folder.rmdir()
+def unreadable(what: str, error: BaseException) -> UserError:
+    """Of a store that fails a StorageError; of a place that cannot be read at all it is who gave it that must mend something."""
+    kind = UserError if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError) else StorageError
+    return kind(f"{what}: cannot be read ({describe(error)}); check the path and the credentials")
 
 
-def require_own(uri: str, what: str, marker: str, key: str) -> None:
-    """Raise UserError unless `uri` is empty or holds a JSON `marker` with `key`: it will be replaced."""
-    filesystem, path = open_filesystem(uri)
-    try:
-        occupied = filesystem.exists(path) and (filesystem.isfile(path) or filesystem.ls(path))
-    except UNREACHABLE as error:
-        raise UserError(f"{what} {uri}: cannot be read ({describe(error)}); check the path and the credentials") from None
-    if occupied and key not in (read_json(join(uri, marker)) or {}):
-        raise UserError(f"{what} {uri}: holds something else (no {marker} of ours) and would be replaced; choose another folder")
+def is_damage(error: BaseException) -> bool:
+    """Whether what kept a file from being read lies in the file: an error of Arrow's, which where it is an OSError has no number.
+
+    What S3 answers Arrow's own client has none either, but says where it comes from.
+    """
+    plain = type(error) is OSError and error.errno is None and "AWS Error" not in str(error)
+    return plain or isinstance(error, pa.ArrowException)
 
 
 def describe(error: BaseException) -> str:

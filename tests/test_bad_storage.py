@@ -22,7 +22,8 @@ from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.checkpoint import read_prior_config
 from rebeca_ray.items import read_image_embeds
 from rebeca_ray.job import plain_errors
-from rebeca_ray.storage import delete, open_table, read_json, read_table, require_own, require_writable, write_json, write_table
+from rebeca_ray.outputs import require_own, require_writable
+from rebeca_ray.storage import delete, open_table, read_json, read_table, write_json, write_table
 from rebeca_ray.tables import check_columns
 
 TABLE = pa.table({"user_id": ["a"], "item_id": ["b"]})

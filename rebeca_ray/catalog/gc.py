@@ -89,8 +89,9 @@ def kept_snapshots(snapshots: list[dict[str, Any]], pointer: Pointer, keep: int,
     period, whatever was published until then or was made and not published."""
     before = {left["run_id"]: datetime.fromisoformat(left["at"]) for left in pointer.left}
     left = dict.fromkeys(left["run_id"] for left in reversed(pointer.left) if left["run_id"] != pointer.run_id)  # each when it was last
-    latest = {pointer.run_id, *[*left][: keep - 1]}
-    made = [manifest["run_id"] for manifest in reversed(snapshots) if not manifest["gate"]["refused"] and manifest["run_id"] not in latest]
+    latest = {run_id for run_id in (pointer.run_id, *[*left][: keep - 1]) if run_id}
+    shown = [manifest["run_id"] for manifest in reversed(snapshots) if manifest["gate"]["forced"] or not manifest["gate"]["refused"]]
+    made = [run_id for run_id in shown if run_id not in latest]
     latest.update(made[: max(0, keep - len(latest))])  # where latest.json was lost, it has forgotten what was published
     latest |= {manifest["previous"] for manifest in snapshots if manifest["run_id"] == pointer.run_id}
     ends = {manifest["run_id"]: before.get(manifest["run_id"], datetime.fromisoformat(manifest["created_at"])) for manifest in snapshots}

@@ -13,7 +13,7 @@ import pyarrow as pa
 from rebeca_ray.catalog.read import TABLES, Snapshot
 from rebeca_ray.errors import UserError
 from rebeca_ray.settings import absolute
-from rebeca_ray.storage import describe
+from rebeca_ray.storage import describe, is_damage
 
 if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog
@@ -46,11 +46,11 @@ def register_snapshot(snapshot: Snapshot, catalog: str, warehouse: str, namespac
             table = found.load_table(own)
             try:
                 done[name] = bring_to(table, snapshot, name)
-            except (pa.ArrowException, FileNotFoundError) as error:
-                if isinstance(error, FileNotFoundError) and not any(path in str(error) for path in snapshot.paths(name)):
-                    raise  # of the warehouse
-                with snapshot.explained():
-                    raise
+            except (pa.ArrowException, OSError) as error:
+                if is_damage(error) or any(path in str(error) for path in snapshot.paths(name)):  # and not of the warehouse
+                    with snapshot.explained():
+                        raise
+                raise
     except CommitFailedException as error:
         raise UserError(f"iceberg {catalog}: {namespace} was changed by another writer ({error}); run it again") from None
     except (SQLAlchemyError, ValueError, OSError) as error:

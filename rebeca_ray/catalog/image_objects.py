@@ -6,8 +6,8 @@
     <out>/latest.json                                        the export that is whole, and who may write: as a catalog's own
 
 An object is written once, in the first export that needs it. It is removed when neither the new export nor the one before shows it, so
-that pages that were made from the table before still have their pictures. Objects of the strangers' pool stay: anybody may still be shown
-the pool of some night before. An earlier table that cannot be read is taken as not there: its images are written again, none is removed.
+that pages that were made from the table before still have their pictures. What strangers are shown stays: anybody may still be shown the
+pool of some night before. An earlier table that cannot be read is taken as not there: its images are written again, none is removed.
 """
 
 import sys
@@ -26,7 +26,7 @@ from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.errors import StorageError, UserError
 from rebeca_ray.settings import absolute
-from rebeca_ray.storage import delete, delete_files, join, read_json, read_table, write_json, write_object, write_table
+from rebeca_ray.storage import delete, delete_files, join, list_files, read_json, read_table, write_json, write_object, write_table
 
 IMAGES_AT_ONCE = 500  # in memory
 WRITERS = 16
@@ -82,7 +82,8 @@ def export_images(snapshot: Snapshot, out: str, url_base: str) -> Exported:
     read_export(out)  # something else is left alone
     with hold_lease(out, f"export of {snapshot.run_id}", LEASE_SECONDS) as lease:
         last = read_export(out)
-        if last is not None and (last.run_id, last.url_base) == (snapshot.run_id, url_base):
+        done_already = last is not None and (last.run_id, last.url_base) == (snapshot.run_id, url_base)
+        if last and done_already and len(list_files(join(out, last.folder), ".parquet")) == len(last.files):
             return Exported(urls=last.urls, written=0, removed=0, files=last.files)
         before_last = read_export(out, last.before) if last and last.before else None
         num_buckets = snapshot.manifest["num_buckets"]
@@ -135,7 +136,7 @@ def export_bucket(
 ) -> Exported:
     """The objects and the file of URLs of one bucket. Those of the strangers' pool are written by the bucket that it is in."""
     items = snapshot.bucket("items", bucket, snapshot.manifest["num_buckets"], COLUMNS)
-    there, gone = keys_of(out, last, bucket), keys_of(out, before_last, bucket)
+    there, gone = keys_of(out, last, bucket), keys_of(out, before_last, bucket, personal=True)
     keys = pool | (there or {})
     known = [*(there or {}), *(last.pool if last else {})]
     missing = items.filter(pc.invert(pc.is_in(items["item_id"], value_set=pa.array(known, pa.string()))))
@@ -165,17 +166,22 @@ def export_bucket(
     return Exported(urls=items.num_rows, written=len(written), removed=len(stale), files=[path])
 
 
-def keys_of(out: str, export: ImageExport | None, bucket: int) -> dict[str, str] | None:
-    """The keys of the objects that an earlier export shows the users of a bucket, by item; None if there is none that can be read."""
+def keys_of(out: str, export: ImageExport | None, bucket: int, *, personal: bool = False) -> dict[str, str] | None:
+    """The keys of the objects that an earlier export shows the users of a bucket, by item; None if there is none that can be read.
+
+    `personal` are those that nobody else can be shown: not of a pool, be it one that was never exported as such.
+    """
     if export is None:
         return None
     try:
-        urls = read_table(join(out, export.files[bucket]), "export", ["item_id", "image_key"])
+        urls = read_table(join(out, export.files[bucket]), "export", ["item_id", "origin", "image_key"])
     except StorageError:
         raise
     except UserError as error:
         print(f"warning: {error}; until then its images are taken to be missing", file=sys.stderr)
         return None
+    if personal:
+        urls = urls.filter(pc.not_equal(urls["origin"], schemas.POPULATION))
     return dict(zip(urls["item_id"].to_pylist(), urls["image_key"].to_pylist(), strict=True))
 
 

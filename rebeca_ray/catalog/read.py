@@ -27,7 +27,7 @@ from rebeca_ray.catalog.scanning import scanning_filesystem
 from rebeca_ray.errors import StorageError, UserError, did_you_mean
 from rebeca_ray.identity import bucket_of
 from rebeca_ray.settings import absolute
-from rebeca_ray.storage import PARQUET, UNREACHABLE, describe, exists, join, open_filesystem, read_json
+from rebeca_ray.storage import PARQUET, UNREACHABLE, describe, exists, is_damage, join, open_filesystem, read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -151,8 +151,9 @@ class Snapshot:
             return self.dataset_of(name, paths).to_table(columns=columns)
         except (pa.ArrowException, *UNREACHABLE):
             with self.explained():
-                there = exists(join(self.root, self.path, "manifest.json"))
-            for path in paths if there else []:
+                if not exists(join(self.root, self.path, "manifest.json")):
+                    raise FileNotFoundError(self.path) from None
+            for path in paths:
                 with self.explained(path):
                     self.dataset_of(name, [path]).to_table(columns=columns)
             with self.explained():
@@ -312,9 +313,7 @@ class Snapshot:
             yield
         except (pa.ArrowException, *UNREACHABLE) as error:
             told, where = f"catalog {self.root}: run {self.run_id}", f"{path} " if path else ""
-            # A damaged file is an error of Arrow's, which has no number where it is an OSError; one of S3's own has neither.
-            damaged = type(error) is OSError and error.errno is None and "AWS Error" not in str(error)
-            broken = damaged or isinstance(error, pa.ArrowException | FileNotFoundError)
+            broken = isinstance(error, FileNotFoundError) or is_damage(error) or "NO_SUCH_KEY" in str(error)
             try:
                 gone = broken and not exists(join(self.root, self.path, "manifest.json"))
             except UNREACHABLE:
@@ -390,4 +389,6 @@ def read_file_list(root: str, path: str, manifest: dict[str, Any]) -> pa.Table:
         why = "manifest.json does not name it"
     except (pa.ArrowException, *UNREACHABLE) as error:
         why = describe(error)
+        if not (is_damage(error) or isinstance(error, FileNotFoundError)):
+            raise StorageError(f"catalog {root}: {listing['path']} cannot be read ({why}); check the network and the credentials") from None
     raise UserError(f"catalog {root}: the file list of snapshot {path} is missing or damaged ({why}); {REPAIR.format(path=path)}")

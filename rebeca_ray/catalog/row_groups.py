@@ -77,14 +77,15 @@ def footer(root: str, path: str, size: int) -> pq.FileMetaData:
 
 @lru_cache(maxsize=FOOTERS)
 def footer_bytes(root: str, path: str, size: int) -> bytes:
-    """The end of a file, from where its footer begins: the last eight bytes are its length and a mark."""
+    """The end of a file, from where its footer begins: the last eight bytes are its length and a mark. Raises what Arrow does of others."""
     with opened(root, path, size) as handle:
         handle.seek(max(0, size - TAIL))
         tail: bytes = handle.read(TAIL)
         length = int.from_bytes(tail[-8:-4], "little") + 8
-        if len(tail) < length <= size:
+        if len(tail) < length <= size and tail.endswith(b"PAR1"):
             handle.seek(size - length)
             tail = handle.read(length - len(tail)) + tail
+    pq.read_metadata(pa.BufferReader(tail[-length:]))  # a damaged one is not remembered: it may be restored
     return tail[-length:]
 
 

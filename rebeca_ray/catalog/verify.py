@@ -16,7 +16,7 @@ from rebeca_ray.catalog.bucket import KINDS, tally
 from rebeca_ray.catalog.layout import POOL
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.identity import bucket_of
-from rebeca_ray.storage import join, open_filesystem
+from rebeca_ray.storage import exists, join, open_filesystem
 
 Level = Literal["metadata", "sample", "full"]
 SAMPLE = 20  # files of each table, images of each of those
@@ -43,8 +43,9 @@ def verify(snapshot: Snapshot, level: Level) -> list[str]:
     images = [row for row in chosen if row["table"] == "images"]
     wrong += in_threads(lambda snapshot, row: check_images(snapshot, row, level), snapshot, images)
     if level == "full" and not wrong:
-        with snapshot.explained():
-            wrong += check_places(snapshot, items, numbers)
+        live: dict[int, Any] = {}
+        wrong += in_threads(lambda snapshot, row: check_places(snapshot, row, numbers, live), snapshot, items)
+        wrong += check_live(numbers, live)
     return wrong
 
 
@@ -84,6 +85,8 @@ def check_size(snapshot: Snapshot, row: dict[str, Any]) -> Iterator[str]:
     try:
         size = filesystem.info(join(root, row["path"]))["size"]
     except FileNotFoundError:
+        if not exists(join(snapshot.root, snapshot.path, "manifest.json")):
+            raise  # it was collected
         yield f"{row['path']}: is missing"
         return
     if size != row["bytes"]:
@@ -146,24 +149,26 @@ def check_images(snapshot: Snapshot, row: dict[str, Any], level: Level) -> Itera
             yield f"{row['path']}: the image of {image['item_id']} is {found}, not {(image['width'], image['height'])}"
 
 
-def check_places(snapshot: Snapshot, items: list[dict[str, Any]], numbers: dict[int, dict[str, Any]]) -> Iterator[str]:
-    """Every item's place holds its own image, and a file's `live_rows` are as many as are pointed to."""
+def check_places(snapshot: Snapshot, listed: dict[str, Any], numbers: dict[int, dict[str, Any]], live: dict[int, Any]) -> Iterator[str]:
+    """Every item of a file has its own image at its place; `live` gains the rows of image files that are pointed to."""
     filesystem, root = open_filesystem(snapshot.root)
-    live: dict[int, np.ndarray] = {}
-    for listed in items:  # one at a time: all of them may be more than fits into memory
-        with filesystem.open(join(root, listed["path"]), "rb") as file:
-            pointing = pq.read_table(file, columns=["item_id", "image_file", "image_row"]).sort_by("image_file")
-        start = 0
-        for number, count in sorted(tally(pointing["image_file"]).items()):
-            own, row, start = pointing.slice(start, count), numbers[number], start + count
-            with filesystem.open(join(root, row["path"]), "rb") as file:
-                drawn = pq.read_table(file, columns=["item_id", "width"]).take(own["image_row"])
-            if not pc.all(pc.equal(drawn["item_id"], own["item_id"])).as_py():
-                yield f"{row['path']}: holds another item's image where `items` points"
-            if drawn["width"].null_count:
-                yield f"{row['path']}: an item points to a row without an image"
-            live[number] = np.union1d(live.get(number, np.array([], np.int32)), own["image_row"].to_numpy())
+    with filesystem.open(join(root, listed["path"]), "rb") as file:
+        items = pq.read_table(file, columns=["item_id", "image_file", "image_row"]).sort_by("image_file")
+    start = 0
+    for number, count in sorted(tally(items["image_file"]).items()):
+        own, row, start = items.slice(start, count), numbers[number], start + count
+        with filesystem.open(join(root, row["path"]), "rb") as file:
+            drawn = pq.read_table(file, columns=["item_id", "width"]).take(own["image_row"])
+        if not pc.all(pc.equal(drawn["item_id"], own["item_id"])).as_py():
+            yield f"{row['path']}: holds another item's image where `items` points"
+        if drawn["width"].null_count:
+            yield f"{row['path']}: an item points to a row without an image"
+        live.setdefault(number, []).append(pc.unique(own["image_row"]).to_numpy())
+
+
+def check_live(numbers: dict[int, dict[str, Any]], live: dict[int, Any]) -> Iterator[str]:
+    """As many rows of an image file are pointed to as its `live_rows` says; fewer only keep a file longer."""
     for number, row in numbers.items():
-        pointed_to = len(live.get(number, []))
-        if pointed_to > row["live_rows"]:  # fewer than it says only keep a file longer
+        pointed_to = len(np.unique(np.concatenate(live.get(number, [[]]))))
+        if pointed_to > row["live_rows"]:
             yield f"{row['path']}: {pointed_to} rows are pointed to, the file list says {row['live_rows']}"

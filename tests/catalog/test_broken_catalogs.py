@@ -35,7 +35,8 @@ def test_a_catalog_that_is_not_there_or_of_another_version_is_told(tmp_path: Pat
 def test_a_damaged_file_is_named_with_the_remedy(large: Snapshot, what: str) -> None:
     user = "üser-007"
     path = Path(large.root, large.paths("items", {bucket_of(user, BUCKETS)})[0])
-    data = bytearray(path.read_bytes())
+    whole = path.read_bytes()
+    data = bytearray(whole)
     metadata = pq.read_metadata(path)
     if what == "missing":
         path.unlink()
@@ -55,6 +56,8 @@ def test_a_damaged_file_is_named_with_the_remedy(large: Snapshot, what: str) -> 
     for read in (lambda: large.for_user(user), large.items, lambda: large.bucket("items", bucket_of(user, BUCKETS), BUCKETS)):
         with pytest.raises(UserError, match=str(path.relative_to(large.root))):
             read()
+    path.write_bytes(whole)
+    assert large.for_user(user).num_rows == 4  # what was restored is read, by whom it was told too
 
 
 @pytest.mark.parametrize("what", ["missing", "changed", "unnamed"])

@@ -147,6 +147,23 @@ def test_who_keeps_the_pool_of_a_night_before_has_its_pictures(config: GenerateC
     assert [row["image_key"] for row in urls(out)] == [row["image_key"] for row in before if row["user_id"] != POOL]
 
 
+def test_a_pool_that_was_never_exported_as_one_stays_while_anybody_has_it(config: GenerateConfig, tmp_path: Path) -> None:
+    """Two strangers of two buckets keep it, since they have a prompt by now and are not drawn in time; then one of them leaves."""
+    names = [next(name for name in map(str, range(20)) if bucket_of(name, 2) == bucket) for bucket in range(2)]
+    request, out = tmp_path / "strangers.parquet", str(tmp_path / "cdn")
+    config = config.model_copy(update={"request": str(request), "layout": LayoutSettings(num_buckets=2)})
+    pq.write_table(pa.table({"user_id": names}), request)
+    snapshot_of(on(MONDAY, config), requested=6)
+    for day, there in ((TUESDAY, names), (WEDNESDAY, names[1:]), (THURSDAY, names[1:])):
+        pq.write_table(pa.table({"user_id": there, "prompt": ["a cat"] * len(there)}), request)
+        late_night(on(day, config), units=0, requested=3 * len(there))
+        assert export_images(read_catalog(config.root), out, CDN).removed == 0
+        assert_everybody_has_pictures(read_catalog(config.root), out)
+    Path(out, read_export(out).files[0]).unlink()  # type: ignore[union-attr]
+    export_images(read_catalog(config.root), out, CDN)  # of the same run, since a table is lost
+    assert_everybody_has_pictures(read_catalog(config.root), out)
+
+
 def test_a_lost_table_of_urls_is_written_again_and_nothing_is_removed(config: GenerateConfig, tmp_path: Path) -> None:
     out = str(tmp_path / "cdn")
     for number, users in enumerate((USERS[:4], USERS[:3])):

@@ -69,6 +69,7 @@ def test_a_collection_that_dies_anywhere_loses_nothing_and_the_next_one_ends_it(
             deleted(uri)
 
         monkeypatch.setattr(gc, "delete", die)
+        monkeypatch.setattr(gc, "delete_files", lambda files: [die(file) for file in files])
         try:
             collect(root, keep=2, grace_hours=0)
             break
@@ -107,14 +108,20 @@ def test_a_snapshot_stays_through_the_grace_period_after_it_was_followed(four_ni
     [
         ("D", "ABAC", "ACD"),  # A was published again after B was
         ("D", "", "BCD"),  # latest.json was lost, and with it what was published before: the newest
+        (None, "", "BCD"),  # and a run that came to nothing made another
         ("B", "ABC", "ABC"),  # and the one that it followed
     ],
 )
-def test_the_last_published_stay(published: str, left: str, kept: str) -> None:
-    """R, the newest, was refused and never published."""
+def test_the_last_published_stay(published: str | None, left: str, kept: str) -> None:
+    """R, the newest, was refused and never published; C was refused and published all the same."""
     at = datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC).isoformat()
     snapshots = [
-        {"run_id": name, "previous": before, "created_at": at, "gate": {"refused": ["too dark"] if name == "R" else []}}
+        {
+            "run_id": name,
+            "previous": before,
+            "created_at": at,
+            "gate": {"refused": ["too dark"] if name in "CR" else [], "forced": name == "C"},
+        }
         for name, before in zip("ABCDR", (None, *"ABCD"), strict=True)
     ]
     pointer = Pointer(run_id=published, left=tuple(Left(run_id=name, at=at) for name in left))
