@@ -128,16 +128,23 @@ def find_in(snapshot: Snapshot, missing: pa.Table) -> pa.Table:
     users: dict[int, set[str]] = {bucket_of(POOL, num_buckets): {POOL}}
     for user in missing["user_id"].unique().to_pylist():
         users.setdefault(bucket_of(user, num_buckets), set()).add(user)
-    wanted = missing["item_id"].unique()
+    wanted, pairs = missing["item_id"].unique(), pair_of(missing).combine_chunks()
     buckets = sorted(users)
 
+    def hits(items: pa.Table) -> pa.Table:
+        of_pool = pc.and_(pc.equal(items["user_id"], POOL), pc.is_in(items["item_id"], value_set=wanted))
+        return items.filter(pc.or_(of_pool, pc.is_in(pair_of(items), value_set=pairs)))
+
     def find(bucket: int) -> pa.Table:
-        ids = snapshot.items(["user_id", "item_id"], sorted(users[bucket]))
-        found = ids.filter(pc.is_in(ids["item_id"], value_set=wanted))["user_id"].unique().to_pylist()  # embeddings are much to read
-        items = snapshot.items(["item_id", "image_embeds"], found)
-        return items.filter(pc.is_in(items["item_id"], value_set=wanted))
+        names = ["user_id", "item_id"]
+        found = hits(snapshot.items(names, sorted(users[bucket])))["user_id"].unique()  # of these alone embeddings, which are much to read
+        return hits(snapshot.items([*names, "image_embeds"], found)).drop_columns(["user_id"])
 
     return each_once(pa.concat_tables(for_each_bucket(find, buckets))).sort_by("item_id")
+
+
+def pair_of(table: pa.Table) -> pa.ChunkedArray:
+    return pc.binary_join_element_wise(table["user_id"], table["item_id"], "\x1f")
 
 
 def each_once(items: pa.Table) -> pa.Table:

@@ -121,15 +121,18 @@ def list_catalog(root: str) -> None:
     from rebeca_ray.catalog.snapshots import list_snapshots
 
     pointer, version = read_pointer(root)
-    if version is None:
+    snapshots = list_snapshots(root)
+    if version is None and not snapshots:
         raise UserError(f"catalog {root}: there is none (no latest.json); give the root of one")
     table = Table("run_date", Column("run_id", no_wrap=True), "items", "new", "")
-    for manifest in list_snapshots(root):
+    for manifest in snapshots:
         counts = manifest["counts"]
         items = counts["new"] + counts["carried"] + counts["population"]
         told = "published" if manifest["run_id"] == pointer.run_id else "refused by the quality gate" if manifest["gate"]["refused"] else ""
         table.add_row(manifest["run_date"], manifest["run_id"], f"{items:,}", f"{counts['new']:,}", told)
     console.print(table)
+    if pointer.run_id is None:
+        console.print("none of them is published: `rebeca catalog publish --run-id` one of them")
     if pointer.lease:
         console.print(f"at work: run {pointer.lease['run_id']} (epoch {pointer.lease['epoch']})")
 

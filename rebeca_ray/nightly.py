@@ -31,13 +31,7 @@ def run_nightly(config: NightlyConfig) -> tuple[list[Night], Garbage | None]:
     A missed date or a training that fails costs no later date its catalog, but is raised at the end.
     """
     tonight = config.run_date or datetime.datetime.now(datetime.UTC).date()
-    pointer, _ = read_pointer(config.generate.root)
-    last = datetime.date.fromisoformat(pointer.run_date) if pointer.run_date else None
-    if last is not None and tonight < last:
-        raise UserError(
-            f"catalog {config.generate.root}: run_date {tonight} is before {last}, which is published; a night only goes forward "
-            "(`rebeca generate` publishes any date, and `rebeca catalog rollback` goes back)"
-        )
+    last = before_it(config, tonight)
     nights, trouble = [], None
     since = datetime.datetime.now(datetime.UTC)  # `publish_by` is the same for all of them
     for date in dates_due(last, tonight, config.catch_up):
@@ -54,6 +48,18 @@ def run_nightly(config: NightlyConfig) -> tuple[list[Night], Garbage | None]:
     if trouble:
         raise trouble
     return nights, garbage
+
+
+def before_it(config: NightlyConfig, date: datetime.date) -> datetime.date | None:
+    """The date that is published, None before the first. Raises UserError if `date` is before it."""
+    pointer, _ = read_pointer(config.generate.root)
+    last = datetime.date.fromisoformat(pointer.run_date) if pointer.run_date else None
+    if last is not None and date < last:
+        raise UserError(
+            f"catalog {config.generate.root}: run_date {date} is before {last}, which is published; a night only goes forward "
+            "(`rebeca generate` publishes any date, and `rebeca catalog rollback` goes back)"
+        )
+    return last
 
 
 def dates_due(last: datetime.date | None, tonight: datetime.date, catch_up: int) -> list[datetime.date]:
@@ -81,6 +87,7 @@ def one_night(config: NightlyConfig, date: datetime.date, since: datetime.dateti
             if trouble is None or read_json(join(train.out, "config.json")) is None:
                 raise
             print(f"{date}: training failed, the prior of before is used: {trouble}", flush=True)
+    before_it(config, date)  # something else may have published since, which takes no lease from a training
     generate = dated(config.generate, date).model_copy(update={"run_date": date})
     return Night(run_date=date, manifest=generate_catalog(generate, since=since), trouble=trouble)
 

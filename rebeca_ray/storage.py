@@ -43,6 +43,8 @@ def open_filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
     Raises UserError for a scheme other than local and `s3://`, and for an S3 server that cannot be reached.
     """
     scheme = uri.partition("://")[0] if "://" in uri else "file"
+    if uri.startswith("s3:") and scheme != "s3":
+        raise UserError(f"{uri}: is no address; give s3://bucket/prefix")
     if scheme not in ("file", "s3"):
         raise UserError(f"{uri}: storage {scheme!r} is not supported; give a local path or s3://bucket/prefix")
     if scheme == "file":

@@ -71,7 +71,8 @@ def test_rated_items_are_found_once_and_outlive_their_snapshot(
         change_digest(config, user)
     night(config, USERS[:4], 1)
     night(config, USERS[:4], 2)
-    later = rate(tmp_path / "interactions.parquet", [*rows, (USERS[1], two["item_id"], 1.0, None)])
+    somebody_elses = monday.for_user(USERS[1])["item_id"][1].as_py()  # who rated another of theirs
+    later = rate(tmp_path / "interactions.parquet", [*rows, (USERS[1], two["item_id"], 1.0, None), (USERS[0], somebody_elses, 5.0, None)])
     assert find_rated(config.root, later, REAL, D, None).num_rows == 3  # from a snapshot that is no longer published
     collect(config.root, keep=1, grace_hours=0)
     assert read_catalog(config.root).items(["item_id"])["item_id"].to_pylist().count(one["item_id"]) == 0

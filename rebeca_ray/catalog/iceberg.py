@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from rebeca_ray.catalog.layout import outside
 from rebeca_ray.catalog.read import TABLES, Snapshot
 from rebeca_ray.errors import UserError
 from rebeca_ray.settings import absolute
@@ -29,6 +30,9 @@ def register_snapshot(snapshot: Snapshot, catalog: str, warehouse: str, namespac
     `catalog` is the database of an Iceberg SQL catalog (`sqlite:////path/catalog.db`), `warehouse` the folder for the tables' metadata.
     Raises UserError where pyiceberg is not installed, or another commit came between.
     """
+    outside(snapshot.root, warehouse, "warehouse")
+    if not all(namespace.split(".")):
+        raise UserError(f"namespace {namespace!r}: has an empty part; give one such as rebeca")
     try:
         found = open_iceberg(catalog, warehouse)
     except ImportError as error:

@@ -15,17 +15,18 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.layout import POOL, for_each_bucket, require_outside
+from rebeca_ray.catalog.layout import POOL, for_each_bucket, outside
 from rebeca_ray.catalog.lease import hold_lease
-from rebeca_ray.catalog.pointer import read_pointer
+from rebeca_ray.catalog.pointer import POINTER, read_pointer
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.errors import StorageError, UserError
-from rebeca_ray.settings import absolute
+from rebeca_ray.outputs import require_own
 from rebeca_ray.storage import delete, delete_files, join, list_files, read_json, read_table, write_json, write_object, write_table
 
 IMAGES_AT_ONCE = 500  # in memory
@@ -75,11 +76,12 @@ def export_images(snapshot: Snapshot, out: str, url_base: str) -> Exported:
     An export that died is repeated: objects are written over by the same bytes. Of a snapshot that is exported already with these URLs
     nothing is written. Raises LostRaceError while another export to `out` is at work.
     """
-    out, url_base = absolute(out), url_base.rstrip("/")
-    if "://" not in url_base and not url_base.startswith("/"):
-        raise UserError(f"url_base {url_base}: is no URL; give one such as https://{url_base}, or a path that begins with /")
-    require_outside(snapshot.root, out)
-    read_export(out)  # something else is left alone
+    out, url = outside(snapshot.root, out, "out"), urlsplit(url_base)
+    if not ((url.scheme and url.netloc) or url_base.startswith("/")) or any(letter.isspace() for letter in url_base):
+        raise UserError(f"url_base {url_base!r}: is no URL; give one such as https://cdn.example.com/recs, or a path that begins with /")
+    url_base = url_base.rstrip("/")
+    require_own(out, "out", POINTER, "epoch")  # something else is left alone
+    read_export(out)
     with hold_lease(out, f"export of {snapshot.run_id}", LEASE_SECONDS) as lease:
         last = read_export(out)
         done_already = last is not None and (last.run_id, last.url_base) == (snapshot.run_id, url_base)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray.catalog.image_objects import read_export
-from rebeca_ray.catalog.layout import for_each_bucket, require_outside
+from rebeca_ray.catalog.layout import for_each_bucket, outside
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.errors import UserError
 from rebeca_ray.settings import absolute
@@ -41,11 +41,11 @@ def export_key_values(
     snapshot's images, every item has its `image_url`. The key of the items for strangers is `key_prefix` alone. The folder's
     `export.json`, which says what it is, is written last. Raises UserError where `since` or `images` do not fit the snapshot.
     """
-    require_outside(snapshot.root, absolute(out))
+    out = outside(snapshot.root, out, "out")
     if since is not None:
         snapshot.back_to(since)  # or it is told now that there is no way
     urls = None if images is None else url_files(snapshot, absolute(images))
-    folder = join(absolute(out), format, f"run_id={snapshot.run_id}{f',since={since}' if since else ''}")
+    folder = join(out, format, f"run_id={snapshot.run_id}{f',since={since}' if since else ''}")
     delete(join(folder, "export.json"))  # of another export of the same, whose parts are written over
 
     def work(bucket: int) -> dict[str, Any] | None:

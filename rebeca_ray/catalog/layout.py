@@ -14,6 +14,7 @@
 A reader follows `latest.json` -> `manifest.json` -> its file list -> files, and never lists a prefix.
 """
 
+import os
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from rebeca_ray.errors import UserError
+from rebeca_ray.settings import absolute
 from rebeca_ray.storage import join
 
 T = TypeVar("T")
@@ -77,10 +79,16 @@ def work_folder(root: str, run_id: str) -> str:
     return join(root, f"work/run_id={run_id}")
 
 
-def require_outside(root: str, out: str) -> None:
-    """Raise UserError for an export into the catalog itself."""
-    if f"{out.rstrip('/')}/".startswith(f"{root.rstrip('/')}/"):
-        raise UserError(f"out {out}: is in the catalog {root}, whose files are nobody else's; choose another folder")
+def outside(root: str, out: str, name: str) -> str:
+    """Where an export goes. Raises UserError for no place, a file, or a place in the catalog."""
+    if not out.strip():
+        raise UserError(f"{name}: is empty; give a folder, or s3://bucket/prefix")
+    place, within = (f"{absolute(uri.removeprefix('file://')).rstrip('/')}/" for uri in (out, root))
+    if place.startswith(within):
+        raise UserError(f"{name} {out}: is in the catalog {root}, whose files are nobody else's; choose another folder")
+    if os.path.isfile(place.rstrip("/")):
+        raise UserError(f"{name} {out}: is a file; give a folder")
+    return place.rstrip("/")
 
 
 def new_run_id() -> str:

@@ -84,7 +84,7 @@ def read_pointer(root: str) -> tuple[Pointer, str | None]:
 
 
 def damaged(root: str) -> UserError:
-    return UserError(f"catalog {root}: {POINTER} is damaged; remove it and `rebeca catalog publish` a snapshot again")
+    return UserError(f"catalog {root}: {POINTER} is damaged; remove it, and publish one of the snapshots that `rebeca catalog list` shows")
 
 
 def change_pointer(root: str, change: Callable[[Pointer], Pointer]) -> Pointer:

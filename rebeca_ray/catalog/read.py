@@ -5,7 +5,6 @@ A snapshot is pinned: it never changes, whatever is published after it. It can b
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -18,16 +17,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
-import pyarrow.parquet as pq
 
 from rebeca_ray import schemas
+from rebeca_ray.catalog.manifest import read_file_list, read_manifest
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.row_groups import complete, read_users
 from rebeca_ray.catalog.scanning import scanning_filesystem
 from rebeca_ray.errors import StorageError, UserError, did_you_mean
 from rebeca_ray.identity import bucket_of
 from rebeca_ray.settings import absolute
-from rebeca_ray.storage import PARQUET, UNREACHABLE, describe, exists, is_damage, join, open_filesystem, read_json
+from rebeca_ray.storage import PARQUET, UNREACHABLE, describe, exists, is_damage, join, open_filesystem
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
 
 THREADS = 16
 TABLES = ("items", "images", "users", "errors", "changes")
-MANIFEST_KEYS = ("run_id", "embed_dim", "num_buckets", "previous_path")
-REPAIR = "restore it, or publish another snapshot with `rebeca catalog publish` and remove {path}/manifest.json"
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -218,8 +215,8 @@ class Snapshot:
             before = snapshot.manifest["previous_path"]
             if before is None or not exists(join(self.root, before, "manifest.json")):
                 raise UserError(
-                    f"catalog {self.root}: run {self.run_id} does not follow run {since}, or a snapshot in between was collected; "
-                    "load this one as a whole"
+                    f"catalog {self.root}: run {self.run_id} does not follow run {since!r}, or a snapshot in between was collected "
+                    "(`rebeca catalog list` shows what there is); load this one as a whole"
                 )
             found.append(snapshot)
             snapshot = open_snapshot(self.root, before)
@@ -329,13 +326,15 @@ class Snapshot:
                 ) from None
             raise UserError(
                 f"{told}: {where}is missing or damaged ({describe(error)}); `rebeca catalog verify` names every such file: "
-                "restore it, or `rebeca catalog rollback`, if the snapshot before can do without it"
+                "restore it, or `rebeca catalog rollback`, if a snapshot before can do without it; or generate into another root"
             ) from None
 
 
 def published(root: str) -> Snapshot | None:
     """The snapshot `latest.json` points to, or None before the first publication."""
-    root = str(root)  # a Path will do
+    root = str(root or "")  # a Path will do
+    if not root:
+        raise UserError("catalog: its root is empty; give a path, or s3://bucket/prefix")
     pointer, _ = read_pointer(root)
     return open_snapshot(root, pointer.snapshot) if pointer.snapshot else None
 
@@ -349,7 +348,10 @@ def read_catalog(root: str) -> Snapshot:
 
 
 def nothing_published(root: str) -> UserError:
-    return UserError(f"catalog {root}: nothing is published there (no latest.json); run `rebeca generate`, or give another root")
+    return UserError(
+        f"catalog {root}: nothing is published there; give another root, wait for the first run to end, or publish one of the snapshots "
+        "that `rebeca catalog list` shows"
+    )
 
 
 def open_snapshot(root: str, path: str) -> Snapshot:
@@ -357,38 +359,5 @@ def open_snapshot(root: str, path: str) -> Snapshot:
 
     Raises UserError if it is gone, damaged, of a newer version than this one reads, or of one before the format was settled.
     """
-    manifest = read_json(join(root, path, "manifest.json"))
-    if manifest is None:
-        raise UserError(
-            f"catalog {root}: snapshot {path} has no manifest.json; it was removed or never finished: publish another with "
-            "`rebeca catalog publish`"
-        )
-    version = manifest.get("schema_version")
-    if not isinstance(version, int) or version < schemas.OLDEST_SCHEMA_VERSION:
-        raise UserError(
-            f"catalog {root}: schema version {version}, of before the format was settled; this version reads "
-            f"{schemas.OLDEST_SCHEMA_VERSION} to {schemas.SCHEMA_VERSION}: generate into another root"
-        )
-    if version > schemas.SCHEMA_VERSION:
-        raise UserError(f"catalog {root}: schema version {version}, this version reads {schemas.SCHEMA_VERSION}; upgrade rebeca-ray")
-    if missing := [name for name in MANIFEST_KEYS if name not in manifest]:
-        raise UserError(f"catalog {root}: the manifest of snapshot {path} has no {missing[0]!r}; {REPAIR.format(path=path)}")
+    manifest = read_manifest(root, path)
     return Snapshot(root=absolute(root).rstrip("/"), path=path, manifest=manifest, files=read_file_list(root, path, manifest))
-
-
-def read_file_list(root: str, path: str, manifest: dict[str, Any]) -> pa.Table:
-    """The file list that a manifest names, compared with the checksum it tells."""
-    try:
-        listing = manifest["files"]
-        filesystem, base = open_filesystem(root)
-        data = filesystem.cat_file(join(base, listing["path"]))
-        if hashlib.sha256(data).hexdigest() == listing["sha256"]:
-            return pq.read_table(pa.BufferReader(data))
-        why = "its sha256 is not the manifest's"
-    except (KeyError, TypeError):
-        why = "manifest.json does not name it"
-    except (pa.ArrowException, *UNREACHABLE) as error:
-        why = describe(error)
-        if not (is_damage(error) or isinstance(error, FileNotFoundError)):
-            raise StorageError(f"catalog {root}: {listing['path']} cannot be read ({why}); check the network and the credentials") from None
-    raise UserError(f"catalog {root}: the file list of snapshot {path} is missing or damaged ({why}); {REPAIR.format(path=path)}")

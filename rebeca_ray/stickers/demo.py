@@ -121,7 +121,7 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
         f"  source {Path(sys.prefix) / 'bin' / 'activate'}\n"
         f"  rebeca catalog show {generate.root}\n"
         f"  python jobs/rank_example.py --catalog {generate.root} --items {data}/items --interactions {data}/interactions.parquet\n"
-        f"  rebeca generate --config {data}/generate.yaml            # tomorrow's snapshot: nobody changed, so all is carried over\n"
+        f"  rebeca generate --config {data}/generate.yaml run_date={tomorrow}    # nobody changed, so all is carried over\n"
         f"  rebeca estimate --config {data}/generate.yaml refresh.rotation=0.5 run_date={tomorrow}    # if half were drawn anew\n"
         "  export RAY_AUTH_MODE=token; ray start --head        # then, on this cluster:\n"
         f"  ray job submit --working-dir . -- jobs/generate_catalog.py --config {data}/generate.yaml",

@@ -21,8 +21,15 @@ from tests.test_nights import night
 
 
 def test_a_catalog_that_is_not_there_or_of_another_version_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nothing is published there \(no latest.json\); run `rebeca generate`, or give another root"):
+    with pytest.raises(UserError, match="nothing is published there; give another root, .*`rebeca catalog list` shows"):
         read_catalog(str(tmp_path / "nowhere"))
+    for root, why in (
+        ("", "its root is empty"),
+        (None, "its root is empty"),
+        ("s3:/bucket/catalog", "s3:/bucket/catalog.*: is no address"),
+    ):
+        with pytest.raises(UserError, match=why):
+            read_catalog(root)  # type: ignore[arg-type]
     newer = write_snapshot(tmp_path / "newer", rows_a_group=100, version=schemas.SCHEMA_VERSION + 1)
     with pytest.raises(UserError, match=rf"schema version {schemas.SCHEMA_VERSION + 1}, this version reads 3; upgrade rebeca-ray"):
         read_catalog(newer)
@@ -76,13 +83,27 @@ def test_a_damaged_file_list_is_told(large: Snapshot, what: str) -> None:
         read_catalog(large.root)
 
 
-def test_a_manifest_without_what_readers_need_is_told(large: Snapshot) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("embed_dim", None, "Input should be a valid integer"),
+        ("embed_dim", "64", "Input should be a valid integer"),
+        ("num_buckets", 0, "Input should be greater than 0"),
+        ("num_buckets", -3, "Input should be greater than 0"),
+        ("previous_path", 7, "Input should be a valid string"),
+        ("run_id", ..., "Field required"),
+    ],
+)
+def test_a_manifest_without_what_readers_need_is_told(large: Snapshot, name: str, value: Any, why: str) -> None:
     manifest = Path(large.root, large.path, "manifest.json")
-    told = json.loads(manifest.read_text())
-    del told["embed_dim"]
-    manifest.write_text(json.dumps(told))
+    told = json.loads(manifest.read_text()) | {name: value}
+    manifest.write_text(json.dumps({key: value for key, value in told.items() if value is not ...}))
     remedy = "restore it, or publish another snapshot with `rebeca catalog publish` and remove snapshots/.*/manifest.json"
-    with pytest.raises(UserError, match=f"the manifest of snapshot .* has no 'embed_dim'; {remedy}"):
+    with pytest.raises(UserError, match=f"the manifest of snapshot .*: {name}: {why}; {remedy}"):
+        read_catalog(large.root)
+    told["schema_version"] = "3"
+    manifest.write_text(json.dumps({key: value for key, value in told.items() if value is not ...}))
+    with pytest.raises(UserError, match=r"manifest.json tells no schema_version: this is no catalog"):
         read_catalog(large.root)
 
 

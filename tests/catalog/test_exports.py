@@ -221,8 +221,23 @@ def test_where_nothing_must_be_written_nothing_is(config: GenerateConfig, tmp_pa
             export_images(monday, out, CDN)
         with pytest.raises(UserError, match=r"is in the catalog .*; choose another folder"):
             export_key_values(monday, out, "jsonl")
-    with pytest.raises(UserError, match="url_base cdn.example.com: is no URL; give one such as https://cdn.example.com"):
-        export_images(monday, str(tmp_path / "cdn"), "cdn.example.com")
+    told = {"catalog": f"sqlite:///{tmp_path}/iceberg.db", "warehouse": f"file://{config.root}/warehouse"}
+    with pytest.raises(UserError, match=r"warehouse .* is in the catalog .*; choose another folder"):
+        register_snapshot(monday, **told)
+    with pytest.raises(UserError, match="namespace '': has an empty part; give one such as rebeca"):
+        register_snapshot(monday, **told | {"warehouse": f"{tmp_path}/warehouse"}, namespace="")
+    for url_base in ("cdn.example.com", "", "ftp:", "https://", "https://cdn.example.com/a b"):
+        with pytest.raises(UserError, match=f"url_base '{url_base}': is no URL; give one such as https://cdn.example.com"):
+            export_images(monday, str(tmp_path / "cdn"), url_base)
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    for out, why in (("", "is empty"), (" ", "is empty"), (str(file), "is a file; give a folder")):
+        with pytest.raises(UserError, match=f"^out {out}: {why}" if out == str(file) else f"^out: {why}"):
+            export_images(monday, out, CDN)
+        with pytest.raises(UserError, match=why):
+            export_key_values(monday, out, "jsonl")
+    with pytest.raises(UserError, match=r"out .*: holds something else \(no latest.json of ours\)"):
+        export_images(monday, str(tmp_path), CDN)
     assert list_files(config.root) == before
     assert not (tmp_path / "cdn").exists()
 
@@ -300,7 +315,7 @@ def test_json_lines_have_a_line_a_user_with_urls(on_store: GenerateConfig, root:
     done = export_key_values(tuesday, f"{root}/kv", "jsonl", since=monday.run_id)
     lines = [json.loads(line) for path in done.files for line in fsspec.open(f"{done.folder}/{path}").open().read().splitlines()]
     assert {line["user_id"]: line["items"] for line in lines} == dict.fromkeys([USERS[0], "stranger", POOL])
-    with pytest.raises(UserError, match="does not follow run 2020"):
+    with pytest.raises(UserError, match="does not follow run '2020'"):
         export_key_values(tuesday, f"{root}/kv", "jsonl", since="2020")
 
 

@@ -15,6 +15,7 @@ from rebeca_ray.catalog.snapshots import find_snapshot, list_snapshots, publish_
 from rebeca_ray.catalog.verify import verify
 from rebeca_ray.config import GenerateConfig
 from rebeca_ray.errors import QualityGateError, UserError
+from rebeca_ray.job import list_catalog
 from rebeca_ray.resume import begin
 from rebeca_ray.storage import list_files
 from tests.conftest import USERS, prepare
@@ -159,6 +160,17 @@ def test_publishing_by_hand_and_back_again(four_nights: GenerateConfig) -> None:
     Path(root, read_catalog(root).paths("items")[0]).unlink()
     with pytest.raises(QualityGateError, match=r"is not published: .*items/bucket=0/.*: is missing \(1 such\)"):
         publish_snapshot(root, fourth)
+
+
+def test_a_lost_pointer_is_mended_by_what_is_listed(config: GenerateConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    _, snapshot = night(config, USERS[:2])
+    Path(config.root, "latest.json").unlink()
+    list_catalog(config.root)
+    told = capsys.readouterr().out
+    assert snapshot.run_id in told
+    assert "none of them is published: `rebeca catalog publish --run-id` one of them" in told
+    publish_snapshot(config.root, snapshot.run_id)
+    assert read_catalog(config.root).for_user(USERS[0]).equals(snapshot.for_user(USERS[0]))
 
 
 def test_a_slip_of_the_keyboard_makes_no_catalog(tmp_path: Path) -> None:

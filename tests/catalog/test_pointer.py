@@ -61,7 +61,7 @@ def test_what_a_change_raises_is_raised_and_nothing_is_written(root: str) -> Non
 )
 def test_a_damaged_pointer_is_one_line_and_never_an_empty_catalog(root: str, data: bytes) -> None:
     put(root, data)
-    expected = rf"^catalog {root}: latest.json is damaged; remove it and `rebeca catalog publish` a snapshot again$"
+    expected = rf"^catalog {root}: latest.json is damaged; remove it, and publish one of the snapshots that `rebeca catalog list` shows$"
     with pytest.raises(UserError, match=expected) as error:
         read_pointer(root)
     assert error.value.exit_code == 2
