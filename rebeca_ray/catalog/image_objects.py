@@ -23,11 +23,21 @@ import pyarrow.compute as pc
 from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import POOL, for_each_bucket, outside
 from rebeca_ray.catalog.lease import hold_lease
-from rebeca_ray.catalog.pointer import POINTER, read_pointer
+from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.errors import StorageError, UserError
-from rebeca_ray.outputs import require_own
-from rebeca_ray.storage import delete, delete_files, join, list_files, read_json, read_table, write_json, write_object, write_table
+from rebeca_ray.storage import (
+    delete,
+    delete_files,
+    join,
+    list_files,
+    list_folders,
+    read_json,
+    read_table,
+    write_json,
+    write_object,
+    write_table,
+)
 
 IMAGES_AT_ONCE = 500  # in memory
 WRITERS = 16
@@ -80,7 +90,8 @@ def export_images(snapshot: Snapshot, out: str, url_base: str) -> Exported:
     if not ((url.scheme and url.netloc) or url_base.startswith("/")) or any(letter.isspace() for letter in url_base):
         raise UserError(f"url_base {url_base!r}: is no URL; give one such as https://cdn.example.com/recs, or a path that begins with /")
     url_base = url_base.rstrip("/")
-    require_own(out, "out", POINTER, "epoch")  # something else is left alone
+    if others := {*list_folders(out)} - {"objects", "urls"}:
+        raise UserError(f"out {out}: holds something else ({min(others)}) than an export of images; choose another folder")
     read_export(out)
     with hold_lease(out, f"export of {snapshot.run_id}", LEASE_SECONDS) as lease:
         last = read_export(out)

@@ -124,7 +124,7 @@ def test_an_export_that_dies_shows_the_one_before_and_is_repeated(
     assert_everybody_has_pictures(tuesday, out)
     other = config.model_copy(update={"root": str(tmp_path / "another-catalog")})
     night(other, USERS[:1])
-    with pytest.raises(UserError, match=r"holds something else than an export of images; choose another folder"):
+    with pytest.raises(UserError, match=r"holds something else \(images\) than an export of images; choose another folder"):
         export_images(tuesday, other.root, CDN)
 
 
@@ -178,6 +178,12 @@ def test_a_lost_table_of_urls_is_written_again_and_nothing_is_removed(config: Ge
     assert (done.written, done.removed) == (9, 0)
     assert_everybody_has_pictures(snapshot, out)
     assert objects(out) == before
+    for key in before:
+        (tmp_path / "cdn" / key).unlink()
+    assert export_images(snapshot, out, CDN).written == 0  # it knows what was there
+    (tmp_path / "cdn" / "latest.json").unlink()
+    assert export_images(snapshot, out, CDN).written == 9
+    assert_everybody_has_pictures(snapshot, out)
 
 
 def test_an_iceberg_table_that_lost_its_own_metadata_is_no_damaged_catalog(config: GenerateConfig, tmp_path: Path) -> None:
@@ -236,7 +242,7 @@ def test_where_nothing_must_be_written_nothing_is(config: GenerateConfig, tmp_pa
             export_images(monday, out, CDN)
         with pytest.raises(UserError, match=why):
             export_key_values(monday, out, "jsonl")
-    with pytest.raises(UserError, match=r"out .*: holds something else \(no latest.json of ours\)"):
+    with pytest.raises(UserError, match=r"out .*: holds something else \(.*\) than an export of images; choose another folder"):
         export_images(monday, str(tmp_path), CDN)
     assert list_files(config.root) == before
     assert not (tmp_path / "cdn").exists()
