@@ -321,7 +321,7 @@ def test_one_user_in_place_of_a_list_is_refused(generated: tuple[GenerateConfig,
 
 
 def test_reading_what_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nothing is published there \(no latest.json\)"):
+    with pytest.raises(UserError, match="nothing is published there; give another root"):
         read_catalog(str(tmp_path))
     publish(str(tmp_path), Run(root=str(tmp_path), run_date="2026-01-01", run_id="a", epoch=1))
     with pytest.raises(UserError, match=r"has no manifest.json"):

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -33,18 +33,20 @@ def large(tmp_path: Path) -> Snapshot:
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts `worker.py` with these arguments; it begins when it is told to. Who is left at the end is killed."""
+    """Starts `worker.py` with these arguments, by the command `by` if there is one; it begins when it is told to.
+
+    Who is left at the end is killed.
+    """
     started: list[subprocess.Popen[str]] = []
 
-    def start_one(*arguments: object, **options: object) -> subprocess.Popen[str]:
+    def start_one(*arguments: object, by: Sequence[str] = ()) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("worker.py")), *map(str, arguments)],
+            [*by, sys.executable, str(Path(__file__).with_name("worker.py")), *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": str(REPO)},
-            **options,
         )
         started.append(process)
         return process

@@ -60,11 +60,11 @@ def test_of_four_that_start_at_once_one_holds_the_lease(root: str, start: Start)
 
 
 def test_who_was_stopped_too_long_is_taken_over_and_ends_when_it_wakes(root: str, start: Start) -> None:
-    background = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+    background = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]  # as a shell starts what it does not wait for
     stale = {doing: start(f"{root}/{doing}", "stale", doing, SECONDS) for doing in ("busy", "wait")}
     if not root.startswith("s3"):  # where it sleeps is all the same to where the catalog lies
         stale["asleep"] = start(f"{root}/asleep", "stale", "asleep", SECONDS)
-        stale["background"] = start(f"{root}/background", "stale", "asleep", SECONDS, **background)
+        stale["background"] = start(f"{root}/background", "stale", "asleep", SECONDS, by=background)
     patient = start(f"{root}/patient", "patient", "wait", 8)
     begin(*stale.values(), patient)
     assert {heard(process) for process in [*stale.values(), patient]} == {"holds 1"}
