@@ -150,8 +150,9 @@ def export_bucket(
     """The objects and the file of URLs of one bucket. Those of the strangers' pool are written by the bucket that it is in."""
     items = snapshot.bucket("items", bucket, snapshot.manifest["num_buckets"], COLUMNS)
     there, gone = keys_of(out, last, bucket), keys_of(out, before_last, bucket, personal=True)
-    keys = pool | (there or {})
-    known = [*(there or {}), *(last.pool if last else {})]
+    before = there or {}
+    keys = pool | before
+    known = [*before, *(last.pool if last else {})]
     missing = items.filter(pc.invert(pc.is_in(items["item_id"], value_set=pa.array(known, pa.string()))))
     shared = pc.is_in(missing["item_id"], value_set=pa.array([*pool], pa.string()))
     missing = missing.filter(pc.or_(pc.equal(missing["user_id"], POOL), pc.invert(shared)))
@@ -171,7 +172,7 @@ def export_bucket(
     }
     path = f"{folder}/bucket={bucket}.parquet"
     write_table(pa.table(columns, schema=schemas.URLS), join(out, path), row_group_size=2000)
-    shown = {*(there or {}).values(), *image_key}
+    shown = {*before.values(), *image_key}
     stale = [key for item, key in (gone or {}).items() if key not in shown and item not in pool]
     if there is None:  # nobody knows what the export before shows
         stale = []
