@@ -277,7 +277,7 @@ def write_plan(config: GenerateConfig, run: Run, *, break_first: bool = False) -
     if break_first:
         values = planned["image_embeds"].combine_chunks().flatten().to_numpy().copy()
         values[0] = np.nan
-        column = pa.FixedSizeListArray.from_arrays(pa.array(values), type=schemas.image_embeds(D))
+        column = pa.FixedSizeListArray.from_arrays(pa.array(values), type=planned.schema.field("image_embeds").type)
         planned = planned.set_column(planned.column_names.index("image_embeds"), "image_embeds", column)
     writer = WriteParts(run.work, "plan", by=["unit", "bucket"], epoch=1, row_group_size=100, note={})
     parts = writer(with_busy_seconds(planned, 1.0)).to_pylist()
