@@ -105,7 +105,7 @@ class TrainedPrior:
 
 def save_prior(prior: TrainedPrior, out: str) -> None:
     """Write the directory `out` (local or `s3://`); `config.json` goes last, so a half-written prior cannot be loaded."""
-    from safetensors.torch import save, save_file
+    from safetensors.torch import save
 
     require_writable(out, "prior")
     filesystem, path = open_filesystem(out)
@@ -115,7 +115,8 @@ def save_prior(prior: TrainedPrior, out: str) -> None:
         if prior.user_rows is not None:
             weights[USER_ROWS] = prior.user_rows.contiguous()
         # The weights themselves say what they were trained with: config.json beside them could be another's.
-        save_file(weights, folder / "model.safetensors", metadata=trained_with(prior.scaler.to_dict(), prior.clip))
+        data = save(weights, metadata=trained_with(prior.scaler.to_dict(), prior.clip))
+        (folder / "model.safetensors").write_bytes(with_sorted_metadata(data))
         if prior.selector is not None:
             selector = {name: tensor.contiguous() for name, tensor in prior.selector.state_dict().items()}
             (folder / "selector.safetensors").write_bytes(save(selector))
@@ -141,6 +142,20 @@ def save_prior(prior: TrainedPrior, out: str) -> None:
         write_json({"format": UNFINISHED}, join(out, "config.json"))
         for name in [*hashed, "training.csv", "README.md", "config.json"]:
             filesystem.put_file(str(folder / name), f"{path}/{name}")
+
+
+def with_sorted_metadata(safetensors: bytes) -> bytes:
+    """Return the same file with its metadata in order of its keys.
+
+    The library writes them in an order of chance, and a prior's fingerprint is made of the file's hash: the same weights would
+    get another fingerprint each time they are saved.
+    """
+    size = int.from_bytes(safetensors[:8], "little")
+    header = json.loads(safetensors[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text + safetensors[8 + size :]
 
 
 def trained_with(scaler: dict[str, float], clip: str | None) -> dict[str, str]:

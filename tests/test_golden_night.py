@@ -87,7 +87,11 @@ def write_items(folder: Path) -> str:
 
 
 def write_interactions(folder: Path, *, changed: bool) -> None:
-    rows = [(user, f"real-{(7 * number + 3 * step) % 40}", float(1 + (number + step) % 5)) for number, user in enumerate(USERS) for step in range(5)]
+    rows = [
+        (user, f"real-{(7 * number + 3 * step) % 40}", float(1 + (number + step) % 5))
+        for number, user in enumerate(USERS)
+        for step in range(5)
+    ]
     if changed:
         rows.append((USERS[3], "real-39", 5.0))
     user, item, rating = zip(*rows, strict=True)
