@@ -20,11 +20,11 @@ from rich.table import Table
 
 from rebeca_ray import read_catalog
 from rebeca_ray.catalog.read import Snapshot
+from rebeca_ray.console import console, plain_errors
 from rebeca_ray.errors import UserError
 from rebeca_ray.feedback import with_rated
 from rebeca_ray.interactions import Interactions, read_interactions
 from rebeca_ray.items import EmbeddedItems, read_image_embeds
-from rebeca_ray.job import console, plain_errors
 from rebeca_ray.settings import InteractionSettings
 
 STICKERS = "~/rebeca-stickers"
@@ -56,7 +56,9 @@ def rank(
 
 def somebody(snapshot: Snapshot) -> str:
     """The last user of a file of items."""
-    files = snapshot.files.filter(pc.and_(pc.equal(snapshot.files["table"], "items"), pc.not_equal(snapshot.files["max_user_id"], "")))
+    files = snapshot.files.filter(
+        pc.and_(pc.equal(snapshot.files["table"], "items"), pc.not_equal(snapshot.files["max_user_id"], ""))
+    )
     if not files.num_rows:
         raise UserError(f"catalog {snapshot.root}: has no items; give a user with --user")
     return str(files["max_user_id"][0])
@@ -68,7 +70,10 @@ def unit(embeds: np.ndarray) -> torch.Tensor:
 
 def features(item_ND: torch.Tensor, liked_LD: torch.Tensor, disliked_LD: torch.Tensor) -> torch.Tensor:
     """[N, 4] of items and one user's history, all of unit length: the three cosines, and 1."""
-    told = [F.normalize(part.sum(0), dim=0) if len(part) else torch.zeros(item_ND.shape[1]) for part in (liked_LD, disliked_LD)]
+    told = [
+        F.normalize(part.sum(0), dim=0) if len(part) else torch.zeros(item_ND.shape[1])
+        for part in (liked_LD, disliked_LD)
+    ]
     nearest_N = (item_ND @ liked_LD.T).amax(1) if len(liked_LD) else torch.zeros(len(item_ND))
     return torch.stack([item_ND @ told[0], item_ND @ told[1], nearest_N, torch.ones(len(item_ND))], dim=1)
 
@@ -86,7 +91,9 @@ def fit(rated: Interactions, known: EmbeddedItems) -> torch.Tensor:
     """The four weights [4] of the logistic model. An item is told apart from the rest of its user's history, which must not know it."""
     embeds_ID = unit(known.image_embeds)
     rows, likes = [], []
-    for user_index in np.linspace(0, rated.num_users - 1, min(USERS_TO_LEARN_FROM, rated.num_users)).astype(int):
+    for user_index in np.linspace(0, rated.num_users - 1, min(USERS_TO_LEARN_FROM, rated.num_users)).astype(
+        int
+    ):
         place, like = history(rated, known, user_index)
         for number in range(len(place)):
             others = np.arange(len(place)) != number
@@ -94,7 +101,9 @@ def fit(rated: Interactions, known: EmbeddedItems) -> torch.Tensor:
             rows.append(features(embeds_ID[place[number : number + 1]], liked, disliked))
         likes.append(like)
     if not rows:
-        raise UserError("interactions: none of them rates a known item; give the interactions and the items of one and the same catalog")
+        raise UserError(
+            "interactions: none of them rates a known item; give the interactions and the items of one and the same catalog"
+        )
     x_N4, like_N = torch.cat(rows), torch.from_numpy(np.concatenate(likes)).float()
     weights = torch.zeros(4, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
@@ -110,25 +119,51 @@ def fit(rated: Interactions, known: EmbeddedItems) -> torch.Tensor:
 
 
 def show(
-    user: str, snapshot: Snapshot, rated: Interactions, real: EmbeddedItems, known: EmbeddedItems, weights: torch.Tensor, top: int
+    user: str,
+    snapshot: Snapshot,
+    rated: Interactions,
+    real: EmbeddedItems,
+    known: EmbeddedItems,
+    weights: torch.Tensor,
+    top: int,
 ) -> None:
     """Print the best of what the user has not rated, real and generated."""
     found = np.flatnonzero(rated.user_id == user)
-    place, like = history(rated, known, int(found[0])) if len(found) else (np.array([], int), np.array([], int))
+    place, like = (
+        history(rated, known, int(found[0])) if len(found) else (np.array([], int), np.array([], int))
+    )
     generated = snapshot.for_user(user, COLUMNS)
     if not len(found) and not generated.num_rows:
-        raise UserError(f"user {user!r}: neither in the catalog nor in the interactions; give another with --user")
+        raise UserError(
+            f"user {user!r}: neither in the catalog nor in the interactions; give another with --user"
+        )
     item_id = np.concatenate([real.item_id, generated["item_id"].to_numpy(zero_copy_only=False).astype(str)])
     source = np.repeat(["real", "generated"], [len(real.item_id), generated.num_rows])
-    made_ND = np.array(generated["image_embeds"].to_pylist(), np.float32).reshape(generated.num_rows, real.image_embeds.shape[1])
-    near = np.concatenate([np.full(len(real.item_id), ""), generated["nearest_item_id"].fill_null("").to_numpy(zero_copy_only=False)])
+    made_ND = np.array(generated["image_embeds"].to_pylist(), np.float32).reshape(
+        generated.num_rows, real.image_embeds.shape[1]
+    )
+    near = np.concatenate(
+        [
+            np.full(len(real.item_id), ""),
+            generated["nearest_item_id"].fill_null("").to_numpy(zero_copy_only=False),
+        ]
+    )
     embeds_ID = unit(known.image_embeds)
-    x_N4 = features(unit(np.concatenate([real.image_embeds, made_ND])), embeds_ID[place[like == 1]], embeds_ID[place[like == 0]])
+    x_N4 = features(
+        unit(np.concatenate([real.image_embeds, made_ND])),
+        embeds_ID[place[like == 1]],
+        embeds_ID[place[like == 0]],
+    )
     probability = torch.sigmoid(x_N4 @ weights).numpy()
     fresh = ~np.isin(item_id, known.item_id[place])
     best = np.argsort(-np.where(fresh, probability, -1), kind="stable")[: min(top, fresh.sum())]
     table = Table(
-        "", "P(like)", "", "item", "most like", title=f"for {user}, who liked {int(like.sum())} and disliked {int((like == 0).sum())}"
+        "",
+        "P(like)",
+        "",
+        "item",
+        "most like",
+        title=f"for {user}, who liked {int(like.sum())} and disliked {int((like == 0).sum())}",
     )
     for number, row in enumerate(best):
         table.add_row(str(number + 1), f"{probability[row]:.3f}", source[row], item_id[row], near[row])

@@ -27,5 +27,7 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
-        raise AttributeError(f"module 'rebeca_ray' has no attribute {name!r}; public: {', '.join(sorted(_PUBLIC))}")
+        raise AttributeError(
+            f"module 'rebeca_ray' has no attribute {name!r}; public: {', '.join(sorted(_PUBLIC))}"
+        )
     return getattr(import_module(_PUBLIC[name]), name)

@@ -39,7 +39,9 @@ class Attention(nn.Module):
         keys, values = (self.split(part) for part in self.key_value(context_BCH).chunk(2, dim=-1))
         return keys, values
 
-    def forward(self, x_BKH: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x_BKH: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         attended = F.scaled_dot_product_attention(self.split(self.query(x_BKH)), keys, values, attn_mask=mask)
         return self.out(attended.transpose(1, 2).flatten(2))
 

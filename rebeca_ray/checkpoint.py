@@ -25,10 +25,10 @@ from pydantic import ConfigDict, Field
 
 import rebeca_ray
 from rebeca_ray.config import parse_config
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import UserError, describe
 from rebeca_ray.outputs import require_writable
 from rebeca_ray.settings import DiffusionSettings, NetworkSettings, Part, PriorSampling, Settings, Size
-from rebeca_ray.storage import UNREACHABLE, describe, join, open_filesystem, read_json, write_json
+from rebeca_ray.storage import UNREACHABLE, join, open_filesystem, read_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,7 +122,9 @@ def save_prior(prior: TrainedPrior, out: str) -> None:
             (folder / "selector.safetensors").write_bytes(save(selector))
         if prior.users is not None:
             pq.write_table(prior.users, folder / "users.parquet", compression="zstd")
-        hashed = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+        hashed = {
+            file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())
+        }
         (folder / "training.csv").write_text(prior.curve)
         config = {
             "format": FORMAT,
@@ -187,7 +189,9 @@ def load_prior(uri: str, device: str = "cpu") -> TrainedPrior:
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"prior {uri}: weights do not fit config.json ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(
+            f"prior {uri}: weights do not fit config.json ({' '.join(str(error).split())[:200]})"
+        ) from None
     selector = None
     if "selector.safetensors" in config["sha256"]:
         found = load(verified_file(uri, "selector.safetensors", config))
@@ -197,7 +201,9 @@ def load_prior(uri: str, device: str = "cpu") -> TrainedPrior:
     return TrainedPrior(
         network=network.eval().to(device),
         settings=settings,
-        diffusion=parse_config(DiffusionSettings, config["diffusion"], where=f"prior {uri}: config.json: diffusion"),
+        diffusion=parse_config(
+            DiffusionSettings, config["diffusion"], where=f"prior {uri}: config.json: diffusion"
+        ),
         scaler=scaler,
         sampling=parse_config(PriorSampling, config["sampling"], where=f"prior {uri}: config.json: sampling"),
         condition_dropout=config["condition_dropout"],
@@ -221,9 +227,13 @@ def verified_file(uri: str, name: str, config: dict[str, Any]) -> bytes:
     try:
         data: bytes = filesystem.cat_file(f"{path}/{name}")
     except UNREACHABLE as error:
-        raise UserError(f"prior {uri}: {name} cannot be read ({describe(error)}); copy the whole directory again") from None
+        raise UserError(
+            f"prior {uri}: {name} cannot be read ({describe(error)}); copy the whole directory again"
+        ) from None
     if hashlib.sha256(data).hexdigest() != config["sha256"].get(name):
-        raise UserError(f"prior {uri}: {name} is not the file config.json describes (sha256 differs); copy the whole directory again")
+        raise UserError(
+            f"prior {uri}: {name} is not the file config.json describes (sha256 differs); copy the whole directory again"
+        )
     return data
 
 
@@ -231,11 +241,15 @@ def read_prior_config(uri: str) -> dict[str, Any]:
     """The `config.json` of a prior. Raises UserError if there is none or it is of another format."""
     config = read_json(join(uri, "config.json"))
     if config is None:
-        raise UserError(f"prior {uri}: no config.json there; train one with `rebeca train`, or give its directory")
+        raise UserError(
+            f"prior {uri}: no config.json there; train one with `rebeca train`, or give its directory"
+        )
     if config.get("format") == UNFINISHED:
         raise UserError(f"prior {uri}: was not written to its end; train it again")
     if config.get("format") != FORMAT:
-        raise UserError(f"prior {uri}: format {config.get('format')!r}, this version reads {FORMAT}; upgrade rebeca-ray or train again")
+        raise UserError(
+            f"prior {uri}: format {config.get('format')!r}, this version reads {FORMAT}; upgrade rebeca-ray or train again"
+        )
     try:
         parse_config(PriorConfig, config, where=f"prior {uri}: config.json")
     except UserError as error:
@@ -252,9 +266,11 @@ def fingerprint(config: dict[str, Any]) -> str:
 def model_card(config: dict[str, Any]) -> str:
     """A short README for the directory."""
     rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in config["metrics"].items())
-    whom = {"history": "anyone with a history", "id": f"{config['num_users']} users by id", "none": "no users (NoUE)"}[
-        config["network"]["user_encoder"]
-    ]
+    whom = {
+        "history": "anyone with a history",
+        "id": f"{config['num_users']} users by id",
+        "none": "no users (NoUE)",
+    }[config["network"]["user_encoder"]]
     return f"""# REBECA prior
 
 Draws CLIP image embeddings a user would like, from the user's past ratings alone.

@@ -54,7 +54,10 @@ class EmbedConfig(Settings):
     """`rebeca embed`: items with images -> the same items with `image_embeds`."""
 
     items: Location
-    clip: Annotated[ModelName, Field(description="an open_clip name: local-dir:…, hf-hub:…, or architecture/pretrained-tag")]
+    clip: Annotated[
+        ModelName,
+        Field(description="an open_clip name: local-dir:…, hf-hub:…, or architecture/pretrained-tag"),
+    ]
     out: Location
     batch_size: Size = 256
     num_actors: Few = 1
@@ -66,25 +69,37 @@ class TrainConfig(Settings):
     """`rebeca train`: interactions + embedded items -> a prior directory."""
 
     preset: Annotated[
-        Literal["paper-v1", "paper-v2", "stickers"] | None, Field(description="where the sections below start from; see presets.py")
+        Literal["paper-v1", "paper-v2", "stickers"] | None,
+        Field(description="where the sections below start from; see presets.py"),
     ] = None
     interactions: InteractionSettings
     items: Location
     catalog: Annotated[
-        Location | None, Field(description="root of a catalog whose generated items are rated too: they are found there")
+        Location | None,
+        Field(description="root of a catalog whose generated items are rated too: they are found there"),
     ] = None
     out: Location
     network: NetworkSettings = NetworkSettings()
     diffusion: DiffusionSettings = DiffusionSettings()
     embed_clamp: Annotated[
-        float, Field(gt=0, le=1000, description="embeddings of length sqrt(D) are clamped to ± this, then divided by it")
+        float,
+        Field(
+            gt=0,
+            le=1000,
+            description="embeddings of length sqrt(D) are clamped to ± this, then divided by it",
+        ),
     ] = 5.0
     optimization: OptimizationSettings = OptimizationSettings()
     workers: WorkerSettings = WorkerSettings()
     storage: Annotated[
-        Location, Field(description="where Ray Train keeps checkpoints; the run resumes from here", validate_default=True)
+        Location,
+        Field(
+            description="where Ray Train keeps checkpoints; the run resumes from here", validate_default=True
+        ),
     ] = "runs/train"
-    run_name: Annotated[Identifier, Field(description="a hash of settings and data follows it, so that new data starts anew")] = "prior"
+    run_name: Annotated[
+        Identifier, Field(description="a hash of settings and data follows it, so that new data starts anew")
+    ] = "prior"
 
     @model_validator(mode="before")
     @classmethod
@@ -93,7 +108,10 @@ class TrainConfig(Settings):
         if not isinstance(preset, str) or preset not in PRESETS:
             return values
         told = {name: values.get(name, {}) for name in PRESETS[preset]}
-        return {**values, **{name: {**PRESETS[preset][name], **own} for name, own in told.items() if isinstance(own, dict)}}
+        return {
+            **values,
+            **{name: {**PRESETS[preset][name], **own} for name, own in told.items() if isinstance(own, dict)},
+        }
 
 
 class DistillConfig(Settings):
@@ -101,20 +119,29 @@ class DistillConfig(Settings):
 
     prior: Location
     out: Location
-    interactions: Annotated[InteractionSettings | None, Field(description="for a `history` prior: whose trajectories to learn")] = None
+    interactions: Annotated[
+        InteractionSettings | None, Field(description="for a `history` prior: whose trajectories to learn")
+    ] = None
     items: Location | None = None
     catalog: Annotated[
-        Location | None, Field(description="root of a catalog whose generated items are rated too: they are found there")
+        Location | None,
+        Field(description="root of a catalog whose generated items are rated too: they are found there"),
     ] = None
-    storage: Annotated[Location, Field(description="where histories are kept", validate_default=True)] = "runs/distill"
+    storage: Annotated[Location, Field(description="where histories are kept", validate_default=True)] = (
+        "runs/distill"
+    )
     num_inference_steps: Annotated[Few, Field(description="passes of the student")] = 4
     num_users: Annotated[Positive, Field(description="users whose trajectories are drawn, at most")] = 20_000
     num_trajectories: Annotated[Positive, Field(ge=256)] = 20_000
     max_epochs: Positive = 10
     batch_size: Size = 512
     learning_rate: LearningRate = 5e-4
-    min_quality: Annotated[Ratio, Field(description="of the teacher's mean like probability; below it nothing is written")] = 0.98
-    min_diversity: Annotated[Ratio, Field(description="of the teacher's mean distance between a user's samples; likewise")] = 0.9
+    min_quality: Annotated[
+        Ratio, Field(description="of the teacher's mean like probability; below it nothing is written")
+    ] = 0.98
+    min_diversity: Annotated[
+        Ratio, Field(description="of the teacher's mean distance between a user's samples; likewise")
+    ] = 0.9
     device: Device = "cpu"
     seed: Seed = 0
 
@@ -126,9 +153,12 @@ class GenerateConfig(Settings):
     decoder: DecoderSettings
     request: Location
     root: Location
-    items: Annotated[Location | None, Field(description="real items: for nearest_item_id, and to draw no copy of one")] = None
+    items: Annotated[
+        Location | None, Field(description="real items: for nearest_item_id, and to draw no copy of one")
+    ] = None
     interactions: Annotated[
-        InteractionSettings | None, Field(description="what the users rated until now; a `history` prior needs it, and `items`")
+        InteractionSettings | None,
+        Field(description="what the users rated until now; a `history` prior needs it, and `items`"),
     ] = None
     sampler: SamplerSettings = SamplerSettings()
     selection: SelectionSettings = SelectionSettings()
@@ -137,10 +167,14 @@ class GenerateConfig(Settings):
     limits: LimitSettings = LimitSettings()
     gate: GateSettings = GateSettings()
     prices: PriceSettings = PriceSettings()
-    num_images: Annotated[int, Field(gt=0, le=MAX_IMAGES, description="images a user, where the request does not say")] = 10
+    num_images: Annotated[
+        int, Field(gt=0, le=MAX_IMAGES, description="images a user, where the request does not say")
+    ] = 10
     run_date: Annotated[datetime.date | None, Field(description="default: today, UTC")] = None
     run_id: Annotated[Identifier | None, Field(description="default: the time and six random digits")] = None
-    error_budget: Annotated[Share, Field(description="share of items that may fail; above it nothing is published")] = 0.001
+    error_budget: Annotated[
+        Share, Field(description="share of items that may fail; above it nothing is published")
+    ] = 0.001
 
     def date(self) -> datetime.date:
         """The date the snapshot is for."""
@@ -155,9 +189,13 @@ class NightlyConfig(Settings):
     generate: GenerateConfig
     run_date: Annotated[datetime.date | None, Field(description="default: today, UTC")] = None
     train_every_days: Annotated[Few, Field(description="the prior is trained anew when it is as old")] = 1
-    catch_up: Annotated[int, Field(ge=0, le=1000, description="dates without a snapshot that are made up for, at most")] = 3
+    catch_up: Annotated[
+        int, Field(ge=0, le=1000, description="dates without a snapshot that are made up for, at most")
+    ] = 3
     keep_snapshots: Few = 7
-    grace_hours: Annotated[float, Field(ge=0, le=10**5, description="how long a reader may hold a snapshot that was followed")] = 48
+    grace_hours: Annotated[
+        float, Field(ge=0, le=10**5, description="how long a reader may hold a snapshot that was followed")
+    ] = 48
 
 
 def dated(config: C, date: datetime.date) -> C:
@@ -192,13 +230,17 @@ def read_values(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1).decode()
     except OSError as error:
-        raise UserError(f"config {path}: cannot be read ({error.strerror}); give an existing YAML file to --config") from None
+        raise UserError(
+            f"config {path}: cannot be read ({error.strerror}); give an existing YAML file to --config"
+        ) from None
     except ValueError as error:
         raise UserError(f"config {path}: not valid YAML ({error}); save it as UTF-8 text") from None
     values = read_yaml(text, where=f"config {path}")
     values = {} if values is None else values
     if not isinstance(values, dict):
-        raise UserError(f"config {path}: found {type(values).__name__} at the top, expected a mapping of settings")
+        raise UserError(
+            f"config {path}: found {type(values).__name__} at the top, expected a mapping of settings"
+        )
     return values
 
 
@@ -207,7 +249,8 @@ class ConfigLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for billions of values
-            raise yaml.MarkedYAMLError(problem="found an alias, write the value itself", problem_mark=self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="found an alias, write the value itself", problem_mark=mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -215,7 +258,10 @@ class ConfigLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"key {shown(key.value)} is there twice, keep one", problem_mark=key.start_mark)
+                    raise yaml.MarkedYAMLError(
+                        problem=f"key {shown(key.value)} is there twice, keep one",
+                        problem_mark=key.start_mark,
+                    )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -230,7 +276,9 @@ SCALARS = (  # kind, what it looks like, what it begins with
 )
 ConfigLoader.yaml_implicit_resolvers = {}
 for scalar, pattern, beginnings in SCALARS:
-    ConfigLoader.add_implicit_resolver(f"tag:yaml.org,2002:{scalar}", re.compile(f"^(?:{pattern})$"), beginnings)
+    ConfigLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{scalar}", re.compile(f"^(?:{pattern})$"), beginnings
+    )
 
 
 def read_yaml(text: str, *, where: str) -> Any:
@@ -240,16 +288,27 @@ def read_yaml(text: str, *, where: str) -> Any:
     try:
         return yaml.load(text, ConfigLoader)
     except RecursionError:
-        raise UserError(f"{where}: not valid YAML (nested too deeply); sections go three levels down") from None
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # all but the first: a value its tag does not fit
-        raise UserError(f"{where}: not valid YAML ({describe(error)}); mend that line, or quote the value") from None
+        raise UserError(
+            f"{where}: not valid YAML (nested too deeply); sections go three levels down"
+        ) from None
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        AttributeError,
+    ) as error:  # all but the first: a value its tag does not fit
+        raise UserError(
+            f"{where}: not valid YAML ({describe(error)}); mend that line, or quote the value"
+        ) from None
 
 
 def describe(error: Exception) -> str:
     """One line on what PyYAML did not like, and where."""
     mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
     problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else error
-    return shorten(str(problem), 200, placeholder=" …") + (f" in line {mark.line + 1}, column {mark.column + 1}" if mark else "")
+    return shorten(str(problem), 200, placeholder=" …") + (
+        f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    )
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -270,18 +329,26 @@ def parse_config(model: type[C], values: dict[str, Any], *, where: str) -> C:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")  # a misspelt key before the one it leaves out
+        first = min(
+            error.errors(), key=lambda found: found["type"] != "extra_forbidden"
+        )  # a misspelt key before the one it leaves out
         path = [str(part) for part in first["loc"]]
         key, found = ".".join(path), shown(first["input"])
         if first["type"] == "extra_forbidden":
             *parents, leaf = path
-            raise UserError(f"{where}: unknown key {shown(key)}; {did_you_mean(leaf, section_at(model, parents).model_fields)}") from None
+            raise UserError(
+                f"{where}: unknown key {shown(key)}; {did_you_mean(leaf, section_at(model, parents).model_fields)}"
+            ) from None
         if first["type"] == "missing" and isinstance(first["loc"][-1], str):
             raise UserError(f"{where}: key {key!r} is missing; set it in the file or as {key}=…") from None
         if first["type"] == "model_type":
             keys = shorten(", ".join(section_at(model, path).model_fields), 200, placeholder=" …")
-            raise UserError(f"{where}: {key} is a section, not the value {found}; set one of its keys ({keys})") from None
-        raise UserError(f"{where}: {shown(key)[1:-1]} = {found}: {first['msg'].removeprefix('Value error, ').lower()}") from None
+            raise UserError(
+                f"{where}: {key} is a section, not the value {found}; set one of its keys ({keys})"
+            ) from None
+        raise UserError(
+            f"{where}: {shown(key)[1:-1]} = {found}: {first['msg'].removeprefix('Value error, ').lower()}"
+        ) from None
 
 
 def section_at(model: type[Settings], parents: list[str]) -> type[Settings]:

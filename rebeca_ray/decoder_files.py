@@ -16,8 +16,25 @@ from rebeca_ray.settings import DecoderSettings
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SAFETY_PARTS = ("safety_checker", "feature_extractor")
-LOCATIONS = {"model", "revision", "ip_adapter", "ip_adapter_repo", "ip_adapter_revision", "vae", "lora", "engine_dir"}  # hashed instead
-INVISIBLE = {"backend", "triton", "batch_size", "num_actors", "cpus_per_actor", "device", "thumbnail_size"}  # in an image
+LOCATIONS = {
+    "model",
+    "revision",
+    "ip_adapter",
+    "ip_adapter_repo",
+    "ip_adapter_revision",
+    "vae",
+    "lora",
+    "engine_dir",
+}  # hashed instead
+INVISIBLE = {
+    "backend",
+    "triton",
+    "batch_size",
+    "num_actors",
+    "cpus_per_actor",
+    "device",
+    "thumbnail_size",
+}  # in an image
 INVISIBLE |= {"engine", "compile"}  # but for rounding
 
 
@@ -65,7 +82,9 @@ def find_model(settings: DecoderSettings) -> Path:
         from diffusers import StableDiffusionPipeline
 
         without = {} if settings.safety.checker == "stable-diffusion" else {"safety_checker": None}
-        return StableDiffusionPipeline.download(settings.model, revision=settings.revision, use_safetensors=True, **without)
+        return StableDiffusionPipeline.download(
+            settings.model, revision=settings.revision, use_safetensors=True, **without
+        )
 
     return fetched("model", settings.model, settings.model, fetch)
 
@@ -107,7 +126,9 @@ def find_lora(settings: DecoderSettings) -> Path | None:
     owner, _, rest = lora.partition("/")
     name, _, file = rest.partition("/")
     if is_local(lora) or not file.endswith(".safetensors"):
-        raise UserError(f"decoder.lora {lora}: no such .safetensors file; give a path, or owner/name/file.safetensors of a hub")
+        raise UserError(
+            f"decoder.lora {lora}: no such .safetensors file; give a path, or owner/name/file.safetensors of a hub"
+        )
     return fetched("lora", lora, f"{owner}/{name} {file}", lambda: hf_hub_download(f"{owner}/{name}", file))
 
 
@@ -160,12 +181,18 @@ def read_export(settings: DecoderSettings) -> dict[str, Any]:
         ) from None
     for key in ("model", "ip_adapter", "vae", "lora", "dtype", "image_size"):
         wanted = getattr(settings, key) or (told[key] if key == "image_size" else None)
-        if Path(str(wanted)).name != Path(str(told[key])).name:  # the same folder may lie elsewhere on another machine
-            raise UserError(f"decoder.engine_dir {folder}: exported with {key} {told[key]}, decoder.{key} is {wanted}; export it again")
+        if (
+            Path(str(wanted)).name != Path(str(told[key])).name
+        ):  # the same folder may lie elsewhere on another machine
+            raise UserError(
+                f"decoder.engine_dir {folder}: exported with {key} {told[key]}, decoder.{key} is {wanted}; export it again"
+            )
     for name, size in told["files"].items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else 0
         if found != size:
-            raise UserError(f"decoder.engine_dir {folder}: {name} has {found} bytes, {size} were exported; copy the folder again, whole")
+            raise UserError(
+                f"decoder.engine_dir {folder}: {name} has {found} bytes, {size} were exported; copy the folder again, whole"
+            )
     return told
 
 
@@ -183,8 +210,16 @@ def read_embed_dim(ip_adapter: Path) -> int:
 
 def hash_weights(files: DecoderFiles) -> dict[str, str]:
     """The sha256 of every file that decides what is drawn, by what it is for and not by where it lies."""
-    found = {f"{part}/{file.name}": file for part in (*PARTS, *SAFETY_PARTS) for file in (files.model / part).glob("*")}
-    found |= {f"{role}/{file.name}": file for role, file in (("ip_adapter", files.ip_adapter), ("lora", files.lora)) if file}
+    found = {
+        f"{part}/{file.name}": file
+        for part in (*PARTS, *SAFETY_PARTS)
+        for file in (files.model / part).glob("*")
+    }
+    found |= {
+        f"{role}/{file.name}": file
+        for role, file in (("ip_adapter", files.ip_adapter), ("lora", files.lora))
+        if file
+    }
     found |= {f"other_vae/{file.name}": file for file in files.vae.glob("*")} if files.vae else {}
     weights = {}
     for name, file in found.items():
@@ -213,9 +248,13 @@ def convert_pickle(pickle: Path, out: Path) -> int:
     except OSError as error:
         raise UserError(f"{pickle}: cannot be read ({error.strerror}); nothing is written") from None
     except UnpicklingError:  # its text advises to load the file all the same
-        raise UserError(f"{pickle}: holds something else than tensors, which might be code; nothing of it was run or written") from None
+        raise UserError(
+            f"{pickle}: holds something else than tensors, which might be code; nothing of it was run or written"
+        ) from None
     except Exception as error:  # junk makes the unpickler stumble in many ways
-        raise UserError(f"{pickle}: is not a file torch saved ({type(error).__name__}); nothing is written") from None
+        raise UserError(
+            f"{pickle}: is not a file torch saved ({type(error).__name__}); nothing is written"
+        ) from None
     tensors = {}
 
     def collect(value: Any, name: str) -> None:
@@ -225,7 +264,9 @@ def convert_pickle(pickle: Path, out: Path) -> int:
             for key, inner in value.items():
                 collect(inner, f"{name}.{key}" if name else str(key))
         else:
-            raise UserError(f"{pickle}: {name or 'the file'} is a {type(value).__name__}, expected tensors; nothing is written")
+            raise UserError(
+                f"{pickle}: {name or 'the file'} is a {type(value).__name__}, expected tensors; nothing is written"
+            )
 
     collect(told, "")
     save_file(tensors, out)

@@ -117,6 +117,8 @@ def build_decoder(settings: DecoderSettings) -> Decoder:
         from rebeca_ray.triton import TritonDecoder
 
         return TritonDecoder(settings)
-    from rebeca_ray.local_decoder import LocalDecoder  # here, so that processes that only read and write start without torch
+    from rebeca_ray.local_decoder import (
+        LocalDecoder,  # here, so that processes that only read and write start without torch
+    )
 
     return LocalDecoder(settings)

@@ -15,7 +15,7 @@ import torch
 from rebeca_ray.decoding import Rows
 from rebeca_ray.errors import UserError
 from rebeca_ray.networks import Networks
-from rebeca_ray.sampling import item_noise
+from rebeca_ray.noise import item_noise
 from rebeca_ray.settings import DecoderSettings
 
 
@@ -28,7 +28,9 @@ class DenoisingLoop:
         try:
             self.scheduler.set_timesteps(settings.num_inference_steps)
         except ValueError as error:
-            raise UserError(f"decoder.num_inference_steps {settings.num_inference_steps}: {' '.join(str(error).split())}") from None
+            raise UserError(
+                f"decoder.num_inference_steps {settings.num_inference_steps}: {' '.join(str(error).split())}"
+            ) from None
         self.latent_size = networks.image_size // networks.pixels_a_latent
 
     @torch.inference_mode()
@@ -57,7 +59,9 @@ class DenoisingLoop:
             scaled = self.scheduler.scale_model_input(latents, timestep).to(dtype)
             if guided:
                 scaled = scaled.repeat(2, 1, 1, 1)
-            predicted = networks.unet(scaled, timestep.expand(len(scaled)), text_BLH, image_BKH, scale_B).float()
+            predicted = networks.unet(
+                scaled, timestep.expand(len(scaled)), text_BLH, image_BKH, scale_B
+            ).float()
             if guided:
                 conditional, unconditional = predicted.chunk(2)
                 predicted = unconditional + guidance_B * (conditional - unconditional)
@@ -71,7 +75,13 @@ class DenoisingLoop:
         """Text tokens [B, L, H]; each distinct prompt is encoded once."""
         distinct = sorted(set(prompts))
         tokenizer = self.networks.tokenizer
-        tokens = tokenizer(distinct, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
+        tokens = tokenizer(
+            distinct,
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
         encoded = self.networks.text_encoder(tokens.input_ids.to(self.networks.device))
         return encoded[[distinct.index(prompt) for prompt in prompts]]
 

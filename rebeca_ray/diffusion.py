@@ -50,13 +50,17 @@ class Diffusion:
     def build(cls, settings: DiffusionSettings, device: torch.device | str = "cpu") -> "Diffusion":
         power = alphas_cumprod(settings)
         half_log_snr = 0.5 * (power.log() - (1 - power).log())
-        return cls(settings, power.sqrt().float().to(device), (1 - power).sqrt().float().to(device), half_log_snr)
+        return cls(
+            settings, power.sqrt().float().to(device), (1 - power).sqrt().float().to(device), half_log_snr
+        )
 
     def coefficients(self, timestep_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """alpha and sigma at `timestep_T` (one a row, or one for all), each [T, 1]."""
         return self.alpha[timestep_T][:, None], self.sigma[timestep_T][:, None]
 
-    def add_noise(self, x0_BD: torch.Tensor, noise_BD: torch.Tensor, timestep_T: torch.Tensor) -> torch.Tensor:
+    def add_noise(
+        self, x0_BD: torch.Tensor, noise_BD: torch.Tensor, timestep_T: torch.Tensor
+    ) -> torch.Tensor:
         """`x_t` [B, D] (Ho et al. 2020, eq. 4)."""
         alpha, sigma = self.coefficients(timestep_T)
         return alpha * x0_BD + sigma * noise_BD
@@ -70,7 +74,9 @@ class Diffusion:
         alpha, sigma = self.coefficients(timestep_T)
         return alpha * noise_BD - sigma * x0_BD
 
-    def denoised(self, prediction_BD: torch.Tensor, x_BD: torch.Tensor, timestep_T: torch.Tensor) -> torch.Tensor:
+    def denoised(
+        self, prediction_BD: torch.Tensor, x_BD: torch.Tensor, timestep_T: torch.Tensor
+    ) -> torch.Tensor:
         """The estimate of `x_0` that a prediction stands for, [B, D]."""
         if self.settings.prediction_type == "sample":
             return prediction_BD
@@ -90,4 +96,6 @@ class Diffusion:
     def inference_timesteps(self, num_inference_steps: int) -> list[int]:
         """`num_inference_steps` timesteps from T-1 downwards, evenly spaced ("trailing")."""
         steps = self.settings.num_train_timesteps
-        return [round(steps - index * steps / num_inference_steps) - 1 for index in range(num_inference_steps)]
+        return [
+            round(steps - index * steps / num_inference_steps) - 1 for index in range(num_inference_steps)
+        ]

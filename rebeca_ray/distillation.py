@@ -22,11 +22,11 @@ from rebeca_ray.errors import QualityGateError, UserError
 from rebeca_ray.feedback import with_rated
 from rebeca_ray.finishing import USERS_AT_ONCE, factors_of, training_blocks
 from rebeca_ray.histories import build_histories
-from rebeca_ray.items import read_image_embeds
+from rebeca_ray.items import check_items_fit, read_image_embeds
+from rebeca_ray.noise import item_noise
 from rebeca_ray.outputs import require_own, require_writable
 from rebeca_ray.prior import LIKE, Prior
-from rebeca_ray.request import check_items_fit
-from rebeca_ray.sampling import dpm_solver_pp_2m, guided_denoiser, item_noise, sample_liked
+from rebeca_ray.sampling import dpm_solver_pp_2m, guided_denoiser, sample_liked
 from rebeca_ray.settings import PriorSampling, SamplerSettings
 
 TEACHER_STEPS = 4  # of the teacher for one of the student
@@ -73,7 +73,10 @@ def distill_prior(config: DistillConfig) -> dict[str, float]:
     student = replace(
         teacher,
         network=network.eval(),
-        sampling=PriorSampling(prior_guidance_scale=teacher.sampling.prior_guidance_scale, distilled_steps=config.num_inference_steps),
+        sampling=PriorSampling(
+            prior_guidance_scale=teacher.sampling.prior_guidance_scale,
+            distilled_steps=config.num_inference_steps,
+        ),
         curve="epoch,train_loss\n" + "".join(f"{epoch},{loss:.6g}\n" for epoch, loss in enumerate(losses, 1)),
     )
     figures = compare(teacher, student, diffusion, judged)
@@ -104,7 +107,9 @@ def check_teacher(teacher: TrainedPrior, config: DistillConfig) -> None:
         )
     if teacher.settings.user_encoder == "history":
         if config.interactions is None or config.items is None:
-            raise UserError(f"prior {config.prior}: knows users by their history; set `interactions` and `items`")
+            raise UserError(
+                f"prior {config.prior}: knows users by their history; set `interactions` and `items`"
+            )
         check_items_fit(config.items, read_prior_config(config.prior))
 
 
@@ -116,7 +121,11 @@ def known_users(teacher: TrainedPrior, config: DistillConfig) -> tuple[KnownUser
     """
     selector = teacher.selector
     if teacher.settings.user_encoder != "history" or config.interactions is None or config.items is None:
-        rows = teacher.user_rows if teacher.user_rows is not None else teacher.network.null_user_UH.detach()[None]
+        rows = (
+            teacher.user_rows
+            if teacher.user_rows is not None
+            else teacher.network.null_user_UH.detach()[None]
+        )
         chosen = np.linspace(0, len(rows) - 1, min(config.num_users, len(rows))).astype(int)
         factors = selector.rows_VF[chosen] if selector is not None and selector.rows_VF is not None else None
         everybody = KnownUsers(token_GUH=rows[chosen], factor_GF=factors)
@@ -128,21 +137,36 @@ def known_users(teacher: TrainedPrior, config: DistillConfig) -> tuple[KnownUser
     block = next(training_blocks(build_histories(config.interactions, items.item_id, config.storage)))
     chosen = np.linspace(0, len(block.counts_V) - 1, min(config.num_users, len(block.counts_V))).astype(int)
     if len(chosen) < MIN_USERS:
-        raise UserError(f"interactions {config.interactions.path}: {len(chosen)} users; give at least {MIN_USERS} to learn and judge on")
+        raise UserError(
+            f"interactions {config.interactions.path}: {len(chosen)} users; give at least {MIN_USERS} to learn and judge on"
+        )
     apart = np.arange(len(chosen)) % 5 == 0
 
     def meet(user_G: np.ndarray) -> KnownUsers:
         parts = [user_G[start : start + USERS_AT_ONCE] for start in range(0, len(user_G), USERS_AT_ONCE)]
-        histories = (block.history(part, teacher.settings.max_history).look_up(x0_ID, config.device) for part in parts)
-        tokens = [teacher.user_tokens(block.user_index_V[part], history) for part, history in zip(parts, histories, strict=True)]
-        return KnownUsers(token_GUH=torch.cat(tokens), factor_GF=None if selector is None else factors_of(selector, block, user_G, x0_ID))
+        histories = (
+            block.history(part, teacher.settings.max_history).look_up(x0_ID, config.device) for part in parts
+        )
+        tokens = [
+            teacher.user_tokens(block.user_index_V[part], history)
+            for part, history in zip(parts, histories, strict=True)
+        ]
+        return KnownUsers(
+            token_GUH=torch.cat(tokens),
+            factor_GF=None if selector is None else factors_of(selector, block, user_G, x0_ID),
+        )
 
     return meet(chosen[~apart]), meet(chosen[apart])
 
 
 @torch.inference_mode()
 def draw_trajectories(
-    teacher: TrainedPrior, diffusion: Diffusion, users: KnownUsers, timesteps: Sequence[int], count: int, seed: int
+    teacher: TrainedPrior,
+    diffusion: Diffusion,
+    users: KnownUsers,
+    timesteps: Sequence[int],
+    count: int,
+    seed: int,
 ) -> Trajectories:
     """Solve `count` guided trajectories of random users, `TEACHER_STEPS` steps for one of the student's."""
     row_N = np.random.default_rng(seed).integers(0, len(users.token_GUH), count)
@@ -154,16 +178,24 @@ def draw_trajectories(
             print(f"{start:,} of {count:,} of the teacher's trajectories drawn", flush=True)
         row = torch.from_numpy(row_N[start : start + TILE]).to(users.token_GUH.device)
         own = torch.arange(len(row), device=row.device)
-        guided = guided_denoiser(teacher.network, diffusion, users.token_GUH[row], own, teacher.sampling.prior_guidance_scale)
+        guided = guided_denoiser(
+            teacher.network, diffusion, users.token_GUH[row], own, teacher.sampling.prior_guidance_scale
+        )
         passed: list[torch.Tensor] = []
 
-        def denoise(x_BD: torch.Tensor, timestep: int, guided: Denoiser = guided, passed: list[torch.Tensor] = passed) -> torch.Tensor:
+        def denoise(
+            x_BD: torch.Tensor, timestep: int, guided: Denoiser = guided, passed: list[torch.Tensor] = passed
+        ) -> torch.Tensor:
             if timestep in timesteps:
                 passed.append(x_BD)
             return guided(x_BD, timestep)
 
         seeds = [seed * 2**40 + number for number in range(start, start + len(row))]
-        ends.append(dpm_solver_pp_2m(denoise, item_noise(seeds, teacher.network.embed_dim, row.device), fine, diffusion))
+        ends.append(
+            dpm_solver_pp_2m(
+                denoise, item_noise(seeds, teacher.network.embed_dim, row.device), fine, diffusion
+            )
+        )
         points.append(torch.stack(passed))
     return Trajectories(row_N=row_N, x_SND=torch.cat(points, dim=1), x0_ND=torch.cat(ends))
 
@@ -181,12 +213,19 @@ def targets(drawn: Trajectories, timesteps: Sequence[int], diffusion: Diffusion)
 
 
 def fit_student(
-    network: Prior, diffusion: Diffusion, users: KnownUsers, drawn: Trajectories, timesteps: Sequence[int], config: DistillConfig
+    network: Prior,
+    diffusion: Diffusion,
+    users: KnownUsers,
+    drawn: Trajectories,
+    timesteps: Sequence[int],
+    config: DistillConfig,
 ) -> list[float]:
     """Train the denoiser in place, users' tokens as they are; returns the mean loss of each epoch."""
     goal_SND, device = targets(drawn, timesteps, diffusion), drawn.x0_ND.device
     count, token_GUH = len(drawn.row_N), users.token_GUH.clone()
-    optimizer = torch.optim.AdamW(network.denoiser.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        network.denoiser.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True
+    )
     steps = config.max_epochs * -(-count * len(timesteps) // config.batch_size)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=steps)
     row_N, timestep_S = torch.from_numpy(drawn.row_N).to(device), torch.tensor(timesteps, device=device)
@@ -210,7 +249,9 @@ def fit_student(
     return losses
 
 
-def compare(teacher: TrainedPrior, student: TrainedPrior, diffusion: Diffusion, users: KnownUsers) -> dict[str, float]:
+def compare(
+    teacher: TrainedPrior, student: TrainedPrior, diffusion: Diffusion, users: KnownUsers
+) -> dict[str, float]:
     """How close the student comes with the same users and noise, drawn for neither's training.
 
     `student_quality` is the ratio of the selector's mean like probabilities; without a selector, the mean cosine of the two.
@@ -222,7 +263,11 @@ def compare(teacher: TrainedPrior, student: TrainedPrior, diffusion: Diffusion, 
     drawn = []
     for prior in (teacher, student):
         sampler = SamplerSettings().resolve(prior.sampling, steps)
-        drawn.append(sample_liked(prior.network, diffusion, users.token_GUH, row_N, range(2**50, 2**50 + len(row_N)), sampler))
+        drawn.append(
+            sample_liked(
+                prior.network, diffusion, users.token_GUH, row_N, range(2**50, 2**50 + len(row_N)), sampler
+            )
+        )
     cosine = float(F.cosine_similarity(drawn[0], drawn[1]).mean())
     spread = []
     for x_ND in drawn:
@@ -232,5 +277,8 @@ def compare(teacher: TrainedPrior, student: TrainedPrior, diffusion: Diffusion, 
     if teacher.selector is None or users.factor_GF is None:
         return {**found, "student_quality": cosine}
     factor_NF = users.factor_GF[row_N]
-    like = [float(teacher.selector.like_probability(x_ND.to(factor_NF.device), factor_NF).mean()) for x_ND in drawn]
+    like = [
+        float(teacher.selector.like_probability(x_ND.to(factor_NF.device), factor_NF).mean())
+        for x_ND in drawn
+    ]
     return {**found, "teacher_like": like[0], "student_like": like[1], "student_quality": like[1] / like[0]}

@@ -17,7 +17,12 @@ Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/tr
 </rdf:RDF></x:xmpmeta><?xpacket end="r"?>"""
 
 
-def encode_image(image_YX3: np.ndarray, image_format: Literal["JPEG", "WEBP", "PNG"], quality: int, max_size: int | None = None) -> bytes:
+def encode_image(
+    image_YX3: np.ndarray,
+    image_format: Literal["JPEG", "WEBP", "PNG"],
+    quality: int,
+    max_size: int | None = None,
+) -> bytes:
     """Encode a uint8 image; with `max_size`, shrink it first so that no side is longer. WebP at 100 is lossless."""
     image = Image.fromarray(image_YX3)
     if max_size is not None:

@@ -48,7 +48,9 @@ def user_error(error: BaseException | None) -> UserError | None:
     if error is None:
         return None
     failures = getattr(error, "worker_failures", None) or {}  # Ray Train: one exception a rank
-    arguments = [inner for inner in error.args if isinstance(inner, BaseException)]  # ActorDiedError: the constructor's
+    arguments = [
+        inner for inner in error.args if isinstance(inner, BaseException)
+    ]  # ActorDiedError: the constructor's
     for inner in (getattr(error, "cause", None), error.__cause__, *failures.values(), *arguments):
         if found := user_error(inner):
             return found
@@ -59,12 +61,16 @@ def storage_error(error: BaseException) -> UserError | None:
     """A full disk, a lost server or a permission withdrawn during a job, as the mistake of nobody's code."""
     from botocore.exceptions import BotoCoreError
 
-    from rebeca_ray.storage import describe
-
-    if not isinstance(error, BotoCoreError | PermissionError) and getattr(error, "errno", None) not in (ENOSPC, EDQUOT, EROFS):
+    if not isinstance(error, BotoCoreError | PermissionError) and getattr(error, "errno", None) not in (
+        ENOSPC,
+        EDQUOT,
+        EROFS,
+    ):
         return None
     file = getattr(error, "filename", None)
-    return StorageError(f"{file or 'storage'}: {describe(error)}; nothing was published; mend the place, or give another, and run again")
+    return StorageError(
+        f"{file or 'storage'}: {describe(error)}; nothing was published; mend the place, or give another, and run again"
+    )
 
 
 def shown(value: object) -> str:
@@ -74,3 +80,9 @@ def shown(value: object) -> str:
     except ValueError:  # an integer with more digits than Python prints
         text = "a number of thousands of digits"
     return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def describe(error: BaseException) -> str:
+    """One line of an exception: its system message if it has one."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split())[:200]

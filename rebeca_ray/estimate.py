@@ -54,13 +54,29 @@ def estimate(config: GenerateConfig, *, images_per_second: float | None = None) 
             f"catalog {config.root}: no run has measured anything there yet; give --images-per-second of one decoder actor, "
             "or generate for a few users first"
         )
-    run = Run(root=config.root.rstrip("/"), run_date=config.date().isoformat(), run_id=f"estimate-{new_run_id()}", epoch=0)
-    note = {"run_id": run.run_id, "run_date": "estimate", "begun_at": datetime.now(UTC).isoformat(timespec="seconds"), "described": {}}
+    run = Run(
+        root=config.root.rstrip("/"),
+        run_date=config.date().isoformat(),
+        run_id=f"estimate-{new_run_id()}",
+        epoch=0,
+    )
+    note = {
+        "run_id": run.run_id,
+        "run_date": "estimate",
+        "begun_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "described": {},
+    }
     write_json(note, join(run.work, "run.json"))  # so that no collection takes it meanwhile
     try:
         histories = request_histories(config, run)
         decisions = decide_all(
-            config, run, load_prior(config.prior), histories, previous, decoder.fingerprint(config.decoder), lambda: None
+            config,
+            run,
+            load_prior(config.prior),
+            histories,
+            previous,
+            decoder.fingerprint(config.decoder),
+            lambda: None,
         )
     finally:
         delete(run.work)
@@ -68,7 +84,11 @@ def estimate(config: GenerateConfig, *, images_per_second: float | None = None) 
 
 
 def foresee(
-    config: GenerateConfig, decisions: Decisions, requested: int, previous: Snapshot | None, images_per_second: float | None = None
+    config: GenerateConfig,
+    decisions: Decisions,
+    requested: int,
+    previous: Snapshot | None,
+    images_per_second: float | None = None,
 ) -> Estimate:
     """From decisions that are made. A stage takes what starting it took last time, and its share of the work for each actor."""
     stages = previous.manifest["measured"]["stages"] if previous else {}
@@ -77,7 +97,9 @@ def foresee(
     render = seconds_of(stages.get("render"), padded(images, batch, actors), actors, images_per_second, batch)
     plan = seconds_of(stages.get("plan"), images, config.sampler.num_actors, None, 1)
     last_requested = previous.manifest["counts"]["requested"] if previous else requested
-    other = sum(stages[name]["seconds"] for name in OTHERS if name in stages) * max(1.0, requested / last_requested)
+    other = sum(stages[name]["seconds"] for name in OTHERS if name in stages) * max(
+        1.0, requested / last_requested
+    )
     image_rows = [row for row in previous.files.to_pylist() if row["table"] == "images"] if previous else []
     bytes_an_image = sum(row["bytes"] for row in image_rows) / max(1, sum(row["rows"] for row in image_rows))
     return priced(
@@ -90,7 +112,9 @@ def foresee(
     )
 
 
-def seconds_of(stage: dict[str, float] | None, rows: int, actors: int, rows_per_second: float | None, batch: int) -> float:
+def seconds_of(
+    stage: dict[str, float] | None, rows: int, actors: int, rows_per_second: float | None, batch: int
+) -> float:
     """Seconds of a stage that actors do: what it took to start them, then the rows at their rate."""
     if stage is None:
         return rows / (rows_per_second * actors) if rows_per_second else 0.0
@@ -106,10 +130,14 @@ def padded(rows: int, batch: int, actors: int) -> int:
 
 
 def tables_bytes(previous: Snapshot | None) -> int:
-    return sum(row["bytes"] for row in previous.files.to_pylist() if row["table"] != "images") if previous else 0
+    return (
+        sum(row["bytes"] for row in previous.files.to_pylist() if row["table"] != "images") if previous else 0
+    )
 
 
-def spent(config: GenerateConfig, decisions: Decisions, requested: int, progress: Progress, bytes_written: int) -> Estimate:
+def spent(
+    config: GenerateConfig, decisions: Decisions, requested: int, progress: Progress, bytes_written: int
+) -> Estimate:
     """The same figures of a run that is done."""
     seconds = {name: stage["seconds"] for name, stage in progress.stages.items()}
     other = sum(seconds.get(name, 0.0) for name in OTHERS)
@@ -142,7 +170,12 @@ def priced(
     files = 2 * ceil(images / config.layout.images_per_file)  # each with its record
     requests = files + TABLES_A_BUCKET * config.layout.num_buckets
     prices = config.prices
-    cost = gpu * prices.gpu_hour + cpu * prices.cpu_hour + bytes_written / GIB * prices.gib_month + requests / 1e6 * prices.million_requests
+    cost = (
+        gpu * prices.gpu_hour
+        + cpu * prices.cpu_hour
+        + bytes_written / GIB * prices.gib_month
+        + requests / 1e6 * prices.million_requests
+    )
     return Estimate(
         requested_items=requested_items,
         planned_users=planned_users,

@@ -40,7 +40,9 @@ def export_decoder(settings: DecoderSettings, out: Path) -> dict[str, Path]:
     try:
         import onnx
     except ImportError:
-        raise UserError("export: the packages onnx and onnxscript are missing; run `pip install 'rebeca-ray[onnx]'`") from None
+        raise UserError(
+            "export: the packages onnx and onnxscript are missing; run `pip install 'rebeca-ray[onnx]'`"
+        ) from None
     if out.exists():
         raise UserError(f"--out {out}: is there already; remove it, or give another folder")
     if settings.engine != "torch" or settings.dtype == "bfloat16":
@@ -49,7 +51,9 @@ def export_decoder(settings: DecoderSettings, out: Path) -> dict[str, Path]:
             "float32 or float16; set decoder.engine=torch decoder.engine_dir=null decoder.dtype=float16"
         )
     if settings.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("export: decoder.device is cuda, torch sees no GPU here; set decoder.device=cpu: the graphs are the same")
+        raise UserError(
+            "export: decoder.device is cuda, torch sees no GPU here; set decoder.device=cpu: the graphs are the same"
+        )
     networks = load_torch_networks(settings.model_copy(update={"compile": False}))
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -60,9 +64,17 @@ def export_decoder(settings: DecoderSettings, out: Path) -> dict[str, Path]:
         onnx.checker.check_model(path, full_check=True)
     networks.tokenizer.save_pretrained(unfinished / "tokenizer")
     (unfinished / "scheduler").mkdir()
-    (unfinished / "scheduler" / "scheduler_config.json").write_text(json.dumps(networks.scheduler_config, indent=2, default=str))
-    files = {str(path.relative_to(unfinished)): path.stat().st_size for path in sorted(unfinished.rglob("*")) if path.is_file()}
-    (unfinished / "decoder.json").write_text(json.dumps({**description(settings, networks), "files": files}, indent=2))
+    (unfinished / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps(networks.scheduler_config, indent=2, default=str)
+    )
+    files = {
+        str(path.relative_to(unfinished)): path.stat().st_size
+        for path in sorted(unfinished.rglob("*"))
+        if path.is_file()
+    }
+    (unfinished / "decoder.json").write_text(
+        json.dumps({**description(settings, networks), "files": files}, indent=2)
+    )
     unfinished.rename(out)
     return {name: out / f"{name}.onnx" for name in NAMES}
 
@@ -124,7 +136,9 @@ def description(settings: DecoderSettings, networks: Networks) -> dict[str, Any]
     }
 
 
-def exported_networks(settings: DecoderSettings, load: Callable[[Path, str], Callable[..., torch.Tensor]]) -> Networks:
+def exported_networks(
+    settings: DecoderSettings, load: Callable[[Path, str], Callable[..., torch.Tensor]]
+) -> Networks:
     """The networks in `settings.engine_dir`, each loaded by `load(folder, name)`.
 
     Raises UserError if that is no exported decoder, or one of another model, precision or image size than the settings say.

@@ -14,18 +14,18 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.layout import POOL, for_each_bucket
+from rebeca_ray.catalog.layout import POOL
 from rebeca_ray.catalog.read import Snapshot, open_snapshot
 from rebeca_ray.catalog.snapshots import list_snapshots
-from rebeca_ray.errors import StorageError, UserError, user_error
+from rebeca_ray.errors import StorageError, UserError, describe, user_error
 from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
 from rebeca_ray.interactions import only_ratings
 from rebeca_ray.items import EmbeddedItems
+from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.storage import (
     PARQUET,
     UNREACHABLE,
     arrow_filesystem,
-    describe,
     exists,
     is_damage,
     join,
@@ -52,7 +52,9 @@ def with_rated(items: EmbeddedItems, root: str, interactions: str) -> EmbeddedIt
     )
 
 
-def find_rated(root: str, interactions: str, item_id: np.ndarray, embed_dim: int, clip: str | None) -> pa.Table:
+def find_rated(
+    root: str, interactions: str, item_id: np.ndarray, embed_dim: int, clip: str | None
+) -> pa.Table:
     """The generated items that `interactions` rate: `schemas.embedded_items`, sorted by id.
 
     `item_id` are the real items. An item is looked for among those of the user who rated it, and among those that strangers share, in
@@ -64,10 +66,14 @@ def find_rated(root: str, interactions: str, item_id: np.ndarray, embed_dim: int
     folder = join(root, "rated", f"{clip or 'clip'}-{embed_dim}")
     kept = read_kept(folder, rated, embed_dim)
     for manifest in reversed(list_snapshots(root)):
-        missing = rated.filter(pc.invert(pc.is_in(rated["item_id"], value_set=kept["item_id"].combine_chunks())))
+        missing = rated.filter(
+            pc.invert(pc.is_in(rated["item_id"], value_set=kept["item_id"].combine_chunks()))
+        )
         if not missing.num_rows:
             break
-        if manifest.get("embed_dim", embed_dim) != embed_dim or (clip and manifest.get("clip") and manifest["clip"] != clip):
+        if manifest.get("embed_dim", embed_dim) != embed_dim or (
+            clip and manifest.get("clip") and manifest["clip"] != clip
+        ):
             continue
         try:
             found = find_in(open_snapshot(root, manifest["path"]), missing)
@@ -75,7 +81,9 @@ def find_rated(root: str, interactions: str, item_id: np.ndarray, embed_dim: int
             why = user_error(error)
             if isinstance(why, StorageError):
                 raise
-            if exists(join(root, manifest["path"], "manifest.json")):  # or it was collected since it was listed
+            if exists(
+                join(root, manifest["path"], "manifest.json")
+            ):  # or it was collected since it was listed
                 print(f"warning: {why}; ratings of its items are left out", file=sys.stderr)
             continue
         if found.num_rows:
@@ -95,10 +103,16 @@ def ratings_of_others(interactions: str, item_id: np.ndarray) -> pa.Table:
     try:
         dataset = pyarrow.dataset.dataset(files, filesystem=arrow_filesystem(filesystem), format=PARQUET)
         if "event" in columns:
-            only_ratings(dataset.to_table(columns=["event"]), interactions)  # a strange one is told with its row
-        table = dataset.to_table(columns=[name for name in columns if name in ("user_id", "item_id", "event")], filter=wanted)
+            only_ratings(
+                dataset.to_table(columns=["event"]), interactions
+            )  # a strange one is told with its row
+        table = dataset.to_table(
+            columns=[name for name in columns if name in ("user_id", "item_id", "event")], filter=wanted
+        )
     except (pa.ArrowException, *UNREACHABLE) as error:
-        raise UserError(f"interactions {interactions}: not readable as Parquet ({describe(error)}); write it again") from None
+        raise UserError(
+            f"interactions {interactions}: not readable as Parquet ({describe(error)}); write it again"
+        ) from None
     table = only_ratings(table, interactions)
     pairs = pa.table({name: plain(table[name]).cast(pa.string()) for name in ("user_id", "item_id")})
     return pairs.drop_null().group_by(["user_id", "item_id"]).aggregate([])
@@ -110,12 +124,17 @@ def read_kept(folder: str, rated: pa.Table, embed_dim: int) -> pa.Table:
     files = [open_filesystem(file)[1] for file in list_files(folder, ".parquet")]
     try:
         dataset = pyarrow.dataset.dataset(
-            files, schema=schemas.embedded_items(embed_dim), filesystem=arrow_filesystem(filesystem), format=PARQUET
+            files,
+            schema=schemas.embedded_items(embed_dim),
+            filesystem=arrow_filesystem(filesystem),
+            format=PARQUET,
         )
         return each_once(dataset.to_table(filter=pc.field("item_id").isin(rated["item_id"].combine_chunks())))
     except (pa.ArrowException, *UNREACHABLE) as error:
         if not is_damage(error):
-            raise StorageError(f"rated items {folder}: cannot be read ({describe(error)}); check the network and the credentials") from None
+            raise StorageError(
+                f"rated items {folder}: cannot be read ({describe(error)}); check the network and the credentials"
+            ) from None
         raise UserError(
             f"rated items {folder}: not readable ({describe(error)}); restore what is damaged, or remove it: what a snapshot still has is "
             "found again"
@@ -137,7 +156,9 @@ def find_in(snapshot: Snapshot, missing: pa.Table) -> pa.Table:
 
     def find(bucket: int) -> pa.Table:
         names = ["user_id", "item_id"]
-        found = hits(snapshot.items(names, sorted(users[bucket])))["user_id"].unique()  # of these alone embeddings, which are much to read
+        found = hits(snapshot.items(names, sorted(users[bucket])))[
+            "user_id"
+        ].unique()  # of these alone embeddings, which are much to read
         return hits(snapshot.items([*names, "image_embeds"], found)).drop_columns(["user_id"])
 
     return each_once(pa.concat_tables(for_each_bucket(find, buckets))).sort_by("item_id")

@@ -63,12 +63,19 @@ def factors_of(selector: Selector, block: UserBlock, user_G: np.ndarray, x0_ID: 
     """The selector's factors [G, F+1] of some users of a block."""
     parts = [user_G[start : start + USERS_AT_ONCE] for start in range(0, len(user_G), USERS_AT_ONCE)]
     device = selector.popularity.weight.device
-    return torch.cat([selector.user_factors(block.history(part, MAX_HISTORY).look_up(x0_ID, device)) for part in parts])
+    return torch.cat(
+        [selector.user_factors(block.history(part, MAX_HISTORY).look_up(x0_ID, device)) for part in parts]
+    )
 
 
 def factors_of_all(selector: Selector, histories: Histories, x0_ID: np.ndarray) -> torch.Tensor:
     """The selector's factors [V, F+1] of every user, in the order of user_index."""
-    return torch.cat([factors_of(selector, block, np.arange(len(block.counts_V)), x0_ID) for block in training_blocks(histories)])
+    return torch.cat(
+        [
+            factors_of(selector, block, np.arange(len(block.counts_V)), x0_ID)
+            for block in training_blocks(histories)
+        ]
+    )
 
 
 def held_out_auc(selector: Selector, histories: Histories, x0_ID: np.ndarray) -> float | None:
@@ -101,16 +108,23 @@ def choose_guidance(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray
     diffusion = Diffusion.build(prior.diffusion)
     sweep = []
     for scale in GUIDANCE_SCALES:
-        sampler = SamplerSettings(num_inference_steps=steps, prior_guidance_scale=scale).resolve(prior.sampling, timesteps)
+        sampler = SamplerSettings(num_inference_steps=steps, prior_guidance_scale=scale).resolve(
+            prior.sampling, timesteps
+        )
         x_ND = sample_liked(prior.network, diffusion, tokens, row_N, range(len(row_N)), sampler)
         like = float(prior.selector.like_probability(x_ND, factors[torch.from_numpy(row_N)]).mean())
         nearest_GS = nearest_items(F.normalize(x_ND), unit_ID)[0].view(len(user_G), -1)
         distinct = float(np.mean([len(row.unique()) / len(row) for row in nearest_GS]))
         sweep.append((scale, like, distinct))
-        print(f"guidance {scale:g}: like probability {like:.3f}, {distinct:.0%} of a user's samples distinct", flush=True)
+        print(
+            f"guidance {scale:g}: like probability {like:.3f}, {distinct:.0%} of a user's samples distinct",
+            flush=True,
+        )
         if distinct < MIN_DISTINCT:
             break
-    allowed = [point for point in sweep if point[2] >= MIN_DISTINCT] or [max(sweep, key=lambda point: point[2])]
+    allowed = [point for point in sweep if point[2] >= MIN_DISTINCT] or [
+        max(sweep, key=lambda point: point[2])
+    ]
     chosen = max(allowed, key=lambda point: point[1])
     if chosen[2] < MIN_DISTINCT:
         print(
@@ -121,4 +135,6 @@ def choose_guidance(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray
         )
     metrics = {f"like_probability_at_guidance_{scale:g}": like for scale, like, _ in sweep}
     metrics |= {f"distinct_at_guidance_{scale:g}": distinct for scale, _, distinct in sweep}
-    return replace(prior, sampling=PriorSampling(prior_guidance_scale=chosen[0]), metrics={**prior.metrics, **metrics})
+    return replace(
+        prior, sampling=PriorSampling(prior_guidance_scale=chosen[0]), metrics={**prior.metrics, **metrics}
+    )

@@ -26,17 +26,26 @@ class Fit:
         self.prior = Prior(network, embed_dim).to(device)
         self.table = None
         if network.user_encoder == "id":
-            self.table = UserTable(num_users, network.num_user_tokens, network.width, seed=optimization.seed, device=device)
+            self.table = UserTable(
+                num_users, network.num_user_tokens, network.width, seed=optimization.seed, device=device
+            )
         self.average = AveragedModel(self.prior, multi_avg_fn=get_ema_multi_avg_fn(optimization.ema_decay))
         self.optimizer = torch.optim.AdamW(
-            self.prior.parameters(), lr=optimization.learning_rate, weight_decay=optimization.weight_decay, fused=True
+            self.prior.parameters(),
+            lr=optimization.learning_rate,
+            weight_decay=optimization.weight_decay,
+            fused=True,
         )
         self.schedule: LRScheduler
         if optimization.schedule == "plateau":
-            self.schedule = ReduceLROnPlateau(self.optimizer, factor=optimization.plateau_factor, patience=optimization.plateau_patience)
+            self.schedule = ReduceLROnPlateau(
+                self.optimizer, factor=optimization.plateau_factor, patience=optimization.plateau_patience
+            )
         else:
             epochs = optimization.max_epochs
-            self.schedule = LambdaLR(self.optimizer, lambda epoch: min(1.0, 1.6 * (1 - epoch / (epochs + 0.5))))
+            self.schedule = LambdaLR(
+                self.optimizer, lambda epoch: min(1.0, 1.6 * (1 - epoch / (epochs + 0.5)))
+            )
         self.user_learning_rate_a_step = optimization.user_learning_rate / optimization.learning_rate
         self.epoch, self.best_loss, self.stale_epochs, self.diverged = 0, math.inf, 0, ""
         self.curve: list[list[float]] = []
@@ -53,7 +62,15 @@ class Fit:
             self.schedule.step()
         self.stale_epochs = 0 if val_loss < self.best_loss else self.stale_epochs + 1
         self.best_loss = min(self.best_loss, val_loss)
-        self.curve.append([self.epoch, round(train_loss, 6), round(val_loss, 6), self.learning_rate, round(samples_per_second)])
+        self.curve.append(
+            [
+                self.epoch,
+                round(train_loss, 6),
+                round(val_loss, 6),
+                self.learning_rate,
+                round(samples_per_second),
+            ]
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -78,7 +95,11 @@ class Fit:
         self.average.n_averaged.fill_(state["num_averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.epoch, self.best_loss, self.stale_epochs = state["epoch"], state["best_loss"], state["stale_epochs"]
+        self.epoch, self.best_loss, self.stale_epochs = (
+            state["epoch"],
+            state["best_loss"],
+            state["stale_epochs"],
+        )
         self.diverged, self.curve = state["diverged"], state["curve"]
 
 
@@ -101,11 +122,19 @@ class DenoisingLoss(nn.Module):
         device = x0_BD.device
         drop = torch.rand(2, len(x0_BD), device=device, generator=generator)
         user_BUH = user_tokens(self.prior, users, row_B)
-        user_BUH = torch.where((drop[0] < self.optimization.user_dropout)[:, None, None], self.prior.null_user_UH, user_BUH)
+        user_BUH = torch.where(
+            (drop[0] < self.optimization.user_dropout)[:, None, None], self.prior.null_user_UH, user_BUH
+        )
         rating_B = torch.where(drop[1] < self.optimization.rating_dropout, NULL_RATING, like_B)
-        timestep_B = torch.randint(0, self.diffusion.settings.num_train_timesteps, (len(x0_BD),), device=device, generator=generator)
+        timestep_B = torch.randint(
+            0, self.diffusion.settings.num_train_timesteps, (len(x0_BD),), device=device, generator=generator
+        )
         noise_BD = torch.randn(x0_BD.shape, device=device, generator=generator)
-        prediction = self.prior(self.diffusion.add_noise(x0_BD, noise_BD, timestep_B), timestep_B, self.prior.condition(user_BUH, rating_B))
+        prediction = self.prior(
+            self.diffusion.add_noise(x0_BD, noise_BD, timestep_B),
+            timestep_B,
+            self.prior.condition(user_BUH, rating_B),
+        )
         return self.diffusion.loss(prediction, self.diffusion.target(x0_BD, noise_BD, timestep_B))
 
 

@@ -15,7 +15,6 @@ from rebeca_ray.catalog.lease import Lease, hold_lease
 from rebeca_ray.catalog.pointer import Pointer, read_pointer
 from rebeca_ray.catalog.read import Snapshot, published
 from rebeca_ray.checkpoint import TrainedPrior, load_prior
-from rebeca_ray.cluster import require_room, start_ray
 from rebeca_ray.config import GenerateConfig, Resume
 from rebeca_ray.decoder_files import DecoderIdentity, identify_decoder
 from rebeca_ray.errors import QualityGateError, StorageError, UnfinishedError, UserError, user_error
@@ -23,13 +22,16 @@ from rebeca_ray.estimate import foresee, spent
 from rebeca_ray.outputs import require_writable
 from rebeca_ray.planning import plan_items, request_histories
 from rebeca_ray.progress import Progress, watchdog
+from rebeca_ray.ray_runtime import require_room, start_ray
 from rebeca_ray.refresh import decide_all
 from rebeca_ray.rendering import check_renderer, render_all, seconds_so_far
 from rebeca_ray.request import check_request
 from rebeca_ray.resume import begin, choose_run, describe_run, unfinished_runs
 from rebeca_ray.storage import delete, exists, join, read_json, write_json
 
-ASSEMBLE_RESERVE = 1.5  # of the seconds that the last assembling took: rendering stops so long before `publish_by`
+ASSEMBLE_RESERVE = (
+    1.5  # of the seconds that the last assembling took: rendering stops so long before `publish_by`
+)
 
 
 def generate_catalog(
@@ -53,7 +55,11 @@ def generate_catalog(
     require_writable(config.root, "root")
     prior = load_prior(config.prior)  # a damaged one is found now, not by every actor
     published(config.root)  # likewise
-    versions = {"prior": prior.fingerprint, "decoder": decoder.fingerprint(config.decoder), "code": rebeca_ray.__version__}
+    versions = {
+        "prior": prior.fingerprint,
+        "decoder": decoder.fingerprint(config.decoder),
+        "code": rebeca_ray.__version__,
+    }
     run_date = config.date()
     with (
         emptied_if_refused(config.root, first_ever),
@@ -71,7 +77,10 @@ def generate_catalog(
         if resumed:
             print(f"resuming run {run_id}, begun at {begun['begun_at']}", flush=True)
         progress = Progress()
-        begun_at = min(datetime.datetime.fromisoformat(begun["begun_at"]), since or datetime.datetime.max.replace(tzinfo=datetime.UTC))
+        begun_at = min(
+            datetime.datetime.fromisoformat(begun["begun_at"]),
+            since or datetime.datetime.max.replace(tzinfo=datetime.UTC),
+        )
         with (
             forgotten_if_refused(run, lease, resumed=resumed),
             watchdog(progress, config.limits.stall_minutes, dump_to=run.work, on_stall=lease.release),
@@ -103,7 +112,12 @@ def forgotten_if_refused(run: Run, lease: Lease, *, resumed: bool) -> Iterator[N
         found = user_error(error)
         if isinstance(found, StorageError):
             raise UnfinishedError(f"{found}. Start run {run.run_id} again: it resumes") from None
-        if found is not None and found.exit_code == UserError.exit_code and not resumed and not exists(join(run.work, "plan.json")):
+        if (
+            found is not None
+            and found.exit_code == UserError.exit_code
+            and not resumed
+            and not exists(join(run.work, "plan.json"))
+        ):
             lease.check()
             delete(run.work)
         raise
@@ -149,12 +163,17 @@ def make_snapshot(
         decisions = decide_all(config, run, prior, histories, previous, versions["decoder"], progress.move)
     foreseen = foresee(config, decisions, requested, previous) if previous else None
     if foreseen:
-        print(f"{foreseen.images:,} images to draw for {foreseen.planned_users:,} users; some {60 * foreseen.hours:.1f} min", flush=True)
+        print(
+            f"{foreseen.images:,} images to draw for {foreseen.planned_users:,} users; some {60 * foreseen.hours:.1f} min",
+            flush=True,
+        )
     plan_items(config, run, versions, histories, previous, decisions, progress)
     with progress.stage("test"):
         permutation, refused_plan = check_plan(run, config.gate)
     if refused_plan and not force:
-        raise QualityGateError(f"{refused_plan}. Nothing was rendered or published; look at the prior's training.csv, or train it longer")
+        raise QualityGateError(
+            f"{refused_plan}. Nothing was rendered or published; look at the prior's training.csv, or train it longer"
+        )
     drawn_seconds = seconds_so_far(run, decisions) if config.limits.max_gpu_hours else 0.0
     deadline = deadline_of(config, begun_at, previous, drawn_seconds)
     rendered = render_all(config, run, decisions, progress, deadline=deadline, retry_failed=retry_failed)
@@ -171,7 +190,10 @@ def make_snapshot(
         parts = (read_json(join(run.work, "plan.json")) or {})["parts"]
         manifest = assemble(run, made, decisions, parts, rendered, previous, requested, progress.move)
         manifest["quality"] = {"permutation": permutation.figures() if permutation else None}
-        refused = [*filter(None, [refused_plan]), *refusals(manifest, previous.manifest if previous else None, config.gate)]
+        refused = [
+            *filter(None, [refused_plan]),
+            *refusals(manifest, previous.manifest if previous else None, config.gate),
+        ]
         manifest["gate"] = {"refused": refused, "forced": bool(refused) and force}
         manifest["measured"] = {"stages": measured(config, progress, previous)}
         manifest["foreseen"] = asdict(foreseen) if foreseen else None
@@ -190,7 +212,13 @@ def make_snapshot(
 def check_cluster(config: GenerateConfig) -> None:
     """Raise UserError for actors that would never start, before anything is planned."""
     sampler, decoder = config.sampler, config.decoder
-    require_room("sampler.num_actors", workers=sampler.num_actors, cpus=sampler.cpus_per_actor, device=sampler.device, spare_cpus=1)
+    require_room(
+        "sampler.num_actors",
+        workers=sampler.num_actors,
+        cpus=sampler.cpus_per_actor,
+        device=sampler.device,
+        spare_cpus=1,
+    )
     served = decoder.backend == "triton"  # then the GPU is the server's
     require_room(
         "decoder.num_actors",
@@ -203,7 +231,9 @@ def check_cluster(config: GenerateConfig) -> None:
     check_renderer(decoder)
 
 
-def deadline_of(config: GenerateConfig, begun_at: datetime.datetime, previous: Snapshot | None, drawn_seconds: float) -> float | None:
+def deadline_of(
+    config: GenerateConfig, begun_at: datetime.datetime, previous: Snapshot | None, drawn_seconds: float
+) -> float | None:
     """When rendering must stop, in seconds since 1970: so that assembling ends by `publish_by`, or when the GPU hours are spent.
 
     Of those, `drawn_seconds` were spent by earlier attempts.
@@ -216,11 +246,15 @@ def deadline_of(config: GenerateConfig, begun_at: datetime.datetime, previous: S
         last = previous.manifest["measured"]["stages"]["assemble"]["seconds"] if previous else 0.0
         ends.append(end.timestamp() - ASSEMBLE_RESERVE * last)
     if config.limits.max_gpu_hours is not None:
-        ends.append(time.time() + (3600 * config.limits.max_gpu_hours - drawn_seconds) / config.decoder.num_actors)
+        ends.append(
+            time.time() + (3600 * config.limits.max_gpu_hours - drawn_seconds) / config.decoder.num_actors
+        )
     return min(ends, default=None)
 
 
-def measured(config: GenerateConfig, progress: Progress, previous: Snapshot | None) -> dict[str, dict[str, float]]:
+def measured(
+    config: GenerateConfig, progress: Progress, previous: Snapshot | None
+) -> dict[str, dict[str, float]]:
     """What estimates are made from: the stages of this attempt, of those that actors did with their number.
 
     A stage in which there was nothing to do tells what it told the last time.

@@ -19,7 +19,14 @@ import pyarrow.parquet as pq
 from rebeca_ray import schemas
 from rebeca_ray.errors import UserError
 from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
-from rebeca_ray.interactions import Interactions, history_digests, interactions_of, no_users, normalise, read_columns
+from rebeca_ray.interactions import (
+    Interactions,
+    history_digests,
+    interactions_of,
+    no_users,
+    normalise,
+    read_columns,
+)
 from rebeca_ray.settings import InteractionSettings
 from rebeca_ray.storage import (
     UNREACHABLE,
@@ -80,7 +87,9 @@ def bucket_file(uri: str, bucket: int) -> str:
     return join(uri, f"bucket-{bucket:05d}.parquet")
 
 
-def build_histories(settings: InteractionSettings, item_id: np.ndarray, storage: str, *, multiple_of: int = 1) -> Histories:
+def build_histories(
+    settings: InteractionSettings, item_id: np.ndarray, storage: str, *, multiple_of: int = 1
+) -> Histories:
     """Group the interactions by user into a folder below `storage`; an earlier one of the same input is used again.
 
     `item_id` are the embedded items, into which `item_index` counts. The number of buckets is a multiple of `multiple_of`. Raises
@@ -114,7 +123,9 @@ def build_histories(settings: InteractionSettings, item_id: np.ndarray, storage:
 
 def fingerprint(settings: InteractionSettings, item_id: np.ndarray) -> str:
     """Changes with the settings, the files (by name, size and time of change) and the items."""
-    return hash128(settings.model_dump_json(), describe_files(settings.path, "interactions"), *item_id.tolist())
+    return hash128(
+        settings.model_dump_json(), describe_files(settings.path, "interactions"), *item_id.tolist()
+    )
 
 
 def count_rows(uri: str) -> int:
@@ -134,7 +145,7 @@ def build_in_buckets(
     import ray
     from ray.data import ExecutionResources
 
-    from rebeca_ray.cluster import start_ray
+    from rebeca_ray.ray_runtime import start_ray
 
     start_ray()
     files, _ = open_table(settings.path, "interactions")
@@ -143,11 +154,18 @@ def build_in_buckets(
     split_filesystem, split_path = open_filesystem(split)
     delete(split)
     interactions = ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem))
-    interactions.context.execution_options.resource_limits = ExecutionResources(object_store_memory=BYTES_IN_FLIGHT)
+    interactions.context.execution_options.resource_limits = ExecutionResources(
+        object_store_memory=BYTES_IN_FLIGHT
+    )
     interactions.context.target_max_block_size = BYTES_A_BLOCK
     (
         interactions.select_columns(columns)
-        .map_batches(AddBucket(num_buckets, settings.path), batch_format="pyarrow", batch_size=ROWS_A_BLOCK, zero_copy_batch=True)
+        .map_batches(
+            AddBucket(num_buckets, settings.path),
+            batch_format="pyarrow",
+            batch_size=ROWS_A_BLOCK,
+            zero_copy_batch=True,
+        )
         .write_parquet(split_path, filesystem=arrow_filesystem(split_filesystem), partition_cols=["bucket"])
     )
     shared = ray.put(items)
@@ -156,7 +174,12 @@ def build_in_buckets(
         users, digest = build_bucket(settings, split, ray.get(shared), out, int(row["id"]))
         return {"bucket": row["id"], "users": users, "digest": digest}
 
-    built = ray.data.range(num_buckets, override_num_blocks=num_buckets).map(build).to_pandas().sort_values("bucket")
+    built = (
+        ray.data.range(num_buckets, override_num_blocks=num_buckets)
+        .map(build)
+        .to_pandas()
+        .sort_values("bucket")
+    )
     delete(split)
     return list(zip(built["users"].astype(int).tolist(), built["digest"].tolist(), strict=True))
 
@@ -169,17 +192,27 @@ class AddBucket:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         batch = normalise(batch, self.uri)
-        users = batch["user_id"].combine_chunks().dictionary_encode()  # a null user is anybody's bucket, which will refuse it
-        of_user = np.array([bucket_of(user, self.num_buckets) for user in users.dictionary.to_pylist()], np.int32)
+        users = (
+            batch["user_id"].combine_chunks().dictionary_encode()
+        )  # a null user is anybody's bucket, which will refuse it
+        of_user = np.array(
+            [bucket_of(user, self.num_buckets) for user in users.dictionary.to_pylist()], np.int32
+        )
         codes = users.indices.fill_null(0).to_numpy()
-        return batch.append_column("bucket", pa.array(of_user[codes] if len(of_user) else np.zeros(len(codes), np.int32)))
+        return batch.append_column(
+            "bucket", pa.array(of_user[codes] if len(of_user) else np.zeros(len(codes), np.int32))
+        )
 
 
-def build_bucket(settings: InteractionSettings, split: str, items: ItemIndex, out: str, bucket: int) -> tuple[int, str]:
+def build_bucket(
+    settings: InteractionSettings, split: str, items: ItemIndex, out: str, bucket: int
+) -> tuple[int, str]:
     folder = join(split, f"bucket={bucket}")
     filesystem, path = open_filesystem(folder)
     if not filesystem.exists(path):  # no user's hash fell here
-        write_table(schemas.HISTORIES.empty_table(), bucket_file(out, bucket), row_group_size=USERS_A_ROW_GROUP)
+        write_table(
+            schemas.HISTORIES.empty_table(), bucket_file(out, bucket), row_group_size=USERS_A_ROW_GROUP
+        )
         return 0, ""
     ratings = known_items(normalise(read_table(folder, "interactions"), settings.path), items, settings)
     return write_bucket(interactions_of(ratings, settings), items, settings.path, out, bucket)
@@ -203,7 +236,9 @@ def known_items(ratings: pa.Table, items: ItemIndex, settings: InteractionSettin
     return ratings.filter(known)
 
 
-def write_bucket(interactions: Interactions, items: ItemIndex, uri: str, out: str, bucket: int) -> tuple[int, str]:
+def write_bucket(
+    interactions: Interactions, items: ItemIndex, uri: str, out: str, bucket: int
+) -> tuple[int, str]:
     """Write one bucket's file; returns how many users it holds and a digest of their histories."""
     table = histories_table(interactions, index_items(interactions, items, uri), bucket)
     write_table(table, bucket_file(out, bucket), row_group_size=USERS_A_ROW_GROUP)
@@ -222,7 +257,9 @@ def histories_table(interactions: Interactions, item_index: np.ndarray, bucket: 
             "user_id": interactions.user_id,
             "bucket": np.full(interactions.num_users, bucket, np.int32),
             "place": np.arange(interactions.num_users, dtype=np.int32),
-            "num_likes": np.bincount(interactions.user_index, weights=interactions.like, minlength=interactions.num_users).astype(np.int32),
+            "num_likes": np.bincount(
+                interactions.user_index, weights=interactions.like, minlength=interactions.num_users
+            ).astype(np.int32),
             "history_digest": history_digests(interactions),
             "item_index": lists(item_index, pa.int32()),
             "like": lists(interactions.like, pa.int8()),
@@ -248,7 +285,12 @@ def index_items(interactions: Interactions, items: ItemIndex, uri: str) -> np.nd
 
 def user_table(histories: Histories) -> pa.Table:
     """The `users.parquet` of a prior with a row a user: who has which `user_index`, with how many likes."""
-    table = read_table(histories.uri, "histories", ["user_id", "bucket", "place", "num_likes", "history_digest"])
+    table = read_table(
+        histories.uri, "histories", ["user_id", "bucket", "place", "num_likes", "history_digest"]
+    )
     user_index = histories.first_user_index[table["bucket"].to_numpy()] + table["place"].to_numpy()
     columns = {"user_id": table["user_id"], "user_index": user_index.astype(np.int32)}
-    return pa.table({**columns, "num_likes": table["num_likes"], "history_digest": table["history_digest"]}, schema=schemas.PRIOR_USERS)
+    return pa.table(
+        {**columns, "num_likes": table["num_likes"], "history_digest": table["history_digest"]},
+        schema=schemas.PRIOR_USERS,
+    )

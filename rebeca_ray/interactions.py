@@ -15,9 +15,21 @@ from rebeca_ray.errors import UserError
 from rebeca_ray.identity import hash128
 from rebeca_ray.settings import InteractionSettings
 from rebeca_ray.storage import read_table
-from rebeca_ray.tables import MAX_EXAMPLES, check_columns, check_ids, check_rows, check_texts, plain, refuse, row_numbers
+from rebeca_ray.tables import (
+    MAX_EXAMPLES,
+    check_columns,
+    check_ids,
+    check_rows,
+    check_texts,
+    plain,
+    refuse,
+    row_numbers,
+)
 
-FIRST_TIME, LAST_TIME = np.datetime64("0001-01-01", "us").astype(int), np.datetime64("9999-12-31", "us").astype(int)
+FIRST_TIME, LAST_TIME = (
+    np.datetime64("0001-01-01", "us").astype(int),
+    np.datetime64("9999-12-31", "us").astype(int),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +72,9 @@ def interactions_of(table: pa.Table, settings: InteractionSettings) -> Interacti
     not depend on the file's order.
     """
     table = validate(table, settings)
-    user_id, item_id = (table[name].to_numpy(zero_copy_only=False).astype(str) for name in ("user_id", "item_id"))
+    user_id, item_id = (
+        table[name].to_numpy(zero_copy_only=False).astype(str) for name in ("user_id", "item_id")
+    )
     like = likes(table, settings.like_threshold)
 
     users, user_of = np.unique(user_id, return_inverse=True)
@@ -68,7 +82,9 @@ def interactions_of(table: pa.Table, settings: InteractionSettings) -> Interacti
     new_index = np.cumsum(kept) - 1
     rows = np.flatnonzero(kept[user_of])
     timestamp = (
-        table["timestamp"].fill_null(0).cast(pa.int64()).to_numpy() if "timestamp" in table.column_names else np.zeros(len(like), np.int64)
+        table["timestamp"].fill_null(0).cast(pa.int64()).to_numpy()
+        if "timestamp" in table.column_names
+        else np.zeros(len(like), np.int64)
     )
     rows = rows[np.lexsort((item_id[rows], timestamp[rows], user_of[rows]))]
     user_index = new_index[user_of[rows]].astype(np.int32)
@@ -84,7 +100,9 @@ def interactions_of(table: pa.Table, settings: InteractionSettings) -> Interacti
 
 def read_columns(uri: str) -> pa.Table:
     """The interaction columns of `uri` in memory, as `check_columns` finds them."""
-    return normalise(read_table(uri, "interactions", check_columns(uri, "interactions", schemas.INTERACTIONS)), uri)
+    return normalise(
+        read_table(uri, "interactions", check_columns(uri, "interactions", schemas.INTERACTIONS)), uri
+    )
 
 
 def normalise(table: pa.Table, uri: str) -> pa.Table:
@@ -100,8 +118,14 @@ def normalise(table: pa.Table, uri: str) -> pa.Table:
         except pa.ArrowInvalid:
             raise off_the_calendar(uri) from None
     if "rating" in table.column_names:  # one that is too large for the type is off the scale too
-        table = table.set_column(table.column_names.index("rating"), "rating", plain(table["rating"]).cast(pa.float32(), safe=False))
-    return table.cast(pa.schema([schemas.INTERACTIONS.field(name).with_nullable(True) for name in table.column_names]))
+        table = table.set_column(
+            table.column_names.index("rating"),
+            "rating",
+            plain(table["rating"]).cast(pa.float32(), safe=False),
+        )
+    return table.cast(
+        pa.schema([schemas.INTERACTIONS.field(name).with_nullable(True) for name in table.column_names])
+    )
 
 
 def only_ratings(table: pa.Table, uri: str) -> pa.Table:
@@ -111,12 +135,21 @@ def only_ratings(table: pa.Table, uri: str) -> pa.Table:
     event = pc.fill_null(plain(table["event"]), "")
     check_texts(event, "interactions", uri, "event")
     bad = pc.invert(pc.is_in(event, value_set=pa.array(["", *schemas.EVENTS])))
-    refuse("interactions", uri, bad, "an event that is neither rating nor impression", row_numbers(bad), "name it so, or leave it null")
+    refuse(
+        "interactions",
+        uri,
+        bad,
+        "an event that is neither rating nor impression",
+        row_numbers(bad),
+        "name it so, or leave it null",
+    )
     return table.filter(pc.not_equal(event, "impression")).drop_columns(["event"])
 
 
 def off_the_calendar(uri: str) -> UserError:
-    return UserError(f"interactions {uri}: column 'timestamp' leaves the years 1 to 9999; look at its unit, mend it or drop it")
+    return UserError(
+        f"interactions {uri}: column 'timestamp' leaves the years 1 to 9999; look at its unit, mend it or drop it"
+    )
 
 
 def validate(table: pa.Table, settings: InteractionSettings) -> pa.Table:
@@ -193,5 +226,10 @@ def hold_out(user_id: np.ndarray, user_index: np.ndarray, item_id: np.ndarray, s
 def history_digests(interactions: Interactions) -> list[str]:
     """One digest a user of the whole history, times and hold-out included, to tell later whether it changed."""
     bounds = np.searchsorted(interactions.user_index, np.arange(interactions.num_users + 1))
-    told = [f"{item}={like}@{at}" for item, like, at in zip(interactions.item_id, interactions.like, interactions.timestamp, strict=True)]
+    told = [
+        f"{item}={like}@{at}"
+        for item, like, at in zip(
+            interactions.item_id, interactions.like, interactions.timestamp, strict=True
+        )
+    ]
     return [hash128(*told[start:stop]) for start, stop in pairwise(bounds)]

@@ -15,16 +15,14 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
 from rebeca_ray import schemas
-from rebeca_ray.cluster import require_room, start_ray
 from rebeca_ray.config import EmbedConfig
-from rebeca_ray.errors import UserError, did_you_mean, shown
+from rebeca_ray.errors import UserError, describe, did_you_mean, shown
 from rebeca_ray.outputs import require_own, require_writable
-from rebeca_ray.parts import WithoutThose
+from rebeca_ray.ray_runtime import WithoutThose, require_room, start_ray
 from rebeca_ray.storage import (
     UNREACHABLE,
     arrow_filesystem,
     delete,
-    describe,
     join,
     open_filesystem,
     open_table,
@@ -64,11 +62,21 @@ class EmbedImages:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         encoded = pc.struct_field(batch["image"], "bytes")  # null where the whole image is
-        images = [self.preprocess(open_image(value, item)) for value, item in zip(encoded.to_pylist(), batch["item_id"], strict=True)]
+        images = [
+            self.preprocess(open_image(value, item))
+            for value, item in zip(encoded.to_pylist(), batch["item_id"], strict=True)
+        ]
         with self.torch.inference_mode():
-            embeds = self.model.encode_image(self.torch.stack(images).to(self.device), normalize=False).float().cpu().numpy()
+            embeds = (
+                self.model.encode_image(self.torch.stack(images).to(self.device), normalize=False)
+                .float()
+                .cpu()
+                .numpy()
+            )
         assert len(embeds) == batch.num_rows
-        column = pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(embeds.shape[1]))
+        column = pa.FixedSizeListArray.from_arrays(
+            pa.array(embeds.ravel()), type=schemas.image_embeds(embeds.shape[1])
+        )
         kept = [name for name in batch.column_names if name not in ("image", "image_embeds")]
         return batch.select(kept).append_column("image_embeds", column)
 
@@ -81,7 +89,9 @@ def open_image(encoded: bytes | None, item_id: pa.Scalar) -> Any:
         return Image.open(io.BytesIO(encoded or b"")).convert("RGB")
     except Exception as error:  # a broken file makes the decoders raise anything
         why = "not an image" if isinstance(error, UnidentifiedImageError) else describe(error)
-        raise UserError(f"items: the image of {shown(item_id.as_py())} cannot be decoded ({why}); mend or drop that item") from None
+        raise UserError(
+            f"items: the image of {shown(item_id.as_py())} cannot be decoded ({why}); mend or drop that item"
+        ) from None
 
 
 def load_clip(name: str) -> tuple[Any, Any]:
@@ -95,9 +105,13 @@ def load_clip(name: str) -> tuple[Any, Any]:
     schemed = name.startswith(("local-dir:", "hf-hub:"))
     architecture, tag = (name, None) if schemed else name.split("/", 1) if "/" in name else (name, "")
     if not schemed and not tag:
-        raise UserError(f"clip {name!r}: names no weights; give local-dir:DIR, hf-hub:REPO or ARCHITECTURE/TAG")
+        raise UserError(
+            f"clip {name!r}: names no weights; give local-dir:DIR, hf-hub:REPO or ARCHITECTURE/TAG"
+        )
     if not schemed and architecture not in open_clip.list_models():
-        raise UserError(f"clip {name!r}: unknown architecture; {did_you_mean(architecture, open_clip.list_models())}")
+        raise UserError(
+            f"clip {name!r}: unknown architecture; {did_you_mean(architecture, open_clip.list_models())}"
+        )
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(architecture, pretrained=tag)
     except (FileNotFoundError, RuntimeError, ValueError, OSError) as error:
@@ -124,7 +138,9 @@ def clip_fingerprint(name: str) -> str:
         with safe_open(folder / "open_clip_model.safetensors", framework="numpy"):
             pass
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"clip {name!r}: {folder} is damaged ({type(error).__name__}: {error}); save it again with open_clip") from None
+        raise UserError(
+            f"clip {name!r}: {folder} is damaged ({type(error).__name__}: {error}); save it again with open_clip"
+        ) from None
     return digest.hexdigest()[:16]
 
 
@@ -137,24 +153,40 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:
     read_item_ids(config.items)
     files, _ = open_table(config.items, "items")
     if f"{config.items}/".startswith(f"{config.out.rstrip('/')}/"):
-        raise UserError(f"out {config.out}: holds the items themselves and would be replaced; choose another folder")
+        raise UserError(
+            f"out {config.out}: holds the items themselves and would be replaced; choose another folder"
+        )
     filesystem, _ = open_filesystem(config.items)
     out_filesystem, out_path = open_filesystem(config.out)
     require_own(config.out, "out", MARKER, "clip")
     fingerprint = clip_fingerprint(config.clip)
     require_writable(config.out, "out")
-    kept = read_item_ids(config.out) if only_new and (read_json(join(config.out, MARKER)) or {}).get("clip") == fingerprint else None
+    kept = (
+        read_item_ids(config.out)
+        if only_new and (read_json(join(config.out, MARKER)) or {}).get("clip") == fingerprint
+        else None
+    )
     if kept is not None and np.isin(read_item_ids(config.items), kept).all():
         return 0
     start_ray()
-    require_room("num_actors", workers=config.num_actors, cpus=config.cpus_per_actor, device=config.device, spare_cpus=1)
+    require_room(
+        "num_actors",
+        workers=config.num_actors,
+        cpus=config.cpus_per_actor,
+        device=config.device,
+        spare_cpus=1,
+    )
     import ray
 
     items = ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem))
     if kept is not None:
-        items = items.map_batches(WithoutThose(ray.put(pa.array(kept))), batch_format="pyarrow", batch_size=None)
+        items = items.map_batches(
+            WithoutThose(ray.put(pa.array(kept))), batch_format="pyarrow", batch_size=None
+        )
     dataset = (
-        items.repartition(target_num_rows_per_block=config.batch_size)  # a small file is one block, which one actor would get
+        items.repartition(
+            target_num_rows_per_block=config.batch_size
+        )  # a small file is one block, which one actor would get
         .map_batches(
             EmbedImages,
             fn_constructor_args=(config.clip, config.device),
@@ -171,7 +203,11 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:
     write_json(UNFINISHED, join(config.out, MARKER))  # a crash from here on makes the next run embed all
     dataset.write_parquet(out_path, filesystem=arrow_filesystem(out_filesystem))
     embedded = dataset.count()
-    meta = {"clip": fingerprint, "clip_name": config.clip, "rows": embedded + (0 if kept is None else len(kept))}
+    meta = {
+        "clip": fingerprint,
+        "clip_name": config.clip,
+        "rows": embedded + (0 if kept is None else len(kept)),
+    }
     write_json(meta, join(config.out, MARKER))
     return embedded
 
@@ -214,7 +250,9 @@ def embeds_in_batches(uri: str, rows: int) -> Iterator[pa.Array]:
 def checked_embeds(column: pa.Array, item_id: np.ndarray, uri: str) -> np.ndarray:
     """The embeddings in a column as an array. Raises UserError for any that is missing, of another size, zero or not finite."""
     if column.null_count:
-        raise UserError(f"items {uri}: {column.null_count} of {len(column)} image_embeds are null; embed those items again")
+        raise UserError(
+            f"items {uri}: {column.null_count} of {len(column)} image_embeds are null; embed those items again"
+        )
     sizes = pc.unique(pc.list_value_length(column)).to_pylist()
     if len(sizes) != 1:
         raise several_sizes(uri, sizes)
@@ -224,12 +262,16 @@ def checked_embeds(column: pa.Array, item_id: np.ndarray, uri: str) -> np.ndarra
     bad = ~np.isfinite(length) | (length == 0)
     if bad.any():
         names = ", ".join(shown(name)[1:-1] for name in item_id[bad][:3].tolist())
-        raise UserError(f"items {uri}: {bad.sum()} of {len(bad)} image_embeds are zero or not finite ({names}); embed those items again")
+        raise UserError(
+            f"items {uri}: {bad.sum()} of {len(bad)} image_embeds are zero or not finite ({names}); embed those items again"
+        )
     return values
 
 
 def several_sizes(uri: str, sizes: list[int]) -> UserError:
-    return UserError(f"items {uri}: image_embeds has rows of {len(sizes)} sizes ({sizes[:3]}); every item needs the same D")
+    return UserError(
+        f"items {uri}: image_embeds has rows of {len(sizes)} sizes ({sizes[:3]}); every item needs the same D"
+    )
 
 
 def read_item_ids(uri: str) -> np.ndarray:
@@ -255,5 +297,19 @@ def embedded_with(uri: str) -> tuple[int, str | None]:
         raise UserError(f"items {uri}: the first row has no image_embeds; drop it, or embed the items again")
     marker = read_json(join(uri, MARKER))
     if marker == UNFINISHED:
-        raise UserError(f"items {uri}: the embedding that wrote them did not finish; run `rebeca embed` again")
+        raise UserError(
+            f"items {uri}: the embedding that wrote them did not finish; run `rebeca embed` again"
+        )
     return embed_dim, marker["clip"] if marker else None
+
+
+def check_items_fit(items: str, prior: dict[str, Any]) -> None:
+    """Raise UserError for real items that the prior's embeddings cannot be compared with."""
+    embed_dim, clip = embedded_with(items)
+    wanted = prior["scaler"]["embed_dim"]
+    if embed_dim != wanted or (clip and prior["clip"] and clip != prior["clip"]):
+        raise UserError(
+            f"items {items}: embeddings of size {embed_dim} by CLIP {clip}, the prior knows size {wanted} by CLIP {prior['clip']}; "
+            "give the items it was trained on, or leave `items` out"
+        )
+    check_image_embeds(items)

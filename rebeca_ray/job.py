@@ -2,16 +2,24 @@
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
-from rich.console import Console
 
-from rebeca_ray.config import DistillConfig, EmbedConfig, GenerateConfig, NightlyConfig, Resume, TrainConfig, dated, load_config
-from rebeca_ray.errors import QualityGateError, UserError, user_error
+from rebeca_ray.config import (
+    DistillConfig,
+    EmbedConfig,
+    GenerateConfig,
+    NightlyConfig,
+    Resume,
+    TrainConfig,
+    dated,
+    load_config,
+)
+from rebeca_ray.console import console, plain_errors
+from rebeca_ray.errors import QualityGateError, UserError
 from rebeca_ray.settings import DecoderSettings, Settings
 from rebeca_ray.storage import join
 
@@ -20,7 +28,6 @@ if TYPE_CHECKING:
     from rebeca_ray.catalog.key_values import Format
     from rebeca_ray.catalog.verify import Level
 
-console = Console(soft_wrap=True)  # a log is searched line by line
 
 C = TypeVar("C", bound=Settings)
 
@@ -37,7 +44,9 @@ def train(config: TrainConfig) -> None:
     from rebeca_ray.training import train_prior
 
     metrics = train_prior(config)
-    console.print(f"prior -> {config.out}  (validation loss {metrics['val_loss']:.4f}, epoch {metrics['best_epoch']:.0f})")
+    console.print(
+        f"prior -> {config.out}  (validation loss {metrics['val_loss']:.4f}, epoch {metrics['best_epoch']:.0f})"
+    )
 
 
 def distill(config: DistillConfig) -> None:
@@ -46,28 +55,40 @@ def distill(config: DistillConfig) -> None:
 
     figures = distill_prior(config)
     quality, passes = figures["student_quality"], config.num_inference_steps
-    console.print(f"distilled prior -> {config.out}  ({quality:.1%} of the teacher's quality in {passes} passes)")
+    console.print(
+        f"distilled prior -> {config.out}  ({quality:.1%} of the teacher's quality in {passes} passes)"
+    )
 
 
-def generate(config: GenerateConfig, *, resume: Resume = "auto", retry_failed: bool = False, force: bool = False) -> None:
+def generate(
+    config: GenerateConfig, *, resume: Resume = "auto", retry_failed: bool = False, force: bool = False
+) -> None:
     """Prior + decoder + request -> a published snapshot."""
     from rebeca_ray.generation import generate_catalog
 
     config = dated(config, config.date())
-    print_published(generate_catalog(config, resume=resume, retry_failed=retry_failed, force=force), config.root)
+    print_published(
+        generate_catalog(config, resume=resume, retry_failed=retry_failed, force=force), config.root
+    )
 
 
 def print_published(manifest: dict[str, Any], root: str) -> None:
     """What was published, in lines for a log."""
     counts, seconds = manifest["counts"], manifest["seconds"]
     told = ", ".join(
-        f"{counts[kind]:,} {kind}" for kind in ("new", "carried", "population", "failed", "filtered", "deferred") if counts[kind]
+        f"{counts[kind]:,} {kind}"
+        for kind in ("new", "carried", "population", "failed", "filtered", "deferred")
+        if counts[kind]
     )
     took = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-    console.print(f"published run {manifest['run_id']} of {manifest['run_date']} in {root}, with items of {counts['users']:,} users")
+    console.print(
+        f"published run {manifest['run_id']} of {manifest['run_date']} in {root}, with items of {counts['users']:,} users"
+    )
     console.print(f"items: {told}; {took}")
     if counts["late_users"]:
-        console.print(f"time ran out: {counts['late_users']:,} users are not of tonight; the next run draws them")
+        console.print(
+            f"time ran out: {counts['late_users']:,} users are not of tonight; the next run draws them"
+        )
     for refusal in manifest["gate"]["refused"]:
         console.print(f"forced, though {refusal}")
     print_personality(manifest)
@@ -128,7 +149,13 @@ def list_catalog(root: str) -> None:
     for manifest in snapshots:
         counts = manifest["counts"]
         items = counts["new"] + counts["carried"] + counts["population"]
-        told = "published" if manifest["run_id"] == pointer.run_id else "refused by the quality gate" if manifest["gate"]["refused"] else ""
+        told = (
+            "published"
+            if manifest["run_id"] == pointer.run_id
+            else "refused by the quality gate"
+            if manifest["gate"]["refused"]
+            else ""
+        )
         table.add_row(manifest["run_date"], manifest["run_id"], f"{items:,}", f"{counts['new']:,}", told)
     console.print(table)
     if pointer.run_id is None:
@@ -146,7 +173,17 @@ def show_snapshot(root: str, run_id: str | None) -> None:
 
     manifest = find_snapshot(root, run_id) if run_id else read_catalog(root).manifest
     table = Table("", "", show_header=False)
-    for key in ("run_date", "run_id", "epoch", "created_at", "previous", "embed_dim", "num_buckets", "carried_buckets", "bytes"):
+    for key in (
+        "run_date",
+        "run_id",
+        "epoch",
+        "created_at",
+        "previous",
+        "embed_dim",
+        "num_buckets",
+        "carried_buckets",
+        "bytes",
+    ):
         table.add_row(key, str(manifest[key]))
     for section in ("counts", "figures", "spent", "versions"):
         for key, value in manifest[section].items():
@@ -171,7 +208,9 @@ def verify_snapshot(root: str, run_id: str | None, level: "Level") -> None:
             f"catalog {root}: run {snapshot.manifest['run_id']} is damaged ({len(wrong)} things, above); `rebeca catalog rollback` it, "
             "or restore the files"
         )
-    console.print(f"run {snapshot.manifest['run_id']}: nothing wrong ({level}: {snapshot.files.num_rows:,} files)")
+    console.print(
+        f"run {snapshot.manifest['run_id']}: nothing wrong ({level}: {snapshot.files.num_rows:,} files)"
+    )
 
 
 def export_images(root: str, out: str, url_base: str) -> None:
@@ -186,12 +225,18 @@ def export_images(root: str, out: str, url_base: str) -> None:
     )
 
 
-def export_key_values(root: str, out: str, format: "Format", *, key_prefix: str, since: str | None, images: str | None) -> None:
+def export_key_values(
+    root: str, out: str, format: "Format", *, key_prefix: str, since: str | None, images: str | None
+) -> None:
     from rebeca_ray.catalog.key_values import export_key_values
     from rebeca_ray.catalog.read import read_catalog
 
-    done = export_key_values(read_catalog(root), out, format, key_prefix=key_prefix, since=since, images=images)
-    console.print(f"{done.users:,} users to set, {done.removed:,} to remove -> {len(done.files):,} files in {done.folder}")
+    done = export_key_values(
+        read_catalog(root), out, format, key_prefix=key_prefix, since=since, images=images
+    )
+    console.print(
+        f"{done.users:,} users to set, {done.removed:,} to remove -> {len(done.files):,} files in {done.folder}"
+    )
 
 
 def register_iceberg(root: str, catalog: str, warehouse: str, namespace: str) -> None:
@@ -200,7 +245,9 @@ def register_iceberg(root: str, catalog: str, warehouse: str, namespace: str) ->
 
     snapshot = read_catalog(root)
     for name, (added, dropped) in register_snapshot(snapshot, catalog, warehouse, namespace).items():
-        console.print(f"{namespace}.{name}: run {snapshot.run_id}, {added:,} files added, {dropped:,} dropped")
+        console.print(
+            f"{namespace}.{name}: run {snapshot.run_id}, {added:,} files added, {dropped:,} dropped"
+        )
 
 
 def collect_garbage(root: str, *, keep: int, grace_hours: float, dry_run: bool) -> None:
@@ -220,13 +267,17 @@ def print_garbage(garbage: "Garbage", did: str) -> None:
     )
 
 
-def serve(decoder: DecoderSettings, *, http_port: int, grpc_port: int, metrics_port: int, instances: int) -> None:
+def serve(
+    decoder: DecoderSettings, *, http_port: int, grpc_port: int, metrics_port: int, instances: int
+) -> None:
     """Triton until it is interrupted, or told to stop."""
     from rebeca_ray.server import triton_server
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with triton_server(decoder, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port, instances=instances) as process:
+        with triton_server(
+            decoder, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port, instances=instances
+        ) as process:
             console.print(
                 f"ready: grpc 127.0.0.1:{grpc_port} (decoder.triton.url), http://127.0.0.1:{http_port}/v2/models/decoder, "
                 f"metrics http://127.0.0.1:{metrics_port}/metrics"
@@ -243,7 +294,9 @@ def run_job(command: Callable[..., None], default: Path) -> None:
     typer.run(command)
 
 
-def execute(model: type[C], work: Callable[[C], Any], path: Path, overrides: list[str], *, dry_run: bool) -> None:
+def execute(
+    model: type[C], work: Callable[[C], Any], path: Path, overrides: list[str], *, dry_run: bool
+) -> None:
     """Load the config and do the work; a user's mistake becomes one line and its exit code."""
     with plain_errors():
         config = load_config(model, path, overrides)
@@ -251,16 +304,3 @@ def execute(model: type[C], work: Callable[[C], Any], path: Path, overrides: lis
             console.print_json(config.model_dump_json())
             return
         work(config)
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """A UserError, also one raised inside Ray, ends the process with one line and its exit code."""
-    try:
-        yield
-    except Exception as error:
-        found = user_error(error)
-        if found is None:
-            raise
-        print(f"error: {str(found).splitlines()[0]}", file=sys.stderr)  # Ray Data appends advice on retries
-        raise SystemExit(found.exit_code) from None

@@ -29,7 +29,9 @@ class LocalDecoder:
         self.loop = DenoisingLoop(load_networks(settings), settings)
         self.checker = load_checker(settings)
         self.batch_size = settings.batch_size
-        self.encoders = ThreadPoolExecutor(max_workers=4)  # Pillow lets go of the interpreter while it encodes
+        self.encoders = ThreadPoolExecutor(
+            max_workers=4
+        )  # Pillow lets go of the interpreter while it encodes
 
     def decode(self, rows: Rows) -> list[DecodedImage]:
         """Draw, check, draw again with other noise what is not fit to be shown (if that is the policy), encode."""
@@ -40,19 +42,26 @@ class LocalDecoder:
             seeds = [retry_seed(rows.seeds[row], attempt) for row in todo]
             images = self.draw(replace(rows.take(todo), seeds=seeds))
             probabilities = self.check(images)
-            for row, outcome in zip(todo, self.encoders.map(self.outcome, images, seeds, probabilities), strict=True):
+            for row, outcome in zip(
+                todo, self.encoders.map(self.outcome, images, seeds, probabilities), strict=True
+            ):
                 outcomes[row] = outcome
             todo = [row for row in todo if self.is_unsafe(outcomes[row])]
             if not todo:
                 break
         if safety.policy != "flag":
             for row in todo:
-                outcomes[row] = DecodedImage(seed=outcomes[row].seed, safety_probability=outcomes[row].safety_probability)
+                outcomes[row] = DecodedImage(
+                    seed=outcomes[row].seed, safety_probability=outcomes[row].safety_probability
+                )
         return outcomes
 
     def is_unsafe(self, drawn: DecodedImage) -> bool:
         """Also where the checker's word is no number."""
-        return drawn.safety_probability is not None and not drawn.safety_probability <= self.settings.safety.max_probability
+        return (
+            drawn.safety_probability is not None
+            and not drawn.safety_probability <= self.settings.safety.max_probability
+        )
 
     def draw(self, rows: Rows) -> list[np.ndarray | str]:
         """uint8 [Y, X, 3], or the reason why there is none, of every row."""
@@ -94,7 +103,9 @@ class LocalDecoder:
     def halve(self, error: RuntimeError) -> None:
         """Go on with tiles half as large. Raises UserError if they are of one image already."""
         if self.batch_size == 1:
-            raise UserError(f"decoder: not even one image fits the device's memory ({' '.join(str(error).split())[:200]})") from None
+            raise UserError(
+                f"decoder: not even one image fits the device's memory ({' '.join(str(error).split())[:200]})"
+            ) from None
         before, self.batch_size = self.batch_size, self.batch_size // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -110,8 +121,12 @@ class LocalDecoder:
         probabilities: list[float | None] = [None] * len(images)
         drawn = [index for index, image in enumerate(images) if not isinstance(image, str)]
         if self.checker and drawn:
-            for index, probability in zip(drawn, self.ask(self.checker, np.stack([images[index] for index in drawn])), strict=True):
-                probabilities[index] = float(np.float32(probability))  # as the column has it, and as a server would send it
+            for index, probability in zip(
+                drawn, self.ask(self.checker, np.stack([images[index] for index in drawn])), strict=True
+            ):
+                probabilities[index] = float(
+                    np.float32(probability)
+                )  # as the column has it, and as a server would send it
         return probabilities
 
     def ask(self, checker: Checker, images_BYX3: np.ndarray) -> np.ndarray:
@@ -120,9 +135,13 @@ class LocalDecoder:
         try:
             found = np.asarray(checker(images_BYX3), np.float32)
         except Exception as error:  # it is the user's own
-            raise UserError(f"decoder.safety.checker {name}: raised {type(error).__name__}: {error}; mend it") from error
+            raise UserError(
+                f"decoder.safety.checker {name}: raised {type(error).__name__}: {error}; mend it"
+            ) from error
         if found.shape != (len(images_BYX3),):
-            raise UserError(f"decoder.safety.checker {name}: gave {found.shape} for {len(images_BYX3)} images, expected one number each")
+            raise UserError(
+                f"decoder.safety.checker {name}: gave {found.shape} for {len(images_BYX3)} images, expected one number each"
+            )
         return found
 
     def outcome(self, image: np.ndarray | str, seed: int, probability: float | None) -> DecodedImage:

@@ -77,7 +77,9 @@ class ImageAttention(nn.Module):
 
         query = heads(attn.to_q(hidden_states))
         text = F.scaled_dot_product_attention(query, heads(attn.to_k(text_BLH)), heads(attn.to_v(text_BLH)))
-        image = F.scaled_dot_product_attention(query, heads(self.to_k_ip(image_BKH)), heads(self.to_v_ip(image_BKH)))
+        image = F.scaled_dot_product_attention(
+            query, heads(self.to_k_ip(image_BKH)), heads(self.to_v_ip(image_BKH))
+        )
         mixed = text + scale_B[:, None, None, None] * image
         return attn.to_out[0](mixed.transpose(1, 2).flatten(-2))
 
@@ -92,11 +94,18 @@ class ConditionedUNet(nn.Module):
             if hasattr(processor, "to_k_ip"):
                 processors[name] = ImageAttention(processor.to_k_ip[0], processor.to_v_ip[0])
         unet.set_attn_processor(processors)
-        unet.encoder_hid_proj = None  # the projection is a network of its own: what it gives is the same at every step
+        unet.encoder_hid_proj = (
+            None  # the projection is a network of its own: what it gives is the same at every step
+        )
         self.unet = unet
 
     def forward(
-        self, latents_BCYX: torch.Tensor, timestep_B: torch.Tensor, text_BLH: torch.Tensor, image_BKH: torch.Tensor, scale_B: torch.Tensor
+        self,
+        latents_BCYX: torch.Tensor,
+        timestep_B: torch.Tensor,
+        text_BLH: torch.Tensor,
+        image_BKH: torch.Tensor,
+        scale_B: torch.Tensor,
     ) -> torch.Tensor:
         return self.unet(latents_BCYX, timestep_B, (text_BLH, image_BKH, scale_B), return_dict=False)[0]
 
@@ -139,15 +148,21 @@ def load_torch_networks(settings: DecoderSettings) -> Networks:
     try:
         if files.vae:
             parts["vae"] = AutoModel.from_pretrained(str(files.vae), dtype=dtype, use_safetensors=True)
-        pipeline: Any = StableDiffusionPipeline.from_pretrained(files.model, dtype=dtype, use_safetensors=True, **parts)
+        pipeline: Any = StableDiffusionPipeline.from_pretrained(
+            files.model, dtype=dtype, use_safetensors=True, **parts
+        )
         if files.lora:
             pipeline.load_lora_weights(str(files.lora.parent), weight_name=files.lora.name)
             pipeline.fuse_lora()
             pipeline.unload_lora_weights()
         adapter = files.ip_adapter
-        pipeline.load_ip_adapter(str(adapter.parent), subfolder="", weight_name=adapter.name, image_encoder_folder=None)
+        pipeline.load_ip_adapter(
+            str(adapter.parent), subfolder="", weight_name=adapter.name, image_encoder_folder=None
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"decoder {settings.model}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
+        raise UserError(
+            f"decoder {settings.model}: cannot be loaded ({' '.join(str(error).split())[:300]})"
+        ) from None
     (projection,) = pipeline.unet.encoder_hid_proj.image_projection_layers
 
     def ready(module: nn.Module) -> Any:

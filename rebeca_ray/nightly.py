@@ -40,11 +40,19 @@ def run_nightly(config: NightlyConfig) -> tuple[list[Night], Garbage | None]:
             trouble = trouble or nights[-1].trouble
         except Exception as error:
             found = user_error(error)
-            if found is None or date == tonight or found.exit_code in (LostRaceError.exit_code, UnfinishedError.exit_code):
+            if (
+                found is None
+                or date == tonight
+                or found.exit_code in (LostRaceError.exit_code, UnfinishedError.exit_code)
+            ):
                 raise
             print(f"the night of {date} failed and is left out: {found}", flush=True)
             trouble = trouble or found
-    garbage = collect(config.generate.root, keep=config.keep_snapshots, grace_hours=config.grace_hours) if nights else None
+    garbage = (
+        collect(config.generate.root, keep=config.keep_snapshots, grace_hours=config.grace_hours)
+        if nights
+        else None
+    )
     if trouble:
         raise trouble
     return nights, garbage
@@ -76,7 +84,11 @@ def one_night(config: NightlyConfig, date: datetime.date, since: datetime.dateti
     if config.embed is not None:
         new = embed_items(dated(config.embed, date), only_new=True)
         print(f"{date}: {new:,} new items embedded", flush=True)
-    if config.train is not None and (train := dated(config.train, date)) and training_is_due(train.out, date, config.train_every_days):
+    if (
+        config.train is not None
+        and (train := dated(config.train, date))
+        and training_is_due(train.out, date, config.train_every_days)
+    ):
         if train.catalog is None:
             train = train.model_copy(update={"catalog": config.generate.root})
         try:

@@ -22,10 +22,14 @@ class OnnxNetwork:
         options.log_severity_level = 3
         provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
         if provider not in onnxruntime.get_available_providers():
-            raise UserError(f"decoder.engine onnx: ONNX Runtime has no {provider} here; install onnxruntime-gpu, or set decoder.device=cpu")
+            raise UserError(
+                f"decoder.engine onnx: ONNX Runtime has no {provider} here; install onnxruntime-gpu, or set decoder.device=cpu"
+            )
         self.session: Any = onnxruntime.InferenceSession(path, options, providers=[provider])
         if self.session.get_providers()[0] != provider:  # it falls back to the CPU without a word
-            raise UserError(f"decoder.engine onnx: {provider} does not start here; look at the GPU's driver, or set decoder.device=cpu")
+            raise UserError(
+                f"decoder.engine onnx: {provider} does not start here; look at the GPU's driver, or set decoder.device=cpu"
+            )
         self.input_names = [value.name for value in self.session.get_inputs()]
         self.output_name = self.session.get_outputs()[0].name
 
@@ -47,5 +51,9 @@ def load_onnx_networks(settings: DecoderSettings) -> Networks:
     try:
         import onnxruntime  # noqa: F401
     except ImportError:
-        raise UserError("decoder.engine onnx: the package onnxruntime is missing; run `pip install 'rebeca-ray[onnx]'`") from None
-    return exported_networks(settings, lambda folder, name: OnnxNetwork(folder / f"{name}.onnx", settings.device))
+        raise UserError(
+            "decoder.engine onnx: the package onnxruntime is missing; run `pip install 'rebeca-ray[onnx]'`"
+        ) from None
+    return exported_networks(
+        settings, lambda folder, name: OnnxNetwork(folder / f"{name}.onnx", settings.device)
+    )

@@ -4,22 +4,28 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from rebeca_ray.errors import UserError
-from rebeca_ray.storage import UNREACHABLE, describe, is_local, join, open_filesystem, read_json
+from rebeca_ray.errors import UserError, describe
+from rebeca_ray.storage import UNREACHABLE, is_local, join, open_filesystem, read_json
 
 
 def require_writable(uri: str, what: str) -> None:
     """Raise UserError, naming `what`, unless something can be written below `uri`."""
     filesystem, path = open_filesystem(uri)
     probe = f"{path.rstrip('/')}/.write-probe-{os.getpid()}"
-    missing = [folder for folder in (Path(path), *Path(path).parents) if is_local(filesystem) and not os.path.lexists(folder)]
+    missing = [
+        folder
+        for folder in (Path(path), *Path(path).parents)
+        if is_local(filesystem) and not os.path.lexists(folder)
+    ]
     try:
         if missing:
             Path(path).mkdir(parents=True)
         filesystem.pipe_file(probe, b"")
         filesystem.rm_file(probe)
     except UNREACHABLE as error:
-        raise UserError(f"{what} {uri}: cannot be written ({describe(error)}); choose another place or mend its permissions") from None
+        raise UserError(
+            f"{what} {uri}: cannot be written ({describe(error)}); choose another place or mend its permissions"
+        ) from None
     finally:
         for folder in missing:  # the job that fails later leaves no empty one behind
             with suppress(OSError):
@@ -32,6 +38,10 @@ def require_own(uri: str, what: str, marker: str, key: str) -> None:
     try:
         occupied = filesystem.exists(path) and (filesystem.isfile(path) or filesystem.ls(path))
     except UNREACHABLE as error:
-        raise UserError(f"{what} {uri}: cannot be read ({describe(error)}); check the path and the credentials") from None
+        raise UserError(
+            f"{what} {uri}: cannot be read ({describe(error)}); check the path and the credentials"
+        ) from None
     if occupied and key not in (read_json(join(uri, marker)) or {}):
-        raise UserError(f"{what} {uri}: holds something else (no {marker} of ours) and would be replaced; choose another folder")
+        raise UserError(
+            f"{what} {uri}: holds something else (no {marker} of ours) and would be replaced; choose another folder"
+        )

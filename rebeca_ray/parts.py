@@ -37,7 +37,13 @@ class WriteParts:
         metadata: dict[bytes, bytes] | None = None,
         note: dict[str, int],
     ) -> None:
-        self.root, self.folder, self.by, self.epoch, self.row_group_size = root, folder, by, epoch, row_group_size
+        self.root, self.folder, self.by, self.epoch, self.row_group_size = (
+            root,
+            folder,
+            by,
+            epoch,
+            row_group_size,
+        )
         self.records, self.metadata, self.note = records, metadata, note
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -51,31 +57,33 @@ class WriteParts:
 
     def write(self, table: pa.Table, values: dict[str, Any]) -> dict[str, Any]:
         name = f"part-{self.epoch:06d}-{hash128(*table['item_id'].to_pylist())[:16]}"
-        path = "/".join([self.folder, *(f"{column}={value}" for column, value in values.items()), f"{name}.parquet"])
+        path = "/".join(
+            [self.folder, *(f"{column}={value}" for column, value in values.items()), f"{name}.parquet"]
+        )
         busy = float(np.sum(table[BUSY].to_numpy()))
-        table = table.select([name for name in table.column_names if name != BUSY and (self.records is None or name not in self.by)])
+        table = table.select(
+            [
+                name
+                for name in table.column_names
+                if name != BUSY and (self.records is None or name not in self.by)
+            ]
+        )
         table = table.replace_schema_metadata(self.metadata)
         embeds = "image_embeds" if "image_embeds" in table.column_names else None
-        written = write_table(table, join(self.root, path), row_group_size=self.row_group_size, embed_column=embeds)
+        written = write_table(
+            table, join(self.root, path), row_group_size=self.row_group_size, embed_column=embeds
+        )
         failed = pc.sum(pc.is_valid(table["error"])).as_py() if "error" in table.column_names else 0
         record = {**values, **self.note, "path": path, **written, "failed": failed or 0, BUSY: round(busy, 3)}
         if self.records:
-            write_json(record, join(self.records, f"{'-'.join(str(value) for value in values.values())}-{name}.json"))
+            write_json(
+                record, join(self.records, f"{'-'.join(str(value) for value in values.values())}-{name}.json")
+            )
         return record
-
-
-class WithoutThose:
-    """Rows in, those out whose `item_id` is not among the given ones (an object of Ray's)."""
-
-    def __init__(self, done: Any) -> None:
-        self.done = done
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        import ray
-
-        return batch.filter(pc.invert(pc.is_in(batch["item_id"], value_set=ray.get(self.done))))
 
 
 def with_busy_seconds(table: pa.Table, seconds: float) -> pa.Table:
     """The rows of one call of an actor, with what each took."""
-    return table.append_column(BUSY, pa.array(np.full(table.num_rows, seconds / max(1, table.num_rows), np.float32)))
+    return table.append_column(
+        BUSY, pa.array(np.full(table.num_rows, seconds / max(1, table.num_rows), np.float32))
+    )

@@ -33,7 +33,17 @@ from rebeca_ray.refresh import PLAN, RESCORE, Decisions
 from rebeca_ray.sampling import USERS_PADDED_TO, sample_liked
 from rebeca_ray.selection import choose, nearest_items
 from rebeca_ray.selector import MAX_HISTORY
-from rebeca_ray.storage import arrow_filesystem, delete, join, list_files, open_filesystem, read_json, read_table, write_json, write_table
+from rebeca_ray.storage import (
+    arrow_filesystem,
+    delete,
+    join,
+    list_files,
+    open_filesystem,
+    read_json,
+    read_table,
+    write_json,
+    write_table,
+)
 from rebeca_ray.training_set import Rated, UserBlock
 
 ITEMS_A_FILE = 20_000
@@ -60,7 +70,9 @@ def plan_items(
     import ray
 
     delete(run.plan)  # a part of one, of an attempt that ended
-    files = [open_filesystem(file)[1] for file in list_files(join(run.work, "decisions", "to-plan"), ".parquet")]
+    files = [
+        open_filesystem(file)[1] for file in list_files(join(run.work, "decisions", "to-plan"), ".parquet")
+    ]
     sampler = config.sampler
     filesystem, _ = open_filesystem(run.work)
     parts: list[dict[str, Any]] = []
@@ -74,14 +86,23 @@ def plan_items(
             num_cpus=sampler.cpus_per_actor,
             num_gpus=1 if sampler.device == "cuda" else 0,
         )
-        writer = WriteParts(run.work, "plan", by=["unit", "bucket"], epoch=run.epoch, row_group_size=ITEMS_A_FILE, note={})
-        planned = planned.map_batches(writer, batch_size=ITEMS_A_FILE, batch_format="pyarrow", num_cpus=WRITER_CPUS)
+        writer = WriteParts(
+            run.work, "plan", by=["unit", "bucket"], epoch=run.epoch, row_group_size=ITEMS_A_FILE, note={}
+        )
+        planned = planned.map_batches(
+            writer, batch_size=ITEMS_A_FILE, batch_format="pyarrow", num_cpus=WRITER_CPUS
+        )
         parts = progress.follow("plan", planned, of=decisions.planned_items)
     write_json({"parts": parts}, marker)
 
 
 def users_a_batch(config: GenerateConfig) -> int:
-    return max(1, TILES_A_BATCH * config.sampler.batch_size // (config.num_images * config.selection.candidates_per_item))
+    return max(
+        1,
+        TILES_A_BATCH
+        * config.sampler.batch_size
+        // (config.num_images * config.selection.candidates_per_item),
+    )
 
 
 def request_histories(config: GenerateConfig, run: Run) -> Histories | None:
@@ -95,9 +116,14 @@ def request_histories(config: GenerateConfig, run: Run) -> Histories | None:
     item_id, rated_id, rated = read_item_ids(config.items), np.array([], str), None
     found = find_rated(config.root, config.interactions.path, item_id, *embedded_with(config.items))
     if found.num_rows:
-        rated, rated_id = join(run.work, "rated.parquet"), found["item_id"].to_numpy(zero_copy_only=False).astype(str)
+        rated, rated_id = (
+            join(run.work, "rated.parquet"),
+            found["item_id"].to_numpy(zero_copy_only=False).astype(str),
+        )
         write_table(found, rated, row_group_size=ITEMS_A_FILE, embed_column="image_embeds")
-    histories = build_histories(everything, np.concatenate([item_id, rated_id]), run.work, multiple_of=config.layout.num_buckets)
+    histories = build_histories(
+        everything, np.concatenate([item_id, rated_id]), run.work, multiple_of=config.layout.num_buckets
+    )
     return replace(histories, rated=rated)
 
 
@@ -124,7 +150,13 @@ class PlanUsers:
         previous: Snapshot | None,
         decisions: Decisions,
     ) -> None:
-        self.config, self.versions, self.histories, self.previous, self.decisions = config, versions, histories, previous, decisions
+        self.config, self.versions, self.histories, self.previous, self.decisions = (
+            config,
+            versions,
+            histories,
+            previous,
+            decisions,
+        )
         self.kept: tuple[int, pa.Table] | None = None
         self.prior = load_prior(config.prior, config.sampler.device)
         if self.prior.fingerprint != versions["prior"]:
@@ -134,11 +166,21 @@ class PlanUsers:
         told = self.sampler.model_dump_json(exclude={"batch_size", "num_actors", "cpus_per_actor", "device"})
         self.settings = hashlib.sha256((told + config.selection.model_dump_json()).encode()).hexdigest()
         self.items = read_image_embeds(config.items) if config.items else None
-        self.embeds_ID = None if self.items is None else self.items.image_embeds  # of what may have been rated
+        self.embeds_ID = (
+            None if self.items is None else self.items.image_embeds
+        )  # of what may have been rated
         if self.embeds_ID is not None and histories is not None and histories.rated:
             self.embeds_ID = np.concatenate([self.embeds_ID, read_image_embeds(histories.rated).image_embeds])
-        self.unit_ID = F.normalize(torch.from_numpy(self.items.image_embeds)).to(config.sampler.device) if self.items else None
-        self.place = {} if self.prior.users is None else {user: place for place, user in enumerate(self.prior.users["user_id"].to_pylist())}
+        self.unit_ID = (
+            F.normalize(torch.from_numpy(self.items.image_embeds)).to(config.sampler.device)
+            if self.items
+            else None
+        )
+        self.place = (
+            {}
+            if self.prior.users is None
+            else {user: place for place, user in enumerate(self.prior.users["user_id"].to_pylist())}
+        )
 
     @torch.inference_mode()
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -146,7 +188,9 @@ class PlanUsers:
         rows = batch.to_pylist()
         planned = self.draw([row for row in rows if row["decision"] == PLAN])
         judged = self.rescore([row for row in rows if row["decision"] == RESCORE])
-        return with_busy_seconds(planned_table(planned + judged, self.prior.scaler.embed_dim), time.perf_counter() - started)
+        return with_busy_seconds(
+            planned_table(planned + judged, self.prior.scaler.embed_dim), time.perf_counter() - started
+        )
 
     def draw(self, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Planned items of users who are drawn."""
@@ -165,9 +209,15 @@ class PlanUsers:
         ]
         wanted = [row["num_images"] for row in asked]
         candidates = [count * self.config.selection.candidates_per_item for count in wanted]
-        seeds = [identity.candidate_seed(key, number) for key, count in zip(keys, candidates, strict=True) for number in range(count)]
+        seeds = [
+            identity.candidate_seed(key, number)
+            for key, count in zip(keys, candidates, strict=True)
+            for number in range(count)
+        ]
         row_N = np.repeat(np.arange(len(asked)), candidates)
-        padding = -len(row_N) % self.sampler.batch_size  # whole tiles throughout: matrix products of a few rows round otherwise
+        padding = (
+            -len(row_N) % self.sampler.batch_size
+        )  # whole tiles throughout: matrix products of a few rows round otherwise
         row_N, seeds = np.pad(row_N, (0, padding), mode="edge"), seeds + seeds[-1:] * padding
         x_ND = sample_liked(self.prior.network, self.diffusion, users.token_GUH, row_N, seeds, self.sampler)
         like_N, drawn_NF = self.judge(x_ND, users, row_N)
@@ -183,16 +233,22 @@ class PlanUsers:
             relevance = np.zeros(drawn, np.float32) if like_N is None else like_N[own]
             copies = similarity_N[own] > self.config.selection.max_item_similarity
             prompt, negative_prompt = row["prompt"], row["negative_prompt"]
-            for rank, number in enumerate(choose(unit_ND[own].numpy(), relevance, copies, count, self.config.selection.diversity)):
+            for rank, number in enumerate(
+                choose(unit_ND[own].numpy(), relevance, copies, count, self.config.selection.diversity)
+            ):
                 place = own.start + int(number)
                 planned.append(
                     {
-                        "item_id": identity.item_id(key, int(number), self.versions["decoder"], prompt, negative_prompt),
+                        "item_id": identity.item_id(
+                            key, int(number), self.versions["decoder"], prompt, negative_prompt
+                        ),
                         "user_id": row["user_id"],
                         "rank": rank,
                         "image_embeds": embeds_ND[place],
                         "like_probability": None if like_N is None else like_N[place],
-                        "user_factors": None if users.factor_GF is None else users.factor_GF[index].cpu().numpy(),
+                        "user_factors": None
+                        if users.factor_GF is None
+                        else users.factor_GF[index].cpu().numpy(),
                         "drawn_factors": None if drawn_NF is None else drawn_NF[own.start + rank],
                         "nearest_item_id": nearest_N[place],
                         "nearest_similarity": None if nearest_N[place] is None else similarity_N[place],
@@ -215,7 +271,9 @@ class PlanUsers:
         row_N = np.array([place[user] for user in last["user_id"].to_pylist()])
         embeds_ND = last["image_embeds"].combine_chunks().flatten().to_numpy().reshape(last.num_rows, -1)
         padding = -len(row_N) % self.sampler.batch_size
-        x_ND = self.prior.scaler.scale(torch.from_numpy(np.pad(embeds_ND, ((0, padding), (0, 0)), mode="edge")))
+        x_ND = self.prior.scaler.scale(
+            torch.from_numpy(np.pad(embeds_ND, ((0, padding), (0, 0)), mode="edge"))
+        )
         like_N, _ = self.judge(x_ND, self.meet(asked), np.pad(row_N, (0, padding), mode="edge"))
         assert like_N is not None  # nobody is rescored without a selector
         told = last.drop_columns(["image_embeds"]).to_pylist()
@@ -226,7 +284,10 @@ class PlanUsers:
             old = told[item]
             planned.append(
                 {
-                    **{name: old[name] for name in ("item_id", "user_id", "nearest_item_id", "nearest_similarity")},
+                    **{
+                        name: old[name]
+                        for name in ("item_id", "user_id", "nearest_item_id", "nearest_similarity")
+                    },
                     "rank": ranks[row_N[item]],
                     "image_embeds": embeds_ND[item],
                     "like_probability": like_N[item],
@@ -251,7 +312,9 @@ class PlanUsers:
 
     def meet(self, asked: list[dict[str, Any]]) -> Users:
         """Everything known of the users of some rows of the request."""
-        padding = -len(asked) % USERS_PADDED_TO  # nobodies, since matrix products of a few rows round otherwise
+        padding = (
+            -len(asked) % USERS_PADDED_TO
+        )  # nobodies, since matrix products of a few rows round otherwise
         index_G = np.array([self.place.get(row["user_id"], -1) for row in asked] + [-1] * padding)
         rated = self.rated(asked, padding)
         history = None
@@ -264,7 +327,9 @@ class PlanUsers:
         if selector is not None and history is not None:
             factor_GF = selector.user_factors(history.latest(MAX_HISTORY))
         elif selector is not None and selector.rows_VF is not None:
-            factor_GF = selector.rows_VF[index_G.clip(min=0)] * torch.from_numpy(index_G >= 0)[:, None].to(selector.rows_VF.device)
+            factor_GF = selector.rows_VF[index_G.clip(min=0)] * torch.from_numpy(index_G >= 0)[:, None].to(
+                selector.rows_VF.device
+            )
         return Users(token_GUH=self.prior.user_tokens(index_G, latest), factor_GF=factor_GF)
 
     def rated(self, asked: list[dict[str, Any]], padding: int) -> Rated | None:
@@ -274,7 +339,11 @@ class PlanUsers:
         found = Rated.nothing(len(asked) + padding, max(self.prior.settings.max_history, MAX_HISTORY))
         for bucket in {row["histories_bucket"] for row in asked}:
             block, place = read_bucket(self.histories.file(bucket))
-            rows = [number for number, row in enumerate(asked) if row["histories_bucket"] == bucket and row["user_id"] in place]
+            rows = [
+                number
+                for number, row in enumerate(asked)
+                if row["histories_bucket"] == bucket and row["user_id"] in place
+            ]
             if not rows:
                 continue
             places = np.array([place[asked[number]["user_id"]] for number in rows])
@@ -289,13 +358,17 @@ class PlanUsers:
         place_N, similarity_N = nearest_items(unit_ND.to(self.unit_ID.device), self.unit_ID)
         return self.items.item_id[place_N.cpu().numpy()], similarity_N.cpu().numpy()
 
-    def judge(self, x_ND: torch.Tensor, users: Users, row_N: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def judge(
+        self, x_ND: torch.Tensor, users: Users, row_N: np.ndarray
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
         """The like probability of each candidate [N], and what the selector sees in it [N, F+1]; None without selector or ratings."""
         selector = self.prior.selector
         if users.factor_GF is None or selector is None:
             return None, None
         device = users.factor_GF.device
-        like_N = selector.like_probability(x_ND.to(device), users.factor_GF[torch.from_numpy(row_N).to(device)])
+        like_N = selector.like_probability(
+            x_ND.to(device), users.factor_GF[torch.from_numpy(row_N).to(device)]
+        )
         return like_N.cpu().numpy(), selector.item_factors(x_ND.to(device)).cpu().numpy()
 
 
@@ -304,7 +377,9 @@ def read_bucket(uri: str) -> tuple[UserBlock, dict[str, int]]:
     """The histories of one bucket, and where each of its users is in it."""
     table = read_table(uri, "histories")
     first = np.zeros(table["bucket"][0].as_py() + 1 if table.num_rows else 1, int)
-    return UserBlock(table, first, training_only=False), {user: place for place, user in enumerate(table["user_id"].to_pylist())}
+    return UserBlock(table, first, training_only=False), {
+        user: place for place, user in enumerate(table["user_id"].to_pylist())
+    }
 
 
 def half(embeds_ND: np.ndarray) -> np.ndarray:
@@ -316,5 +391,9 @@ def planned_table(rows: list[dict[str, Any]], embed_dim: int) -> pa.Table:
     schema = schemas.plan(embed_dim)
     embeds = np.concatenate([row.pop("image_embeds") for row in rows]) if rows else np.zeros(0, np.float32)
     columns = {name: [row[name] for row in rows] for name in schema.names if name != "image_embeds"}
-    columns["image_embeds"] = pa.FixedSizeListArray.from_arrays(pa.array(embeds), type=schemas.image_embeds(embed_dim))
-    return pa.table([pa.array(columns[name], schema.field(name).type) for name in schema.names], schema=schema)
+    columns["image_embeds"] = pa.FixedSizeListArray.from_arrays(
+        pa.array(embeds), type=schemas.image_embeds(embed_dim)
+    )
+    return pa.table(
+        [pa.array(columns[name], schema.field(name).type) for name in schema.names], schema=schema
+    )

@@ -18,7 +18,12 @@ PRESETS: dict[str, dict[str, Any]] = {
             "num_user_tokens": 4,
         },
         "diffusion": {"num_train_timesteps": 1000, "prediction_type": "epsilon"},
-        "optimization": {"learning_rate": 1e-4, "weight_decay": 1e-5, "batch_size": 64, "samples_per_user": 80},
+        "optimization": {
+            "learning_rate": 1e-4,
+            "weight_decay": 1e-5,
+            "batch_size": 64,
+            "samples_per_user": 80,
+        },
     },
     "paper-v2": {
         "network": {
@@ -30,11 +35,22 @@ PRESETS: dict[str, dict[str, Any]] = {
             "user_encoder": "id",
             "num_user_tokens": 1,
         },
-        "diffusion": {"num_train_timesteps": 1000, "schedule": "squaredcos_cap_v2", "prediction_type": "sample"},
+        "diffusion": {
+            "num_train_timesteps": 1000,
+            "schedule": "squaredcos_cap_v2",
+            "prediction_type": "sample",
+        },
         "optimization": {"learning_rate": 1e-4, "batch_size": 64, "samples_per_user": 100},
     },
     "stickers": {
-        "network": {"num_layers": 3, "num_heads": 4, "width": 96, "num_tokens": 1, "user_encoder": "history", "max_history": 64},
+        "network": {
+            "num_layers": 3,
+            "num_heads": 4,
+            "width": 96,
+            "num_tokens": 1,
+            "user_encoder": "history",
+            "max_history": 64,
+        },
         "optimization": {
             "learning_rate": 2.5e-3,
             "user_learning_rate": 0.3,

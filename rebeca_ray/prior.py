@@ -27,7 +27,9 @@ class Condition(NamedTuple):
 
     def expand(self, row_B: torch.Tensor) -> Self:
         """The same for a batch whose row i has condition `row_B[i]`; what is small stays one a condition."""
-        return self._replace(keys_values=[(keys[row_B], values[row_B]) for keys, values in self.keys_values], row_B=row_B)
+        return self._replace(
+            keys_values=[(keys[row_B], values[row_B]) for keys, values in self.keys_values], row_B=row_B
+        )
 
 
 class CrossAttentionBlock(nn.Module):
@@ -44,13 +46,21 @@ class CrossAttentionBlock(nn.Module):
         self.self_attention = Attention(width, num_heads)
         self.cross_attention = Attention(width, num_heads)
         self.cross_gate = nn.Parameter(torch.zeros(width))
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+        )
 
-    def forward(self, x_BKH: torch.Tensor, modulation_B1M: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x_BKH: torch.Tensor, modulation_B1M: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
         shift_self, scale_self, gate_self, shift_mlp, scale_mlp, gate_mlp = modulation_B1M.chunk(6, dim=-1)
         normed = torch.addcmul(shift_self, self.norm_self(x_BKH), 1 + scale_self)
-        x_BKH = torch.addcmul(x_BKH, gate_self, self.self_attention(normed, *self.self_attention.keys_values(normed)))
-        x_BKH = torch.addcmul(x_BKH, self.cross_gate, self.cross_attention(self.norm_cross(x_BKH), keys, values))
+        x_BKH = torch.addcmul(
+            x_BKH, gate_self, self.self_attention(normed, *self.self_attention.keys_values(normed))
+        )
+        x_BKH = torch.addcmul(
+            x_BKH, self.cross_gate, self.cross_attention(self.norm_cross(x_BKH), keys, values)
+        )
         normed = torch.addcmul(shift_mlp, self.norm_mlp(x_BKH), 1 + scale_mlp)
         return torch.addcmul(x_BKH, gate_mlp, self.mlp(normed))
 
@@ -66,7 +76,9 @@ class CrossAttentionDenoiser(nn.Module):
         width = settings.width
         self.num_tokens = settings.num_tokens
         token_dim = math.ceil(embed_dim / self.num_tokens)
-        while self.num_tokens * token_dim % 8:  # whole vector registers: a row's last bits then do not depend on its place in a batch
+        while (
+            self.num_tokens * token_dim % 8
+        ):  # whole vector registers: a row's last bits then do not depend on its place in a batch
             token_dim += 1
         self.tokenizer = nn.Linear(embed_dim, self.num_tokens * token_dim)
         self.lift = nn.Linear(token_dim, width)
@@ -78,7 +90,9 @@ class CrossAttentionDenoiser(nn.Module):
         nn.init.zeros_(modulation.weight)
         nn.init.zeros_(modulation.bias)
         self.modulation = nn.Sequential(nn.SiLU(), modulation)
-        self.blocks = nn.ModuleList(CrossAttentionBlock(width, settings.num_heads) for _ in range(settings.num_layers))
+        self.blocks = nn.ModuleList(
+            CrossAttentionBlock(width, settings.num_heads) for _ in range(settings.num_layers)
+        )
         self.norm_out = nn.LayerNorm(width)
         self.lower = nn.Linear(width, token_dim)
         self.detokenizer = nn.Linear(self.num_tokens * token_dim, embed_dim)
@@ -89,7 +103,9 @@ class CrossAttentionDenoiser(nn.Module):
         rating_CH = self.rating(rating_C)
         tokens = torch.cat([user_CUH, rating_CH[:, None]], dim=1)
         blocks = cast(list[CrossAttentionBlock], self.blocks)
-        return Condition(user_CUH.mean(1) + rating_CH, [block.cross_attention.keys_values(tokens) for block in blocks])
+        return Condition(
+            user_CUH.mean(1) + rating_CH, [block.cross_attention.keys_values(tokens) for block in blocks]
+        )
 
     def forward(self, x_BD: torch.Tensor, timestep_T: torch.Tensor, condition: Condition) -> torch.Tensor:
         time_TH = self.time(timestep_T)
@@ -100,9 +116,19 @@ class CrossAttentionDenoiser(nn.Module):
         x_BKH = x_BKH.repeat(len(modulation) // len(x_BD), 1, 1)
         modulations = modulation[:, None].chunk(len(self.blocks), dim=-1)
         blocks = cast(list[CrossAttentionBlock], self.blocks)
-        for block, modulation_B1M, (keys, values) in zip(blocks, modulations, condition.keys_values, strict=True):
-            time_keys, time_values = (part.expand(len(x_BKH), -1, -1, -1) for part in block.cross_attention.keys_values(time_TH[:, None]))
-            x_BKH = block(x_BKH, modulation_B1M, torch.cat([keys, time_keys], dim=2), torch.cat([values, time_values], dim=2))
+        for block, modulation_B1M, (keys, values) in zip(
+            blocks, modulations, condition.keys_values, strict=True
+        ):
+            time_keys, time_values = (
+                part.expand(len(x_BKH), -1, -1, -1)
+                for part in block.cross_attention.keys_values(time_TH[:, None])
+            )
+            x_BKH = block(
+                x_BKH,
+                modulation_B1M,
+                torch.cat([keys, time_keys], dim=2),
+                torch.cat([values, time_values], dim=2),
+            )
         return self.detokenizer(self.lower(self.norm_out(x_BKH)).flatten(1))
 
 
@@ -113,7 +139,9 @@ class CausalBlock(nn.Module):
         super().__init__()
         self.norm_self, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
         self.self_attention = Attention(width, num_heads)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+        )
 
     def forward(
         self, x_BKH: torch.Tensor, prefix: tuple[torch.Tensor, torch.Tensor] | None
@@ -121,8 +149,12 @@ class CausalBlock(nn.Module):
         """The tokens one layer on, and their own keys and values for tokens that follow."""
         normed = self.norm_self(x_BKH)
         own = self.self_attention.keys_values(normed)
-        keys, values = own if prefix is None else (torch.cat(pair, dim=2) for pair in zip(prefix, own, strict=True))
-        seen = torch.ones(x_BKH.shape[1], keys.shape[2], dtype=torch.bool, device=x_BKH.device).tril(keys.shape[2] - x_BKH.shape[1])
+        keys, values = (
+            own if prefix is None else (torch.cat(pair, dim=2) for pair in zip(prefix, own, strict=True))
+        )
+        seen = torch.ones(x_BKH.shape[1], keys.shape[2], dtype=torch.bool, device=x_BKH.device).tril(
+            keys.shape[2] - x_BKH.shape[1]
+        )
         x_BKH = x_BKH + self.self_attention(normed, keys, values, mask=seen)
         return x_BKH + self.mlp(self.norm_mlp(x_BKH)), own
 
@@ -140,9 +172,13 @@ class DecoderOnlyDenoiser(nn.Module):
         self.tokenizer = nn.Linear(embed_dim, self.num_tokens * width)
         self.time = TimestepEmbedding(width)
         self.rating = nn.Embedding(3, width)
-        self.position_SH = nn.Parameter(0.02 * torch.randn(settings.num_user_tokens + 2 + self.num_tokens, width))
+        self.position_SH = nn.Parameter(
+            0.02 * torch.randn(settings.num_user_tokens + 2 + self.num_tokens, width)
+        )
         nn.init.normal_(self.rating.weight, std=0.02)
-        self.blocks = nn.ModuleList(CausalBlock(width, settings.num_heads) for _ in range(settings.num_layers))
+        self.blocks = nn.ModuleList(
+            CausalBlock(width, settings.num_heads) for _ in range(settings.num_layers)
+        )
         self.norm_out = nn.LayerNorm(width)
         self.detokenizer = nn.Linear(self.num_tokens * width, embed_dim)
         nn.init.zeros_(self.detokenizer.weight)
@@ -183,7 +219,10 @@ class Prior(nn.Module):
         self.history_encoder: HistoryEncoder | None = None
         if settings.user_encoder == "history":
             self.history_encoder = HistoryEncoder(
-                embed_dim=embed_dim, width=settings.width, num_heads=settings.num_heads, num_user_tokens=settings.num_user_tokens
+                embed_dim=embed_dim,
+                width=settings.width,
+                num_heads=settings.num_heads,
+                num_user_tokens=settings.num_user_tokens,
             )
 
     def encode(self, history: History) -> torch.Tensor:

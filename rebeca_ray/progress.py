@@ -69,12 +69,17 @@ class Progress:
                 if time.monotonic() - told > 20 and done:
                     told = time.monotonic()
                     left = (of - done) * elapsed / done
-                    print(f"{name}: {done:,} of {of:,}, {done / elapsed:.1f} a second, some {left / 60:.0f} min to go", flush=True)
+                    print(
+                        f"{name}: {done:,} of {of:,}, {done / elapsed:.1f} a second, some {left / 60:.0f} min to go",
+                        flush=True,
+                    )
         return found
 
 
 @contextmanager
-def watchdog(progress: Progress, minutes: float | None, *, dump_to: str, on_stall: Callable[[], None]) -> Iterator[None]:
+def watchdog(
+    progress: Progress, minutes: float | None, *, dump_to: str, on_stall: Callable[[], None]
+) -> Iterator[None]:
     """End the process with code 75 if the run does not move for `minutes` inside the block, after writing down what it was doing."""
     if minutes is None:
         yield
@@ -85,8 +90,14 @@ def watchdog(progress: Progress, minutes: float | None, *, dump_to: str, on_stal
         while not done.wait(60 * minutes / POLLS):
             if progress.doing not in UNWATCHED and time.monotonic() - progress.moved_at > 60 * minutes:
                 where = dump_state(progress, dump_to)
-                told = f"no progress for {minutes:g} min while it was at {progress.doing} (limits.stall_minutes)"
-                print(f"error: {told}; its state is in {where}. Start it again: it resumes", file=sys.stderr, flush=True)
+                told = (
+                    f"no progress for {minutes:g} min while it was at {progress.doing} (limits.stall_minutes)"
+                )
+                print(
+                    f"error: {told}; its state is in {where}. Start it again: it resumes",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 on_stall()
                 os._exit(STALLED)  # whatever hangs would hang an orderly end too
 
@@ -112,7 +123,10 @@ def dump_state(progress: Progress, folder: str) -> str:
         from ray.util.state import list_actors, list_tasks
 
         print(f"\ncluster {ray.cluster_resources()}\navailable {ray.available_resources()}", file=told)
-        for kind, listed in (("actor", list_actors(limit=200, timeout=10)), ("task", list_tasks(limit=200, timeout=10))):
+        for kind, listed in (
+            ("actor", list_actors(limit=200, timeout=10)),
+            ("task", list_tasks(limit=200, timeout=10)),
+        ):
             for state in listed:
                 print(kind, state, file=told)
     except Exception as error:  # whatever it is, the stacks are worth more than the reason

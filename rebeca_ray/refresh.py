@@ -15,12 +15,13 @@ import numpy as np
 import pyarrow as pa
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.layout import POOL, Run, for_each_bucket
+from rebeca_ray.catalog.layout import POOL, Run
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.checkpoint import TrainedPrior
 from rebeca_ray.config import GenerateConfig
 from rebeca_ray.histories import Histories
 from rebeca_ray.identity import bucket_of, hash128
+from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.settings import RefreshSettings
 from rebeca_ray.storage import join, read_json, read_table, write_json, write_table
 
@@ -47,7 +48,9 @@ class Decisions:
     """All of them, counted; they themselves lie in the run's work folder, a file a bucket."""
 
     pool: dict[str, Any] | None  # the row of the strangers' pool, if there are any
-    by_urgency: bool  # units follow priority, since time may run out; else the buckets, so that files are full
+    by_urgency: (
+        bool  # units follow priority, since time may run out; else the buckets, so that files are full
+    )
     boundaries: list[Key]  # the first key of each unit but the first
     planned_users: int
     planned_items: int  # images to render, were all of them drawn
@@ -71,7 +74,9 @@ def decide_all(
     marker = join(run.work, "decisions.json")
     if told := read_json(marker):
         return Decisions(**{**told, "boundaries": [tuple(key) for key in told["boundaries"]]})
-    settings = config.sampler.model_dump_json(exclude={"batch_size", "num_actors", "cpus_per_actor", "device"})
+    settings = config.sampler.model_dump_json(
+        exclude={"batch_size", "num_actors", "cpus_per_actor", "device"}
+    )
     tonight = Tonight(
         date=datetime.date.fromisoformat(run.run_date),
         prior=prior.fingerprint,
@@ -93,7 +98,9 @@ def decide_all(
     pool = decide_pool(run, tonight, previous, most=max(part["most_of_strangers"] for part in found))
     planned = [part["planned"] for part in found]
     if pool and pool["decision"] != CARRY:
-        write_decisions([pool], run.decisions(tonight.num_buckets, "to-plan"))  # a file beside those of the buckets
+        write_decisions(
+            [pool], run.decisions(tonight.num_buckets, "to-plan")
+        )  # a file beside those of the buckets
     if pool and pool["decision"] == PLAN:
         planned.append(keys_and_sizes([pool], by_urgency))
     planned_G4 = np.concatenate(planned)
@@ -119,7 +126,9 @@ def cut(planned_G4: np.ndarray, items_per_unit: int) -> list[Key]:
 
 def keys_and_sizes(rows: list[dict[str, Any]], by_urgency: bool) -> np.ndarray:
     """[G, 4] of some users: the three parts of their key, and how many images they get. (Doubles hold 48 bits of a hash.)"""
-    return np.array([(*draw_key(row, by_urgency), row["num_images"]) for row in rows], np.float64).reshape(-1, 4)
+    return np.array([(*draw_key(row, by_urgency), row["num_images"]) for row in rows], np.float64).reshape(
+        -1, 4
+    )
 
 
 def draw_key(row: dict[str, Any], by_urgency: bool) -> Key:
@@ -132,7 +141,12 @@ def split_request(config: GenerateConfig, run: Run) -> None:
     """Write the request below the run's work folder, one file a bucket."""
     table = read_table(config.request, "request")
     table = table.select([name for name in schemas.REQUEST.names if name in table.column_names])
-    bucket = np.array([bucket_of(user, config.layout.num_buckets) for user in table["user_id"].cast(pa.string()).to_pylist()])
+    bucket = np.array(
+        [
+            bucket_of(user, config.layout.num_buckets)
+            for user in table["user_id"].cast(pa.string()).to_pylist()
+        ]
+    )
     order = np.argsort(bucket, kind="stable")
     table, ends = table.take(order), np.searchsorted(bucket[order], np.arange(config.layout.num_buckets + 1))
     for number, (start, stop) in enumerate(pairwise(ends.tolist())):
@@ -143,19 +157,25 @@ def request_file(run: Run, bucket: int) -> str:
     return join(run.work, "request", f"bucket-{bucket:05d}.parquet")
 
 
-def known_users(prior: str, encoder: str, histories: Histories | None, bucket: int, num_buckets: int) -> dict[str, tuple[str, int]]:
+def known_users(
+    prior: str, encoder: str, histories: Histories | None, bucket: int, num_buckets: int
+) -> dict[str, tuple[str, int]]:
     """Digest and activity of the users of a bucket whom the prior knows: by its table, by their histories, or none at all."""
     if encoder == "none":
         return {}
     parts = [f"{prior.rstrip('/')}/users.parquet"]
     if encoder == "history":
         assert histories is not None
-        parts = [histories.file(number) for number in range(bucket, len(histories.users_of_bucket), num_buckets)]
+        parts = [
+            histories.file(number) for number in range(bucket, len(histories.users_of_bucket), num_buckets)
+        ]
     known: dict[str, tuple[str, int]] = {}
     for part in parts:
         table = read_table(part, "users", ["user_id", "history_digest", "num_likes"])
         rows = zip(*(column.to_pylist() for column in table), strict=True)
-        known |= {user: (digest, likes) for user, digest, likes in rows if bucket_of(user, num_buckets) == bucket}
+        known |= {
+            user: (digest, likes) for user, digest, likes in rows if bucket_of(user, num_buckets) == bucket
+        }
     return known
 
 
@@ -171,7 +191,13 @@ class Users:
         histories: Histories | None,
         previous: Snapshot | None,
     ) -> None:
-        self.run, self.tonight, self.bucket, self.histories, self.known = run, tonight, bucket, histories, known
+        self.run, self.tonight, self.bucket, self.histories, self.known = (
+            run,
+            tonight,
+            bucket,
+            histories,
+            known,
+        )
         self.last = last_users(previous, bucket, tonight.num_buckets)
 
     def decide(self, by_urgency: bool) -> dict[str, Any]:
@@ -186,7 +212,9 @@ class Users:
         planned = [row for row in drawn if row["decision"] == PLAN]
         return {
             "planned": keys_and_sizes(planned, by_urgency),
-            "most_of_strangers": max((row["num_images"] for row in rows if row["decision"] == POOLED), default=0),
+            "most_of_strangers": max(
+                (row["num_images"] for row in rows if row["decision"] == POOLED), default=0
+            ),
         }
 
     def row(self, want: dict[str, Any]) -> dict[str, Any]:
@@ -217,7 +245,9 @@ def decide(row: dict[str, Any], last: dict[str, Any] | None, tonight: Tonight) -
     """What becomes of one user, and the generation of their items. `last` is their row of last night's `users`."""
     if last is None:
         return PLAN, 0
-    if turn(row["user_id"], tonight.date, tonight.refresh.rotation) != turn(row["user_id"], last["planned_on"], tonight.refresh.rotation):
+    if turn(row["user_id"], tonight.date, tonight.refresh.rotation) != turn(
+        row["user_id"], last["planned_on"], tonight.refresh.rotation
+    ):
         return PLAN, last["generation"] + 1
     same = all(row[name] == last[name] for name in ("num_images", "stranger", "history_digest", "made_with"))
     if last["num_items"] == 0:

@@ -22,8 +22,9 @@ from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.config import GenerateConfig
 from rebeca_ray.decoding import DecodedImage, Rows, ServerLostError, build_decoder, check_decoder
-from rebeca_ray.parts import BUSY, WRITER_CPUS, WithoutThose, WriteParts, with_busy_seconds
+from rebeca_ray.parts import BUSY, WRITER_CPUS, WriteParts, with_busy_seconds
 from rebeca_ray.progress import Progress
+from rebeca_ray.ray_runtime import WithoutThose
 from rebeca_ray.refresh import Decisions
 from rebeca_ray.settings import DecoderSettings
 from rebeca_ray.storage import arrow_filesystem, join, list_files, open_filesystem, read_json, write_json
@@ -42,7 +43,13 @@ class Rendered:
 
 
 def render_all(
-    config: GenerateConfig, run: Run, decisions: Decisions, progress: Progress, *, deadline: float | None, retry_failed: bool
+    config: GenerateConfig,
+    run: Run,
+    decisions: Decisions,
+    progress: Progress,
+    *,
+    deadline: float | None,
+    retry_failed: bool,
 ) -> Rendered:
     """Draw every planned item, but those that `deadline` (seconds since 1970) leaves no time for.
 
@@ -62,7 +69,12 @@ def render_all(
 
 
 def render_unit(
-    config: GenerateConfig, run: Run, unit: int, marker: dict[str, Any] | None, progress: Progress, deadline: float | None
+    config: GenerateConfig,
+    run: Run,
+    unit: int,
+    marker: dict[str, Any] | None,
+    progress: Progress,
+    deadline: float | None,
 ) -> dict[str, Any]:
     """Draw what is not yet drawn of one unit, and write its marker; returns it. A `marker` that is there says: draw what failed again."""
     attempt = marker["attempt"] + 1 if marker else 0
@@ -80,7 +92,10 @@ def render_unit(
     failed = sum(record["failed"] for record in records)
     if drawn != total or attempt:  # drawn twice, or not at all: the ids tell
         everything = drawn_items(run, records, failed_too=lambda record: True)
-        drawn, failed = len(everything), len(everything) - len(drawn_items(run, records, failed_too=lambda record: False))
+        drawn, failed = (
+            len(everything),
+            len(everything) - len(drawn_items(run, records, failed_too=lambda record: False)),
+        )
     whole = drawn == total
     written = {
         "attempt": attempt,
@@ -97,7 +112,13 @@ def render_unit(
 
 
 def graph(
-    config: GenerateConfig, run: Run, unit: int, parts: list[dict[str, Any]], done: pa.Array, attempt: int, deadline: float | None
+    config: GenerateConfig,
+    run: Run,
+    unit: int,
+    parts: list[dict[str, Any]],
+    done: pa.Array,
+    attempt: int,
+    deadline: float | None,
 ) -> Any:
     """The stages of one unit, as a Ray Data dataset of records that is not yet run."""
     import ray
@@ -121,7 +142,9 @@ def graph(
         partitioning=None,
     ).select_columns(["item_id", "bucket", "image_embeds", "prompt", "negative_prompt"])
     if len(done):
-        planned = planned.map_batches(WithoutThose(ray.put(done)), batch_format="pyarrow", batch_size=None, num_cpus=WRITER_CPUS)
+        planned = planned.map_batches(
+            WithoutThose(ray.put(done)), batch_format="pyarrow", batch_size=None, num_cpus=WRITER_CPUS
+        )
     return (
         planned.repartition(target_num_rows_per_block=rows)
         .map_batches(
@@ -134,7 +157,9 @@ def graph(
             num_gpus=0 if served or decoder.device == "cpu" else 1,
             resources={"decoder_slot": 1} if served else None,
         )
-        .map_batches(writer, batch_size=config.layout.images_per_file, batch_format="pyarrow", num_cpus=WRITER_CPUS)
+        .map_batches(
+            writer, batch_size=config.layout.images_per_file, batch_format="pyarrow", num_cpus=WRITER_CPUS
+        )
     )
 
 
@@ -154,9 +179,13 @@ def drawn_items(run: Run, records: list[dict[str, Any]], failed_too: Any) -> pa.
     filesystem, root = open_filesystem(run.root)
 
     def items(record: dict[str, Any]) -> pa.Array:
-        with filesystem.open(join(root, record["path"]), "rb", cache_type="none") as file:  # not the pixels between
+        with filesystem.open(
+            join(root, record["path"]), "rb", cache_type="none"
+        ) as file:  # not the pixels between
             table = pq.read_table(file, columns=["item_id", "error"])
-        return (table if failed_too(record) else table.filter(pc.is_null(table["error"])))["item_id"].combine_chunks()
+        return (table if failed_too(record) else table.filter(pc.is_null(table["error"])))[
+            "item_id"
+        ].combine_chunks()
 
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(items, records))
@@ -193,7 +222,9 @@ class RenderImages:
             batch = batch.slice(0, 0)
         started = time.perf_counter()
         images = self.draw(batch) if batch.num_rows else schemas.IMAGES.empty_table()
-        return with_busy_seconds(images.append_column("bucket", batch["bucket"]), time.perf_counter() - started)
+        return with_busy_seconds(
+            images.append_column("bucket", batch["bucket"]), time.perf_counter() - started
+        )
 
     def draw(self, batch: pa.Table) -> pa.Table:
         item_ids = batch["item_id"].to_pylist()
@@ -206,7 +237,11 @@ class RenderImages:
         )
         kind = self.settings.image_format.lower()
         images = [
-            {**asdict(drawn), "item_id": item, "image": drawn.image and {"bytes": drawn.image, "path": f"{item}.{kind}"}}
+            {
+                **asdict(drawn),
+                "item_id": item,
+                "image": drawn.image and {"bytes": drawn.image, "path": f"{item}.{kind}"},
+            }
             for item, drawn in zip(item_ids, self.decode(rows), strict=True)
         ]
         assert len(images) == batch.num_rows
@@ -218,4 +253,6 @@ class RenderImages:
             return self.decoder.decode(rows)
         except ServerLostError as error:
             print(f"render actor ends: {error}", file=sys.stderr, flush=True)
-            os._exit(1)  # an exception would fail the run, and Ray takes a polite exit for the actor's own wish
+            os._exit(
+                1
+            )  # an exception would fail the run, and Ray takes a polite exit for the actor's own wish

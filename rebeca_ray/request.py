@@ -10,7 +10,7 @@ from rebeca_ray.checkpoint import read_prior_config
 from rebeca_ray.config import GenerateConfig, parse_config
 from rebeca_ray.decoder_files import DecoderIdentity
 from rebeca_ray.errors import UserError
-from rebeca_ray.items import check_image_embeds, embedded_with
+from rebeca_ray.items import check_items_fit
 from rebeca_ray.settings import MAX_IMAGES, PriorSampling
 from rebeca_ray.storage import read_table
 from rebeca_ray.tables import check_columns, check_ids, check_numbers, check_rows, check_texts, plain
@@ -48,7 +48,9 @@ def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
     if len(own):
         least, most = pc.min_max(own).as_py().values()
         if least < 1 or most > MAX_IMAGES:
-            raise UserError(f"request {config.request}: num_images goes from {least} to {most}; ask for 1 to {MAX_IMAGES:,} images a user")
+            raise UserError(
+                f"request {config.request}: num_images goes from {least} to {most}; ask for 1 to {MAX_IMAGES:,} images a user"
+            )
     return int(pc.sum(own).as_py() or 0) + (request.num_rows - len(own)) * config.num_images
 
 
@@ -65,18 +67,10 @@ def check_prior_can(config: GenerateConfig, prior: dict[str, Any]) -> None:
             "dropout and cannot be guided; set it to 1, or train with user_dropout and rating_dropout above 0"
         )
     if config.interactions is not None and config.items is None:
-        raise UserError("interactions: need `items` too, where the embeddings of what was rated are; set both, or neither")
-    if prior["network"]["user_encoder"] == "history" and config.interactions is None:
-        raise UserError(f"prior {config.prior} knows users by their history: set `interactions` (and `items`) to what they rated until now")
-
-
-def check_items_fit(items: str, prior: dict[str, Any]) -> None:
-    """Raise UserError for real items that the prior's embeddings cannot be compared with."""
-    embed_dim, clip = embedded_with(items)
-    wanted = prior["scaler"]["embed_dim"]
-    if embed_dim != wanted or (clip and prior["clip"] and clip != prior["clip"]):
         raise UserError(
-            f"items {items}: embeddings of size {embed_dim} by CLIP {clip}, the prior knows size {wanted} by CLIP {prior['clip']}; "
-            "give the items it was trained on, or leave `items` out"
+            "interactions: need `items` too, where the embeddings of what was rated are; set both, or neither"
         )
-    check_image_embeds(items)
+    if prior["network"]["user_encoder"] == "history" and config.interactions is None:
+        raise UserError(
+            f"prior {config.prior} knows users by their history: set `interactions` (and `items`) to what they rated until now"
+        )

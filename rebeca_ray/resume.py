@@ -20,7 +20,11 @@ NOT_DESCRIBED: dict[str, Any] = {
 
 def describe_run(config: GenerateConfig, versions: dict[str, str], previous: str | None) -> dict[str, Any]:
     """What a run is made from, field by field: settings, models, the content of its inputs, and the snapshot it follows."""
-    inputs = {"request": config.request, "items": config.items, "interactions": config.interactions and config.interactions.path}
+    inputs = {
+        "request": config.request,
+        "items": config.items,
+        "interactions": config.interactions and config.interactions.path,
+    }
     told = {
         **flat("config", config.model_dump(mode="json", exclude=NOT_DESCRIBED)),
         **flat("version of", versions),
@@ -33,13 +37,20 @@ def describe_run(config: GenerateConfig, versions: dict[str, str], previous: str
 def flat(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in values.items():
-        joined = f"{prefix}.{name}" if prefix == "config" or prefix.startswith("config.") else f"{prefix} {name}"
+        joined = (
+            f"{prefix}.{name}" if prefix == "config" or prefix.startswith("config.") else f"{prefix} {name}"
+        )
         found |= flat(joined, value) if isinstance(value, dict) else {joined: value}
     return found
 
 
 def choose_run(
-    config: GenerateConfig, run_date: datetime.date, described: dict[str, Any], *, resume: Resume, retry_failed: bool
+    config: GenerateConfig,
+    run_date: datetime.date,
+    described: dict[str, Any],
+    *,
+    resume: Resume,
+    retry_failed: bool,
 ) -> tuple[str, dict[str, Any] | None]:
     """The id of the run to go on with and what it was begun with, or a new id and None.
 
@@ -50,14 +61,22 @@ def choose_run(
     if config.run_id is not None:
         begun = {run_id: told for run_id, told in begun.items() if run_id == config.run_id}
         dates = list_folders(join(config.root, "snapshots"))
-        if not begun and any(read_json(join(config.root, "snapshots", date, f"run_id={config.run_id}/manifest.json")) for date in dates):
-            raise UserError(f"root {config.root}: run_id {config.run_id} was used before; choose another, or give none")
+        if not begun and any(
+            read_json(join(config.root, "snapshots", date, f"run_id={config.run_id}/manifest.json"))
+            for date in dates
+        ):
+            raise UserError(
+                f"root {config.root}: run_id {config.run_id} was used before; choose another, or give none"
+            )
     else:
         begun = {run_id: told for run_id, told in begun.items() if told["run_date"] == run_date.isoformat()}
     differences = {
         run_id: difference(
             {"run_date": told["run_date"], **told["described"]},
-            {"run_date": str(config.run_date or told["run_date"]), **described},  # a date nobody gave is that of the run
+            {
+                "run_date": str(config.run_date or told["run_date"]),
+                **described,
+            },  # a date nobody gave is that of the run
         )
         for run_id, told in begun.items()
     }
@@ -66,12 +85,16 @@ def choose_run(
     if resume != "never" and same:
         return same[-1], begun[same[-1]]
     if resume == "never" and config.run_id in begun:
-        raise UserError(f"root {config.root}: run_id {config.run_id} was begun before; choose another, or let it be resumed")
+        raise UserError(
+            f"root {config.root}: run_id {config.run_id} was begun before; choose another, or let it be resumed"
+        )
     if resume != "never" and differences:
         run_id, found = list(differences.items())[-1]
         told = f"run {run_id} of {begun[run_id]['run_date']} cannot be resumed: {found}"
         if must or config.run_id is not None:
-            raise UserError(f"root {config.root}: {told}; restore that, or start a new run with --resume never and another run_id")
+            raise UserError(
+                f"root {config.root}: {told}; restore that, or start a new run with --resume never and another run_id"
+            )
         print(f"{told}; a new run starts", flush=True)
     elif must:
         raise UserError(
@@ -83,8 +106,15 @@ def choose_run(
 
 def unfinished_runs(root: str) -> dict[str, dict[str, Any]]:
     """What every run with a work folder was begun with, the latest last. A published run has none, but for a moment."""
-    told = {name.removeprefix("run_id="): read_json(join(root, "work", name, "run.json")) for name in list_folders(join(root, "work"))}
-    return {run_id: found for run_id, found in sorted(told.items(), key=lambda pair: (pair[1] or {}).get("begun_at", "")) if found}
+    told = {
+        name.removeprefix("run_id="): read_json(join(root, "work", name, "run.json"))
+        for name in list_folders(join(root, "work"))
+    }
+    return {
+        run_id: found
+        for run_id, found in sorted(told.items(), key=lambda pair: (pair[1] or {}).get("begun_at", ""))
+        if found
+    }
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:

@@ -25,7 +25,9 @@ def load_checker(settings: DecoderSettings) -> Checker | None:
         return StableDiffusionChecker(settings)
     module, _, function = name.partition(":")
     if not function:
-        raise UserError(f"decoder.safety.checker {name}: names no function; give stable-diffusion, or module:function")
+        raise UserError(
+            f"decoder.safety.checker {name}: names no function; give stable-diffusion, or module:function"
+        )
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
@@ -44,7 +46,9 @@ class StableDiffusionChecker:
         model = find_decoder(settings).model
         try:
             self.processor = CLIPImageProcessor.from_pretrained(model, subfolder="feature_extractor")
-            self.model = StableDiffusionSafetyChecker.from_pretrained(model, subfolder="safety_checker", use_safetensors=True)
+            self.model = StableDiffusionSafetyChecker.from_pretrained(
+                model, subfolder="safety_checker", use_safetensors=True
+            )
         except (OSError, ValueError) as error:
             raise UserError(
                 f"decoder.safety.checker stable-diffusion: {settings.model} has none ({' '.join(str(error).split())[:200]}); "

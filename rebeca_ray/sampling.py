@@ -9,24 +9,16 @@ import numpy as np
 import torch
 
 from rebeca_ray.diffusion import Denoiser, Diffusion
+from rebeca_ray.noise import item_noise
 from rebeca_ray.prior import LIKE, NULL_RATING, Prior
 from rebeca_ray.settings import SamplerSettings
 
 USERS_PADDED_TO = 64
 
 
-def item_noise(seeds: Sequence[int], embed_dim: int, device: torch.device | str = "cpu") -> Iterator[torch.Tensor]:
-    """One standard normal [B, D] after another, each item's from its own seed alone.
-
-    Counter-based (Philox keyed by the seed), so that an item's noise is the same in any batch, order or process.
-    """
-    generators = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds]
-    while True:
-        draws = [generator.standard_normal(embed_dim, np.float32) for generator in generators]
-        yield torch.from_numpy(np.stack(draws)).to(device)
-
-
-def guided_denoiser(prior: Prior, diffusion: Diffusion, user_CUH: torch.Tensor, row_B: torch.Tensor, guidance_scale: float) -> Denoiser:
+def guided_denoiser(
+    prior: Prior, diffusion: Diffusion, user_CUH: torch.Tensor, row_B: torch.Tensor, guidance_scale: float
+) -> Denoiser:
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6) to what user `row_B[i]` likes, as one doubled batch.
 
     The unconditional half has neither user nor rating: one condition for all its rows. At scale 1 it is left out. Guidance
@@ -53,7 +45,11 @@ def guided_denoiser(prior: Prior, diffusion: Diffusion, user_CUH: torch.Tensor, 
 
 
 def ddpm(
-    denoise: Denoiser, noise: Iterator[torch.Tensor], timesteps: Sequence[int], diffusion: Diffusion, clip: float = 1.0
+    denoise: Denoiser,
+    noise: Iterator[torch.Tensor],
+    timesteps: Sequence[int],
+    diffusion: Diffusion,
+    clip: float = 1.0,
 ) -> torch.Tensor:
     """Ancestral sampling (Ho et al. 2020, algorithm 2), the paper's sampler: `noise` gives x_T and every step's noise.
 
@@ -67,14 +63,20 @@ def ddpm(
         previous = timesteps[index + 1]
         signal, signal_previous = diffusion.alpha[timestep] ** 2, diffusion.alpha[previous] ** 2
         alpha = signal / signal_previous
-        mean = (signal_previous.sqrt() * (1 - alpha) * x0 + alpha.sqrt() * (1 - signal_previous) * x) / (1 - signal)
+        mean = (signal_previous.sqrt() * (1 - alpha) * x0 + alpha.sqrt() * (1 - signal_previous) * x) / (
+            1 - signal
+        )
         variance = ((1 - signal_previous) / (1 - signal) * (1 - alpha)).clamp(min=1e-20)
         x = mean + variance.sqrt() * next(noise)
     return x
 
 
 def ddim(
-    denoise: Denoiser, noise: Iterator[torch.Tensor], timesteps: Sequence[int], diffusion: Diffusion, clip: float = 1.0
+    denoise: Denoiser,
+    noise: Iterator[torch.Tensor],
+    timesteps: Sequence[int],
+    diffusion: Diffusion,
+    clip: float = 1.0,
 ) -> torch.Tensor:
     """DDIM without noise of its own (Song et al. 2021, eq. 12, eta = 0). Returns [B, D].
 
@@ -91,7 +93,11 @@ def ddim(
 
 
 def dpm_solver_pp_2m(
-    denoise: Denoiser, noise: Iterator[torch.Tensor], timesteps: Sequence[int], diffusion: Diffusion, clip: float = 1.0
+    denoise: Denoiser,
+    noise: Iterator[torch.Tensor],
+    timesteps: Sequence[int],
+    diffusion: Diffusion,
+    clip: float = 1.0,
 ) -> torch.Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), ending at zero noise. Returns [B, D].
 
@@ -111,7 +117,11 @@ def dpm_solver_pp_2m(
 
 
 def unipc(
-    denoise: Denoiser, noise: Iterator[torch.Tensor], timesteps: Sequence[int], diffusion: Diffusion, clip: float = 1.0
+    denoise: Denoiser,
+    noise: Iterator[torch.Tensor],
+    timesteps: Sequence[int],
+    diffusion: Diffusion,
+    clip: float = 1.0,
 ) -> torch.Tensor:
     """UniPC of second order, B(h) = exp(h) - 1 (Zhao et al. 2023, algorithms 1 and 2). Returns [B, D].
 
@@ -150,7 +160,9 @@ def corrector_weights(ratio: float, step: float) -> tuple[float, float]:
     return float(weights[0]), float(weights[1])
 
 
-def first_order(x: torch.Tensor, x0: torch.Tensor, timestep: int, following: int, diffusion: Diffusion) -> torch.Tensor:
+def first_order(
+    x: torch.Tensor, x0: torch.Tensor, timestep: int, following: int, diffusion: Diffusion
+) -> torch.Tensor:
     """The exact solution from `timestep` to `following` if the network answered `x0` all along the way."""
     ratio = diffusion.sigma[following] / diffusion.sigma[timestep]
     growth = np.expm1(-diffusion.log_snr_step(timestep, following))
@@ -162,7 +174,12 @@ SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm_solver": dpm_solver_pp_2m, "unipc":
 
 @torch.inference_mode()
 def sample_liked(
-    prior: Prior, diffusion: Diffusion, user_GUH: torch.Tensor, row_N: np.ndarray, seeds: Sequence[int], sampler: SamplerSettings
+    prior: Prior,
+    diffusion: Diffusion,
+    user_GUH: torch.Tensor,
+    row_N: np.ndarray,
+    seeds: Sequence[int],
+    sampler: SamplerSettings,
 ) -> torch.Tensor:
     """Draw one embedding a row that user `row_N[i]` would like, in the prior's space, [N, D] on the CPU.
 
@@ -175,13 +192,24 @@ def sample_liked(
     timesteps = diffusion.inference_timesteps(sampler.num_inference_steps)
     tiles = []
     for start in range(0, len(row_N), sampler.batch_size):
-        rows, tile_seeds = row_N[start : start + sampler.batch_size], list(seeds[start : start + sampler.batch_size])
+        rows, tile_seeds = (
+            row_N[start : start + sampler.batch_size],
+            list(seeds[start : start + sampler.batch_size]),
+        )
         padding = sampler.batch_size - len(rows)
         rows, tile_seeds = np.pad(rows, (0, padding), mode="edge"), [*tile_seeds, *tile_seeds[:1] * padding]
         users, row_B = np.unique(rows, return_inverse=True)
         users = np.pad(users, (0, -len(users) % USERS_PADDED_TO), mode="edge")
         user_CUH = user_GUH[torch.from_numpy(users).to(user_GUH.device)]
-        denoise = guided_denoiser(prior, diffusion, user_CUH, torch.from_numpy(row_B).to(user_GUH.device), sampler.prior_guidance_scale)
+        denoise = guided_denoiser(
+            prior,
+            diffusion,
+            user_CUH,
+            torch.from_numpy(row_B).to(user_GUH.device),
+            sampler.prior_guidance_scale,
+        )
         noise = item_noise(tile_seeds, prior.embed_dim, user_GUH.device)
-        tiles.append(SAMPLERS[sampler.name](denoise, noise, timesteps, diffusion)[: len(tile_seeds) - padding].cpu())
+        tiles.append(
+            SAMPLERS[sampler.name](denoise, noise, timesteps, diffusion)[: len(tile_seeds) - padding].cpu()
+        )
     return torch.cat(tiles)

@@ -11,11 +11,19 @@ import pyarrow as pa
 SCHEMA_VERSION = 3  # of what is published. From 3 on it only grows: see infra/catalog-format.md, and the golden files in the tests
 OLDEST_SCHEMA_VERSION = 3  # that can be read
 VERSION_KEY = "rebeca.schema_version"  # in the metadata of every published file
-NEW, CARRIED, POPULATION = "new", "carried", "population"  # where an item comes from: tonight, a night before, the strangers' pool
+NEW, CARRIED, POPULATION = (
+    "new",
+    "carried",
+    "population",
+)  # where an item comes from: tonight, a night before, the strangers' pool
 
-IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])  # the Hugging Face convention
+IMAGE = pa.struct(
+    [pa.field("bytes", pa.binary()), pa.field("path", pa.string())]
+)  # the Hugging Face convention
 
-OPTIONAL = {"optional": "the column may be missing, its values not"}  # where null is no value, but nobody needs to give one
+OPTIONAL = {
+    "optional": "the column may be missing, its values not"
+}  # where null is no value, but nobody needs to give one
 
 INTERACTIONS = pa.schema(
     [
@@ -23,12 +31,16 @@ INTERACTIONS = pa.schema(
         pa.field("item_id", pa.string(), nullable=False),
         pa.field("rating", pa.float32(), nullable=False, metadata=OPTIONAL),  # without it every row is a like
         pa.field("timestamp", pa.timestamp("us")),
-        pa.field("event", pa.string()),  # "impression": was shown, and says nothing; anything rated: "rating", or null
+        pa.field(
+            "event", pa.string()
+        ),  # "impression": was shown, and says nothing; anything rated: "rating", or null
     ]
 )
 EVENTS = ("rating", "impression")
 
-ITEMS = pa.schema([pa.field("item_id", pa.string(), nullable=False), pa.field("image", IMAGE, nullable=False)])  # to be embedded
+ITEMS = pa.schema(
+    [pa.field("item_id", pa.string(), nullable=False), pa.field("image", IMAGE, nullable=False)]
+)  # to be embedded
 
 REQUEST = pa.schema(
     [
@@ -71,7 +83,9 @@ USERS = pa.schema(  # of a snapshot: what a user's items were made from, which t
         pa.field("prior", pa.string(), nullable=False),
         pa.field("made_with", pa.string(), nullable=False),  # of the settings, the decoder and the prompts
         pa.field("planned_on", pa.date32(), nullable=False),
-        pa.field("planned_by", pa.string(), nullable=False),  # the run; readers make a column `run_id` of the folder's name
+        pa.field(
+            "planned_by", pa.string(), nullable=False
+        ),  # the run; readers make a column `run_id` of the folder's name
     ]
 )
 
@@ -84,18 +98,22 @@ PRIOR_USERS = pa.schema(
     ]
 )
 
-HISTORIES = pa.schema(  # one row a user, their interactions in order of time; private to training and planning
-    [
-        pa.field("user_id", pa.string(), nullable=False),
-        pa.field("bucket", pa.int32(), nullable=False),
-        pa.field("place", pa.int32(), nullable=False),  # within the bucket; the bucket's first user_index comes on top
-        pa.field("num_likes", pa.int32(), nullable=False),
-        pa.field("history_digest", pa.string(), nullable=False),
-        pa.field("item_index", pa.list_(pa.int32()), nullable=False),  # into the embedded items
-        pa.field("like", pa.list_(pa.int8()), nullable=False),
-        pa.field("timestamp", pa.list_(pa.int64()), nullable=False),
-        pa.field("held_out", pa.list_(pa.bool_()), nullable=False),
-    ]
+HISTORIES = (
+    pa.schema(  # one row a user, their interactions in order of time; private to training and planning
+        [
+            pa.field("user_id", pa.string(), nullable=False),
+            pa.field("bucket", pa.int32(), nullable=False),
+            pa.field(
+                "place", pa.int32(), nullable=False
+            ),  # within the bucket; the bucket's first user_index comes on top
+            pa.field("num_likes", pa.int32(), nullable=False),
+            pa.field("history_digest", pa.string(), nullable=False),
+            pa.field("item_index", pa.list_(pa.int32()), nullable=False),  # into the embedded items
+            pa.field("like", pa.list_(pa.int8()), nullable=False),
+            pa.field("timestamp", pa.list_(pa.int64()), nullable=False),
+            pa.field("held_out", pa.list_(pa.bool_()), nullable=False),
+        ]
+    )
 )
 
 ERRORS = pa.schema(
@@ -112,7 +130,9 @@ CHANGES = pa.schema(
     [
         pa.field("item_id", pa.string(), nullable=False),
         pa.field("user_id", pa.string(), nullable=False),
-        pa.field("change", pa.string(), nullable=False),  # added | removed | updated (another rank, probability or image place)
+        pa.field(
+            "change", pa.string(), nullable=False
+        ),  # added | removed | updated (another rank, probability or image place)
     ]
 )
 
@@ -127,7 +147,10 @@ IMAGES = pa.schema(
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("error", pa.string()),
     ],
-    metadata={VERSION_KEY: str(SCHEMA_VERSION), "huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
+    metadata={
+        VERSION_KEY: str(SCHEMA_VERSION),
+        "huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}}),
+    },
 )
 
 URLS = pa.schema(  # of exported images: who is shown what, the best first
@@ -147,7 +170,9 @@ FILES = pa.schema(
     [
         pa.field("table", pa.string(), nullable=False),
         pa.field("bucket", pa.int32(), nullable=False),
-        pa.field("file", pa.int32(), nullable=False),  # the number `items.image_file` points to, within its table
+        pa.field(
+            "file", pa.int32(), nullable=False
+        ),  # the number `items.image_file` points to, within its table
         pa.field("path", pa.string(), nullable=False),  # below the catalog's root
         pa.field("rows", pa.int64(), nullable=False),
         pa.field("bytes", pa.int64(), nullable=False),
@@ -167,7 +192,12 @@ def image_embeds(embed_dim: int) -> pa.DataType:
 
 def embedded_items(embed_dim: int) -> pa.Schema:
     """Real items as the prior knows them."""
-    return pa.schema([pa.field("item_id", pa.string(), nullable=False), pa.field("image_embeds", image_embeds(embed_dim), nullable=False)])
+    return pa.schema(
+        [
+            pa.field("item_id", pa.string(), nullable=False),
+            pa.field("image_embeds", image_embeds(embed_dim), nullable=False),
+        ]
+    )
 
 
 def plan(embed_dim: int) -> pa.Schema:
@@ -179,8 +209,12 @@ def plan(embed_dim: int) -> pa.Schema:
             pa.field("rank", pa.int16(), nullable=False),
             pa.field("image_embeds", image_embeds(embed_dim), nullable=False),
             pa.field("like_probability", pa.float32()),
-            pa.field("user_factors", pa.list_(pa.float32())),  # the selector's, for the quality gate; and what it sees in
-            pa.field("drawn_factors", pa.list_(pa.float32())),  # candidate number `rank`, as drawn: nobody chose it
+            pa.field(
+                "user_factors", pa.list_(pa.float32())
+            ),  # the selector's, for the quality gate; and what it sees in
+            pa.field(
+                "drawn_factors", pa.list_(pa.float32())
+            ),  # candidate number `rank`, as drawn: nobody chose it
             pa.field("nearest_item_id", pa.string()),
             pa.field("nearest_similarity", pa.float32()),
             pa.field("origin", pa.string(), nullable=False),  # new | carried (judged anew) | population
@@ -214,7 +248,13 @@ def items(embed_dim: int) -> pa.Schema:
 
 def table(name: str, embed_dim: int) -> pa.Schema:
     """The schema of one of a snapshot's tables."""
-    return {"items": items(embed_dim), "images": IMAGES, "users": USERS, "errors": ERRORS, "changes": CHANGES}[name]
+    return {
+        "items": items(embed_dim),
+        "images": IMAGES,
+        "users": USERS,
+        "errors": ERRORS,
+        "changes": CHANGES,
+    }[name]
 
 
 def may_be_missing(field: pa.Field) -> bool:
@@ -234,8 +274,12 @@ def compatible(actual: pa.DataType, expected: pa.DataType) -> bool:
         return pa.types.is_floating(actual) or pa.types.is_integer(actual)
     if pa.types.is_struct(expected):  # an image: its bytes are needed, where they came from is not
         place = actual.get_field_index("bytes") if pa.types.is_struct(actual) else -1
-        return place >= 0 and (pa.types.is_binary(actual[place].type) or pa.types.is_large_binary(actual[place].type))
+        return place >= 0 and (
+            pa.types.is_binary(actual[place].type) or pa.types.is_large_binary(actual[place].type)
+        )
     if pa.types.is_fixed_size_list(expected):  # an embedding: of what size is known from the rows
-        lists = pa.types.is_fixed_size_list(actual) or pa.types.is_list(actual) or pa.types.is_large_list(actual)
+        lists = (
+            pa.types.is_fixed_size_list(actual) or pa.types.is_list(actual) or pa.types.is_large_list(actual)
+        )
         return lists and pa.types.is_floating(actual.value_type)
     return pa.types.is_timestamp(actual) or pa.types.is_date(actual)

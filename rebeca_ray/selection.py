@@ -29,7 +29,9 @@ def nearest_items(unit_BD: torch.Tensor, unit_ID: torch.Tensor) -> tuple[torch.T
     return torch.cat(rows), torch.cat(best)
 
 
-def choose(unit_CD: np.ndarray, like_C: np.ndarray, copy_C: np.ndarray, num_chosen: int, diversity: float) -> np.ndarray:
+def choose(
+    unit_CD: np.ndarray, like_C: np.ndarray, copy_C: np.ndarray, num_chosen: int, diversity: float
+) -> np.ndarray:
     """K of one user's candidates, best first, by maximal marginal relevance (Carbonell & Goldstein 1998).
 
     Each choice maximises `(1 - diversity) · like - diversity · greatest cosine to those chosen`. Candidates marked as copies come

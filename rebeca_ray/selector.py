@@ -32,7 +32,9 @@ class Selector(nn.Module):
 
     rows_VF: torch.Tensor | None
 
-    def __init__(self, embed_dim: int, num_factors: int = NUM_FACTORS, rows_VF: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, embed_dim: int, num_factors: int = NUM_FACTORS, rows_VF: torch.Tensor | None = None
+    ) -> None:
         super().__init__()
         self.said = nn.Linear(embed_dim, 2 * num_factors)  # by a disliked and by a liked item
         self.factors = nn.Linear(embed_dim, num_factors)
@@ -78,7 +80,9 @@ def fit_selector(blocks: Iterable[UserBlock], x0_ID: np.ndarray, seed: int) -> S
     x_ID = torch.from_numpy(x0_ID)
     mean_D, scale = x_ID.mean(0), float(x_ID.std())
     selector = Selector(x0_ID.shape[1], min(NUM_FACTORS, *x0_ID.shape))
-    start_from_similarity(selector, (x_ID[:: -(-len(x_ID) // ITEMS_TO_START_FROM)] - mean_D) / scale, float(share))
+    start_from_similarity(
+        selector, (x_ID[:: -(-len(x_ID) // ITEMS_TO_START_FROM)] - mean_D) / scale, float(share)
+    )
     optimizer = torch.optim.AdamW(selector.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=EPOCHS)
     for epoch in range(EPOCHS):
@@ -93,8 +97,12 @@ def fit_selector(blocks: Iterable[UserBlock], x0_ID: np.ndarray, seed: int) -> S
             )
             for batch in batches:
                 history = batch.history.look_up(x0_ID)
-                user_NF = selector.user_factors(history._replace(item_BLD=(history.item_BLD - mean_D) / scale))[batch.row_B]
-                logit_N = selector.logit((x_ID[torch.from_numpy(batch.item_index_B)] - mean_D) / scale, user_NF)
+                user_NF = selector.user_factors(
+                    history._replace(item_BLD=(history.item_BLD - mean_D) / scale)
+                )[batch.row_B]
+                logit_N = selector.logit(
+                    (x_ID[torch.from_numpy(batch.item_index_B)] - mean_D) / scale, user_NF
+                )
                 optimizer.zero_grad()
                 F.binary_cross_entropy_with_logits(logit_N, torch.from_numpy(batch.like_B).float()).backward()
                 optimizer.step()
@@ -112,7 +120,9 @@ def start_from_similarity(selector: Selector, standard_ID: torch.Tensor, like_sh
 
     This is most of what there is to know; a learning rate that leads far away from it (3e-3) forgets more than it learns.
     """
-    directions_FD = torch.linalg.eigh(standard_ID.T @ standard_ID).eigenvectors.T.flip(0)[: selector.factors.out_features]
+    directions_FD = torch.linalg.eigh(standard_ID.T @ standard_ID).eigenvectors.T.flip(0)[
+        : selector.factors.out_features
+    ]
     directions_FD *= 2.8 / (standard_ID @ directions_FD.T).square().sum(1).mean().sqrt()
     selector.factors.weight.copy_(directions_FD)
     selector.said.weight.copy_(torch.cat([-0.1 * directions_FD, directions_FD]))

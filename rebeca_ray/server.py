@@ -26,7 +26,9 @@ from rebeca_ray.triton import parameters
 
 
 @contextmanager
-def triton_server(settings: DecoderSettings, *, http_port: int, grpc_port: int, metrics_port: int, instances: int) -> Iterator[Any]:
+def triton_server(
+    settings: DecoderSettings, *, http_port: int, grpc_port: int, metrics_port: int, instances: int
+) -> Iterator[Any]:
     """The real `tritonserver` on 127.0.0.1, ready when this is entered, stopped when it is left; yields its process.
 
     Raises UserError if there is no server on this machine, a port is taken, or it stops before it is ready (the reason is in its own
@@ -38,8 +40,15 @@ def triton_server(settings: DecoderSettings, *, http_port: int, grpc_port: int, 
         ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
         require_free(ports)
         command = [binary, f"--model-repository={folder}/models", "--model-control-mode=none", *options]
-        command += [option for name, port in ports.items() for option in (f"--{name}-port={port}", f"--{name}-address=127.0.0.1")]
-        process = subprocess.Popen([*command, "--disable-auto-complete-config", "--exit-timeout-secs=20"], env=os.environ | environment)
+        command += [
+            option
+            for name, port in ports.items()
+            for option in (f"--{name}-port={port}", f"--{name}-address=127.0.0.1")
+        ]
+        process = subprocess.Popen(
+            [*command, "--disable-auto-complete-config", "--exit-timeout-secs=20"],
+            env=os.environ | environment,
+        )
         try:
             wait_until_ready(process, http_port)
             yield process
@@ -60,7 +69,9 @@ def require_free(ports: dict[str, int]) -> None:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
-                raise UserError(f"--{name}-port {port}: another process listens there; stop it, or give another port") from None
+                raise UserError(
+                    f"--{name}-port {port}: another process listens there; stop it, or give another port"
+                ) from None
 
 
 def wait_until_ready(process: "subprocess.Popen[bytes]", http_port: int) -> None:
@@ -72,19 +83,27 @@ def wait_until_ready(process: "subprocess.Popen[bytes]", http_port: int) -> None
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
-    raise UserError(f"tritonserver ended with code {process.returncode} before it was ready; its own lines above say why")
+    raise UserError(
+        f"tritonserver ended with code {process.returncode} before it was ready; its own lines above say why"
+    )
 
 
 def write_repository(settings: DecoderSettings, folder: Path, instances: int = 1) -> None:
     """Copy the model repository into `folder`, with this decoder's settings and sizes in its config."""
-    template = next(path for path in (PACKAGE / "model_repository", PACKAGE.parent / "serving" / "model_repository") if path.is_dir())
+    template = next(
+        path
+        for path in (PACKAGE / "model_repository", PACKAGE.parent / "serving" / "model_repository")
+        if path.is_dir()
+    )
     shutil.copytree(template, folder, ignore=shutil.ignore_patterns("__pycache__"))
     path = folder / "decoder" / "config.pbtxt"
     config = text_format.Parse(path.read_text(), ModelConfig())
     identity = identify_decoder(settings)
     config.max_batch_size = settings.batch_size
     config.instance_group[0].count = instances
-    config.instance_group[0].kind = ModelInstanceGroup.KIND_GPU if settings.device == "cuda" else ModelInstanceGroup.KIND_CPU
+    config.instance_group[0].kind = (
+        ModelInstanceGroup.KIND_GPU if settings.device == "cuda" else ModelInstanceGroup.KIND_CPU
+    )
     config.input[0].dims[:] = [identity.embed_dim]
     config.model_warmup[0].inputs["image_embeds"].dims[:] = [identity.embed_dim]
     config.parameters.clear()
@@ -101,7 +120,9 @@ def find_server(folder: Path) -> tuple[str, dict[str, str], list[str]]:
     Raises UserError if there is neither.
     """
     site_packages = sysconfig.get_paths()["purelib"]
-    environment = {"PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), site_packages, os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), site_packages, os.environ.get("PYTHONPATH", "")])
+    }
     if binary := shutil.which("tritonserver", path=f"{os.environ['PATH']}{os.pathsep}/opt/tritonserver/bin"):
         return binary, environment, []
     found = importlib.util.find_spec("pytriton")

@@ -9,7 +9,15 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 PACKAGE = Path(__file__).parent
 
@@ -57,14 +65,18 @@ Scale = Annotated[float, Field(ge=1, le=1000)]  # of guidance; 1 is none
 Rating = Annotated[float, Field(ge=-1e6, le=1e6)]
 Price = Annotated[float, Field(ge=0, le=1e6)]
 Span = Annotated[float, Field(gt=0, le=10**7)]  # of time, in the unit its name says
-Cpus = Annotated[float, Field(gt=0, le=1000, description="CPUs reserved an actor; leave one of the cluster's for reading")]
+Cpus = Annotated[
+    float, Field(gt=0, le=1000, description="CPUs reserved an actor; leave one of the cluster's for reading")
+]
 Device = Literal["cpu", "cuda"]
 
 
 class Settings(BaseModel):
     """Base of every config section: frozen, and closed to unknown keys, other types, endless numbers and texts that are none."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, str_min_length=1, str_max_length=4096)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, str_min_length=1, str_max_length=4096
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -79,11 +91,16 @@ class InteractionSettings(Settings):
 
     path: Location
     rating_scale: Annotated[
-        tuple[Rating, Rating], Field(strict=False, description="the lowest and the highest rating there can be")  # YAML has lists alone
+        tuple[Rating, Rating],
+        Field(
+            strict=False, description="the lowest and the highest rating there can be"
+        ),  # YAML has lists alone
     ] = (1.0, 5.0)
     like_threshold: Rating = 4.0
     min_likes: Count = 1
-    hold_out: Annotated[Share, Field(description="share of each user's interactions kept from training")] = 0.1
+    hold_out: Annotated[Share, Field(description="share of each user's interactions kept from training")] = (
+        0.1
+    )
     unknown_items: Annotated[
         Literal["refuse", "drop"],
         Field(description="ratings of items that are not there; of generated ones they are always dropped"),
@@ -93,7 +110,9 @@ class InteractionSettings(Settings):
     def threshold_is_on_the_scale(self) -> Self:
         low, high = self.rating_scale
         if not low < self.like_threshold <= high:
-            raise ValueError(f"like_threshold {self.like_threshold:g} is outside rating_scale {low:g} to {high:g}; change one of them")
+            raise ValueError(
+                f"like_threshold {self.like_threshold:g} is outside rating_scale {low:g} to {high:g}; change one of them"
+            )
         return self
 
 
@@ -117,7 +136,9 @@ class NetworkSettings(Settings):
     @model_validator(mode="after")
     def heads_share_the_width(self) -> Self:
         if self.width % self.num_heads:
-            raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}; change one of them")
+            raise ValueError(
+                f"width {self.width} is not divisible by num_heads {self.num_heads}; change one of them"
+            )
         return self
 
 
@@ -133,26 +154,35 @@ class PriorSampling(Settings):
     """How a trained prior is best sampled, found after training and saved with it."""
 
     prior_guidance_scale: Scale
-    distilled_steps: Annotated[Size | None, Field(description="a distilled prior has its steps and its guidance built in")] = None
+    distilled_steps: Annotated[
+        Size | None, Field(description="a distilled prior has its steps and its guidance built in")
+    ] = None
 
 
 class OptimizationSettings(Settings):
     """One training run: AdamW, early stopping, exponential moving average. Defaults are the authors' where they told them."""
 
     learning_rate: LearningRate = 1e-4
-    user_learning_rate: Annotated[LearningRate, Field(description="of the `id` table's rows (row-wise AdaGrad)")] = 0.1
+    user_learning_rate: Annotated[
+        LearningRate, Field(description="of the `id` table's rows (row-wise AdaGrad)")
+    ] = 0.1
     weight_decay: Part = 1e-5
     batch_size: Annotated[Size, Field(description="samples a step, over all workers")] = 64
     samples_per_user: Annotated[Positive, Field(description="draws a user an epoch")] = 100
     like_share: Annotated[
-        Part | None, Field(description="share of likes among the draws, since likes are drawn later; default: as they come")
+        Part | None,
+        Field(
+            description="share of likes among the draws, since likes are drawn later; default: as they come"
+        ),
     ] = None
     steps_per_epoch: Annotated[
-        Positive | None, Field(description="validate and checkpoint after so many; default: when every user had their draws")
+        Positive | None,
+        Field(description="validate and checkpoint after so many; default: when every user had their draws"),
     ] = None
     max_epochs: Positive = 100
     schedule: Annotated[
-        Literal["plateau", "linear"], Field(description="of the learning rate: down when validation stalls, or towards 0 at max_epochs")
+        Literal["plateau", "linear"],
+        Field(description="of the learning rate: down when validation stalls, or towards 0 at max_epochs"),
     ] = "plateau"
     plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
     plateau_patience: Positive = 4
@@ -168,7 +198,9 @@ class WorkerSettings(Settings):
     """The Ray Train workers: `cpu` talks gloo, `cuda` talks nccl."""
 
     num_workers: Few = 1
-    cpus_per_worker: Annotated[Cpus, Field(description="reserved; leave some of the cluster's for reading")] = 1.0
+    cpus_per_worker: Annotated[
+        Cpus, Field(description="reserved; leave some of the cluster's for reading")
+    ] = 1.0
     threads_per_worker: Few = 1
     device: Device = "cpu"
     max_failures: Count = 2
@@ -177,10 +209,16 @@ class WorkerSettings(Settings):
 class SamplerSettings(Settings):
     """How the prior is sampled. The paper's sampler is `ddpm` with 1000 steps. A distilled prior has all three built in."""
 
-    name: Annotated[Literal["ddpm", "ddim", "dpm_solver", "unipc"] | None, Field(description="default: dpm_solver")] = None
+    name: Annotated[
+        Literal["ddpm", "ddim", "dpm_solver", "unipc"] | None, Field(description="default: dpm_solver")
+    ] = None
     num_inference_steps: Annotated[Size | None, Field(description="default: 16")] = None
-    prior_guidance_scale: Annotated[Scale | None, Field(description="default: what was chosen after training")] = None
-    batch_size: Annotated[Size, Field(ge=16, description="candidates a forward pass; short batches are padded to it")] = 256
+    prior_guidance_scale: Annotated[
+        Scale | None, Field(description="default: what was chosen after training")
+    ] = None
+    batch_size: Annotated[
+        Size, Field(ge=16, description="candidates a forward pass; short batches are padded to it")
+    ] = 256
     num_actors: Few = 1
     cpus_per_actor: Cpus = 1.0
     device: Device = "cpu"
@@ -188,25 +226,46 @@ class SamplerSettings(Settings):
     def resolve(self, prior: PriorSampling, num_train_timesteps: int) -> Self:
         """The same with nothing left open. Raises ValueError for what this prior cannot do."""
         if prior.distilled_steps is not None:
-            built_in = {"name": "ddim", "num_inference_steps": prior.distilled_steps, "prior_guidance_scale": 1.0}
+            built_in = {
+                "name": "ddim",
+                "num_inference_steps": prior.distilled_steps,
+                "prior_guidance_scale": 1.0,
+            }
             told = [name for name in built_in if getattr(self, name) is not None]
             if told:
-                raise ValueError(f"sampler.{told[0]} is set, but a distilled prior has its steps and guidance built in; leave it out")
+                raise ValueError(
+                    f"sampler.{told[0]} is set, but a distilled prior has its steps and guidance built in; leave it out"
+                )
             return self.model_copy(update=built_in)
         steps = self.num_inference_steps or min(16, num_train_timesteps)
         if steps > num_train_timesteps:
-            raise ValueError(f"sampler.num_inference_steps is {steps}, it was trained on {num_train_timesteps}; take at most that many")
+            raise ValueError(
+                f"sampler.num_inference_steps is {steps}, it was trained on {num_train_timesteps}; take at most that many"
+            )
         guidance = self.prior_guidance_scale or prior.prior_guidance_scale
-        return self.model_copy(update={"name": self.name or "dpm_solver", "num_inference_steps": steps, "prior_guidance_scale": guidance})
+        return self.model_copy(
+            update={
+                "name": self.name or "dpm_solver",
+                "num_inference_steps": steps,
+                "prior_guidance_scale": guidance,
+            }
+        )
 
 
 class SelectionSettings(Settings):
     """Which of a user's candidates are decoded."""
 
     candidates_per_item: Annotated[Few, Field(description="1 keeps what is sampled, in its order")] = 4
-    diversity: Annotated[Part, Field(description="weight of unlikeness to those chosen, against the like probability")] = 0.3
+    diversity: Annotated[
+        Part, Field(description="weight of unlikeness to those chosen, against the like probability")
+    ] = 0.3
     max_item_similarity: Annotated[
-        float, Field(gt=0, le=1, description="nearer to an existing item, by cosine, a candidate is a copy and comes last")
+        float,
+        Field(
+            gt=0,
+            le=1,
+            description="nearer to an existing item, by cosine, a candidate is a copy and comes last",
+        ),
     ] = 0.98
 
 
@@ -214,11 +273,15 @@ class SafetySettings(Settings):
     """What is not fit to be shown, and what happens to it."""
 
     checker: Annotated[
-        str | None, Field(description="stable-diffusion: the model's own; or module:function of uint8 images, giving probabilities")
+        str | None,
+        Field(
+            description="stable-diffusion: the model's own; or module:function of uint8 images, giving probabilities"
+        ),
     ] = None
     max_probability: Annotated[Part, Field(description="of being unsafe; above it an image is")] = 0.5
     policy: Annotated[
-        Literal["regenerate", "drop", "flag"], Field(description="draw it anew with other noise, leave it out, or mark it safety_flag")
+        Literal["regenerate", "drop", "flag"],
+        Field(description="draw it anew with other noise, leave it out, or mark it safety_flag"),
     ] = "regenerate"
     max_attempts: Annotated[Few, Field(description="of drawing one image; then it is left out")] = 3
 
@@ -227,9 +290,13 @@ class TritonSettings(Settings):
     """The Triton Inference Server of the node that an actor runs on."""
 
     url: Annotated[str, Field(description="host:port of its gRPC")] = "127.0.0.1:8001"
-    window: Annotated[Few, Field(description="requests under way at a time, so that the server's next batch is waiting")] = 2
+    window: Annotated[
+        Few, Field(description="requests under way at a time, so that the server's next batch is waiting")
+    ] = 2
     deadline_seconds: Annotated[Span, Field(description="for one request of batch_size images")] = 120
-    ready_seconds: Annotated[Span, Field(description="how long a server that starts, or starts again, is waited for")] = 300
+    ready_seconds: Annotated[
+        Span, Field(description="how long a server that starts, or starts again, is waited for")
+    ] = 300
 
 
 class DecoderSettings(Settings):
@@ -237,35 +304,59 @@ class DecoderSettings(Settings):
 
     model: ModelName
     revision: Annotated[str | None, Field(description="commit of a hub model; default: its latest")] = None
-    ip_adapter: Annotated[str, Field(description="path of the adapter inside `ip_adapter_repo`")] = "ip_adapter/ip-adapter.safetensors"
-    ip_adapter_repo: Annotated[ModelName | None, Field(description="hub id or directory; default: the model's own")] = None
+    ip_adapter: Annotated[str, Field(description="path of the adapter inside `ip_adapter_repo`")] = (
+        "ip_adapter/ip-adapter.safetensors"
+    )
+    ip_adapter_repo: Annotated[
+        ModelName | None, Field(description="hub id or directory; default: the model's own")
+    ] = None
     ip_adapter_revision: str | None = None
-    vae: Annotated[ModelName | None, Field(description="another autoencoder, such as madebyollin/taesd; default: the model's own")] = None
-    lora: Annotated[ModelName | None, Field(description="merged at load: a path, or owner/name/file.safetensors of a hub")] = None
-    backend: Annotated[Literal["local", "triton"], Field(description="decode in the actor, or in the server on its node")] = "local"
+    vae: Annotated[
+        ModelName | None,
+        Field(description="another autoencoder, such as madebyollin/taesd; default: the model's own"),
+    ] = None
+    lora: Annotated[
+        ModelName | None, Field(description="merged at load: a path, or owner/name/file.safetensors of a hub")
+    ] = None
+    backend: Annotated[
+        Literal["local", "triton"], Field(description="decode in the actor, or in the server on its node")
+    ] = "local"
     triton: TritonSettings = TritonSettings()
-    engine: Annotated[Literal["torch", "onnx", "tensorrt"], Field(description="what runs the networks")] = "torch"
-    engine_dir: Annotated[Location | None, Field(description="what `rebeca export` wrote; for onnx and tensorrt")] = None
+    engine: Annotated[Literal["torch", "onnx", "tensorrt"], Field(description="what runs the networks")] = (
+        "torch"
+    )
+    engine_dir: Annotated[
+        Location | None, Field(description="what `rebeca export` wrote; for onnx and tensorrt")
+    ] = None
     scheduler: Literal["dpm_solver", "ddim", "unipc", "lcm", "tcd"] = "dpm_solver"
     num_inference_steps: Few = 20
     decoder_guidance_scale: Annotated[Scale, Field(description="1 means a single pass")] = 5.0
     ip_adapter_scale: Ratio = 1.0
-    image_size: Annotated[Pixels | None, Field(multiple_of=8, description="pixels a side; default: the model's own")] = None
+    image_size: Annotated[
+        Pixels | None, Field(multiple_of=8, description="pixels a side; default: the model's own")
+    ] = None
     image_format: Literal["JPEG", "WEBP", "PNG"] = "WEBP"
     image_quality: Annotated[int, Field(ge=1, le=100)] = 90
     thumbnail_size: Pixels = 128
     safety: SafetySettings = SafetySettings()
-    batch_size: Annotated[Size, Field(description="images decoded together; short batches are padded to it")] = 16
+    batch_size: Annotated[
+        Size, Field(description="images decoded together; short batches are padded to it")
+    ] = 16
     num_actors: Few = 1
     cpus_per_actor: Cpus = 1.0
     device: Device = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    compile: Annotated[bool, Field(description="the UNet by torch.compile: minutes at start, faster after; engine torch only")] = False
+    compile: Annotated[
+        bool,
+        Field(description="the UNet by torch.compile: minutes at start, faster after; engine torch only"),
+    ] = False
 
     @model_validator(mode="after")
     def engines_lie_somewhere(self) -> Self:
         if (self.engine == "torch") != (self.engine_dir is None):
-            raise ValueError(f"engine {self.engine} with engine_dir {self.engine_dir}; onnx and tensorrt need one, torch has none")
+            raise ValueError(
+                f"engine {self.engine} with engine_dir {self.engine_dir}; onnx and tensorrt need one, torch has none"
+            )
         if self.compile and self.engine != "torch":
             raise ValueError(f"compile is for engine torch, this is {self.engine}")
         if self.engine == "tensorrt" and self.device != "cuda":
@@ -277,49 +368,88 @@ class GateSettings(Settings):
     """What a snapshot must be like to be published; a null is no bound. Shares are of the items requested."""
 
     max_p_value: Annotated[
-        float | None, Field(gt=0, le=1, description="that what is drawn pleases its own users more than others; told before rendering")
+        float | None,
+        Field(
+            gt=0,
+            le=1,
+            description="that what is drawn pleases its own users more than others; told before rendering",
+        ),
     ] = 0.01
     min_users: Count | None = None
     min_items: Count | None = None
-    min_effect: Annotated[float | None, Field(ge=0, le=1, description="like probability for own users above that for others")] = None
-    min_like_probability: Annotated[float | None, Field(ge=0, le=1, description="mean, as the selector sees it")] = None
-    min_diversity: Annotated[float | None, Field(ge=0, le=2, description="mean cosine distance between a user's items")] = None
+    min_effect: Annotated[
+        float | None, Field(ge=0, le=1, description="like probability for own users above that for others")
+    ] = None
+    min_like_probability: Annotated[
+        float | None, Field(ge=0, le=1, description="mean, as the selector sees it")
+    ] = None
+    min_diversity: Annotated[
+        float | None, Field(ge=0, le=2, description="mean cosine distance between a user's items")
+    ] = None
     max_failed: Part | None = None
     max_filtered: Annotated[float | None, Field(ge=0, le=1, description="share not fit to be shown")] = 0.5
-    max_duplicates: Annotated[float | None, Field(ge=0, le=1, description="share with the same embedding as another of its user's")] = 0.05
+    max_duplicates: Annotated[
+        float | None, Field(ge=0, le=1, description="share with the same embedding as another of its user's")
+    ] = 0.05
     max_drop: Annotated[
-        float | None, Field(gt=0, le=1, description="of users, items, effect, like probability, diversity: share of the last snapshot's")
+        float | None,
+        Field(
+            gt=0,
+            le=1,
+            description="of users, items, effect, like probability, diversity: share of the last snapshot's",
+        ),
     ] = 0.2
-    max_rise: Annotated[float | None, Field(gt=0, le=1, description="of failed, filtered, duplicates: above the last snapshot's")] = 0.05
-    min_sample: Annotated[Positive, Field(description="items judged, at least; the qualities of fewer stop nothing")] = 100
+    max_rise: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="of failed, filtered, duplicates: above the last snapshot's"),
+    ] = 0.05
+    min_sample: Annotated[
+        Positive, Field(description="items judged, at least; the qualities of fewer stop nothing")
+    ] = 100
 
 
 class RefreshSettings(Settings):
     """Who is drawn anew tonight; everyone else keeps last night's items."""
 
-    rotation: Annotated[Share, Field(description="share of users drawn anew a night though nothing changed, each in turn")] = 0.0
+    rotation: Annotated[
+        Share, Field(description="share of users drawn anew a night though nothing changed, each in turn")
+    ] = 0.0
     on_new_prior: Annotated[
         Literal["keep", "rescore", "replace"],
-        Field(description="of users whose history did not change: keep as they are, judge and rank anew, or draw anew"),
+        Field(
+            description="of users whose history did not change: keep as they are, judge and rank anew, or draw anew"
+        ),
     ] = "keep"
 
 
 class LayoutSettings(Settings):
     """How a catalog is cut: users into buckets, work into units, images into files."""
 
-    num_buckets: Annotated[int, Field(gt=0, le=65_536, description="some 10,000 users each; may change from night to night")] = 1
-    items_per_unit: Annotated[Positive, Field(description="items rendered under one marker, the most urgent first")] = 2_000_000
-    images_per_file: Annotated[int, Field(gt=0, le=10_000, description="what a crash may cost each actor")] = 256
+    num_buckets: Annotated[
+        int, Field(gt=0, le=65_536, description="some 10,000 users each; may change from night to night")
+    ] = 1
+    items_per_unit: Annotated[
+        Positive, Field(description="items rendered under one marker, the most urgent first")
+    ] = 2_000_000
+    images_per_file: Annotated[
+        int, Field(gt=0, le=10_000, description="what a crash may cost each actor")
+    ] = 256
 
 
 class LimitSettings(Settings):
     """When rendering stops. Who is not finished keeps last night's items; a null is no limit."""
 
     publish_by: Annotated[
-        str | None, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$", description='the first such time of day (UTC) after the run began: "HH:MM"')
+        str | None,
+        Field(
+            pattern=r"^([01]\d|2[0-3]):[0-5]\d$",
+            description='the first such time of day (UTC) after the run began: "HH:MM"',
+        ),
     ] = None
     max_gpu_hours: Annotated[Span | None, Field(description="hours of all decoder actors together")] = None
-    stall_minutes: Annotated[Span | None, Field(description="without any progress; then the job ends with 75")] = 60
+    stall_minutes: Annotated[
+        Span | None, Field(description="without any progress; then the job ends with 75")
+    ] = 60
     lease_seconds: Annotated[Span, Field(description="after which a silent run is taken to be dead")] = 60
 
 

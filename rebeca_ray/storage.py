@@ -25,15 +25,25 @@ from botocore.exceptions import BotoCoreError, HTTPClientError
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from rebeca_ray.errors import StorageError, UserError
+from rebeca_ray.errors import StorageError, UserError, describe
 
-PATIENT: dict[str, Any] = {"connect_timeout": 5, "read_timeout": 30, "max_pool_connections": 64}  # 10 by default, for all threads together
+PATIENT: dict[str, Any] = {
+    "connect_timeout": 5,
+    "read_timeout": 30,
+    "max_pool_connections": 64,
+}  # 10 by default, for all threads together
 PATIENT["retries"] = {"mode": "standard", "total_max_attempts": 10}
-HASTY: dict[str, Any] = {"connect_timeout": 3, "read_timeout": 10, "retries": {"mode": "standard", "total_max_attempts": 3}}
+HASTY: dict[str, Any] = {
+    "connect_timeout": 3,
+    "read_timeout": 10,
+    "retries": {"mode": "standard", "total_max_attempts": 3},
+}
 # What a file system raises. BotoCoreError: no credentials, no such endpoint; ClientPayloadError: every answer was cut in its middle.
 UNREACHABLE = (OSError, BotoCoreError, ClientPayloadError)
 PARQUET = pyarrow.dataset.ParquetFileFormat(
-    default_fragment_scan_options=pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=True, page_checksum_verification=True)
+    default_fragment_scan_options=pyarrow.dataset.ParquetFragmentScanOptions(
+        pre_buffer=True, page_checksum_verification=True
+    )
 )
 
 
@@ -46,7 +56,9 @@ def open_filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
     if uri.startswith("s3:") and scheme != "s3":
         raise UserError(f"{uri}: is no address; give s3://bucket/prefix")
     if scheme not in ("file", "s3"):
-        raise UserError(f"{uri}: storage {scheme!r} is not supported; give a local path or s3://bucket/prefix")
+        raise UserError(
+            f"{uri}: storage {scheme!r} is not supported; give a local path or s3://bucket/prefix"
+        )
     if scheme == "file":
         filesystem, path = fsspec.core.url_to_fs(uri)
         return filesystem, path
@@ -106,7 +118,9 @@ def one_line(uri: str, done: str) -> Iterator[None]:
     try:
         yield
     except UNREACHABLE as error:
-        raise StorageError(f"{uri}: cannot be {done} ({describe(error)}); check the path, its free space and the credentials") from None
+        raise StorageError(
+            f"{uri}: cannot be {done} ({describe(error)}); check the path, its free space and the credentials"
+        ) from None
 
 
 def open_table(uri: str, what: str) -> tuple[list[str], pa.Schema]:
@@ -135,7 +149,9 @@ def read_schemas(uri: str, what: str) -> dict[str, pa.Schema]:
     for name, schema in zip(files, schemas, strict=True):
         if len({*schema.names}) < len(schema.names):
             twice = next(column for column in schema.names if schema.names.count(column) > 1)
-            raise UserError(f"{what} {uri}: {Path(name).name} has column {twice!r} more than once; rename or drop the others")
+            raise UserError(
+                f"{what} {uri}: {Path(name).name} has column {twice!r} more than once; rename or drop the others"
+            )
         if odd := sorted({*schema.names} ^ {*schemas[0].names}):
             raise UserError(
                 f"{what} {uri}: {Path(name).name} and {Path(files[0]).name} differ in their columns ({', '.join(odd[:3])}); "
@@ -151,7 +167,9 @@ def read_schema(filesystem: AbstractFileSystem, path: str, what: str, uri: str) 
     except (pa.ArrowException, OSError) as error:
         if not is_damage(error):
             raise
-        raise UserError(f"{what} {uri}: {Path(path).name} is not a readable Parquet file; write it again") from None
+        raise UserError(
+            f"{what} {uri}: {Path(path).name} is not a readable Parquet file; write it again"
+        ) from None
 
 
 def read_table(uri: str, what: str, columns: list[str] | None = None) -> pa.Table:
@@ -164,10 +182,14 @@ def read_table(uri: str, what: str, columns: list[str] | None = None) -> pa.Tabl
     except (pa.ArrowException, *UNREACHABLE) as error:
         if not is_damage(error):
             raise unreadable(f"{what} {uri}", error) from None
-        raise UserError(f"{what} {uri}: not readable as Parquet ({describe(error)}); write it again") from None
+        raise UserError(
+            f"{what} {uri}: not readable as Parquet ({describe(error)}); write it again"
+        ) from None
 
 
-def write_table(table: pa.Table, uri: str, *, row_group_size: int, embed_column: str | None = None) -> dict[str, Any]:
+def write_table(
+    table: pa.Table, uri: str, *, row_group_size: int, embed_column: str | None = None
+) -> dict[str, Any]:
     """Write one Parquet file and return its `rows`, `bytes` and `sha256`, hashed while writing.
 
     The embedding column is stored byte-stream-split without a dictionary or statistics, everything with zstd and a checksum a page.
@@ -273,7 +295,9 @@ def read_json(uri: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         raise UserError(f"{uri}: not valid JSON; restore it from a backup or remove it") from None
     if not isinstance(found, dict):
-        raise UserError(f"{uri}: holds a JSON {type(found).__name__}, expected an object; restore it from a backup or remove it")
+        raise UserError(
+            f"{uri}: holds a JSON {type(found).__name__}, expected an object; restore it from a backup or remove it"
+        )
     return found
 
 
@@ -318,7 +342,9 @@ def describe_files(uri: str, what: str) -> str:
     files, _ = open_table(uri, what)
     filesystem, _ = open_filesystem(uri)
     found = [filesystem.info(name) for name in files]
-    told = [[info["name"], info["size"], str(info.get("mtime") or info.get("LastModified"))] for info in found]
+    told = [
+        [info["name"], info["size"], str(info.get("mtime") or info.get("LastModified"))] for info in found
+    ]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
 
 
@@ -328,7 +354,9 @@ def list_files(uri: str, suffix: str = "") -> list[str]:
     filesystem.invalidate_cache()
     with one_line(uri, "listed"):
         found = [str(name) for name in filesystem.find(path)]
-    return sorted(f"{uri.rstrip('/')}{name.removeprefix(path.rstrip('/'))}" for name in found if name.endswith(suffix))
+    return sorted(
+        f"{uri.rstrip('/')}{name.removeprefix(path.rstrip('/'))}" for name in found if name.endswith(suffix)
+    )
 
 
 def list_folders(uri: str) -> list[str]:
@@ -337,7 +365,9 @@ def list_folders(uri: str) -> list[str]:
     filesystem.invalidate_cache()
     with one_line(uri, "listed"):
         found = filesystem.ls(path, detail=True) if filesystem.exists(path) else []
-    return sorted(str(entry["name"]).rstrip("/").rsplit("/", 1)[-1] for entry in found if entry["type"] == "directory")
+    return sorted(
+        str(entry["name"]).rstrip("/").rsplit("/", 1)[-1] for entry in found if entry["type"] == "directory"
+    )
 
 
 def exists(uri: str) -> bool:
@@ -370,7 +400,11 @@ def delete_files(uris: list[str]) -> None:
 
 def unreadable(what: str, error: BaseException) -> UserError:
     """Of a store that fails a StorageError; of a place that cannot be read at all it is who gave it that must mend something."""
-    kind = UserError if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError) else StorageError
+    kind = (
+        UserError
+        if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError)
+        else StorageError
+    )
     return kind(f"{what}: cannot be read ({describe(error)}); check the path and the credentials")
 
 
@@ -381,9 +415,3 @@ def is_damage(error: BaseException) -> bool:
     """
     plain = type(error) is OSError and error.errno is None and "AWS Error" not in str(error)
     return plain or isinstance(error, pa.ArrowException)
-
-
-def describe(error: BaseException) -> str:
-    """One line of an exception: its system message if it has one."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split())[:200]

@@ -13,7 +13,9 @@ MAX_EXAMPLES = 3
 MAX_NUMBER = 2.0**24  # float32 counts so far
 
 
-def check_columns(uri: str, what: str, expected: pa.Schema, *, instead: dict[str, str] | None = None) -> list[str]:
+def check_columns(
+    uri: str, what: str, expected: pa.Schema, *, instead: dict[str, str] | None = None
+) -> list[str]:
     """The columns of `expected` that the table at `uri` has; those of which `may_be_missing` is true may be missing.
 
     Raises UserError for a missing column (with the advice of `instead` where the table has that other one) and, in any
@@ -25,7 +27,9 @@ def check_columns(uri: str, what: str, expected: pa.Schema, *, instead: dict[str
     for field in expected:
         if field.name not in names and not may_be_missing(field):
             advice = [remedy for other, remedy in (instead or {}).items() if other in names]
-            raise UserError(f"{what} {uri}: column {field.name!r} is missing; {(advice or [did_you_mean(field.name, names)])[0]}")
+            raise UserError(
+                f"{what} {uri}: column {field.name!r} is missing; {(advice or [did_you_mean(field.name, names)])[0]}"
+            )
     for name in columns:
         for file, schema in found.items():
             actual = schema.field(name).type
@@ -59,16 +63,22 @@ def check_ids(column: pa.ChunkedArray, what: str, uri: str, name: str, *, unique
     if unique and (repeated := len(column) - pc.count_distinct(column).as_py()):
         counted = pc.value_counts(column)
         often = counted.filter(pc.greater(counted.field("counts"), 1)).field("values")[:MAX_EXAMPLES]
-        raise UserError(f"{what} {uri}: {repeated} {name}s are repeated ({', '.join(map(shown, often.to_pylist()))}); {unique}")
+        raise UserError(
+            f"{what} {uri}: {repeated} {name}s are repeated ({', '.join(map(shown, often.to_pylist()))}); {unique}"
+        )
 
 
-def check_texts(column: pa.ChunkedArray, what: str, uri: str, name: str, *, max_bytes: int = MAX_TEXT_BYTES) -> None:
+def check_texts(
+    column: pa.ChunkedArray, what: str, uri: str, name: str, *, max_bytes: int = MAX_TEXT_BYTES
+) -> None:
     """Refuse texts that are very long or not UTF-8; null and "" are none."""
     column = plain(column)
     try:
         column.validate(full=True)
     except pa.ArrowInvalid:
-        raise UserError(f"{what} {uri}: column {name!r} is not UTF-8 throughout; encode it and write again") from None
+        raise UserError(
+            f"{what} {uri}: column {name!r} is not UTF-8 throughout; encode it and write again"
+        ) from None
     bad = pc.fill_null(pc.greater(pc.binary_length(column), max_bytes), False)
     refuse(what, uri, bad, f"a {name} of more than {max_bytes:,} bytes", row_numbers(bad), "shorten them")
 
@@ -77,7 +87,14 @@ def check_numbers(column: pa.ChunkedArray, what: str, uri: str, name: str) -> No
     """Refuse numbers that are not finite or absurdly large; null is none."""
     size = pc.abs(plain(column).cast(pa.float64(), safe=False))
     bad = pc.fill_null(pc.invert(pc.less(size, MAX_NUMBER)), False)
-    refuse(what, uri, bad, f"a {name} that is not below {MAX_NUMBER:g}", row_numbers(bad), "give smaller numbers, or null")
+    refuse(
+        what,
+        uri,
+        bad,
+        f"a {name} that is not below {MAX_NUMBER:g}",
+        row_numbers(bad),
+        "give smaller numbers, or null",
+    )
 
 
 def refuse(what: str, uri: str, bad: pa.ChunkedArray, defect: str, examples: str, remedy: str) -> None:

@@ -37,7 +37,9 @@ DIVERGED = 10.0  # times the best validation loss
 STEPS_A_CHECK, NEVER = 1000, 2**62
 
 
-def users_of(fit: Fit, batch: Batch, x0_ID: np.ndarray, device: torch.device) -> History | torch.Tensor | None:
+def users_of(
+    fit: Fit, batch: Batch, x0_ID: np.ndarray, device: torch.device
+) -> History | torch.Tensor | None:
     if fit.table:
         return fit.table(torch.from_numpy(batch.user_index_G).to(device))
     return batch.history.look_up(x0_ID, device) if fit.prior.history_encoder else None
@@ -60,17 +62,26 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
         with checkpoint.as_directory() as folder:
             fit.load_state_dict(torch.load(Path(folder) / STATE, weights_only=True, map_location=device))
         if rank == 0:
-            print(f"run {config.run_name} in {config.storage} goes on after epoch {fit.epoch}/{optimization.max_epochs}", flush=True)
+            print(
+                f"run {config.run_name} in {config.storage} goes on after epoch {fit.epoch}/{optimization.max_epochs}",
+                flush=True,
+            )
     diffusion = Diffusion.build(config.diffusion, device)
     loss: nn.Module = DenoisingLoss(fit.prior, diffusion, config)
     loss = DistributedDataParallel(loss) if world_size > 1 else loss
     users = UserShare(histories, rank, world_size)
     writer = SummaryWriter(f"{config.storage}/{config.run_name}/tensorboard") if rank == 0 else None
-    while fit.epoch < optimization.max_epochs and fit.stale_epochs < optimization.early_stopping_patience and not fit.diverged:
+    while (
+        fit.epoch < optimization.max_epochs
+        and fit.stale_epochs < optimization.early_stopping_patience
+        and not fit.diverged
+    ):
         started, epoch = time.perf_counter(), fit.epoch + 1
         generator = torch.Generator(device).manual_seed(hash((optimization.seed, epoch, rank)) % 2**63)
         batches = islice(epoch_batches(users, config, epoch), optimization.steps_per_epoch)
-        with progress_bar(num_steps(histories, config), f"epoch {epoch}", settings["live"] and rank == 0) as bar:
+        with progress_bar(
+            num_steps(histories, config), f"epoch {epoch}", settings["live"] and rank == 0
+        ) as bar:
             train_loss, samples = train_epoch(loss, fit, batches, x0_ID, generator, config, bar)
         val_loss = validation_loss(fit, diffusion, validation, x0_ID, rank, world_size, device)
         if not fit.diverged and not val_loss < DIVERGED * fit.best_loss:
@@ -80,7 +91,12 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
             train_loss = val_loss = sys.float_info.max  # Ray's checkpoint list keeps no infinity
         rate = samples * world_size / (time.perf_counter() - started)
         fit.end_epoch(train_loss, val_loss, rate)
-        metrics = {"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss, "learning_rate": fit.learning_rate}
+        metrics = {
+            "epoch": epoch,
+            "train_loss": train_loss,
+            "val_loss": val_loss,
+            "learning_rate": fit.learning_rate,
+        }
         if writer is None:
             train.report(metrics)
             continue
@@ -113,13 +129,17 @@ class UserShare:
             return
         table = read_table(histories.uri, "histories")
         each = -(-table.num_rows // world_size)
-        self.few = UserBlock(table.take(np.arange(rank * each, (rank + 1) * each) % table.num_rows), self.first_user_index)
+        self.few = UserBlock(
+            table.take(np.arange(rank * each, (rank + 1) * each) % table.num_rows), self.first_user_index
+        )
 
     def __iter__(self) -> Iterator[UserBlock]:
         if self.few:
             yield self.few
             return
-        for table in self.stream.iter_batches(batch_size=USERS_A_BLOCK, batch_format="pyarrow", prefetch_batches=1):
+        for table in self.stream.iter_batches(
+            batch_size=USERS_A_BLOCK, batch_format="pyarrow", prefetch_batches=1
+        ):
             yield UserBlock(table, self.first_user_index)
 
 
@@ -157,7 +177,13 @@ def num_steps(histories: Histories, config: TrainConfig) -> int:
 
 
 def train_epoch(
-    loss_of: nn.Module, fit: Fit, batches: Iterator[Batch], x0_ID: np.ndarray, generator: torch.Generator, config: TrainConfig, bar: Any
+    loss_of: nn.Module,
+    fit: Fit,
+    batches: Iterator[Batch],
+    x0_ID: np.ndarray,
+    generator: torch.Generator,
+    config: TrainConfig,
+    bar: Any,
 ) -> tuple[float, int]:
     """One optimizer step a batch; returns the mean loss over all workers and this worker's samples.
 
@@ -169,7 +195,10 @@ def train_epoch(
     total, diverged = torch.zeros((), device=device), torch.full((), NEVER, device=device)
     for step, batch in enumerate(batches, 1):
         x0_BD = torch.from_numpy(x0_ID[batch.item_index_B]).to(device)
-        row_B, like_B = torch.from_numpy(batch.row_B).to(device), torch.from_numpy(batch.like_B).long().to(device)
+        row_B, like_B = (
+            torch.from_numpy(batch.row_B).to(device),
+            torch.from_numpy(batch.like_B).long().to(device),
+        )
         users = users_of(fit, batch, x0_ID, device)
         if fit.table:
             users = cast(torch.Tensor, users).requires_grad_()
@@ -181,7 +210,11 @@ def train_epoch(
         fit.average.update_parameters(fit.prior)
         if fit.table:
             gradient = cast(torch.Tensor, cast(torch.Tensor, users).grad)
-            fit.table.update(torch.from_numpy(batch.user_index_G).to(device), gradient, fit.learning_rate * fit.user_learning_rate_a_step)
+            fit.table.update(
+                torch.from_numpy(batch.user_index_G).to(device),
+                gradient,
+                fit.learning_rate * fit.user_learning_rate_a_step,
+            )
         total += loss.detach()
         diverged = torch.where(loss.isfinite(), diverged, diverged.clamp(max=step))
         samples += len(x0_BD)
@@ -191,7 +224,9 @@ def train_epoch(
             break
     weight = torch.stack([parameter.detach().double().sum() for parameter in fit.prior.parameters()]).sum()
     if abs(mean_over_workers(weight.clone()) - float(weight)) > 1e-9 * (1 + abs(float(weight))):
-        raise RuntimeError("the workers' weights differ: gradients are not shared")  # rank 0 would save a part of the training
+        raise RuntimeError(
+            "the workers' weights differ: gradients are not shared"
+        )  # rank 0 would save a part of the training
     if (first := first_of_workers(diverged)) < NEVER:
         fit.diverged = f"the loss is not finite in epoch {fit.epoch + 1}, step {first}, at learning rate {fit.learning_rate:.3g}"
     return mean_over_workers(total / max(1, step)), samples
@@ -199,7 +234,13 @@ def train_epoch(
 
 @torch.no_grad()
 def validation_loss(
-    fit: Fit, diffusion: Diffusion, batch: Batch, x0_ID: np.ndarray, rank: int, world_size: int, device: torch.device
+    fit: Fit,
+    diffusion: Diffusion,
+    batch: Batch,
+    x0_ID: np.ndarray,
+    rank: int,
+    world_size: int,
+    device: torch.device,
 ) -> float:
     """The loss on held-out interactions, with the same noise and timesteps every epoch, over all workers."""
     generator = torch.Generator().manual_seed(0)
@@ -213,7 +254,9 @@ def validation_loss(
             continue
         part = batch.take(chunk)
         x0_BD = torch.from_numpy(x0_ID[part.item_index_B]).to(device)
-        user_BUH = user_tokens(prior, users_of(fit, part, x0_ID, device), torch.from_numpy(part.row_B).to(device))
+        user_BUH = user_tokens(
+            prior, users_of(fit, part, x0_ID, device), torch.from_numpy(part.row_B).to(device)
+        )
         condition = prior.condition(user_BUH, torch.from_numpy(part.like_B).long().to(device))
         timestep, noise = timestep_B[chunk].to(device), noise_BD[chunk].to(device)
         prediction = prior(diffusion.add_noise(x0_BD, noise, timestep), timestep, condition)

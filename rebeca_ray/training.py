@@ -14,7 +14,6 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from rebeca_ray import identity
 from rebeca_ray.checkpoint import TrainedPrior, save_prior
-from rebeca_ray.cluster import require_room, start_ray
 from rebeca_ray.config import TrainConfig
 from rebeca_ray.embeds import EmbedScaler
 from rebeca_ray.errors import UserError
@@ -24,6 +23,7 @@ from rebeca_ray.histories import Histories, build_histories, user_table
 from rebeca_ray.items import EmbeddedItems, read_image_embeds
 from rebeca_ray.outputs import require_own, require_writable
 from rebeca_ray.prior import Prior
+from rebeca_ray.ray_runtime import require_room, start_ray
 from rebeca_ray.settings import PriorSampling
 from rebeca_ray.storage import arrow_filesystem, delete, join, open_filesystem, read_json
 from rebeca_ray.train_loop import STATE, is_streamed, train_loop_per_worker
@@ -50,13 +50,18 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
     start_ray()
     workers = config.workers
     require_room(
-        "workers", workers=workers.num_workers, cpus=workers.cpus_per_worker, device=workers.device, spare_cpus=int(is_streamed(histories))
+        "workers",
+        workers=workers.num_workers,
+        cpus=workers.cpus_per_worker,
+        device=workers.device,
+        spare_cpus=int(is_streamed(histories)),
     )
 
     config = config.model_copy(update={"run_name": run_name(config, histories, items)})
     fewest = config.interactions.min_likes
     print(
-        f"training on {histories.num_users:,} users (any with fewer than interactions.min_likes = {fewest} likes is left out)", flush=True
+        f"training on {histories.num_users:,} users (any with fewer than interactions.min_likes = {fewest} likes is left out)",
+        flush=True,
     )
     x0_ID = scaler.scale(torch.from_numpy(items.image_embeds)).numpy()
     drop_torn_record(join(config.storage, config.run_name, "checkpoint_manager_snapshot.json"))
@@ -73,14 +78,19 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
             use_gpu=workers.device == "cuda",
-            resources_per_worker={"CPU": workers.cpus_per_worker, **({"GPU": 1} if workers.device == "cuda" else {})},
+            resources_per_worker={
+                "CPU": workers.cpus_per_worker,
+                **({"GPU": 1} if workers.device == "cuda" else {}),
+            },
         ),
         run_config=RunConfig(
             name=config.run_name,
             storage_path=config.storage,
             logging_config=LoggingConfig(log_level="WARNING"),
             failure_config=FailureConfig(max_failures=workers.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="val_loss", checkpoint_score_order="min"),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=2, checkpoint_score_attribute="val_loss", checkpoint_score_order="min"
+            ),
         ),
         torch_config=TorchConfig(backend="nccl" if workers.device == "cuda" else "gloo"),
     )
@@ -93,7 +103,9 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
         kept = f"The best epoch ({state['epoch']}, validation loss {state['best_loss']:.4f}) is kept in {best.path}"
         if state["diverged"]:
             kept = "No epoch before it ended well, so nothing is kept"
-        raise UserError(f"training diverged: {last['diverged']}; lower optimization.learning_rate or user_learning_rate. {kept}")
+        raise UserError(
+            f"training diverged: {last['diverged']}; lower optimization.learning_rate or user_learning_rate. {kept}"
+        )
     network = Prior(config.network, items.image_embeds.shape[1])
     network.load_state_dict(state["average"])
     prior = TrainedPrior(
@@ -134,7 +146,11 @@ def drop_torn_record(uri: str) -> None:
 def stream_of(histories: Histories, config: TrainConfig) -> ray.data.Dataset:
     """The users of all buckets, their files in another order each epoch."""
     filesystem, _ = open_filesystem(histories.uri)
-    files = [open_filesystem(histories.file(bucket))[1] for bucket, users in enumerate(histories.users_of_bucket) if users]
+    files = [
+        open_filesystem(histories.file(bucket))[1]
+        for bucket, users in enumerate(histories.users_of_bucket)
+        if users
+    ]
     shuffle = ray.data.FileShuffleConfig(seed=config.optimization.seed)
     users = ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem), shuffle=shuffle)
     users.context.enable_progress_bars = False
@@ -144,7 +160,14 @@ def stream_of(histories: Histories, config: TrainConfig) -> ray.data.Dataset:
 def run_name(config: TrainConfig, histories: Histories, items: EmbeddedItems) -> str:
     """The same for the same settings, ratings and embeddings, so that a rerun resumes; another for anything new."""
     told = config.model_dump_json(
-        exclude={"interactions": {"path"}, "items": True, "catalog": True, "out": True, "storage": True, "workers": True}
+        exclude={
+            "interactions": {"path"},
+            "items": True,
+            "catalog": True,
+            "out": True,
+            "storage": True,
+            "workers": True,
+        }
     )
     embeds = hashlib.sha256(items.image_embeds.tobytes()).hexdigest()
     return f"{config.run_name}-{identity.hash128(told, embeds, *items.item_id, histories.digest)[:12]}"
@@ -160,9 +183,17 @@ def validation_batch(histories: Histories, config: TrainConfig) -> Batch:
     like_share = config.optimization.like_share
     if batch := block.held_out(max_history, VALIDATION_SAMPLES, likes_only=like_share == 1):
         return batch
-    print("nothing is held out (fewer than ten ratings a user?): validation is of what is trained on", flush=True)
+    print(
+        "nothing is held out (fewer than ten ratings a user?): validation is of what is trained on",
+        flush=True,
+    )
     draws = block.batches(
-        samples_per_user=4, like_share=like_share, batch_size=VALIDATION_SAMPLES, targets=1, max_history=max_history, seed=(0,)
+        samples_per_user=4,
+        like_share=like_share,
+        batch_size=VALIDATION_SAMPLES,
+        targets=1,
+        max_history=max_history,
+        seed=(0,),
     )
     return next(draws)
 

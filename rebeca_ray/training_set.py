@@ -70,17 +70,25 @@ class UserBlock:
 
     def __init__(self, table: pa.Table, first_user_index: np.ndarray, *, training_only: bool = True) -> None:
         table = table.combine_chunks()
-        columns = {name: table[name].combine_chunks() for name in ("item_index", "like", "timestamp", "held_out")}
+        columns = {
+            name: table[name].combine_chunks() for name in ("item_index", "like", "timestamp", "held_out")
+        }
         lengths = np.diff(columns["item_index"].offsets.to_numpy())
         user = np.repeat(np.arange(len(lengths)), lengths)
         flat = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in columns.items()}
         kept = ~flat["held_out"] if training_only else np.ones(len(user), bool)
-        self.item_index_N, self.like_N, self.timestamp_N = (flat[name][kept] for name in ("item_index", "like", "timestamp"))
+        self.item_index_N, self.like_N, self.timestamp_N = (
+            flat[name][kept] for name in ("item_index", "like", "timestamp")
+        )
         self.counts_V = np.bincount(user[kept], minlength=len(lengths))
         self.starts_V = np.cumsum(self.counts_V) - self.counts_V
         self.user_index_V = first_user_index[table["bucket"].to_numpy()] + table["place"].to_numpy()
         held = flat["held_out"]
-        self.held_user, self.held_item_index, self.held_like = user[held], flat["item_index"][held], flat["like"][held]
+        self.held_user, self.held_item_index, self.held_like = (
+            user[held],
+            flat["item_index"][held],
+            flat["like"][held],
+        )
 
     def history(self, user_G: np.ndarray, max_history: int, but_Gm: np.ndarray | None = None) -> Rated:
         """The latest `max_history` interactions of each user, those of row numbers `but_Gm` left out."""
@@ -95,7 +103,14 @@ class UserBlock:
         return Rated(self.item_index_N[row_GL], self.like_N[row_GL], age_GL.astype(np.float32), present_GL)
 
     def batches(
-        self, *, samples_per_user: int, like_share: float | None, batch_size: int, targets: int, max_history: int, seed: tuple[int, ...]
+        self,
+        *,
+        samples_per_user: int,
+        like_share: float | None,
+        batch_size: int,
+        targets: int,
+        max_history: int,
+        seed: tuple[int, ...],
     ) -> Iterator[Batch]:
         """`samples_per_user` samples of every user (rounded up to whole draws), with replacement so that users with few rows have
         as much say, in random order (balanced sampling: paper, appendix A.1). A pure function of block and seed.
@@ -111,7 +126,9 @@ class UserBlock:
             pool_Gm = self.counts_V[user_Gm]
             target_Gm = self.starts_V[user_Gm] + (place_Gm * pool_Gm).astype(np.int64)
         else:
-            target_Gm, pool_Gm = self.targets_by_like(user_Gm, random.random(user_Gm.shape) < like_share, place_Gm)
+            target_Gm, pool_Gm = self.targets_by_like(
+                user_Gm, random.random(user_Gm.shape) < like_share, place_Gm
+            )
         # A history lacks its draw's targets: few of them where there are few to draw from, or short histories were never met.
         distinct_G = (pool_Gm.min(1) // POOL_A_TARGET).clip(1, targets)
         target_Gm = np.take_along_axis(target_Gm, np.arange(targets) % distinct_G[:, None], axis=1)
@@ -119,7 +136,9 @@ class UserBlock:
         for part in np.array_split(order, num_batches(len(user_G), targets, batch_size)):
             yield self.batch(user_G[part], target_Gm[part], max_history)
 
-    def targets_by_like(self, user_Gm: np.ndarray, like_Gm: np.ndarray, place_Gm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def targets_by_like(
+        self, user_Gm: np.ndarray, like_Gm: np.ndarray, place_Gm: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers of likes or dislikes as `like_Gm` says, at `place_Gm` (0 to 1) among the user's own of that kind, and how
         many of that kind there are.
         """
@@ -127,7 +146,9 @@ class UserBlock:
         by_like = np.lexsort((self.like_N, user_N))  # within a user: dislikes, then likes
         num_likes_V = np.bincount(user_N, weights=self.like_N, minlength=len(self.counts_V)).astype(np.int64)
         num_dislikes_V = self.counts_V - num_likes_V
-        like_Gm = np.where(num_likes_V[user_Gm] == 0, False, np.where(num_dislikes_V[user_Gm] == 0, True, like_Gm))
+        like_Gm = np.where(
+            num_likes_V[user_Gm] == 0, False, np.where(num_dislikes_V[user_Gm] == 0, True, like_Gm)
+        )
         count_Gm = np.where(like_Gm, num_likes_V[user_Gm], num_dislikes_V[user_Gm])
         start_Gm = self.starts_V[user_Gm] + np.where(like_Gm, num_dislikes_V[user_Gm], 0)
         return by_like[start_Gm + (place_Gm * count_Gm).astype(np.int64)], count_Gm

@@ -61,12 +61,18 @@ class TritonDecoder:
         until = time.monotonic() + self.settings.triton.ready_seconds + self.settings.triton.deadline_seconds
         while True:
             try:
-                result = self.client.infer(MODEL, request_inputs(rows), client_timeout=self.settings.triton.deadline_seconds)
+                result = self.client.infer(
+                    MODEL, request_inputs(rows), client_timeout=self.settings.triton.deadline_seconds
+                )
             except InferenceServerException as error:
                 if error.status() in ("StatusCode.INVALID_ARGUMENT", "StatusCode.NOT_FOUND"):
-                    raise UserError(f"decoder.triton {self.settings.triton.url}: {' '.join(str(error.message()).split())[:300]}") from None
+                    raise UserError(
+                        f"decoder.triton {self.settings.triton.url}: {' '.join(str(error.message()).split())[:300]}"
+                    ) from None
                 if time.monotonic() > until:
-                    raise ServerLostError(f"decoder.triton {self.settings.triton.url}: {error.message()}") from None
+                    raise ServerLostError(
+                        f"decoder.triton {self.settings.triton.url}: {error.message()}"
+                    ) from None
                 time.sleep(0.5)
                 self.wait_until_ready()
             else:
@@ -103,7 +109,9 @@ class TritonDecoder:
 
 def parameters(settings: DecoderSettings) -> dict[str, str]:
     """What a server is told of its decoder, each setting as JSON; what is not told is the default."""
-    told = settings.model_dump(mode="json", exclude={"backend", "triton", "num_actors", "cpus_per_actor"}, exclude_defaults=True)
+    told = settings.model_dump(
+        mode="json", exclude={"backend", "triton", "num_actors", "cpus_per_actor"}, exclude_defaults=True
+    )
     return {key: json.dumps(value) for key, value in told.items()}
 
 
@@ -128,7 +136,11 @@ def request_inputs(rows: Rows) -> list[Any]:
 def pad(values: Sequence[bytes]) -> np.ndarray:
     """Bytes as rows of one uint8 array, filled up with zeros."""
     longest = max(1, *(len(value) for value in values))
-    return np.frombuffer(b"".join(value.ljust(longest, b"\0") for value in values), np.uint8).reshape(len(values), longest).copy()
+    return (
+        np.frombuffer(b"".join(value.ljust(longest, b"\0") for value in values), np.uint8)
+        .reshape(len(values), longest)
+        .copy()
+    )
 
 
 def pack(images: Sequence[DecodedImage]) -> dict[str, np.ndarray]:
@@ -151,7 +163,9 @@ def unpack(result: grpcclient.InferResult) -> list[DecodedImage]:
     """What `pack` packed."""
     sizes = {name: result.as_numpy(f"{name}_size")[:, 0] for name in BYTES}
     texts = {name: result.as_numpy(name) for name in BYTES}
-    width, height, probability, seed = (result.as_numpy(name)[:, 0] for name in ("width", "height", "safety_probability", "drawn_seed"))
+    width, height, probability, seed = (
+        result.as_numpy(name)[:, 0] for name in ("width", "height", "safety_probability", "drawn_seed")
+    )
     images = []
     for row in range(len(seed)):
         image, thumbnail, error = (texts[name][row, : sizes[name][row]].tobytes() or None for name in BYTES)

@@ -40,17 +40,28 @@ class HistoryEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.query_UH = nn.Parameter(torch.randn(num_user_tokens, width))
         self.pool = Attention(width, num_heads)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(approximate="tanh"), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, 2 * width),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(2 * width, width),
+        )
 
     def forward(self, history: History) -> torch.Tensor:
         disliked_BLH, liked_BLH = self.item(self.norm_item(history.item_BLD)).chunk(2, dim=-1)
-        recency_BL2 = torch.stack([torch.log1p(history.age_BL) / 6, torch.exp(-history.age_BL / 30)], dim=-1)  # over a year; over a month
-        x_BLH = torch.where(history.like_BL[..., None] == 1, liked_BLH, disliked_BLH) + self.recency(recency_BL2)
+        recency_BL2 = torch.stack(
+            [torch.log1p(history.age_BL) / 6, torch.exp(-history.age_BL / 30)], dim=-1
+        )  # over a year; over a month
+        x_BLH = torch.where(history.like_BL[..., None] == 1, liked_BLH, disliked_BLH) + self.recency(
+            recency_BL2
+        )
         # A softmax needs something to look at: with an empty history the first place, which `Prior.encode` throws away.
         nobody_B1 = ~history.present_BL.any(1, keepdim=True)
         mask_BL = history.present_BL | (nobody_B1 & (torch.arange(x_BLH.shape[1], device=x_BLH.device) == 0))
         query_BUH = self.query_UH.expand(len(x_BLH), -1, -1)
-        pooled_BUH = self.pool(query_BUH, *self.pool.keys_values(self.norm(x_BLH)), mask=mask_BL[:, None, None, :])
+        pooled_BUH = self.pool(
+            query_BUH, *self.pool.keys_values(self.norm(x_BLH)), mask=mask_BL[:, None, None, :]
+        )
         return pooled_BUH + self.mlp(pooled_BUH)
 
 
@@ -63,7 +74,15 @@ class UserTable:
     and exchange the touched rows' gradients, by all-gather, so that all make the same update.
     """
 
-    def __init__(self, num_users: int, num_user_tokens: int, width: int, *, seed: int = 0, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        num_users: int,
+        num_user_tokens: int,
+        width: int,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         rows = torch.empty(num_users, num_user_tokens, width).normal_(std=0.02, generator=generator)
         self.rows_VUH = rows.to(device)

@@ -13,9 +13,9 @@ from typing import Annotated
 
 import typer
 
+from rebeca_ray.console import console, plain_errors
 from rebeca_ray.errors import UserError
 from rebeca_ray.export import NAMES
-from rebeca_ray.job import console, plain_errors
 from rebeca_ray.tensorrt_networks import hash_file, this_machine
 
 GUIDED = ("unet", "image_projection")  # guidance doubles their batch
@@ -34,7 +34,10 @@ def build_engine(onnx: Path, max_batch: int, timing_cache: Path, workspace_gib: 
         raise UserError(f"{onnx}: TensorRT cannot read it ({reasons[:500]})")
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(workspace_gib * 2**30))
-    config.set_timing_cache(config.create_timing_cache(timing_cache.read_bytes() if timing_cache.exists() else b""), ignore_mismatch=False)
+    config.set_timing_cache(
+        config.create_timing_cache(timing_cache.read_bytes() if timing_cache.exists() else b""),
+        ignore_mismatch=False,
+    )
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
@@ -58,7 +61,9 @@ def main(
         cache = f"timing-{machine['compute_capability']}-{machine['tensorrt']}.cache"  # good for no other
         for name in NAMES:
             doubled = 2 if name in GUIDED else 1
-            engine = build_engine(folder / f"{name}.onnx", doubled * batch_size, folder / cache, workspace_gib)
+            engine = build_engine(
+                folder / f"{name}.onnx", doubled * batch_size, folder / cache, workspace_gib
+            )
             (folder / f"{name}.plan").write_bytes(engine)
             plans[f"{name}.plan"] = hash_file(folder / f"{name}.plan")
             console.print(f"{name}: {len(engine) / 2**20:,.0f} MiB")

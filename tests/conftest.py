@@ -30,7 +30,13 @@ from rebeca_ray.prior import CrossAttentionDenoiser, Prior
 from rebeca_ray.refresh import Decisions, decide_all
 from rebeca_ray.rendering import Rendered, RenderImages
 from rebeca_ray.selector import Selector
-from rebeca_ray.settings import DecoderSettings, DiffusionSettings, NetworkSettings, PriorSampling, SamplerSettings
+from rebeca_ray.settings import (
+    DecoderSettings,
+    DiffusionSettings,
+    NetworkSettings,
+    PriorSampling,
+    SamplerSettings,
+)
 from rebeca_ray.storage import list_files, read_table, write_json
 from rebeca_ray.users import UserTable
 from tests.seaweedfs import seaweedfs
@@ -39,7 +45,14 @@ REPO = Path(__file__).parents[1]
 D = 16
 TINY_NETWORK = NetworkSettings(num_layers=2, num_heads=2, width=16, num_tokens=3, user_encoder="id")
 USERS = [f"user-{number}" for number in range(7)]
-LONGEST = ("test_jobs.py", "test_training.py", "test_resume.py", "test_triton.py", "test_generation.py", "test_weights.py")
+LONGEST = (
+    "test_jobs.py",
+    "test_training.py",
+    "test_resume.py",
+    "test_triton.py",
+    "test_generation.py",
+    "test_weights.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -52,7 +65,7 @@ def ray_local(s3_server: dict[str, str]) -> Iterator[str]:
     """One local Ray for the whole test run, whose workers reach the S3 server; yields its address, for drivers of their own."""
     import ray
 
-    from rebeca_ray.cluster import start_ray
+    from rebeca_ray.ray_runtime import start_ray
 
     os.environ.pop("RAY_ADDRESS", None)
     os.environ.update(s3_server)
@@ -78,7 +91,12 @@ def prior_users(names: list[str]) -> pa.Table:
 
 
 def write_tiny_prior(
-    folder: Path, *, users: pa.Table | None = None, embed_dim: int = D, norm: float = 3.0, selector: Selector | None = None
+    folder: Path,
+    *,
+    users: pa.Table | None = None,
+    embed_dim: int = D,
+    norm: float = 3.0,
+    selector: Selector | None = None,
 ) -> str:
     """A prior directory with random weights, for USERS and D = 16 if nothing else is said."""
     users = prior_users(USERS) if users is None else users
@@ -124,7 +142,12 @@ def wake(prior: Prior) -> Prior:
 @pytest.fixture(scope="session")
 def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> DecoderSettings:
     """A Stable Diffusion directory in SD's own layout with an official-layout IP-Adapter, random weights, 16 pixels."""
-    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        DPMSolverMultistepScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
     from safetensors.torch import save_file
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -165,7 +188,9 @@ def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> DecoderSettings:
             )
         ),
         tokenizer=tokenizer,
-        scheduler=DPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
+        scheduler=DPMSolverMultistepScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -183,7 +208,9 @@ def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> DecoderSettings:
         weights[f"ip_adapter.{2 * index + 1}.to_v_ip.weight"] = torch.randn(hidden, 16)
     (folder / "sd" / "ip_adapter").mkdir()
     save_file(weights, folder / "sd" / "ip_adapter" / "ip-adapter.safetensors")
-    return DecoderSettings(model=str(folder / "sd"), num_inference_steps=3, batch_size=4, image_format="PNG", thumbnail_size=8)
+    return DecoderSettings(
+        model=str(folder / "sd"), num_inference_steps=3, batch_size=4, image_format="PNG", thumbnail_size=8
+    )
 
 
 def write_request(folder: Path) -> str:
@@ -200,7 +227,10 @@ def write_request(folder: Path) -> str:
 def write_items(folder: Path) -> str:
     embeds = np.random.default_rng(3).standard_normal((20, D)).astype(np.float32)
     column = pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(D))
-    pq.write_table(pa.table({"item_id": [f"real-{number}" for number in range(20)], "image_embeds": column}), folder / "items.parquet")
+    pq.write_table(
+        pa.table({"item_id": [f"real-{number}" for number in range(20)], "image_embeds": column}),
+        folder / "items.parquet",
+    )
     return str(folder / "items.parquet")
 
 
@@ -212,7 +242,9 @@ def generate_config(folder: Path, decoder: DecoderSettings) -> GenerateConfig:
         root=str(folder / "catalog"),
         items=write_items(folder),
         num_images=3,
-        sampler=SamplerSettings(num_inference_steps=4, batch_size=32, prior_guidance_scale=2.0, cpus_per_actor=0.5),
+        sampler=SamplerSettings(
+            num_inference_steps=4, batch_size=32, prior_guidance_scale=2.0, cpus_per_actor=0.5
+        ),
     )
 
 
@@ -222,30 +254,48 @@ def config(tmp_path: Path, tiny_decoder: DecoderSettings) -> GenerateConfig:
 
 
 def versions_of(config: GenerateConfig) -> dict[str, str]:
-    return {"prior": fingerprint(read_prior_config(config.prior)), "decoder": identify_decoder(config.decoder).fingerprint(config.decoder)}
+    return {
+        "prior": fingerprint(read_prior_config(config.prior)),
+        "decoder": identify_decoder(config.decoder).fingerprint(config.decoder),
+    }
 
 
 def decide(config: GenerateConfig, run: Run, histories: Histories | None = None) -> Decisions:
     """Who is drawn by a run, decided by the stage itself."""
     return decide_all(
-        config, run, load_prior(config.prior), histories, published(config.root), versions_of(config)["decoder"], lambda: None
+        config,
+        run,
+        load_prior(config.prior),
+        histories,
+        published(config.root),
+        versions_of(config)["decoder"],
+        lambda: None,
     )
 
 
 def run_of(config: GenerateConfig, epoch: int = 1) -> Run:
-    return Run(root=config.root, run_date=config.date().isoformat(), run_id=config.run_id or new_run_id(), epoch=epoch)
+    return Run(
+        root=config.root,
+        run_date=config.date().isoformat(),
+        run_id=config.run_id or new_run_id(),
+        epoch=epoch,
+    )
 
 
 def plan(config: GenerateConfig, request: pa.Table, histories: Histories | None = None) -> pa.Table:
     """The planned items of some rows of a request, by the stages themselves."""
     with tempfile.TemporaryDirectory() as folder:
         pq.write_table(request, f"{folder}/request.parquet")
-        config = config.model_copy(update={"request": f"{folder}/request.parquet", "root": f"{folder}/catalog"})
+        config = config.model_copy(
+            update={"request": f"{folder}/request.parquet", "root": f"{folder}/catalog"}
+        )
         run = run_of(config)
         return plan_of(config, run, decide(config, run, histories), histories)
 
 
-def plan_of(config: GenerateConfig, run: Run, decisions: Decisions, histories: Histories | None = None) -> pa.Table:
+def plan_of(
+    config: GenerateConfig, run: Run, decisions: Decisions, histories: Histories | None = None
+) -> pa.Table:
     stage = PlanUsers(config, versions_of(config), histories, published(config.root), decisions)
     files = list_files(f"{run.work}/decisions/to-plan", ".parquet")
     parts = [stage(read_table(file, "decisions")).drop_columns([BUSY]) for file in files]
@@ -265,11 +315,18 @@ def prepare(config: GenerateConfig, *, break_first: bool = False, attempt: int =
     """Decide, plan and render a run by calling the stages one after the other, without Ray."""
     run = run_of(config)
     decisions, planned, parts = write_plan(config, run, break_first=break_first)
-    drawn = [draw_rows(config, run, unit, planned.filter(pc.equal(planned["unit"], unit)), attempt) for unit in range(decisions.units)]
-    return Prepared(run, decisions, parts, Rendered(files=[file for files in drawn for file in files], late=False))
+    drawn = [
+        draw_rows(config, run, unit, planned.filter(pc.equal(planned["unit"], unit)), attempt)
+        for unit in range(decisions.units)
+    ]
+    return Prepared(
+        run, decisions, parts, Rendered(files=[file for files in drawn for file in files], late=False)
+    )
 
 
-def write_plan(config: GenerateConfig, run: Run, *, break_first: bool = False) -> tuple[Decisions, pa.Table, list[dict[str, Any]]]:
+def write_plan(
+    config: GenerateConfig, run: Run, *, break_first: bool = False
+) -> tuple[Decisions, pa.Table, list[dict[str, Any]]]:
     """Decide and plan a run without Ray; its decisions, planned items and the parts they lie in."""
     histories = request_histories(config, run)
     decisions = decide(config, run, histories)
@@ -277,7 +334,9 @@ def write_plan(config: GenerateConfig, run: Run, *, break_first: bool = False) -
     if break_first:
         values = planned["image_embeds"].combine_chunks().flatten().to_numpy().copy()
         values[0] = np.nan
-        column = pa.FixedSizeListArray.from_arrays(pa.array(values), type=planned.schema.field("image_embeds").type)
+        column = pa.FixedSizeListArray.from_arrays(
+            pa.array(values), type=planned.schema.field("image_embeds").type
+        )
         planned = planned.set_column(planned.column_names.index("image_embeds"), "image_embeds", column)
     writer = WriteParts(run.work, "plan", by=["unit", "bucket"], epoch=1, row_group_size=100, note={})
     parts = writer(with_busy_seconds(planned, 1.0)).to_pylist()
@@ -285,7 +344,9 @@ def write_plan(config: GenerateConfig, run: Run, *, break_first: bool = False) -
     return decisions, planned, parts
 
 
-def draw_rows(config: GenerateConfig, run: Run, unit: int, planned: pa.Table, attempt: int = 0) -> list[dict[str, Any]]:
+def draw_rows(
+    config: GenerateConfig, run: Run, unit: int, planned: pa.Table, attempt: int = 0
+) -> list[dict[str, Any]]:
     """Draw some planned items of a unit without Ray; the records of their files."""
     note = {"unit": unit, "attempt": attempt}
     kept = {"records": run.records(unit), "metadata": schemas.IMAGES.metadata}
@@ -293,7 +354,9 @@ def draw_rows(config: GenerateConfig, run: Run, unit: int, planned: pa.Table, at
     return list(writer(RenderImages(config.decoder)(planned)).to_pylist())
 
 
-def assembled(config: GenerateConfig, prepared: Prepared, *, requested: int, error_budget: float = 0.0) -> dict[str, Any]:
+def assembled(
+    config: GenerateConfig, prepared: Prepared, *, requested: int, error_budget: float = 0.0
+) -> dict[str, Any]:
     """The manifest of a prepared run, written but not published."""
     made = MadeOf(
         versions={"prior": load_prior(config.prior).fingerprint},
@@ -305,7 +368,14 @@ def assembled(config: GenerateConfig, prepared: Prepared, *, requested: int, err
         error_budget=error_budget,
     )
     manifest = assemble(
-        prepared.run, made, prepared.decisions, prepared.parts, prepared.rendered, published(config.root), requested, lambda: None
+        prepared.run,
+        made,
+        prepared.decisions,
+        prepared.parts,
+        prepared.rendered,
+        published(config.root),
+        requested,
+        lambda: None,
     )
     manifest |= {
         "quality": {"permutation": None},

@@ -104,7 +104,9 @@ class Handler(BaseHTTPRequestHandler):
         length = answer.headers["Content-Length"] if self.command == "HEAD" else str(len(body))
         lines = [f"HTTP/1.1 {answer.status} {answer.reason}"]
         lines += [
-            f"{name}: {value}" for name, value in answer.headers.items() if name.lower() not in ("content-length", "transfer-encoding")
+            f"{name}: {value}"
+            for name, value in answer.headers.items()
+            if name.lower() not in ("content-length", "transfer-encoding")
         ]
         head = "\r\n".join([*lines, f"Content-Length: {length or 0}", "", ""]).encode()
         if not cut:
@@ -115,7 +117,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def refuse(self, fault: str) -> None:
         status, code = CODES[fault]
-        body = b"" if self.command == "HEAD" else f"<Error><Code>{code}</Code><Message>{code}, by plan</Message></Error>".encode()
+        body = (
+            b""
+            if self.command == "HEAD"
+            else f"<Error><Code>{code}</Code><Message>{code}, by plan</Message></Error>".encode()
+        )
         head = f"HTTP/1.1 {status} {code}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
         self.wfile.write(head.encode() + body)
 

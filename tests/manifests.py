@@ -56,7 +56,9 @@ def patched(name: str) -> Document:
     return document
 
 
-ALL = {name: documents(name) for name in MANIFESTS} | {f"{name}, patched": [patched(name)] for name in CLUSTERS}
+ALL = {name: documents(name) for name in MANIFESTS} | {
+    f"{name}, patched": [patched(name)] for name in CLUSTERS
+}
 RAY = {name: found[0] for name, found in ALL.items() if found[0]["apiVersion"] == "ray.io/v1"}
 
 
@@ -69,11 +71,19 @@ def walk(value: Any) -> Iterator[Document]:
 
 
 def pod_templates(document: Document) -> list[Document]:
-    return [found for found in walk(document) if isinstance(found.get("spec"), dict) and "containers" in found["spec"]]
+    return [
+        found
+        for found in walk(document)
+        if isinstance(found.get("spec"), dict) and "containers" in found["spec"]
+    ]
 
 
 def containers(document: Document) -> list[Document]:
-    return [one for pod in pod_templates(document) for one in pod["spec"].get("initContainers", []) + pod["spec"]["containers"]]
+    return [
+        one
+        for pod in pod_templates(document)
+        for one in pod["spec"].get("initContainers", []) + pod["spec"]["containers"]
+    ]
 
 
 def check_schema(document: Document) -> None:
@@ -82,7 +92,12 @@ def check_schema(document: Document) -> None:
         return
     KINDS[document["kind"]].model_validate(document)
     for template in pod_templates(document):
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod", **template.get("metadata", {})}, "spec": template["spec"]}
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": "pod", **template.get("metadata", {})},
+            "spec": template["spec"],
+        }
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)
 
 
@@ -95,7 +110,11 @@ def check_auth(document: Document) -> None:
     for pod in pod_templates(document):
         told = {one["name"]: one.get("value") for one in pod["spec"]["containers"][0]["env"]}
         assert told["RAY_AUTH_MODE"] == "token"
-        (volume,) = [one["name"] for one in pod["spec"]["volumes"] if one.get("secret", {}).get("secretName") == "rebeca-ray-token"]
+        (volume,) = [
+            one["name"]
+            for one in pod["spec"]["volumes"]
+            if one.get("secret", {}).get("secretName") == "rebeca-ray-token"
+        ]
         (mount,) = [one for one in pod["spec"]["containers"][0]["volumeMounts"] if one["name"] == volume]
         assert mount["readOnly"] is True
         assert told["RAY_AUTH_TOKEN_PATH"] == f"{mount['mountPath']}/auth_token"
@@ -126,7 +145,9 @@ def check_pods(document: Document) -> None:
         for container in pod["spec"].get("initContainers", []) + pod["spec"]["containers"]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
-            assert {"cpu", "memory"} <= container["resources"]["requests"].keys() & container["resources"]["limits"].keys()
+            assert {"cpu", "memory"} <= container["resources"]["requests"].keys() & container["resources"][
+                "limits"
+            ].keys()
             assert {one["name"] for one in container.get("volumeMounts", [])} <= volumes
 
 
@@ -142,6 +163,9 @@ def check_ray_start(document: Document) -> None:
     assert (head["dashboard_host"], head["num_cpus"]) == ("0.0.0.0", 0)
     (workers,) = cluster["workerGroupSpecs"]
     assert json.loads(ray_start(workers, "--address=head:6379")["resources"]) == {"decoder_slot": 1}
-    slots = [one["resources"]["limits"].get("nvidia.com/gpu", 0) for one in workers["template"]["spec"]["containers"]]
+    slots = [
+        one["resources"]["limits"].get("nvidia.com/gpu", 0)
+        for one in workers["template"]["spec"]["containers"]
+    ]
     assert sum(slots) == 1
     assert cluster["rayVersion"] == ray.__version__

@@ -24,7 +24,11 @@ def seaweedfs(folder: Path) -> Iterator[dict[str, str]]:
     import s3fs
 
     key, secret = "test-key", "test-secret"
-    identity = {"name": "tests", "credentials": [{"accessKey": key, "secretKey": secret}], "actions": ["Admin", "Read", "Write", "List"]}
+    identity = {
+        "name": "tests",
+        "credentials": [{"accessKey": key, "secretKey": secret}],
+        "actions": ["Admin", "Read", "Write", "List"],
+    }
     reader = {
         "name": "reader",
         "credentials": [{"accessKey": "reader", "secretKey": secret}],

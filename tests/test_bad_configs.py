@@ -25,13 +25,38 @@ JOBS = [
 HUGE = 10**30
 LONG = "x" * 10**7
 LONG_KEY = "x" * 90_000  # a file is no longer
-NUMBERS = [True, "1", "one", "", [1], {"a": 1}, HUGE, -HUGE, math.inf, -math.inf, math.nan, datetime.date(2026, 1, 5)]
+NUMBERS = [
+    True,
+    "1",
+    "one",
+    "",
+    [1],
+    {"a": 1},
+    HUGE,
+    -HUGE,
+    math.inf,
+    -math.inf,
+    math.nan,
+    datetime.date(2026, 1, 5),
+]
 BAD: dict[Any, list[Any]] = {  # of each type, what is none
     bool: [1, 0, 1.0, "yes", "true", "", [True], {"a": True}, HUGE, LONG],
     int: [*NUMBERS, 1.0, 1.5, LONG],
     float: [*NUMBERS, LONG],
     str: [True, 1.5, math.nan, ["a"], {"a": "b"}, "", "a\0b", "a\nb", "\ud800", LONG],
-    datetime.date: [True, 0, HUGE, 1.5, "tomorrow", "2026-01-05", "", ["a"], {"a": 1}, LONG, datetime.datetime(2026, 1, 5, 1)],
+    datetime.date: [
+        True,
+        0,
+        HUGE,
+        1.5,
+        "tomorrow",
+        "2026-01-05",
+        "",
+        ["a"],
+        {"a": 1},
+        LONG,
+        datetime.datetime(2026, 1, 5, 1),
+    ],
     Literal: ["no such word", "", 7, True, HUGE, math.nan, ["a"], {"a": 1}, "a\0b", LONG],
     tuple: [[], "12", 7, True, HUGE, {"a": 1}, "", LONG],
 }
@@ -162,21 +187,30 @@ def test_no_key_takes_what_it_must_not_have(model: type[Settings]) -> None:
         with pytest.raises(UserError) as caught:
             parse_config(model, changed(values, key, bad), where="file.yaml")
         unknown = key[-1] in ("no_such_key", LONG_KEY)
-        message = assert_told(caught, f"file.yaml: unknown key '{name[:50]}" if unknown else f"file.yaml: {name}")
-        assert any(word in message for word in ("; ", " should ", "field required")), message  # what was expected
+        message = assert_told(
+            caught, f"file.yaml: unknown key '{name[:50]}" if unknown else f"file.yaml: {name}"
+        )
+        assert any(word in message for word in ("; ", " should ", "field required")), (
+            message
+        )  # what was expected
         count += 1
     assert count > 10 * len(model.model_fields)
 
 
 @pytest.mark.parametrize("model", JOBS)
-def test_a_key_that_must_be_there_and_one_that_is_there_twice_are_told(model: type[Settings], tmp_path: Path) -> None:
+def test_a_key_that_must_be_there_and_one_that_is_there_twice_are_told(
+    model: type[Settings], tmp_path: Path
+) -> None:
     values = parse_config(model, example(model), where="file").model_dump(mode="json")
     file = tmp_path / "file.yaml"
     for key, required in keys_of(model):
         file.write_text(yaml_of(values, key))
         with pytest.raises(UserError) as caught:
             load_config(model, file)
-        assert_told(caught, f"config {file}: not valid YAML (key {key[-1]!r} is there twice, keep one in line 1, column ")
+        assert_told(
+            caught,
+            f"config {file}: not valid YAML (key {key[-1]!r} is there twice, keep one in line 1, column ",
+        )
         if required:
             name = ".".join(key)
             with pytest.raises(UserError) as caught:
@@ -190,7 +224,10 @@ def test_overrides_are_read_as_strictly(model: type[Settings], tmp_path: Path) -
     file.write_text(json.dumps(example(model)))
     for key, _ in keys_of(model):
         name = ".".join(key)
-        for text, beginning in ((f"{name}=[", f"override '{name}=["), (f"{name}=[.nan, 1]", f"{file}: {name}")):
+        for text, beginning in (
+            (f"{name}=[", f"override '{name}=["),
+            (f"{name}=[.nan, 1]", f"{file}: {name}"),
+        ):
             with pytest.raises(UserError) as caught:
                 load_config(model, file, [text])
             assert_told(caught, beginning[:60])
@@ -201,12 +238,17 @@ def test_a_preset_does_not_fill_what_was_said_to_be_null(preset: str) -> None:
     for section in PRESETS[preset]:
         for bad in (None, 0, "", []):
             with pytest.raises(UserError) as caught:
-                parse_config(TrainConfig, {**example(TrainConfig), "preset": preset, section: bad}, where="file.yaml")
-            assert_told(caught, f"file.yaml: {section} is a section, not the value {bad!r}; set one of its keys (")
+                parse_config(
+                    TrainConfig, {**example(TrainConfig), "preset": preset, section: bad}, where="file.yaml"
+                )
+            assert_told(
+                caught, f"file.yaml: {section} is a section, not the value {bad!r}; set one of its keys ("
+            )
 
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
 
 
@@ -228,8 +270,14 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         (b"a: " + b"{b: " * 20_000, "not valid YAML (nested too deeply)"),
         (LAUGHS.encode(), "not valid YAML (found an alias, write the value itself in line 2, column 8)"),
         (b"a: &a [*a]", "not valid YAML (found an alias"),
-        (b"num_images: 1\nnum_images: 2", "not valid YAML (key 'num_images' is there twice, keep one in line 2, column 1)"),
-        (b"a: !!python/object/apply:os.system [ls]", "not valid YAML (could not determine a constructor for the tag"),
+        (
+            b"num_images: 1\nnum_images: 2",
+            "not valid YAML (key 'num_images' is there twice, keep one in line 2, column 1)",
+        ),
+        (
+            b"a: !!python/object/apply:os.system [ls]",
+            "not valid YAML (could not determine a constructor for the tag",
+        ),
         (b"a: !!timestamp x", "not valid YAML ("),
         (b"a: !!int ''", "not valid YAML ("),
         (b"a: !!bool x", "not valid YAML ("),
@@ -250,7 +298,11 @@ def test_a_file_that_is_no_config_is_told_in_one_line(tmp_path: Path, text: byte
     file = tmp_path / "file.yaml"
     valid = {**example(GenerateConfig), "decoder": {"model": "a"}}
     whole = message.startswith(("not valid", "found", "is longer", "key 'prior'"))
-    lines = [f"{name}: {json.dumps(value)}\n".encode() for name, value in valid.items() if f"{name}:".encode() not in text]
+    lines = [
+        f"{name}: {json.dumps(value)}\n".encode()
+        for name, value in valid.items()
+        if f"{name}:".encode() not in text
+    ]
     file.write_bytes(text if whole else b"".join([*lines, text]))
     with pytest.raises(UserError) as caught:
         load_config(GenerateConfig, file)
@@ -262,7 +314,9 @@ def test_a_file_that_is_no_config_is_told_in_one_line(tmp_path: Path, text: byte
 def test_a_folder_is_no_config(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_config(GenerateConfig, tmp_path)
-    assert_told(caught, f"config {tmp_path}: cannot be read (Is a directory); give an existing YAML file to --config")
+    assert_told(
+        caught, f"config {tmp_path}: cannot be read (Is a directory); give an existing YAML file to --config"
+    )
 
 
 def test_ids_stay_as_they_were_typed_and_powers_of_ten_are_numbers(tmp_path: Path) -> None:
@@ -271,4 +325,6 @@ def test_ids_stay_as_they_were_typed_and_powers_of_ten_are_numbers(tmp_path: Pat
     file.write_text(json.dumps(values))
     for typed in ("20260105", "0777", "1_000", "2026-01-05", "1.0.0", "yes"):
         assert load_config(TrainConfig, file, [f"run_name={typed}"]).run_name == typed
-    assert load_config(TrainConfig, file, ["optimization.learning_rate=1e-4"]).optimization.learning_rate == 1e-4
+    assert (
+        load_config(TrainConfig, file, ["optimization.learning_rate=1e-4"]).optimization.learning_rate == 1e-4
+    )

@@ -20,8 +20,8 @@ from rebeca_ray import schemas, storage
 from rebeca_ray.catalog.pointer import Pointer, read_pointer
 from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.checkpoint import read_prior_config
+from rebeca_ray.console import plain_errors
 from rebeca_ray.items import read_image_embeds
-from rebeca_ray.job import plain_errors
 from rebeca_ray.outputs import require_own, require_writable
 from rebeca_ray.storage import delete, open_table, read_json, read_table, write_json, write_table
 from rebeca_ray.tables import check_columns
@@ -35,7 +35,11 @@ NEEDED: list[Callable[[str], Any]] = [  # what reads something that must be ther
     lambda uri: read_prior_config(uri),
     lambda uri: read_catalog(uri),
 ]
-READERS: list[Callable[[str], Any]] = [*NEEDED, lambda uri: read_pointer(uri), lambda uri: read_json(f"{uri}/a.json")]
+READERS: list[Callable[[str], Any]] = [
+    *NEEDED,
+    lambda uri: read_pointer(uri),
+    lambda uri: read_json(f"{uri}/a.json"),
+]
 WRITERS: list[Callable[[str], Any]] = [
     lambda uri: require_own(uri, "out", "embedding.json", "clip"),
     lambda uri: require_writable(uri, "out"),
@@ -66,7 +70,9 @@ def assert_told(work: Callable[[str], Any], uri: str, words: str, capsys: pytest
 
 
 @pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
-def test_refused_credentials_are_told(s3: pytest.MonkeyPatch, variable: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_credentials_are_told(
+    s3: pytest.MonkeyPatch, variable: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_table(TABLE, "s3://rebeca/refused/a.parquet", row_group_size=10)
     write_json({"format": 4}, "s3://rebeca/refused/config.json")
     s3.setenv(variable, "another")
@@ -77,7 +83,9 @@ def test_refused_credentials_are_told(s3: pytest.MonkeyPatch, variable: str, cap
         assert_told(write, "s3://rebeca/refused", "cannot be ", capsys)
 
 
-def test_a_prefix_that_may_not_be_read_is_told(s3: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prefix_that_may_not_be_read_is_told(
+    s3: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The reader may list everything, read what lies below `open`, and write nothing."""
     for folder in ("open", "closed"):
         write_table(TABLE, f"s3://rebeca/{folder}/a.parquet", row_group_size=10)
@@ -107,13 +115,17 @@ def test_a_bucket_that_is_not_there_is_told_of_an_input(capsys: pytest.CaptureFi
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("endpoint", ["closed", "silent", "nonsense", "http://no.such.host.invalid"])
-def test_a_server_that_cannot_be_reached_is_told_soon(s3: pytest.MonkeyPatch, endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_that_cannot_be_reached_is_told_soon(
+    s3: pytest.MonkeyPatch, endpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     s3.setitem(storage.HASTY, "read_timeout", 0.2)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))  # bound, it refuses; listening, it takes a question and never answers
         if endpoint == "silent":
             listener.listen()
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}" if endpoint in ("closed", "silent") else endpoint
+        url = (
+            f"http://127.0.0.1:{listener.getsockname()[1]}" if endpoint in ("closed", "silent") else endpoint
+        )
         s3.setenv("AWS_ENDPOINT_URL", url)
         work = READERS[0] if endpoint != "closed" else WRITERS[1]
         assert_told(work, "s3://rebeca/in", "its server cannot be reached (", capsys)
@@ -156,20 +168,30 @@ def test_a_server_that_hiccups_is_asked_again(s3: pytest.MonkeyPatch) -> None:
 def test_one_client_serves_everything() -> None:
     """Its settings are part of its identity: others would be another client, with another idea of what is there."""
     assert storage.open_filesystem("s3://rebeca/a")[0] is storage.open_filesystem("s3://rebeca/b/c")[0]
-    assert storage.open_filesystem("s3://rebeca/a")[0].s3.meta.config.retries == {"mode": "standard", "total_max_attempts": 10}
+    assert storage.open_filesystem("s3://rebeca/a")[0].s3.meta.config.retries == {
+        "mode": "standard",
+        "total_max_attempts": 10,
+    }
 
 
 def test_a_place_below_a_file_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("in the way")
     for work in NEEDED:
         assert_told(work, f"{tmp_path}/file/in", "; ", capsys)
-    assert_told(WRITERS[1], f"{tmp_path}/file/out", "cannot be written (Not a directory); choose another place", capsys)
+    assert_told(
+        WRITERS[1],
+        f"{tmp_path}/file/out",
+        "cannot be written (Not a directory); choose another place",
+        capsys,
+    )
     assert_told(WRITERS[0], f"{tmp_path}/file", "holds something else", capsys)
     assert_told(WRITERS[1], f"{tmp_path}/{'x' * 300}", "cannot be written (File name too long)", capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_what_was_tried_out_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_tried_out_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     require_writable(str(tmp_path / "a" / "b"), "out")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "a").mkdir()
@@ -199,7 +221,9 @@ def test_a_full_disk_is_told_and_leaves_no_half_file(
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_a_full_disk_keeps_the_last_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_keeps_the_last_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     place = str(tmp_path / "latest.json")
     write_json({"a": 1}, place)
     monkeypatch.setattr("os.fsync", full)
@@ -213,7 +237,9 @@ def test_a_full_disk_keeps_the_last_json(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT])
 def test_what_fails_inside_ray_is_told_too(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught, plain_errors():
-        raise RayTaskError("stage", "a traceback\nof lines", OSError(number, "the reason", "/data/file")).as_instanceof_cause()
+        raise RayTaskError(
+            "stage", "a traceback\nof lines", OSError(number, "the reason", "/data/file")
+        ).as_instanceof_cause()
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("error: /data/file: the reason; ")
 
@@ -231,7 +257,18 @@ def test_removing_what_is_not_there_is_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"run_id": 1}', '{"run_id": "a", "snapshot": "b", "epoch": "3"}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[1]",
+        "null",
+        '{"run_id": 1}',
+        '{"run_id": "a", "snapshot": "b", "epoch": "3"}',
+        "[" * 100_000,
+    ],
+)
 def test_a_damaged_pointer_is_told(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "latest.json").write_text(text)
     assert_told(read_catalog, str(tmp_path), "latest.json is damaged; remove it", capsys)

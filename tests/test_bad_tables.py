@@ -60,16 +60,22 @@ class Input:
     known_by: list[str]
     read: Callable[[str], Any]
     writes_nothing: Path
-    good: Callable[[str], Any] | None = None  # reading what is right, where `read` would go on to work for minutes
+    good: Callable[[str], Any] | None = (
+        None  # reading what is right, where `read` would go on to work for minutes
+    )
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory, tiny_decoder: DecoderSettings) -> tuple[GenerateConfig, DecoderIdentity]:
+def shared(
+    tmp_path_factory: pytest.TempPathFactory, tiny_decoder: DecoderSettings
+) -> tuple[GenerateConfig, DecoderIdentity]:
     return generate_config(tmp_path_factory.mktemp("world"), tiny_decoder), identify_decoder(tiny_decoder)
 
 
 @pytest.fixture(params=["interactions", "items", "embedded items", "real items", "request"])
-def table(request: pytest.FixtureRequest, shared: tuple[GenerateConfig, DecoderIdentity], tmp_path: Path) -> Input:
+def table(
+    request: pytest.FixtureRequest, shared: tuple[GenerateConfig, DecoderIdentity], tmp_path: Path
+) -> Input:
     config, decoder = shared
     out = tmp_path / "out"
     config = config.model_copy(update={"root": str(out)})
@@ -87,8 +93,12 @@ def table(request: pytest.FixtureRequest, shared: tuple[GenerateConfig, DecoderI
         return lambda path: check_request(config.model_copy(update={key: path}), decoder)
 
     return {
-        "interactions": Input("interactions", schemas.INTERACTIONS, ["user_id", "item_id"], history, out, alone),
-        "items": Input("items", schemas.ITEMS, ["item_id"], embed, out, lambda path: read_table(path, "items")),
+        "interactions": Input(
+            "interactions", schemas.INTERACTIONS, ["user_id", "item_id"], history, out, alone
+        ),
+        "items": Input(
+            "items", schemas.ITEMS, ["item_id"], embed, out, lambda path: read_table(path, "items")
+        ),
         "embedded items": Input("items", schemas.embedded_items(D), ["item_id"], read_image_embeds, out),
         "real items": Input("items", schemas.embedded_items(D), ["item_id"], generate("items"), out),
         "request": Input("request", schemas.REQUEST, ["user_id"], generate("request"), out),
@@ -139,8 +149,15 @@ def is_of(kind: pa.DataType, expected: pa.DataType) -> bool:
     if pa.types.is_struct(expected):
         return bool(kind == pa.struct([("bytes", pa.binary())]))
     if pa.types.is_fixed_size_list(expected):
-        return str(kind) in ("list<element: double>", "list<item: double>", f"fixed_size_list<item: float>[{D}]")
-    numeric = {pa.float64(): pa.types.is_floating(expected), pa.int64(): pa.types.is_floating(expected) or pa.types.is_integer(expected)}
+        return str(kind) in (
+            "list<element: double>",
+            "list<item: double>",
+            f"fixed_size_list<item: float>[{D}]",
+        )
+    numeric = {
+        pa.float64(): pa.types.is_floating(expected),
+        pa.int64(): pa.types.is_floating(expected) or pa.types.is_integer(expected),
+    }
     if pa.types.is_timestamp(expected):
         return kind in (pa.timestamp("us"), pa.date32())
     return bool(numeric.get(kind, False))
@@ -165,7 +182,9 @@ def bad_columns(field: pa.Field) -> Iterator[pa.Array]:
         yield first(2**64 - 1, good, pa.uint64())
         yield first(-(2**31), good, pa.int32())
     elif pa.types.is_floating(kind):
-        yield from (first(bad, good, pa.float64()) for bad in (np.nan, np.inf, -np.inf, 1e300, -1e300, 3.4e38))
+        yield from (
+            first(bad, good, pa.float64()) for bad in (np.nan, np.inf, -np.inf, 1e300, -1e300, 3.4e38)
+        )
         yield from (pa.array([4, bad, 4], pa.int64()) for bad in (2**63 - 1, -(2**63), 2**24 + 1))
         yield pa.array([4, 2**64 - 1, 4], pa.uint64())
     elif pa.types.is_timestamp(kind):
@@ -204,7 +223,11 @@ def test_what_is_right_is_read_also_without_what_may_be_missing(table: Input, tm
     for field in table.schema:
         if field.nullable:
             good = good_column(field)
-            columns = [first(None, good), pa.nulls(ROWS, field.type), *([first("", good)] if pa.types.is_string(field.type) else [])]
+            columns = [
+                first(None, good),
+                pa.nulls(ROWS, field.type),
+                *([first("", good)] if pa.types.is_string(field.type) else []),
+            ]
             for column in columns:
                 pq.write_table(with_column(right, field.name, column), path)
                 (table.good or table.read)(str(path))
@@ -221,10 +244,14 @@ def test_no_column_takes_what_it_must_not_have(table: Input, tmp_path: Path) -> 
             assert_told(table, path, field.name)
             count += 1
         if not schemas.may_be_missing(field):
-            pq.write_table(right.drop_columns([field.name]).append_column("another", pa.array([1] * ROWS)), path)
+            pq.write_table(
+                right.drop_columns([field.name]).append_column("another", pa.array([1] * ROWS)), path
+            )
             assert_told(table, path, f"column {field.name!r} is missing; ")
             count += 1
-        pq.write_table(pa.Table.from_arrays([*right.columns, right[field.name]], [*right.column_names, field.name]), path)
+        pq.write_table(
+            pa.Table.from_arrays([*right.columns, right[field.name]], [*right.column_names, field.name]), path
+        )
         assert_told(table, path, f"has column {field.name!r} more than once")
     assert count > 12 * len(table.schema)
 
@@ -234,7 +261,9 @@ def test_rows_of_one_name_are_refused(table: Input, tmp_path: Path) -> None:
     for name in table.known_by:
         right = with_column(right, name, first(right[name][0].as_py(), good_column(table.schema.field(name))))
     pq.write_table(right, path)
-    assert_told(table, path, *table.known_by, "keep one" if table.what != "request" else "ask for each user once")
+    assert_told(
+        table, path, *table.known_by, "keep one" if table.what != "request" else "ask for each user once"
+    )
 
 
 def test_what_is_no_table_is_refused(table: Input, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +321,9 @@ def test_embeddings_may_be_lists(shared: tuple[GenerateConfig, DecoderIdentity],
     assert read_image_embeds(str(tmp_path / "items.parquet")).image_embeds.shape == (ROWS, D)
 
 
-def test_counts_in_small_numbers_are_added_up(shared: tuple[GenerateConfig, DecoderIdentity], tmp_path: Path) -> None:
+def test_counts_in_small_numbers_are_added_up(
+    shared: tuple[GenerateConfig, DecoderIdentity], tmp_path: Path
+) -> None:
     """The default need not fit the column's type."""
     config, decoder = shared
     for counts in (
@@ -300,16 +331,23 @@ def test_counts_in_small_numbers_are_added_up(shared: tuple[GenerateConfig, Deco
         pa.array([100, None, 100], pa.uint64()),
         pa.array([100, None, 100]).dictionary_encode(),
     ):
-        pq.write_table(pa.table({"user_id": ["a", "b", "c"], "num_images": counts}), tmp_path / "request.parquet")
+        pq.write_table(
+            pa.table({"user_id": ["a", "b", "c"], "num_images": counts}), tmp_path / "request.parquet"
+        )
         told = config.model_copy(update={"request": str(tmp_path / "request.parquet"), "num_images": 1000})
         assert check_request(told, decoder) == 1200
 
 
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("name", ["user_id", "item_id", "rating"])
-def test_what_is_found_while_planning_leaves_nothing(shared: tuple[GenerateConfig, DecoderIdentity], tmp_path: Path, name: str) -> None:
+def test_what_is_found_while_planning_leaves_nothing(
+    shared: tuple[GenerateConfig, DecoderIdentity], tmp_path: Path, name: str
+) -> None:
     right = good_table(schemas.INTERACTIONS)
-    pq.write_table(with_column(right, name, first(None, good_column(schemas.INTERACTIONS.field(name)))), tmp_path / "bad.parquet")
+    pq.write_table(
+        with_column(right, name, first(None, good_column(schemas.INTERACTIONS.field(name)))),
+        tmp_path / "bad.parquet",
+    )
     rated = InteractionSettings(path=str(tmp_path / "bad.parquet"))
     with pytest.raises(UserError, match=rf"^interactions {tmp_path}/bad.parquet: 1 of 3 rows have .*{name}"):
         generate_catalog(shared[0].model_copy(update={"interactions": rated, "root": str(tmp_path / "out")}))
@@ -322,7 +360,11 @@ def test_files_of_a_folder_that_differ_are_refused(table: Input, tmp_path: Path)
     pq.write_table(right, folder / "a.parquet")
     for field in table.schema:
         pq.write_table(right.drop_columns([field.name]), folder / "b.parquet")
-        assert_told(table, folder, f"b.parquet and a.parquet differ in their columns ({field.name}); write all files with the same")
+        assert_told(
+            table,
+            folder,
+            f"b.parquet and a.parquet differ in their columns ({field.name}); write all files with the same",
+        )
         pq.write_table(with_column(right, field.name, pa.array([True] * ROWS)), folder / "b.parquet")
         assert_told(table, folder, f"column {field.name!r} is bool in b.parquet, expected ")
     (folder / "b.parquet").write_bytes(b"")
@@ -335,19 +377,27 @@ def bomb() -> bytes:
     return header[:16] + (60_000).to_bytes(4, "big") * 2 + header[24:]
 
 
-@pytest.mark.parametrize("encoded", [None, b"", b"text", picture()[:40], picture()[:20], bomb(), b"\xff\xd8\xff\xe0", LONG.encode()])
+@pytest.mark.parametrize(
+    "encoded",
+    [None, b"", b"text", picture()[:40], picture()[:20], bomb(), b"\xff\xd8\xff\xe0", LONG.encode()],
+)
 def test_what_is_no_image_is_refused_by_name(encoded: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = object.__new__(EmbedImages)  # without the CLIP, which it comes to only afterwards
     stage.preprocess = lambda image: pytest.fail("an image was made of it") if image is None else image
     for image in ([{"bytes": encoded, "path": None}], [None]):
         batch = pa.table({"item_id": ["the-item"], "image": pa.array(image, schemas.IMAGE)})
-        with pytest.raises(UserError, match=r"^items: the image of 'the-item' cannot be decoded \(.+\); mend or drop that item$") as caught:
+        with pytest.raises(
+            UserError,
+            match=r"^items: the image of 'the-item' cannot be decoded \(.+\); mend or drop that item$",
+        ) as caught:
             stage(batch)
         assert len(str(caught.value)) < 400
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_many_interactions_are_checked_alike_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_interactions_are_checked_alike_and_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those that are split into buckets first."""
     monkeypatch.setattr(histories_module, "ROWS_A_BUCKET", 2)
     path, right = tmp_path / "table.parquet", good_table(schemas.INTERACTIONS)

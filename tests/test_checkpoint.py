@@ -26,7 +26,9 @@ def test_round_trip(tiny_prior: str) -> None:
     again = load_prior(tiny_prior)
     out, same = (
         prior.network(
-            torch.ones(1, D), torch.tensor([5]), prior.network.condition(prior.user_tokens(np.array([2]), None), torch.tensor([1]))
+            torch.ones(1, D),
+            torch.tensor([5]),
+            prior.network.condition(prior.user_tokens(np.array([2]), None), torch.tensor([1])),
         )
         for prior in (loaded, again)
     )
@@ -42,12 +44,16 @@ def test_round_trip(tiny_prior: str) -> None:
     ]
 
 
-def test_the_same_prior_has_the_same_fingerprint_each_time_it_is_saved(tiny_prior: str, tmp_path: Path) -> None:
+def test_the_same_prior_has_the_same_fingerprint_each_time_it_is_saved(
+    tiny_prior: str, tmp_path: Path
+) -> None:
     """The safetensors library orders metadata by chance; with two keys, eight saves would agree once in 128 times."""
     prior = load_prior(tiny_prior)
     for number in range(8):
         save_prior(prior, str(tmp_path / f"copy-{number}"))
-    assert {load_prior(str(tmp_path / f"copy-{number}")).fingerprint for number in range(8)} == {prior.fingerprint}
+    assert {load_prior(str(tmp_path / f"copy-{number}")).fingerprint for number in range(8)} == {
+        prior.fingerprint
+    }
 
 
 def test_missing_directory(tmp_path: Path) -> None:
@@ -64,10 +70,15 @@ def test_altered_weights(tiny_prior: str) -> None:
 
 def test_missing_and_damaged_files(tiny_prior: str) -> None:
     (Path(tiny_prior) / "users.parquet").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"users.parquet is not the file config.json describes \(sha256 differs\)"):
+    with pytest.raises(
+        UserError, match=r"users.parquet is not the file config.json describes \(sha256 differs\)"
+    ):
         load_prior(tiny_prior)
     (Path(tiny_prior) / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model.safetensors cannot be read \(No such file or directory\); copy the whole directory again"):
+    with pytest.raises(
+        UserError,
+        match=r"model.safetensors cannot be read \(No such file or directory\); copy the whole directory again",
+    ):
         load_prior(tiny_prior)
 
 
@@ -81,7 +92,10 @@ def test_users_of_another_night_are_refused(tiny_prior: str) -> None:
 
 
 def test_another_format_and_another_network(tiny_prior: str) -> None:
-    edit(tiny_prior, network={"num_layers": 3, "num_heads": 2, "width": 16, "num_tokens": 3, "user_encoder": "id"})
+    edit(
+        tiny_prior,
+        network={"num_layers": 3, "num_heads": 2, "width": 16, "num_tokens": 3, "user_encoder": "id"},
+    )
     with pytest.raises(UserError, match="weights do not fit config.json"):
         load_prior(tiny_prior)
     edit(tiny_prior, format=99)
@@ -102,10 +116,16 @@ def test_fingerprint_follows_the_content_not_the_place(tiny_prior: str, tmp_path
     assert load_prior(str(tmp_path / "moved")).fingerprint != before
 
 
-@pytest.mark.parametrize("changes", [{"scaler": {"embed_dim": D, "norm": 4.0, "clamp": 5.0}}, {"clip": "another"}])
-def test_weights_trained_with_another_scaler_or_clip_are_refused(tiny_prior: str, changes: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"scaler": {"embed_dim": D, "norm": 4.0, "clamp": 5.0}}, {"clip": "another"}]
+)
+def test_weights_trained_with_another_scaler_or_clip_are_refused(
+    tiny_prior: str, changes: dict[str, object]
+) -> None:
     edit(tiny_prior, **changes)
-    with pytest.raises(UserError, match=rf"config.json has {next(iter(changes))} .* its weights were trained with"):
+    with pytest.raises(
+        UserError, match=rf"config.json has {next(iter(changes))} .* its weights were trained with"
+    ):
         load_prior(tiny_prior)
 
 
@@ -114,7 +134,11 @@ def test_a_config_with_any_value_missing_or_of_another_type_is_refused(tiny_prio
     right = json.loads(path.read_text())
     read = ("network", "diffusion", "sampling", "condition_dropout", "scaler", "clip", "metrics", "sha256")
     spoilt = [{key: value for key, value in right.items() if key != name} for name in read]
-    spoilt += [{**right, name: bad} for name in read for bad in (True, [1], 10**30, float("nan"), *([None, "a"] if name != "clip" else []))]
+    spoilt += [
+        {**right, name: bad}
+        for name in read
+        for bad in (True, [1], 10**30, float("nan"), *([None, "a"] if name != "clip" else []))
+    ]
     for section in ("network", "diffusion", "sampling", "scaler"):
         for name, value in right[section].items():
             bads = [True, [1], 10**30, float("nan"), "no such word", *([] if value is None else [None])]

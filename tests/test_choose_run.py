@@ -48,7 +48,9 @@ def changed(config: GenerateConfig, *overrides: str) -> GenerateConfig:
     return GenerateConfig.model_validate(values)
 
 
-def described(config: GenerateConfig, versions: dict[str, str] = VERSIONS, before: str | None = BEFORE) -> dict[str, Any]:
+def described(
+    config: GenerateConfig, versions: dict[str, str] = VERSIONS, before: str | None = BEFORE
+) -> dict[str, Any]:
     return describe_run(config, versions, before)
 
 
@@ -82,10 +84,15 @@ def test_never_starts_anew(asked: GenerateConfig, capsys: pytest.CaptureFixture[
 
 
 def test_of_several_the_latest_that_is_the_same(asked: GenerateConfig) -> None:
-    for run_id, told in (("c-first", described(asked)), ("a-second", described(asked)), ("b-other", described(asked, before=None))):
+    for run_id, told in (
+        ("c-first", described(asked)),
+        ("a-second", described(asked)),
+        ("b-other", described(asked, before=None)),
+    ):
         begun = begin(asked.root, run_id, TODAY, told)
         write_json(
-            {**begun, "begun_at": f"2026-03-02T0{'cab'.index(run_id[0])}:00:00+00:00"}, join(asked.root, f"work/run_id={run_id}/run.json")
+            {**begun, "begun_at": f"2026-03-02T0{'cab'.index(run_id[0])}:00:00+00:00"},
+            join(asked.root, f"work/run_id={run_id}/run.json"),
         )
     assert choose(asked)[0] == "a-second"
 
@@ -107,7 +114,12 @@ def test_of_several_the_latest_that_is_the_same(asked: GenerateConfig) -> None:
     ],
 )
 def test_a_changed_setting_is_named_with_both_values(
-    asked: GenerateConfig, capsys: pytest.CaptureFixture[str], override: str, field: str, before: Any, now: Any
+    asked: GenerateConfig,
+    capsys: pytest.CaptureFixture[str],
+    override: str,
+    field: str,
+    before: Any,
+    now: Any,
 ) -> None:
     begin(asked.root, "first", TODAY, described(asked))
     other = changed(asked, override)
@@ -119,7 +131,9 @@ def test_a_changed_setting_is_named_with_both_values(
     assert starts_anew(choose(other))
     assert capsys.readouterr().out == f"{told}; a new run starts\n"
     for how in ({"resume": "require"}, {"retry_failed": True}):
-        with pytest.raises(UserError, match=re.escape(f"root {asked.root}: {told}; restore that, or start a new run")) as caught:
+        with pytest.raises(
+            UserError, match=re.escape(f"root {asked.root}: {told}; restore that, or start a new run")
+        ) as caught:
             choose(other, **how)  # type: ignore[arg-type]
         assert caught.value.exit_code == 2
     assert starts_anew(choose(other, resume="never"))
@@ -136,7 +150,10 @@ def test_another_content_of_a_file_is_named(asked: GenerateConfig, name: str) ->
     before = described(asked)
     pq.write_table(pq.read_table(getattr(asked, name)).slice(1), getattr(asked, name))
     now = described(asked)
-    assert difference(before, now) == f"content of {name} was {before[f'content of {name}']!r}, is {now[f'content of {name}']!r}"
+    assert (
+        difference(before, now)
+        == f"content of {name} was {before[f'content of {name}']!r}, is {now[f'content of {name}']!r}"
+    )
 
 
 def test_interactions_that_come_in_are_named(asked: GenerateConfig, tmp_path: Path) -> None:
@@ -151,7 +168,10 @@ def test_interactions_that_come_in_are_named(asked: GenerateConfig, tmp_path: Pa
 def test_another_snapshot_before_is_named(asked: GenerateConfig, capsys: pytest.CaptureFixture[str]) -> None:
     begin(asked.root, "first", TODAY, described(asked, before=None))
     assert starts_anew(choose(asked))
-    assert f"cannot be resumed: snapshot before was None, is {BEFORE!r}; a new run starts" in capsys.readouterr().out
+    assert (
+        f"cannot be resumed: snapshot before was None, is {BEFORE!r}; a new run starts"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
@@ -189,7 +209,9 @@ def test_a_catalog_that_moved_is_gone_on_with(asked: GenerateConfig, tmp_path: P
 def test_nothing_to_go_on_with(asked: GenerateConfig, run_id: str | None) -> None:
     config = asked.model_copy(update={"run_id": run_id})
     for how in ({"resume": "require"}, {"retry_failed": True}):
-        with pytest.raises(UserError, match=f"no unfinished run {run_id or 'of 2026-03-02'} to go on with") as caught:
+        with pytest.raises(
+            UserError, match=f"no unfinished run {run_id or 'of 2026-03-02'} to go on with"
+        ) as caught:
             choose(config, **how)  # type: ignore[arg-type]
         assert caught.value.exit_code == 2
     for resume in ("auto", "never"):
@@ -197,7 +219,9 @@ def test_nothing_to_go_on_with(asked: GenerateConfig, run_id: str | None) -> Non
         assert chosen == ("first", None) if run_id else starts_anew(chosen)
 
 
-def test_a_run_of_another_date_is_left_alone(asked: GenerateConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_another_date_is_left_alone(
+    asked: GenerateConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     begin(asked.root, "first", YESTERDAY, described(asked))
     assert starts_anew(choose(asked))
     assert capsys.readouterr().out == ""
@@ -205,19 +229,29 @@ def test_a_run_of_another_date_is_left_alone(asked: GenerateConfig, capsys: pyte
         choose(asked, resume="require")
 
 
-def test_a_run_that_is_named_is_gone_on_with_after_midnight_but_not_for_another_date(asked: GenerateConfig) -> None:
+def test_a_run_that_is_named_is_gone_on_with_after_midnight_but_not_for_another_date(
+    asked: GenerateConfig,
+) -> None:
     begun = begin(asked.root, "first", YESTERDAY, described(asked))
     assert choose(changed(asked, "run_id=first")) == ("first", begun)
-    with pytest.raises(UserError, match=r"run first of 2026-03-01 cannot be resumed: run_date was '2026-03-01', is '2026-03-02'"):
+    with pytest.raises(
+        UserError,
+        match=r"run first of 2026-03-01 cannot be resumed: run_date was '2026-03-01', is '2026-03-02'",
+    ):
         choose(changed(asked, "run_id=first", "run_date=2026-03-02"))
 
 
 def test_a_run_that_is_named_but_was_begun_from_something_else_is_refused(asked: GenerateConfig) -> None:
     begin(asked.root, "first", TODAY, described(asked))
     begin(asked.root, "second", TODAY, described(changed(asked, "num_images=11")))
-    with pytest.raises(UserError, match=r"run first of 2026-03-02 cannot be resumed: config.num_images was 10, is 11; restore that"):
+    with pytest.raises(
+        UserError,
+        match=r"run first of 2026-03-02 cannot be resumed: config.num_images was 10, is 11; restore that",
+    ):
         choose(changed(asked, "num_images=11", "run_id=first"))
-    with pytest.raises(UserError, match="run_id first was begun before; choose another, or let it be resumed"):
+    with pytest.raises(
+        UserError, match="run_id first was begun before; choose another, or let it be resumed"
+    ):
         choose(changed(asked, "run_id=first"), resume="never")
 
 
@@ -255,7 +289,9 @@ def test_any_single_field_that_differs_is_found_and_named(told: dict[str, Any], 
 def test_bad_input_leaves_nothing_of_a_new_run_and_a_lost_store_everything(tmp_path: Path) -> None:
     run = Run(root=str(tmp_path), run_date="2026-03-02", run_id="run", epoch=1)
 
-    def end_with(error: Exception, *, resumed: bool = False, planned: bool = False) -> tuple[BaseException, bool]:
+    def end_with(
+        error: Exception, *, resumed: bool = False, planned: bool = False
+    ) -> tuple[BaseException, bool]:
         """What a run ends with, and whether it can be gone on with."""
         begin(run.root, run.run_id, datetime.date(2026, 3, 2), {})
         if planned:

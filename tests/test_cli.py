@@ -10,8 +10,8 @@ from ray.train import WorkerGroupError
 
 from rebeca_ray.catalog.assemble import IncompleteRunError
 from rebeca_ray.catalog.pointer import LostRaceError
+from rebeca_ray.console import plain_errors
 from rebeca_ray.errors import ErrorBudgetExceededError, UserError
-from rebeca_ray.job import plain_errors
 
 REBECA = str(Path(sys.executable).parent / "rebeca")
 
@@ -23,7 +23,12 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("statement", ["import rebeca_ray", "import rebeca_ray.cli"])
 def test_importing_loads_neither_torch_nor_ray(statement: str) -> None:
     heavy = "[name for name in ('torch', 'ray', 'diffusers', 'pandas', 'pyarrow', 'pydantic') if name in sys.modules]"
-    found = subprocess.run([sys.executable, "-c", f"import sys; {statement}; print({heavy})"], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", f"import sys; {statement}; print({heavy})"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert found.stdout.strip() == "[]"
 
 
@@ -48,7 +53,10 @@ def test_lazy_public_names() -> None:
     ("arguments", "message"),
     [
         (["train", "--config", "nothing.yaml"], "cannot be read"),
-        (["generate", "--config", "jobs/configs/generate_stickers.yaml", "decoder.guidance=3"], "did you mean 'decoder_guidance_scale'"),
+        (
+            ["generate", "--config", "jobs/configs/generate_stickers.yaml", "decoder.guidance=3"],
+            "did you mean 'decoder_guidance_scale'",
+        ),
         (["catalog", "show", "/nothing/here"], "nothing is published there"),
         (["catalog", "show", "gs://bucket/catalog"], "is not supported; give a local path or s3://"),
     ],
@@ -64,9 +72,16 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(arguments: list[str], messa
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(UserError("a"), 2), (ErrorBudgetExceededError("a"), 3), (LostRaceError("a"), 5), (IncompleteRunError("a"), 75)],
+    [
+        (UserError("a"), 2),
+        (ErrorBudgetExceededError("a"), 3),
+        (LostRaceError("a"), 5),
+        (IncompleteRunError("a"), 75),
+    ],
 )
-def test_every_mistake_has_its_exit_code_also_behind_rays_wrappers(error: UserError, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_mistake_has_its_exit_code_also_behind_rays_wrappers(
+    error: UserError, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     wrapped = WorkerGroupError("a worker failed", {0: RayTaskError("stage", "a traceback", error)})
     for raised in (error, wrapped):
         with pytest.raises(SystemExit) as caught, plain_errors():
@@ -111,7 +126,9 @@ def test_dry_run_prints_the_resolved_config_and_starts_nothing() -> None:
 
 @pytest.mark.parametrize("command", ["list", "show", "verify", "rollback", "gc", "publish"])
 def test_a_catalog_that_is_not_there_is_one_line_and_stays_away(tmp_path: Path, command: str) -> None:
-    out = run("catalog", command, str(tmp_path / "nowhere"), *(["--run-id", "a"] if command == "publish" else []))
+    out = run(
+        "catalog", command, str(tmp_path / "nowhere"), *(["--run-id", "a"] if command == "publish" else [])
+    )
     assert out.returncode == 2
     assert out.stderr.startswith(f"error: catalog {tmp_path}/nowhere: ")
     assert out.stderr.count("\n") == 1

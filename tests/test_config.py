@@ -6,12 +6,26 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from rebeca_ray.config import DistillConfig, EmbedConfig, GenerateConfig, NightlyConfig, TrainConfig, dated, load_config
+from rebeca_ray.config import (
+    DistillConfig,
+    EmbedConfig,
+    GenerateConfig,
+    NightlyConfig,
+    TrainConfig,
+    dated,
+    load_config,
+)
 from rebeca_ray.errors import UserError
 from rebeca_ray.settings import expand
 
 CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
-MODELS = {"embed": EmbedConfig, "train": TrainConfig, "distill": DistillConfig, "generate": GenerateConfig, "nightly": NightlyConfig}
+MODELS = {
+    "embed": EmbedConfig,
+    "train": TrainConfig,
+    "distill": DistillConfig,
+    "generate": GenerateConfig,
+    "nightly": NightlyConfig,
+}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -20,7 +34,9 @@ def test_shipped_configs_are_valid(path: Path) -> None:
 
 
 def test_unknown_key_suggests_the_nearest_known_one() -> None:
-    with pytest.raises(UserError, match=r"unknown key 'decoder\.num_inference_step'; did you mean 'num_inference_steps'\?"):
+    with pytest.raises(
+        UserError, match=r"unknown key 'decoder\.num_inference_step'; did you mean 'num_inference_steps'\?"
+    ):
         load_config(GenerateConfig, CONFIGS / "generate_stickers.yaml", ["decoder.num_inference_step=3"])
 
 
@@ -36,7 +52,9 @@ def test_a_misspelt_key_is_named_before_the_one_it_leaves_out(tmp_path: Path) ->
 
 
 def test_override_reaches_nested_keys_and_keeps_the_rest() -> None:
-    config = load_config(GenerateConfig, CONFIGS / "generate_stickers.yaml", ["decoder.batch_size=3", "sampler.name=ddpm"])
+    config = load_config(
+        GenerateConfig, CONFIGS / "generate_stickers.yaml", ["decoder.batch_size=3", "sampler.name=ddpm"]
+    )
     assert (config.decoder.batch_size, config.sampler.name, config.num_images) == (3, "ddpm", 4)
 
 
@@ -68,17 +86,23 @@ def test_bad_values_name_the_key_and_the_value(overrides: list[str], message: st
 
 
 def test_dates_and_ids_may_be_typed_as_they_look() -> None:
-    config = load_config(GenerateConfig, CONFIGS / "generate_stickers.yaml", ["run_date=2026-01-05", "run_id=20260105"])
+    config = load_config(
+        GenerateConfig, CONFIGS / "generate_stickers.yaml", ["run_date=2026-01-05", "run_id=20260105"]
+    )
     assert (config.run_date, config.run_id) == (datetime.date(2026, 1, 5), "20260105")
 
 
 def test_heads_that_do_not_share_the_width_are_refused() -> None:
     with pytest.raises(UserError, match="width 100 is not divisible by num_heads 8; change one of them"):
-        load_config(TrainConfig, CONFIGS / "train_stickers.yaml", ["network.width=100", "network.num_heads=8"])
+        load_config(
+            TrainConfig, CONFIGS / "train_stickers.yaml", ["network.width=100", "network.num_heads=8"]
+        )
 
 
 def test_data_has_absolute_paths_and_hub_ids_stay() -> None:
-    config = load_config(GenerateConfig, CONFIGS / "generate_stickers.yaml", ["root=catalog", "decoder.model=owner/model"])
+    config = load_config(
+        GenerateConfig, CONFIGS / "generate_stickers.yaml", ["root=catalog", "decoder.model=owner/model"]
+    )
     assert (config.root, config.decoder.model) == (str(Path.cwd() / "catalog"), "owner/model")
 
 
@@ -114,7 +138,9 @@ def test_a_value_in_place_of_a_section_is_told_with_a_preset_too(tmp_path: Path)
 
 
 @pytest.mark.parametrize("model", [GenerateConfig, NightlyConfig, TrainConfig])
-def test_a_config_is_dated_also_where_it_names_the_date_itself(model: type[GenerateConfig | NightlyConfig | TrainConfig]) -> None:
+def test_a_config_is_dated_also_where_it_names_the_date_itself(
+    model: type[GenerateConfig | NightlyConfig | TrainConfig],
+) -> None:
     """As `rebeca generate run_date=…` does; of the rest nothing changes, whatever its types."""
     name = {GenerateConfig: "generate", NightlyConfig: "nightly", TrainConfig: "train"}[model]
     overrides = [] if model is TrainConfig else ["run_date=2026-11-23"]

@@ -20,14 +20,20 @@ def change(settings: DecoderSettings, **values: object) -> DecoderSettings:
 def test_embed_dim_and_hashes_are_read_without_loading(tiny_decoder: DecoderSettings) -> None:
     identity = identify_decoder(tiny_decoder)
     assert identity.embed_dim == D
-    assert {"ip_adapter/ip-adapter.safetensors", "unet/diffusion_pytorch_model.safetensors", "vae/config.json"} < set(identity.weights)
+    assert {
+        "ip_adapter/ip-adapter.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+    } < set(identity.weights)
     assert all(len(sha256) == 64 for sha256 in identity.weights.values())
 
 
 def test_adapters_that_read_something_else_are_refused(tiny_decoder: DecoderSettings, tmp_path: Path) -> None:
     save_file({"image_proj.latents": torch.zeros(1, 16, 768)}, tmp_path / "ip-adapter-plus_sd15.safetensors")
     plus = change(tiny_decoder, ip_adapter_repo=str(tmp_path), ip_adapter="ip-adapter-plus_sd15.safetensors")
-    with pytest.raises(UserError, match=r"no image_proj.proj.weight to read .*; give a plain adapter such as ip-adapter_sd15"):
+    with pytest.raises(
+        UserError, match=r"no image_proj.proj.weight to read .*; give a plain adapter such as ip-adapter_sd15"
+    ):
         identify_decoder(plus)
     (tmp_path / "ip-adapter-plus_sd15.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"no image_proj.proj.weight to read"):
@@ -37,17 +43,28 @@ def test_adapters_that_read_something_else_are_refused(tiny_decoder: DecoderSett
 @pytest.mark.parametrize(
     ("values", "download"),
     [
-        ({"model": "stable-diffusion-v1-5/stable-diffusion-v1-5"}, "stable-diffusion-v1-5/stable-diffusion-v1-5"),
-        ({"ip_adapter_repo": "h94/IP-Adapter", "ip_adapter": "models/a.safetensors"}, "h94/IP-Adapter models/a.safetensors"),
+        (
+            {"model": "stable-diffusion-v1-5/stable-diffusion-v1-5"},
+            "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        ),
+        (
+            {"ip_adapter_repo": "h94/IP-Adapter", "ip_adapter": "models/a.safetensors"},
+            "h94/IP-Adapter models/a.safetensors",
+        ),
         ({"vae": "madebyollin/taesd"}, "madebyollin/taesd"),
-        ({"lora": "ByteDance/Hyper-SD/Hyper-SD15-8steps-CFG-lora.safetensors"}, "ByteDance/Hyper-SD Hyper-SD15-8steps-CFG-lora"),
+        (
+            {"lora": "ByteDance/Hyper-SD/Hyper-SD15-8steps-CFG-lora.safetensors"},
+            "ByteDance/Hyper-SD Hyper-SD15-8steps-CFG-lora",
+        ),
     ],
 )
 def test_a_hub_that_cannot_be_reached_is_one_line(
     tiny_decoder: DecoderSettings, monkeypatch: pytest.MonkeyPatch, values: dict[str, str], download: str
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=f"cannot be fetched .*run `hf download {download}.*where there is a network") as caught:
+    with pytest.raises(
+        UserError, match=f"cannot be fetched .*run `hf download {download}.*where there is a network"
+    ) as caught:
         find_decoder(change(tiny_decoder, **{"ip_adapter_repo": tiny_decoder.model, **values}))
     assert "\n" not in str(caught.value)
     assert "package:stickers/assets/decoder" in str(caught.value)
@@ -80,14 +97,21 @@ def test_fingerprint_follows_what_is_drawn(tiny_decoder: DecoderSettings, tmp_pa
         {"engine": "onnx"},
     ):
         assert identity.fingerprint(change(tiny_decoder, **unseen)) == same
-    for seen in ({"num_inference_steps": 4}, {"scheduler": "unipc"}, {"dtype": "float16"}, {"image_quality": 5}):
+    for seen in (
+        {"num_inference_steps": 4},
+        {"scheduler": "unipc"},
+        {"dtype": "float16"},
+        {"image_quality": 5},
+    ):
         assert identity.fingerprint(change(tiny_decoder, **seen)) != same
     shutil.copytree(tiny_decoder.model, tmp_path / "copy")
     moved = change(tiny_decoder, model=str(tmp_path / "copy"))
     assert identify_decoder(moved).fingerprint(moved) == same
     (tmp_path / "elsewhere").mkdir()
     shutil.copy(tmp_path / "copy/ip_adapter/ip-adapter.safetensors", tmp_path / "elsewhere")
-    apart = change(tiny_decoder, ip_adapter_repo=str(tmp_path / "elsewhere"), ip_adapter="ip-adapter.safetensors")
+    apart = change(
+        tiny_decoder, ip_adapter_repo=str(tmp_path / "elsewhere"), ip_adapter="ip-adapter.safetensors"
+    )
     assert identify_decoder(apart).fingerprint(apart) == same
     weights = load_file(tmp_path / "copy/ip_adapter/ip-adapter.safetensors")
     weights["image_proj.proj.bias"][0] += 1
@@ -100,17 +124,25 @@ def test_missing_files_and_pickles_are_refused(tiny_decoder: DecoderSettings, tm
         find_decoder(change(tiny_decoder, model=str(tmp_path), ip_adapter_repo=tiny_decoder.model))
     with pytest.raises(UserError, match="no such file"):
         find_decoder(change(tiny_decoder, ip_adapter="other/ip-adapter.safetensors"))
-    with pytest.raises(UserError, match=r"a pickle can run code .* rebeca convert ip_adapter/ip-adapter.bin ip_adapter/ip-adapter.safe"):
+    with pytest.raises(
+        UserError,
+        match=r"a pickle can run code .* rebeca convert ip_adapter/ip-adapter.bin ip_adapter/ip-adapter.safe",
+    ):
         find_decoder(change(tiny_decoder, ip_adapter="ip_adapter/ip-adapter.bin"))
     with pytest.raises(UserError, match="no such .safetensors file; give a path, or owner/name"):
         find_decoder(change(tiny_decoder, lora="/nowhere/fast.safetensors"))
     (tmp_path / "fast.weights").write_bytes(b"pickled")
-    with pytest.raises(UserError, match="no such .safetensors file; give a path, or owner/name/file.safetensors"):
+    with pytest.raises(
+        UserError, match="no such .safetensors file; give a path, or owner/name/file.safetensors"
+    ):
         find_decoder(change(tiny_decoder, lora=str(tmp_path / "fast.weights")))
 
 
 def test_a_pickle_of_tensors_becomes_safetensors(tmp_path: Path) -> None:
-    weights = {"image_proj": {"proj.weight": torch.randn(8, 4)}, "ip_adapter": {"1.to_k_ip.weight": torch.randn(2, 3).T}}
+    weights = {
+        "image_proj": {"proj.weight": torch.randn(8, 4)},
+        "ip_adapter": {"1.to_k_ip.weight": torch.randn(2, 3).T},
+    }
     torch.save(weights, tmp_path / "ip-adapter.bin")
     assert convert_pickle(tmp_path / "ip-adapter.bin", tmp_path / "ip-adapter.safetensors") == 2
     found = load_file(tmp_path / "ip-adapter.safetensors")

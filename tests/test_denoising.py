@@ -13,7 +13,7 @@ from rebeca_ray.decoding import Rows
 from rebeca_ray.denoising import DenoisingLoop
 from rebeca_ray.errors import UserError
 from rebeca_ray.networks import load_networks
-from rebeca_ray.sampling import item_noise
+from rebeca_ray.noise import item_noise
 from rebeca_ray.settings import DecoderSettings
 from rebeca_ray.stickers import DECODER
 from tests.conftest import D
@@ -43,15 +43,28 @@ def loop_for(settings: DecoderSettings) -> DenoisingLoop:
     return DenoisingLoop(load_networks(settings), settings)
 
 
-def pipeline_image(settings: DecoderSettings, rows: Rows, row: int, ip_adapter_scale: float = 1.0) -> np.ndarray:
+def pipeline_image(
+    settings: DecoderSettings, rows: Rows, row: int, ip_adapter_scale: float = 1.0
+) -> np.ndarray:
     """What diffusers' own pipeline draws for one item from the same latents and with the same later noise."""
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(settings.model, safety_checker=None, dtype=torch.float32)
-    told = {"clip_sample": False} if settings.scheduler == "ddim" else {}  # as Stable Diffusion's own DDIM configuration has it
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+        settings.model, safety_checker=None, dtype=torch.float32
+    )
+    told = (
+        {"clip_sample": False} if settings.scheduler == "ddim" else {}
+    )  # as Stable Diffusion's own DDIM configuration has it
     pipeline.scheduler = SCHEDULERS[settings.scheduler].from_config(pipeline.scheduler.config, **told)
-    pipeline.load_ip_adapter(settings.model, subfolder="ip_adapter", weight_name="ip-adapter.safetensors", image_encoder_folder=None)
+    pipeline.load_ip_adapter(
+        settings.model,
+        subfolder="ip_adapter",
+        weight_name="ip-adapter.safetensors",
+        image_encoder_folder=None,
+    )
     pipeline.set_ip_adapter_scale(ip_adapter_scale)
     pipeline.set_progress_bar_config(disable=True)
-    size = (settings.image_size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor) // pipeline.vae_scale_factor
+    size = (
+        settings.image_size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    ) // pipeline.vae_scale_factor
     image = torch.from_numpy(rows.image_embeds_BD[row])[None, None]
     guidance = float(rows.guidance_scale_B[row])
     return pipeline(
@@ -81,8 +94,12 @@ def test_every_row_of_a_batch_equals_that_item_alone(tiny_decoder: DecoderSettin
     assert not np.array_equal(together[0], together[2])
 
 
-@pytest.mark.parametrize(("scheduler", "guidance"), [("dpm_solver", 1.0), *((scheduler, 4.0) for scheduler in SCHEDULERS)])
-def test_it_equals_the_pipeline_called_for_one_item(tiny_decoder: DecoderSettings, scheduler: str, guidance: float) -> None:
+@pytest.mark.parametrize(
+    ("scheduler", "guidance"), [("dpm_solver", 1.0), *((scheduler, 4.0) for scheduler in SCHEDULERS)]
+)
+def test_it_equals_the_pipeline_called_for_one_item(
+    tiny_decoder: DecoderSettings, scheduler: str, guidance: float
+) -> None:
     settings = tiny_decoder.model_copy(update={"scheduler": scheduler, "decoder_guidance_scale": guidance})
     rows = rows_for(settings)
     ours, _ = loop_for(settings).draw(rows)
@@ -109,13 +126,21 @@ def test_guidance_and_image_weight_are_each_rows_own(tiny_decoder: DecoderSettin
     guidance, scale = np.array([1, 2, 3, 4, 5], np.float32), np.array([1.0, 0.0, 0.5, 0.2, 1.0], np.float32)
     mixed, _ = loop.draw(replace(rows, guidance_scale_B=guidance, ip_adapter_scale_B=scale))
     for row in range(5):
-        own = replace(rows.take([row] * 5), guidance_scale_B=guidance[[row] * 5], ip_adapter_scale_B=scale[[row] * 5])
-        assert psnr(mixed[row] / 255.0, loop.draw(own)[0][0] / 255.0) >= 60  # a guidance of 1 is drawn in single passes when alone
-        expected = pipeline_image(tiny_decoder, replace(rows, guidance_scale_B=guidance), row, float(scale[row]))
+        own = replace(
+            rows.take([row] * 5), guidance_scale_B=guidance[[row] * 5], ip_adapter_scale_B=scale[[row] * 5]
+        )
+        assert (
+            psnr(mixed[row] / 255.0, loop.draw(own)[0][0] / 255.0) >= 60
+        )  # a guidance of 1 is drawn in single passes when alone
+        expected = pipeline_image(
+            tiny_decoder, replace(rows, guidance_scale_B=guidance), row, float(scale[row])
+        )
         assert psnr(mixed[row] / 255.0, expected) >= 45
 
 
-def test_embedding_prompt_negative_prompt_and_seed_each_change_the_image(tiny_decoder: DecoderSettings) -> None:
+def test_embedding_prompt_negative_prompt_and_seed_each_change_the_image(
+    tiny_decoder: DecoderSettings,
+) -> None:
     loop = loop_for(tiny_decoder)
     base = rows_for(tiny_decoder).take([0])
     drawn = loop.draw(base)[0]
@@ -144,7 +169,9 @@ def test_a_lora_is_merged_at_load(tiny_decoder: DecoderSettings, tmp_path: Path)
     assert psnr(drawn / 255.0, by_hand.draw(rows)[0] / 255.0) >= 60
 
 
-def test_a_tiny_autoencoder_takes_the_place_of_the_full_one(tiny_decoder: DecoderSettings, tmp_path: Path) -> None:
+def test_a_tiny_autoencoder_takes_the_place_of_the_full_one(
+    tiny_decoder: DecoderSettings, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     diffusers.AutoencoderTiny(
         encoder_block_out_channels=(8, 8),

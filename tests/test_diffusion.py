@@ -11,7 +11,9 @@ from rebeca_ray.settings import DiffusionSettings
 @pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "linear", "laplace"])
 @pytest.mark.parametrize("steps", [100, 1000, 6000])
 def test_schedules_equal_diffusers(schedule: str, steps: int) -> None:
-    ours = alphas_cumprod(DiffusionSettings.model_validate({"schedule": schedule, "num_train_timesteps": steps}))
+    ours = alphas_cumprod(
+        DiffusionSettings.model_validate({"schedule": schedule, "num_train_timesteps": steps})
+    )
     theirs = DDPMScheduler(beta_schedule=schedule, num_train_timesteps=steps).alphas_cumprod
     torch.testing.assert_close(ours.float(), theirs, atol=1e-6, rtol=2e-4)
     assert (ours.diff() < 0).all()
@@ -27,7 +29,9 @@ def test_a_perfect_prediction_gives_back_the_sample(prediction_type: str, schedu
     noisy = diffusion.add_noise(x0, noise, timestep)
     target = diffusion.target(x0, noise, timestep)
     tolerance = 1e-3 if prediction_type == "epsilon" else 1e-5  # epsilon divides by a small alpha
-    torch.testing.assert_close(diffusion.denoised(target, noisy, timestep), x0, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(
+        diffusion.denoised(target, noisy, timestep), x0, atol=tolerance, rtol=tolerance
+    )
     assert diffusion.loss(target, target).item() == 0.0
 
 

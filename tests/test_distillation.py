@@ -14,7 +14,14 @@ from rebeca_ray import schemas
 from rebeca_ray.checkpoint import load_prior, save_prior
 from rebeca_ray.config import DistillConfig
 from rebeca_ray.diffusion import Diffusion
-from rebeca_ray.distillation import CHECKED_SAMPLES, KnownUsers, distill_prior, draw_trajectories, known_users, targets
+from rebeca_ray.distillation import (
+    CHECKED_SAMPLES,
+    KnownUsers,
+    distill_prior,
+    draw_trajectories,
+    known_users,
+    targets,
+)
 from rebeca_ray.errors import QualityGateError, UserError
 from rebeca_ray.sampling import ddim, sample_liked
 from rebeca_ray.settings import NetworkSettings, PriorSampling, SamplerSettings
@@ -40,9 +47,15 @@ def history_world(folder: Path) -> DistillConfig:
     embeds = pa.array(random.standard_normal(20 * D).astype(np.float32))
     (folder / "items").mkdir()
     column = pa.FixedSizeListArray.from_arrays(embeds, type=schemas.image_embeds(D))
-    pq.write_table(pa.table({"item_id": [f"i{row}" for row in range(20)], "image_embeds": column}), folder / "items" / "items.parquet")
+    pq.write_table(
+        pa.table({"item_id": [f"i{row}" for row in range(20)], "image_embeds": column}),
+        folder / "items" / "items.parquet",
+    )
     rated = np.concatenate([random.permutation(20)[:4] for _ in range(30)])
-    table = {"user_id": np.repeat([f"u{user}" for user in range(30)], 4), "item_id": [f"i{row}" for row in rated]}
+    table = {
+        "user_id": np.repeat([f"u{user}" for user in range(30)], 4),
+        "item_id": [f"i{row}" for row in rated],
+    }
     rating = pa.array(np.tile([5, 4, 1, 2], 30), pa.float32())
     pq.write_table(pa.table({**table, "rating": rating}), folder / "interactions.parquet")
     return configure(
@@ -73,7 +86,9 @@ def test_the_targets_lead_from_point_to_point_of_a_trajectory(teacher: str) -> N
     diffusion = Diffusion.build(prior.diffusion)
     timesteps = diffusion.inference_timesteps(4)
     assert prior.user_rows is not None
-    drawn = draw_trajectories(prior, diffusion, KnownUsers(token_GUH=prior.user_rows, factor_GF=None), timesteps, 300, seed=3)
+    drawn = draw_trajectories(
+        prior, diffusion, KnownUsers(token_GUH=prior.user_rows, factor_GF=None), timesteps, 300, seed=3
+    )
     goals = dict(zip(timesteps, targets(drawn, timesteps, diffusion), strict=True))
     passed = []
 
@@ -98,9 +113,13 @@ def test_the_student_comes_near_its_teacher_in_a_few_passes(teacher: str) -> Non
     assert student.user_rows is not None
     sampler = SamplerSettings().resolve(student.sampling, 100)
     rows = torch.arange(6).repeat_interleave(CHECKED_SAMPLES).numpy()
-    sample_liked(student.network, Diffusion.build(student.diffusion), student.user_rows, rows, range(60), sampler)
+    sample_liked(
+        student.network, Diffusion.build(student.diffusion), student.user_rows, rows, range(60), sampler
+    )
     assert len(calls) == 4  # no second, unconditional half
-    losses = [float(line.split(",")[1]) for line in (Path(config.out) / "training.csv").read_text().splitlines()[1:]]
+    losses = [
+        float(line.split(",")[1]) for line in (Path(config.out) / "training.csv").read_text().splitlines()[1:]
+    ]
     assert losses[-1] < 0.2 * losses[0]
 
 
@@ -115,11 +134,19 @@ def test_below_the_bar_nothing_is_written(teacher: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"diffusion": {"num_train_timesteps": 100, "schedule": "linear", "prediction_type": "epsilon"}}, "predicts epsilon"),
-        ({"sampling": {"prior_guidance_scale": 2.0, "distilled_steps": 4}}, "is distilled already; give the prior it was made from"),
+        (
+            {"diffusion": {"num_train_timesteps": 100, "schedule": "linear", "prediction_type": "epsilon"}},
+            "predicts epsilon",
+        ),
+        (
+            {"sampling": {"prior_guidance_scale": 2.0, "distilled_steps": 4}},
+            "is distilled already; give the prior it was made from",
+        ),
     ],
 )
-def test_a_teacher_that_cannot_be_distilled_is_refused(teacher: str, changes: dict[str, object], message: str) -> None:
+def test_a_teacher_that_cannot_be_distilled_is_refused(
+    teacher: str, changes: dict[str, object], message: str
+) -> None:
     path = Path(teacher) / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(UserError, match=message):
@@ -130,7 +157,9 @@ def test_a_teacher_of_histories_is_judged_on_users_apart(tmp_path: Path) -> None
     config = history_world(tmp_path)
     learnt, judged = known_users(load_prior(config.prior), config)
     assert (len(learnt.token_GUH), len(judged.token_GUH)) == (24, 6)
-    assert not {tuple(row) for row in learnt.token_GUH.flatten(1).tolist()} & {tuple(row) for row in judged.token_GUH.flatten(1).tolist()}
+    assert not {tuple(row) for row in learnt.token_GUH.flatten(1).tolist()} & {
+        tuple(row) for row in judged.token_GUH.flatten(1).tolist()
+    }
     assert set(distill_prior(config)) == {"cosine_to_teacher", "student_diversity", "student_quality"}
 
 
@@ -142,15 +171,23 @@ def test_too_little_diversity_is_refused(teacher: str) -> None:
 def test_items_of_another_clip_are_refused(tmp_path: Path) -> None:
     config = history_world(tmp_path)
     save_prior(replace(load_prior(config.prior), clip="a" * 16), config.prior)
-    (tmp_path / "items" / "embedding.json").write_text(json.dumps({"clip": "b" * 16, "clip_name": "another", "rows": 20}))
-    with pytest.raises(UserError, match=rf"embeddings of size 8 by CLIP {'b' * 16}, the prior knows size 8 by CLIP {'a' * 16}"):
+    (tmp_path / "items" / "embedding.json").write_text(
+        json.dumps({"clip": "b" * 16, "clip_name": "another", "rows": 20})
+    )
+    with pytest.raises(
+        UserError,
+        match=rf"embeddings of size 8 by CLIP {'b' * 16}, the prior knows size 8 by CLIP {'a' * 16}",
+    ):
         distill_prior(config)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_inference_steps": 26}, "num_inference_steps is 26; the teacher, which was trained on 100 timesteps, .* at most 25"),
+        (
+            {"num_inference_steps": 26},
+            "num_inference_steps is 26; the teacher, which was trained on 100 timesteps, .* at most 25",
+        ),
         ({"out": "PRIOR"}, "is the teacher's own folder; give another"),
     ],
 )

@@ -40,7 +40,9 @@ def measured(config: GenerateConfig) -> GenerateConfig:
 
 
 def drawing(images: int) -> Decisions:
-    return Decisions(pool=None, by_urgency=True, boundaries=[], planned_users=5, planned_items=images, units=1)
+    return Decisions(
+        pool=None, by_urgency=True, boundaries=[], planned_users=5, planned_items=images, units=1
+    )
 
 
 def test_the_same_work_takes_the_same_time(measured: GenerateConfig) -> None:
@@ -74,13 +76,23 @@ def test_nothing_measured_needs_a_rate(config: GenerateConfig) -> None:
     with pytest.raises(UserError, match="no run has measured anything there yet; give --images-per-second"):
         estimate(config)
     found = estimate(config, images_per_second=2.0)
-    assert (found.requested_items, found.images, found.planned_users, found.render_seconds) == (16, 16, 5, 8.0)
+    assert (found.requested_items, found.images, found.planned_users, found.render_seconds) == (
+        16,
+        16,
+        5,
+        8.0,
+    )
     assert not list(Path(config.root).rglob("*.parquet"))
 
 
 def test_what_is_carried_is_not_counted(measured: GenerateConfig) -> None:
-    told: dict[str, Any] = {"user_id": USERS[:6], "num_images": pa.array([None, 4, None, None, None, None], pa.int32())}
-    pq.write_table(pa.table({**told, "prompt": [None, None, "noto food pizza", None, None, None]}), measured.request)
+    told: dict[str, Any] = {
+        "user_id": USERS[:6],
+        "num_images": pa.array([None, 4, None, None, None, None], pa.int32()),
+    }
+    pq.write_table(
+        pa.table({**told, "prompt": [None, None, "noto food pizza", None, None, None]}), measured.request
+    )
     tomorrow = measured.model_copy(update={"run_date": datetime.date.today() + datetime.timedelta(days=1)})
     found = estimate(tomorrow)
     assert (found.requested_items, found.images, found.planned_users) == (19, 3, 1)

@@ -34,7 +34,9 @@ def test_every_network_is_a_checked_graph_with_a_free_batch(exported: DecoderSet
         assert all(value.type.tensor_type.shape.dim[0].dim_param for value in [*graph.input, *graph.output])
 
 
-def test_onnx_runtime_draws_what_torch_draws(exported: DecoderSettings, tiny_decoder: DecoderSettings) -> None:
+def test_onnx_runtime_draws_what_torch_draws(
+    exported: DecoderSettings, tiny_decoder: DecoderSettings
+) -> None:
     rows = rows_for(tiny_decoder)
     torch_images, _ = loop_for(tiny_decoder).draw(rows)
     loop = DenoisingLoop(load_networks(exported), exported)
@@ -45,7 +47,9 @@ def test_onnx_runtime_draws_what_torch_draws(exported: DecoderSettings, tiny_dec
             assert psnr(drawn[row] / 255.0, torch_images[list(rows.seeds).index(seed)] / 255.0) >= 40
 
 
-def test_one_graph_serves_every_image_weight(exported: DecoderSettings, tiny_decoder: DecoderSettings) -> None:
+def test_one_graph_serves_every_image_weight(
+    exported: DecoderSettings, tiny_decoder: DecoderSettings
+) -> None:
     rows = rows_for(tiny_decoder)
     weighted = replace(rows, ip_adapter_scale_B=np.array([0.0, 0.3, 0.6, 1.0, 1.5], np.float32))
     onnx_loop, torch_loop = DenoisingLoop(load_networks(exported), exported), loop_for(tiny_decoder)
@@ -54,7 +58,9 @@ def test_one_graph_serves_every_image_weight(exported: DecoderSettings, tiny_dec
     assert not np.array_equal(drawn[0], onnx_loop.draw(rows)[0][0])
 
 
-def test_an_export_knows_what_it_is_of(exported: DecoderSettings, tiny_decoder: DecoderSettings, tmp_path: Path) -> None:
+def test_an_export_knows_what_it_is_of(
+    exported: DecoderSettings, tiny_decoder: DecoderSettings, tmp_path: Path
+) -> None:
     assert identify_decoder(exported) == identify_decoder(tiny_decoder)
     for values, message in (
         ({"dtype": "float16"}, "exported with dtype float32, decoder.dtype is float16; export it again"),
@@ -68,7 +74,9 @@ def test_an_export_knows_what_it_is_of(exported: DecoderSettings, tiny_decoder: 
         export_decoder(tiny_decoder, Path(str(exported.engine_dir)))
     shutil.copytree(str(exported.engine_dir), tmp_path / "half")
     (tmp_path / "half" / "unet.onnx").write_bytes(b"half")
-    with pytest.raises(UserError, match=r"half: unet.onnx has 4 bytes, \d+ were exported; copy the folder again"):
+    with pytest.raises(
+        UserError, match=r"half: unet.onnx has 4 bytes, \d+ were exported; copy the folder again"
+    ):
         identify_decoder(exported.model_copy(update={"engine_dir": str(tmp_path / "half")}))
 
 

@@ -24,7 +24,18 @@ from rebeca_ray.refresh import Decisions
 from rebeca_ray.rendering import Rendered, RenderImages, read_records, render_all
 from rebeca_ray.settings import LayoutSettings, LimitSettings
 from rebeca_ray.storage import join, read_json, read_table
-from tests.conftest import USERS, Prepared, assembled, decide, draw_rows, prepare, publish, run_of, snapshot_of, write_plan
+from tests.conftest import (
+    USERS,
+    Prepared,
+    assembled,
+    decide,
+    draw_rows,
+    prepare,
+    publish,
+    run_of,
+    snapshot_of,
+    write_plan,
+)
 
 MONDAY, TUESDAY, WEDNESDAY, THURSDAY = (datetime.date(2026, 3, day) for day in (2, 3, 4, 5))
 KINDS = ("new", "carried", "population", "failed", "filtered", "deferred")
@@ -39,7 +50,14 @@ class Graph:
         monkeypatch.setattr(rendering, "graph", self)
 
     def __call__(
-        self, config: GenerateConfig, run: Run, unit: int, parts: list[dict[str, Any]], done: pa.Array, attempt: int, deadline: float | None
+        self,
+        config: GenerateConfig,
+        run: Run,
+        unit: int,
+        parts: list[dict[str, Any]],
+        done: pa.Array,
+        attempt: int,
+        deadline: float | None,
     ) -> "Graph":
         rows = pa.concat_tables([read_table(join(run.work, part["path"]), "plan") for part in parts])
         self.rows = rows.filter(pc.invert(pc.is_in(rows["item_id"], value_set=done))).slice(0, self.most)
@@ -59,7 +77,12 @@ def on(date: datetime.date, config: GenerateConfig, **layout: int) -> GenerateCo
 
 
 def render(
-    config: GenerateConfig, run: Run, decisions: Decisions, *, deadline: float | None = None, retry_failed: bool = False
+    config: GenerateConfig,
+    run: Run,
+    decisions: Decisions,
+    *,
+    deadline: float | None = None,
+    retry_failed: bool = False,
 ) -> Rendered:
     return render_all(config, run, decisions, Progress(), deadline=deadline, retry_failed=retry_failed)
 
@@ -88,7 +111,11 @@ def test_who_has_an_item_that_failed_is_drawn_again_the_next_night(config: Gener
     (error,) = before.table("errors").to_pylist()
     assert (error["stage"], error["error"], error["attempt"]) == ("render", "image_embeds is not finite", 0)
     (unlucky,) = (row for row in before.table("users").to_pylist() if row["num_failed"])
-    assert (unlucky["user_id"], unlucky["num_failed"], unlucky["num_items"]) == (error["user_id"], 1, unlucky["num_images"] - 1)
+    assert (unlucky["user_id"], unlucky["num_failed"], unlucky["num_items"]) == (
+        error["user_id"],
+        1,
+        unlucky["num_images"] - 1,
+    )
 
     second = on(TUESDAY, config)
     decisions = decide(second, run_of(second))
@@ -97,10 +124,14 @@ def test_who_has_an_item_that_failed_is_drawn_again_the_next_night(config: Gener
     assert add_up(manifest) == {"new": unlucky["num_images"], "carried": 16 - unlucky["num_images"]}
     now = items_of(read_catalog(config.root))
     assert error["item_id"] in now[error["user_id"]]  # the very item, for nothing else of the user's changed
-    assert {user: found for user, found in items_of(before).items() if user != error["user_id"]}.items() <= now.items()
+    assert {
+        user: found for user, found in items_of(before).items() if user != error["user_id"]
+    }.items() <= now.items()
 
 
-def test_what_failed_is_drawn_again_as_an_attempt_of_its_own(config: GenerateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_failed_is_drawn_again_as_an_attempt_of_its_own(
+    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One row fails for good, so that it fails in both attempts; units without a failure are left as they are."""
     config = on(MONDAY, config, items_per_unit=6)
     prepared = prepare(config, break_first=True)
@@ -117,21 +148,29 @@ def test_what_failed_is_drawn_again_as_an_attempt_of_its_own(config: GenerateCon
     assert marker is not None
     assert (marker["attempt"], marker["failed"], marker["late"]) == (1, 1, False)
     assert others == {unit: read_json(run.unit(unit)) for unit in others}
-    assert add_up(assembled(config, prepared._replace(rendered=rendered), requested=16, error_budget=0.1)) == {"new": 15, "failed": 1}
+    assert add_up(
+        assembled(config, prepared._replace(rendered=rendered), requested=16, error_budget=0.1)
+    ) == {"new": 15, "failed": 1}
     (error,) = open_snapshot(config.root, run.snapshot).table("errors").to_pylist()
     assert graph.drawn == [error["item_id"]]
     assert (error["stage"], error["error"], error["attempt"]) == ("render", "image_embeds is not finite", 1)
-    with pytest.raises(ErrorBudgetExceededError, match=r"1 of 16 items failed \(image_embeds is not finite\), the budget is 1.00%"):
+    with pytest.raises(
+        ErrorBudgetExceededError,
+        match=r"1 of 16 items failed \(image_embeds is not finite\), the budget is 1.00%",
+    ):
         assembled(config, prepared._replace(rendered=rendered), requested=16, error_budget=0.01)
 
 
-def test_drawing_again_that_is_killed_goes_on_where_it_was(config: GenerateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawing_again_that_is_killed_goes_on_where_it_was(
+    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All sixteen fail. Of the second attempt five are drawn, then it is killed; the same attempt draws the other eleven."""
     config = on(MONDAY, config)
 
     def failing(_: RenderImages, batch: pa.Table) -> pa.Table:
         return pa.Table.from_pylist(
-            [{"item_id": item, "seed": 1, "error": "bad luck"} for item in batch["item_id"].to_pylist()], schema=schemas.IMAGES
+            [{"item_id": item, "seed": 1, "error": "bad luck"} for item in batch["item_id"].to_pylist()],
+            schema=schemas.IMAGES,
         )
 
     def killed(*_: Any) -> None:
@@ -160,7 +199,9 @@ def test_drawing_again_that_is_killed_goes_on_where_it_was(config: GenerateConfi
     assert open_snapshot(config.root, run.snapshot).table("errors").num_rows == 0
 
 
-def test_rows_that_are_lost_are_drawn_by_the_next_attempt(config: GenerateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_are_lost_are_drawn_by_the_next_attempt(
+    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a deadline nobody is late: a unit with a gap gets no marker, and nothing is published."""
     config = on(MONDAY, config)
     run = run_of(config)
@@ -169,14 +210,19 @@ def test_rows_that_are_lost_are_drawn_by_the_next_attempt(config: GenerateConfig
     rendered = render(config, run, decisions)
     assert not rendered.late
     assert read_json(run.unit(0)) is None
-    with pytest.raises(IncompleteRunError, match="1 of 16 planned items were not rendered; nothing is published, start it again to resume"):
+    with pytest.raises(
+        IncompleteRunError,
+        match="1 of 16 planned items were not rendered; nothing is published, start it again to resume",
+    ):
         assembled(config, Prepared(run, decisions, parts, rendered), requested=16)
     rendered = render(config, run, decisions)
     assert len(set(graph.drawn)) == len(graph.drawn) == 16
     assert add_up(assembled(config, Prepared(run, decisions, parts, rendered), requested=16)) == {"new": 16}
 
 
-def night(config: GenerateConfig, *, units: int, and_rows: int = 0, requested: int = 16) -> tuple[dict[str, Any], Prepared]:
+def night(
+    config: GenerateConfig, *, units: int, and_rows: int = 0, requested: int = 16
+) -> tuple[dict[str, Any], Prepared]:
     """A published run that had time for so many units, and for some rows of the next; its manifest."""
     run = run_of(config)
     decisions, planned, parts = write_plan(config, run)
@@ -195,7 +241,10 @@ def night(config: GenerateConfig, *, units: int, and_rows: int = 0, requested: i
     ("limits", "ends"),
     [
         ({}, None),
-        ({"publish_by": "06:00"}, "2026-03-03T05:59:00"),  # the next such time, less once and a half what assembling took
+        (
+            {"publish_by": "06:00"},
+            "2026-03-03T05:59:00",
+        ),  # the next such time, less once and a half what assembling took
         ({"publish_by": "23:00"}, "2026-03-02T22:59:00"),
         ({"publish_by": "22:30"}, "2026-03-03T22:29:00"),
         ({"max_gpu_hours": 3.0}, "2026-03-03T00:15:00"),  # of two actors, who have drawn for half an hour
@@ -209,12 +258,19 @@ def test_when_rendering_must_stop(
     """A run that began at half past ten in the evening, and came to rendering half an hour later."""
     now = datetime.datetime(2026, 3, 2, 23, tzinfo=datetime.UTC).timestamp()
     monkeypatch.setattr(generation, "time", SimpleNamespace(time=lambda: now))
-    last = Snapshot(root="", path="", files=schemas.FILES.empty_table(), manifest={"measured": {"stages": {"assemble": {"seconds": 40.0}}}})
+    last = Snapshot(
+        root="",
+        path="",
+        files=schemas.FILES.empty_table(),
+        manifest={"measured": {"stages": {"assemble": {"seconds": 40.0}}}},
+    )
     decoder = config.decoder.model_copy(update={"num_actors": 2})
     config = config.model_copy(update={"limits": LimitSettings.model_validate(limits), "decoder": decoder})
     begun_at = datetime.datetime(2026, 3, 2, 22, 30, tzinfo=datetime.UTC)
     found = deadline_of(config, begun_at, last, 1800.0)
-    assert (found and datetime.datetime.fromtimestamp(found, datetime.UTC).isoformat()) == (ends and f"{ends}+00:00")
+    assert (found and datetime.datetime.fromtimestamp(found, datetime.UTC).isoformat()) == (
+        ends and f"{ends}+00:00"
+    )
 
 
 def test_a_first_catalog_that_time_ran_out_for_is_whole_after_a_second_night(config: GenerateConfig) -> None:
@@ -222,12 +278,18 @@ def test_a_first_catalog_that_time_ran_out_for_is_whole_after_a_second_night(con
     manifest, prepared = night(on(MONDAY, config, items_per_unit=6), units=1, and_rows=1)
     assert prepared.rendered.late
     done = manifest["counts"]["new"]
-    assert add_up(manifest) == {"new": done, "deferred": 16 - done, "late_users": 5 - manifest["counts"]["users"]}
+    assert add_up(manifest) == {
+        "new": done,
+        "deferred": 16 - done,
+        "late_users": 5 - manifest["counts"]["users"],
+    }
     assert 0 < done < 16
     before = read_catalog(config.root)
     unfinished = {row["user_id"] for row in before.table("changes").to_pylist()}
     assert set(items_of(before)) == unfinished == set(before.table("users")["user_id"].to_pylist())
-    assert not any(before.table("users")["late"].to_pylist())  # the late ones have no row: nothing of theirs is there to be kept
+    assert not any(
+        before.table("users")["late"].to_pylist()
+    )  # the late ones have no row: nothing of theirs is there to be kept
     assert before.table("images").num_rows == done + 1
 
     second = on(TUESDAY, config, items_per_unit=6)
@@ -236,7 +298,10 @@ def test_a_first_catalog_that_time_ran_out_for_is_whole_after_a_second_night(con
     assert add_up(snapshot_of(second, requested=16)) == {"new": 16 - done, "carried": done}
     now = items_of(read_catalog(config.root))
     assert items_of(before).items() <= now.items()
-    assert {user: len(found) for user, found in now.items()} == {USERS[1]: 4, **dict.fromkeys([USERS[0], *USERS[2:5]], 3)}
+    assert {user: len(found) for user, found in now.items()} == {
+        USERS[1]: 4,
+        **dict.fromkeys([USERS[0], *USERS[2:5]], 3),
+    }
 
 
 def test_late_users_keep_last_nights_items_until_they_are_drawn(config: GenerateConfig) -> None:
@@ -269,19 +334,27 @@ def test_late_users_keep_last_nights_items_until_they_are_drawn(config: Generate
     assert add_up(snapshot_of(third, requested=16)) == {"new": 16 - done, "carried": done}
     wednesday = read_catalog(config.root)
     assert not any(wednesday.table("users")["late"].to_pylist())
-    assert {user for user, found in items_of(wednesday).items() if found == now[user]} == set(USERS[:5]) - late
-    assert not {item for found in items_of(wednesday).values() for item in found} & {item for found in before.values() for item in found}
+    assert {user for user, found in items_of(wednesday).items() if found == now[user]} == set(
+        USERS[:5]
+    ) - late
+    assert not {item for found in items_of(wednesday).values() for item in found} & {
+        item for found in before.values() for item in found
+    }
 
 
 def test_a_night_that_draws_nothing_in_time_publishes_last_nights_items(config: GenerateConfig) -> None:
     snapshot_of(on(MONDAY, config), requested=16)
     before = items_of(read_catalog(config.root))
-    manifest, prepared = night(on(TUESDAY, config.model_copy(update={"num_images": 2})), units=0, requested=12)
+    manifest, prepared = night(
+        on(TUESDAY, config.model_copy(update={"num_images": 2})), units=0, requested=12
+    )
     assert add_up(manifest) == {"carried": 12, "late_users": 4}
     latest = published(config.root)
     assert latest is not None
     assert latest.manifest["run_id"] == prepared.run.run_id
-    assert items_of(latest) == {user: found[: 4 if user == USERS[1] else 2] for user, found in before.items()}  # fewer are wanted by now
+    assert items_of(latest) == {
+        user: found[: 4 if user == USERS[1] else 2] for user, found in before.items()
+    }  # fewer are wanted by now
 
 
 def test_strangers_share_a_pool_that_was_not_drawn_in_time(config: GenerateConfig, tmp_path: Path) -> None:

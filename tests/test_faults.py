@@ -17,8 +17,8 @@ from s3fs import S3FileSystem
 
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.pointer import Pointer, change_pointer, read_pointer
+from rebeca_ray.console import plain_errors
 from rebeca_ray.errors import UserError
-from rebeca_ray.job import plain_errors
 from rebeca_ray.storage import (
     HashingSink,
     delete,
@@ -91,7 +91,9 @@ def test_a_stream_of_faults_leaves_the_same_files(proxy: FaultyS3, root: str, se
         write_json({"file": number, **record}, f"{root}/records/{number}.json")
         assert read_json(f"{root}/records/{number}.json") == {"file": number, **record}
     delete(f"{root}/records/7.json")
-    assert [name.removeprefix(root) for name in list_files(f"{root}/records")] == [f"/records/{number}.json" for number in range(7)]
+    assert [name.removeprefix(root) for name in list_files(f"{root}/records")] == [
+        f"/records/{number}.json" for number in range(7)
+    ]
     assert read_table(f"{root}/items", "items").equals(TABLE.slice(0, 800))
     assert len({*faults(proxy)}) >= 5
     assert len(faults(proxy)) >= 10
@@ -123,7 +125,10 @@ def write_big(parts: list[bytes], root: str) -> dict[str, Any]:
 def test_a_file_of_many_parts_is_whole(proxy: FaultyS3, root: str, big: list[bytes], fault: Fault) -> None:
     for plan, step in (([fault], "?uploads"), (["", fault], "partNumber"), ([fault], "POST /rebeca/faults/")):
         proxy.misbehave(plan, step)
-        assert write_big(big, root) == {"bytes": 2 * PART + 1000, "sha256": hashlib.sha256(b"".join(big)).hexdigest()}
+        assert write_big(big, root) == {
+            "bytes": 2 * PART + 1000,
+            "sha256": hashlib.sha256(b"".join(big)).hexdigest(),
+        }
         assert faults(proxy) == [fault]
         filesystem, path = open_filesystem(f"{root}/big")
         assert filesystem.cat_file(path) == b"".join(big)
@@ -131,15 +136,24 @@ def test_a_file_of_many_parts_is_whole(proxy: FaultyS3, root: str, big: list[byt
 
 
 @pytest.mark.parametrize("step", ["?uploads", "partNumber=2", "?uploadId"])
-def test_a_file_of_many_parts_that_fails_leaves_nothing(proxy: FaultyS3, root: str, big: list[bytes], step: str) -> None:
+def test_a_file_of_many_parts_that_fails_leaves_nothing(
+    proxy: FaultyS3, root: str, big: list[bytes], step: str
+) -> None:
     filesystem, path = open_filesystem(f"{root}/big")
     proxy.misbehave(forever("error"), f"POST /{path}{step}" if step == "?uploadId" else step)
-    with pytest.raises(UserError, match=rf"^{path}: cannot be written \(InternalError, by plan\); check the path, its free space"):
+    with pytest.raises(
+        UserError,
+        match=rf"^{path}: cannot be written \(InternalError, by plan\); check the path, its free space",
+    ):
         write_big(big, root)
     gc.collect()
     proxy.misbehave([])
     assert not filesystem.exists(path)
-    assert [upload for upload in filesystem.list_multipart_uploads("rebeca") if upload["Key"] == path.removeprefix("rebeca/")] == []
+    assert [
+        upload
+        for upload in filesystem.list_multipart_uploads("rebeca")
+        if upload["Key"] == path.removeprefix("rebeca/")
+    ] == []
 
 
 def test_what_failed_before_it_was_closed_is_not_written_later(proxy: FaultyS3, root: str) -> None:
@@ -180,7 +194,11 @@ def test_a_lease_is_taken_once_and_publishes_once(proxy: FaultyS3, root: str) ->
         found, _ = read_pointer(root)
         assert [left["run_id"] for left in found.left] == [f"run-{before}" for before in range(1, epoch)]
         assert replace(found, left=()) == Pointer(
-            epoch=epoch, run_id=f"run-{epoch}", run_date="2026-01-01", snapshot=f"snapshots/{epoch}", lease=None
+            epoch=epoch,
+            run_id=f"run-{epoch}",
+            run_date="2026-01-01",
+            snapshot=f"snapshots/{epoch}",
+            lease=None,
         )
 
 
@@ -195,10 +213,14 @@ def test_answers_lost_to_taking_publishing_and_releasing(proxy: FaultyS3, root: 
         assert faults(proxy) == [fault]
         proxy.misbehave([fault], "PUT /")
     assert faults(proxy) == [fault]
-    assert read_pointer(root)[0] == Pointer(epoch=1, run_id="run", run_date="2026-01-01", snapshot="snapshots/run")
+    assert read_pointer(root)[0] == Pointer(
+        epoch=1, run_id="run", run_date="2026-01-01", snapshot="snapshots/run"
+    )
 
 
-@pytest.mark.parametrize(("fault", "method"), [("gone", "PUT"), ("gone", "HEAD"), ("cut", "GET"), ("error", "")])
+@pytest.mark.parametrize(
+    ("fault", "method"), [("gone", "PUT"), ("gone", "HEAD"), ("cut", "GET"), ("error", "")]
+)
 def test_a_store_out_of_reach_for_a_while_does_not_lose_the_lease(
     proxy: FaultyS3, root: str, fault: Fault, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

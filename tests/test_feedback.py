@@ -19,7 +19,13 @@ from rebeca_ray.feedback import find_rated, with_rated
 from rebeca_ray.histories import build_histories
 from rebeca_ray.interactions import read_interactions
 from rebeca_ray.items import read_image_embeds
-from rebeca_ray.settings import InteractionSettings, LayoutSettings, RefreshSettings, SamplerSettings, SelectionSettings
+from rebeca_ray.settings import (
+    InteractionSettings,
+    LayoutSettings,
+    RefreshSettings,
+    SamplerSettings,
+    SelectionSettings,
+)
 from rebeca_ray.storage import list_files
 from rebeca_ray.training import train_prior
 from tests.conftest import USERS, D, snapshot_of
@@ -32,7 +38,15 @@ def rate(path: Path, rows: list[tuple[str, str, float | None, str | None]]) -> s
     """Interactions: who, what, how, and what kind of event."""
     user, item, rating, event = zip(*rows, strict=True)
     pq.write_table(
-        pa.table({"user_id": user, "item_id": item, "rating": pa.array(rating, pa.float32()), "event": pa.array(event, pa.string())}), path
+        pa.table(
+            {
+                "user_id": user,
+                "item_id": item,
+                "rating": pa.array(rating, pa.float32()),
+                "event": pa.array(event, pa.string()),
+            }
+        ),
+        path,
     )
     return str(path)
 
@@ -50,7 +64,11 @@ def test_rated_items_are_found_once_and_outlive_their_snapshot(
     config = config.model_copy(update={"layout": LayoutSettings(num_buckets=num_buckets)})
     _, monday = night(config, [*USERS[:4], "stranger"])
     one, two, pooled = first_items(monday, USERS[0], USERS[1], "stranger")
-    rows = [(USERS[0], one["item_id"], 5.0, None), ("passer-by", pooled["item_id"], 4.0, "rating"), (USERS[0], "real-0", 5.0, "rating")]
+    rows = [
+        (USERS[0], one["item_id"], 5.0, None),
+        ("passer-by", pooled["item_id"], 4.0, "rating"),
+        (USERS[0], "real-0", 5.0, "rating"),
+    ]
     shown = [(USERS[2], first_items(monday, USERS[2])[0]["item_id"], None, "impression")]
     interactions = rate(tmp_path / "interactions.parquet", [*rows, *shown])
     found = find_rated(config.root, interactions, REAL, D, None)
@@ -72,8 +90,13 @@ def test_rated_items_are_found_once_and_outlive_their_snapshot(
     night(config, USERS[:4], 1)
     night(config, USERS[:4], 2)
     somebody_elses = monday.for_user(USERS[1])["item_id"][1].as_py()  # who rated another of theirs
-    later = rate(tmp_path / "interactions.parquet", [*rows, (USERS[1], two["item_id"], 1.0, None), (USERS[0], somebody_elses, 5.0, None)])
-    assert find_rated(config.root, later, REAL, D, None).num_rows == 3  # from a snapshot that is no longer published
+    later = rate(
+        tmp_path / "interactions.parquet",
+        [*rows, (USERS[1], two["item_id"], 1.0, None), (USERS[0], somebody_elses, 5.0, None)],
+    )
+    assert (
+        find_rated(config.root, later, REAL, D, None).num_rows == 3
+    )  # from a snapshot that is no longer published
     collect(config.root, keep=1, grace_hours=0)
     assert read_catalog(config.root).items(["item_id"])["item_id"].to_pylist().count(one["item_id"]) == 0
     kept = find_rated(config.root, later, REAL, D, None)
@@ -96,9 +119,14 @@ def test_a_rating_of_what_is_nowhere_is_refused_of_real_items_and_dropped_of_gen
     assert pq.read_table(histories.file(0))["item_index"].to_pylist() == [[0]]
     assert "1 of 2 rate an item whose embedding is nowhere (generated long ago" in capsys.readouterr().out
     rate(Path(settings.path), [*rows, (USERS[0], "reel-1", 1.0, None)])
-    with pytest.raises(UserError, match=r"1 of 2 rate an item that has no embedding \(reel-1\); .* or set interactions.unknown_items=drop"):
+    with pytest.raises(
+        UserError,
+        match=r"1 of 2 rate an item that has no embedding \(reel-1\); .* or set interactions.unknown_items=drop",
+    ):
         build_histories(settings, REAL, str(tmp_path / "storage"))
-    histories = build_histories(settings.model_copy(update={"unknown_items": "drop"}), REAL, str(tmp_path / "storage"))
+    histories = build_histories(
+        settings.model_copy(update={"unknown_items": "drop"}), REAL, str(tmp_path / "storage")
+    )
     assert pq.read_table(histories.file(0))["item_index"].to_pylist() == [[0]]
 
 
@@ -109,12 +137,17 @@ def test_what_is_damaged_is_told_and_stops_the_night_only_where_it_was_kept(
     change_digest(config, USERS[1])
     _, tuesday = night(config, USERS[:2], 1)
     one, two = first_items(monday, USERS[0], USERS[1])
-    interactions = rate(tmp_path / "interactions.parquet", [(USERS[0], one["item_id"], 5.0, None), (USERS[1], two["item_id"], 5.0, None)])
+    interactions = rate(
+        tmp_path / "interactions.parquet",
+        [(USERS[0], one["item_id"], 5.0, None), (USERS[1], two["item_id"], 5.0, None)],
+    )
     Path(config.root, monday.manifest["files"]["path"]).write_bytes(b"damaged")
     assert find_rated(config.root, interactions, REAL, D, None)["item_id"].to_pylist() == [one["item_id"]]
     assert f"{monday.path}/manifest.json; ratings of its items are left out" in capsys.readouterr().err
     Path(list_files(f"{config.root}/rated")[0]).write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"rated items .*: not readable \(.*\); restore what is damaged, or remove it"):
+    with pytest.raises(
+        UserError, match=r"rated items .*: not readable \(.*\); restore what is damaged, or remove it"
+    ):
         find_rated(config.root, interactions, REAL, D, None)
     assert tuesday.for_user(USERS[0]).num_rows == 3
 
@@ -126,14 +159,22 @@ def test_impressions_are_no_ratings(tmp_path: Path) -> None:
         ("a", "real-1", 3.0, ""),
         ("b", "real-1", None, "impression"),
     ]
-    found = read_interactions(InteractionSettings(path=rate(tmp_path / "interactions.parquet", rows), hold_out=0.0))
+    found = read_interactions(
+        InteractionSettings(path=rate(tmp_path / "interactions.parquet", rows), hold_out=0.0)
+    )
     assert found.user_id.tolist() == ["a"]
     assert dict(zip(found.item_id, found.like, strict=True)) == {"real-0": 1, "real-1": 0}
     path = rate(tmp_path / "interactions.parquet", [("a", "real-0", 5.0, "click")])
-    with pytest.raises(UserError, match=r"1 of 1 rows have an event that is neither rating nor impression \(rows 0\); name it so"):
+    with pytest.raises(
+        UserError,
+        match=r"1 of 1 rows have an event that is neither rating nor impression \(rows 0\); name it so",
+    ):
         read_interactions(InteractionSettings(path=path))
     rate(Path(path), [("a", "real-0", 5.0, "rating"), ("a", "f" * 32, 5.0, "click")])
-    with pytest.raises(UserError, match=r"1 of 2 rows have an event that is neither rating nor impression \(rows 1\); name it so"):
+    with pytest.raises(
+        UserError,
+        match=r"1 of 2 rows have an event that is neither rating nor impression \(rows 1\); name it so",
+    ):
         find_rated(str(tmp_path / "catalog"), path, REAL, D, None)
 
 
@@ -144,7 +185,10 @@ def trained(tmp_path: Path) -> TrainConfig:
     centres = random.standard_normal((2, D)) * 3
     embeds = (np.repeat(centres, 20, axis=0) + 0.3 * random.standard_normal((40, D))).astype(np.float32)
     column = pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(D))
-    pq.write_table(pa.table({"item_id": [f"i{number:02d}" for number in range(40)], "image_embeds": column}), tmp_path / "real.parquet")
+    pq.write_table(
+        pa.table({"item_id": [f"i{number:02d}" for number in range(40)], "image_embeds": column}),
+        tmp_path / "real.parquet",
+    )
     rows: list[tuple[str, str, float | None, str | None]] = []
     for number in range(24):
         liked = [{0}, {1}, {0, 1}][number % 3]
@@ -159,9 +203,22 @@ def trained(tmp_path: Path) -> TrainConfig:
             "items": str(tmp_path / "real.parquet"),
             "out": str(tmp_path / "learnt"),
             "storage": str(tmp_path / "storage"),
-            "network": {"num_layers": 2, "num_heads": 2, "width": 32, "num_tokens": 2, "user_encoder": "history", "max_history": 24},
+            "network": {
+                "num_layers": 2,
+                "num_heads": 2,
+                "width": 32,
+                "num_tokens": 2,
+                "user_encoder": "history",
+                "max_history": 24,
+            },
             "diffusion": {"num_train_timesteps": 100},
-            "optimization": {"learning_rate": 3e-3, "batch_size": 64, "samples_per_user": 256, "max_epochs": 6, "ema_decay": 0.9},
+            "optimization": {
+                "learning_rate": 3e-3,
+                "batch_size": 64,
+                "samples_per_user": 256,
+                "max_epochs": 6,
+                "ema_decay": 0.9,
+            },
             "workers": {"cpus_per_worker": 0.5},
         }
     )
@@ -195,7 +252,10 @@ def test_liked_generated_items_draw_the_next_night_towards_them(
     assert set(kinds) == {0, 1}, "both kinds please somebody who likes both"
     rarer = min((0, 1), key=kinds.count)
     liked = [item for item, kind in zip(items, kinds, strict=True) if kind == rarer]
-    ratings = [("newcomer", item["item_id"], 5.0 if kind == rarer else 1.0, "rating") for item, kind in zip(items, kinds, strict=True)]
+    ratings = [
+        ("newcomer", item["item_id"], 5.0 if kind == rarer else 1.0, "rating")
+        for item, kind in zip(items, kinds, strict=True)
+    ]
     shown = [("twin", item, None, "impression") for item in monday.for_user("twin")["item_id"].to_pylist()]
     before = [tuple(row.values()) for row in pq.read_table(trained.interactions.path).to_pylist()]
     rate(Path(trained.interactions.path), [*before, *ratings, *shown])
@@ -209,7 +269,9 @@ def test_liked_generated_items_draw_the_next_night_towards_them(
     kinds_now = [kind_of[item] for item in tuesday.for_user("newcomer")["nearest_item_id"].to_pylist()]
     assert kinds_now.count(rarer) > kinds.count(rarer) + 1
     assert tuesday.for_user("twin", ["item_id"]).equals(monday.for_user("twin", ["item_id"]))
-    assert pc.all(pc.is_in(tuesday.items()["nearest_item_id"], value_set=pa.array(real.item_id.tolist()))).as_py()  # never a generated one
+    assert pc.all(
+        pc.is_in(tuesday.items()["nearest_item_id"], value_set=pa.array(real.item_id.tolist()))
+    ).as_py()  # never a generated one
 
     again = trained.model_copy(
         update={

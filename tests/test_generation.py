@@ -32,7 +32,16 @@ from rebeca_ray.request import check_request
 from rebeca_ray.selector import Selector
 from rebeca_ray.settings import DecoderSettings, GateSettings, LayoutSettings
 from rebeca_ray.stickers.training_data import to_pixels
-from tests.conftest import USERS, D, assembled, generate_config, prepare, prior_users, publish, write_tiny_prior
+from tests.conftest import (
+    USERS,
+    D,
+    assembled,
+    generate_config,
+    prepare,
+    prior_users,
+    publish,
+    write_tiny_prior,
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +72,12 @@ def test_a_complete_snapshot_is_published(generated: tuple[GenerateConfig, dict[
 
     real = pq.read_table(config.items)
     real_embeds = real["image_embeds"].combine_chunks().flatten().to_numpy().reshape(20, D)
-    cosine = embeds @ real_embeds.T / np.linalg.norm(embeds, axis=1)[:, None] / np.linalg.norm(real_embeds, axis=1)
-    assert items["nearest_item_id"].to_pylist() == [real["item_id"][int(best)].as_py() for best in cosine.argmax(1)]
+    cosine = (
+        embeds @ real_embeds.T / np.linalg.norm(embeds, axis=1)[:, None] / np.linalg.norm(real_embeds, axis=1)
+    )
+    assert items["nearest_item_id"].to_pylist() == [
+        real["item_id"][int(best)].as_py() for best in cosine.argmax(1)
+    ]
     np.testing.assert_allclose(items["nearest_similarity"].to_numpy(), cosine.max(1), rtol=1e-4)
 
     images = to_pixels(snapshot.images(items))
@@ -82,7 +95,12 @@ def test_the_file_list_describes_every_file_exactly(generated: tuple[GenerateCon
         data = (Path(config.root) / row["path"]).read_bytes()
         assert (row["bytes"], row["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
         assert row["rows"] == pq.read_metadata(Path(config.root) / row["path"]).num_rows
-    assert {row["table"] for row in snapshot.files.to_pylist()} == {"images", "items", "users", "changes"}  # nothing failed
+    assert {row["table"] for row in snapshot.files.to_pylist()} == {
+        "images",
+        "items",
+        "users",
+        "changes",
+    }  # nothing failed
     assert not (Path(config.root) / "work" / f"run_id={snapshot.manifest['run_id']}").exists()
     assert not list(Path(config.root).rglob("*.partial"))
 
@@ -109,7 +127,12 @@ def test_two_runs_agree_whatever_order_actors_buckets_units_and_files(
     pq.write_table(pq.read_table(config.request).take([4, 2, 3, 1]), tmp_path / "shuffled.parquet")
     decoder = config.decoder.model_copy(update={"num_actors": 2, "cpus_per_actor": 0.5})
     layout = LayoutSettings(num_buckets=3, items_per_unit=5, images_per_file=4)
-    update = {"root": str(tmp_path / "catalog"), "request": str(tmp_path / "shuffled.parquet"), "decoder": decoder, "layout": layout}
+    update = {
+        "root": str(tmp_path / "catalog"),
+        "request": str(tmp_path / "shuffled.parquet"),
+        "decoder": decoder,
+        "layout": layout,
+    }
     manifest = generate_catalog(config.model_copy(update=update))
     after = read_catalog(str(tmp_path / "catalog"))
     left = before.items().filter(np.array(before.items()["user_id"]) != USERS[0])
@@ -125,7 +148,9 @@ def test_two_runs_agree_whatever_order_actors_buckets_units_and_files(
 def test_failed_rows_are_kept_apart_and_the_budget_decides(config: GenerateConfig) -> None:
     prepared = prepare(config, break_first=True)
     run = prepared.run
-    with pytest.raises(ErrorBudgetExceededError, match=r"1 of 16 items failed \(image_embeds is not finite\)") as caught:
+    with pytest.raises(
+        ErrorBudgetExceededError, match=r"1 of 16 items failed \(image_embeds is not finite\)"
+    ) as caught:
         assembled(config, prepared, requested=16, error_budget=0.01)
     assert caught.value.exit_code == 3
     assert published(config.root) is None
@@ -136,12 +161,17 @@ def test_failed_rows_are_kept_apart_and_the_budget_decides(config: GenerateConfi
     assert (error["stage"], error["error"]) == ("render", "image_embeds is not finite")
     items = snapshot.items()
     assert error["item_id"] not in items["item_id"].to_pylist()
-    assert items.filter(np.array(items["user_id"]) == error["user_id"])["rank"].to_pylist() == [0, 1]  # no gap
+    assert items.filter(np.array(items["user_id"]) == error["user_id"])["rank"].to_pylist() == [
+        0,
+        1,
+    ]  # no gap
 
 
 def test_a_partial_run_is_not_published(config: GenerateConfig) -> None:
     prepared = prepare(config)
-    with pytest.raises(IncompleteRunError, match=r"17 items requested, 16 accounted for .*nothing is published") as caught:
+    with pytest.raises(
+        IncompleteRunError, match=r"17 items requested, 16 accounted for .*nothing is published"
+    ) as caught:
         assembled(config, prepared, requested=17)
     assert caught.value.exit_code == 75
     for record in Path(prepared.run.records(0)).glob("*.json"):
@@ -155,17 +185,29 @@ def test_a_partial_run_is_not_published(config: GenerateConfig) -> None:
 def planned_rows(count: int) -> pa.Table:
     embeds = np.random.default_rng(0).standard_normal((count, D)).astype(np.float32)
     column = pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(D))
-    words = {"prompt": [""] * count, "negative_prompt": [""] * count, "bucket": pa.array([5] * count, pa.int32())}
-    return pa.table({"item_id": [f"item-{number}" for number in range(count)], "image_embeds": column, **words})
+    words = {
+        "prompt": [""] * count,
+        "negative_prompt": [""] * count,
+        "bucket": pa.array([5] * count, pa.int32()),
+    }
+    return pa.table(
+        {"item_id": [f"item-{number}" for number in range(count)], "image_embeds": column, **words}
+    )
 
 
-def test_rendering_keeps_every_row_in_its_place(tiny_decoder: DecoderSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rendering_keeps_every_row_in_its_place(
+    tiny_decoder: DecoderSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stage = RenderImages(tiny_decoder)
     whole = stage.decoder.decode
 
     def decode(rows: Rows) -> list[DecodedImage]:
         images = whole(rows)
-        return [images[0], DecodedImage(seed=7, error="bad luck"), DecodedImage(seed=8, safety_probability=0.75)]
+        return [
+            images[0],
+            DecodedImage(seed=7, error="bad luck"),
+            DecodedImage(seed=8, safety_probability=0.75),
+        ]
 
     monkeypatch.setattr(stage.decoder, "decode", decode)
     out = stage(planned_rows(3))
@@ -181,13 +223,19 @@ def test_rendering_keeps_every_row_in_its_place(tiny_decoder: DecoderSettings, m
     assert [row["image"] is None for row in rows] == [False, True, True]
 
 
-def test_what_is_not_fit_to_be_shown_is_filtered_or_flagged(config: GenerateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_fit_to_be_shown_is_filtered_or_flagged(
+    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sixteen items, of which one was left out and one is shown all the same, by a decoder with another policy."""
     whole = LocalDecoder.decode
 
     def decode(self: LocalDecoder, rows: Rows) -> list[DecodedImage]:
         images = whole(self, rows)
-        return [DecodedImage(seed=1, safety_probability=0.9), replace(images[1], safety_probability=0.8), *images[2:]]
+        return [
+            DecodedImage(seed=1, safety_probability=0.9),
+            replace(images[1], safety_probability=0.8),
+            *images[2:],
+        ]
 
     monkeypatch.setattr(LocalDecoder, "decode", decode)
     prepared = prepare(config)
@@ -196,7 +244,10 @@ def test_what_is_not_fit_to_be_shown_is_filtered_or_flagged(config: GenerateConf
     assert (counts["requested"], counts["new"], counts["filtered"], counts["failed"]) == (16, 15, 1, 0)
     items = open_snapshot(config.root, run.snapshot).items()
     assert items["safety_flag"].to_pylist().count(True) == 1
-    images = {row["item_id"]: row["safety_probability"] for row in open_snapshot(config.root, run.snapshot).table("images").to_pylist()}
+    images = {
+        row["item_id"]: row["safety_probability"]
+        for row in open_snapshot(config.root, run.snapshot).table("images").to_pylist()
+    }
     flagged = items.filter(items["safety_flag"])["item_id"][0].as_py()
     assert images[flagged] == pytest.approx(0.8)
     first = items.filter(pc.equal(items["user_id"], items["user_id"][0]))
@@ -211,7 +262,10 @@ def test_what_is_not_fit_to_be_shown_is_filtered_or_flagged(config: GenerateConf
         ({"user_id": ["user-0", "", None]}, "2 of 3 rows have an empty user_id"),
         ({"user_id": ["user-0", "user-0"]}, "1 user_ids are repeated"),
         ({"user_id": ["user-0"], "num_images": pa.array([0], pa.int32())}, "num_images goes from 0 to 0"),
-        ({"user_id": ["user-0"], "num_images": pa.array([40_000], pa.int32())}, "num_images goes from 40000 to 40000; ask for 1 to 32,767"),
+        (
+            {"user_id": ["user-0"], "num_images": pa.array([40_000], pa.int32())},
+            "num_images goes from 40000 to 40000; ask for 1 to 32,767",
+        ),
         ({"user_id": pa.array([7], pa.int64())}, "column 'user_id' is int64, expected string"),
     ],
 )
@@ -237,8 +291,14 @@ def test_a_prior_that_does_not_fit_the_decoder_is_refused(config: GenerateConfig
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sampler": {"num_inference_steps": 101}}, r"prior .*: sampler.num_inference_steps is 101, it was trained on 100"),
-        ({"decoder": {"model": "/no/such/decoder"}}, r"no model_index.json there; give a diffusers directory"),
+        (
+            {"sampler": {"num_inference_steps": 101}},
+            r"prior .*: sampler.num_inference_steps is 101, it was trained on 100",
+        ),
+        (
+            {"decoder": {"model": "/no/such/decoder"}},
+            r"no model_index.json there; give a diffusers directory",
+        ),
         ({"items": "nothing.parquet"}, "items .*nothing.parquet: not found"),
     ],
 )
@@ -256,7 +316,9 @@ def test_what_the_models_cannot_do_is_refused_before_anything_is_written(
 def test_a_prior_without_condition_dropout_refuses_guidance(config: GenerateConfig) -> None:
     path = Path(config.prior) / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "condition_dropout": 0.0}))
-    with pytest.raises(UserError, match=r"prior_guidance_scale is 2.0, but prior .* was trained without condition dropout"):
+    with pytest.raises(
+        UserError, match=r"prior_guidance_scale is 2.0, but prior .* was trained without condition dropout"
+    ):
         generate_catalog(config)
     assert not Path(config.root).exists()
 
@@ -269,13 +331,19 @@ def test_real_items_by_another_clip_are_refused(config: GenerateConfig) -> None:
         generate_catalog(config)
 
 
-def test_real_items_by_another_clip_of_the_same_size_are_refused(config: GenerateConfig, tmp_path: Path) -> None:
+def test_real_items_by_another_clip_of_the_same_size_are_refused(
+    config: GenerateConfig, tmp_path: Path
+) -> None:
     path = Path(config.prior) / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "clip": "a" * 16}))
     (tmp_path / "items").mkdir()
     shutil.move(str(config.items), tmp_path / "items" / "items.parquet")
-    (tmp_path / "items" / "embedding.json").write_text(json.dumps({"clip": "b" * 16, "clip_name": "another", "rows": 20}))
-    with pytest.raises(UserError, match=rf"size 16 by CLIP {'b' * 16}, the prior knows size 16 by CLIP {'a' * 16}"):
+    (tmp_path / "items" / "embedding.json").write_text(
+        json.dumps({"clip": "b" * 16, "clip_name": "another", "rows": 20})
+    )
+    with pytest.raises(
+        UserError, match=rf"size 16 by CLIP {'b' * 16}, the prior knows size 16 by CLIP {'a' * 16}"
+    ):
         generate_catalog(config.model_copy(update={"items": str(tmp_path / "items")}))
 
 
@@ -352,7 +420,9 @@ def test_the_same_on_s3(generated: tuple[GenerateConfig, dict[str, Any]]) -> Non
     assert_same_pixels(there.images(there.items()), expected.images(expected.items()))
 
 
-def test_a_plan_that_pleases_nobody_in_particular_is_neither_rendered_nor_published(config: GenerateConfig, tmp_path: Path) -> None:
+def test_a_plan_that_pleases_nobody_in_particular_is_neither_rendered_nor_published(
+    config: GenerateConfig, tmp_path: Path
+) -> None:
     """No p-value of 10,000 permutations is below 1e-5, so that this gate stops any plan."""
     users = [f"user-{number}" for number in range(20)]
     prior = write_tiny_prior(tmp_path, users=prior_users(users), selector=Selector(D, 4))

@@ -57,11 +57,15 @@ def fill(module: torch.nn.Module, seed: int) -> None:
     """Set every weight from `numbers`, scaled by its fan-in."""
     for index, (_, parameter) in enumerate(sorted(module.named_parameters())):
         fan_in = parameter.shape[-1] if parameter.ndim else 1
-        parameter.data.copy_(torch.from_numpy(np.asarray(numbers(tuple(parameter.shape), seed + index) / fan_in**0.5)))
+        parameter.data.copy_(
+            torch.from_numpy(np.asarray(numbers(tuple(parameter.shape), seed + index) / fan_in**0.5))
+        )
 
 
 def write_prior(folder: Path) -> str:
-    settings = NetworkSettings(num_layers=1, num_heads=2, width=32, num_tokens=4, user_encoder="history", max_history=8)
+    settings = NetworkSettings(
+        num_layers=1, num_heads=2, width=32, num_tokens=4, user_encoder="history", max_history=8
+    )
     network, selector = Prior(settings, D).eval(), Selector(D, 8)
     fill(network, seed=100)
     fill(selector, seed=500)
@@ -81,8 +85,13 @@ def write_prior(folder: Path) -> str:
 
 
 def write_items(folder: Path) -> str:
-    column = pa.FixedSizeListArray.from_arrays(pa.array(numbers((40, D), seed=7).ravel()), type=schemas.image_embeds(D))
-    pq.write_table(pa.table({"item_id": [f"real-{number}" for number in range(40)], "image_embeds": column}), folder / "items.parquet")
+    column = pa.FixedSizeListArray.from_arrays(
+        pa.array(numbers((40, D), seed=7).ravel()), type=schemas.image_embeds(D)
+    )
+    pq.write_table(
+        pa.table({"item_id": [f"real-{number}" for number in range(40)], "image_embeds": column}),
+        folder / "items.parquet",
+    )
     return str(folder / "items.parquet")
 
 
@@ -110,7 +119,14 @@ def one_thread() -> Any:
 
 def processor() -> str:
     """What float rounding depends on."""
-    vendor = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "vendor_id" in line), "")
+    vendor = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "vendor_id" in line
+        ),
+        "",
+    )
     return f"{platform.machine()} {vendor} {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__.split('+')[0]}"
 
 
@@ -131,8 +147,16 @@ def record_of(snapshot: Snapshot) -> dict[str, Any]:
     exact, hashes, sketches = [], {}, {}
     for row, image in zip(items.to_pylist(), images, strict=True):
         place = f"{row['user_id']}/{row['rank']}"
-        exact.append({name: row[name] for name in ("user_id", "rank", "item_id", "origin", "nearest_item_id", "safety_flag")})
-        hashes[place] = {"embeds": sha256(np.array(row["image_embeds"], np.float32).tobytes()), "image": sha256(image)}
+        exact.append(
+            {
+                name: row[name]
+                for name in ("user_id", "rank", "item_id", "origin", "nearest_item_id", "safety_flag")
+            }
+        )
+        hashes[place] = {
+            "embeds": sha256(np.array(row["image_embeds"], np.float32).tobytes()),
+            "image": sha256(image),
+        }
         sketches[place] = {
             "embeds": np.round(row["image_embeds"][:8], 2).tolist(),
             "like_probability": round(row["like_probability"], 4),
@@ -141,9 +165,16 @@ def record_of(snapshot: Snapshot) -> dict[str, Any]:
     users = snapshot.table("users").sort_by("user_id").to_pylist()
     return {
         "items": exact,
-        "users": [[row["user_id"], row["num_items"], row["num_failed"], row["stranger"], row["history_digest"]] for row in users],
-        "errors": [[row["item_id"], row["user_id"], row["error"]] for row in snapshot.table("errors").to_pylist()],
-        "changes": [[row["user_id"], row["item_id"], row["change"]] for row in snapshot.table("changes").to_pylist()],
+        "users": [
+            [row["user_id"], row["num_items"], row["num_failed"], row["stranger"], row["history_digest"]]
+            for row in users
+        ],
+        "errors": [
+            [row["item_id"], row["user_id"], row["error"]] for row in snapshot.table("errors").to_pylist()
+        ],
+        "changes": [
+            [row["user_id"], row["item_id"], row["change"]] for row in snapshot.table("changes").to_pylist()
+        ],
         "counts": {name: count for name, count in snapshot.manifest["counts"].items() if count},
         "hashes": hashes,
         "sketches": sketches,
@@ -158,7 +189,11 @@ def two_nights(folder: Path) -> dict[str, Any]:
     config = GenerateConfig(
         prior=write_prior(folder),
         decoder=DecoderSettings(
-            model="package:stickers/assets/decoder", num_inference_steps=2, decoder_guidance_scale=3.0, image_format="PNG", batch_size=4
+            model="package:stickers/assets/decoder",
+            num_inference_steps=2,
+            decoder_guidance_scale=3.0,
+            image_format="PNG",
+            batch_size=4,
         ),
         request=str(folder / "request.parquet"),
         root=str(folder / "catalog"),
@@ -195,7 +230,14 @@ def test_two_nights_are_the_golden_ones(tmp_path: Path) -> None:
             assert night["hashes"] == expected["hashes"], date
         for place, sketch in expected["sketches"].items():
             for name, tolerance in (("embeds", 0.05), ("like_probability", 0.002), ("image", 8)):
-                np.testing.assert_allclose(night["sketches"][place][name], sketch[name], atol=tolerance, err_msg=f"{date} {place} {name}")
+                np.testing.assert_allclose(
+                    night["sketches"][place][name],
+                    sketch[name],
+                    atol=tolerance,
+                    err_msg=f"{date} {place} {name}",
+                )
     monday, tuesday = nights.values()
     assert (monday["counts"]["failed"], monday["counts"]["population"]) == (1, NUM_IMAGES)
-    assert tuesday["counts"]["carried"] == NUM_IMAGES * (len(USERS) - 2)  # all but whose row failed, and who rated another item
+    assert tuesday["counts"]["carried"] == NUM_IMAGES * (
+        len(USERS) - 2
+    )  # all but whose row failed, and who rated another item

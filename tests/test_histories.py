@@ -84,7 +84,9 @@ def test_a_defect_in_any_bucket_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     table = pq.read_table(f"{settings.path}/b.parquet")
     pq.write_table(pa.concat_tables([table, table.slice(3, 1)]), f"{settings.path}/b.parquet")
     monkeypatch.setattr(histories_module, "ROWS_A_BUCKET", 10)
-    with pytest.raises(UserError, match=r"interactions .*: 1 of \d+ rows have a \(user_id, item_id\) pair seen before"):
+    with pytest.raises(
+        UserError, match=r"interactions .*: 1 of \d+ rows have a \(user_id, item_id\) pair seen before"
+    ):
         build_histories(settings, ITEMS, str(tmp_path / "out"))
 
 
@@ -98,11 +100,15 @@ def test_what_was_built_is_used_again_until_its_input_changes(tmp_path: Path) ->
     other = build_histories(settings, ITEMS, str(tmp_path / "out"))
     assert other.uri != first.uri
     assert other.digest != first.digest
-    assert build_histories(settings, ITEMS[::-1], str(tmp_path / "out")).uri != other.uri  # other items, other numbers
+    assert (
+        build_histories(settings, ITEMS[::-1], str(tmp_path / "out")).uri != other.uri
+    )  # other items, other numbers
 
 
 def test_rated_items_without_an_embedding_are_named(tmp_path: Path) -> None:
     settings = write_interactions(tmp_path)
-    with pytest.raises(UserError, match=r"5 of 244 rate an item that has no embedding \(i0\); embed those items"):
+    with pytest.raises(
+        UserError, match=r"5 of 244 rate an item that has no embedding \(i0\); embed those items"
+    ):
         build_histories(settings, ITEMS[1:], str(tmp_path / "out"))
     assert not list(tmp_path.glob("out/*/histories.json"))

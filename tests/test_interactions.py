@@ -61,7 +61,13 @@ def test_without_ratings_every_row_is_a_like(tmp_path: Path) -> None:
 
 
 def test_integer_ratings_and_large_strings_are_read(tmp_path: Path) -> None:
-    found = read(write(tmp_path, rating=pa.array([5, 4, 3, 5, 1, 2], pa.int64()), user_id=pa.array(GOOD["user_id"], pa.large_string())))
+    found = read(
+        write(
+            tmp_path,
+            rating=pa.array([5, 4, 3, 5, 1, 2], pa.int64()),
+            user_id=pa.array(GOOD["user_id"], pa.large_string()),
+        )
+    )
     assert found.like.sum() == 3
 
 
@@ -80,10 +86,15 @@ def test_integer_ratings_and_large_strings_are_read(tmp_path: Path) -> None:
             "2 of 6 rows have a rating outside 1 to 5 (a × i2; b × i2); mend them, or set interactions.rating_scale",
         ),
         ({"user_id": ["b", "", "a", "a", "c", None]}, "2 of 6 rows have an empty user_id (rows 1, 5)"),
-        ({"item_id": ["i1", "i1", "i1", "i3", "i1", "i1"]}, "2 of 6 rows have a (user_id, item_id) pair seen before (a × i1; b × i1)"),
+        (
+            {"item_id": ["i1", "i1", "i1", "i3", "i1", "i1"]},
+            "2 of 6 rows have a (user_id, item_id) pair seen before (a × i1; b × i1)",
+        ),
     ],
 )
-def test_defects_are_named_with_counts_and_examples(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_defects_are_named_with_counts_and_examples(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError) as caught:
         read(write(tmp_path, **changes))
     assert message in str(caught.value)
@@ -106,13 +117,21 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.sampled_from([0.0, 0.1, 0.25, 0.5]), st.integers(0, 2**32 - 1))
-def test_hold_out_takes_the_same_share_of_everyone_whatever_the_order(counts: list[int], share: float, seed: int) -> None:
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    st.sampled_from([0.0, 0.1, 0.25, 0.5]),
+    st.integers(0, 2**32 - 1),
+)
+def test_hold_out_takes_the_same_share_of_everyone_whatever_the_order(
+    counts: list[int], share: float, seed: int
+) -> None:
     users = np.array([f"u{number}" for number in range(len(counts))])
     user_index = np.repeat(np.arange(len(counts)), counts)
     items = np.array([f"i{number}" for number in range(len(user_index))])
     held = hold_out(users, user_index, items, share)
-    assert np.bincount(user_index, weights=held, minlength=len(counts)).tolist() == [float(int(share * count)) for count in counts]
+    assert np.bincount(user_index, weights=held, minlength=len(counts)).tolist() == [
+        float(int(share * count)) for count in counts
+    ]
     order = np.random.default_rng(seed).permutation(len(items))
     assert (hold_out(users, user_index[order], items[order], share) == held[order]).all()
 
@@ -126,5 +145,8 @@ def test_history_digest_changes_with_the_history_alone(tmp_path: Path) -> None:
 
 def test_history_digest_knows_the_times(tmp_path: Path) -> None:
     """The prior reads how long ago something was rated, so other times are another history, in the same order too."""
-    days = [history_digests(read(write(tmp_path, timestamp=pa.array([0, 1, 2, 3, 4, last], pa.timestamp("us"))))) for last in (5, 9)]
+    days = [
+        history_digests(read(write(tmp_path, timestamp=pa.array([0, 1, 2, 3, 4, last], pa.timestamp("us")))))
+        for last in (5, 9)
+    ]
     assert days[0] != days[1]

@@ -27,7 +27,11 @@ def test_every_item_gets_open_clips_own_embedding(tmp_path: Path) -> None:
     some = pq.read_table(ITEMS).slice(0, 30)
     pq.write_table(some, tmp_path / "items.parquet")
     config = EmbedConfig(
-        items=str(tmp_path / "items.parquet"), clip=f"local-dir:{CLIP}", out=str(tmp_path / "out"), batch_size=8, cpus_per_actor=0.5
+        items=str(tmp_path / "items.parquet"),
+        clip=f"local-dir:{CLIP}",
+        out=str(tmp_path / "out"),
+        batch_size=8,
+        cpus_per_actor=0.5,
     )
     assert embed_items(config) == 30
     found = read_image_embeds(config.out)
@@ -67,13 +71,17 @@ def test_a_damaged_clip_directory_is_refused_before_any_actor_starts(tmp_path: P
 
 
 def test_repeated_items_are_refused(tmp_path: Path) -> None:
-    column = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(16, np.float32)), type=schemas.image_embeds(8))
+    column = pa.FixedSizeListArray.from_arrays(
+        pa.array(np.ones(16, np.float32)), type=schemas.image_embeds(8)
+    )
     pq.write_table(pa.table({"item_id": ["a", "a"], "image_embeds": column}), tmp_path / "items.parquet")
     with pytest.raises(UserError, match="1 item_ids are repeated"):
         read_image_embeds(str(tmp_path / "items.parquet"))
 
 
-def test_an_item_that_is_no_image_is_named_and_the_last_embedding_stays(tmp_path: Path, ray_local: str) -> None:
+def test_an_item_that_is_no_image_is_named_and_the_last_embedding_stays(
+    tmp_path: Path, ray_local: str
+) -> None:
     """Raised in a Ray actor, it ends the command with its exit code and its one line. A process of its own takes its actors with it."""
     some = pq.read_table(ITEMS, columns=["item_id", "image"]).slice(0, 3).to_pylist()
     some[1]["image"]["bytes"] = b"no picture"
@@ -85,17 +93,26 @@ def test_an_item_that_is_no_image_is_named_and_the_last_embedding_stays(tmp_path
         f"items: {tmp_path}/items.parquet\nclip: local-dir:{CLIP}\nout: {tmp_path}/out\ncpus_per_actor: 0.5\n"
     )
     command = [Path(sys.executable).parent / "rebeca", "embed", "--config", tmp_path / "embed.yaml"]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "RAY_ADDRESS": ray_local})
+    out = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, env={**os.environ, "RAY_ADDRESS": ray_local}
+    )
     assert out.returncode == 2
-    assert out.stderr.splitlines()[-1].startswith(f"error: items: the image of {some[1]['item_id']!r} cannot be decoded")
+    assert out.stderr.splitlines()[-1].startswith(
+        f"error: items: the image of {some[1]['item_id']!r} cannot be decoded"
+    )
     assert "Traceback" not in out.stdout + out.stderr
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["embedding.json", "yesterday.parquet"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "embedding.json",
+        "yesterday.parquet",
+    ]
 
 
 def test_an_output_that_holds_the_items_is_refused(tmp_path: Path) -> None:
     pq.write_table(pq.read_table(ITEMS).slice(0, 3), tmp_path / "items.parquet")
     with pytest.raises(UserError, match="holds the items themselves and would be replaced"):
-        embed_items(EmbedConfig(items=str(tmp_path / "items.parquet"), clip=f"local-dir:{CLIP}", out=str(tmp_path)))
+        embed_items(
+            EmbedConfig(items=str(tmp_path / "items.parquet"), clip=f"local-dir:{CLIP}", out=str(tmp_path))
+        )
     assert (tmp_path / "items.parquet").exists()
 
 
@@ -111,24 +128,40 @@ def test_an_embedding_that_did_not_finish_is_not_read(tmp_path: Path) -> None:
 def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path: Path) -> None:
     pq.write_table(pq.read_table(ITEMS).slice(0, 3), tmp_path / "items.parquet")
     (tmp_path / "data" / "catalog").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"holds something else \(no embedding.json of ours\) and would be replaced; choose another folder"):
-        embed_items(EmbedConfig(items=str(tmp_path / "items.parquet"), clip=f"local-dir:{CLIP}", out=str(tmp_path / "data")))
+    with pytest.raises(
+        UserError,
+        match=r"holds something else \(no embedding.json of ours\) and would be replaced; choose another folder",
+    ):
+        embed_items(
+            EmbedConfig(
+                items=str(tmp_path / "items.parquet"), clip=f"local-dir:{CLIP}", out=str(tmp_path / "data")
+            )
+        )
     assert (tmp_path / "data" / "catalog").exists()
 
 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"item_id": ["a"], "image": [b"encoded"]}, "column 'image' is binary, expected struct<bytes: binary, path: string>"),
+        (
+            {"item_id": ["a"], "image": [b"encoded"]},
+            "column 'image' is binary, expected struct<bytes: binary, path: string>",
+        ),
         ({"item_id": [1], "image": [{"bytes": b"encoded"}]}, "column 'item_id' is int64, expected string"),
         ({"item_id": ["a"], "picture": [b"encoded"]}, "column 'image' is missing"),
         ({"item_id": ["a"], "image_embeds": [[1.0]]}, "column 'image' is missing; nothing is left to embed"),
     ],
 )
-def test_items_of_other_types_are_refused(tmp_path: Path, columns: dict[str, list[object]], message: str) -> None:
+def test_items_of_other_types_are_refused(
+    tmp_path: Path, columns: dict[str, list[object]], message: str
+) -> None:
     pq.write_table(pa.table(columns), tmp_path / "items.parquet")
     with pytest.raises(UserError, match=message):
-        embed_items(EmbedConfig(items=str(tmp_path / "items.parquet"), clip=f"local-dir:{CLIP}", out=str(tmp_path / "out")))
+        embed_items(
+            EmbedConfig(
+                items=str(tmp_path / "items.parquet"), clip=f"local-dir:{CLIP}", out=str(tmp_path / "out")
+            )
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -136,7 +169,9 @@ def test_embeddings_of_several_sizes_are_refused(tmp_path: Path) -> None:
     """Rows of 4 and of 8 would add up to two of 6."""
     embeds = pa.array([[1.0] * 4, [1.0] * 8], pa.list_(pa.float32()))
     pq.write_table(pa.table({"item_id": ["a", "b"], "image_embeds": embeds}), tmp_path / "items.parquet")
-    with pytest.raises(UserError, match=r"image_embeds has rows of 2 sizes \(\[4, 8\]\); every item needs the same D"):
+    with pytest.raises(
+        UserError, match=r"image_embeds has rows of 2 sizes \(\[4, 8\]\); every item needs the same D"
+    ):
         read_image_embeds(str(tmp_path / "items.parquet"))
 
 
@@ -145,6 +180,10 @@ def test_embeddings_that_have_no_direction_are_refused_by_name(tmp_path: Path, b
     embeds = np.ones((4, 8), np.float32)
     embeds[2] = bad
     column = pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(8))
-    pq.write_table(pa.table({"item_id": ["a", "b", "c", "d"], "image_embeds": column}), tmp_path / "items.parquet")
-    with pytest.raises(UserError, match=r"1 of 4 image_embeds are zero or not finite \(c\); embed those items again"):
+    pq.write_table(
+        pa.table({"item_id": ["a", "b", "c", "d"], "image_embeds": column}), tmp_path / "items.parquet"
+    )
+    with pytest.raises(
+        UserError, match=r"1 of 4 image_embeds are zero or not finite \(c\); embed those items again"
+    ):
         read_image_embeds(str(tmp_path / "items.parquet"))

@@ -41,7 +41,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         "RAY_AUTH_MODE": "token",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     }
-    subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
+    subprocess.run(
+        [BIN / "ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True
+    )
     process = subprocess.Popen(
         [
             BIN / "ray",
@@ -70,12 +72,16 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 def submit(environment: dict[str, str], *entrypoint: str) -> subprocess.CompletedProcess[str]:
     """From a Python in which nothing but what `ray[default]` brings can be imported."""
     command = [sys.executable, "-S", "-c", THIN_CLIENT, "job", "submit", "--working-dir", ".", *entrypoint]
-    return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=580, check=False)
+    return subprocess.run(
+        command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=580, check=False
+    )
 
 
 def wait_for_dashboard(environment: dict[str, str]) -> None:
     for _ in range(60):
-        listed = subprocess.run([BIN / "ray", "job", "list"], env=environment, capture_output=True, text=True, check=False)
+        listed = subprocess.run(
+            [BIN / "ray", "job", "list"], env=environment, capture_output=True, text=True, check=False
+        )
         if listed.returncode == 0:
             return
         time.sleep(1)
@@ -89,9 +95,14 @@ def test_a_night_with_its_default_config_and_once_is_enough(head: dict[str, str]
     data = Path(head["HOME"]) / "rebeca-stickers"
     early = submit(head, "jobs/generate_catalog.py")
     assert early.returncode == 1
-    assert f"prior {data}/prior: no config.json there; train one with `rebeca train`" in early.stdout + early.stderr
+    assert (
+        f"prior {data}/prior: no config.json there; train one with `rebeca train`"
+        in early.stdout + early.stderr
+    )
 
-    subprocess.run([BIN / "rebeca", "stickers", "simulate", "--users", "100"], env=head, check=True, capture_output=True)
+    subprocess.run(
+        [BIN / "rebeca", "stickers", "simulate", "--users", "100"], env=head, check=True, capture_output=True
+    )
     night = [
         "--",
         "jobs/nightly.py",
@@ -107,7 +118,11 @@ def test_a_night_with_its_default_config_and_once_is_enough(head: dict[str, str]
     assert out.returncode == 0, out.stdout + out.stderr
     pointer = json.loads((data / "catalog" / "latest.json").read_text())
     manifest = json.loads((data / "catalog" / pointer["snapshot"] / "manifest.json").read_text())
-    assert (manifest["run_date"], manifest["counts"]["new"], manifest["counts"]["users"]) == ("2026-03-02", 100, 100)
+    assert (manifest["run_date"], manifest["counts"]["new"], manifest["counts"]["users"]) == (
+        "2026-03-02",
+        100,
+        100,
+    )
     assert pointer["lease"] is None
     again = submit(head, *night)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -115,7 +130,9 @@ def test_a_night_with_its_default_config_and_once_is_enough(head: dict[str, str]
     assert json.loads((data / "catalog" / "latest.json").read_text()) == pointer
 
 
-@pytest.mark.parametrize("job", ["embed_items", "train_prior", "distill_prior", "generate_catalog", "nightly"])
+@pytest.mark.parametrize(
+    "job", ["embed_items", "train_prior", "distill_prior", "generate_catalog", "nightly"]
+)
 def test_every_job_runs_by_itself_and_knows_its_default_config(job: str) -> None:
     out = subprocess.run(
         [REPO / "jobs" / f"{job}.py", "--dry-run"],
@@ -145,5 +162,7 @@ def test_the_upload_is_small_and_holds_no_weights(tmp_path: Path) -> None:
     assert package.stat().st_size < 1_000_000
     assert {name.split("/")[0] for name in names} >= {"jobs"}
     assert not [
-        name for name in names if name.endswith((".safetensors", ".parquet")) or name.startswith(("rebeca_ray/", ".venv/", ".git/"))
+        name
+        for name in names
+        if name.endswith((".safetensors", ".parquet")) or name.startswith(("rebeca_ray/", ".venv/", ".git/"))
     ]

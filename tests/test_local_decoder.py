@@ -27,7 +27,9 @@ def decoder(tiny_decoder: DecoderSettings) -> LocalDecoder:
 
 
 def rows_for(settings: DecoderSettings, count: int = 6) -> Rows:
-    return Rows.of(settings, np.random.default_rng(0).standard_normal((count, D)).astype(np.float32), range(count))
+    return Rows.of(
+        settings, np.random.default_rng(0).standard_normal((count, D)).astype(np.float32), range(count)
+    )
 
 
 def pixels(image: bytes | None) -> np.ndarray:
@@ -53,7 +55,9 @@ def test_embeddings_that_are_not_finite_are_named(decoder: LocalDecoder) -> None
     assert [image.image is None for image in drawn] == [False, False, True, False, False, False]
 
 
-def test_a_tile_that_fails_costs_only_the_row_at_fault(decoder: LocalDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tile_that_fails_costs_only_the_row_at_fault(
+    decoder: LocalDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = decoder.loop.draw
 
     def picky(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
@@ -63,28 +67,48 @@ def test_a_tile_that_fails_costs_only_the_row_at_fault(decoder: LocalDecoder, mo
 
     monkeypatch.setattr(decoder.loop, "draw", picky)
     rows = replace(rows_for(decoder.settings), prompts=["", "bad", "", "", "", ""])
-    assert [image.error for image in decoder.decode(rows)] == [None, "RuntimeError: out of luck", None, None, None, None]
+    assert [image.error for image in decoder.decode(rows)] == [
+        None,
+        "RuntimeError: out of luck",
+        None,
+        None,
+        None,
+        None,
+    ]
 
 
 def test_an_overflow_draws_no_black_image_and_nothing_twice(decoder: LocalDecoder) -> None:
     tiles = []
 
-    def overflow_in_the_second_row(module: torch.nn.Module, inputs: tuple[torch.Tensor], drawn: torch.Tensor) -> None:
+    def overflow_in_the_second_row(
+        module: torch.nn.Module, inputs: tuple[torch.Tensor], drawn: torch.Tensor
+    ) -> None:
         tiles.append(len(drawn))
         drawn[1, 0, 3, 3] = torch.inf
 
     decoder.loop.networks.vae_decoder.vae.decoder.conv_out.register_forward_hook(overflow_in_the_second_row)  # type: ignore[attr-defined]
     drawn = decoder.decode(rows_for(decoder.settings, 3))
-    assert [image.error for image in drawn] == [None, "the decoder drew values that are not finite in float32", None]
+    assert [image.error for image in drawn] == [
+        None,
+        "the decoder drew values that are not finite in float32",
+        None,
+    ]
     assert drawn[1].image is None
     assert tiles == [decoder.settings.batch_size]
 
 
 @pytest.mark.parametrize(
-    "memory", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    "memory",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
 )
 def test_out_of_memory_halves_the_tile_goes_on_and_says_so(
-    decoder: LocalDecoder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], memory: RuntimeError
+    decoder: LocalDecoder,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    memory: RuntimeError,
 ) -> None:
     expected, whole, tiles = decoder.decode(rows_for(decoder.settings)), decoder.loop.draw, []
 
@@ -122,10 +146,15 @@ def checked(settings: DecoderSettings, **safety: object) -> LocalDecoder:
     decoder = LocalDecoder(settings.model_copy(update={"safety": SafetySettings(**safety)}))
     plain = LocalDecoder(settings)
     first = plain.draw(rows_for(settings))[:2]
-    third = [plain.draw(replace(rows_for(settings), seeds=[retry_seed(seed, k) for seed in range(6)]))[2] for k in range(3)]
+    third = [
+        plain.draw(replace(rows_for(settings), seeds=[retry_seed(seed, k) for seed in range(6)]))[2]
+        for k in range(3)
+    ]
 
     def checker(images: np.ndarray) -> np.ndarray:
-        return np.array([0.9 if any(np.array_equal(image, bad) for bad in [*first, *third]) else 0.1 for image in images])
+        return np.array(
+            [0.9 if any(np.array_equal(image, bad) for bad in [*first, *third]) else 0.1 for image in images]
+        )
 
     decoder.checker = checker
     return decoder
@@ -138,7 +167,9 @@ def test_what_is_unsafe_is_drawn_again_with_the_next_attempts_seed(tiny_decoder:
     assert [image.image is None for image in drawn] == [False, False, True, False, False, False]
     assert [image.safety_probability for image in drawn] == pytest.approx([0.1, 0.1, 0.9, 0.1, 0.1, 0.1])
     assert all(image.error is None for image in drawn)
-    again = LocalDecoder(tiny_decoder).decode(replace(rows_for(tiny_decoder).take([0]), seeds=[retry_seed(0, 1)]))[0]
+    again = LocalDecoder(tiny_decoder).decode(
+        replace(rows_for(tiny_decoder).take([0]), seeds=[retry_seed(0, 1)])
+    )[0]
     assert drawn[0].image == again.image
     assert retry_seed(7, 0) == 7
 
@@ -173,9 +204,14 @@ def short(images: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("broken", "raised KeyError: 'weights'; mend it"), ("short", r"gave \(1,\) for 3 images, expected one number each")],
+    [
+        ("broken", "raised KeyError: 'weights'; mend it"),
+        ("short", r"gave \(1,\) for 3 images, expected one number each"),
+    ],
 )
-def test_a_checker_that_fails_stops_the_run_and_shows_nothing(tiny_decoder: DecoderSettings, name: str, message: str) -> None:
+def test_a_checker_that_fails_stops_the_run_and_shows_nothing(
+    tiny_decoder: DecoderSettings, name: str, message: str
+) -> None:
     checker = f"tests.test_local_decoder:{name}"
     decoder = LocalDecoder(tiny_decoder.model_copy(update={"safety": SafetySettings(checker=checker)}))
     with pytest.raises(UserError, match=f"decoder.safety.checker {checker}: {message}"):
@@ -183,7 +219,9 @@ def test_a_checker_that_fails_stops_the_run_and_shows_nothing(tiny_decoder: Deco
 
 
 def test_a_checker_of_ones_own_is_named_by_module_and_function(tiny_decoder: DecoderSettings) -> None:
-    settings = tiny_decoder.model_copy(update={"safety": SafetySettings(checker="tests.test_local_decoder:dark")})
+    settings = tiny_decoder.model_copy(
+        update={"safety": SafetySettings(checker="tests.test_local_decoder:dark")}
+    )
     checker = load_checker(settings)
     assert checker is not None
     assert checker(np.zeros((1, 4, 4, 3), np.uint8)) == [1.0]
@@ -192,16 +230,24 @@ def test_a_checker_of_ones_own_is_named_by_module_and_function(tiny_decoder: Dec
             load_checker(tiny_decoder.model_copy(update={"safety": SafetySettings(checker=name)}))
 
 
-def test_the_models_own_checker_gives_its_verdict_and_leaves_the_image(tiny_decoder: DecoderSettings, tmp_path: Path) -> None:
+def test_the_models_own_checker_gives_its_verdict_and_leaves_the_image(
+    tiny_decoder: DecoderSettings, tmp_path: Path
+) -> None:
     folder = tmp_path / "sd"
     shutil.copytree(tiny_decoder.model, folder)
     torch.manual_seed(0)
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = StableDiffusionSafetyChecker(
-        CLIPConfig(vision_config={**small, "image_size": 16, "patch_size": 8}, text_config=small, projection_dim=8)
+        CLIPConfig(
+            vision_config={**small, "image_size": 16, "patch_size": 8}, text_config=small, projection_dim=8
+        )
     )
-    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder / "feature_extractor")
-    settings = tiny_decoder.model_copy(update={"model": str(folder), "safety": SafetySettings(checker="stable-diffusion")})
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(
+        folder / "feature_extractor"
+    )
+    settings = tiny_decoder.model_copy(
+        update={"model": str(folder), "safety": SafetySettings(checker="stable-diffusion")}
+    )
     images = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), dtype=np.uint8)
     before = images.copy()
     for threshold, verdict in ((2.0, 0.0), (-2.0, 1.0)):  # cosines are below the one and above the other

@@ -22,7 +22,9 @@ DATES = st.dates(datetime.date(2026, 1, 1), datetime.date(2027, 1, 1))
 
 
 @given(last=st.none() | DATES, tonight=DATES, catch_up=st.integers(0, 5))
-def test_the_dates_due_are_the_latest_missed_ones_and_tonight(last: datetime.date | None, tonight: datetime.date, catch_up: int) -> None:
+def test_the_dates_due_are_the_latest_missed_ones_and_tonight(
+    last: datetime.date | None, tonight: datetime.date, catch_up: int
+) -> None:
     due = dates_due(last, tonight, catch_up)
     assert due == sorted(set(due))
     if last is None:
@@ -82,39 +84,59 @@ def config(config: GenerateConfig) -> NightlyConfig:
 def stub(monkeypatch: pytest.MonkeyPatch, **failing: Exception) -> Nights:
     nights = Nights({f"2026-03-{day.removeprefix('day')}": error for day, error in failing.items()})
     monkeypatch.setattr(nightly, "generate_catalog", nights)
-    monkeypatch.setattr(nightly, "collect", lambda root, **_: Garbage(manifests=[], folders=[], files=[], kept=[]))
+    monkeypatch.setattr(
+        nightly, "collect", lambda root, **_: Garbage(manifests=[], folders=[], files=[], kept=[])
+    )
     return nights
 
 
-def test_missed_dates_are_made_up_for_in_order_and_done_once(config: NightlyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missed_dates_are_made_up_for_in_order_and_done_once(
+    config: NightlyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nights = stub(monkeypatch)
-    publish(config.generate.root, Run(root=config.generate.root, run_date="2026-03-01", run_id="first", epoch=1))
+    publish(
+        config.generate.root, Run(root=config.generate.root, run_date="2026-03-01", run_id="first", epoch=1)
+    )
     found, garbage = run_nightly(config)
-    assert nights.dates == [night.run_date.isoformat() for night in found] == ["2026-03-03", "2026-03-04", "2026-03-05"]
+    assert (
+        nights.dates
+        == [night.run_date.isoformat() for night in found]
+        == ["2026-03-03", "2026-03-04", "2026-03-05"]
+    )
     assert garbage is not None
     assert run_nightly(config) == ([], None)
 
 
-def test_a_missed_date_that_fails_costs_no_later_one_but_is_told(config: NightlyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missed_date_that_fails_costs_no_later_one_but_is_told(
+    config: NightlyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nights = stub(monkeypatch, day03=QualityGateError("too few users"))
-    publish(config.generate.root, Run(root=config.generate.root, run_date="2026-03-01", run_id="first", epoch=1))
+    publish(
+        config.generate.root, Run(root=config.generate.root, run_date="2026-03-01", run_id="first", epoch=1)
+    )
     with pytest.raises(QualityGateError, match="too few users"):
         run_nightly(config)
     assert nights.dates == ["2026-03-04", "2026-03-05"]
 
 
-def test_a_night_that_fails_is_an_error_and_an_unexpected_one_stops_at_once(config: NightlyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_night_that_fails_is_an_error_and_an_unexpected_one_stops_at_once(
+    config: NightlyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stub(monkeypatch, day05=UserError("no request"))
     with pytest.raises(UserError, match="no request"):
         run_nightly(config)
     nights = stub(monkeypatch, day04=RuntimeError("a bug"))
-    publish(config.generate.root, Run(root=config.generate.root, run_date="2026-03-03", run_id="first", epoch=1))
+    publish(
+        config.generate.root, Run(root=config.generate.root, run_date="2026-03-03", run_id="first", epoch=1)
+    )
     with pytest.raises(RuntimeError, match="a bug"):
         run_nightly(config)
     assert nights.dates == []
 
 
-def test_a_training_that_fails_does_not_cost_the_catalog(config: NightlyConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_training_that_fails_does_not_cost_the_catalog(
+    config: NightlyConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     nights = stub(monkeypatch)
 
     def diverges(_: object) -> None:
@@ -128,25 +150,39 @@ def test_a_training_that_fails_does_not_cost_the_catalog(config: NightlyConfig, 
         run_nightly(there)
     assert nights.dates == ["2026-03-05"]
     missing = there.model_copy(
-        update={"run_date": datetime.date(2026, 3, 6), "train": train.model_copy(update={"out": str(tmp_path / "none")})}
+        update={
+            "run_date": datetime.date(2026, 3, 6),
+            "train": train.model_copy(update={"out": str(tmp_path / "none")}),
+        }
     )
     with pytest.raises(UserError, match="training diverged"):
         run_nightly(missing)
     assert nights.dates == ["2026-03-05"]  # without any prior there is nothing to draw with
 
 
-def test_a_night_that_can_be_gone_on_with_is_never_left_out(config: NightlyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_night_that_can_be_gone_on_with_is_never_left_out(
+    config: NightlyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nights = stub(monkeypatch, day04=UnfinishedError("storage went away"))
-    publish(config.generate.root, Run(root=config.generate.root, run_date="2026-03-03", run_id="first", epoch=1))
+    publish(
+        config.generate.root, Run(root=config.generate.root, run_date="2026-03-03", run_id="first", epoch=1)
+    )
     with pytest.raises(UnfinishedError, match="storage went away") as caught:
         run_nightly(config)
     assert caught.value.exit_code == 75
     assert nights.dates == []  # a later date would keep this one from ever being resumed
 
 
-def test_a_night_before_the_published_one_is_refused(config: NightlyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_night_before_the_published_one_is_refused(
+    config: NightlyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nights = stub(monkeypatch)
-    publish(config.generate.root, Run(root=config.generate.root, run_date="2026-03-06", run_id="later", epoch=1))
-    with pytest.raises(UserError, match="run_date 2026-03-05 is before 2026-03-06, which is published; a night only goes forward"):
+    publish(
+        config.generate.root, Run(root=config.generate.root, run_date="2026-03-06", run_id="later", epoch=1)
+    )
+    with pytest.raises(
+        UserError,
+        match="run_date 2026-03-05 is before 2026-03-06, which is published; a night only goes forward",
+    ):
         run_nightly(config)
     assert nights.dates == []

@@ -32,7 +32,9 @@ def ask(config: GenerateConfig, users: list[str], night: int = 0, **columns: Any
     return config.model_copy(update={"run_date": MONDAY + datetime.timedelta(days=night)})
 
 
-def night(config: GenerateConfig, users: list[str], number: int = 0, *, requested: int | None = None) -> tuple[dict[str, Any], Snapshot]:
+def night(
+    config: GenerateConfig, users: list[str], number: int = 0, *, requested: int | None = None
+) -> tuple[dict[str, Any], Snapshot]:
     """One night for some users, published and verified in full."""
     config = ask(config, users, number)
     manifest = snapshot_of(config, requested=requested or 3 * len(users))
@@ -58,12 +60,19 @@ def change_digest(config: GenerateConfig, user: str) -> None:
     prior = load_prior(config.prior)
     assert prior.users is not None
     names, digests = (prior.users[name].to_pylist() for name in ("user_id", "history_digest"))
-    changed = pa.array([f"{digest}!" if name == user else digest for name, digest in zip(names, digests, strict=True)])
+    changed = pa.array(
+        [f"{digest}!" if name == user else digest for name, digest in zip(names, digests, strict=True)]
+    )
     place = prior.users.schema.get_field_index("history_digest")
-    save_prior(replace(prior, users=prior.users.set_column(place, prior.users.schema.field(place), changed)), config.prior)
+    save_prior(
+        replace(prior, users=prior.users.set_column(place, prior.users.schema.field(place), changed)),
+        config.prior,
+    )
 
 
-def test_an_unchanged_night_draws_nothing_and_the_third_is_carried_by_reference(config: GenerateConfig) -> None:
+def test_an_unchanged_night_draws_nothing_and_the_third_is_carried_by_reference(
+    config: GenerateConfig,
+) -> None:
     first, before = night(config, USERS[:5])
     second, after = night(config, USERS[:5], 1)
     third, last = night(config, USERS[:5], 2)
@@ -71,7 +80,10 @@ def test_an_unchanged_night_draws_nothing_and_the_third_is_carried_by_reference(
     assert counts(second, "new", "carried") == counts(third, "new", "carried") == (0, 15)
     assert by_user(before) == by_user(after) == by_user(last)
     assert set(after.items()["origin"].to_pylist()) == {"carried"}
-    assert [second["carried_buckets"], third["carried_buckets"]] == [0, 1]  # the second says `carried` where the first said `new`
+    assert [second["carried_buckets"], third["carried_buckets"]] == [
+        0,
+        1,
+    ]  # the second says `carried` where the first said `new`
     assert last.paths("items") == after.paths("items")
     assert last.paths("images") == before.paths("images")
     assert last.table("changes").num_rows == 0
@@ -107,8 +119,15 @@ def test_strangers_share_one_pool_that_is_drawn_once(config: GenerateConfig) -> 
     assert third["carried_buckets"] == 1
 
 
-def test_a_stranger_with_a_prompt_is_drawn_alone_and_the_pool_is_as_large_as_the_most_wanted(config: GenerateConfig) -> None:
-    config = ask(config, ["stranger", "greedy", "poet"], num_images=pa.array([1, 4, 2], pa.int32()), prompt=["", None, "noto food pizza"])
+def test_a_stranger_with_a_prompt_is_drawn_alone_and_the_pool_is_as_large_as_the_most_wanted(
+    config: GenerateConfig,
+) -> None:
+    config = ask(
+        config,
+        ["stranger", "greedy", "poet"],
+        num_images=pa.array([1, 4, 2], pa.int32()),
+        prompt=["", None, "noto food pizza"],
+    )
     manifest = snapshot_of(config, requested=7)
     items = by_user(read_catalog(config.root))
     assert counts(manifest, "new", "population") == (0, 7)
@@ -121,7 +140,10 @@ def test_rotation_draws_other_items_for_users_whose_turn_it_is(config: GenerateC
     _, first = night(config, USERS)
     _, second = night(config, USERS, 1)
     _, third = night(config, USERS, 2)
-    changed = [{user for user in USERS if by_user(one)[user] != by_user(other)[user]} for one, other in ((first, second), (second, third))]
+    changed = [
+        {user for user in USERS if by_user(one)[user] != by_user(other)[user]}
+        for one, other in ((first, second), (second, third))
+    ]
     assert changed[0] | changed[1] == set(USERS)
     assert not changed[0] & changed[1]
 
@@ -130,12 +152,17 @@ def test_a_new_prior_may_judge_anew_what_it_keeps(config: GenerateConfig, tmp_pa
     uri = write_tiny_prior(tmp_path, users=prior_users(USERS), selector=Selector(D, 4))
     config = config.model_copy(update={"prior": uri, "refresh": RefreshSettings(on_new_prior="rescore")})
     _, before = night(config, USERS[:3])
-    write_tiny_prior(tmp_path, users=prior_users(USERS), selector=Selector(D, 4))  # other numbers in the selector
+    write_tiny_prior(
+        tmp_path, users=prior_users(USERS), selector=Selector(D, 4)
+    )  # other numbers in the selector
     manifest, after = night(config, USERS[:3], 1)
     assert counts(manifest, "new", "carried") == (0, 9)
     assert sorted(before.items()["item_id"].to_pylist()) == sorted(after.items()["item_id"].to_pylist())
     old, new = before.items(["item_id", "like_probability"]), after.items(["item_id", "like_probability"])
-    assert old.sort_by("item_id")["like_probability"].to_pylist() != new.sort_by("item_id")["like_probability"].to_pylist()
+    assert (
+        old.sort_by("item_id")["like_probability"].to_pylist()
+        != new.sort_by("item_id")["like_probability"].to_pylist()
+    )
     for user in USERS[:3]:
         likes = after.items(["like_probability"], [user])["like_probability"].to_pylist()
         assert likes == sorted(likes, reverse=True)
@@ -157,8 +184,12 @@ def test_another_number_of_buckets_keeps_every_item(config: GenerateConfig, ray_
     assert by_user(last) == by_user(before)
 
 
-def test_when_time_runs_out_the_rest_keeps_last_nights_items_and_a_first_catalog_fills_over_the_nights(config: GenerateConfig) -> None:
-    config = config.model_copy(update={"layout": LayoutSettings(items_per_unit=3), "limits": LimitSettings(max_gpu_hours=1.0)})
+def test_when_time_runs_out_the_rest_keeps_last_nights_items_and_a_first_catalog_fills_over_the_nights(
+    config: GenerateConfig,
+) -> None:
+    config = config.model_copy(
+        update={"layout": LayoutSettings(items_per_unit=3), "limits": LimitSettings(max_gpu_hours=1.0)}
+    )
     priority = pa.array([0.0, 5.0, 0.0, 1.0, 0.0], pa.float32())
 
     def cut_short(number: int, units: int) -> tuple[dict[str, Any], Snapshot]:
@@ -226,7 +257,9 @@ def test_random_nights_lose_and_double_nothing(config: GenerateConfig, number: i
     config = config.model_copy(update={"refresh": RefreshSettings(rotation=0.25)})
     everybody = [*USERS, "stranger", "passer-by"]
     for day in range(6):
-        users = sorted(random.choice(everybody, size=random.integers(1, len(everybody)), replace=False).tolist())
+        users = sorted(
+            random.choice(everybody, size=random.integers(1, len(everybody)), replace=False).tolist()
+        )
         wanted = random.integers(1, 4, len(users))
         if day % 2:
             change_digest(config, str(random.choice(USERS)))
@@ -234,7 +267,9 @@ def test_random_nights_lose_and_double_nothing(config: GenerateConfig, number: i
         manifest = snapshot_of(told, requested=int(wanted.sum()))
         snapshot = read_catalog(config.root)
         assert verify(snapshot, "full") == []
-        assert {user: len(items) for user, items in by_user(snapshot).items() if user != POOL} == dict(zip(users, wanted, strict=True))
+        assert {user: len(items) for user, items in by_user(snapshot).items() if user != POOL} == dict(
+            zip(users, wanted, strict=True)
+        )
         assert manifest["counts"]["users"] == len(users)
 
 

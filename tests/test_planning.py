@@ -26,14 +26,28 @@ from rebeca_ray.request import check_request
 from rebeca_ray.sampling import sample_liked
 from rebeca_ray.selector import Selector
 from rebeca_ray.settings import InteractionSettings, SelectionSettings
-from tests.conftest import TINY_NETWORK, USERS, D, assembled, plan, prepare, run_of, untrained_prior, versions_of
+from tests.conftest import (
+    TINY_NETWORK,
+    USERS,
+    D,
+    assembled,
+    plan,
+    prepare,
+    run_of,
+    untrained_prior,
+    versions_of,
+)
 
 NOBODY = Decisions(pool=None, by_urgency=True, boundaries=[], planned_users=0, planned_items=0, units=0)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    asked=st.lists(st.tuples(st.sampled_from(USERS), st.none() | st.integers(1, 5)), min_size=1, unique_by=lambda row: row[0]),
+    asked=st.lists(
+        st.tuples(st.sampled_from(USERS), st.none() | st.integers(1, 5)),
+        min_size=1,
+        unique_by=lambda row: row[0],
+    ),
     cut=st.integers(0, len(USERS)),
 )
 def test_any_request_is_planned_item_by_item_whatever_the_batches(
@@ -44,10 +58,15 @@ def test_any_request_is_planned_item_by_item_whatever_the_batches(
     request = pa.table({"user_id": users, "num_images": pa.array(counts, pa.int32())})
     whole = plan(config, request)
     wanted = {user: count or config.num_images for user, count in asked}
-    assert [(row["user_id"], row["rank"]) for row in whole.to_pylist()] == [(u, rank) for u in sorted(users) for rank in range(wanted[u])]
+    assert [(row["user_id"], row["rank"]) for row in whole.to_pylist()] == [
+        (u, rank) for u in sorted(users) for rank in range(wanted[u])
+    ]
     assert len(set(whole["item_id"].to_pylist())) == whole.num_rows
     parts = [plan(config, part) for part in (request.slice(0, cut), request.slice(cut)) if part.num_rows]
-    assert pa.concat_tables(parts).sort_by([("user_id", "ascending"), ("rank", "ascending")]) == whole.combine_chunks()
+    assert (
+        pa.concat_tables(parts).sort_by([("user_id", "ascending"), ("rank", "ascending")])
+        == whole.combine_chunks()
+    )
 
 
 def test_a_prior_replaced_while_planning_is_noticed(config: GenerateConfig) -> None:
@@ -58,12 +77,18 @@ def test_a_prior_replaced_while_planning_is_noticed(config: GenerateConfig) -> N
 def write_history_prior(folder: Path, user_encoder: str) -> str:
     """A prior with random weights that knows users by their history, or not at all."""
     settings = TINY_NETWORK.model_copy(update={"user_encoder": user_encoder, "max_history": 4})
-    save_prior(replace(untrained_prior(settings), selector=Selector(D, num_factors=4)), str(folder / user_encoder))
+    save_prior(
+        replace(untrained_prior(settings), selector=Selector(D, num_factors=4)), str(folder / user_encoder)
+    )
     return str(folder / user_encoder)
 
 
 def write_histories(folder: Path, **ratings: list[tuple[int, float]]) -> InteractionSettings:
-    rows = [(user.replace("_", "-"), f"real-{item}", rating) for user, rated in ratings.items() for item, rating in rated]
+    rows = [
+        (user.replace("_", "-"), f"real-{item}", rating)
+        for user, rated in ratings.items()
+        for item, rating in rated
+    ]
     user, item, rating = zip(*rows, strict=True)
     columns = {"user_id": user, "item_id": item, "rating": pa.array(rating, pa.float32())}
     pq.write_table(pa.table(columns), folder / "interactions.parquet")
@@ -74,9 +99,15 @@ def plan_with_histories(config: GenerateConfig, users: list[str]) -> list[dict[s
     return plan(config, pa.table({"user_id": users}), request_histories(config, run_of(config))).to_pylist()
 
 
-def test_who_has_rated_anything_is_served_and_who_has_not_gets_the_population(config: GenerateConfig, tmp_path: Path) -> None:
-    interactions = write_histories(tmp_path, user_0=[(1, 5.0), (2, 1.0)], new_user=[(3, 4.0)], grumpy=[(4, 1.0), (5, 2.0)])
-    config = config.model_copy(update={"prior": write_history_prior(tmp_path, "history"), "interactions": interactions})
+def test_who_has_rated_anything_is_served_and_who_has_not_gets_the_population(
+    config: GenerateConfig, tmp_path: Path
+) -> None:
+    interactions = write_histories(
+        tmp_path, user_0=[(1, 5.0), (2, 1.0)], new_user=[(3, 4.0)], grumpy=[(4, 1.0), (5, 2.0)]
+    )
+    config = config.model_copy(
+        update={"prior": write_history_prior(tmp_path, "history"), "interactions": interactions}
+    )
     check_request(config, identify_decoder(config.decoder))
     rows = plan_with_histories(config, ["user-0", "stranger", "new-user", "grumpy"])
     assert [(row["user_id"], row["origin"]) for row in rows[::3]] == [
@@ -86,11 +117,19 @@ def test_who_has_rated_anything_is_served_and_who_has_not_gets_the_population(co
     assert all(0 < row["like_probability"] < 1 for row in rows)
     before = {row["item_id"]: row["image_embeds"] for row in rows}
 
-    changed = write_histories(tmp_path, user_0=[(1, 5.0), (2, 1.0)], new_user=[(3, 4.0), (6, 5.0)], grumpy=[(4, 1.0), (5, 2.0)])
-    again = plan_with_histories(config.model_copy(update={"interactions": changed}), ["user-0", "stranger", "new-user", "grumpy"])
+    changed = write_histories(
+        tmp_path, user_0=[(1, 5.0), (2, 1.0)], new_user=[(3, 4.0), (6, 5.0)], grumpy=[(4, 1.0), (5, 2.0)]
+    )
+    again = plan_with_histories(
+        config.model_copy(update={"interactions": changed}), ["user-0", "stranger", "new-user", "grumpy"]
+    )
     same = [row["item_id"] in before for row in again]
-    assert same == [True] * 3 + [False] * 3 + [True] * 6  # new taste, new items; the others' stay, embedding and all
-    assert all(before[row["item_id"]] == row["image_embeds"] for row, kept in zip(again, same, strict=True) if kept)
+    assert (
+        same == [True] * 3 + [False] * 3 + [True] * 6
+    )  # new taste, new items; the others' stay, embedding and all
+    assert all(
+        before[row["item_id"]] == row["image_embeds"] for row, kept in zip(again, same, strict=True) if kept
+    )
 
 
 def test_a_prior_by_id_gives_strangers_the_population(config: GenerateConfig) -> None:
@@ -100,36 +139,53 @@ def test_a_prior_by_id_gives_strangers_the_population(config: GenerateConfig) ->
 
 def test_a_prior_without_users_is_the_populations(config: GenerateConfig, tmp_path: Path) -> None:
     config = config.model_copy(update={"prior": write_history_prior(tmp_path, "none")})
-    assert {row["origin"] for row in plan(config, pa.table({"user_id": ["user-1"]})).to_pylist()} == {"population"}
+    assert {row["origin"] for row in plan(config, pa.table({"user_id": ["user-1"]})).to_pylist()} == {
+        "population"
+    }
 
 
 def test_a_history_prior_says_what_it_needs(config: GenerateConfig, tmp_path: Path) -> None:
     config = config.model_copy(update={"prior": write_history_prior(tmp_path, "history")})
     with pytest.raises(UserError, match="knows users by their history: set `interactions`"):
         check_request(config, identify_decoder(config.decoder))
-    config = config.model_copy(update={"interactions": write_histories(tmp_path, user_0=[(1, 5.0)]), "items": None})
+    config = config.model_copy(
+        update={"interactions": write_histories(tmp_path, user_0=[(1, 5.0)]), "items": None}
+    )
     with pytest.raises(UserError, match="interactions: need `items` too"):
         check_request(config, identify_decoder(config.decoder))
 
 
-def test_one_candidate_an_item_is_plain_sampling_and_more_are_a_choice_among_them(config: GenerateConfig) -> None:
+def test_one_candidate_an_item_is_plain_sampling_and_more_are_a_choice_among_them(
+    config: GenerateConfig,
+) -> None:
     users = pa.table({"user_id": USERS[:2]})
     plain, chosen = (
-        plan(config.model_copy(update={"selection": SelectionSettings(candidates_per_item=count)}), users).to_pylist() for count in (1, 4)
+        plan(
+            config.model_copy(update={"selection": SelectionSettings(candidates_per_item=count)}), users
+        ).to_pylist()
+        for count in (1, 4)
     )
     prior = load_prior(config.prior)
     sampler = config.sampler.resolve(prior.sampling, 100)
     settings = PlanUsers(
-        config.model_copy(update={"selection": SelectionSettings(candidates_per_item=1)}), versions_of(config), None, None, NOBODY
+        config.model_copy(update={"selection": SelectionSettings(candidates_per_item=1)}),
+        versions_of(config),
+        None,
+        None,
+        NOBODY,
     ).settings
     digests = prior.users["history_digest"].to_pylist()  # type: ignore[index]
     keys = [
-        identity.plan_key(prior=prior.fingerprint, settings=settings, user_id=user, history_digest=digest, generation=0)
+        identity.plan_key(
+            prior=prior.fingerprint, settings=settings, user_id=user, history_digest=digest, generation=0
+        )
         for user, digest in zip(USERS[:2], digests, strict=False)
     ]
     seeds = [identity.candidate_seed(key, number) for key in keys for number in range(3)]
     tokens = prior.user_tokens(np.array([0, 1]), None)
-    x = sample_liked(prior.network, Diffusion.build(prior.diffusion), tokens, np.repeat([0, 1], 3), seeds, sampler)
+    x = sample_liked(
+        prior.network, Diffusion.build(prior.diffusion), tokens, np.repeat([0, 1], 3), seeds, sampler
+    )
     expected = prior.scaler.unscale(x).numpy().astype(np.float16).astype(np.float32)
     np.testing.assert_array_equal(np.array([row["image_embeds"] for row in plain]), expected)
     assert [row["rank"] for row in plain] == [0, 1, 2] * 2
@@ -148,8 +204,12 @@ def test_population_items_are_counted_apart(config: GenerateConfig) -> None:
 
 
 def test_a_history_means_the_same_in_any_company(config: GenerateConfig, tmp_path: Path) -> None:
-    interactions = write_histories(tmp_path, **{f"user_{number}": [(number, 5.0), (number + 7, 1.0)] for number in range(7)})
-    config = config.model_copy(update={"prior": write_history_prior(tmp_path, "history"), "interactions": interactions})
+    interactions = write_histories(
+        tmp_path, **{f"user_{number}": [(number, 5.0), (number + 7, 1.0)] for number in range(7)}
+    )
+    config = config.model_copy(
+        update={"prior": write_history_prior(tmp_path, "history"), "interactions": interactions}
+    )
     whole = plan_with_histories(config, USERS)
     parts = [row for user in reversed(USERS) for row in plan_with_histories(config, [user])]
     assert sorted(parts, key=lambda row: (row["user_id"], row["rank"])) == whole

@@ -16,21 +16,35 @@ ARCHITECTURES = ["cross_attention", "decoder_only"]
 
 
 def settings(architecture: str = "cross_attention", **changes: Any) -> NetworkSettings:
-    told = {"num_layers": 2, "num_heads": 2, "width": 16, "num_tokens": 4, "num_user_tokens": 3, "user_encoder": "id"}
+    told = {
+        "num_layers": 2,
+        "num_heads": 2,
+        "width": 16,
+        "num_tokens": 4,
+        "num_user_tokens": 3,
+        "user_encoder": "id",
+    }
     return NetworkSettings.model_validate({"architecture": architecture, **told, **changes})
 
 
 def parameters(preset: str, embed_dim: int, num_users: int) -> int:
-    network = TrainConfig.model_validate({"preset": preset, "interactions": {"path": "i"}, "items": "i", "out": "o"}).network
+    network = TrainConfig.model_validate(
+        {"preset": preset, "interactions": {"path": "i"}, "items": "i", "out": "o"}
+    ).network
     table = UserTable(num_users, network.num_user_tokens, network.width)
-    return sum(parameter.numel() for parameter in Prior(network, embed_dim).parameters()) + table.rows_VUH.numel()
+    return (
+        sum(parameter.numel() for parameter in Prior(network, embed_dim).parameters())
+        + table.rows_VUH.numel()
+    )
 
 
 def test_the_published_networks_have_their_size() -> None:
     assert set(PRESETS) == {"paper-v1", "paper-v2", "stickers"}
     assert parameters("paper-v2", 1024, 210) == pytest.approx(4.4e6, rel=0.02)
     # 8 layers of 12 · 1024² numbers, two maps of an embedding, three of a timestep, 4 tokens for each of 210 users
-    assert parameters("paper-v1", 1024, 210) == pytest.approx((8 * 12 + 2 + 2) * 1024**2 + 210 * 4 * 1024, rel=0.01)
+    assert parameters("paper-v1", 1024, 210) == pytest.approx(
+        (8 * 12 + 2 + 2) * 1024**2 + 210 * 4 * 1024, rel=0.01
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -44,7 +58,14 @@ def test_any_embedding_size_goes_through(architecture: str, embed_dim: int) -> N
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_an_untrained_network_predicts_zero(architecture: str) -> None:
     prior = Prior(settings(architecture), 8)
-    assert (prior(torch.randn(2, 8), torch.tensor([1, 2]), prior.condition(torch.randn(2, 3, 16), torch.tensor([1, 1]))) == 0).all()
+    assert (
+        prior(
+            torch.randn(2, 8),
+            torch.tensor([1, 2]),
+            prior.condition(torch.randn(2, 3, 16), torch.tensor([1, 1])),
+        )
+        == 0
+    ).all()
 
 
 def test_a_new_cross_attention_block_changes_nothing() -> None:
@@ -71,7 +92,11 @@ def test_user_rating_and_time_each_change_the_prediction(architecture: str) -> N
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_one_condition_kept_for_many_rows_and_one_timestep_for_all_change_nothing(architecture: str) -> None:
     prior = wake(Prior(settings(architecture), 8))
-    users, ratings, row = torch.randn(3, 3, 16), torch.tensor([LIKE, LIKE, NULL_RATING]), torch.tensor([2, 0, 1, 1, 0, 2])
+    users, ratings, row = (
+        torch.randn(3, 3, 16),
+        torch.tensor([LIKE, LIKE, NULL_RATING]),
+        torch.tensor([2, 0, 1, 1, 0, 2]),
+    )
     x = torch.randn(3, 8)
     kept = prior(x, torch.tensor([77]), prior.condition(users, ratings).expand(row))
     plain = prior(x.repeat(2, 1), torch.full((6,), 77), prior.condition(users[row], ratings[row]))

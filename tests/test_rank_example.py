@@ -25,7 +25,10 @@ def world(config: GenerateConfig, tmp_path: Path) -> tuple[Snapshot, list[str]]:
     centres = np.repeat(random.standard_normal((2, D)) * 3, 20, axis=0)
     embeds = (centres + 0.5 * random.standard_normal((40, D))).astype(np.float32)
     column = pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(D))
-    pq.write_table(pa.table({"item_id": [f"i{number:02d}" for number in range(40)], "image_embeds": column}), tmp_path / "forty.parquet")
+    pq.write_table(
+        pa.table({"item_id": [f"i{number:02d}" for number in range(40)], "image_embeds": column}),
+        tmp_path / "forty.parquet",
+    )
     rows = [
         (user, f"i{item:02d}", 5.0 if item // 20 == number % 2 else 1.0)
         for number, user in enumerate(USERS)
@@ -35,19 +38,33 @@ def world(config: GenerateConfig, tmp_path: Path) -> tuple[Snapshot, list[str]]:
     user_id, item_id, rating = zip(*rows, strict=True)
     table = pa.table({"user_id": user_id, "item_id": item_id, "rating": pa.array(rating, pa.float32())})
     pq.write_table(table, tmp_path / "rated.parquet")
-    options = ["--catalog", config.root, "--items", f"{tmp_path}/forty.parquet", "--interactions", f"{tmp_path}/rated.parquet"]
+    options = [
+        "--catalog",
+        config.root,
+        "--items",
+        f"{tmp_path}/forty.parquet",
+        "--interactions",
+        f"{tmp_path}/rated.parquet",
+    ]
     return snapshot, options
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
     environment = {"COLUMNS": "200", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, REPO / "jobs" / "rank_example.py", *options], capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        [sys.executable, REPO / "jobs" / "rank_example.py", *options],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
 
 
 def rate_nothing_known(items: str) -> Path:
     """Interactions of another world."""
     path = Path(items).with_name("others.parquet")
-    pq.write_table(pa.table({"user_id": ["a"], "item_id": ["unheard-of"], "rating": pa.array([5.0], pa.float32())}), path)
+    pq.write_table(
+        pa.table({"user_id": ["a"], "item_id": ["unheard-of"], "rating": pa.array([5.0], pa.float32())}), path
+    )
     return path
 
 
@@ -56,7 +73,9 @@ def test_it_ranks_what_was_not_rated_real_and_generated_together(world: tuple[Sn
     told = run(*options, "--user", USERS[0], "--top", "100")
     assert told.returncode == 0, told.stderr
     rows = re.findall(r"│ (\d+) +│ ([\d.]+) +│ (\w+) +│ (\w+) +│", told.stdout)
-    assert [int(row[0]) for row in rows] == list(range(1, 27))  # 24 real ones that they have not rated, and two generated
+    assert [int(row[0]) for row in rows] == list(
+        range(1, 27)
+    )  # 24 real ones that they have not rated, and two generated
     probability = [float(row[1]) for row in rows]
     assert probability == sorted(probability, reverse=True)
     generated = {row[3] for row in rows if row[2] == "generated"}
@@ -66,7 +85,9 @@ def test_it_ranks_what_was_not_rated_real_and_generated_together(world: tuple[Sn
     assert "2 of the best 26 are generated; of all 26 that were ranked 2 are" in told.stdout
 
 
-def test_without_a_user_it_takes_one_of_the_catalog_and_of_a_stranger_it_says_so(world: tuple[Snapshot, list[str]]) -> None:
+def test_without_a_user_it_takes_one_of_the_catalog_and_of_a_stranger_it_says_so(
+    world: tuple[Snapshot, list[str]],
+) -> None:
     told = run(*world[1], "--top", "3")
     assert re.search(r"for user-[0-4], who liked \d+ and disliked \d+", told.stdout)
     told = run(*world[1], "--user", "nobody")
@@ -75,6 +96,9 @@ def test_without_a_user_it_takes_one_of_the_catalog_and_of_a_stranger_it_says_so
         "error: user 'nobody': neither in the catalog nor in the interactions; give another with --user\n",
     )
     told = run(*world[1][:4], "--interactions", str(rate_nothing_known(world[1][3])), "--user", USERS[0])
-    assert (told.returncode, told.stderr.split(";")[0]) == (2, "error: interactions: none of them rates a known item")
+    assert (told.returncode, told.stderr.split(";")[0]) == (
+        2,
+        "error: interactions: none of them rates a known item",
+    )
     told = run("--catalog", "/nowhere")
     assert (told.returncode, told.stderr.count("\n")) == (2, 1)

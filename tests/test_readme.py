@@ -17,7 +17,9 @@ def test_every_module_stands_in_the_tree_with_one_line() -> None:
     modules = {path.name for folder in ("jobs", "serving") for path in (REPO / folder).glob("*.py")}
     modules |= {path.name for path in (REPO / "rebeca_ray").rglob("*.py")}
     assert {Path(name).name for name in named} == modules
-    manifests = set(re.findall(r"^  ([\w.-]+(?:Dockerfile|dockerignore|yaml|md))\s{2,}\S", tree, re.MULTILINE))
+    manifests = set(
+        re.findall(r"^  ([\w.-]+(?:Dockerfile|dockerignore|yaml|md))\s{2,}\S", tree, re.MULTILINE)
+    )
     assert manifests == {path.name for path in (REPO / "infra").iterdir()}
 
 
@@ -36,17 +38,27 @@ def test_every_command_named_is_there() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for path in set(re.findall(r"(?:jobs|tests)/[\w/]+\.(?:py|yaml)", README)):
         assert (REPO / path).exists(), path
-    commands = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    commands = {
+        command.name or command.callback.__name__ for command in app.registered_commands if command.callback
+    }
     groups = {group.name: names_of(group.typer_instance) for group in app.registered_groups}
-    (exports,) = next(group for group in app.registered_groups if group.name == "catalog").typer_instance.registered_groups
+    (exports,) = next(
+        group for group in app.registered_groups if group.name == "catalog"
+    ).typer_instance.registered_groups
     groups["catalog"].add("export")
-    for first, second, third in set(re.findall(r"(?:^|`)rebeca ([a-z]+)(?: +([a-z-]+))?(?: +([a-z-]+))?", README, re.MULTILINE)):
+    for first, second, third in set(
+        re.findall(r"(?:^|`)rebeca ([a-z]+)(?: +([a-z-]+))?(?: +([a-z-]+))?", README, re.MULTILINE)
+    ):
         assert first in commands or second in groups[first], (first, second)
         assert second != "export" or third in names_of(exports.typer_instance), third
 
 
 def names_of(commands: Typer) -> set[str]:
-    return {command.name or command.callback.__name__.replace("_", "-") for command in commands.registered_commands if command.callback}
+    return {
+        command.name or command.callback.__name__.replace("_", "-")
+        for command in commands.registered_commands
+        if command.callback
+    }
 
 
 def test_no_module_is_over_400_lines() -> None:

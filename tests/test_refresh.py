@@ -15,17 +15,36 @@ DATE = datetime.date(2026, 3, 1)
 
 
 def tonight(**changes: Any) -> Tonight:
-    told = {"date": DATE, "prior": "prior", "can_rescore": True, "made_with": "settings", "num_images": 3, "num_buckets": 1}
+    told = {
+        "date": DATE,
+        "prior": "prior",
+        "can_rescore": True,
+        "made_with": "settings",
+        "num_images": 3,
+        "num_buckets": 1,
+    }
     return Tonight(**{"refresh": RefreshSettings(), **told, **changes})
 
 
 def row(**changes: Any) -> dict[str, Any]:
-    told = {"user_id": "anna", "num_images": 3, "stranger": False, "history_digest": "digest", "made_with": "settings"}
+    told = {
+        "user_id": "anna",
+        "num_images": 3,
+        "stranger": False,
+        "history_digest": "digest",
+        "made_with": "settings",
+    }
     return {**told, **changes}
 
 
 def last(**changes: Any) -> dict[str, Any]:
-    told = {"num_items": 3, "num_failed": 0, "generation": 4, "prior": "prior", "planned_on": DATE - datetime.timedelta(days=1)}
+    told = {
+        "num_items": 3,
+        "num_failed": 0,
+        "generation": 4,
+        "prior": "prior",
+        "planned_on": DATE - datetime.timedelta(days=1),
+    }
     return {**row(), **told, **changes}
 
 
@@ -43,7 +62,9 @@ def last(**changes: Any) -> dict[str, Any]:
         (row(), last(num_items=0), (PLAN, 5)),  # none was: other ones are drawn
     ],
 )
-def test_a_user_is_drawn_for_a_reason(now: dict[str, Any], before: dict[str, Any] | None, expected: tuple[str, int]) -> None:
+def test_a_user_is_drawn_for_a_reason(
+    now: dict[str, Any], before: dict[str, Any] | None, expected: tuple[str, int]
+) -> None:
     assert decide(now, before, tonight()) == expected
 
 
@@ -70,15 +91,22 @@ def test_rotation_takes_each_user_in_turn_and_a_missed_night_puts_it_off() -> No
 
 
 @given(
-    users=st.lists(st.tuples(st.sampled_from([0.0, 1.0, -2.5]), st.integers(0, 3), st.integers(1, 5)), max_size=40),
+    users=st.lists(
+        st.tuples(st.sampled_from([0.0, 1.0, -2.5]), st.integers(0, 3), st.integers(1, 5)), max_size=40
+    ),
     items_per_unit=st.integers(1, 30),
 )
-def test_units_hold_the_most_urgent_first_and_no_more_than_they_may(users: list[tuple[float, int, int]], items_per_unit: int) -> None:
+def test_units_hold_the_most_urgent_first_and_no_more_than_they_may(
+    users: list[tuple[float, int, int]], items_per_unit: int
+) -> None:
     rows = [
-        {"user_id": f"user-{number}", "priority": priority, "activity": activity} for number, (priority, activity, _) in enumerate(users)
+        {"user_id": f"user-{number}", "priority": priority, "activity": activity}
+        for number, (priority, activity, _) in enumerate(users)
     ]
     keys, sizes = [draw_key(one, True) for one in rows], [size for _, _, size in users]
-    boundaries = cut(np.array([(*key, size) for key, size in zip(keys, sizes, strict=True)]).reshape(-1, 4), items_per_unit)
+    boundaries = cut(
+        np.array([(*key, size) for key, size in zip(keys, sizes, strict=True)]).reshape(-1, 4), items_per_unit
+    )
     decisions = Decisions(
         pool=None,
         by_urgency=True,
@@ -90,7 +118,12 @@ def test_units_hold_the_most_urgent_first_and_no_more_than_they_may(users: list[
     units = [decisions.unit_of(one) for one in rows]
     order = sorted(range(len(rows)), key=lambda place: (-rows[place]["priority"], -rows[place]["activity"]))
     urgency = [(-rows[place]["priority"], -rows[place]["activity"]) for place in range(len(rows))]
-    assert all(units[one] <= units[other] for one in order for other in order if urgency[one] < urgency[other])
+    assert all(
+        units[one] <= units[other] for one in order for other in order if urgency[one] < urgency[other]
+    )
     for unit in set(units):
-        assert sum(size for size, own in zip(sizes, units, strict=True) if own == unit) <= items_per_unit + max(sizes) - 1
+        assert (
+            sum(size for size, own in zip(sizes, units, strict=True) if own == unit)
+            <= items_per_unit + max(sizes) - 1
+        )
     assert sorted(set(units)) == list(range(len(set(units))))

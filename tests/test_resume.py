@@ -20,10 +20,10 @@ from rebeca_ray.catalog.layout import Run, work_folder
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import Snapshot, published, read_catalog
 from rebeca_ray.config import GenerateConfig
+from rebeca_ray.console import plain_errors
 from rebeca_ray.decoding import DecodedImage
 from rebeca_ray.errors import UserError
 from rebeca_ray.generation import generate_catalog
-from rebeca_ray.job import plain_errors
 from rebeca_ray.local_decoder import LocalDecoder
 from rebeca_ray.resume import begin, describe_run, unfinished_runs
 from rebeca_ray.settings import LayoutSettings, LimitSettings
@@ -51,13 +51,17 @@ with plain_errors():
 """
 HANG = "rendering.RenderImages = HangsLater"  # so that a kill always comes in the middle
 DIE_PLANNING = "planning.write_json = lambda *_: os._exit(9)"  # everything is planned, but nothing says so
-DIE_PUBLISHING = "Lease.publish = lambda *_, **__: os._exit(9)"  # the manifest is there, but nobody is pointed to it
+DIE_PUBLISHING = (
+    "Lease.publish = lambda *_, **__: os._exit(9)"  # the manifest is there, but nobody is pointed to it
+)
 
 
 def to_resume(config: GenerateConfig, **update: Any) -> GenerateConfig:
     """Forty items in files of four, and a lease that soon counts as dead."""
     limits = LimitSettings(lease_seconds=3)
-    return config.model_copy(update={"num_images": 9, "layout": LayoutSettings(images_per_file=4), "limits": limits, **update})
+    return config.model_copy(
+        update={"num_images": 9, "layout": LayoutSettings(images_per_file=4), "limits": limits, **update}
+    )
 
 
 def planned(config: GenerateConfig) -> str:
@@ -70,7 +74,12 @@ def planned(config: GenerateConfig) -> str:
 
 def note_beginning(config: GenerateConfig, run: Run) -> None:
     versions = {**versions_of(config), "code": rebeca_ray.__version__}
-    begin(config.root, run.run_id, datetime.date.fromisoformat(run.run_date), describe_run(config, versions, None))
+    begin(
+        config.root,
+        run.run_id,
+        datetime.date.fromisoformat(run.run_date),
+        describe_run(config, versions, None),
+    )
 
 
 def start(config: GenerateConfig, sabotage: str, ray_address: str) -> subprocess.Popen[str]:
@@ -93,7 +102,10 @@ def wait_for_records(process: subprocess.Popen[str], config: GenerateConfig, run
 
 def drawn(root: str, run_id: str) -> dict[str, Any]:
     """Of every image file with a record: what the record says, and when the file was written."""
-    return {record["path"]: (record["sha256"], written_at(root, record["path"])) for record in records(root, run_id)}
+    return {
+        record["path"]: (record["sha256"], written_at(root, record["path"]))
+        for record in records(root, run_id)
+    }
 
 
 def records(root: str, run_id: str) -> list[dict[str, Any]]:
@@ -117,12 +129,17 @@ def assert_everything_once(snapshot: Snapshot, count: int = 40) -> None:
 
 def on_s3(config: GenerateConfig) -> GenerateConfig:
     fsspec.filesystem("s3").put_file(config.request, "rebeca/resumed/request.parquet")
-    return config.model_copy(update={"request": "s3://rebeca/resumed/request.parquet", "root": "s3://rebeca/resumed/catalog"})
+    return config.model_copy(
+        update={"request": "s3://rebeca/resumed/request.parquet", "root": "s3://rebeca/resumed/catalog"}
+    )
 
 
 @pytest.mark.parametrize("place", [lambda config: config, on_s3], ids=["local", "s3"])
 def test_a_run_that_is_killed_while_rendering_draws_the_rest(
-    config: GenerateConfig, ray_local: str, place: Callable[[GenerateConfig], GenerateConfig], capsys: pytest.CaptureFixture[str]
+    config: GenerateConfig,
+    ray_local: str,
+    place: Callable[[GenerateConfig], GenerateConfig],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = place(to_resume(config))
     run_id = planned(config)
@@ -139,7 +156,10 @@ def test_a_run_that_is_killed_while_rendering_draws_the_rest(
     snapshot = read_catalog(config.root)
     assert_everything_once(snapshot)
     files = [row for row in snapshot.files.to_pylist() if row["table"] == "images"]
-    assert before.items() <= {row["path"]: (row["sha256"], written_at(config.root, row["path"])) for row in files}.items()
+    assert (
+        before.items()
+        <= {row["path"]: (row["sha256"], written_at(config.root, row["path"])) for row in files}.items()
+    )
     kept = sum(row["rows"] for row in files if "/part-000001-" in row["path"])
     assert 8 <= kept <= 16
     assert manifest["measured"]["stages"]["render"]["rows"] == 40 - kept
@@ -190,9 +210,7 @@ def test_a_run_that_hangs_ends_itself_and_is_gone_on_with(config: GenerateConfig
     assert process.returncode == 75, output
     assert f"resuming run {run_id}" in output
     (dump,) = Path(work_folder(config.root, run_id)).glob("stalled-*.txt")
-    told = (
-        f"error: no progress for 0.15 min while it was at render (limits.stall_minutes); its state is in {dump}. Start it again: it resumes"
-    )
+    told = f"error: no progress for 0.15 min while it was at render (limits.stall_minutes); its state is in {dump}. Start it again: it resumes"
     assert [line for line in output.splitlines() if line.startswith("error:")] == [told]
     state = dump.read_text()
     assert state.startswith("stage render; stages so far: {'histories': ")
@@ -208,12 +226,19 @@ def test_a_run_that_hangs_ends_itself_and_is_gone_on_with(config: GenerateConfig
 
 
 def test_what_failed_is_drawn_again_when_asked_for(
-    config: GenerateConfig, ray_local: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: GenerateConfig,
+    ray_local: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Two of sixteen items failed in a decoder that is well again."""
     whole = LocalDecoder.decode
     with monkeypatch.context() as patch:
-        patch.setattr(LocalDecoder, "decode", lambda self, rows: [DecodedImage(seed=1, error="bad luck")] * 2 + whole(self, rows)[2:])
+        patch.setattr(
+            LocalDecoder,
+            "decode",
+            lambda self, rows: [DecodedImage(seed=1, error="bad luck")] * 2 + whole(self, rows)[2:],
+        )
         run = prepare(config).run
     note_beginning(config, run)
     for _ in range(2):  # it is not drawn again of itself
@@ -223,7 +248,9 @@ def test_what_failed_is_drawn_again_when_asked_for(
         told = f"error: run {run.run_id}: 2 of 16 items failed (bad luck), the budget is 0.10%; nothing is published. Mend it"
         assert capsys.readouterr().err.startswith(told)
         assert published(config.root) is None
-    errors = read_table(join(config.root, Run(**{**asdict(run), "epoch": 2}).table("errors", 0)), "errors").to_pylist()
+    errors = read_table(
+        join(config.root, Run(**{**asdict(run), "epoch": 2}).table("errors", 0)), "errors"
+    ).to_pylist()
     assert [(row["stage"], row["error"], row["attempt"]) for row in errors] == [("render", "bad luck", 0)] * 2
 
     manifest = generate_catalog(config, retry_failed=True)
@@ -232,7 +259,11 @@ def test_what_failed_is_drawn_again_when_asked_for(
     assert manifest["measured"]["stages"]["render"]["rows"] == 2
     snapshot = read_catalog(config.root)
     assert snapshot.table("errors").num_rows == 0
-    (again,) = (row["path"] for row in snapshot.files.to_pylist() if row["table"] == "images" and "/part-000003-" in row["path"])
+    (again,) = (
+        row["path"]
+        for row in snapshot.files.to_pylist()
+        if row["table"] == "images" and "/part-000003-" in row["path"]
+    )
     drawn_again = read_table(join(config.root, again), "images")
     assert sorted(drawn_again["item_id"].to_pylist()) == sorted(row["item_id"] for row in errors)
     items = snapshot.items()
@@ -242,7 +273,9 @@ def test_what_failed_is_drawn_again_when_asked_for(
         generate_catalog(config, retry_failed=True)
 
 
-def test_a_run_that_has_spent_its_hours_publishes_what_there_is(config: GenerateConfig, ray_local: str) -> None:
+def test_a_run_that_has_spent_its_hours_publishes_what_there_is(
+    config: GenerateConfig, ray_local: str
+) -> None:
     """It was killed with one unit of three drawn, and has no time left."""
     config = config.model_copy(update={"layout": LayoutSettings(items_per_unit=6)})
     run = run_of(config)
@@ -250,8 +283,14 @@ def test_a_run_that_has_spent_its_hours_publishes_what_there_is(config: Generate
     _, rows, _ = write_plan(config, run)
     first = rows.filter(pc.equal(rows["unit"], 0))
     draw_rows(config, run, 0, first)
-    counts = generate_catalog(config.model_copy(update={"limits": LimitSettings(max_gpu_hours=1e-9)}))["counts"]
-    assert (counts["requested"], counts["new"], counts["deferred"]) == (16, first.num_rows, 16 - first.num_rows)
+    counts = generate_catalog(config.model_copy(update={"limits": LimitSettings(max_gpu_hours=1e-9)}))[
+        "counts"
+    ]
+    assert (counts["requested"], counts["new"], counts["deferred"]) == (
+        16,
+        first.num_rows,
+        16 - first.num_rows,
+    )
     done = set(first["user_id"].to_pylist())
     assert (counts["users"], counts["late_users"]) == (len(done), 5 - len(done))
     assert set(read_catalog(config.root).items()["user_id"].to_pylist()) == done

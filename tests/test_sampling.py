@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rebeca_ray.diffusion import Diffusion, alphas_cumprod
+from rebeca_ray.noise import item_noise
 from rebeca_ray.prior import LIKE, NULL_RATING, Prior
-from rebeca_ray.sampling import SAMPLERS, guided_denoiser, item_noise, sample_liked
+from rebeca_ray.sampling import SAMPLERS, guided_denoiser, sample_liked
 from rebeca_ray.settings import DiffusionSettings, NetworkSettings, PriorSampling, SamplerSettings
 from tests.conftest import wake
 
@@ -25,7 +26,9 @@ NO_CLIP = 1e30
 @pytest.fixture(scope="module")
 def prior() -> Prior:
     torch.manual_seed(0)
-    return wake(Prior(NetworkSettings(num_layers=2, num_heads=2, width=16, num_tokens=3, user_encoder="id"), D))
+    return wake(
+        Prior(NetworkSettings(num_layers=2, num_heads=2, width=16, num_tokens=3, user_encoder="id"), D)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +60,17 @@ def scheduler_of(sampler: str, schedule: DiffusionSettings) -> Any:
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
 @torch.inference_mode()
 def test_every_step_equals_diffusers(
-    prior: Prior, tokens: torch.Tensor, sampler: str, schedule: str, prediction_type: str, monkeypatch: pytest.MonkeyPatch
+    prior: Prior,
+    tokens: torch.Tensor,
+    sampler: str,
+    schedule: str,
+    prediction_type: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What the network is asked at each step, and the result, with the same noise and the same predictions."""
-    told = DiffusionSettings.model_validate({"num_train_timesteps": 80, "schedule": schedule, "prediction_type": prediction_type})
+    told = DiffusionSettings.model_validate(
+        {"num_train_timesteps": 80, "schedule": schedule, "prediction_type": prediction_type}
+    )
     diffusion = Diffusion.build(told)
     num_steps = 20 if sampler == "ddpm" else 8
     timesteps = diffusion.inference_timesteps(num_steps)
@@ -86,18 +96,24 @@ def test_every_step_equals_diffusers(
     for step, timestep in enumerate(timesteps):
         # A rounding error in the prediction of noise is divided by the signal's share, which is next to nothing at first.
         scale = float(x.abs().max())
-        torch.testing.assert_close(asked[step], x, atol=2e-4 * scale, rtol=1e-3, msg=lambda text, at=step: f"step {at}: {text}")
+        torch.testing.assert_close(
+            asked[step], x, atol=2e-4 * scale, rtol=1e-3, msg=lambda text, at=step: f"step {at}: {text}"
+        )
         x = scheduler.step(predict(asked[step], timestep), timestep, x).prev_sample
     torch.testing.assert_close(ours, x, atol=2e-4 * float(x.abs().max()), rtol=1e-3)
 
 
 @torch.inference_mode()
-def test_the_reference_clips_as_diffusers_does(prior: Prior, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_clips_as_diffusers_does(
+    prior: Prior, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = DiffusionSettings(num_train_timesteps=50)
     diffusion = Diffusion.build(told)
     denoise = guided_denoiser(prior, diffusion, tokens, torch.tensor([0, 3, 4]), 5.0)
     ours = SAMPLERS["ddpm"](denoise, item_noise([1, 2, 3], D), range(49, -1, -1), diffusion)
-    scheduler = DDPMScheduler(num_train_timesteps=50, beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample=True)
+    scheduler = DDPMScheduler(
+        num_train_timesteps=50, beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample=True
+    )
     noise = item_noise([1, 2, 3], D)
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(noise))
     x = next(noise)
@@ -111,8 +127,14 @@ def test_the_reference_clips_as_diffusers_does(prior: Prior, tokens: torch.Tenso
 def test_guidance_is_linear_in_its_scale_and_one_at_scale_one(prior: Prior, tokens: torch.Tensor) -> None:
     diffusion = Diffusion.build(DiffusionSettings())
     rows, x = torch.tensor([1, 2]), torch.randn(2, D, generator=torch.Generator().manual_seed(0))
-    at1, at2, at3 = (guided_denoiser(prior, diffusion, tokens, rows, scale)(x, 300) for scale in (1.0, 2.0, 3.0))
-    null = prior(x, torch.tensor([300]), prior.condition(prior.null_user_UH.expand(2, -1, -1), torch.full((2,), NULL_RATING)))
+    at1, at2, at3 = (
+        guided_denoiser(prior, diffusion, tokens, rows, scale)(x, 300) for scale in (1.0, 2.0, 3.0)
+    )
+    null = prior(
+        x,
+        torch.tensor([300]),
+        prior.condition(prior.null_user_UH.expand(2, -1, -1), torch.full((2,), NULL_RATING)),
+    )
     liked = prior(x, torch.tensor([300]), prior.condition(tokens[rows], torch.full((2,), LIKE)))
     torch.testing.assert_close(at1, liked, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(at2, null + 2 * (liked - null), atol=1e-5, rtol=1e-4)
@@ -137,7 +159,9 @@ def test_noise_is_standard_normal() -> None:
 
 
 def draw(prior: Prior, tokens: torch.Tensor, items: list[tuple[int, int]], tile: int) -> torch.Tensor:
-    sampler = SamplerSettings(name="dpm_solver", num_inference_steps=3, prior_guidance_scale=3.0, batch_size=tile)
+    sampler = SamplerSettings(
+        name="dpm_solver", num_inference_steps=3, prior_guidance_scale=3.0, batch_size=tile
+    )
     rows, seeds = np.array([user for user, _ in items]), [seed for _, seed in items]
     return sample_liked(prior, Diffusion.build(DiffusionSettings()), tokens, rows, seeds, sampler)
 
@@ -145,11 +169,24 @@ def draw(prior: Prior, tokens: torch.Tensor, items: list[tuple[int, int]], tile:
 @pytest.mark.parametrize("architecture", ["cross_attention", "decoder_only"])
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
-def test_company_order_and_tiles_change_no_bit(architecture: str, tokens: torch.Tensor, data: st.DataObject) -> None:
+def test_company_order_and_tiles_change_no_bit(
+    architecture: str, tokens: torch.Tensor, data: st.DataObject
+) -> None:
     torch.manual_seed(1)
-    told = {"num_layers": 2, "num_heads": 2, "width": 16, "num_tokens": 3, "user_encoder": "id", "architecture": architecture}
+    told = {
+        "num_layers": 2,
+        "num_heads": 2,
+        "width": 16,
+        "num_tokens": 3,
+        "user_encoder": "id",
+        "architecture": architecture,
+    }
     prior = wake(Prior(NetworkSettings.model_validate(told), D))
-    items = data.draw(st.lists(st.tuples(st.integers(0, USERS - 1), st.integers(0, 2**40)), min_size=1, max_size=70, unique=True))
+    items = data.draw(
+        st.lists(
+            st.tuples(st.integers(0, USERS - 1), st.integers(0, 2**40)), min_size=1, max_size=70, unique=True
+        )
+    )
     order = data.draw(st.permutations(range(len(items))))
     together = draw(prior, tokens, items, 32)
     assert torch.equal(draw(prior, tokens, [items[place] for place in order], 32), together[order])
@@ -161,13 +198,19 @@ def test_more_users_than_are_padded_to_change_no_bit(prior: Prior) -> None:
     tokens = torch.randn(130, 1, 16, generator=torch.Generator().manual_seed(3))
     together = draw(prior, tokens, [(user, user) for user in range(130)], 256)
     for first, last in ((0, 65), (65, 130), (64, 65)):
-        assert torch.equal(draw(prior, tokens, [(user, user) for user in range(first, last)], 256), together[first:last])
+        assert torch.equal(
+            draw(prior, tokens, [(user, user) for user in range(first, last)], 256), together[first:last]
+        )
 
 
 def test_what_a_config_leaves_open_is_the_priors_own() -> None:
     own = PriorSampling(prior_guidance_scale=2.5)
     resolved = SamplerSettings().resolve(own, 1000)
-    assert (resolved.name, resolved.num_inference_steps, resolved.prior_guidance_scale) == ("dpm_solver", 16, 2.5)
+    assert (resolved.name, resolved.num_inference_steps, resolved.prior_guidance_scale) == (
+        "dpm_solver",
+        16,
+        2.5,
+    )
     told = SamplerSettings(name="ddpm", num_inference_steps=1000, prior_guidance_scale=7.0)
     assert told.resolve(own, 1000) == told
     with pytest.raises(ValueError, match=r"sampler.num_inference_steps is 1000, it was trained on 100"):

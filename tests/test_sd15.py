@@ -10,7 +10,9 @@ from tests.test_denoising import loop_for, pipeline_image, psnr, rows_for
 
 
 def test_an_image_of_a_batch_equals_the_pipelines(tmp_path: Path) -> None:
-    sd15 = DecoderSettings(model=str(write_sd15(tmp_path)), num_inference_steps=2, image_size=64, decoder_guidance_scale=5.0)
+    sd15 = DecoderSettings(
+        model=str(write_sd15(tmp_path)), num_inference_steps=2, image_size=64, decoder_guidance_scale=5.0
+    )
     assert identify_decoder(sd15).embed_dim == EMBED_DIM
     rows = rows_for(sd15, EMBED_DIM).take([0, 1])
     images, finite = loop_for(sd15).draw(rows)

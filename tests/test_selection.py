@@ -36,7 +36,9 @@ def test_a_copy_is_taken_only_when_nothing_else_is_left() -> None:
 
 
 def test_as_many_candidates_as_wanted_are_kept_in_their_order() -> None:
-    assert choose(ALIKE, np.array([0.1, 0.9, 0.5, 0.3]), np.array([True, False, False, False]), 4, 0.3).tolist() == [0, 1, 2, 3]
+    assert choose(
+        ALIKE, np.array([0.1, 0.9, 0.5, 0.3]), np.array([True, False, False, False]), 4, 0.3
+    ).tolist() == [0, 1, 2, 3]
 
 
 @settings(max_examples=50, deadline=None)
@@ -50,10 +52,14 @@ def test_always_as_many_different_ones_as_asked(wanted: int, more: int, diversit
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_nearest_items_are_the_nearest_whatever_the_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearest_items_are_the_nearest_whatever_the_chunks(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(selection, "ITEMS_A_CHUNK", chunk)
     items = torch.nn.functional.normalize(torch.randn(40, 8, generator=torch.Generator().manual_seed(0)))
     row, similarity = nearest_items(items[[5, 17, 39]] * torch.tensor([[1.0], [-1.0], [1.0]]), items)
     assert row[[0, 2]].tolist() == [5, 39]
     assert row[1] == (items @ -items[17]).argmax()
-    torch.testing.assert_close(similarity, (items[[5, 17, 39]] * torch.tensor([[1.0], [-1.0], [1.0]]) @ items.T).max(1).values)
+    torch.testing.assert_close(
+        similarity, (items[[5, 17, 39]] * torch.tensor([[1.0], [-1.0], [1.0]]) @ items.T).max(1).values
+    )

@@ -19,7 +19,9 @@ def x0_ID() -> np.ndarray:  # noqa: N802  # the name that its users give it
     """Items in two far clusters, even ones and odd ones; item 100 k + n is user k's n-th."""
     random = np.random.default_rng(0)
     centres = random.standard_normal((2, D))
-    return (centres[np.arange(ITEMS) % 2] + 0.3 * random.standard_normal((ITEMS, D))).astype(np.float32) * 0.2 + 0.5
+    return (centres[np.arange(ITEMS) % 2] + 0.3 * random.standard_normal((ITEMS, D))).astype(
+        np.float32
+    ) * 0.2 + 0.5
 
 
 def world(users: int) -> UserBlock:
@@ -52,7 +54,12 @@ def test_it_knows_taste_on_items_and_users_it_never_saw(selector: Selector, x0_I
 
 @torch.inference_mode()
 def test_a_user_without_interactions_is_an_average_one(selector: Selector, x0_ID: np.ndarray) -> None:
-    nobody = History(torch.zeros(1, 3, D), torch.ones(1, 3, dtype=torch.long), torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.bool))
+    nobody = History(
+        torch.zeros(1, 3, D),
+        torch.ones(1, 3, dtype=torch.long),
+        torch.zeros(1, 3),
+        torch.zeros(1, 3, dtype=torch.bool),
+    )
     factors = selector.user_factors(nobody)
     assert (factors[:, :-1] == 0).all()
     probability = selector.like_probability(torch.from_numpy(x0_ID[1000:1100]), factors.expand(100, -1))
@@ -76,7 +83,10 @@ def test_what_is_held_out_teaches_nothing(x0_ID: np.ndarray) -> None:
     """The same weights, bit for bit, whatever the held-out ratings say."""
     fits = []
     for told in (0, 1):
-        users = [[(int(row % 2 == user % 2), False) if row % 5 else (told, True) for row in range(30)] for user in range(4)]
+        users = [
+            [(int(row % 2 == user % 2), False) if row % 5 else (told, True) for row in range(30)]
+            for user in range(4)
+        ]
         fitted = fit_selector([block(users)], x0_ID, seed=0)
         assert fitted is not None
         fits.append(fitted.state_dict())

@@ -33,7 +33,9 @@ def test_s3_without_credentials_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setattr(S3FileSystem, "_cache", {})
-    with pytest.raises(UserError, match=r"catalog s3://bucket/catalog: cannot be read \(.*check the path and the credentials"):
+    with pytest.raises(
+        UserError, match=r"catalog s3://bucket/catalog: cannot be read \(.*check the path and the credentials"
+    ):
         read_pointer("s3://bucket/catalog")
 
 
@@ -58,7 +60,10 @@ def test_what_is_written_can_be_read_by_others(tmp_path: Path) -> None:
 def test_files_of_a_folder_must_have_the_same_columns(tmp_path: Path) -> None:
     pq.write_table(pa.table({"user_id": ["a"]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"user_id": ["b"], "rating": [1.0]}), tmp_path / "b.parquet")
-    with pytest.raises(UserError, match=r"b.parquet and a.parquet differ in their columns \(rating\); write all files with the same"):
+    with pytest.raises(
+        UserError,
+        match=r"b.parquet and a.parquet differ in their columns \(rating\); write all files with the same",
+    ):
         open_table(str(tmp_path), "interactions")
     (tmp_path / "b.parquet").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"interactions .*: b.parquet is not a readable Parquet file"):

@@ -42,14 +42,26 @@ def world(tmp_path: Path) -> dict[str, str]:
     centres = random.standard_normal((2, D)) * 3
     embeds = (np.repeat(centres, 20, axis=0) + 0.3 * random.standard_normal((40, D))).astype(np.float32)
     column = pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(D))
-    pq.write_table(pa.table({"item_id": [f"i{number:02d}" for number in range(40)], "image_embeds": column}), tmp_path / "items.parquet")
-    rows = [(user, f"i{item:02d}", 5.0 if (item < 20) == (user == "a") else 1.0) for user in "ab" for item in range(40)]
+    pq.write_table(
+        pa.table({"item_id": [f"i{number:02d}" for number in range(40)], "image_embeds": column}),
+        tmp_path / "items.parquet",
+    )
+    rows = [
+        (user, f"i{item:02d}", 5.0 if (item < 20) == (user == "a") else 1.0)
+        for user in "ab"
+        for item in range(40)
+    ]
     user_id, item_id, rating = zip(*rows, strict=True)
     pq.write_table(
-        pa.table({"user_id": user_id, "item_id": item_id, "rating": pa.array(rating, pa.float32())}), tmp_path / "interactions.parquet"
+        pa.table({"user_id": user_id, "item_id": item_id, "rating": pa.array(rating, pa.float32())}),
+        tmp_path / "interactions.parquet",
     )
     np.save(tmp_path / "centres.npy", centres)
-    return {"interactions": str(tmp_path / "interactions.parquet"), "items": str(tmp_path / "items.parquet"), "folder": str(tmp_path)}
+    return {
+        "interactions": str(tmp_path / "interactions.parquet"),
+        "items": str(tmp_path / "items.parquet"),
+        "folder": str(tmp_path),
+    }
 
 
 def configure(world: dict[str, str], user_encoder: str = "id", **optimization: object) -> TrainConfig:
@@ -59,7 +71,14 @@ def configure(world: dict[str, str], user_encoder: str = "id", **optimization: o
             "items": world["items"],
             "out": f"{world['folder']}/prior",
             "storage": f"{world['folder']}/storage",
-            "network": {"num_layers": 2, "num_heads": 2, "width": 32, "num_tokens": 2, "user_encoder": user_encoder, "max_history": 24},
+            "network": {
+                "num_layers": 2,
+                "num_heads": 2,
+                "width": 32,
+                "num_tokens": 2,
+                "user_encoder": user_encoder,
+                "max_history": 24,
+            },
             "diffusion": {"num_train_timesteps": 100},
             "optimization": {
                 "learning_rate": 3e-3,
@@ -77,10 +96,14 @@ def configure(world: dict[str, str], user_encoder: str = "id", **optimization: o
 
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize(("user_encoder", "num_workers"), [("id", 1), ("history", 2)])
-def test_the_prior_learns_who_likes_what_and_a_rerun_changes_nothing(world: dict[str, str], user_encoder: str, num_workers: int) -> None:
+def test_the_prior_learns_who_likes_what_and_a_rerun_changes_nothing(
+    world: dict[str, str], user_encoder: str, num_workers: int
+) -> None:
     """With two workers, of half the batch each, as with one: the loop itself checks that they stay in step."""
     config = configure(world, user_encoder)
-    config = config.model_copy(update={"workers": config.workers.model_copy(update={"num_workers": num_workers})})
+    config = config.model_copy(
+        update={"workers": config.workers.model_copy(update={"num_workers": num_workers})}
+    )
     metrics = train_prior(config)
     prior = load_prior(config.out)
     if user_encoder == "id":
@@ -90,13 +113,21 @@ def test_the_prior_learns_who_likes_what_and_a_rerun_changes_nothing(world: dict
     assert metrics["selector_auc"] > 0.95
     centres = torch.from_numpy(np.load(f"{world['folder']}/centres.npy")).float()
     items = read_image_embeds(config.items)
-    histories = build_histories(config.interactions.model_copy(update={"hold_out": 0.0}), items.item_id, world["folder"])
+    histories = build_histories(
+        config.interactions.model_copy(update={"hold_out": 0.0}), items.item_id, world["folder"]
+    )
     block = UserBlock(read_table(histories.file(0), "histories"), histories.first_user_index)
-    rated = block.history(np.array([0, 1]), 24).look_up(prior.scaler.scale(torch.from_numpy(items.image_embeds)).numpy())
+    rated = block.history(np.array([0, 1]), 24).look_up(
+        prior.scaler.scale(torch.from_numpy(items.image_embeds)).numpy()
+    )
     sampler = SamplerSettings(num_inference_steps=10, prior_guidance_scale=2.0).resolve(prior.sampling, 100)
     tokens = prior.user_tokens(np.array([0, 1]), rated)
-    drawn = sample_liked(prior.network, Diffusion.build(prior.diffusion), tokens, np.repeat([0, 1], 20), range(40), sampler)
-    nearest = torch.nn.functional.cosine_similarity(drawn[:, None], prior.scaler.scale(centres)[None], dim=-1).argmax(1)
+    drawn = sample_liked(
+        prior.network, Diffusion.build(prior.diffusion), tokens, np.repeat([0, 1], 20), range(40), sampler
+    )
+    nearest = torch.nn.functional.cosine_similarity(
+        drawn[:, None], prior.scaler.scale(centres)[None], dim=-1
+    ).argmax(1)
     assert (nearest == torch.arange(2).repeat_interleave(20)).float().mean() >= 0.95
     lines = (Path(config.out) / "training.csv").read_text().splitlines()
     assert lines[0] == "epoch,train_loss,val_loss,learning_rate,samples_per_second"
@@ -123,9 +154,13 @@ def test_a_loss_that_diverges_later_leaves_the_best_epoch(world: dict[str, str])
     state = torch.load(last, weights_only=True)
     state["optimizer"]["param_groups"][0]["lr"] = 1e6
     torch.save({**state, "epoch": 1}, last)
-    with pytest.raises(UserError, match=r"training diverged: .*epoch 2.*step \d+.* at learning rate 1e\+06") as caught:
+    with pytest.raises(
+        UserError, match=r"training diverged: .*epoch 2.*step \d+.* at learning rate 1e\+06"
+    ) as caught:
         train_prior(config)
-    kept = re.search(r"The best epoch \((\d), validation loss ([\d.]+)\) is kept in (\S+)$", str(caught.value))
+    kept = re.search(
+        r"The best epoch \((\d), validation loss ([\d.]+)\) is kept in (\S+)$", str(caught.value)
+    )
     assert kept, str(caught.value)
     weights = torch.load(Path(kept[3]) / "state.pt", weights_only=True)["average"]
     assert all(tensor.isfinite().all() for tensor in weights.values())
@@ -137,7 +172,9 @@ def in_process(config: TrainConfig) -> tuple[Fit, DenoisingLoss, list[Batch], np
     histories = build_histories(config.interactions, items.item_id, config.storage)
     block = UserBlock(read_table(histories.file(0), "histories"), histories.first_user_index)
     fit = Fit(config, D, 2, torch.device("cpu"))
-    batches = block.batches(samples_per_user=2048, like_share=None, batch_size=64, targets=4, max_history=24, seed=(0,))
+    batches = block.batches(
+        samples_per_user=2048, like_share=None, batch_size=64, targets=4, max_history=24, seed=(0,)
+    )
     x0_ID = EmbedScaler(embed_dim=D, norm=1.0).scale(torch.from_numpy(items.image_embeds)).numpy()
     return fit, DenoisingLoss(fit.prior, Diffusion.build(config.diffusion), config), list(batches), x0_ID
 
@@ -157,7 +194,9 @@ def test_the_first_step_whose_loss_is_not_finite_is_named(world: dict[str, str])
 @pytest.mark.parametrize("user_encoder", ["history", "none"])
 def test_every_network_learns(world: dict[str, str], architecture: str, user_encoder: str) -> None:
     config = configure(world, user_encoder)
-    config = config.model_copy(update={"network": config.network.model_copy(update={"architecture": architecture})})
+    config = config.model_copy(
+        update={"network": config.network.model_copy(update={"architecture": architecture})}
+    )
     fit, loss, batches, x0_ID = in_process(config)
     generator = torch.Generator().manual_seed(0)
     first, _ = train_epoch(loss, fit, iter(batches[:10]), x0_ID, generator, config, None)
@@ -172,7 +211,10 @@ def test_users_that_are_streamed_reach_one_of_two_workers_each(world: dict[str, 
     count = USERS_A_BLOCK + 4
     user_id = np.repeat([f"user-{number:04d}" for number in range(count)], 2)
     rating = np.tile([5, 1], count).astype(np.float32)
-    pq.write_table(pa.table({"user_id": user_id, "item_id": ["i00", "i20"] * count, "rating": rating}), world["interactions"])
+    pq.write_table(
+        pa.table({"user_id": user_id, "item_id": ["i00", "i20"] * count, "rating": rating}),
+        world["interactions"],
+    )
     # Two epochs, since the last layer starts at zero, from which the first step's users learn nothing.
     config = configure(world, samples_per_user=1, batch_size=512, max_epochs=2, user_dropout=0.0)
     workers = config.workers.model_copy(update={"num_workers": 2})
@@ -204,7 +246,9 @@ def test_new_embeddings_or_users_start_a_new_run(world: dict[str, str]) -> None:
     table = pq.read_table(world["interactions"])
     renamed = table.set_column(0, "user_id", pa.array(["a"] * 40 + ["c"] * 40))
     pq.write_table(renamed, world["interactions"])
-    assert run_name(config, build_histories(config.interactions, items.item_id, config.storage), items) != name
+    assert (
+        run_name(config, build_histories(config.interactions, items.item_id, config.storage), items) != name
+    )
 
 
 def start_training(config: TrainConfig, folder: Path, ray_address: str) -> subprocess.Popen[str]:
@@ -220,14 +264,18 @@ def start_training(config: TrainConfig, folder: Path, ray_address: str) -> subpr
     )
     command = [sys.executable, "-c", script, str(folder / "config.json")]
     environment = {**os.environ, "RAY_ADDRESS": ray_address}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def epochs_in(text: str) -> list[int]:
     return [int(epoch) for epoch in re.findall(r"epoch (\d+)/12", text)]
 
 
-def test_killed_workers_and_drivers_go_on_from_the_last_epoch(world: dict[str, str], tmp_path: Path, ray_local: str) -> None:
+def test_killed_workers_and_drivers_go_on_from_the_last_epoch(
+    world: dict[str, str], tmp_path: Path, ray_local: str
+) -> None:
     """SIGKILL to the worker: Ray Train starts another. SIGKILL to the driver: the same command again joins the curve up."""
     config = configure(world, max_epochs=12)
     first = start_training(config, tmp_path, ray_local)
@@ -249,9 +297,13 @@ def test_killed_workers_and_drivers_go_on_from_the_last_epoch(world: dict[str, s
     out, _ = second.communicate(timeout=200)
     assert second.returncode == 0, out
     if "half-written" not in out:  # the kill came while Ray Train wrote its record, some once in fifty times
-        assert min(epochs_in(out)) > 3  # keeping a checkpoint takes its time: the last two may not have been kept yet
+        assert (
+            min(epochs_in(out)) > 3
+        )  # keeping a checkpoint takes its time: the last two may not have been kept yet
     assert epochs_in(out)[-1] == 12
-    epochs = [int(line.split(",")[0]) for line in (Path(config.out) / "training.csv").read_text().splitlines()[1:]]
+    epochs = [
+        int(line.split(",")[0]) for line in (Path(config.out) / "training.csv").read_text().splitlines()[1:]
+    ]
     assert epochs == list(range(1, 13))
 
 
@@ -261,7 +313,9 @@ def test_items_without_embeddings_are_refused(world: dict[str, str]) -> None:
         train_prior(configure(world))
 
 
-def test_a_half_written_record_of_ray_train_is_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_half_written_record_of_ray_train_is_dropped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     record = tmp_path / "checkpoint_manager_snapshot.json"
     drop_torn_record(str(record))
     record.write_text('{"ray_version": "2.60.0"}')

@@ -46,7 +46,9 @@ def draws(of: UserBlock, **changes: Any) -> list[Batch]:
 
 
 some_users = st.lists(
-    st.lists(st.tuples(st.integers(0, 1), st.booleans()), min_size=1, max_size=9).map(lambda rows: [(rows[0][0], False), *rows[1:]]),
+    st.lists(st.tuples(st.integers(0, 1), st.booleans()), min_size=1, max_size=9).map(
+        lambda rows: [(rows[0][0], False), *rows[1:]]
+    ),
     min_size=1,
     max_size=6,
 )
@@ -54,7 +56,9 @@ some_users = st.lists(
 
 @settings(max_examples=50, deadline=None)
 @given(users=some_users, targets=st.sampled_from([1, 4]), like_share=st.sampled_from([None, 0.5, 1.0]))
-def test_everyone_is_drawn_equally_often_from_what_is_not_held_out(users: Users, targets: int, like_share: float | None) -> None:
+def test_everyone_is_drawn_equally_often_from_what_is_not_held_out(
+    users: Users, targets: int, like_share: float | None
+) -> None:
     count = np.zeros(len(users), int)
     for batch in draws(block(users), targets=targets, like_share=like_share):
         owner = batch.user_index_G[batch.row_B] - 1000
@@ -82,7 +86,10 @@ def test_a_history_is_the_latest_of_the_rest_with_days_since_its_own_last(users:
 
 def test_an_epoch_is_a_function_of_its_seed() -> None:
     of = block([[(1, False), (0, False), (1, False)]] * 5)
-    first, again, other = (np.concatenate([batch.item_index_B for batch in draws(of, seed=seed)]) for seed in ((1, 2), (1, 2), (1, 3)))
+    first, again, other = (
+        np.concatenate([batch.item_index_B for batch in draws(of, seed=seed)])
+        for seed in ((1, 2), (1, 2), (1, 3))
+    )
     assert (first == again).all()
     assert (first != other).any()
 
@@ -90,7 +97,9 @@ def test_an_epoch_is_a_function_of_its_seed() -> None:
 def test_the_share_of_likes_is_what_was_asked_for_where_there_is_a_choice() -> None:
     mixed, all_disliked = [(1, False), *[(0, False)] * 9], [(0, False)] * 3
     batches = draws(block([mixed, all_disliked]), like_share=0.75, samples_per_user=4000, batch_size=256)
-    like, user = (np.concatenate([getattr(batch, name) for batch in batches]) for name in ("like_B", "item_index_B"))
+    like, user = (
+        np.concatenate([getattr(batch, name) for batch in batches]) for name in ("like_B", "item_index_B")
+    )
     assert like[user < 100].mean() == pytest.approx(0.75, abs=0.03)
     assert like[user >= 100].mean() == 0
 
@@ -102,19 +111,30 @@ def test_a_user_with_one_interaction_has_an_empty_history_for_it() -> None:
 
 
 def test_held_out_interactions_are_told_by_the_rest() -> None:
-    batch = block([[(1, False), (0, True), (1, False)], [(1, False)], [(0, False), (1, True)]]).held_out(max_history=4, limit=10)
+    batch = block([[(1, False), (0, True), (1, False)], [(1, False)], [(0, False), (1, True)]]).held_out(
+        max_history=4, limit=10
+    )
     assert batch is not None
     assert batch.item_index_B.tolist() == [1, 201]
     assert batch.like_B.tolist() == [0, 1]
-    assert [row[present].tolist() for row, present in zip(batch.history.item_index_GL, batch.history.present_GL, strict=True)] == [
+    assert [
+        row[present].tolist()
+        for row, present in zip(batch.history.item_index_GL, batch.history.present_GL, strict=True)
+    ] == [
         [2, 0],
         [200],
     ]
-    liked = block([[(1, False), (0, True)], [(0, False), (1, True)]]).held_out(max_history=4, limit=10, likes_only=True)
+    liked = block([[(1, False), (0, True)], [(0, False), (1, True)]]).held_out(
+        max_history=4, limit=10, likes_only=True
+    )
     assert liked is not None
     assert liked.item_index_B.tolist() == [101]
     part = batch.take(np.array([1]))
-    assert (part.item_index_B.tolist(), part.row_B.tolist(), part.user_index_G.tolist()) == ([201], [0], [1002])
+    assert (part.item_index_B.tolist(), part.row_B.tolist(), part.user_index_G.tolist()) == (
+        [201],
+        [0],
+        [1002],
+    )
     assert block([[(1, False)]]).held_out(max_history=4, limit=10) is None
 
 
@@ -125,11 +145,16 @@ def test_for_serving_the_hold_out_is_history_too() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(users=some_users, like_share=st.sampled_from([None, 0.5, 1.0]))
-def test_a_draw_leaves_half_of_what_it_was_drawn_from_in_the_history(users: Users, like_share: float | None) -> None:
+def test_a_draw_leaves_half_of_what_it_was_drawn_from_in_the_history(
+    users: Users, like_share: float | None
+) -> None:
     """Else short histories, which serving meets, would never be met in training."""
     for batch in draws(block(users), like_share=like_share, targets=8):
         for draw, user in enumerate(batch.user_index_G - 1000):
             targets = np.unique(batch.item_index_B[batch.row_B == draw])
             kinds = np.unique(batch.like_B[batch.row_B == draw])
-            pool = min(sum(not held and (like_share is None or like == kind) for like, held in users[user]) for kind in kinds)
+            pool = min(
+                sum(not held and (like_share is None or like == kind) for like, held in users[user])
+                for kind in kinds
+            )
             assert len(targets) <= max(1, pool // 2)

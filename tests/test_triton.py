@@ -37,7 +37,9 @@ PORTS = ("http_port", "grpc_port", "metrics_port")
 
 
 def served(settings: DecoderSettings, grpc_port: int, **triton: float) -> DecoderSettings:
-    told = TritonSettings(url=f"127.0.0.1:{grpc_port}", **{"deadline_seconds": 60, "ready_seconds": 60, **triton})
+    told = TritonSettings(
+        url=f"127.0.0.1:{grpc_port}", **{"deadline_seconds": 60, "ready_seconds": 60, **triton}
+    )
     return settings.model_copy(update={"backend": "triton", "triton": told})
 
 
@@ -54,7 +56,9 @@ def process(tiny_decoder: DecoderSettings, ports: dict[str, int]) -> Iterator["s
 
 
 @pytest.fixture(scope="module")
-def server(process: "subprocess.Popen[bytes]", tiny_decoder: DecoderSettings, ports: dict[str, int]) -> DecoderSettings:
+def server(
+    process: "subprocess.Popen[bytes]", tiny_decoder: DecoderSettings, ports: dict[str, int]
+) -> DecoderSettings:
     """The settings that reach it."""
     return served(tiny_decoder, ports["grpc_port"])
 
@@ -66,7 +70,9 @@ def rows(tiny_decoder: DecoderSettings) -> Rows:
     return Rows.of(tiny_decoder, embeds, range(11), words, words[::-1])
 
 
-def test_it_draws_the_same_images_as_the_decoder_in_process(server: DecoderSettings, tiny_decoder: DecoderSettings, rows: Rows) -> None:
+def test_it_draws_the_same_images_as_the_decoder_in_process(
+    server: DecoderSettings, tiny_decoder: DecoderSettings, rows: Rows
+) -> None:
     rows.image_embeds_BD[4, 0] = np.nan
     rows.guidance_scale_B[5], rows.ip_adapter_scale_B[6] = 2.0, 0.5
     drawn = TritonDecoder(server).decode(rows)
@@ -114,7 +120,8 @@ def test_a_malformed_request_is_refused_alone(server: DecoderSettings, rows: Row
     wrong = grpcclient.InferInput("image_embeds", [1, D + 1], "FP32")
     wrong.set_data_from_numpy(np.zeros((1, D + 1), np.float32))
     with pytest.raises(
-        InferenceServerException, match=rf"unexpected shape for input 'image_embeds'.*Expected \[-1,{D}\], got \[1,{D + 1}\]"
+        InferenceServerException,
+        match=rf"unexpected shape for input 'image_embeds'.*Expected \[-1,{D}\], got \[1,{D + 1}\]",
     ):
         client.infer(MODEL, [wrong, *(tensor for name, tensor in inputs.items() if name != "image_embeds")])
     with pytest.raises(InferenceServerException, match="decoder: seed -5 is negative"):
@@ -131,7 +138,9 @@ def test_a_malformed_request_is_refused_alone(server: DecoderSettings, rows: Row
 
 
 def test_a_refused_request_is_the_users_mistake(server: DecoderSettings, rows: Rows) -> None:
-    with pytest.raises(UserError, match=r"decoder.triton 127.0.0.1:\d+: .*unexpected shape for input 'image_embeds'"):
+    with pytest.raises(
+        UserError, match=r"decoder.triton 127.0.0.1:\d+: .*unexpected shape for input 'image_embeds'"
+    ):
         TritonDecoder(server).decode(replace(rows, image_embeds_BD=np.zeros((11, 3), np.float32)))
 
 
@@ -145,7 +154,8 @@ def test_a_server_of_another_decoder_is_refused(server: DecoderSettings) -> None
 
 def test_a_server_that_is_down_is_said_with_the_remedy(tiny_decoder: DecoderSettings) -> None:
     with pytest.raises(
-        ServerLostError, match=r"no server ready within 1 s \(.*refused.*\); start one on every node that renders \(rebeca serve"
+        ServerLostError,
+        match=r"no server ready within 1 s \(.*refused.*\); start one on every node that renders \(rebeca serve",
     ):
         TritonDecoder(served(tiny_decoder, free_port(), ready_seconds=1))
 
@@ -168,7 +178,9 @@ def test_a_server_slow_beyond_the_deadline_is_waited_for_and_then_given_up(
         os.kill(process.pid, signal.SIGCONT)
 
 
-def test_a_server_killed_in_the_middle_and_started_again_loses_and_doubles_nothing(tiny_decoder: DecoderSettings, rows: Rows) -> None:
+def test_a_server_killed_in_the_middle_and_started_again_loses_and_doubles_nothing(
+    tiny_decoder: DecoderSettings, rows: Rows
+) -> None:
     own = {name: free_port() for name in PORTS}
     many = Rows.concatenate([rows] * 20)
     expected = LocalDecoder(tiny_decoder).decode(rows) * 20
@@ -195,7 +207,9 @@ def test_a_server_killed_in_the_middle_and_started_again_loses_and_doubles_nothi
 @pytest.mark.usefixtures("ray_local")
 def test_the_catalog_is_the_same_by_either_backend(server: DecoderSettings, config: GenerateConfig) -> None:
     run = prepare(config).run  # plans and renders in this process
-    local = {row["item_id"]: row["image"]["bytes"] for row in pq.read_table(f"{run.root}/{run.images}").to_pylist()}
+    local = {
+        row["item_id"]: row["image"]["bytes"] for row in pq.read_table(f"{run.root}/{run.images}").to_pylist()
+    }
     through = config.model_copy(update={"root": f"{config.root}-triton", "decoder": server})
     assert generate_catalog(through)["counts"]["new"] == len(local) == 16
     snapshot = read_catalog(through.root)
@@ -211,8 +225,12 @@ def test_a_render_actor_whose_server_is_lost_is_started_again(
     """As Ray Data keeps its actors: they restart, and what they were at is tried again."""
     import ray
 
-    planned = plan(config, pq.read_table(config.request)).select(["item_id", "bucket", "image_embeds", "prompt", "negative_prompt"])
-    hasty = server.model_copy(update={"triton": server.triton.model_copy(update={"deadline_seconds": 1, "ready_seconds": 4})})
+    planned = plan(config, pq.read_table(config.request)).select(
+        ["item_id", "bucket", "image_embeds", "prompt", "negative_prompt"]
+    )
+    hasty = server.model_copy(
+        update={"triton": server.triton.model_copy(update={"deadline_seconds": 1, "ready_seconds": 4})}
+    )
     actor = ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=0.5)(RenderImages).remote(hasty)
     process_id = actor.__ray_call__.remote
     first, before = ray.get([actor.__call__.remote(planned), process_id(lambda self: os.getpid())])
@@ -224,7 +242,9 @@ def test_a_render_actor_whose_server_is_lost_is_started_again(
     ray.kill(actor)
 
 
-def test_out_of_memory_on_the_server_halves_its_batch_and_goes_on(tiny_decoder: DecoderSettings, rows: Rows) -> None:
+def test_out_of_memory_on_the_server_halves_its_batch_and_goes_on(
+    tiny_decoder: DecoderSettings, rows: Rows
+) -> None:
     small = tiny_decoder.model_copy(update={"safety": SafetySettings(checker="tests.small_memory:checker")})
     own = {name: free_port() for name in PORTS}
     with triton_server(small, **own, instances=1):
@@ -233,12 +253,20 @@ def test_out_of_memory_on_the_server_halves_its_batch_and_goes_on(tiny_decoder: 
     assert all(image.image for image in drawn)
 
 
-def test_an_unknown_engine_stops_the_server_with_the_reason(tiny_decoder: DecoderSettings, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_engine_stops_the_server_with_the_reason(
+    tiny_decoder: DecoderSettings, capfd: pytest.CaptureFixture[str]
+) -> None:
     own = {name: free_port() for name in PORTS}
     unknown = tiny_decoder.model_copy(update={"engine": "steam"})
-    with pytest.raises(UserError, match="tritonserver ended with code 1 before it was ready"), triton_server(unknown, **own, instances=1):
+    with (
+        pytest.raises(UserError, match="tritonserver ended with code 1 before it was ready"),
+        triton_server(unknown, **own, instances=1),
+    ):
         pass
-    assert "config.pbtxt: parameters: engine = 'steam': input should be 'torch', 'onnx' or 'tensorrt'" in capfd.readouterr().err
+    assert (
+        "config.pbtxt: parameters: engine = 'steam': input should be 'torch', 'onnx' or 'tensorrt'"
+        in capfd.readouterr().err
+    )
 
 
 @pytest.mark.usefixtures("process")
@@ -258,12 +286,22 @@ def test_a_server_that_is_not_there_is_missed_before_anything_is_planned(config:
     assert not (Path(config.root) / "work").exists()
 
 
-def test_rebeca_serve_says_where_it_listens_and_stops_cleanly(tiny_decoder: DecoderSettings, rows: Rows, tmp_path: Path) -> None:
+def test_rebeca_serve_says_where_it_listens_and_stops_cleanly(
+    tiny_decoder: DecoderSettings, rows: Rows, tmp_path: Path
+) -> None:
     own = {name: free_port() for name in PORTS}
     decoder = tiny_decoder.model_dump(mode="json", exclude_defaults=True)
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"prior": "p", "request": "r", "root": "c", "decoder": decoder}))
+    (tmp_path / "c.yaml").write_text(
+        yaml.safe_dump({"prior": "p", "request": "r", "root": "c", "decoder": decoder})
+    )
     options = [part for name, port in own.items() for part in (f"--{name.replace('_', '-')}", str(port))]
-    command = [str(Path(sys.executable).parent / "rebeca"), "serve", "--config", str(tmp_path / "c.yaml"), *options]
+    command = [
+        str(Path(sys.executable).parent / "rebeca"),
+        "serve",
+        "--config",
+        str(tmp_path / "c.yaml"),
+        *options,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     told = process.stdout.readline()  # one line, for scripts that wait for it

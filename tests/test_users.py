@@ -17,7 +17,9 @@ D = 8
 @pytest.fixture(scope="module")
 def prior() -> Prior:
     torch.manual_seed(0)
-    network = NetworkSettings(num_layers=1, num_heads=2, width=16, num_tokens=2, num_user_tokens=2, user_encoder="history")
+    network = NetworkSettings(
+        num_layers=1, num_heads=2, width=16, num_tokens=2, num_user_tokens=2, user_encoder="history"
+    )
     return Prior(network, D).eval()
 
 
@@ -84,11 +86,16 @@ def exchange(rank: int, meeting: str, index_B: torch.Tensor, gradient_BUH: torch
 
 def test_two_workers_make_the_update_of_one_with_both_their_batches(tmp_path: Path) -> None:
     """The loss is a mean, so that a worker's gradient is that of a batch half as large: twice the whole batch's."""
-    index, gradient = torch.tensor([3, 1, 3, 0]), torch.randn(4, 1, 4, generator=torch.Generator().manual_seed(0))
+    index, gradient = (
+        torch.tensor([3, 1, 3, 0]),
+        torch.randn(4, 1, 4, generator=torch.Generator().manual_seed(0)),
+    )
     alone = UserTable(5, 1, 4)
     for _ in range(2):
         alone.update(index, gradient / 2, learning_rate=0.5)
-    torch.multiprocessing.spawn(exchange, (str(tmp_path / "meeting"), index, gradient, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(
+        exchange, (str(tmp_path / "meeting"), index, gradient, str(tmp_path)), nprocs=2
+    )
     for rank in range(2):
         both = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         torch.testing.assert_close(both["rows"], alone.rows_VUH)

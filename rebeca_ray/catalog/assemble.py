@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.bucket import KINDS, Assembled, Assembly, Bucket
-from rebeca_ray.catalog.layout import Run, for_each_bucket
+from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.errors import ErrorBudgetExceededError, QualityGateError, UserError
+from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.refresh import Decisions
 from rebeca_ray.rendering import Rendered
 from rebeca_ray.storage import join, read_table, write_table
@@ -58,7 +59,10 @@ def assemble(
     to be shown.
     """
     first = previous.manifest["next_file"] if previous else 0
-    numbered = [{**file, "file": first + number} for number, file in enumerate(sorted(rendered.files, key=lambda file: str(file["path"])))]
+    numbered = [
+        {**file, "file": first + number}
+        for number, file in enumerate(sorted(rendered.files, key=lambda file: str(file["path"])))
+    ]
     work = with_pool(
         Assembly(
             run=run,
@@ -76,7 +80,9 @@ def assemble(
             pool=decisions.pool,
         )
     )
-    found = for_each_bucket(lambda bucket: Bucket.read(work, bucket).assemble(), range(made.num_buckets), moved)
+    found = for_each_bucket(
+        lambda bucket: Bucket.read(work, bucket).assemble(), range(made.num_buckets), moved
+    )
     counts = total([part.counts for part in found])
     accounted = sum(counts.get(kind, 0) for kind in KINDS)
     if undrawn := sum(part.undrawn for part in found):
@@ -90,8 +96,13 @@ def assemble(
         )
     images = image_files(work, found)
     listing = f"{run.snapshot}/files-{run.epoch:06d}.parquet"
-    rows = sorted([row for part in found for row in part.files] + images, key=lambda row: (row["table"], row["bucket"], row["file"]))
-    list_written = write_table(pa.Table.from_pylist(rows, schema=schemas.FILES), join(run.root, listing), row_group_size=10_000)
+    rows = sorted(
+        [row for part in found for row in part.files] + images,
+        key=lambda row: (row["table"], row["bucket"], row["file"]),
+    )
+    list_written = write_table(
+        pa.Table.from_pylist(rows, schema=schemas.FILES), join(run.root, listing), row_group_size=10_000
+    )
     return {
         "schema_version": schemas.SCHEMA_VERSION,
         "run_id": run.run_id,
@@ -100,8 +111,15 @@ def assemble(
         "created_at": work.now.isoformat(timespec="seconds"),
         "previous": previous.manifest["run_id"] if previous else None,
         "previous_path": previous.path if previous else None,
-        "counts": {"requested": requested, **{kind: counts[kind] for kind in (*KINDS, "users", "late_users")}},
-        "decisions": {"planned_users": decisions.planned_users, "planned_items": decisions.planned_items, "units": decisions.units},
+        "counts": {
+            "requested": requested,
+            **{kind: counts[kind] for kind in (*KINDS, "users", "late_users")},
+        },
+        "decisions": {
+            "planned_users": decisions.planned_users,
+            "planned_items": decisions.planned_items,
+            "units": decisions.units,
+        },
         "carried_buckets": sum(part.by_reference for part in found),
         "figures": figures(counts, total([part.sums for part in found]), requested),
         "versions": made.versions,
@@ -123,7 +141,9 @@ def with_pool(work: Assembly) -> Assembly:
     found = Bucket(work, work.pool["bucket"], [work.pool]).put_together()
     if found.undrawn:
         raise incomplete(work.run, f"{found.undrawn} items of the strangers' pool were not rendered")
-    return replace(work, pool_items=found.items, pool_failed=found.errors.num_rows, pool_late=bool(found.late))
+    return replace(
+        work, pool_items=found.items, pool_failed=found.errors.num_rows, pool_late=bool(found.late)
+    )
 
 
 def incomplete(run: Run, told: str) -> IncompleteRunError:
@@ -137,12 +157,16 @@ def total(parts: list[dict[str, Any]]) -> Counter[str]:
     return counted
 
 
-def refuse_failures(run: Run, counts: Counter[str], requested: int, error_budget: float, found: list[Assembled]) -> None:
+def refuse_failures(
+    run: Run, counts: Counter[str], requested: int, error_budget: float, found: list[Assembled]
+) -> None:
     """Raise ErrorBudgetExceededError if more failed than may."""
     if counts["failed"] <= error_budget * requested:
         return
     reasons: list[str] = []
-    for path in [row["path"] for part in found for row in part.files if row["table"] == "errors" and row["rows"]]:
+    for path in [
+        row["path"] for part in found for row in part.files if row["table"] == "errors" and row["rows"]
+    ]:
         reasons += pc.unique(read_table(join(run.root, path), "errors", ["error"])["error"]).to_pylist()
         if len(reasons) >= 3:
             break
@@ -158,10 +182,17 @@ def image_files(work: Assembly, found: list[Assembled]) -> list[dict[str, Any]]:
     for part in found:
         live.update(part.live)
     new = [
-        {"table": "images", **{name: file[name] for name in ("bucket", "file", "path", "rows", "bytes", "sha256")}}
+        {
+            "table": "images",
+            **{name: file[name] for name in ("bucket", "file", "path", "rows", "bytes", "sha256")},
+        }
         for file in [*work.files, *(file for part in found for file in part.images)]
     ]
-    old = [row for row in work.previous.files.to_pylist() if row["table"] == "images" and live[row["file"]]] if work.previous else []
+    old = (
+        [row for row in work.previous.files.to_pylist() if row["table"] == "images" and live[row["file"]]]
+        if work.previous
+        else []
+    )
     return [{**row, "live_rows": live[row["file"]]} for row in old + new]
 
 
@@ -183,4 +214,7 @@ def figures(counts: Counter[str], sums: Counter[str], requested: int) -> dict[st
 
 def file_metadata(versions: dict[str, str]) -> dict[str, str]:
     """Every table but images says what made it; images say the version alone, and the manifest the rest."""
-    return {schemas.VERSION_KEY: str(schemas.SCHEMA_VERSION), **{f"rebeca.{name}": value for name, value in versions.items()}}
+    return {
+        schemas.VERSION_KEY: str(schemas.SCHEMA_VERSION),
+        **{f"rebeca.{name}": value for name, value in versions.items()},
+    }

@@ -41,7 +41,9 @@ def compact(work: Assembly, bucket: int, items: pa.Table) -> tuple[pa.Table, lis
         written.append({"table": "images", "bucket": bucket, "file": file, "path": path, **record})
         files[moving[own]], rows[moving[own]] = file, np.arange(images.num_rows)
     for name, values in (("image_file", files), ("image_row", rows)):
-        items = items.set_column(items.schema.get_field_index(name), items.schema.field(name), pa.array(values, pa.int32()))
+        items = items.set_column(
+            items.schema.get_field_index(name), items.schema.field(name), pa.array(values, pa.int32())
+        )
     return items, written
 
 
@@ -51,21 +53,38 @@ def mostly_dead(work: Assembly, bucket: int, items: pa.Table) -> np.ndarray:
     if work.previous.manifest["num_buckets"] != work.num_buckets:
         return np.array([], int)  # files then serve several buckets
     images = work.previous.files.filter(
-        pc.and_(pc.equal(work.previous.files["table"], "images"), pc.equal(work.previous.files["bucket"], bucket))
+        pc.and_(
+            pc.equal(work.previous.files["table"], "images"), pc.equal(work.previous.files["bucket"], bucket)
+        )
     )
     last = work.previous.bucket("items", bucket, work.num_buckets, ["image_file", "image_row"])
-    own = distinct_places(last)  # of a file that serves other buckets too, from before a change of their number, nothing is known here
-    alone = {file for file, live in zip(images["file"].to_pylist(), images["live_rows"].to_pylist(), strict=True) if own.get(file) == live}
+    own = distinct_places(
+        last
+    )  # of a file that serves other buckets too, from before a change of their number, nothing is known here
+    alone = {
+        file
+        for file, live in zip(images["file"].to_pylist(), images["live_rows"].to_pylist(), strict=True)
+        if own.get(file) == live
+    }
     live = distinct_places(items)
     pooled = set() if work.pool_items is None else set(work.pool_items["image_file"].to_pylist())
     found = zip(images["file"].to_pylist(), images["rows"].to_pylist(), strict=True)
-    return np.array([file for file, count in found if 0 < live.get(file, 0) < MIN_LIVE * count and file in alone - pooled], int)
+    return np.array(
+        [
+            file
+            for file, count in found
+            if 0 < live.get(file, 0) < MIN_LIVE * count and file in alone - pooled
+        ],
+        int,
+    )
 
 
 def distinct_places(items: pa.Table) -> dict[int, int]:
     """How many rows of each image file are pointed to."""
     places = np.unique(np.stack([items["image_file"].to_numpy(), items["image_row"].to_numpy()]), axis=1)
-    return {int(file): int(count) for file, count in zip(*np.unique(places[0], return_counts=True), strict=True)}
+    return {
+        int(file): int(count) for file, count in zip(*np.unique(places[0], return_counts=True), strict=True)
+    }
 
 
 def read_images(work: Assembly, files: np.ndarray, rows: np.ndarray) -> pa.Table:

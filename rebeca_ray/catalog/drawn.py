@@ -35,7 +35,9 @@ class Drawn:
         filesystem, base = open_filesystem(root)
 
         def index(file: dict[str, Any]) -> pa.Table:
-            with filesystem.open(join(base, file["path"]), "rb", cache_type="none") as handle:  # not the pixels between
+            with filesystem.open(
+                join(base, file["path"]), "rb", cache_type="none"
+            ) as handle:  # not the pixels between
                 table = pq.read_table(handle, columns=COLUMNS)
             count = table.num_rows
             for name, values in (
@@ -50,9 +52,22 @@ class Drawn:
             tables = list(pool.map(index, files))
         if not tables:
             kinds = [pa.string(), pa.string(), pa.int32(), pa.float32(), pa.int32(), pa.int32(), pa.int32()]
-            return cls(**{name: pa.array([], kind) for name, kind in zip([*COLUMNS, "file", "row", "attempt"], kinds, strict=True)})
+            return cls(
+                **{
+                    name: pa.array([], kind)
+                    for name, kind in zip([*COLUMNS, "file", "row", "attempt"], kinds, strict=True)
+                }
+            )
         table = pa.concat_tables(tables)
         # index_in() finds the first of repeated ids: those that did not fail come first, then the latest failure.
         failed = pc.is_valid(table["error"]).cast(pa.int8())
-        order = pc.sort_indices(table.append_column("failed", failed), sort_keys=[("failed", "ascending"), ("attempt", "descending")])
-        return cls(**{name: column.combine_chunks() for name, column in zip(table.column_names, table.take(order), strict=True)})
+        order = pc.sort_indices(
+            table.append_column("failed", failed),
+            sort_keys=[("failed", "ascending"), ("attempt", "descending")],
+        )
+        return cls(
+            **{
+                name: column.combine_chunks()
+                for name, column in zip(table.column_names, table.take(order), strict=True)
+            }
+        )

@@ -27,7 +27,12 @@ def check_plan(run: Run, gate: GateSettings) -> tuple[PermutationTest | None, st
     than two users.
     """
     test = plan_test(read_sample(run.plan))
-    if test is None or test.num_users < MIN_USERS or gate.max_p_value is None or test.p_value <= gate.max_p_value:
+    if (
+        test is None
+        or test.num_users < MIN_USERS
+        or gate.max_p_value is None
+        or test.p_value <= gate.max_p_value
+    ):
         return test, None
     return test, (
         f"run {run.run_id}: what the prior draws pleases its own users no more than others: like probability {test.own:.4f}, "
@@ -59,7 +64,9 @@ def refusals(manifest: dict[str, Any], before: dict[str, Any] | None, gate: Gate
             found.append(f"{name} is {value:g}, {bound - value:.4g} below gate.min_{name} {bound:g}")
         if former and gate.max_drop is not None and value < (1 - gate.max_drop) * former:
             drop = 1 - value / former
-            found.append(f"{name} is {value:g}, {drop:.1%} below the last snapshot's {former:g} (gate.max_drop is {gate.max_drop:.1%})")
+            found.append(
+                f"{name} is {value:g}, {drop:.1%} below the last snapshot's {former:g} (gate.max_drop is {gate.max_drop:.1%})"
+            )
     for name, bound in highest.items():
         value, former = now[name], last.get(name)
         if value is None:
@@ -68,7 +75,9 @@ def refusals(manifest: dict[str, Any], before: dict[str, Any] | None, gate: Gate
             found.append(f"{name} is {value:.2%}, {value - bound:.2%} above gate.max_{name} {bound:.2%}")
         if former is not None and gate.max_rise is not None and value > former + gate.max_rise:
             rise = value - former
-            found.append(f"{name} is {value:.2%}, {rise:.2%} above the last snapshot's {former:.2%} (gate.max_rise is {gate.max_rise:.2%})")
+            found.append(
+                f"{name} is {value:.2%}, {rise:.2%} above the last snapshot's {former:.2%} (gate.max_rise is {gate.max_rise:.2%})"
+            )
     return found
 
 
@@ -99,7 +108,9 @@ def read_sample(plan: str) -> pa.Table:
     parts = []
     for path in files:
         with filesystem.open(path, "rb") as file:
-            table = pq.read_table(file, columns=["user_id", "rank", "user_factors", "drawn_factors", "origin"])
+            table = pq.read_table(
+                file, columns=["user_id", "rank", "user_factors", "drawn_factors", "origin"]
+            )
         personal = pc.and_(pc.equal(table["origin"], "new"), pc.is_valid(table["user_factors"]))
         table = table.filter(pc.and_(personal, pc.less(table["rank"], MAX_ITEMS_A_USER)))
         users = pc.unique(table["user_id"])
@@ -111,7 +122,9 @@ def read_sample(plan: str) -> pa.Table:
 
 def plan_test(sample: pa.Table) -> PermutationTest | None:
     """The permutation test of a sample of the plan; None for fewer than two users."""
-    users, first, user_N = np.unique(sample["user_id"].to_numpy(zero_copy_only=False), return_index=True, return_inverse=True)
+    users, first, user_N = np.unique(
+        sample["user_id"].to_numpy(zero_copy_only=False), return_index=True, return_inverse=True
+    )
     if len(users) < 2:
         return None
     user_UF = np.stack(sample["user_factors"].take(first).to_numpy(zero_copy_only=False))

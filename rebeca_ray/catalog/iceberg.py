@@ -12,19 +12,23 @@ import pyarrow as pa
 
 from rebeca_ray.catalog.layout import outside
 from rebeca_ray.catalog.read import TABLES, Snapshot
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import UserError, describe
 from rebeca_ray.settings import absolute
-from rebeca_ray.storage import describe, is_damage
+from rebeca_ray.storage import is_damage
 
 if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog
     from pyiceberg.table import Table
 
 RUN = "rebeca.run_id"  # a property of the tables
-PROPERTIES = {"gc.enabled": "false"}  # the files are the catalog's: `rebeca catalog gc` removes them, Iceberg's own clean-up must not
+PROPERTIES = {
+    "gc.enabled": "false"
+}  # the files are the catalog's: `rebeca catalog gc` removes them, Iceberg's own clean-up must not
 
 
-def register_snapshot(snapshot: Snapshot, catalog: str, warehouse: str, namespace: str = "rebeca") -> dict[str, tuple[int, int]]:
+def register_snapshot(
+    snapshot: Snapshot, catalog: str, warehouse: str, namespace: str = "rebeca"
+) -> dict[str, tuple[int, int]]:
     """Bring the tables of a namespace to the snapshot; returns how many files each gained and lost.
 
     `catalog` is the database of an Iceberg SQL catalog (`sqlite:////path/catalog.db`), `warehouse` the folder for the tables' metadata.
@@ -36,7 +40,9 @@ def register_snapshot(snapshot: Snapshot, catalog: str, warehouse: str, namespac
     try:
         found = open_iceberg(catalog, warehouse)
     except ImportError as error:
-        raise UserError(f"iceberg {catalog}: {error.name} is not installed; pip install 'rebeca-ray[iceberg]' (and the driver)") from None
+        raise UserError(
+            f"iceberg {catalog}: {error.name} is not installed; pip install 'rebeca-ray[iceberg]' (and the driver)"
+        ) from None
     from pyiceberg.exceptions import CommitFailedException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -46,17 +52,23 @@ def register_snapshot(snapshot: Snapshot, catalog: str, warehouse: str, namespac
         for name in TABLES:
             own = f"{namespace}.{name}"
             if not found.table_exists(own):  # or it would write metadata that nobody needs
-                found.create_table_if_not_exists(own, snapshot.schema(name).remove_metadata(), properties=PROPERTIES)
+                found.create_table_if_not_exists(
+                    own, snapshot.schema(name).remove_metadata(), properties=PROPERTIES
+                )
             table = found.load_table(own)
             try:
                 done[name] = bring_to(table, snapshot, name)
             except (pa.ArrowException, OSError) as error:
-                if is_damage(error) or any(path in str(error) for path in snapshot.paths(name)):  # and not of the warehouse
+                if is_damage(error) or any(
+                    path in str(error) for path in snapshot.paths(name)
+                ):  # and not of the warehouse
                     with snapshot.explained():
                         raise
                 raise
     except CommitFailedException as error:
-        raise UserError(f"iceberg {catalog}: {namespace} was changed by another writer ({error}); run it again") from None
+        raise UserError(
+            f"iceberg {catalog}: {namespace} was changed by another writer ({error}); run it again"
+        ) from None
     except (SQLAlchemyError, ValueError, OSError) as error:
         if isinstance(error, UserError):
             raise
@@ -69,11 +81,20 @@ def open_iceberg(catalog: str, warehouse: str) -> "Catalog":
     from pyiceberg.catalog.sql import SqlCatalog
     from sqlalchemy.exc import SQLAlchemyError
 
-    told = {"s3.endpoint": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")}  # the rest pyarrow finds itself
-    logging.getLogger("pyiceberg.io.pyarrow").setLevel(logging.ERROR)  # embeddings have no statistics, on purpose
+    told = {
+        "s3.endpoint": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    }  # the rest pyarrow finds itself
+    logging.getLogger("pyiceberg.io.pyarrow").setLevel(
+        logging.ERROR
+    )  # embeddings have no statistics, on purpose
     warehouse = warehouse if "://" in warehouse else f"file://{absolute(warehouse)}"
     try:
-        return SqlCatalog("rebeca", uri=catalog, warehouse=warehouse, **{name: value for name, value in told.items() if value})
+        return SqlCatalog(
+            "rebeca",
+            uri=catalog,
+            warehouse=warehouse,
+            **{name: value for name, value in told.items() if value},
+        )
     except SQLAlchemyError as error:
         raise refused(catalog, error) from None
 

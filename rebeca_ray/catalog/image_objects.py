@@ -21,11 +21,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.layout import POOL, for_each_bucket, outside
+from rebeca_ray.catalog.layout import POOL, outside
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.errors import StorageError, UserError
+from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.storage import (
     delete,
     delete_files,
@@ -77,7 +78,9 @@ def read_export(out: str, folder: str | None = None) -> ImageExport | None:
     try:
         return None if told is None else ImageExport(**told)
     except TypeError:
-        raise UserError(f"export {out}: holds something else than an export of images; choose another folder") from None
+        raise UserError(
+            f"export {out}: holds something else than an export of images; choose another folder"
+        ) from None
 
 
 def export_images(snapshot: Snapshot, out: str, url_base: str) -> Exported:
@@ -87,11 +90,17 @@ def export_images(snapshot: Snapshot, out: str, url_base: str) -> Exported:
     nothing is written. Raises LostRaceError while another export to `out` is at work.
     """
     out, url = outside(snapshot.root, out, "out"), urlsplit(url_base)
-    if not ((url.scheme and url.netloc) or url_base.startswith("/")) or any(letter.isspace() for letter in url_base):
-        raise UserError(f"url_base {url_base!r}: is no URL; give one such as https://cdn.example.com/recs, or a path that begins with /")
+    if not ((url.scheme and url.netloc) or url_base.startswith("/")) or any(
+        letter.isspace() for letter in url_base
+    ):
+        raise UserError(
+            f"url_base {url_base!r}: is no URL; give one such as https://cdn.example.com/recs, or a path that begins with /"
+        )
     url_base = url_base.rstrip("/")
     if others := {*list_folders(out)} - {"objects", "urls"}:
-        raise UserError(f"out {out}: holds something else ({min(others)}) than an export of images; choose another folder")
+        raise UserError(
+            f"out {out}: holds something else ({min(others)}) than an export of images; choose another folder"
+        )
     read_export(out)
     with hold_lease(out, f"export of {snapshot.run_id}", LEASE_SECONDS) as lease:
         last = read_export(out)
@@ -100,7 +109,9 @@ def export_images(snapshot: Snapshot, out: str, url_base: str) -> Exported:
             return Exported(urls=last.urls, written=0, removed=0, files=last.files)
         before_last = read_export(out, last.before) if last and last.before else None
         num_buckets = snapshot.manifest["num_buckets"]
-        there, gone = (export if export and export.num_buckets == num_buckets else None for export in (last, before_last))  # or unknown
+        there, gone = (
+            export if export and export.num_buckets == num_buckets else None for export in (last, before_last)
+        )  # or unknown
         shared = snapshot.for_user(POOL, COLUMNS)
         pool = last.pool.copy() if last else {}
         pool |= {item: key_of(item, image) for item, image in images_of(snapshot, shared).items()}
@@ -162,7 +173,13 @@ def export_bucket(
         images = images_of(snapshot, missing.slice(start, IMAGES_AT_ONCE))
         new = {item: key_of(item, image) for item, image in images.items()}
         with ThreadPoolExecutor(WRITERS) as writers:
-            list(writers.map(lambda key, image: write_image(join(out, key), image["bytes"]), new.values(), images.values()))
+            list(
+                writers.map(
+                    lambda key, image: write_image(join(out, key), image["bytes"]),
+                    new.values(),
+                    images.values(),
+                )
+            )
         keys |= new
         written.update(new)
     image_key = [keys[item] for item in items["item_id"].to_pylist()]
@@ -180,7 +197,9 @@ def export_bucket(
     return Exported(urls=items.num_rows, written=len(written), removed=len(stale), files=[path])
 
 
-def keys_of(out: str, export: ImageExport | None, bucket: int, *, personal: bool = False) -> dict[str, str] | None:
+def keys_of(
+    out: str, export: ImageExport | None, bucket: int, *, personal: bool = False
+) -> dict[str, str] | None:
     """The keys of the objects that an earlier export shows the users of a bucket, by item; None if there is none that can be read.
 
     `personal` are those that nobody else can be shown: not of a pool, be it one that was never exported as such.
@@ -211,4 +230,9 @@ def key_of(item: str, image: dict[str, Any]) -> str:
 
 def write_image(uri: str, image: bytes) -> None:
     kind = uri.rsplit(".", 1)[-1]
-    write_object(image, uri, content_type=f"image/{'jpeg' if kind == 'jpg' else kind}", cache_control="public, max-age=31536000, immutable")
+    write_object(
+        image,
+        uri,
+        content_type=f"image/{'jpeg' if kind == 'jpg' else kind}",
+        cache_control="public, max-age=31536000, immutable",
+    )

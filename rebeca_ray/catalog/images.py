@@ -19,12 +19,18 @@ FILES_AT_ONCE = 16
 def read_images(snapshot: Snapshot, items: pa.Table) -> list[dict[str, Any]]:
     """The `image` of each row, in their order. Raises UserError as `Snapshot.images`."""
     if not isinstance(items, pa.Table):
-        raise TypeError(f"images: the items are a {type(items).__name__}; give rows of `Snapshot.items`, a pyarrow table")
+        raise TypeError(
+            f"images: the items are a {type(items).__name__}; give rows of `Snapshot.items`, a pyarrow table"
+        )
     if missing := {"image_file", "image_row"} - set(items.column_names):
-        raise UserError(f"images: the items have no column {', '.join(sorted(missing))}; read them with it, or with all columns")
+        raise UserError(
+            f"images: the items have no column {', '.join(sorted(missing))}; read them with it, or with all columns"
+        )
     item_id = items["item_id"].to_pylist() if "item_id" in items.column_names else None
     wanted: dict[int, dict[int, list[int]]] = {}  # file -> row -> places among the items
-    for place, (file, row) in enumerate(zip(items["image_file"].to_pylist(), items["image_row"].to_pylist(), strict=True)):
+    for place, (file, row) in enumerate(
+        zip(items["image_file"].to_pylist(), items["image_row"].to_pylist(), strict=True)
+    ):
         wanted.setdefault(file, {}).setdefault(row, []).append(place)
     if unknown := set(wanted) - set(snapshot.image_files):
         raise of_another(snapshot, f"there is no image file {min(unknown)}")

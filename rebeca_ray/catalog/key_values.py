@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray.catalog.image_objects import read_export
-from rebeca_ray.catalog.layout import for_each_bucket, outside
+from rebeca_ray.catalog.layout import outside
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.errors import UserError
+from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.settings import absolute
 from rebeca_ray.storage import HashingSink, delete, join, open_filesystem, read_table, write_json
 
@@ -33,7 +34,13 @@ class KeyValues:
 
 
 def export_key_values(
-    snapshot: Snapshot, out: str, format: Format, *, key_prefix: str = "rebeca:", since: str | None = None, images: str | None = None
+    snapshot: Snapshot,
+    out: str,
+    format: Format,
+    *,
+    key_prefix: str = "rebeca:",
+    since: str | None = None,
+    images: str | None = None,
 ) -> KeyValues:
     """Write every user's items, or with `since`, a run, only those of users whose items differ from that run's snapshot.
 
@@ -58,7 +65,13 @@ def export_key_values(
         users=sum(part["users"] for part in found),
         removed=sum(part["removed"] for part in found),
     )
-    told = {"run_id": snapshot.run_id, "since": since, "format": format, "key_prefix": key_prefix, "files": found}
+    told = {
+        "run_id": snapshot.run_id,
+        "since": since,
+        "format": format,
+        "key_prefix": key_prefix,
+        "files": found,
+    }
     write_json(told, join(folder, "export.json"))
     return done
 
@@ -75,7 +88,13 @@ def url_files(snapshot: Snapshot, images: str) -> list[str]:
 
 
 def export_bucket(
-    snapshot: Snapshot, folder: str, format: Format, key_prefix: str, since: str | None, urls: list[str] | None, bucket: int
+    snapshot: Snapshot,
+    folder: str,
+    format: Format,
+    key_prefix: str,
+    since: str | None,
+    urls: list[str] | None,
+    bucket: int,
 ) -> dict[str, Any] | None:
     """The part file of one bucket; None if it has nobody."""
     own = None if since is None else snapshot.changed_users(since, bucket)
@@ -110,5 +129,7 @@ def line_of(_: str, user: str, items: list[dict[str, Any]] | None) -> bytes:
 def command_of(key_prefix: str, user: str, items: list[dict[str, Any]] | None) -> bytes:
     """A command as Redis reads it (RESP 2): an array of strings, each with its length before it."""
     key = f"{key_prefix}{user}".encode()
-    words = [b"DEL", key] if items is None else [b"SET", key, json.dumps(items, separators=(",", ":")).encode()]
+    words = (
+        [b"DEL", key] if items is None else [b"SET", key, json.dumps(items, separators=(",", ":")).encode()]
+    )
     return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)

@@ -16,16 +16,13 @@ A reader follows `latest.json` -> `manifest.json` -> its file list -> files, and
 
 import os
 import secrets
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeVar
 
 from rebeca_ray.errors import UserError
 from rebeca_ray.settings import absolute
 from rebeca_ray.storage import join
 
-T = TypeVar("T")
 POOL = ""  # the user whose items all strangers share; no request can name it
 
 
@@ -85,7 +82,9 @@ def outside(root: str, out: str, name: str) -> str:
         raise UserError(f"{name}: is empty; give a folder, or s3://bucket/prefix")
     place, within = (f"{absolute(uri.removeprefix('file://')).rstrip('/')}/" for uri in (out, root))
     if place.startswith(within):
-        raise UserError(f"{name} {out}: is in the catalog {root}, whose files are nobody else's; choose another folder")
+        raise UserError(
+            f"{name} {out}: is in the catalog {root}, whose files are nobody else's; choose another folder"
+        )
     if os.path.isfile(place.rstrip("/")):
         raise UserError(f"{name} {out}: is a file; give a folder")
     return place.rstrip("/")
@@ -93,21 +92,3 @@ def outside(root: str, out: str, name: str) -> str:
 
 def new_run_id() -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
-
-
-def for_each_bucket(work: Callable[[int], T], buckets: Sequence[int], moved: Callable[[], None] | None = None) -> list[T]:
-    """`work` of some buckets, in order: each in a Ray task of its own, a single one here. Calls `moved` whenever one is done."""
-    if len(buckets) < 2:
-        return [work(bucket) for bucket in buckets]
-    import ray
-
-    from rebeca_ray.cluster import start_ray
-
-    start_ray()
-    task: Any = ray.remote(work)
-    tasks = left = [task.remote(bucket) for bucket in buckets]
-    while left:
-        _, left = ray.wait(left, fetch_local=False)
-        if moved:
-            moved()
-    return list(ray.get(tasks))

@@ -14,7 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from rebeca_ray.catalog.pointer import LeaseState, LostRaceError, Pointer, change_pointer, left_behind, read_pointer
+from rebeca_ray.catalog.pointer import (
+    LeaseState,
+    LostRaceError,
+    Pointer,
+    change_pointer,
+    left_behind,
+    read_pointer,
+)
 from rebeca_ray.errors import UserError
 
 BEATS = 4  # in the time after which a silent lease is taken over
@@ -57,7 +64,13 @@ class Lease:
         if pointer.lease is not None and pointer.lease != self.watched:
             raise self.refused(pointer.lease)
         epoch = pointer.epoch + 1
-        lease: LeaseState = {"run_id": self.run_id, "epoch": epoch, "holder": self.holder, "beat": 0, "seconds": self.seconds}
+        lease: LeaseState = {
+            "run_id": self.run_id,
+            "epoch": epoch,
+            "holder": self.holder,
+            "beat": 0,
+            "seconds": self.seconds,
+        }
         return replace(pointer, epoch=epoch, lease=lease)
 
     def own(self, pointer: Pointer) -> LeaseState:
@@ -97,13 +110,22 @@ class Lease:
 
         def move(pointer: Pointer) -> Pointer:
             self.own(pointer)
-            return replace(pointer, run_id=run_id, run_date=run_date, snapshot=snapshot, forced=forced, left=left_behind(pointer, run_id))
+            return replace(
+                pointer,
+                run_id=run_id,
+                run_date=run_date,
+                snapshot=snapshot,
+                forced=forced,
+                left=left_behind(pointer, run_id),
+            )
 
         change_pointer(self.root, move)
 
     def release(self) -> None:
         try:
-            change_pointer(self.root, lambda pointer: replace(pointer, lease=None) if self.own(pointer) else pointer)
+            change_pointer(
+                self.root, lambda pointer: replace(pointer, lease=None) if self.own(pointer) else pointer
+            )
         except UserError:
             return  # another's by now, or out of reach: then it runs out
 
@@ -118,7 +140,9 @@ def hold_lease(root: str, run_id: str, seconds: float) -> Iterator[Lease]:
     main = threading.current_thread() is threading.main_thread()
 
     def interrupt(*_: object) -> None:
-        if not (lease.lost and lease.released.is_set()):  # a loss noticed at the very end interrupts nothing any more
+        if not (
+            lease.lost and lease.released.is_set()
+        ):  # a loss noticed at the very end interrupts nothing any more
             raise KeyboardInterrupt
 
     # A process that a shell starts with `&` ignores SIGINT, and would go on without its lease.

@@ -9,10 +9,12 @@ from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from rebeca_ray import schemas
-from rebeca_ray.errors import StorageError, UserError
-from rebeca_ray.storage import UNREACHABLE, describe, is_damage, join, open_filesystem, read_json
+from rebeca_ray.errors import StorageError, UserError, describe
+from rebeca_ray.storage import UNREACHABLE, is_damage, join, open_filesystem, read_json
 
-REPAIR = "restore it, or publish another snapshot with `rebeca catalog publish` and remove {path}/manifest.json"
+REPAIR = (
+    "restore it, or publish another snapshot with `rebeca catalog publish` and remove {path}/manifest.json"
+)
 
 
 class Manifest(TypedDict):
@@ -49,12 +51,16 @@ def read_manifest(root: str, path: str) -> dict[str, Any]:
             f"{schemas.OLDEST_SCHEMA_VERSION} to {schemas.SCHEMA_VERSION}: generate into another root"
         )
     if version > schemas.SCHEMA_VERSION:
-        raise UserError(f"catalog {root}: schema version {version}, this version reads {schemas.SCHEMA_VERSION}; upgrade rebeca-ray")
+        raise UserError(
+            f"catalog {root}: schema version {version}, this version reads {schemas.SCHEMA_VERSION}; upgrade rebeca-ray"
+        )
     try:
         MANIFEST.validate_python(manifest, strict=True)
     except ValidationError as error:
         name, why = error.errors()[0]["loc"][0], error.errors()[0]["msg"]
-        raise UserError(f"catalog {root}: the manifest of snapshot {path}: {name}: {why}; {REPAIR.format(path=path)}") from None
+        raise UserError(
+            f"catalog {root}: the manifest of snapshot {path}: {name}: {why}; {REPAIR.format(path=path)}"
+        ) from None
     return manifest
 
 
@@ -65,12 +71,18 @@ def read_file_list(root: str, path: str, manifest: dict[str, Any]) -> pa.Table:
         filesystem, base = open_filesystem(root)
         data = filesystem.cat_file(join(base, listing["path"]))
         if hashlib.sha256(data).hexdigest() == listing["sha256"]:
-            return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)  # a command of a moment may end before threads do
+            return pq.ParquetFile(pa.BufferReader(data)).read(
+                use_threads=False
+            )  # a command of a moment may end before threads do
         why = "its sha256 is not the manifest's"
     except (KeyError, TypeError):
         why = "manifest.json does not name it"
     except (pa.ArrowException, *UNREACHABLE) as error:
         why = describe(error)
         if not (is_damage(error) or isinstance(error, FileNotFoundError)):
-            raise StorageError(f"catalog {root}: {listing['path']} cannot be read ({why}); check the network and the credentials") from None
-    raise UserError(f"catalog {root}: the file list of snapshot {path} is missing or damaged ({why}); {REPAIR.format(path=path)}")
+            raise StorageError(
+                f"catalog {root}: {listing['path']} cannot be read ({why}); check the network and the credentials"
+            ) from None
+    raise UserError(
+        f"catalog {root}: the file list of snapshot {path} is missing or damaged ({why}); {REPAIR.format(path=path)}"
+    )

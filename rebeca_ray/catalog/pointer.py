@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from rebeca_ray.errors import UserError
-from rebeca_ray.storage import UNREACHABLE, describe, is_local, join, one_line, open_filesystem, write_json
+from rebeca_ray.errors import UserError, describe
+from rebeca_ray.storage import UNREACHABLE, is_local, join, one_line, open_filesystem, write_json
 
 POINTER = "latest.json"
 LOCK_SECONDS = 30  # which a change takes milliseconds of
@@ -76,7 +76,9 @@ def read_pointer(root: str) -> tuple[Pointer, str | None]:
     except UnicodeDecodeError:
         raise damaged(root) from None
     except UNREACHABLE as error:
-        raise UserError(f"catalog {root}: cannot be read ({describe(error)}); check the path and the credentials") from None
+        raise UserError(
+            f"catalog {root}: cannot be read ({describe(error)}); check the path and the credentials"
+        ) from None
     try:
         return TypeAdapter(Pointer).validate_json(text, strict=True), version
     except ValidationError:
@@ -84,7 +86,9 @@ def read_pointer(root: str) -> tuple[Pointer, str | None]:
 
 
 def damaged(root: str) -> UserError:
-    return UserError(f"catalog {root}: {POINTER} is damaged; remove it, and publish one of the snapshots that `rebeca catalog list` shows")
+    return UserError(
+        f"catalog {root}: {POINTER} is damaged; remove it, and publish one of the snapshots that `rebeca catalog list` shows"
+    )
 
 
 def change_pointer(root: str, change: Callable[[Pointer], Pointer]) -> Pointer:
@@ -102,7 +106,9 @@ def change_pointer(root: str, change: Callable[[Pointer], Pointer]) -> Pointer:
                 return wanted
         if read_pointer(root)[0] == wanted:
             return wanted
-    raise LostRaceError(f"catalog {root}: {POINTER} was changed by others {TRIES} times in a row; look who writes there")
+    raise LostRaceError(
+        f"catalog {root}: {POINTER} was changed by others {TRIES} times in a row; look who writes there"
+    )
 
 
 def left_behind(pointer: Pointer, run_id: str) -> tuple[Left, ...]:
@@ -126,7 +132,9 @@ def locked(path: Path) -> Any:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 lock.close()
-                raise UserError(f"{lock.name}: another process has held it for {LOCK_SECONDS} s; end that process") from None
+                raise UserError(
+                    f"{lock.name}: another process has held it for {LOCK_SECONDS} s; end that process"
+                ) from None
             time.sleep(0.02)
 
 
@@ -143,7 +151,10 @@ def swap(root: str, wanted: Pointer, version: str | None) -> bool:
             filesystem.pipe_file(path, json.dumps(asdict(wanted), indent=2).encode(), **condition)
         except OSError as error:
             answer = getattr(error.__cause__, "response", {})
-            status, code = answer.get("ResponseMetadata", {}).get("HTTPStatusCode"), answer.get("Error", {}).get("Code")
+            status, code = (
+                answer.get("ResponseMetadata", {}).get("HTTPStatusCode"),
+                answer.get("Error", {}).get("Code"),
+            )
             if status in (409, 412) or code == "NoSuchKey":  # changed, being changed, or removed
                 return False
             raise

@@ -23,10 +23,10 @@ from rebeca_ray.catalog.manifest import read_file_list, read_manifest
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.row_groups import complete, read_users
 from rebeca_ray.catalog.scanning import scanning_filesystem
-from rebeca_ray.errors import StorageError, UserError, did_you_mean
+from rebeca_ray.errors import StorageError, UserError, describe, did_you_mean
 from rebeca_ray.identity import bucket_of
 from rebeca_ray.settings import absolute
-from rebeca_ray.storage import PARQUET, UNREACHABLE, describe, exists, is_damage, join, open_filesystem
+from rebeca_ray.storage import PARQUET, UNREACHABLE, exists, is_damage, join, open_filesystem
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,7 +86,9 @@ class Snapshot:
         """Items, of all users or of some, without pixels. Of some: sorted by user and rank; of all: sorted so within a bucket."""
         return self.table("items", columns, user_ids)
 
-    def table(self, name: str = "items", columns: list[str] | None = None, user_ids: Sequence[str] | None = None) -> pa.Table:
+    def table(
+        self, name: str = "items", columns: list[str] | None = None, user_ids: Sequence[str] | None = None
+    ) -> pa.Table:
         """Rows of one of the snapshot's tables in memory: `items`, `images`, `users`, `errors` or `changes`.
 
         Raises UserError for an unknown table or column, and for users of `images`, which has none.
@@ -101,7 +103,9 @@ class Snapshot:
 
         def rows(file: File, own: list[str]) -> pa.Table:
             with self.explained(file.path):
-                return complete(read_users(self.root, file.path, file.bytes, own, read), self.schema(name), read)
+                return complete(
+                    read_users(self.root, file.path, file.bytes, own, read), self.schema(name), read
+                )
 
         if len(wanted) > 1:
             with ThreadPoolExecutor(THREADS) as pool:
@@ -113,11 +117,15 @@ class Snapshot:
         found = found.sort_by([(column, "ascending") for column in order])
         return found if columns is None else found.select(columns)
 
-    def to_pandas(self, name: str = "items", columns: list[str] | None = None, user_ids: Sequence[str] | None = None) -> pd.DataFrame:
+    def to_pandas(
+        self, name: str = "items", columns: list[str] | None = None, user_ids: Sequence[str] | None = None
+    ) -> pd.DataFrame:
         """The same as a pandas DataFrame; integers stay integers where nothing is missing."""
         return self.table(name, columns, user_ids).to_pandas()
 
-    def to_polars(self, name: str = "items", columns: list[str] | None = None, user_ids: Sequence[str] | None = None) -> pl.DataFrame:
+    def to_polars(
+        self, name: str = "items", columns: list[str] | None = None, user_ids: Sequence[str] | None = None
+    ) -> pl.DataFrame:
         """The same as a Polars DataFrame. Raises UserError where Polars is not installed."""
         try:
             import polars as pl
@@ -156,7 +164,9 @@ class Snapshot:
             with self.explained():
                 raise
 
-    def to_ray(self, name: str = "items", columns: list[str] | None = None, user_ids: Sequence[str] | None = None) -> ray.data.Dataset:
+    def to_ray(
+        self, name: str = "items", columns: list[str] | None = None, user_ids: Sequence[str] | None = None
+    ) -> ray.data.Dataset:
         """A table as a Ray Dataset, which reads it in parallel, file by file; of users those files that they may be in."""
         import ray.data
 
@@ -172,7 +182,10 @@ class Snapshot:
         if users is None:
             return found.select_columns(names)
         found = found.select_columns([*dict.fromkeys([*names, "user_id"])])
-        return found.map_batches(lambda rows: rows.filter(pc.is_in(rows["user_id"], pa.array(users))).select(names), batch_format="pyarrow")
+        return found.map_batches(
+            lambda rows: rows.filter(pc.is_in(rows["user_id"], pa.array(users))).select(names),
+            batch_format="pyarrow",
+        )
 
     def uris(self, name: str = "items") -> list[str]:
         """Where a table's files are, for any other reader; see infra/catalog-format.md."""
@@ -226,7 +239,9 @@ class Snapshot:
         """The files of a table, of all buckets or of some, in the order of their number, below the root."""
         chosen = self.files.filter(pc.equal(self.files["table"], name)).sort_by("file")
         if buckets is not None:
-            chosen = chosen.filter(pc.is_in(chosen["bucket"], value_set=pa.array(sorted(buckets), pa.int32())))
+            chosen = chosen.filter(
+                pc.is_in(chosen["bucket"], value_set=pa.array(sorted(buckets), pa.int32()))
+            )
         return list(chosen["path"].to_pylist())
 
     def bucket(self, name: str, bucket: int, num_buckets: int, columns: list[str] | None = None) -> pa.Table:
@@ -237,11 +252,18 @@ class Snapshot:
         own = self.files.filter(pc.equal(self.files["table"], name))
         same = self.manifest["num_buckets"] == num_buckets
         step = math.gcd(self.manifest["num_buckets"], num_buckets)  # both are the same hash, modulo
-        own = own.filter(pa.array([other % step == bucket % step for other in own["bucket"].to_pylist()], pa.bool_()))
+        own = own.filter(
+            pa.array([other % step == bucket % step for other in own["bucket"].to_pylist()], pa.bool_())
+        )
         read = None if columns is None else [*dict.fromkeys([*columns, "user_id"])]
         table = self.read_files(name, own["path"].to_pylist(), read)
         if not same:
-            table = table.filter(pa.array([bucket_of(user, num_buckets) == bucket for user in table["user_id"].to_pylist()], pa.bool_()))
+            table = table.filter(
+                pa.array(
+                    [bucket_of(user, num_buckets) == bucket for user in table["user_id"].to_pylist()],
+                    pa.bool_(),
+                )
+            )
         return table if columns is None else table.select(columns)
 
     def schema(self, name: str) -> pa.Schema:
@@ -277,7 +299,10 @@ class Snapshot:
             (file, own)
             for bucket, own in sorted(by_bucket.items())
             for file in self.files_of_buckets.get((name, bucket), [])
-            if file.first_user is not None and file.last_user is not None and own[0] <= file.last_user and own[-1] >= file.first_user
+            if file.first_user is not None
+            and file.last_user is not None
+            and own[0] <= file.last_user
+            and own[-1] >= file.first_user
         ]
 
     def checked(self, name: str, columns: Sequence[str] | None) -> list[str] | None:
@@ -289,7 +314,9 @@ class Snapshot:
             raise UserError(f"catalog {self.root}: there is no table {name!r}; {did_you_mean(name, TABLES)}")
         for column in columns or []:
             if column not in self.schema(name).names:
-                raise UserError(f"catalog {self.root}: {name} has no column {column!r}; {did_you_mean(column, self.schema(name).names)}")
+                raise UserError(
+                    f"catalog {self.root}: {name} has no column {column!r}; {did_you_mean(column, self.schema(name).names)}"
+                )
         return columns
 
     def sorted_users(self, name: str, user_ids: Sequence[str]) -> list[str]:
@@ -300,7 +327,9 @@ class Snapshot:
             raise UserError("images: has no users; read the users' items, and give them to `Snapshot.images`")
         users = user_ids.to_pylist() if isinstance(user_ids, pa.Array | pa.ChunkedArray) else list(user_ids)
         if strange := [user for user in users if not isinstance(user, str)]:
-            raise TypeError(f"user_ids: {strange[0]!r} is a {type(strange[0]).__name__}; every user_id is a string")
+            raise TypeError(
+                f"user_ids: {strange[0]!r} is a {type(strange[0]).__name__}; every user_id is a string"
+            )
         return sorted({user for user in users if not SURROGATE.search(user)})
 
     @contextmanager
@@ -360,4 +389,9 @@ def open_snapshot(root: str, path: str) -> Snapshot:
     Raises UserError if it is gone, damaged, of a newer version than this one reads, or of one before the format was settled.
     """
     manifest = read_manifest(root, path)
-    return Snapshot(root=absolute(root).rstrip("/"), path=path, manifest=manifest, files=read_file_list(root, path, manifest))
+    return Snapshot(
+        root=absolute(root).rstrip("/"),
+        path=path,
+        manifest=manifest,
+        files=read_file_list(root, path, manifest),
+    )

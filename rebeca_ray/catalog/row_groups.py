@@ -33,7 +33,9 @@ def read_users(root: str, path: str, size: int, users: list[str], columns: list[
     return table.filter(pc.is_in(table["user_id"], value_set=pa.array(users, pa.string())))
 
 
-def read_rows(root: str, path: str, size: int, rows: list[int], columns: list[str]) -> list[dict[str, Any] | None]:
+def read_rows(
+    root: str, path: str, size: int, rows: list[int], columns: list[str]
+) -> list[dict[str, Any] | None]:
     """Some rows of a file, in the order of `rows`; None for one that it does not have."""
     metadata = footer(root, path, size)
     found: dict[int, dict[str, Any]] = {}
@@ -68,7 +70,9 @@ def may_hold(metadata: pq.FileMetaData, group: int, users: list[str]) -> bool:
 
 def user_id_column(metadata: pq.FileMetaData) -> int:
     """The number of the column among the leaves of the schema."""
-    return next(number for number in range(metadata.num_columns) if metadata.schema.column(number).path == "user_id")
+    return next(
+        number for number in range(metadata.num_columns) if metadata.schema.column(number).path == "user_id"
+    )
 
 
 def footer(root: str, path: str, size: int) -> pq.FileMetaData:

@@ -17,7 +17,9 @@ def scanning_filesystem(filesystem: AbstractFileSystem, path: str) -> pyarrow.fs
     if "s3" not in filesystem.protocol:
         return arrow_filesystem(filesystem)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return native_s3(path.split("/")[0], endpoint, os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"))
+    return native_s3(
+        path.split("/")[0], endpoint, os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    )
 
 
 @cache
@@ -27,5 +29,7 @@ def native_s3(bucket: str, endpoint: str | None, region: str | None) -> pyarrow.
         region=region or ("us-east-1" if endpoint else pyarrow.fs.resolve_s3_region(bucket)),
         connect_timeout=PATIENT["connect_timeout"],
         request_timeout=PATIENT["read_timeout"],
-        retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=PATIENT["retries"]["total_max_attempts"]),
+        retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(
+            max_attempts=PATIENT["retries"]["total_max_attempts"]
+        ),
     )

@@ -20,7 +20,9 @@ def list_snapshots(root: str) -> list[dict[str, Any]]:
     with ThreadPoolExecutor(16) as pool:
         manifests = list(pool.map(read_json, files))
     folders = [file.removeprefix(f"{root.rstrip('/')}/").removesuffix("/manifest.json") for file in files]
-    found = [{**manifest, "path": folder} for manifest, folder in zip(manifests, folders, strict=True) if manifest]
+    found = [
+        {**manifest, "path": folder} for manifest, folder in zip(manifests, folders, strict=True) if manifest
+    ]
     return sorted(found, key=lambda manifest: (manifest["created_at"], manifest["epoch"]))
 
 
@@ -40,11 +42,20 @@ def publish_snapshot(root: str, run_id: str) -> dict[str, Any]:
     Raises UserError if there is no such snapshot or a file of it is missing, LostRaceError while a run is at work.
     """
     find_snapshot(root, run_id)  # a slip of the keyboard writes nothing
-    with hold_lease(root, f"publish of {run_id}", LEASE_SECONDS) as lease:  # from here on nothing is collected
+    with hold_lease(
+        root, f"publish of {run_id}", LEASE_SECONDS
+    ) as lease:  # from here on nothing is collected
         manifest = find_snapshot(root, run_id)
         if wrong := verify(open_snapshot(root, manifest["path"]), "metadata"):
-            raise QualityGateError(f"catalog {root}: run {run_id} is not published: {wrong[0]} ({len(wrong)} such)")
-        lease.publish(run_id=run_id, run_date=manifest["run_date"], snapshot=manifest["path"], forced=bool(manifest["gate"]["refused"]))
+            raise QualityGateError(
+                f"catalog {root}: run {run_id} is not published: {wrong[0]} ({len(wrong)} such)"
+            )
+        lease.publish(
+            run_id=run_id,
+            run_date=manifest["run_date"],
+            snapshot=manifest["path"],
+            forced=bool(manifest["gate"]["refused"]),
+        )
         delete(work_folder(root, run_id))  # there is nothing left to go on with
     return manifest
 
@@ -56,5 +67,7 @@ def roll_back(root: str) -> dict[str, Any]:
         raise UserError(f"catalog {root}: nothing is published there; there is nothing to roll back")
     before = find_snapshot(root, pointer.run_id)["previous"]
     if before is None:
-        raise UserError(f"catalog {root}: run {pointer.run_id} is the first there was; publish another with `rebeca catalog publish`")
+        raise UserError(
+            f"catalog {root}: run {pointer.run_id} is the first there was; publish another with `rebeca catalog publish`"
+        )
     return publish_snapshot(root, before)

@@ -102,7 +102,10 @@ def check_bytes(snapshot: Snapshot, row: dict[str, Any]) -> Iterator[str]:
     metadata = pq.read_metadata(io.BytesIO(data))
     if metadata.num_rows != row["rows"]:
         yield f"{row['path']}: has {metadata.num_rows:,} rows, the file list says {row['rows']:,}"
-    schema, expected = metadata.schema.to_arrow_schema(), schemas.table(row["table"], snapshot.manifest["embed_dim"])
+    schema, expected = (
+        metadata.schema.to_arrow_schema(),
+        schemas.table(row["table"], snapshot.manifest["embed_dim"]),
+    )
     if (schema.metadata or {}).get(schemas.VERSION_KEY.encode()) != str(schemas.SCHEMA_VERSION).encode():
         expected = pa.schema(list(expected)[: len(schema)])  # of an earlier version, when there were fewer
     if not schema.remove_metadata().equals(expected):
@@ -149,7 +152,9 @@ def check_images(snapshot: Snapshot, row: dict[str, Any], level: Level) -> Itera
             yield f"{row['path']}: the image of {image['item_id']} is {found}, not {(image['width'], image['height'])}"
 
 
-def check_places(snapshot: Snapshot, listed: dict[str, Any], numbers: dict[int, dict[str, Any]], live: dict[int, Any]) -> Iterator[str]:
+def check_places(
+    snapshot: Snapshot, listed: dict[str, Any], numbers: dict[int, dict[str, Any]], live: dict[int, Any]
+) -> Iterator[str]:
     """Every item of a file has its own image at its place; `live` gains the rows of image files that are pointed to."""
     filesystem, root = open_filesystem(snapshot.root)
     with filesystem.open(join(root, listed["path"]), "rb") as file:

@@ -56,7 +56,9 @@ def permutation_test(like_UU: np.ndarray, num_permutations: int = 10_000, seed: 
     """
     users = len(like_UU)
     if like_UU.shape != (users, users) or users < 2 or not np.isfinite(like_UU).all():
-        raise ValueError(f"like_UU: found shape {like_UU.shape}; expected a square, finite matrix of at least two users")
+        raise ValueError(
+            f"like_UU: found shape {like_UU.shape}; expected a square, finite matrix of at least two users"
+        )
     random = np.random.default_rng(seed)
     own = float(np.diagonal(like_UU).mean(dtype=np.float64))
     flat = np.ascontiguousarray(like_UU).ravel()

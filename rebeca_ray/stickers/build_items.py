@@ -40,7 +40,9 @@ ICONIFY = {
     "flat": "@iconify-json/fluent-emoji-flat",
     "contrast": "@iconify-json/fluent-emoji-high-contrast",
 }
-SAME_DRAWING = 4.0  # mean absolute difference of 8-bit pixels below which two styles drew one picture: no style to tell
+SAME_DRAWING = (
+    4.0  # mean absolute difference of 8-bit pixels below which two styles drew one picture: no style to tell
+)
 SKIPPED_CATEGORIES = {"Flags", "Component"}
 SKIPPED_SUBCATEGORIES = {"keycap", "skin-tone"}
 
@@ -50,7 +52,11 @@ def on_white(image: Image.Image) -> Image.Image:
     rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")
     flat = Image.alpha_composite(white, rgba).convert("RGB")
-    return flat if flat.size == (IMAGE_SIZE, IMAGE_SIZE) else flat.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+    return (
+        flat
+        if flat.size == (IMAGE_SIZE, IMAGE_SIZE)
+        else flat.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+    )
 
 
 def draw_icon(icons: dict[str, Any], name: str) -> Image.Image | None:
@@ -68,7 +74,9 @@ def draw_icon(icons: dict[str, Any], name: str) -> Image.Image | None:
         f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}" color="black">{icon["body"]}</svg>'
     )
     # No icon holds text; without system fonts every machine draws the same.
-    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=IMAGE_SIZE, height=IMAGE_SIZE, skip_system_fonts=True))
+    png = bytes(
+        resvg_py.svg_to_bytes(svg_string=svg, width=IMAGE_SIZE, height=IMAGE_SIZE, skip_system_fonts=True)
+    )
     return Image.open(io.BytesIO(png))
 
 
@@ -94,11 +102,18 @@ def has_neutral_form(name: str, names: set[str]) -> bool:
 def drawings(node_modules: Path) -> Iterator[tuple[dict[str, str], Image.Image]]:
     """Yield `(columns, image)` for every drawing, in a fixed order."""
     emoji = json.loads((node_modules / "emoji-datasource-google" / "emoji.json").read_text())
-    emoji = [entry for entry in emoji if entry["category"] not in SKIPPED_CATEGORIES and entry["subcategory"] not in SKIPPED_SUBCATEGORIES]
+    emoji = [
+        entry
+        for entry in emoji
+        if entry["category"] not in SKIPPED_CATEGORIES and entry["subcategory"] not in SKIPPED_SUBCATEGORIES
+    ]
     emoji.sort(key=lambda entry: (entry["sort_order"], entry["unified"]))
     names = json.loads((node_modules / ICONIFY["flat"] / "chars.json").read_text())
     all_names = {sticker_name(entry, names) for entry in emoji}
-    icon_sets = {style: json.loads((node_modules / package / "icons.json").read_text()) for style, package in ICONIFY.items()}
+    icon_sets = {
+        style: json.loads((node_modules / package / "icons.json").read_text())
+        for style, package in ICONIFY.items()
+    }
     for entry in emoji:
         name = sticker_name(entry, names)
         if has_neutral_form(name, all_names):
@@ -125,7 +140,9 @@ def build_items(node_modules: Path) -> pa.Table:
         pixels = np.asarray(image).astype(np.int16)
         digest = hashlib.sha256(pixels.tobytes()).hexdigest()
         others = same_name.setdefault(columns["name"], [])
-        if (columns["style"], digest) in seen or any(np.abs(pixels - other).mean() < SAME_DRAWING for other in others):
+        if (columns["style"], digest) in seen or any(
+            np.abs(pixels - other).mean() < SAME_DRAWING for other in others
+        ):
             continue
         seen.add((columns["style"], digest))
         others.append(pixels)
@@ -148,14 +165,24 @@ def build_items(node_modules: Path) -> pa.Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--node-modules", type=Path, help="use packages already installed here instead of running npm")
+    parser.add_argument(
+        "--node-modules", type=Path, help="use packages already installed here instead of running npm"
+    )
     parser.add_argument("--out", type=Path, default=ASSETS / "items.parquet")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if args.node_modules is None:
-            subprocess.run(["npm", "install", "--silent", "--no-save", "--prefix", scratch, *PACKAGES], check=True)
+            subprocess.run(
+                ["npm", "install", "--silent", "--no-save", "--prefix", scratch, *PACKAGES], check=True
+            )
         table = build_items(args.node_modules or Path(scratch) / "node_modules")
-    pq.write_table(table, args.out, compression="zstd", row_group_size=1000, use_dictionary=["style", "category", "subcategory", "name"])
+    pq.write_table(
+        table,
+        args.out,
+        compression="zstd",
+        row_group_size=1000,
+        use_dictionary=["style", "category", "subcategory", "name"],
+    )
     print(f"{args.out}: {table.num_rows} items, {args.out.stat().st_size / 1e6:.1f} MB")
 
 

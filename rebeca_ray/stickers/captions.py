@@ -12,7 +12,9 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 def caption(style: str, category: str, subcategory: str, name: str) -> str:
     """The full caption of a sticker: style, category, subcategory, name, in lower-case words."""
-    return " ".join(f"{style} {category} {subcategory} {name}".lower().replace("&", " ").replace("-", " ").split())
+    return " ".join(
+        f"{style} {category} {subcategory} {name}".lower().replace("&", " ").replace("-", " ").split()
+    )
 
 
 def random_caption(parts: tuple[str, str, str, str], random: np.random.Generator) -> str:
@@ -21,7 +23,9 @@ def random_caption(parts: tuple[str, str, str, str], random: np.random.Generator
     So that short prompts ("noto food pizza") are understood.
     """
     keep = random.random(4) < (0.85, 0.6, 0.4, 0.9)
-    style, category, subcategory, name = (part if kept else "" for part, kept in zip(parts, keep, strict=True))
+    style, category, subcategory, name = (
+        part if kept else "" for part, kept in zip(parts, keep, strict=True)
+    )
     return caption(style, category, subcategory, name)
 
 
@@ -37,13 +41,22 @@ def train_tokenizer(captions: list[str], directory: Path) -> None:
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     alphabet = [chr(code) for code in range(33, 127)]
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE - 2, end_of_word_suffix="</w>", initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - 2, end_of_word_suffix="</w>", initial_alphabet=alphabet
+    )
     tokenizer.train_from_iterator(captions, trainer)
     model = json.loads(tokenizer.to_str())["model"]
-    vocab = {token: index for index, token in enumerate([*sorted(model["vocab"], key=model["vocab"].get), START, END])}
+    vocab = {
+        token: index
+        for index, token in enumerate([*sorted(model["vocab"], key=model["vocab"].get), START, END])
+    }
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-    clip = CLIPTokenizer(vocab=str(directory / "vocab.json"), merges=str(directory / "merges.txt"), model_max_length=CONTEXT_LENGTH)
+    clip = CLIPTokenizer(
+        vocab=str(directory / "vocab.json"),
+        merges=str(directory / "merges.txt"),
+        model_max_length=CONTEXT_LENGTH,
+    )
     clip.save_pretrained(directory)

@@ -15,13 +15,14 @@ import yaml
 from rebeca_ray.catalog.read import Snapshot, read_catalog
 from rebeca_ray.checkpoint import load_prior
 from rebeca_ray.config import EmbedConfig, GenerateConfig, TrainConfig, parse_config
+from rebeca_ray.console import console
 from rebeca_ray.decoding import Rows
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.errors import UserError
 from rebeca_ray.generation import generate_catalog
 from rebeca_ray.interactions import Interactions, read_interactions
 from rebeca_ray.items import embed_items
-from rebeca_ray.job import console, print_personality
+from rebeca_ray.job import print_personality
 from rebeca_ray.local_decoder import LocalDecoder
 from rebeca_ray.outputs import require_writable
 from rebeca_ray.sampling import sample_liked
@@ -99,7 +100,13 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
         print_check(check, judge)
     with phases("Write the report"):
         page = write_report(
-            out, prior=Path(generate.prior), snapshot=snapshot, interactions=interactions, check=check, judge=judge, phases=phases.seconds
+            out,
+            prior=Path(generate.prior),
+            snapshot=snapshot,
+            interactions=interactions,
+            check=check,
+            judge=judge,
+            phases=phases.seconds,
         )
     figures = {
         "seconds": {name: round(value, 1) for name, value in phases.seconds.items()},
@@ -132,7 +139,12 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
 
 
 def check_truth(
-    data: Path, judge: Judge, stickers: Stickers, interactions: Interactions, snapshot: Snapshot, generate: GenerateConfig
+    data: Path,
+    judge: Judge,
+    stickers: Stickers,
+    interactions: Interactions,
+    snapshot: Snapshot,
+    generate: GenerateConfig,
 ) -> TruthCheck:
     """Judge the five sets of `TruthCheck` for the users of the snapshot."""
     items = snapshot.items(["user_id", "image_file", "image_row"])
@@ -147,15 +159,27 @@ def check_truth(
     return TruthCheck(
         own=float(truth.like_probability(owners, pixels).mean()),
         dealt=truth.mean_over_users(users, pixels),
-        random_real=float(truth.like_probability(owners, stickers_NHWC[random.integers(0, len(stickers_NHWC), len(owners))]).mean()),
-        no_user=truth.mean_over_users(users, no_user_images(generate.prior, generate.sampler, generate.decoder)),
+        random_real=float(
+            truth.like_probability(
+                owners, stickers_NHWC[random.integers(0, len(stickers_NHWC), len(owners))]
+            ).mean()
+        ),
+        no_user=truth.mean_over_users(
+            users, no_user_images(generate.prior, generate.sampler, generate.decoder)
+        ),
         held_out=float(truth.like_probability(held_users, stickers_NHWC[held_rows]).mean()),
     )
 
 
-def held_out_likes(interactions: Interactions, stickers: Stickers, users: set[str]) -> tuple[list[str], np.ndarray]:
+def held_out_likes(
+    interactions: Interactions, stickers: Stickers, users: set[str]
+) -> tuple[list[str], np.ndarray]:
     """The held-out likes of `users`, as users and rows of `stickers`."""
-    chosen = interactions.held_out & (interactions.like == 1) & np.isin(interactions.user_id[interactions.user_index], list(users))
+    chosen = (
+        interactions.held_out
+        & (interactions.like == 1)
+        & np.isin(interactions.user_id[interactions.user_index], list(users))
+    )
     row_of = {item: row for row, item in enumerate(stickers.item_id)}
     owners = interactions.user_id[interactions.user_index[chosen]].tolist()
     return owners, np.array([row_of[item] for item in interactions.item_id[chosen]])
@@ -166,7 +190,14 @@ def no_user_images(prior_uri: str, sampler: SamplerSettings, decoder: DecoderSet
     prior = load_prior(prior_uri)
     resolved = sampler.resolve(prior.sampling, prior.diffusion.num_train_timesteps)
     nobody = prior.network.null_user_UH.detach()[None]
-    x0 = sample_liked(prior.network, Diffusion.build(prior.diffusion), nobody, np.zeros(NUM_NO_USER, int), range(NUM_NO_USER), resolved)
+    x0 = sample_liked(
+        prior.network,
+        Diffusion.build(prior.diffusion),
+        nobody,
+        np.zeros(NUM_NO_USER, int),
+        range(NUM_NO_USER),
+        resolved,
+    )
     embeds = prior.scaler.unscale(x0).numpy()
     return np.stack(LocalDecoder(decoder).draw(Rows.of(decoder, embeds, range(NUM_NO_USER))))
 

@@ -17,7 +17,9 @@ from rebeca_ray.stickers import JUDGE
 class JudgeNetwork(nn.Module):
     """A plain VGG-like classifier of 64x64 images with two heads; images [B, 3, 64, 64] in [-1, 1]."""
 
-    def __init__(self, num_styles: int, num_subcategories: int, widths: Sequence[int] = (24, 48, 96, 128)) -> None:
+    def __init__(
+        self, num_styles: int, num_subcategories: int, widths: Sequence[int] = (24, 48, 96, 128)
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = 3
@@ -62,7 +64,12 @@ class Judge:
         self.held_out_accuracy: dict[str, float] = self.config["held_out_accuracy"]
         self.network = JudgeNetwork(len(self.styles), len(self.subcategories))
         weights = load_file(directory / "model.safetensors")
-        self.network.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()})
+        self.network.load_state_dict(
+            {
+                name: tensor.float() if tensor.is_floating_point() else tensor
+                for name, tensor in weights.items()
+            }
+        )
         self.network.eval()
 
     @torch.inference_mode()
@@ -70,7 +77,9 @@ class Judge:
         """Judge uint8 images [N, 64, 64, 3]."""
         styles, subcategories = [], []
         for start in range(0, len(images), batch_size):
-            batch = torch.from_numpy(images[start : start + batch_size]).permute(0, 3, 1, 2).float() / 127.5 - 1
+            batch = (
+                torch.from_numpy(images[start : start + batch_size]).permute(0, 3, 1, 2).float() / 127.5 - 1
+            )
             style, subcategory = self.network(batch)
             styles.append(F.softmax(style, dim=1))
             subcategories.append(F.softmax(subcategory, dim=1))
@@ -79,7 +88,9 @@ class Judge:
     def category(self, judgement: Judgement) -> list[str]:
         """The likeliest category of each image: the sum over its subcategories."""
         categories = sorted(set(self.category_of.values()))
-        member = np.array([[self.category_of[sub] == category for category in categories] for sub in self.subcategories])
+        member = np.array(
+            [[self.category_of[sub] == category for category in categories] for sub in self.subcategories]
+        )
         return [categories[best] for best in (judgement.subcategory @ member).argmax(1)]
 
     def style(self, judgement: Judgement) -> list[str]:

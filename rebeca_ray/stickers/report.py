@@ -20,10 +20,19 @@ NUM_LIKED = 9
 
 
 def write_report(
-    out: Path, *, prior: Path, snapshot: Snapshot, interactions: Interactions, check: TruthCheck, judge: Judge, phases: dict[str, float]
+    out: Path,
+    *,
+    prior: Path,
+    snapshot: Snapshot,
+    interactions: Interactions,
+    check: TruthCheck,
+    judge: Judge,
+    phases: dict[str, float],
 ) -> Path:
     """Write `out/report.html` and return its path."""
-    template = Environment(loader=PackageLoader("rebeca_ray.stickers", "."), autoescape=select_autoescape()).get_template("report.html.j2")
+    template = Environment(
+        loader=PackageLoader("rebeca_ray.stickers", "."), autoescape=select_autoescape()
+    ).get_template("report.html.j2")
     page = out / "report.html"
     out.mkdir(parents=True, exist_ok=True)
     page.write_text(
@@ -53,7 +62,9 @@ def shown_users(snapshot: Snapshot, interactions: Interactions) -> list[dict[str
     num_likes = np.bincount(interactions.user_index[liked], minlength=interactions.num_users)
     users.sort(key=lambda user: (-num_likes[index_of[user]], user))
     chosen = [users[round(place)] for place in np.linspace(0, len(users) - 1, min(NUM_SHOWN, len(users)))]
-    pictures = dict(zip(*pq.read_table(ITEMS, columns=["item_id", "image"]).to_pydict().values(), strict=True))
+    pictures = dict(
+        zip(*pq.read_table(ITEMS, columns=["item_id", "image"]).to_pydict().values(), strict=True)
+    )
     shown = []
     for user in chosen:
         own = items.filter(np.array([owner == user for owner in items["user_id"].to_pylist()]))
@@ -82,7 +93,10 @@ def loss_curve(path: Path, width: int = 640, height: int = 220) -> dict[str, Any
 
     def points(name: str) -> str:
         across = width / max(1, len(rows) - 1)
-        return " ".join(f"{index * across:.1f},{height * (high - row[name]) / (high - low or 1):.1f}" for index, row in enumerate(rows))
+        return " ".join(
+            f"{index * across:.1f},{height * (high - row[name]) / (high - low or 1):.1f}"
+            for index, row in enumerate(rows)
+        )
 
     return {
         "width": width,

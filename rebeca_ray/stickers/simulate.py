@@ -19,7 +19,9 @@ from rebeca_ray import schemas
 from rebeca_ray.outputs import require_writable
 from rebeca_ray.stickers import ITEMS
 
-RATINGS = pa.schema([field for field in schemas.INTERACTIONS if field.name != "event"])  # nothing is shown to simulated users
+RATINGS = pa.schema(
+    [field for field in schemas.INTERACTIONS if field.name != "event"]
+)  # nothing is shown to simulated users
 BIAS = -3.1
 TEMPERATURE = 0.97
 POPULARITY_EXPONENT = 0.6
@@ -85,7 +87,9 @@ def draw_taste(world: World, random: np.random.Generator) -> np.ndarray:
     subcategory[hates] -= 2.0
     style_of = np.array([world.styles.index(name) for name, _ in world.pairs])
     subcategory_of = np.array([world.subcategories.index(name) for _, name in world.pairs])
-    return BIAS + TEMPERATURE * (style[style_of] + category[world.category_of_pair] + subcategory[subcategory_of])
+    return BIAS + TEMPERATURE * (
+        style[style_of] + category[world.category_of_pair] + subcategory[subcategory_of]
+    )
 
 
 def simulate(num_users: int, seed: int, out: Path, num_requested: int = 100) -> int:
@@ -97,7 +101,12 @@ def simulate(num_users: int, seed: int, out: Path, num_requested: int = 100) -> 
     require_writable(str(out), "--out")
     out.mkdir(parents=True, exist_ok=True)
     truth_schema = pa.schema(
-        [("user_id", pa.string()), ("style", pa.string()), ("subcategory", pa.string()), ("like_probability", pa.float32())]
+        [
+            ("user_id", pa.string()),
+            ("style", pa.string()),
+            ("subcategory", pa.string()),
+            ("like_probability", pa.float32()),
+        ]
     )
     style_column = pa.array([style for style, _ in world.pairs])
     subcategory_column = pa.array([subcategory for _, subcategory in world.pairs])
@@ -115,14 +124,19 @@ def simulate(num_users: int, seed: int, out: Path, num_requested: int = 100) -> 
                 rated.append(draw_ratings(world, user_id, logit, random))
                 probability = (1 / (1 + np.exp(-logit))).astype(np.float32)
                 known.append(
-                    pa.table([pa.array([user_id] * len(logit)), style_column, subcategory_column, probability], schema=truth_schema)
+                    pa.table(
+                        [pa.array([user_id] * len(logit)), style_column, subcategory_column, probability],
+                        schema=truth_schema,
+                    )
                 )
             ratings = pa.concat_tables(rated)
             num_ratings += ratings.num_rows
             interactions.write_table(ratings)
             truth.write_table(pa.concat_tables(known))
     requested = range(0, num_users, -(-num_users // num_requested))
-    pq.write_table(pa.table({"user_id": [user_name(seed, number) for number in requested]}), out / "request.parquet")
+    pq.write_table(
+        pa.table({"user_id": [user_name(seed, number) for number in requested]}), out / "request.parquet"
+    )
     return num_ratings
 
 
@@ -135,9 +149,13 @@ def draw_ratings(world: World, user_id: str, logit: np.ndarray, random: np.rando
     count = int(np.clip(MEDIAN_RATINGS * np.exp(LOG_SPREAD * random.normal()), MIN_RATINGS, MAX_RATINGS))
     item_logit = logit[world.pair]
     # Gumbel top-k: draws `count` distinct items with probability proportional to popularity and taste.
-    keys = world.log_popularity + EXPOSURE_BY_TASTE * (item_logit - BIAS) + random.gumbel(size=len(item_logit))
+    keys = (
+        world.log_popularity + EXPOSURE_BY_TASTE * (item_logit - BIAS) + random.gumbel(size=len(item_logit))
+    )
     items = np.argpartition(-keys, count)[:count]
-    rating = 1 + np.searchsorted(RATING_THRESHOLDS, item_logit[items] + random.logistic(size=count), side="right")
+    rating = 1 + np.searchsorted(
+        RATING_THRESHOLDS, item_logit[items] + random.logistic(size=count), side="right"
+    )
     age = np.sort(random.integers(0, 365 * 86_400_000_000, count))[::-1]
     return pa.table(
         {

@@ -24,7 +24,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rebeca_ray.stickers import CLIP, EMBED_DIM, IMAGE_SIZE
 from rebeca_ray.stickers.captions import CONTEXT_LENGTH, VOCAB_SIZE, caption, random_caption, train_tokenizer
-from rebeca_ray.stickers.training_data import Progress, autocast, batches, class_ids, load_stickers, shift_and_flip
+from rebeca_ray.stickers.training_data import (
+    Progress,
+    autocast,
+    batches,
+    class_ids,
+    load_stickers,
+    shift_and_flip,
+)
 
 OPEN_CLIP_CONFIG: dict[str, dict[str, Any]] = {
     "model_cfg": {
@@ -47,7 +54,12 @@ OPEN_CLIP_CONFIG: dict[str, dict[str, Any]] = {
             "layers": 2,
         },
     },
-    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic", "resize_mode": "squash"},
+    "preprocess_cfg": {
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+    },
 }
 THUMBNAIL = 16
 POLISH_SHARE, POLISH_RATE, POLISH_STYLE_WEIGHT = 0.2, 0.5, 2.0
@@ -79,14 +91,19 @@ def turn_and_hide(image_BCHW: torch.Tensor, generator: torch.Generator) -> torch
 def write_clip(model: nn.Module, directory: Path) -> None:
     """Write the directory that `open_clip.create_model_and_transforms("local-dir:…")` loads, in fp16."""
     (directory / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP_CONFIG, indent=2) + "\n")
-    weights = {name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous() for name, tensor in model.state_dict().items()}
+    weights = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
     save_file(weights, directory / "open_clip_model.safetensors")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=CLIP)
-    parser.add_argument("--work", type=Path, default=Path("runs/stickers/clip"), help="where the resumable state is kept")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/stickers/clip"), help="where the resumable state is kept"
+    )
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -96,7 +113,9 @@ def main() -> None:
 
     stickers = load_stickers()
     parts = list(zip(stickers.style, stickers.category, stickers.subcategory, stickers.name, strict=True))
-    progress = Progress(args.work, args.out / "training.csv", ["loss", "contrastive", "style", "subcategory", "thumbnail"])
+    progress = Progress(
+        args.work, args.out / "training.csv", ["loss", "contrastive", "style", "subcategory", "thumbnail"]
+    )
     train_tokenizer([caption(*parts[row]) for row in stickers.train_rows], args.out)
     (args.out / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP_CONFIG))
     tokenizer = open_clip.get_tokenizer(f"local-dir:{args.out}")
@@ -121,7 +140,12 @@ def main() -> None:
         """Cosine to zero, twice: over the main part, then from POLISH_RATE over the rest."""
         if step < polish_from:
             return min((step + 1) / 150, 0.5 * (1 + math.cos(math.pi * step / polish_from)) + 1e-3)
-        return POLISH_RATE * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - polish_from) / (args.steps - polish_from)))) + 1e-3
+        return (
+            POLISH_RATE
+            * 0.5
+            * (1 + math.cos(math.pi * min(1.0, (step - polish_from) / (args.steps - polish_from))))
+            + 1e-3
+        )
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
@@ -153,7 +177,12 @@ def main() -> None:
         style = F.cross_entropy(heads.style(scaled), style_ids[rows], label_smoothing=0.05)
         subcategory = F.cross_entropy(heads.subcategory(scaled), subcategory_ids[rows], label_smoothing=0.05)
         thumbnail = F.l1_loss(heads.thumbnail(scaled), F.adaptive_avg_pool2d(image, THUMBNAIL).flatten(1))
-        loss = contrastive + (POLISH_STYLE_WEIGHT if polishing else 0.5) * style + 0.5 * subcategory + 4.0 * thumbnail
+        loss = (
+            contrastive
+            + (POLISH_STYLE_WEIGHT if polishing else 0.5) * style
+            + 0.5 * subcategory
+            + 4.0 * thumbnail
+        )
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

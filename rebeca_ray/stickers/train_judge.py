@@ -18,7 +18,15 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from rebeca_ray.stickers import JUDGE
 from rebeca_ray.stickers.judge import Judge, JudgeNetwork
-from rebeca_ray.stickers.training_data import Progress, Stickers, autocast, batches, class_ids, load_stickers, shift_and_flip
+from rebeca_ray.stickers.training_data import (
+    Progress,
+    Stickers,
+    autocast,
+    batches,
+    class_ids,
+    load_stickers,
+    shift_and_flip,
+)
 
 
 def write_judge(network: JudgeNetwork, stickers: Stickers, directory: Path) -> None:
@@ -29,7 +37,9 @@ def write_judge(network: JudgeNetwork, stickers: Stickers, directory: Path) -> N
         "category_of": dict(sorted(zip(stickers.subcategory, stickers.category, strict=True))),
         "held_out_accuracy": {},
     }
-    weights = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in network.state_dict().items()}
+    weights = {
+        k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in network.state_dict().items()
+    }
     save_file(weights, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     judge = Judge(directory)
@@ -37,9 +47,26 @@ def write_judge(network: JudgeNetwork, stickers: Stickers, directory: Path) -> N
     judgement = judge(stickers.image_NCHW[rows].permute(0, 2, 3, 1).numpy())
     best_subcategory = [judge.subcategories[best] for best in judgement.subcategory.argmax(1)]
     config["held_out_accuracy"] = {
-        "style": round(float(np.mean([a == stickers.style[r] for a, r in zip(judge.style(judgement), rows, strict=True)])), 4),
-        "category": round(float(np.mean([a == stickers.category[r] for a, r in zip(judge.category(judgement), rows, strict=True)])), 4),
-        "subcategory": round(float(np.mean([a == stickers.subcategory[r] for a, r in zip(best_subcategory, rows, strict=True)])), 4),
+        "style": round(
+            float(
+                np.mean([a == stickers.style[r] for a, r in zip(judge.style(judgement), rows, strict=True)])
+            ),
+            4,
+        ),
+        "category": round(
+            float(
+                np.mean(
+                    [a == stickers.category[r] for a, r in zip(judge.category(judgement), rows, strict=True)]
+                )
+            ),
+            4,
+        ),
+        "subcategory": round(
+            float(
+                np.mean([a == stickers.subcategory[r] for a, r in zip(best_subcategory, rows, strict=True)])
+            ),
+            4,
+        ),
     }
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
@@ -47,7 +74,9 @@ def write_judge(network: JudgeNetwork, stickers: Stickers, directory: Path) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=JUDGE)
-    parser.add_argument("--work", type=Path, default=Path("runs/stickers/judge"), help="where the resumable state is kept")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/stickers/judge"), help="where the resumable state is kept"
+    )
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1000)
@@ -78,7 +107,9 @@ def main() -> None:
         rows = next(stream)
         image = shift_and_flip(stickers.image_NCHW[rows].float() / 255, generator) * 2 - 1
         image[::2] = gaussian_blur(image[::2], [5, 5], [0.3 + float(torch.rand((), generator=generator))])
-        image = image + 0.05 * torch.rand(len(rows), 1, 1, 1, generator=generator) * torch.randn(image.shape, generator=generator)
+        image = image + 0.05 * torch.rand(len(rows), 1, 1, 1, generator=generator) * torch.randn(
+            image.shape, generator=generator
+        )
         with autocast("cpu"):
             style, subcategory = network(image)
         style_loss = F.cross_entropy(style.float(), style_ids[rows], label_smoothing=0.05)
@@ -92,7 +123,11 @@ def main() -> None:
             progress.log(step, *(sums / 50))
             sums[:] = 0
         if step % 250 == 0 or step == args.steps:
-            state = {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            state = {
+                "model": network.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+            }
             progress.save({"step": step, **state})
             write_judge(network, stickers, args.out)
             print(Judge(args.out).accuracy_line, flush=True)

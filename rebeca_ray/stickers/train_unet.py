@@ -15,7 +15,12 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,12 +29,21 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from rebeca_ray.stickers import CLIP, DECODER, EMBED_DIM
 from rebeca_ray.stickers.captions import CONTEXT_LENGTH, VOCAB_SIZE, random_caption
-from rebeca_ray.stickers.training_data import Progress, Stickers, autocast, batches, load_stickers, shift_and_flip
+from rebeca_ray.stickers.training_data import (
+    Progress,
+    Stickers,
+    autocast,
+    batches,
+    load_stickers,
+    shift_and_flip,
+)
 
 LATENT_SIZE = 16
 CONTEXT_DIM = 128
 NUM_IMAGE_TOKENS = 4
-EMBED_NOISE = 0.15  # of a coordinate's standard deviation: what the prior draws is near real embeddings, not on them
+EMBED_NOISE = (
+    0.15  # of a coordinate's standard deviation: what the prior draws is near real embeddings, not on them
+)
 IMAGE_DROPOUT, CAPTION_DROPOUT, TEXT_ONLY_SHARE = 0.1, 0.5, 0.15
 
 
@@ -59,13 +73,17 @@ def attach_new_ip_adapter(unet: UNet2DConditionModel) -> None:
     """Give the UNet an untrained IP-Adapter through diffusers' own loader."""
     proj = nn.Linear(EMBED_DIM, NUM_IMAGE_TOKENS * CONTEXT_DIM)
     norm = nn.LayerNorm(CONTEXT_DIM)
-    image_proj = {f"proj.{k}": v for k, v in proj.state_dict().items()} | {f"norm.{k}": v for k, v in norm.state_dict().items()}
+    image_proj = {f"proj.{k}": v for k, v in proj.state_dict().items()} | {
+        f"norm.{k}": v for k, v in norm.state_dict().items()
+    }
     ip_adapter = {}
     for number, name in cross_attentions(unet):
         attention = unet.get_submodule(name)
         ip_adapter[f"{number}.to_k_ip.weight"] = attention.to_k.weight.data.clone()
         ip_adapter[f"{number}.to_v_ip.weight"] = attention.to_v.weight.data.clone()
-    unet._load_ip_adapter_weights([{"image_proj": image_proj, "ip_adapter": ip_adapter}], low_cpu_mem_usage=False)
+    unet._load_ip_adapter_weights(
+        [{"image_proj": image_proj, "ip_adapter": ip_adapter}], low_cpu_mem_usage=False
+    )
 
 
 def official_ip_adapter(unet: UNet2DConditionModel, mean_length: float) -> dict[str, torch.Tensor]:
@@ -147,7 +165,9 @@ def write_decoder(model: Model, tokenizer: CLIPTokenizer, mean_length: float, di
     )
     pipeline.save_pretrained(directory)
     (directory / "ip_adapter").mkdir(exist_ok=True)
-    save_file(official_ip_adapter(model.unet, mean_length), directory / "ip_adapter" / "ip-adapter.safetensors")
+    save_file(
+        official_ip_adapter(model.unet, mean_length), directory / "ip_adapter" / "ip-adapter.safetensors"
+    )
 
 
 def load_shipped(model: Model, mean_length: float, directory: Path) -> None:
@@ -161,7 +181,9 @@ def load_shipped(model: Model, mean_length: float, directory: Path) -> None:
     groups["image_proj"]["proj.weight"] *= mean_length / math.sqrt(EMBED_DIM)
     shipped._load_ip_adapter_weights([groups], low_cpu_mem_usage=False)
     model.unet.load_state_dict(shipped.state_dict())
-    model.text_encoder.load_state_dict(CLIPTextModel.from_pretrained(directory / "text_encoder", dtype=torch.float32).state_dict())
+    model.text_encoder.load_state_dict(
+        CLIPTextModel.from_pretrained(directory / "text_encoder", dtype=torch.float32).state_dict()
+    )
 
 
 @torch.no_grad()
@@ -195,13 +217,19 @@ def training_pairs(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=DECODER)
-    parser.add_argument("--work", type=Path, default=Path("runs/stickers/unet"), help="where the resumable state is kept")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/stickers/unet"), help="where the resumable state is kept"
+    )
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch-size", type=int, default=40)
     parser.add_argument("--learning-rate", type=float, default=7e-4, help="at its peak")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--continue-shipped", action="store_true", help="without a state in --work, start from the weights in --out")
+    parser.add_argument(
+        "--continue-shipped",
+        action="store_true",
+        help="without a state in --work, start from the weights in --out",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -224,7 +252,9 @@ def main() -> None:
         load_shipped(model, mean_length, args.out)
     model.to(args.device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=1e-2, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1.0, weight_decay=1e-2, betas=(0.9, 0.98), fused=True
+    )
     start = 0
     if state := progress.resume():
         model.load_state_dict(state["model"])
@@ -244,10 +274,14 @@ def main() -> None:
         chosen = next(stream)
         text_only = bool(random.random() < TEXT_ONLY_SHARE)
         captions = [
-            random_caption(parts[rows[index]], random) if random.random() > (0.1 if text_only else CAPTION_DROPOUT) else ""
+            random_caption(parts[rows[index]], random)
+            if random.random() > (0.1 if text_only else CAPTION_DROPOUT)
+            else ""
             for index in chosen
         ]
-        tokens = tokenizer(captions, padding="max_length", max_length=CONTEXT_LENGTH, truncation=True, return_tensors="pt")
+        tokens = tokenizer(
+            captions, padding="max_length", max_length=CONTEXT_LENGTH, truncation=True, return_tensors="pt"
+        )
         clean = latents[chosen]
         embed = embeds[chosen] + EMBED_NOISE * torch.randn(len(chosen), EMBED_DIM, generator=generator)
         embed = embed * (torch.rand(len(chosen), 1, generator=generator) >= IMAGE_DROPOUT)
@@ -276,10 +310,16 @@ def main() -> None:
         average.update_parameters(model)
         losses[text_only].append(loss.item())
         if step % 50 == 0:
-            progress.log(step, *(float(np.mean(losses[kind])) if losses[kind] else math.nan for kind in (False, True)))
+            progress.log(
+                step, *(float(np.mean(losses[kind])) if losses[kind] else math.nan for kind in (False, True))
+            )
             losses = {False: [], True: []}
         if step % 200 == 0 or step == args.steps:
-            state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {
+                "model": model.state_dict(),
+                "average": average.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
             progress.save({"step": step, **state})
             write_decoder(cast(Model, average.module), tokenizer, mean_length, args.out)
 

@@ -55,11 +55,17 @@ def save_half(vae: AutoencoderKL, scaling_factor: float, directory: Path) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=DECODER / "vae")
-    parser.add_argument("--work", type=Path, help="where the resumable state is kept; default: runs/stickers/vae…")
+    parser.add_argument(
+        "--work", type=Path, help="where the resumable state is kept; default: runs/stickers/vae…"
+    )
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="at its peak")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--continue-shipped", action="store_true", help="without a state in --work, start from the weights in --out")
+    parser.add_argument(
+        "--continue-shipped",
+        action="store_true",
+        help="without a state in --work, start from the weights in --out",
+    )
     parser.add_argument("--decoder-only", action="store_true", help="the same, and keep the encoder as it is")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -70,7 +76,9 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     stickers = load_stickers()
-    progress = Progress(args.work or Path(f"runs/stickers/vae{mode}"), args.out / f"training{mode}.csv", ["loss", "kl"])
+    progress = Progress(
+        args.work or Path(f"runs/stickers/vae{mode}"), args.out / f"training{mode}.csv", ["loss", "kl"]
+    )
     vae = build_vae().to(args.device)  # not channels-last: group norm runs backwards at half the speed there
     scaling_factor: float | None = None
     if mode:
@@ -84,7 +92,9 @@ def main() -> None:
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=1e-3, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * min(1.0, step / args.steps))) + 1e-3),
+        lambda step: min(
+            (step + 1) / 100, 0.5 * (1 + math.cos(math.pi * min(1.0, step / args.steps))) + 1e-3
+        ),
     )
     start = 0
     if state := progress.resume():
@@ -98,7 +108,9 @@ def main() -> None:
     stream = batches(stickers.train_rows, args.batch_size, np.random.default_rng((args.seed, start)))
     sums = np.zeros(2)
     for step in range(start + 1, args.steps + 1):
-        image = (shift_and_flip(stickers.image_NCHW[next(stream)].float() / 255, generator) * 2 - 1).to(args.device)
+        image = (shift_and_flip(stickers.image_NCHW[next(stream)].float() / 255, generator) * 2 - 1).to(
+            args.device
+        )
         with autocast(args.device):
             posterior = vae.encode(image).latent_dist
             drawn = vae.decode(posterior.sample(latent_generator)).sample
@@ -117,7 +129,11 @@ def main() -> None:
             with torch.no_grad():
                 some = stickers.image_NCHW[stickers.train_rows[::25]].float().to(args.device) / 127.5 - 1
                 latents = vae.encode(some).latent_dist.mean
-            state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            state = {
+                "model": vae.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+            }
             progress.save({"step": step, **state})
             save_half(vae, scaling_factor or round(1 / latents.std().item(), 4), args.out)
 

@@ -35,9 +35,13 @@ class Stickers:
 def load_stickers(path: Path = ITEMS) -> Stickers:
     """Decode every item of `items.parquet` into memory (about 100 MB)."""
     table = pq.read_table(path)
-    columns = {name: table[name].to_pylist() for name in ("item_id", "style", "category", "subcategory", "name")}
+    columns = {
+        name: table[name].to_pylist() for name in ("item_id", "style", "category", "subcategory", "name")
+    }
     return Stickers(
-        image_NCHW=torch.from_numpy(to_pixels([image["bytes"].as_py() for image in table["image"]])).permute(0, 3, 1, 2).contiguous(),
+        image_NCHW=torch.from_numpy(to_pixels([image["bytes"].as_py() for image in table["image"]]))
+        .permute(0, 3, 1, 2)
+        .contiguous(),
         held_out=np.array([is_held_out(name) for name in columns["name"]]),
         **columns,
     )
@@ -78,7 +82,11 @@ def batches(rows: np.ndarray, batch_size: int, random: np.random.Generator) -> I
 
 def autocast(device: str) -> torch.autocast:
     """Mixed precision where it pays: a processor without AVX-512 computes bfloat16 some hundred times slower than float32."""
-    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512")
+    return torch.autocast(
+        device,
+        torch.bfloat16,
+        enabled=device == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512",
+    )
 
 
 class Progress:

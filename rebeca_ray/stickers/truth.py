@@ -30,7 +30,9 @@ class Truth:
                 ("subcategory", pa.array(judge.subcategories)),
             )
         )
-        self.like_USC = np.full((len(user_ids), len(judge.styles), len(judge.subcategories)), np.nan, np.float32)
+        self.like_USC = np.full(
+            (len(user_ids), len(judge.styles), len(judge.subcategories)), np.nan, np.float32
+        )
         self.like_USC[user, style, subcategory] = table["like_probability"].to_numpy()
 
     def like_probability(self, user_ids: list[str], images: np.ndarray) -> np.ndarray:
@@ -44,7 +46,9 @@ class Truth:
         like_USC = self.like_USC[[self.row[user] for user in user_ids]]
         joint_NSC = self.joint(images) * ~np.isnan(like_USC[0])
         joint_NSC /= joint_NSC.sum((1, 2), keepdims=True)
-        return float(np.einsum("usc,nsc->", np.nan_to_num(like_USC), joint_NSC) / (len(like_USC) * len(joint_NSC)))
+        return float(
+            np.einsum("usc,nsc->", np.nan_to_num(like_USC), joint_NSC) / (len(like_USC) * len(joint_NSC))
+        )
 
     def joint(self, images: np.ndarray) -> np.ndarray:
         judgement = self.judge(images)

@@ -40,7 +40,12 @@ from tests.gpu.sd15 import write_sd15
 
 RESULTS = Path(__file__).parent / "results"
 REFERENCE = DecoderSettings(
-    model=str(DECODER), scheduler="ddim", num_inference_steps=50, decoder_guidance_scale=3.0, batch_size=1, image_quality=100
+    model=str(DECODER),
+    scheduler="ddim",
+    num_inference_steps=50,
+    decoder_guidance_scale=3.0,
+    batch_size=1,
+    image_quality=100,
 )
 DEFAULT = REFERENCE.model_copy(update={"scheduler": "dpm_solver", "num_inference_steps": 9, "batch_size": 40})
 JUDGED, TIMED = 120, 40
@@ -64,10 +69,15 @@ class World:
 
     def quality(self, image_NHWC: np.ndarray) -> dict[str, float]:
         judged, again = self.judge(image_NHWC), self.embed(image_NHWC)
-        cosine = (again * self.embeds).sum(1) / np.linalg.norm(again, axis=1) / np.linalg.norm(self.embeds, axis=1)
+        cosine = (
+            (again * self.embeds).sum(1) / np.linalg.norm(again, axis=1) / np.linalg.norm(self.embeds, axis=1)
+        )
         found = {"style": self.judge.style(judged), "category": self.judge.category(judged)}
         wanted = {"style": self.stickers.style, "category": self.stickers.category}
-        shares = {name: np.mean([one == wanted[name][row] for one, row in zip(found[name], self.rows, strict=True)]) for name in found}
+        shares = {
+            name: np.mean([one == wanted[name][row] for one, row in zip(found[name], self.rows, strict=True)])
+            for name in found
+        }
         return {**{name: float(share) for name, share in shares.items()}, "cosine": float(cosine.mean())}
 
 
@@ -77,9 +87,13 @@ def drawn(settings: DecoderSettings, embeds: np.ndarray) -> np.ndarray:
 
 def shared_embedding(embeds: np.ndarray) -> Callable[[], int]:
     """`StableDiffusionPipeline`, a batch as large as ours and the same steps, all rows with one embedding, which it can do."""
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(str(DECODER), safety_checker=None, dtype=torch.float32)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+        str(DECODER), safety_checker=None, dtype=torch.float32
+    )
     pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    pipeline.load_ip_adapter(str(DECODER), subfolder="ip_adapter", weight_name="ip-adapter.safetensors", image_encoder_folder=None)
+    pipeline.load_ip_adapter(
+        str(DECODER), subfolder="ip_adapter", weight_name="ip-adapter.safetensors", image_encoder_folder=None
+    )
     pipeline.set_progress_bar_config(disable=True)
     image = torch.from_numpy(embeds[:1])[:, None]
 
@@ -137,7 +151,9 @@ def parity(world: World) -> dict[str, float]:
             drawn_at[weight] = ran
             error, peak = float((exact - ran).square().mean()), float(exact.max() - exact.min())
             found[f"UNet of Stable Diffusion 1.5, image weight {weight}"] = 10 * np.log10(peak**2 / error)
-        found["the same, one image weight against the other"] = psnr(drawn_at[0.4].numpy() * 64, drawn_at[1.0].numpy() * 64)
+        found["the same, one image weight against the other"] = psnr(
+            drawn_at[0.4].numpy() * 64, drawn_at[1.0].numpy() * 64
+        )
     return found
 
 
@@ -148,7 +164,9 @@ def speed(world: World, rounds: int) -> dict[str, float]:
         onnx = DEFAULT.model_copy(update={"engine": "onnx", "engine_dir": f"{folder}/onnx"})
         ways = {
             "reference: 50 steps of DDIM, one image at a time": ours(REFERENCE, world.embeds, 2),
-            "9 steps of DPM-Solver++ instead": ours(DEFAULT.model_copy(update={"batch_size": 1}), world.embeds, 8),
+            "9 steps of DPM-Solver++ instead": ours(
+                DEFAULT.model_copy(update={"batch_size": 1}), world.embeds, 8
+            ),
             "and 40 images at a time (the default)": ours(DEFAULT, world.embeds, TIMED),
             "the default by ONNX Runtime": ours(onnx, world.embeds, TIMED),
             "StableDiffusionPipeline, 40 images of one shared embedding": shared_embedding(world.embeds),
@@ -172,13 +190,17 @@ def quality(world: World) -> dict[str, dict[str, float]]:
             found[f"{scheduler}, {steps} steps"] = world.quality(images)
             strip.append(images[:12])
             Console().print(f"{scheduler}, {steps} steps", found[f"{scheduler}, {steps} steps"])
-    Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in strip])).save(RESULTS / "decoding-steps.png")
+    Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in strip])).save(
+        RESULTS / "decoding-steps.png"
+    )
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("parts", nargs="*", choices=["speed", "quality", "parity"], default=["speed", "quality", "parity"])
+    parser.add_argument(
+        "parts", nargs="*", choices=["speed", "quality", "parity"], default=["speed", "quality", "parity"]
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -187,7 +209,11 @@ def main() -> None:
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     world = World()
     if "speed" in arguments.parts:
-        found |= {"machine": platform.processor() or platform.machine(), "threads": arguments.threads, "torch": torch.__version__}
+        found |= {
+            "machine": platform.processor() or platform.machine(),
+            "threads": arguments.threads,
+            "torch": torch.__version__,
+        }
         found["images_per_second"] = speed(world, arguments.rounds)
         table = Table("", "images/s", "times the reference")
         reference = next(iter(found["images_per_second"].values()))
@@ -201,7 +227,9 @@ def main() -> None:
         found["quality"] = quality(world)
         table = Table("", "style", "category", "cosine to the wanted embedding")
         for name, figures in found["quality"].items():
-            table.add_row(name, f"{figures['style']:.1%}", f"{figures['category']:.1%}", f"{figures['cosine']:.3f}")
+            table.add_row(
+                name, f"{figures['style']:.1%}", f"{figures['category']:.1%}", f"{figures['cosine']:.3f}"
+            )
         Console().print(table)
     path.write_text(json.dumps(found, indent=2) + "\n")
 

@@ -33,7 +33,10 @@ from tests.gpu.sd15 import EMBED_DIM, write_sd15
 
 RESULTS = Path(__file__).parent / "results"
 BUILD_ENGINES = Path(__file__).parents[2] / "serving" / "build_engines.py"
-UNET_TFLOP, VAE_TFLOP = 0.803, 2.515  # of one 512-pixel image: a pass of the UNet, and the autoencoder's decoder
+UNET_TFLOP, VAE_TFLOP = (
+    0.803,
+    2.515,
+)  # of one 512-pixel image: a pass of the UNet, and the autoencoder's decoder
 ROUNDS = 3
 
 
@@ -50,7 +53,9 @@ def images_a_second(settings: DecoderSettings, batch_size: int) -> float:
     return statistics.median(rates[1:])
 
 
-def ways(half: DecoderSettings, folder: Path, batch_sizes: list[int]) -> Iterator[tuple[str, DecoderSettings, list[int]]]:
+def ways(
+    half: DecoderSettings, folder: Path, batch_sizes: list[int]
+) -> Iterator[tuple[str, DecoderSettings, list[int]]]:
     """What is measured: its name, its settings, and for which batches."""
     reference = {"dtype": "float32", "num_inference_steps": 2 * half.num_inference_steps, "scheduler": "ddim"}
     yield "reference: float32, twice the steps", half.model_copy(update=reference), [1]
@@ -59,9 +64,19 @@ def ways(half: DecoderSettings, folder: Path, batch_sizes: list[int]) -> Iterato
         yield "torch, compiled, CUDA graphs", half.model_copy(update={"compile": True}), batch_sizes
     if importlib.util.find_spec("tensorrt"):
         export_decoder(half, folder / "engines")
-        command = [sys.executable, str(BUILD_ENGINES), str(folder / "engines"), "--batch-size", str(max(batch_sizes))]
+        command = [
+            sys.executable,
+            str(BUILD_ENGINES),
+            str(folder / "engines"),
+            "--batch-size",
+            str(max(batch_sizes)),
+        ]
         subprocess.run(command, check=True)
-        yield "TensorRT", half.model_copy(update={"engine": "tensorrt", "engine_dir": str(folder / "engines")}), batch_sizes
+        yield (
+            "TensorRT",
+            half.model_copy(update={"engine": "tensorrt", "engine_dir": str(folder / "engines")}),
+            batch_sizes,
+        )
 
 
 def main() -> None:
@@ -97,7 +112,10 @@ def main() -> None:
     Console().print(table)
     if arguments.device == "cuda":
         path = RESULTS / f"decoding-{name.lower().replace(' ', '-')}.json"
-        path.write_text(json.dumps({"device": name, "steps": arguments.steps, "images_per_second": found}, indent=2) + "\n")
+        path.write_text(
+            json.dumps({"device": name, "steps": arguments.steps, "images_per_second": found}, indent=2)
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,14 @@ def processor() -> str:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        command = [Path(sys.executable).parent / "rebeca", "demo", "--out", f"{folder}/demo", "--data", f"{folder}/data"]
+        command = [
+            Path(sys.executable).parent / "rebeca",
+            "demo",
+            "--out",
+            f"{folder}/demo",
+            "--data",
+            f"{folder}/data",
+        ]
         before, peak, started = used_memory(), 0, time.perf_counter()
         demo = subprocess.Popen(command)
         while demo.poll() is None:
@@ -40,7 +47,11 @@ def main() -> None:
         figures = json.loads((Path(folder) / "demo" / "figures.json").read_text())
     capability = torch.backends.cpu.get_cpu_capability()
     result = {
-        "machine": {"processor": processor(), "vector_instructions": capability, "cores": torch.get_num_threads()},
+        "machine": {
+            "processor": processor(),
+            "vector_instructions": capability,
+            "cores": torch.get_num_threads(),
+        },
         "seconds_in_all": round(seconds, 1),
         "peak_memory_gb": round(peak / 1e9, 2),
         **figures,

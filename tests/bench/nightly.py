@@ -32,20 +32,37 @@ def rate_something(source: Path, users: list[str], out: Path) -> None:
     everything = np.unique(item)
     rated = [str(np.setdiff1d(everything, item[owner == user])[0]) for user in users]
     latest = np.max(table["timestamp"].to_numpy()) + np.timedelta64(1, "D")
-    columns = {"user_id": users, "item_id": rated, "rating": [5.0] * len(users), "timestamp": [latest.astype(object)] * len(users)}
+    columns = {
+        "user_id": users,
+        "item_id": rated,
+        "rating": [5.0] * len(users),
+        "timestamp": [latest.astype(object)] * len(users),
+    }
     more = pa.table({name: columns[name] for name in table.column_names}, schema=table.schema)
     pq.write_table(pa.concat_tables([table, more]), out)
 
 
 def night(config: GenerateConfig, number: int) -> dict[str, Any]:
     started = time.perf_counter()
-    manifest = generate_catalog(config.model_copy(update={"run_date": np.datetime64("2026-03-01").astype(object).replace(day=number)}))
+    manifest = generate_catalog(
+        config.model_copy(update={"run_date": np.datetime64("2026-03-01").astype(object).replace(day=number)})
+    )
     seconds = time.perf_counter() - started
     assert verify(read_catalog(config.root), "sample") == []
     spent, foreseen = manifest["spent"], manifest["foreseen"]
     hours = {"seconds_in_all": round(seconds, 1), "seconds_spent": round(3600 * spent["hours"], 1)}
-    told = {"seconds_foreseen": round(3600 * foreseen["hours"], 1), "images_foreseen": foreseen["images"]} if foreseen else {}
-    return {"images": spent["images"], **hours, **told, "counts": manifest["counts"], "stages": manifest["measured"]["stages"]}
+    told = (
+        {"seconds_foreseen": round(3600 * foreseen["hours"], 1), "images_foreseen": foreseen["images"]}
+        if foreseen
+        else {}
+    )
+    return {
+        "images": spent["images"],
+        **hours,
+        **told,
+        "counts": manifest["counts"],
+        "stages": manifest["measured"]["stages"],
+    }
 
 
 def main() -> None:
@@ -53,7 +70,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("~/rebeca-stickers").expanduser())
     parser.add_argument("--users", type=int, default=400)
     told = parser.parse_args()
-    users = sorted(set(pq.read_table(told.data / "interactions.parquet", columns=["user_id"])["user_id"].to_pylist()))[: told.users]
+    users = sorted(
+        set(pq.read_table(told.data / "interactions.parquet", columns=["user_id"])["user_id"].to_pylist())
+    )[: told.users]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         base = load_config(
@@ -73,7 +92,9 @@ def main() -> None:
         pq.write_table(pa.table({"user_id": users}), work / "request.parquet")
         anew = base.model_copy(update={"selection": base.selection.model_copy(update={"diversity": 0.31})})
         nights["full"] = night(anew, 2)
-        rate_something(told.data / "interactions.parquet", users[:: round(1 / CHANGED)], work / "interactions.parquet")
+        rate_something(
+            told.data / "interactions.parquet", users[:: round(1 / CHANGED)], work / "interactions.parquet"
+        )
         nights["refresh"] = night(anew, 3)
     full, refresh = nights["full"], nights["refresh"]
     ratios = {

@@ -66,11 +66,16 @@ class Population:
         return [self.block.held_item_index[liked & (self.block.held_user == user)] for user in self.user_G]
 
     def training_likes(self) -> list[np.ndarray]:
-        rows = [np.arange(self.block.starts_V[user], self.block.starts_V[user] + self.block.counts_V[user]) for user in self.user_G]
+        rows = [
+            np.arange(self.block.starts_V[user], self.block.starts_V[user] + self.block.counts_V[user])
+            for user in self.user_G
+        ]
         return [self.block.item_index_N[own[self.block.like_N[own] == 1]] for own in rows]
 
 
-def read_population(folder: Path, storage: str, x0_ID: np.ndarray, item_id: np.ndarray, num_users: int = NUM_USERS) -> Population:
+def read_population(
+    folder: Path, storage: str, x0_ID: np.ndarray, item_id: np.ndarray, num_users: int = NUM_USERS
+) -> Population:
     """`num_users` of the users simulated in `folder`, evenly spaced."""
     interactions, truth = f"{folder}/interactions.parquet", folder / "truth.parquet"
     histories = build_histories(InteractionSettings(path=interactions), item_id, storage)
@@ -86,16 +91,32 @@ def read_population(folder: Path, storage: str, x0_ID: np.ndarray, item_id: np.n
     for user, style, subcategory, like in zip(*told.values(), strict=True):
         like_GP[place[user], pair_of[style, subcategory]] = like
     row_of = {item: row for row, item in enumerate(world.item_id)}
-    return Population(block=block, user_G=user_G, like_GI=like_GP[:, world.pair[[row_of[item] for item in item_id]]], x0_ID=x0_ID)
+    return Population(
+        block=block,
+        user_G=user_G,
+        like_GI=like_GP[:, world.pair[[row_of[item] for item in item_id]]],
+        x0_ID=x0_ID,
+    )
 
 
-def sample(prior: TrainedPrior, of: Population, count: int, settings: SamplerSettings | None = None) -> torch.Tensor:
+def sample(
+    prior: TrainedPrior, of: Population, count: int, settings: SamplerSettings | None = None
+) -> torch.Tensor:
     """[users, count, D] in the prior's space."""
     history = of.block.history(of.user_G, prior.settings.max_history).look_up(of.x0_ID)
-    tokens = prior.user_tokens(of.block.user_index_V[of.user_G], history if prior.settings.user_encoder == "history" else None)
+    tokens = prior.user_tokens(
+        of.block.user_index_V[of.user_G], history if prior.settings.user_encoder == "history" else None
+    )
     sampler = (settings or SamplerSettings()).resolve(prior.sampling, prior.diffusion.num_train_timesteps)
     row_N = np.repeat(np.arange(len(of.user_G)), count)
-    x_ND = sample_liked(prior.network, Diffusion.build(prior.diffusion), tokens, row_N, range(2**41, 2**41 + len(row_N)), sampler)
+    x_ND = sample_liked(
+        prior.network,
+        Diffusion.build(prior.diffusion),
+        tokens,
+        row_N,
+        range(2**41, 2**41 + len(row_N)),
+        sampler,
+    )
     return x_ND.view(len(of.user_G), count, -1)
 
 
@@ -107,7 +128,12 @@ def quality(x_GSD: torch.Tensor, of: Population) -> dict[str, float]:
     distinct = np.mean([len(set(row)) / len(row) for row in nearest_GS])
     real = F.normalize(torch.from_numpy(of.x0_ID[np.concatenate(of.held_out_likes())]))
     drawn = F.normalize(x_GSD.flatten(0, 1))
-    return {"like": float(like), "distinct": float(distinct), "mmd": mmd(drawn, real), "frechet": frechet(drawn, real)}
+    return {
+        "like": float(like),
+        "distinct": float(distinct),
+        "mmd": mmd(drawn, real),
+        "frechet": frechet(drawn, real),
+    }
 
 
 def mmd(left_ND: torch.Tensor, right_ND: torch.Tensor, sigma: float = 0.5) -> float:
@@ -117,7 +143,9 @@ def mmd(left_ND: torch.Tensor, right_ND: torch.Tensor, sigma: float = 0.5) -> fl
         return torch.exp(-torch.cdist(one, two).square() / (2 * sigma**2))
 
     n, m = len(left_ND), len(right_ND)
-    within = (kernel(left_ND, left_ND).sum() - n) / (n * (n - 1)) + (kernel(right_ND, right_ND).sum() - m) / (m * (m - 1))
+    within = (kernel(left_ND, left_ND).sum() - n) / (n * (n - 1)) + (kernel(right_ND, right_ND).sum() - m) / (
+        m * (m - 1)
+    )
     return 1000 * float(within - 2 * kernel(left_ND, right_ND).mean())
 
 
@@ -135,7 +163,10 @@ def permuted(prior: TrainedPrior, of: Population) -> dict[str, dict[str, float]]
     nearest_N = nearest_items(F.normalize(sample(prior, of, 10).flatten(0, 1)), unit_ID)[0].numpy()
     like_UV = of.like_GI[:, nearest_N].reshape(len(of.user_G), -1, 10).mean(2)
     some = np.linspace(0, len(like_UV) - 1, 210).astype(int)
-    return {"all": permutation_test(like_UV).figures(), "210": permutation_test(like_UV[np.ix_(some, some)]).figures()}
+    return {
+        "all": permutation_test(like_UV).figures(),
+        "210": permutation_test(like_UV[np.ix_(some, some)]).figures(),
+    }
 
 
 def nearest_other(unit_ID: torch.Tensor) -> np.ndarray:
@@ -153,7 +184,10 @@ def chosen(prior: TrainedPrior, of: Population, drawn: torch.Tensor, count: int)
     for x_SD, factor in zip(drawn, factors, strict=True):
         like = prior.selector.like_probability(x_SD, factor.expand(len(x_SD), -1)).numpy()
         unit = F.normalize(x_SD).numpy()
-        copy = nearest_items(torch.from_numpy(unit), F.normalize(torch.from_numpy(of.x0_ID)))[1].numpy() > settings.max_item_similarity
+        copy = (
+            nearest_items(torch.from_numpy(unit), F.normalize(torch.from_numpy(of.x0_ID)))[1].numpy()
+            > settings.max_item_similarity
+        )
         kept.append(x_SD[choose(unit, like, copy, count, settings.diversity).copy()])
     return torch.stack(kept)
 
@@ -166,7 +200,11 @@ def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
     embedded = read_image_embeds(items)
 
     def train(name: str, **network: object) -> TrainedPrior:
-        overrides = [f"interactions.path={folder}/seen/interactions.parquet", f"items={items}", f"out={folder}/{name}"]
+        overrides = [
+            f"interactions.path={folder}/seen/interactions.parquet",
+            f"items={items}",
+            f"out={folder}/{name}",
+        ]
         overrides += [f"storage={folder}/train", f"optimization.seed={seed}"]
         overrides += [f"network.{key}={value}" for key, value in network.items()]
         train_prior(load_config(TrainConfig, ROOT / "jobs/configs/train_stickers.yaml", overrides))
@@ -187,16 +225,22 @@ def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
     )
     x0_ID = history.scaler.scale(torch.from_numpy(embedded.image_embeds)).numpy()
     storage = f"{folder}/train"
-    seen, unseen = (read_population(folder / name, storage, x0_ID, embedded.item_id) for name in ("seen", "unseen"))
+    seen, unseen = (
+        read_population(folder / name, storage, x0_ID, embedded.item_id) for name in ("seen", "unseen")
+    )
     everybody = read_population(folder / "seen", storage, x0_ID, embedded.item_id, PERMUTED_USERS)
     random = np.random.default_rng(seed)
     likes = seen.training_likes()
     liked = np.stack([random.choice(own, SAMPLES) for own in likes])
-    mean = torch.stack([torch.from_numpy(x0_ID[own]).mean(0) for own in likes])[:, None].expand(-1, SAMPLES, -1)
+    mean = torch.stack([torch.from_numpy(x0_ID[own]).mean(0) for own in likes])[:, None].expand(
+        -1, SAMPLES, -1
+    )
     unit_ID = F.normalize(torch.from_numpy(x0_ID))
     other = nearest_other(unit_ID)
     reference = SamplerSettings(name="ddpm", num_inference_steps=1000)
-    drawn = sample(history, seen, max(SAMPLES * SelectionSettings().candidates_per_item, ITEMS_A_USER * max(CANDIDATES)))
+    drawn = sample(
+        history, seen, max(SAMPLES * SelectionSettings().candidates_per_item, ITEMS_A_USER * max(CANDIDATES))
+    )
     default = quality(sample(history, seen, SAMPLES), seen)
     return {
         "a reference, 1000 steps": quality(sample(history, seen, SAMPLES, reference), seen),
@@ -209,16 +253,21 @@ def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
         "h random liked training item": quality(torch.from_numpy(x0_ID[liked]), seen),
         "i item nearest to that of (h)": quality(torch.from_numpy(x0_ID[other[liked]]), seen),
         "j default sampler, 4 candidates an item": quality(
-            chosen(history, seen, drawn[:, : SAMPLES * SelectionSettings().candidates_per_item], SAMPLES), seen
+            chosen(history, seen, drawn[:, : SAMPLES * SelectionSettings().candidates_per_item], SAMPLES),
+            seen,
         ),
         "permutation": permuted(history, everybody),
         "guidance": history.sampling.prior_guidance_scale,
         "sweep": {
-            f"{scale:g}": quality(sample(history, seen, SAMPLES, SamplerSettings(prior_guidance_scale=scale)), seen)
+            f"{scale:g}": quality(
+                sample(history, seen, SAMPLES, SamplerSettings(prior_guidance_scale=scale)), seen
+            )
             for scale in GUIDANCE_SCALES
         },
         "candidates_per_item": {
-            str(candidates): quality(chosen(history, seen, drawn[:, : ITEMS_A_USER * candidates], ITEMS_A_USER), seen)
+            str(candidates): quality(
+                chosen(history, seen, drawn[:, : ITEMS_A_USER * candidates], ITEMS_A_USER), seen
+            )
             for candidates in CANDIDATES
         },
     }
@@ -229,12 +278,22 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
-    sets = (("sweep", "guidance of the prior", SAMPLES), ("candidates_per_item", "candidates an item", ITEMS_A_USER))
+    sets = (
+        ("sweep", "guidance of the prior", SAMPLES),
+        ("candidates_per_item", "candidates an item", ITEMS_A_USER),
+    )
     for axis, (name, label, count) in zip(axes, sets, strict=True):
         points = list(next(iter(found.values()))[name])
         for figure_name, told in (("like", "true like probability"), ("distinct", f"distinct of {count}")):
             values = np.array([[found[seed][name][point][figure_name] for point in points] for seed in found])
-            axis.errorbar([float(point) for point in points], values.mean(0), values.std(0), marker="o", capsize=3, label=told)
+            axis.errorbar(
+                [float(point) for point in points],
+                values.mean(0),
+                values.std(0),
+                marker="o",
+                capsize=3,
+                label=told,
+            )
         copied = np.mean([found[seed]["h random liked training item"]["like"] for seed in found])
         axis.axhline(copied, color="grey", linestyle=":", label="a liked training item itself")
         axis.set(xlabel=label, ylim=(0, 1.02))
@@ -249,18 +308,31 @@ def report(found: dict[str, dict[str, Any]]) -> None:
     """Mean ± deviation over the seeds."""
     table = Table("", "true like probability", "distinct of 25", "MMD × 1000", "Fréchet")
     for name in [name for name in next(iter(found.values())) if name[1] == " "]:
-        rows = [[found[seed][name][figure] for seed in found] for figure in ("like", "distinct", "mmd", "frechet")]
+        rows = [
+            [found[seed][name][figure] for seed in found] for figure in ("like", "distinct", "mmd", "frechet")
+        ]
         table.add_row(name, *(f"{np.mean(values):.3f} ± {np.std(values):.3f}" for values in rows))
     Console().print(table)
     for users in ("all", "210"):
         tests = [found[seed]["permutation"][users] for seed in found]
-        mean = {name: np.mean([test[name] for test in tests]) for name in ("users", "own", "dealt", "effect", "z", "p_value")}
-        Console().print("permutation test: " + ", ".join(f"{name} {value:.4g}" for name, value in mean.items()))
+        mean = {
+            name: np.mean([test[name] for test in tests])
+            for name in ("users", "own", "dealt", "effect", "z", "p_value")
+        }
+        Console().print(
+            "permutation test: " + ", ".join(f"{name} {value:.4g}" for name, value in mean.items())
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, nargs="*", default=[101, 102, 103], help="to measure; others stay as they were found")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="*",
+        default=[101, 102, 103],
+        help="to measure; others stay as they were found",
+    )
     parser.add_argument("--users", type=int, default=4000)
     parser.add_argument("--data", type=Path, default=Path("runs/prior_quality"))
     arguments = parser.parse_args()

@@ -49,9 +49,13 @@ def synthesise(root: str, num_users: int) -> None:
         name = user_name(number)
         users[bucket_of(name, BUCKETS)].append(name)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        rows = [row for part in pool.map(write_bucket, [run] * BUCKETS, range(BUCKETS), users) for row in part]
+        rows = [
+            row for part in pool.map(write_bucket, [run] * BUCKETS, range(BUCKETS), users) for row in part
+        ]
     listing = f"{run.snapshot}/files-000001.parquet"
-    written = write_table(pa.Table.from_pylist(rows, schema=schemas.FILES), join(root, listing), row_group_size=10_000)
+    written = write_table(
+        pa.Table.from_pylist(rows, schema=schemas.FILES), join(root, listing), row_group_size=10_000
+    )
     told = {
         "schema_version": schemas.SCHEMA_VERSION,
         "run_id": run.run_id,
@@ -78,7 +82,9 @@ def write_bucket(run: Run, bucket: int, users: list[str]) -> list[dict[str, Any]
         "item_id": item_id,
         "user_id": np.repeat(users, ITEMS_A_USER),
         "rank": np.tile(np.arange(ITEMS_A_USER), len(users)),
-        "image_embeds": pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(D)),
+        "image_embeds": pa.FixedSizeListArray.from_arrays(
+            pa.array(embeds.ravel()), type=schemas.image_embeds(D)
+        ),
         "like_probability": random.random(count, np.float32),
         "nearest_item_id": [f"real-{place}" for place in random.integers(0, 100_000, count)],
         "nearest_similarity": random.random(count, np.float32),
@@ -89,17 +95,40 @@ def write_bucket(run: Run, bucket: int, users: list[str]) -> list[dict[str, Any]
         "image_row": random.integers(0, STAND_INS, count),
     }
     schema = schemas.items(D).with_metadata(schemas.FILES.metadata)
-    items = pa.table([pa.array(columns[name]).cast(schema.field(name).type) for name in schema.names], schema=schema)
+    items = pa.table(
+        [pa.array(columns[name]).cast(schema.field(name).type) for name in schema.names], schema=schema
+    )
     picture = io.BytesIO()
     Image.new("RGB", (16, 16), tuple(random.integers(0, 256, 3).tolist())).save(picture, "WEBP")
-    image = {"image": {"bytes": picture.getvalue(), "path": "stand-in.webp"}, "width": 16, "height": 16, "seed": 0}
-    images = pa.Table.from_pylist([{**image, "item_id": item} for item in item_id[:STAND_INS]], schema=schemas.IMAGES)
+    image = {
+        "image": {"bytes": picture.getvalue(), "path": "stand-in.webp"},
+        "width": 16,
+        "height": 16,
+        "seed": 0,
+    }
+    images = pa.Table.from_pylist(
+        [{**image, "item_id": item} for item in item_id[:STAND_INS]], schema=schemas.IMAGES
+    )
     rows = []
     for name, table, embed_column in (("items", items, "image_embeds"), ("images", images, None)):
-        path = run.table("items", bucket) if name == "items" else f"{run.images}/bucket={bucket}/part-000001.parquet"
-        written = write_table(table, join(run.root, path), row_group_size=ITEM_ROW_GROUP, embed_column=embed_column)
+        path = (
+            run.table("items", bucket)
+            if name == "items"
+            else f"{run.images}/bucket={bucket}/part-000001.parquet"
+        )
+        written = write_table(
+            table, join(run.root, path), row_group_size=ITEM_ROW_GROUP, embed_column=embed_column
+        )
         rows.append(
-            {"table": name, "bucket": bucket, "file": bucket, "path": path, **written, "min_user_id": users[0], "max_user_id": users[-1]}
+            {
+                "table": name,
+                "bucket": bucket,
+                "file": bucket,
+                "path": path,
+                **written,
+                "min_user_id": users[0],
+                "max_user_id": users[-1],
+            }
         )
     return rows
 
@@ -167,13 +196,19 @@ def counted(root: str) -> Iterator[Counting]:
 
 def lookups(snapshot: Snapshot, num_users: int, columns: list[str] | None) -> dict[str, float]:
     """Users at random: bytes and requests of each, footers read before or not; milliseconds once all footers were read."""
-    users = [user_name(number) for number in np.random.default_rng(0).integers(0, num_users, LOOKUPS).tolist()]
+    users = [
+        user_name(number) for number in np.random.default_rng(0).integers(0, num_users, LOOKUPS).tolist()
+    ]
     row_groups.footer_bytes.cache_clear()
     first, after, requests = [], [], []
     with counted(snapshot.root) as counting:
         for sizes in (first, after):
             for user in users:
-                cached, asked, was = row_groups.footer_bytes.cache_info().misses, counting.requests, counting.bytes
+                cached, asked, was = (
+                    row_groups.footer_bytes.cache_info().misses,
+                    counting.requests,
+                    counting.bytes,
+                )
                 assert snapshot.for_user(user, columns).num_rows == ITEMS_A_USER
                 if sizes is after or row_groups.footer_bytes.cache_info().misses > cached:
                     sizes.append(counting.bytes - was)
@@ -201,9 +236,13 @@ def scan(snapshot: Snapshot, columns: list[str]) -> dict[str, float]:
         with filesystem.open(join(base, path), "rb", cache_type="none") as file:
             metadata = pq.read_metadata(file)
         chunks = (
-            metadata.row_group(group).column(column) for group in range(metadata.num_row_groups) for column in range(metadata.num_columns)
+            metadata.row_group(group).column(column)
+            for group in range(metadata.num_row_groups)
+            for column in range(metadata.num_columns)
         )
-        needed += sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
+        needed += sum(
+            chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns
+        )
     with counted(snapshot.root) as counting:
         rows = sum(batch.num_rows for batch in snapshot.dataset("items").to_batches(columns=columns))
     started = time.perf_counter()
@@ -229,7 +268,11 @@ def opening(root: str) -> dict[str, float]:
     started = time.perf_counter()
     for _ in range(10):
         assert snapshot.refresh() is snapshot
-    return {"first_seconds": times[0], "seconds": statistics.median(times[1:]), "refresh_ms": 100 * (time.perf_counter() - started)}
+    return {
+        "first_seconds": times[0],
+        "seconds": statistics.median(times[1:]),
+        "refresh_ms": 100 * (time.perf_counter() - started),
+    }
 
 
 def images(snapshot: Snapshot, num_users: int) -> dict[str, float]:

@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from rebeca_ray.diffusion import Denoiser, Diffusion
+from rebeca_ray.noise import item_noise
 from rebeca_ray.presets import PRESETS
 from rebeca_ray.prior import LIKE, NULL_RATING, Prior
-from rebeca_ray.sampling import SAMPLERS, item_noise, sample_liked
+from rebeca_ray.sampling import SAMPLERS, sample_liked
 from rebeca_ray.settings import DiffusionSettings, NetworkSettings, SamplerSettings
 from rebeca_ray.users import UserTable
 
@@ -50,13 +51,24 @@ def two_passes(prior: Prior, diffusion: Diffusion, user_BUH: torch.Tensor) -> De
         timestep_B = torch.full((rows,), timestep)
         conditional = prior(x_BD, timestep_B, prior.condition(user_BUH, torch.full((rows,), LIKE)))
         unconditional = prior(x_BD, timestep_B, prior.condition(null_BUH, torch.full((rows,), NULL_RATING)))
-        return diffusion.denoised(unconditional + GUIDANCE * (conditional - unconditional), x_BD, timestep_B[:1])
+        return diffusion.denoised(
+            unconditional + GUIDANCE * (conditional - unconditional), x_BD, timestep_B[:1]
+        )
 
     return denoise
 
 
 @torch.inference_mode()
-def plain(prior: Prior, diffusion: Diffusion, users_UH: torch.Tensor, *, sampler: str, steps: int, run: int, rows: int) -> float:
+def plain(
+    prior: Prior,
+    diffusion: Diffusion,
+    users_UH: torch.Tensor,
+    *,
+    sampler: str,
+    steps: int,
+    run: int,
+    rows: int,
+) -> float:
     """Embeddings a second of `steps` steps of `rows` embeddings, two passes each; `run` of the steps are run."""
     timesteps = diffusion.inference_timesteps(steps)[-run:]
     user_BUH = users_UH[np.arange(rows) // A_USER % len(users_UH)]
@@ -67,7 +79,9 @@ def plain(prior: Prior, diffusion: Diffusion, users_UH: torch.Tensor, *, sampler
     return rows / ((time.perf_counter() - started) * steps / run)
 
 
-def ours(prior: Prior, diffusion: Diffusion, users_UH: torch.Tensor, *, sampler: str, steps: int, guidance: float) -> float:
+def ours(
+    prior: Prior, diffusion: Diffusion, users_UH: torch.Tensor, *, sampler: str, steps: int, guidance: float
+) -> float:
     """Embeddings a second of the library's own sampling: tiles of 256, conditions kept, one doubled batch."""
     rows = TILE
     settings = SamplerSettings.model_validate(
@@ -110,7 +124,9 @@ def main() -> None:
             prior, diffusion, users_UH, sampler="ddim", steps=DISTILLED_STEPS, guidance=1.0
         ),
     }
-    if torch.backends.cpu.get_cpu_capability() == "AVX512":  # elsewhere bfloat16 is emulated, hundreds of times slower
+    if (
+        torch.backends.cpu.get_cpu_capability() == "AVX512"
+    ):  # elsewhere bfloat16 is emulated, hundreds of times slower
         variants["in bfloat16, not distilled"] = autocast
     if not arguments.no_compile:
         compiled = torch.compile(prior, dynamic=False)

@@ -38,9 +38,15 @@ def rate(decoder: Decoder, rows: Rows) -> float:
 def measure(batch_size: int, rounds: int) -> dict[str, float]:
     """Images a second of both ways, four batches at a time, and the server's mean batch."""
     settings = DecoderSettings(
-        model=str(DECODER), num_inference_steps=9, decoder_guidance_scale=3.0, batch_size=batch_size, image_quality=100
+        model=str(DECODER),
+        num_inference_steps=9,
+        decoder_guidance_scale=3.0,
+        batch_size=batch_size,
+        image_quality=100,
     )
-    served = settings.model_copy(update={"backend": "triton", "triton": TritonSettings(url=f"127.0.0.1:{PORTS['grpc_port']}")})
+    served = settings.model_copy(
+        update={"backend": "triton", "triton": TritonSettings(url=f"127.0.0.1:{PORTS['grpc_port']}")}
+    )
     embeds = np.random.default_rng(0).standard_normal((BATCHES * batch_size, 256)).astype(np.float32)
     rows = Rows.of(settings, embeds, range(len(embeds)))
     local = LocalDecoder(settings)
@@ -71,7 +77,11 @@ def main() -> None:
     table = Table("batch", "in process, images/s", "Triton, images/s", "share", "mean batch of the server")
     for size, figures in found.items():
         table.add_row(
-            size, f"{figures['in process']:.2f}", f"{figures['Triton']:.2f}", f"{figures['share']:.1%}", f"{figures['mean_batch']:.1f}"
+            size,
+            f"{figures['in process']:.2f}",
+            f"{figures['Triton']:.2f}",
+            f"{figures['share']:.1%}",
+            f"{figures['mean_batch']:.1f}",
         )
     Console().print(table)
     (RESULTS / "serving.json").write_text(json.dumps({"threads": threads, "batch": found}, indent=2) + "\n")

@@ -30,8 +30,22 @@ def bucket(folder: Path) -> dict[str, float]:
     """Seconds to assemble one bucket in which everybody is new."""
     run = Run(root=str(folder), run_date="2026-01-01", run_id="size", epoch=1)
     users = [f"user-{number:08d}" for number in range(USERS)]
-    row = {"num_images": ITEMS_A_USER, "prompt": "", "negative_prompt": "", "bucket": 0, "histories_bucket": 0, "stranger": False}
-    row |= {"history_digest": "digest", "generation": 0, "made_with": "settings", "priority": 0.0, "activity": 1, "decision": "plan"}
+    row = {
+        "num_images": ITEMS_A_USER,
+        "prompt": "",
+        "negative_prompt": "",
+        "bucket": 0,
+        "histories_bucket": 0,
+        "stranger": False,
+    }
+    row |= {
+        "history_digest": "digest",
+        "generation": 0,
+        "made_with": "settings",
+        "priority": 0.0,
+        "activity": 1,
+        "decision": "plan",
+    }
     write_decisions([{**row, "user_id": user} for user in users], run.decisions(0))
     random = np.random.default_rng(0)
     parts, files, count = [], [], USERS * ITEMS_A_USER
@@ -42,19 +56,34 @@ def bucket(folder: Path) -> dict[str, float]:
             "item_id": [f"{place:032x}" for place in places],
             "user_id": [users[place // ITEMS_A_USER] for place in places],
             "rank": pa.array(places % ITEMS_A_USER, pa.int16()),
-            "image_embeds": pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(D)),
+            "image_embeds": pa.FixedSizeListArray.from_arrays(
+                pa.array(embeds.ravel()), type=schemas.image_embeds(D)
+            ),
             "like_probability": random.random(len(places), np.float32),
             "nearest_item_id": [f"real-{place}" for place in places],
             "nearest_similarity": random.random(len(places), np.float32),
             "origin": ["new"] * len(places),
         }
-        write_table(pa.table(columns), f"{run.plan}/{number}.parquet", row_group_size=20_000, embed_column="image_embeds")
+        write_table(
+            pa.table(columns),
+            f"{run.plan}/{number}.parquet",
+            row_group_size=20_000,
+            embed_column="image_embeds",
+        )
         parts.append({"bucket": 0, "path": f"plan/{number}.parquet"})
-    image = {"image": {"bytes": b"", "path": "x.webp"}, "thumbnail": b"", "width": 512, "height": 512, "seed": 0}
+    image = {
+        "image": {"bytes": b"", "path": "x.webp"},
+        "thumbnail": b"",
+        "width": 512,
+        "height": 512,
+        "seed": 0,
+    }
     for number, start in enumerate(range(0, count, IMAGES_A_FILE)):
         rows = [{**image, "item_id": f"{place:032x}"} for place in range(start, start + IMAGES_A_FILE)]
         path = f"{run.images}/bucket=0/{number}.parquet"
-        written = write_table(pa.Table.from_pylist(rows, schema=schemas.IMAGES), f"{folder}/{path}", row_group_size=100)
+        written = write_table(
+            pa.Table.from_pylist(rows, schema=schemas.IMAGES), f"{folder}/{path}", row_group_size=100
+        )
         files.append({"bucket": 0, "path": path, "file": number, "attempt": 0, **written})
     work = Assembly(
         run=run, previous=None, num_buckets=1, embed_dim=D, prior="prior", parts=parts, files=files, late=False,
@@ -88,7 +117,15 @@ def file_list(folder: Path) -> dict[str, float]:
 def order(_: Path) -> dict[str, float]:
     """Seconds to put 10 million users in the order in which they are drawn."""
     random = np.random.default_rng(0)
-    keys = np.stack([np.zeros(ALL_USERS), -random.integers(0, 500, ALL_USERS), random.random(ALL_USERS), np.full(ALL_USERS, 10.0)], axis=1)
+    keys = np.stack(
+        [
+            np.zeros(ALL_USERS),
+            -random.integers(0, 500, ALL_USERS),
+            random.random(ALL_USERS),
+            np.full(ALL_USERS, 10.0),
+        ],
+        axis=1,
+    )
     started = time.perf_counter()
     boundaries = cut(keys, ITEMS_A_UNIT)
     return {"seconds": time.perf_counter() - started, "units": len(boundaries) + 1}
@@ -102,12 +139,18 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found = PARTS[sys.argv[1]](Path(folder))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(json.dumps({**{name: round(value, 2) for name, value in found.items()}, "peak_gib": round(peak, 2)}))
+        print(
+            json.dumps(
+                {**{name: round(value, 2) for name, value in found.items()}, "peak_gib": round(peak, 2)}
+            )
+        )
         return
     result = {}
     for name in PARTS:
         command = [sys.executable, "-m", "tests.bench.size", name]
-        result[name] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+        result[name] = json.loads(
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+        )
         print(name, result[name], flush=True)
     path = Path(__file__).parent / "results" / "size.json"
     path.write_text(json.dumps(result, indent=2) + "\n")

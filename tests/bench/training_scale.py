@@ -48,7 +48,13 @@ def time_steps(num_users: int) -> dict[str, float]:
     from rebeca_ray.training_set import Batch, Rated
 
     torch.set_num_threads(1)
-    told = {"preset": "paper-v2", "network": {"num_layers": 2}, "interactions": {"path": "i"}, "items": "i", "out": "o"}
+    told = {
+        "preset": "paper-v2",
+        "network": {"num_layers": 2},
+        "interactions": {"path": "i"},
+        "items": "i",
+        "out": "o",
+    }
     config = TrainConfig.model_validate(told)
     device = torch.device("cpu")
     fit = Fit(config, D, num_users, device)
@@ -116,11 +122,18 @@ def measure_memory(rows: int, data: Path) -> dict[str, float]:
     watcher.start()
     started = time.perf_counter()
     item_id = np.array([f"item-{number:05d}" for number in range(ITEMS)])
-    histories = build_histories(InteractionSettings(path=str(data / f"ratings-{rows}")), item_id, str(data / f"histories-{rows}"))
+    histories = build_histories(
+        InteractionSettings(path=str(data / f"ratings-{rows}")), item_id, str(data / f"histories-{rows}")
+    )
     seconds = time.perf_counter() - started
     done.set()
     watcher.join()
-    return {"peak_mib": peak[0], "seconds": seconds, "users": histories.num_users, "buckets": len(histories.users_of_bucket)}
+    return {
+        "peak_mib": peak[0],
+        "seconds": seconds,
+        "users": histories.num_users,
+        "buckets": len(histories.users_of_bucket),
+    }
 
 
 def measure_workers(num_workers: int, data: Path) -> dict[str, float]:
@@ -134,8 +147,17 @@ def measure_workers(num_workers: int, data: Path) -> dict[str, float]:
     if not (data / "items" / "embedding.json").exists():
         embed_items(load_config(EmbedConfig, configs / "embed_stickers.yaml", [f"out={data}/items"]))
     simulate(2000, 0, data)
-    overrides = [f"interactions.path={data}/interactions.parquet", f"items={data}/items", f"out={data}/prior", f"storage={data}/train"]
-    overrides += [f"run_name=workers-{num_workers}-{os.getpid()}", "optimization.max_epochs=3", f"workers.num_workers={num_workers}"]
+    overrides = [
+        f"interactions.path={data}/interactions.parquet",
+        f"items={data}/items",
+        f"out={data}/prior",
+        f"storage={data}/train",
+    ]
+    overrides += [
+        f"run_name=workers-{num_workers}-{os.getpid()}",
+        "optimization.max_epochs=3",
+        f"workers.num_workers={num_workers}",
+    ]
     overrides += ["workers.cpus_per_worker=1", "workers.threads_per_worker=1"]
     overrides += [f"optimization.batch_size={SAMPLES_A_WORKER * num_workers}"]
     metrics = train_prior(load_config(TrainConfig, configs / "train_stickers.yaml", overrides))
@@ -150,7 +172,10 @@ def in_turn(name: str, sizes: list[int], rounds: int, data: Path) -> dict[int, d
             command = [sys.executable, __file__, name, "--one", str(size), "--data", str(data)]
             out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             found[size].append(json.loads(out.splitlines()[-1]))
-    return {size: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for size, rows in found.items()}
+    return {
+        size: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+        for size, rows in found.items()
+    }
 
 
 SIZES = {"steps": [10_000, 1_000_000], "memory": [1_000_000, 20_000_000], "workers": [1, 2]}
@@ -158,7 +183,9 @@ SIZES = {"steps": [10_000, 1_000_000], "memory": [1_000_000, 20_000_000], "worke
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", nargs="*", default=list(SIZES), help="steps, memory, workers; default: all of them")
+    parser.add_argument(
+        "what", nargs="*", default=list(SIZES), help="steps, memory, workers; default: all of them"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data", type=Path, default=Path("runs/training_scale"))
     parser.add_argument("--one", type=int, help="measure this size alone, in this process")
@@ -177,7 +204,12 @@ def main() -> None:
         found = in_turn(what, [first, last], arguments.rounds, data)
         table = Table(what, f"{first:,}", f"{last:,}", "ratio")
         for key in found[first]:
-            table.add_row(key, f"{found[first][key]:.1f}", f"{found[last][key]:.1f}", f"{found[last][key] / found[first][key]:.2f}")
+            table.add_row(
+                key,
+                f"{found[first][key]:.1f}",
+                f"{found[last][key]:.1f}",
+                f"{found[last][key] / found[first][key]:.2f}",
+            )
         Console().print(table)
         (RESULTS / f"training_scale-{what}.json").write_text(json.dumps(found, indent=2) + "\n")
 

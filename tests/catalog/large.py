@@ -17,7 +17,12 @@ MANY_USERS = [f"üser-{number:03d}" for number in range(USERS_THERE)]
 
 
 def write_snapshot(
-    root: Path, *, rows_a_group: int, version: int = schemas.SCHEMA_VERSION, users: list[str] = MANY_USERS, D: int = D
+    root: Path,
+    *,
+    rows_a_group: int,
+    version: int = schemas.SCHEMA_VERSION,
+    users: list[str] = MANY_USERS,
+    D: int = D,
 ) -> str:
     """A published snapshot of items alone, in three files of several row groups."""
     run = Run(root=str(root), run_date="2026-03-02", run_id="large", epoch=1)
@@ -33,7 +38,9 @@ def write_snapshot(
             "item_id": [f"{bucket}-{number:04d}" for number in range(count)],
             "user_id": np.repeat(own, ITEMS_A_USER),
             "rank": np.tile(np.arange(ITEMS_A_USER), len(own)),
-            "image_embeds": pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(D)),
+            "image_embeds": pa.FixedSizeListArray.from_arrays(
+                pa.array(embeds.ravel()), type=schemas.image_embeds(D)
+            ),
             "like_probability": random.random(count),
             "nearest_item_id": pa.nulls(count, pa.string()),
             "nearest_similarity": pa.nulls(count, pa.float32()),
@@ -44,14 +51,26 @@ def write_snapshot(
             "image_row": np.zeros(count),
         }
         schema = schemas.items(D)
-        table = pa.table([pa.array(columns[name]).cast(schema.field(name).type) for name in schema.names], schema=schema)
+        table = pa.table(
+            [pa.array(columns[name]).cast(schema.field(name).type) for name in schema.names], schema=schema
+        )
         path = run.table("items", bucket)
-        written = write_table(table, f"{root}/{path}", row_group_size=rows_a_group, embed_column="image_embeds")
+        written = write_table(
+            table, f"{root}/{path}", row_group_size=rows_a_group, embed_column="image_embeds"
+        )
         ends = {"min_user_id": own[0], "max_user_id": own[-1]}
         files.append({"table": "items", "bucket": bucket, "file": bucket, "path": path, **written, **ends})
     listing = f"{run.snapshot}/files.parquet"
-    written = write_table(pa.Table.from_pylist(files, schema=schemas.FILES), f"{root}/{listing}", row_group_size=100)
-    told = {"schema_version": version, "run_id": "large", "embed_dim": D, "num_buckets": BUCKETS, "previous_path": None}
+    written = write_table(
+        pa.Table.from_pylist(files, schema=schemas.FILES), f"{root}/{listing}", row_group_size=100
+    )
+    told = {
+        "schema_version": version,
+        "run_id": "large",
+        "embed_dim": D,
+        "num_buckets": BUCKETS,
+        "previous_path": None,
+    }
     write_json({**told, "files": {"path": listing, **written}}, run.manifest)
     publish(str(root), run)
     return str(root)

@@ -25,7 +25,10 @@ def main(out: str, *told: str) -> None:
             .getOrCreate()
         )
         tables = zip(told[::2], told[1::2], strict=True)
-        rows = {name: [row.asDict() for row in session.read.parquet(*files.split(",")).collect()] for name, files in tables}
+        rows = {
+            name: [row.asDict() for row in session.read.parquet(*files.split(",")).collect()]
+            for name, files in tables
+        }
         session.stop()
     Path(out).write_bytes(pickle.dumps(rows))
 

@@ -21,7 +21,9 @@ from tests.test_nights import night
 
 
 def test_a_catalog_that_is_not_there_or_of_another_version_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nothing is published there; give another root, .*`rebeca catalog list` shows"):
+    with pytest.raises(
+        UserError, match="nothing is published there; give another root, .*`rebeca catalog list` shows"
+    ):
         read_catalog(str(tmp_path / "nowhere"))
     for root, why in (
         ("", "its root is empty"),
@@ -31,10 +33,15 @@ def test_a_catalog_that_is_not_there_or_of_another_version_is_told(tmp_path: Pat
         with pytest.raises(UserError, match=why):
             read_catalog(root)  # type: ignore[arg-type]
     newer = write_snapshot(tmp_path / "newer", rows_a_group=100, version=schemas.SCHEMA_VERSION + 1)
-    with pytest.raises(UserError, match=rf"schema version {schemas.SCHEMA_VERSION + 1}, this version reads 3; upgrade rebeca-ray"):
+    with pytest.raises(
+        UserError,
+        match=rf"schema version {schemas.SCHEMA_VERSION + 1}, this version reads 3; upgrade rebeca-ray",
+    ):
         read_catalog(newer)
     older = write_snapshot(tmp_path / "older", rows_a_group=100, version=2)
-    with pytest.raises(UserError, match="schema version 2, of before the format was settled; .* generate into another root"):
+    with pytest.raises(
+        UserError, match="schema version 2, of before the format was settled; .* generate into another root"
+    ):
         read_catalog(older)
 
 
@@ -58,9 +65,16 @@ def test_a_damaged_file_is_named_with_the_remedy(large: Snapshot, what: str) -> 
         path.write_bytes(data)
     row_groups.footer_bytes.cache_clear()
     for read in (lambda: large.for_user(user), lambda: large.items(), lambda: large.to_pandas()):
-        with pytest.raises(UserError, match=r"run large: .*is missing or damaged \(.*\); `rebeca catalog verify` names every such file"):
+        with pytest.raises(
+            UserError,
+            match=r"run large: .*is missing or damaged \(.*\); `rebeca catalog verify` names every such file",
+        ):
             read()
-    for read in (lambda: large.for_user(user), large.items, lambda: large.bucket("items", bucket_of(user, BUCKETS), BUCKETS)):
+    for read in (
+        lambda: large.for_user(user),
+        large.items,
+        lambda: large.bucket("items", bucket_of(user, BUCKETS), BUCKETS),
+    ):
         with pytest.raises(UserError, match=str(path.relative_to(large.root))):
             read()
     path.write_bytes(whole)
@@ -79,7 +93,10 @@ def test_a_damaged_file_list_is_told(large: Snapshot, what: str) -> None:
         told = json.loads(manifest.read_text())
         del told["files"]
         manifest.write_text(json.dumps(told))
-    with pytest.raises(UserError, match=r"the file list of snapshot .* is missing or damaged \(.*\); restore it, or publish another"):
+    with pytest.raises(
+        UserError,
+        match=r"the file list of snapshot .* is missing or damaged \(.*\); restore it, or publish another",
+    ):
         read_catalog(large.root)
 
 
@@ -94,7 +111,9 @@ def test_a_damaged_file_list_is_told(large: Snapshot, what: str) -> None:
         ("run_id", ..., "Field required"),
     ],
 )
-def test_a_manifest_without_what_readers_need_is_told(large: Snapshot, name: str, value: Any, why: str) -> None:
+def test_a_manifest_without_what_readers_need_is_told(
+    large: Snapshot, name: str, value: Any, why: str
+) -> None:
     manifest = Path(large.root, large.path, "manifest.json")
     told = json.loads(manifest.read_text()) | {name: value}
     manifest.write_text(json.dumps({key: value for key, value in told.items() if value is not ...}))
@@ -115,14 +134,17 @@ def test_a_missing_image_file_is_named(config: GenerateConfig) -> None:
         snapshot.images(snapshot.items())
 
 
-def test_a_store_that_does_not_answer_is_no_damaged_file(large: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_does_not_answer_is_no_damaged_file(
+    large: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unreachable(*_: Any, **__: Any) -> None:
         raise EndpointConnectionError(endpoint_url="http://store")
 
     monkeypatch.setattr(LocalFileSystem, "open", unreachable)
     row_groups.footer_bytes.cache_clear()
     with pytest.raises(
-        StorageError, match=r"cannot be read \(Could not connect to the endpoint.*\); check the network and the credentials"
+        StorageError,
+        match=r"cannot be read \(Could not connect to the endpoint.*\); check the network and the credentials",
     ):
         large.for_user("üser-007")
 
@@ -135,5 +157,8 @@ def test_what_s3_itself_answers_is_no_damaged_file(large: Snapshot, monkeypatch:
         raise OSError(told)
 
     monkeypatch.setattr(Snapshot, "dataset_of", busy)
-    with pytest.raises(StorageError, match=r"cannot be read \(.*AWS Error SLOW_DOWN.*\); check the network and the credentials"):
+    with pytest.raises(
+        StorageError,
+        match=r"cannot be read \(.*AWS Error SLOW_DOWN.*\); check the network and the credentials",
+    ):
         large.items()

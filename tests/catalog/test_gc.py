@@ -43,12 +43,18 @@ def test_what_goes_is_what_no_kept_snapshot_needs(four_nights: GenerateConfig) -
     for manifest in list_snapshots(root):
         assert verify(open_snapshot(root, manifest["path"]), "full") == []
     assert read_catalog(root).images(read_catalog(root).items()) == images
-    needed = {path for run in (third, fourth) for path in open_snapshot(root, find_snapshot(root, run)["path"]).files["path"].to_pylist()}
+    needed = {
+        path
+        for run in (third, fourth)
+        for path in open_snapshot(root, find_snapshot(root, run)["path"]).files["path"].to_pylist()
+    }
     there = {file.removeprefix(f"{root}/") for file in list_files(root, ".parquet")}
     assert there - needed == {f"{find_snapshot(root, run)['files']['path']}" for run in (third, fourth)}
     assert not (Path(root) / "work").exists() or not any((Path(root) / "work").iterdir())
     assert collect(root, keep=2, grace_hours=0).files == []
-    with pytest.raises(UserError, match=f"run {first} has no complete snapshot; the latest are: {third}, {fourth}"):
+    with pytest.raises(
+        UserError, match=f"run {first} has no complete snapshot; the latest are: {third}, {fourth}"
+    ):
         publish_snapshot(root, first)
     assert second not in garbage.kept
 
@@ -92,11 +98,19 @@ def test_a_snapshot_stays_through_the_grace_period_after_it_was_followed(four_ni
     pointer, _ = read_pointer(root)
     assert [left["run_id"] for left in pointer.left] == [manifest["run_id"] for manifest in snapshots[:3]]
     assert kept_snapshots(snapshots, pointer, 1, now, hour) == snapshots
-    assert kept_snapshots(snapshots, pointer, 1, now + 2 * hour, hour) == snapshots[2:]  # it, and the one it followed
+    assert (
+        kept_snapshots(snapshots, pointer, 1, now + 2 * hour, hour) == snapshots[2:]
+    )  # it, and the one it followed
     assert kept_snapshots(snapshots, pointer, 3, now + 2 * hour, hour) == snapshots[1:]
-    long_ago = [{**manifest, "created_at": "2020-01-01T00:00:00+00:00"} for manifest in snapshots]  # made long before they were followed
+    long_ago = [
+        {**manifest, "created_at": "2020-01-01T00:00:00+00:00"} for manifest in snapshots
+    ]  # made long before they were followed
     assert kept_snapshots(long_ago, pointer, 1, now, hour) == long_ago
-    never = {**snapshots[0], "run_id": "refused", "created_at": now.isoformat()}  # by the gate, tonight: it counts for nobody's place
+    never = {
+        **snapshots[0],
+        "run_id": "refused",
+        "created_at": now.isoformat(),
+    }  # by the gate, tonight: it counts for nobody's place
     assert kept_snapshots([*snapshots, never], pointer, 2, now + 2 * hour, hour) == snapshots[2:]
     assert kept_snapshots([*snapshots, never], pointer, 2, now, hour) == [*snapshots, never]
     garbage = find_garbage(root, keep=1, now=now + 2 * hour, grace=hour)
@@ -146,7 +160,10 @@ def test_an_unfinished_run_stays_for_the_grace_period_and_is_then_given_up(confi
 
 def test_nothing_is_collected_while_a_run_is_at_work(config: GenerateConfig) -> None:
     night(config, USERS[:2])
-    with hold_lease(config.root, "tonight", 2), pytest.raises(LostRaceError, match="run tonight .* is at work"):
+    with (
+        hold_lease(config.root, "tonight", 2),
+        pytest.raises(LostRaceError, match="run tonight .* is at work"),
+    ):
         collect(config.root, keep=1, grace_hours=0)
 
 
@@ -158,11 +175,15 @@ def test_publishing_by_hand_and_back_again(four_nights: GenerateConfig) -> None:
     assert publish_snapshot(root, fourth)["run_id"] == fourth
     assert read_catalog(root).manifest["run_id"] == fourth
     Path(root, read_catalog(root).paths("items")[0]).unlink()
-    with pytest.raises(QualityGateError, match=r"is not published: .*items/bucket=0/.*: is missing \(1 such\)"):
+    with pytest.raises(
+        QualityGateError, match=r"is not published: .*items/bucket=0/.*: is missing \(1 such\)"
+    ):
         publish_snapshot(root, fourth)
 
 
-def test_a_lost_pointer_is_mended_by_what_is_listed(config: GenerateConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lost_pointer_is_mended_by_what_is_listed(
+    config: GenerateConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, snapshot = night(config, USERS[:2])
     Path(config.root, "latest.json").unlink()
     list_catalog(config.root)

@@ -23,13 +23,17 @@ GOLDEN = Path(__file__).parent / "golden"
 VERSIONS = range(schemas.OLDEST_SCHEMA_VERSION, schemas.SCHEMA_VERSION + 1)
 
 
-def test_this_version_has_golden_files_and_they_can_be_made_anew(config: GenerateConfig, tmp_path: Path) -> None:
+def test_this_version_has_golden_files_and_they_can_be_made_anew(
+    config: GenerateConfig, tmp_path: Path
+) -> None:
     made = tmp_path / f"v{schemas.SCHEMA_VERSION}"
     write_golden_files(config, made)
     assert_read_as_written(made, schemas.SCHEMA_VERSION)
     if not (GOLDEN / made.name).exists():
         shutil.copytree(made, GOLDEN / made.name)
-        pytest.fail(f"version {schemas.SCHEMA_VERSION} had no golden files; {GOLDEN / made.name} holds some now: look at them, commit them")
+        pytest.fail(
+            f"version {schemas.SCHEMA_VERSION} had no golden files; {GOLDEN / made.name} holds some now: look at them, commit them"
+        )
 
 
 def write_golden_files(config: GenerateConfig, folder: Path) -> None:
@@ -41,7 +45,9 @@ def write_golden_files(config: GenerateConfig, folder: Path) -> None:
     publish(config.root, prepared.run)
     shutil.copytree(config.root, folder, ignore=shutil.ignore_patterns("work", ".latest.lock"))
     snapshot = read_catalog(str(folder))
-    shutil.rmtree(folder / str(snapshot.manifest["previous_path"]))  # of the night before only images are needed
+    shutil.rmtree(
+        folder / str(snapshot.manifest["previous_path"])
+    )  # of the night before only images are needed
     told = {"rows": rows_of(snapshot), "images": image_hashes(snapshot)}
     (folder / "expected.json").write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
 
@@ -75,7 +81,9 @@ def assert_read_as_written(folder: Path, version: int) -> None:
             assert {column: row[column] for column in was} == was
     assert image_hashes(snapshot) == expected["images"]
     user = rows["items"][-1]["user_id"]
-    assert snapshot.for_user(user)["item_id"].to_pylist() == [row["item_id"] for row in expected["rows"]["items"] if row["user_id"] == user]
+    assert snapshot.for_user(user)["item_id"].to_pylist() == [
+        row["item_id"] for row in expected["rows"]["items"] if row["user_id"] == user
+    ]
     assert verify(snapshot, "full") == []
 
 

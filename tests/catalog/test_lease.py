@@ -73,7 +73,9 @@ def test_who_was_stopped_too_long_is_taken_over_and_ends_when_it_wakes(root: str
     patient.send_signal(signal.SIGSTOP)
 
     with ThreadPoolExecutor(4) as pool:
-        heirs = dict(zip(stale, pool.map(lambda doing: Lease(f"{root}/{doing}", "heir", 60), stale), strict=True))
+        heirs = dict(
+            zip(stale, pool.map(lambda doing: Lease(f"{root}/{doing}", "heir", 60), stale), strict=True)
+        )
     for process in [*stale.values(), patient]:
         tell(process)  # the first thing that who waits does when it wakes is to publish
         process.send_signal(signal.SIGCONT)
@@ -94,14 +96,18 @@ def test_who_was_stopped_too_long_is_taken_over_and_ends_when_it_wakes(root: str
     assert read_pointer(f"{root}/patient")[0].snapshot == "of patient"
 
 
-def test_a_killed_holder_is_taken_over_by_one_after_its_time_whatever_their_clocks(root: str, start: Start) -> None:
+def test_a_killed_holder_is_taken_over_by_one_after_its_time_whatever_their_clocks(
+    root: str, start: Start
+) -> None:
     days = 0 if root.startswith("s3") else 1  # an S3 server lets nobody in whose clock is wrong
     holder = start(root, "holder", "asleep", SECONDS, days)
     heirs = {name: start(root, name, "wait", SECONDS, wrong) for name, wrong in (("a", -days), ("b", 0))}
     begin(holder)
     assert heard(holder) == "holds 1"
     for _ in range(2):  # it lives, and whoever comes is sent away as often as they come
-        with pytest.raises(LostRaceError, match=rf"^catalog {root}: run holder \(epoch 1\) {AT_WORK}$") as error:
+        with pytest.raises(
+            LostRaceError, match=rf"^catalog {root}: run holder \(epoch 1\) {AT_WORK}$"
+        ) as error:
             Lease(root, "early", SECONDS)
         assert error.value.exit_code == 5
 

@@ -57,7 +57,19 @@ def test_what_a_change_raises_is_raised_and_nothing_is_written(root: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"{", b"\xff", b"[]", b'"epoch"', b"7", b"null", b'{"epoch": "3"}', b'{"lease": {}}', b'{"lease": 7}']
+    "data",
+    [
+        b"",
+        b"{",
+        b"\xff",
+        b"[]",
+        b'"epoch"',
+        b"7",
+        b"null",
+        b'{"epoch": "3"}',
+        b'{"lease": {}}',
+        b'{"lease": 7}',
+    ],
 )
 def test_a_damaged_pointer_is_one_line_and_never_an_empty_catalog(root: str, data: bytes) -> None:
     put(root, data)
@@ -109,7 +121,9 @@ def test_a_change_that_is_never_let_through_ends(s3_root: str) -> None:
         change_pointer(s3_root, lambda other: replace(other, epoch=other.epoch + 1))
         return replace(pointer, snapshot="b")
 
-    with pytest.raises(LostRaceError, match=rf"^catalog {s3_root}: latest.json was changed by others {TRIES} times in a row") as error:
+    with pytest.raises(
+        LostRaceError, match=rf"^catalog {s3_root}: latest.json was changed by others {TRIES} times in a row"
+    ) as error:
         change_pointer(s3_root, always_late)
     assert error.value.exit_code == 5
     assert read_pointer(s3_root)[0] == Pointer(epoch=TRIES)
@@ -131,12 +145,16 @@ class LostAnswer:
         self.real.pipe_file(path, data, **condition)
 
 
-def test_a_stored_change_whose_answer_was_lost_is_no_lost_race(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stored_change_whose_answer_was_lost_is_no_lost_race(
+    s3_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     filesystem, path = open_filesystem(join(s3_root, "latest.json"))
     lost = LostAnswer(filesystem)
     monkeypatch.setattr(module, "open_filesystem", lambda uri: (lost, path))
     for epoch in (1, 2):
-        assert change_pointer(s3_root, lambda pointer: replace(pointer, epoch=pointer.epoch + 1)) == Pointer(epoch=epoch)
+        assert change_pointer(s3_root, lambda pointer: replace(pointer, epoch=pointer.epoch + 1)) == Pointer(
+            epoch=epoch
+        )
     assert lost.written == 2
     assert read_pointer(s3_root)[0] == Pointer(epoch=2)
 
@@ -160,7 +178,9 @@ def test_a_write_that_is_denied_is_no_lost_race(s3_root: str, monkeypatch: pytes
     filesystem, path = open_filesystem(join(s3_root, "latest.json"))
     denied = Refusing(filesystem)
     monkeypatch.setattr(module, "open_filesystem", lambda uri: (denied, path))
-    with pytest.raises(UserError, match=rf"^{s3_root}/latest.json: cannot be written \(Access Denied. Request 4127409\)") as error:
+    with pytest.raises(
+        UserError, match=rf"^{s3_root}/latest.json: cannot be written \(Access Denied. Request 4127409\)"
+    ) as error:
         change_pointer(s3_root, lambda _: PUBLISHED)
     assert error.value.exit_code == 2
     assert denied.written == 1
@@ -178,17 +198,26 @@ def test_others_may_read_the_pointer_and_a_file_uri_is_the_path(tmp_path: Path) 
 
 def test_a_root_that_is_a_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=rf"^catalog {tmp_path}/file: cannot be read \(Not a directory\); check the path"):
+    with pytest.raises(
+        UserError, match=rf"^catalog {tmp_path}/file: cannot be read \(Not a directory\); check the path"
+    ):
         read_pointer(f"{tmp_path}/file")
-    with pytest.raises(UserError, match=rf"^{tmp_path}/file/latest.json: cannot be written \(File exists\); check the path"):
+    with pytest.raises(
+        UserError, match=rf"^{tmp_path}/file/latest.json: cannot be written \(File exists\); check the path"
+    ):
         change_pointer(f"{tmp_path}/file", lambda _: PUBLISHED)
 
 
-def test_an_s3_root_that_is_not_ours_to_read_is_one_line(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_s3_root_that_is_not_ours_to_read_is_one_line(
+    s3_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     change_pointer(s3_root, lambda _: PUBLISHED)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     monkeypatch.setattr(S3FileSystem, "_cache", {})
-    with pytest.raises(UserError, match=rf"^catalog {s3_root}: cannot be read \(Forbidden\); check the path and the credentials$"):
+    with pytest.raises(
+        UserError,
+        match=rf"^catalog {s3_root}: cannot be read \(Forbidden\); check the path and the credentials$",
+    ):
         change_pointer(s3_root, lambda _: Pointer())
 
 
@@ -196,6 +225,8 @@ def test_a_lock_that_is_never_freed_is_told(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(module, "LOCK_SECONDS", 0.1)
     with (tmp_path / ".latest.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match=r"\.latest\.lock: another process has held it for 0\.1 s; end that process"):
+        with pytest.raises(
+            UserError, match=r"\.latest\.lock: another process has held it for 0\.1 s; end that process"
+        ):
             change_pointer(str(tmp_path), lambda now: replace(now, epoch=1))
     assert change_pointer(str(tmp_path), lambda now: replace(now, epoch=1)).epoch == 1

@@ -52,7 +52,9 @@ class Reads:
         monkeypatch.setattr(LocalFileSystem, "open", counting)
 
 
-def test_a_users_items_are_found_by_bucket_file_and_row_group(large: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_users_items_are_found_by_bucket_file_and_row_group(
+    large: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
     everything = large.items()
     reads = Reads(monkeypatch)
     row_groups.footer_bytes.cache_clear()
@@ -84,8 +86,14 @@ NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_
 
 
 @settings(max_examples=60, deadline=None)
-@given(users=st.lists(NAMES, min_size=1, max_size=25, unique=True), others=st.lists(NAMES, max_size=10), rows_a_group=st.integers(1, 9))
-def test_whoever_is_asked_for_gets_what_a_scan_finds(users: list[str], others: list[str], rows_a_group: int) -> None:
+@given(
+    users=st.lists(NAMES, min_size=1, max_size=25, unique=True),
+    others=st.lists(NAMES, max_size=10),
+    rows_a_group=st.integers(1, 9),
+)
+def test_whoever_is_asked_for_gets_what_a_scan_finds(
+    users: list[str], others: list[str], rows_a_group: int
+) -> None:
     """Names of any letters, in any order of the alphabet; some of them there, some not."""
     with tempfile.TemporaryDirectory() as folder:
         snapshot = read_catalog(write_snapshot(Path(folder), rows_a_group=rows_a_group, users=users, D=2))
@@ -112,9 +120,13 @@ def test_some_users_are_read_in_one_table_sorted_by_user_and_rank(large: Snapsho
     assert len(large.dataset("items", users[:1]).files) == 1
 
 
-def test_of_some_users_of_several_files_no_more_is_read_than_of_each_alone(large: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_some_users_of_several_files_no_more_is_read_than_of_each_alone(
+    large: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One of each bucket, from the beginning, the middle and the end of the alphabet: in no file anything between them."""
-    by_bucket = [[user for user in MANY_USERS if bucket_of(user, BUCKETS) == bucket] for bucket in range(BUCKETS)]
+    by_bucket = [
+        [user for user in MANY_USERS if bucket_of(user, BUCKETS) == bucket] for bucket in range(BUCKETS)
+    ]
     chosen = [by_bucket[0][0], by_bucket[1][len(by_bucket[1]) // 2], by_bucket[2][-1]]
     large.items(user_ids=chosen)  # the footers
     reads = Reads(monkeypatch)
@@ -152,25 +164,40 @@ def test_what_nobody_has_is_refused_by_name(large: Snapshot) -> None:
         large.table("images", None, ["a"])
     with pytest.raises(UserError, match="the items have no column image_file, image_row; read them with it"):
         large.images(large.items(["user_id"]))
-    with pytest.raises(UserError, match="run large: there is no image file 0; the items are of another snapshot"):
+    with pytest.raises(
+        UserError, match="run large: there is no image file 0; the items are of another snapshot"
+    ):
         large.images(large.for_user("üser-003"))
     with pytest.raises(TypeError, match="user_ids: 7 is a int; every user_id is a string"):
         large.for_user(7)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"columns is the string 'item_id'; give a list of columns, \['item_id'\]"):
+    with pytest.raises(
+        TypeError, match=r"columns is the string 'item_id'; give a list of columns, \['item_id'\]"
+    ):
         large.items("item_id")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="images: the items are a DataFrame; give rows of `Snapshot.items`, a pyarrow table"):
+    with pytest.raises(
+        TypeError, match="images: the items are a DataFrame; give rows of `Snapshot.items`, a pyarrow table"
+    ):
         large.images(large.to_pandas())
 
 
 def test_users_and_columns_may_come_in_any_sequence(large: Snapshot) -> None:
     users = ["üser-003", "üser-004"]
     expected = large.items(["item_id"], users)
-    for some in (tuple(users), iter(users), (user for user in users), pa.array(users), pa.chunked_array([users]), np.array(users, object)):
+    for some in (
+        tuple(users),
+        iter(users),
+        (user for user in users),
+        pa.array(users),
+        pa.chunked_array([users]),
+        np.array(users, object),
+    ):
         assert large.items(("item_id",), some).equals(expected)  # type: ignore[arg-type]
     assert read_catalog(Path(large.root)).items(("item_id",)).num_rows == USERS_THERE * ITEMS_A_USER  # type: ignore[arg-type]
 
 
-def test_a_reader_follows_publications_and_holds_its_snapshot_until_it_is_collected(config: GenerateConfig) -> None:
+def test_a_reader_follows_publications_and_holds_its_snapshot_until_it_is_collected(
+    config: GenerateConfig,
+) -> None:
     _, monday = night(config, USERS[:5])
     assert monday.refresh() is monday
     items, images = monday.items(), monday.images(monday.items())
@@ -185,7 +212,10 @@ def test_a_reader_follows_publications_and_holds_its_snapshot_until_it_is_collec
     collect(config.root, keep=1, grace_hours=0)  # keeps the published one, and the one it followed
     row_groups.footer_bytes.cache_clear()
     for read in (monday.items, lambda: monday.for_user(USERS[0]), lambda: monday.to_pandas("users")):
-        with pytest.raises(UserError, match=f"run {monday.run_id} was collected and cannot be read any more; go on with `refresh"):
+        with pytest.raises(
+            UserError,
+            match=f"run {monday.run_id} was collected and cannot be read any more; go on with `refresh",
+        ):
             read()
     assert monday.refresh().run_id == wednesday.run_id
     assert monday.refresh().for_user(USERS[1], ["item_id"]).equals(tuesday.for_user(USERS[1], ["item_id"]))
@@ -204,7 +234,11 @@ def test_differences_of_three_nights_arrive_where_a_reload_does(config: Generate
     state, seen = reload(snapshot), snapshot.run_id
     kinds: set[str] = set()
     untouched = 0
-    for number, users, changed in ((1, USERS[:7], USERS[:4]), (2, USERS[1:6], []), (3, [*USERS[2:7], "stranger"], [USERS[5]])):
+    for number, users, changed in (
+        (1, USERS[:7], USERS[:4]),
+        (2, USERS[1:6], []),
+        (3, [*USERS[2:7], "stranger"], [USERS[5]]),
+    ):
         for user in changed:
             change_digest(config, user)
         _, snapshot = night(config, users, number)
@@ -220,7 +254,10 @@ def test_differences_of_three_nights_arrive_where_a_reload_does(config: Generate
     assert kinds == {"added", "removed", "updated"}
     assert untouched
     assert snapshot.changed_users(snapshot.run_id) == []
-    with pytest.raises(UserError, match="does not follow run 'another', or a snapshot in between was collected .*load this one as a whole"):
+    with pytest.raises(
+        UserError,
+        match="does not follow run 'another', or a snapshot in between was collected .*load this one as a whole",
+    ):
         snapshot.changed_users("another")
 
 
@@ -235,16 +272,25 @@ def test_items_of_another_snapshot_have_no_images_here(config: GenerateConfig) -
     """Not another item's: after a rollback, numbers of image files come again."""
     _, monday = night(config, USERS[:3])
     items = monday.items()
-    swapped = items.set_column(items.schema.get_field_index("image_row"), "image_row", items["image_row"].take([*range(1, 9), 0]))
-    with pytest.raises(UserError, match="row . of image file 0 is another item's; the items are of another snapshot: give this one's"):
+    swapped = items.set_column(
+        items.schema.get_field_index("image_row"), "image_row", items["image_row"].take([*range(1, 9), 0])
+    )
+    with pytest.raises(
+        UserError,
+        match="row . of image file 0 is another item's; the items are of another snapshot: give this one's",
+    ):
         monday.images(swapped)
-    beyond = items.set_column(items.schema.get_field_index("image_row"), "image_row", pa.array([99] * 9, pa.int32()))
+    beyond = items.set_column(
+        items.schema.get_field_index("image_row"), "image_row", pa.array([99] * 9, pa.int32())
+    )
     with pytest.raises(UserError, match="row 99 of image file 0 is another item's"):
         monday.images(beyond)
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_a_column_that_came_later_is_null_in_older_files(config: GenerateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_column_that_came_later_is_null_in_older_files(
+    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the next version will find this one's files: alone, and beside its own in one snapshot."""
     config = config.model_copy(update={"layout": LayoutSettings(num_buckets=1)})
     _, monday = night(config, USERS[:3])
@@ -262,9 +308,14 @@ def test_a_column_that_came_later_is_null_in_older_files(config: GenerateConfig,
     for table in (now.items(), now.bucket("items", 0, 1), now.items(user_ids=USERS[:3])):
         assert table["mood"].null_count == 9
         assert table.drop_columns(["mood"]).equals(was)
-    assert now.for_user(USERS[0], ["mood", "rank"]).to_pylist() == [{"mood": None, "rank": rank} for rank in range(3)]
+    assert now.for_user(USERS[0], ["mood", "rank"]).to_pylist() == [
+        {"mood": None, "rank": rank} for rank in range(3)
+    ]
     assert now.bucket("items", 0, 1, ["mood"])["mood"].null_count == 9
-    assert now.to_ray(columns=["mood", "rank"], user_ids=USERS[:1]).to_pandas().to_dict("list") == {"mood": [None] * 3, "rank": [0, 1, 2]}
+    assert now.to_ray(columns=["mood", "rank"], user_ids=USERS[:1]).to_pandas().to_dict("list") == {
+        "mood": [None] * 3,
+        "rank": [0, 1, 2],
+    }
 
 
 def test_who_is_ranked_anew_is_a_change() -> None:

@@ -28,7 +28,17 @@ from rebeca_ray import schemas
 from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
 from rebeca_ray.selector import Selector
 from rebeca_ray.settings import DecoderSettings, LayoutSettings
-from tests.conftest import USERS, D, assembled, generate_config, prepare, prior_users, publish, snapshot_of, write_tiny_prior
+from tests.conftest import (
+    USERS,
+    D,
+    assembled,
+    generate_config,
+    prepare,
+    prior_users,
+    publish,
+    snapshot_of,
+    write_tiny_prior,
+)
 from tests.test_nights import ask, change_digest
 
 Rows = list[dict[str, Any]]
@@ -47,14 +57,20 @@ class Published(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def published(tiny_decoder: DecoderSettings, ray_local: str, tmp_path_factory: pytest.TempPathFactory) -> Published:
+def published(
+    tiny_decoder: DecoderSettings, ray_local: str, tmp_path_factory: pytest.TempPathFactory
+) -> Published:
     """The second night of a catalog of two buckets: items old and new, a failure, comers and goers, somebody without a history."""
     folder = tmp_path_factory.mktemp("readers")
     torch.manual_seed(2)
     write_tiny_prior(folder, users=prior_users(USERS), selector=Selector(D, 4))
     prior = (folder / "prior").rename(folder / "prior-with-a-selector")
     config = generate_config(folder, tiny_decoder).model_copy(
-        update={"prior": str(prior), "root": f"s3://rebeca/{folder.name}", "layout": LayoutSettings(num_buckets=2)}
+        update={
+            "prior": str(prior),
+            "root": f"s3://rebeca/{folder.name}",
+            "layout": LayoutSettings(num_buckets=2),
+        }
     )
     snapshot_of(ask(config, USERS[:6]), requested=18)
     change_digest(config, USERS[2])
@@ -67,7 +83,10 @@ def published(tiny_decoder: DecoderSettings, ray_local: str, tmp_path_factory: p
 
 def ordered(name: str, rows: Rows) -> Rows:
     """Rows as plain values in an order of their own."""
-    return sorted(({key: plain(value) for key, value in row.items()} for row in rows), key=lambda row: [row[key] for key in KEYS[name]])
+    return sorted(
+        ({key: plain(value) for key, value in row.items()} for row in rows),
+        key=lambda row: [row[key] for key in KEYS[name]],
+    )
 
 
 def plain(value: Any) -> Any:
@@ -115,9 +134,15 @@ def test_there_is_something_of_everything_to_read(published: Published) -> None:
 def test_pyarrow(published: Published, name: str, s3_server: dict[str, str]) -> None:
     """By hand, as somebody who knows the files alone."""
     filesystem = pyarrow.fs.S3FileSystem(
-        access_key="test-key", secret_key="test-secret", endpoint_override=s3_server["AWS_ENDPOINT_URL"], region="us-east-1"
+        access_key="test-key",
+        secret_key="test-secret",
+        endpoint_override=s3_server["AWS_ENDPOINT_URL"],
+        region="us-east-1",
     )
-    tables = [pq.read_table(uri.removeprefix("s3://"), filesystem=filesystem) for uri in published.snapshot.uris(name)]
+    tables = [
+        pq.read_table(uri.removeprefix("s3://"), filesystem=filesystem)
+        for uri in published.snapshot.uris(name)
+    ]
     schema = schemas.table(name, D)
     assert all(table.schema.remove_metadata().equals(schema.remove_metadata()) for table in tables)
     assert_same(published, name, [row for table in tables for row in table.to_pylist()])
@@ -133,7 +158,9 @@ def test_duckdb_by_sql_over_the_file_list(published: Published, name: str) -> No
         connection.execute(f"""
             SET VARIABLE files = (SELECT list('{snapshot.root}/' || path) FROM read_parquet('{listing}') WHERE "table" = '{name}')
         """)
-        found = connection.execute("SELECT * FROM read_parquet(getvariable('files'), hive_partitioning = false)")
+        found = connection.execute(
+            "SELECT * FROM read_parquet(getvariable('files'), hive_partitioning = false)"
+        )
         assert_same(published, name, found.to_arrow_table().to_pylist())
 
 
@@ -143,7 +170,10 @@ def test_duckdb_with_the_folders_as_columns_changes_no_column_of_ours(published:
         connection.register_filesystem(fsspec.filesystem("s3"))
         for name in TABLES:
             files = str(published.snapshot.uris(name))
-            columns = [row[0] for row in connection.execute(f"DESCRIBE SELECT * FROM read_parquet({files})").fetchall()]
+            columns = [
+                row[0]
+                for row in connection.execute(f"DESCRIBE SELECT * FROM read_parquet({files})").fetchall()
+            ]
             assert not {"bucket", "run_date", "run_id"} & set(schemas.table(name, D).names)
             assert columns[: len(schemas.table(name, D))] == schemas.table(name, D).names
 
@@ -176,12 +206,18 @@ def test_ray_data(published: Published, name: str) -> None:
 
 @pytest.mark.parametrize("name", TABLES)
 def test_hugging_face_datasets_decode_the_images(
-    published: Published, name: str, tmp_path: Path, s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    published: Published,
+    name: str,
+    tmp_path: Path,
+    s3_server: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     from datasets import load_dataset
 
-    found = load_dataset("parquet", data_files=published.snapshot.uris(name), split="train", cache_dir=str(tmp_path))
+    found = load_dataset(
+        "parquet", data_files=published.snapshot.uris(name), split="train", cache_dir=str(tmp_path)
+    )
     if name == "images":
         pictures = {row["item_id"]: row["image"] for row in found}
         for row in published.rows["images"]:
@@ -189,7 +225,9 @@ def test_hugging_face_datasets_decode_the_images(
             if row["image"] is None:
                 assert picture is None
             else:
-                assert np.array_equal(np.asarray(picture), np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))))
+                assert np.array_equal(
+                    np.asarray(picture), np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])))
+                )
         from datasets import Image as Encoded
 
         found = found.cast_column("image", Encoded(decode=False))
@@ -202,7 +240,9 @@ def by_spark(published: Published, tmp_path_factory: pytest.TempPathFactory) -> 
     folder, filesystem = tmp_path_factory.mktemp("spark"), fsspec.filesystem("s3")
     told = []
     for name in TABLES:
-        copies = [f"{folder}/{uri.removeprefix(published.snapshot.root)}" for uri in published.snapshot.uris(name)]
+        copies = [
+            f"{folder}/{uri.removeprefix(published.snapshot.root)}" for uri in published.snapshot.uris(name)
+        ]
         for uri, copy in zip(published.snapshot.uris(name), copies, strict=True):
             Path(copy).parent.mkdir(parents=True, exist_ok=True)
             filesystem.get_file(uri, copy)
@@ -213,7 +253,9 @@ def by_spark(published: Published, tmp_path_factory: pytest.TempPathFactory) -> 
     return rows
 
 
-@pytest.mark.skipif(not shutil.which("java"), reason="Spark needs a Java, 17 or newer: `java` is not on the PATH")
+@pytest.mark.skipif(
+    not shutil.which("java"), reason="Spark needs a Java, 17 or newer: `java` is not on the PATH"
+)
 @pytest.mark.parametrize("name", TABLES)
 def test_spark(published: Published, by_spark: dict[str, Rows], name: str) -> None:
     assert_same(published, name, by_spark[name])

@@ -30,10 +30,17 @@ def listed_again(snapshot: Snapshot, table: str) -> Snapshot:
     import hashlib
 
     data = path_of(snapshot, table).read_bytes()
-    told = {"rows": pq.read_metadata(path_of(snapshot, table)).num_rows, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    told = {
+        "rows": pq.read_metadata(path_of(snapshot, table)).num_rows,
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
     rows = [{**row, **told} if row["table"] == table else row for row in snapshot.files.to_pylist()]
     return Snapshot(
-        root=snapshot.root, path=snapshot.path, manifest=snapshot.manifest, files=pa.Table.from_pylist(rows, schema=snapshot.files.schema)
+        root=snapshot.root,
+        path=snapshot.path,
+        manifest=snapshot.manifest,
+        files=pa.Table.from_pylist(rows, schema=snapshot.files.schema),
     )
 
 
@@ -73,8 +80,12 @@ def test_items_out_of_order_twice_or_pointing_nowhere(snapshot: Snapshot) -> Non
     items = pq.read_table(path_of(snapshot, "items"))
     wrong = {
         "is not sorted by user and rank": items.take([1, 0, *range(2, items.num_rows)]),
-        "a user's ranks have a gap": items.set_column(2, items.schema.field(2), pc.multiply(items["rank"], pa.scalar(2, pa.int16()))),
-        "a user has an item twice": items.set_column(0, items.schema.field(0), pa.array([items["item_id"][0].as_py()] * items.num_rows)),
+        "a user's ranks have a gap": items.set_column(
+            2, items.schema.field(2), pc.multiply(items["rank"], pa.scalar(2, pa.int16()))
+        ),
+        "a user has an item twice": items.set_column(
+            0, items.schema.field(0), pa.array([items["item_id"][0].as_py()] * items.num_rows)
+        ),
         "points to row 99 of image file 0, which is not listed": items.set_column(
             11, items.schema.field(11), pa.array([99] * items.num_rows, pa.int32())
         ),
@@ -86,10 +97,18 @@ def test_items_out_of_order_twice_or_pointing_nowhere(snapshot: Snapshot) -> Non
 
 def test_an_image_of_another_item_and_one_that_cannot_be_decoded(snapshot: Snapshot) -> None:
     images = pq.read_table(path_of(snapshot, "images"))
-    write_table(images.take(list(reversed(range(images.num_rows)))), str(path_of(snapshot, "images")), row_group_size=100)
-    assert any("holds another item's image" in line for line in verify(listed_again(snapshot, "images"), "full"))
+    write_table(
+        images.take(list(reversed(range(images.num_rows)))),
+        str(path_of(snapshot, "images")),
+        row_group_size=100,
+    )
+    assert any(
+        "holds another item's image" in line for line in verify(listed_again(snapshot, "images"), "full")
+    )
     rows = images.to_pylist()
     rows[0]["image"]["bytes"] = b"no image"
-    write_table(pa.Table.from_pylist(rows, schema=images.schema), str(path_of(snapshot, "images")), row_group_size=100)
+    write_table(
+        pa.Table.from_pylist(rows, schema=images.schema), str(path_of(snapshot, "images")), row_group_size=100
+    )
     found = verify(listed_again(snapshot, "images"), "full")
     assert [f"the image of {rows[0]['item_id']} cannot be decoded" in line for line in found] == [True]

@@ -22,7 +22,12 @@ def test_p_value_and_null_equal_the_enumeration_of_all_permutations() -> None:
 def test_p_values_are_uniform_under_the_null() -> None:
     """Items that please everyone alike: 300 tests, compared with the uniform law by Kolmogorov's statistic."""
     random = np.random.default_rng(1)
-    p = np.sort([permutation_test(random.random((30, 30)), num_permutations=199, seed=seed).p_value for seed in range(300)])
+    p = np.sort(
+        [
+            permutation_test(random.random((30, 30)), num_permutations=199, seed=seed).p_value
+            for seed in range(300)
+        ]
+    )
     distance = np.abs(p - (np.arange(300) + 0.5) / 300).max()
     assert distance < 1.63 / 300**0.5  # exceeded in 1% of such samples
     assert p.min() >= 1 / 200

@@ -34,8 +34,14 @@ def write_sd15(folder: Path, dtype: torch.dtype = torch.float16) -> Path:
         latent_channels=4,
         sample_size=512,
     )
-    text_encoder = CLIPTextModel(CLIPTextConfig(hidden_size=CONTEXT, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))
-    scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=CONTEXT, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+        )
+    )
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
     StableDiffusionPipeline(
         unet=unet.to(dtype),
         vae=vae.to(dtype),
@@ -58,5 +64,8 @@ def write_sd15(folder: Path, dtype: torch.dtype = torch.float16) -> Path:
         weights[f"ip_adapter.{2 * index + 1}.to_k_ip.weight"] = torch.randn(hidden, CONTEXT) * CONTEXT**-0.5
         weights[f"ip_adapter.{2 * index + 1}.to_v_ip.weight"] = torch.randn(hidden, CONTEXT) * CONTEXT**-0.5
     (folder / "sd15" / "ip_adapter").mkdir()
-    save_file({name: value.to(dtype) for name, value in weights.items()}, folder / "sd15" / "ip_adapter" / "ip-adapter.safetensors")
+    save_file(
+        {name: value.to(dtype) for name, value in weights.items()},
+        folder / "sd15" / "ip_adapter" / "ip-adapter.safetensors",
+    )
     return folder / "sd15"

@@ -22,7 +22,9 @@ SERVING = Path(__file__).parents[2] / "serving"
 @pytest.fixture(scope="module")
 def sd15(tmp_path_factory: pytest.TempPathFactory) -> DecoderSettings:
     model = write_sd15(tmp_path_factory.mktemp("sd15"))
-    return DecoderSettings(model=str(model), num_inference_steps=4, device="cuda", dtype="float16", batch_size=4)
+    return DecoderSettings(
+        model=str(model), num_inference_steps=4, device="cuda", dtype="float16", batch_size=4
+    )
 
 
 def rows_of(settings: DecoderSettings) -> Rows:
@@ -35,7 +37,9 @@ def test_a_row_of_a_batch_equals_that_item_alone(sd15: DecoderSettings) -> None:
     together, finite = loop.draw(rows)
     assert finite.all()
     for row in range(4):
-        assert psnr(together[row] / 255.0, loop.draw(rows.take([row]))[0][0] / 255.0) >= 30  # half precision rounds by batch
+        assert (
+            psnr(together[row] / 255.0, loop.draw(rows.take([row]))[0][0] / 255.0) >= 30
+        )  # half precision rounds by batch
 
 
 def test_float16_on_the_gpu_draws_what_float32_on_the_cpu_draws(sd15: DecoderSettings) -> None:
@@ -45,10 +49,18 @@ def test_float16_on_the_gpu_draws_what_float32_on_the_cpu_draws(sd15: DecoderSet
     assert psnr(loop_for(small).draw(rows)[0] / 255.0, loop_for(exact).draw(rows)[0] / 255.0) >= 30
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is None, reason="the package tensorrt is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt") is None, reason="the package tensorrt is not installed"
+)
 def test_tensorrt_draws_what_torch_draws(sd15: DecoderSettings, tmp_path: Path) -> None:
     export_decoder(sd15, tmp_path / "engines")
-    command = [sys.executable, str(SERVING / "build_engines.py"), str(tmp_path / "engines"), "--batch-size", "4"]
+    command = [
+        sys.executable,
+        str(SERVING / "build_engines.py"),
+        str(tmp_path / "engines"),
+        "--batch-size",
+        "4",
+    ]
     subprocess.run(command, check=True)
     built = sd15.model_copy(update={"engine": "tensorrt", "engine_dir": str(tmp_path / "engines")})
     rows = rows_of(sd15)

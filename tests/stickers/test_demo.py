@@ -23,7 +23,9 @@ from tests.conftest import snapshot_of, write_tiny_prior
 
 
 def write_real_items(folder: Path) -> str:
-    column = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(EMBED_DIM, np.float32)), type=schemas.image_embeds(EMBED_DIM))
+    column = pa.FixedSizeListArray.from_arrays(
+        pa.array(np.ones(EMBED_DIM, np.float32)), type=schemas.image_embeds(EMBED_DIM)
+    )
     pq.write_table(pa.table({"item_id": ["one"], "image_embeds": column}), folder / "items.parquet")
     return str(folder / "items.parquet")
 
@@ -35,7 +37,9 @@ def test_the_truth_check_and_the_page(tmp_path: Path) -> None:
     histories = build_histories(told, load_world().item_id, str(tmp_path))
     config = GenerateConfig(
         prior=write_tiny_prior(tmp_path, users=user_table(histories), embed_dim=EMBED_DIM, norm=16.0),
-        decoder=DecoderSettings(model=str(DECODER), num_inference_steps=1, decoder_guidance_scale=1.0, image_format="WEBP"),
+        decoder=DecoderSettings(
+            model=str(DECODER), num_inference_steps=1, decoder_guidance_scale=1.0, image_format="WEBP"
+        ),
         request=str(tmp_path / "request.parquet"),
         items=write_real_items(tmp_path),
         root=str(tmp_path / "catalog"),
@@ -51,7 +55,13 @@ def test_the_truth_check_and_the_page(tmp_path: Path) -> None:
     assert 0.5 < check.own / check.dealt < 2  # an untrained prior knows nobody
 
     page = write_report(
-        tmp_path, prior=Path(config.prior), snapshot=snapshot, interactions=interactions, check=check, judge=judge, phases={"Plan": 1.5}
+        tmp_path,
+        prior=Path(config.prior),
+        snapshot=snapshot,
+        interactions=interactions,
+        check=check,
+        judge=judge,
+        phases={"Plan": 1.5},
     ).read_text()
     liked, generated = page.count('alt="liked sticker"'), page.count('alt="generated sticker"')
     assert generated == 12 * 2

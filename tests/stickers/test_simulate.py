@@ -14,7 +14,9 @@ from rebeca_ray.stickers.simulate import simulate
 
 
 def joined(folder: Path) -> pd.DataFrame:
-    interactions, truth = (pq.read_table(folder / f"{name}.parquet").to_pandas() for name in ("interactions", "truth"))
+    interactions, truth = (
+        pq.read_table(folder / f"{name}.parquet").to_pandas() for name in ("interactions", "truth")
+    )
     items = pq.read_table(ITEMS, columns=["item_id", "style", "subcategory"]).to_pandas()
     rows = interactions.merge(items).merge(truth)
     assert len(rows) == len(interactions)
@@ -44,7 +46,9 @@ def test_files_have_the_contracts_shape(tmp_path: Path) -> None:
     assert counts.between(20, 400).all()
     assert counts.mean() > 1.15 * counts.median()  # a long tail
     popularity = frame["item_id"].value_counts().to_numpy()
-    assert popularity[:355].sum() > 0.12 * popularity.sum()  # the top 5% of items get well over 5% of the ratings
+    assert (
+        popularity[:355].sum() > 0.12 * popularity.sum()
+    )  # the top 5% of items get well over 5% of the ratings
     truth = pq.read_table(tmp_path / "truth.parquet").to_pandas()
     pairs = pq.read_table(ITEMS, columns=["style", "subcategory"]).to_pandas().drop_duplicates()
     assert len(truth) == 300 * len(pairs)

@@ -24,11 +24,23 @@ class KnowingJudge:
 
 @pytest.fixture
 def truth(tmp_path: Path) -> Truth:
-    rows = [("u", "noto", "cat", 0.9), ("u", "noto", "food", 0.2), ("u", "flat", "cat", 0.4), ("v", "noto", "cat", 0.1)]
+    rows = [
+        ("u", "noto", "cat", 0.9),
+        ("u", "noto", "food", 0.2),
+        ("u", "flat", "cat", 0.4),
+        ("v", "noto", "cat", 0.1),
+    ]
     rows += [("v", "noto", "food", 0.6), ("v", "flat", "cat", 0.5), ("w", "noto", "cat", 0.0)]
     user, style, subcategory, like = zip(*rows, strict=True)
     pq.write_table(
-        pa.table({"user_id": user, "style": style, "subcategory": subcategory, "like_probability": pa.array(like, pa.float32())}),
+        pa.table(
+            {
+                "user_id": user,
+                "style": style,
+                "subcategory": subcategory,
+                "like_probability": pa.array(like, pa.float32()),
+            }
+        ),
         tmp_path / "truth.parquet",
     )
     judge: Any = KnowingJudge()
@@ -43,7 +55,9 @@ def image(style: int, subcategory: int) -> np.ndarray:
 
 def test_each_image_is_read_for_the_user_beside_it(truth: Truth) -> None:
     images = np.stack([image(0, 0), image(0, 0), image(0, 1), image(1, 0)])
-    np.testing.assert_allclose(truth.like_probability(["u", "v", "u", "v"], images), [0.9, 0.1, 0.2, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(
+        truth.like_probability(["u", "v", "u", "v"], images), [0.9, 0.1, 0.2, 0.5], rtol=1e-6
+    )
 
 
 def test_the_mean_over_users_is_every_image_for_everyone(truth: Truth) -> None:

@@ -5,7 +5,9 @@ import os
 import sys
 from dataclasses import replace
 
-sys.path[:0] = os.environ.get("PYTHONPATH", "").split(os.pathsep)  # not every stub's interpreter reads it by itself
+sys.path[:0] = os.environ.get("PYTHONPATH", "").split(
+    os.pathsep
+)  # not every stub's interpreter reads it by itself
 
 import numpy as np
 import torch
@@ -25,14 +27,19 @@ class TritonPythonModel:
         if args["model_instance_kind"] == "GPU":
             torch.cuda.set_device(int(args["model_instance_device_id"]))
         told: dict = {}
-        parameters = {key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()}
+        parameters = {
+            key: value["string_value"]
+            for key, value in json.loads(args["model_config"])["parameters"].items()
+        }
         expected = parameters.pop("fingerprint", None)  # clients compare it with their own config's
         for key, value in parameters.items():
             apply_override(told, f"{key}={value}")
         self.settings = parse_config(DecoderSettings, told, where="config.pbtxt: parameters")
         found = identify_decoder(self.settings).fingerprint(self.settings)
         if expected not in (None, found):
-            raise UserError(f"config.pbtxt: written for decoder {expected}, found {found}: weights have changed; run `rebeca serve` again")
+            raise UserError(
+                f"config.pbtxt: written for decoder {expected}, found {found}: weights have changed; run `rebeca serve` again"
+            )
         self.decoder = LocalDecoder(self.settings)
 
     def execute(self, requests: list) -> list:
@@ -48,7 +55,10 @@ class TritonPythonModel:
             drawn = self.decoder.decode(Rows.concatenate([rows for _, rows in readable]))
             for index, rows in readable:
                 own, drawn = drawn[: len(rows)], drawn[len(rows) :]
-                tensors = [pb_utils.Tensor.from_dlpack(name, torch.from_numpy(value)) for name, value in pack(own).items()]
+                tensors = [
+                    pb_utils.Tensor.from_dlpack(name, torch.from_numpy(value))
+                    for name, value in pack(own).items()
+                ]
                 answers[index] = pb_utils.InferenceResponse(output_tensors=tensors)
         return answers
 
@@ -63,9 +73,14 @@ class TritonPythonModel:
 
         embeds, seeds = numbers("image_embeds"), numbers("seed")
         if embeds is None or seeds is None:
-            raise ValueError("inputs image_embeds and seed are needed")  # where some are optional, Triton does not check the others
+            raise ValueError(
+                "inputs image_embeds and seed are needed"
+            )  # where some are optional, Triton does not check the others
         if (seeds < 0).any():
             raise ValueError(f"seed {seeds.min()} is negative")
         rows = Rows.of(self.settings, embeds, seeds[:, 0].tolist(), words("prompt"), words("negative_prompt"))
-        scales = {"guidance_scale_B": numbers("guidance_scale"), "ip_adapter_scale_B": numbers("ip_adapter_scale")}
+        scales = {
+            "guidance_scale_B": numbers("guidance_scale"),
+            "ip_adapter_scale_B": numbers("ip_adapter_scale"),
+        }
         return replace(rows, **{name: value[:, 0] for name, value in scales.items() if value is not None})

@@ -6,6 +6,11 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from rebeca_ray.errors import UnfinishedError, UserError
 
@@ -24,7 +29,9 @@ RAY_ENVIRONMENT = {
 
 def progress_only(record: logging.LogRecord) -> bool:
     """Of Ray Data's log how far our own stages are; its errors are raised too, and its log file keeps all."""
-    return record.name.endswith("logging_progress") and bool(re.fullmatch(r"\s*MapBatches\(.*: [1-9]\d*/\d+", record.getMessage()))
+    return record.name.endswith("logging_progress") and bool(
+        re.fullmatch(r"\s*MapBatches\(.*: [1-9]\d*/\d+", record.getMessage())
+    )
 
 
 def start_ray() -> None:
@@ -37,7 +44,9 @@ def start_ray() -> None:
         os.environ.setdefault(name, value)
     import ray
 
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # a warning that only a Ray open to others needs
+    logging.getLogger("ray._private.authentication").setLevel(
+        logging.ERROR
+    )  # a warning that only a Ray open to others needs
     if not ray.is_initialized():
         try:
             ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=True, logging_level=logging.WARNING)
@@ -52,12 +61,18 @@ def start_ray() -> None:
     for handler in logging.getLogger("ray.data").handlers:
         if not isinstance(handler, logging.FileHandler):
             handler.addFilter(progress_only)  # once, however often we come here
-    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")  # there is little to do
+    warnings.filterwarnings(
+        "ignore", message="The minimum number of concurrent actors"
+    )  # there is little to do
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # what workers print appears in a job's log as it comes, not at the end
+        sys.stdout.reconfigure(
+            line_buffering=True
+        )  # what workers print appears in a job's log as it comes, not at the end
 
 
-def require_room(what: str, *, workers: int, cpus: float, device: str, spare_cpus: int = 0, decoder_slots: int = 0) -> None:
+def require_room(
+    what: str, *, workers: int, cpus: float, device: str, spare_cpus: int = 0, decoder_slots: int = 0
+) -> None:
     """Raise UserError if Ray has not the CPUs, GPUs and decoder slots that `workers` need: it would wait for them for ever.
 
     Ray Data needs spare CPUs to read and write with. A cluster may still grow, so there it only says what it waits for.
@@ -65,7 +80,11 @@ def require_room(what: str, *, workers: int, cpus: float, device: str, spare_cpu
     import ray
 
     there = ray.cluster_resources()
-    needed = {"CPU": workers * cpus + spare_cpus, "GPU": workers if device == "cuda" else 0, "decoder_slot": decoder_slots}
+    needed = {
+        "CPU": workers * cpus + spare_cpus,
+        "GPU": workers if device == "cuda" else 0,
+        "decoder_slot": decoder_slots,
+    }
     for name, amount in needed.items():
         if amount <= there.get(name, 0):
             continue
@@ -75,3 +94,36 @@ def require_room(what: str, *, workers: int, cpus: float, device: str, spare_cpu
         else:
             remedy = "set device to cpu" if name == "GPU" else "ask for fewer"  # a slot more is a server more
             raise UserError(f"{told}; {remedy}, or submit to a cluster that has them")
+
+
+T = TypeVar("T")
+
+
+def for_each_bucket(
+    work: Callable[[int], T], buckets: Sequence[int], moved: Callable[[], None] | None = None
+) -> list[T]:
+    """`work` of some buckets, in order: each in a Ray task of its own, a single one here. Calls `moved` whenever one is done."""
+    if len(buckets) < 2:
+        return [work(bucket) for bucket in buckets]
+    import ray
+
+    start_ray()
+    task: Any = ray.remote(work)
+    tasks = left = [task.remote(bucket) for bucket in buckets]
+    while left:
+        _, left = ray.wait(left, fetch_local=False)
+        if moved:
+            moved()
+    return list(ray.get(tasks))
+
+
+class WithoutThose:
+    """Rows in, those out whose `item_id` is not among the given ones (an object of Ray's)."""
+
+    def __init__(self, done: Any) -> None:
+        self.done = done
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        import ray
+
+        return batch.filter(pc.invert(pc.is_in(batch["item_id"], value_set=ray.get(self.done))))

@@ -4,20 +4,29 @@ import logging
 
 import pytest
 
-from rebeca_ray.cluster import progress_only, require_room
 from rebeca_ray.errors import UserError
+from rebeca_ray.ray_runtime import progress_only, require_room
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_what_this_machine_can_never_hold_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_this_machine_can_never_hold_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     require_room("decoder.num_actors", workers=2, cpus=0.5, device="cpu", spare_cpus=1)
-    with pytest.raises(UserError, match=r"decoder.num_actors: 2 workers need 2 GPUs in all, Ray has 0; set device to cpu, or submit"):
+    with pytest.raises(
+        UserError,
+        match=r"decoder.num_actors: 2 workers need 2 GPUs in all, Ray has 0; set device to cpu, or submit",
+    ):
         require_room("decoder.num_actors", workers=2, cpus=0.5, device="cuda", spare_cpus=1)
-    with pytest.raises(UserError, match=r"workers: 999 workers need 1998 CPUs in all, Ray has \d+; ask for fewer, or submit"):
+    with pytest.raises(
+        UserError, match=r"workers: 999 workers need 1998 CPUs in all, Ray has \d+; ask for fewer, or submit"
+    ):
         require_room("workers", workers=999, cpus=2, device="cpu")
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # a cluster may grow
     require_room("workers", workers=2, cpus=0.5, device="cuda")
-    assert "2 workers need 2 GPUs in all, Ray has 0; waiting for the cluster to grow" in capsys.readouterr().err
+    assert (
+        "2 workers need 2 GPUs in all, Ray has 0; waiting for the cluster to grow" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
