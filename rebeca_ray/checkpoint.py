@@ -26,9 +26,10 @@ from pydantic import ConfigDict, Field
 import rebeca_ray
 from rebeca_ray.config import parse_config
 from rebeca_ray.errors import UserError, describe
-from rebeca_ray.outputs import require_writable
 from rebeca_ray.settings import DiffusionSettings, NetworkSettings, Part, PriorSampling, Settings, Size
-from rebeca_ray.storage import UNREACHABLE, join, open_filesystem, read_json, write_json
+from rebeca_ray.storage.filesystem import UNREACHABLE, join, open_filesystem
+from rebeca_ray.storage.objects import read_json, write_json
+from rebeca_ray.storage.writable import require_writable
 
 if TYPE_CHECKING:
     import numpy as np

@@ -24,10 +24,10 @@ from rebeca_ray.finishing import USERS_AT_ONCE, factors_of, training_blocks
 from rebeca_ray.histories import build_histories
 from rebeca_ray.items import check_items_fit, read_image_embeds
 from rebeca_ray.noise import item_noise
-from rebeca_ray.outputs import require_own, require_writable
 from rebeca_ray.prior import LIKE, Prior
 from rebeca_ray.sampling import dpm_solver_pp_2m, guided_denoiser, sample_liked
 from rebeca_ray.settings import PriorSampling, SamplerSettings
+from rebeca_ray.storage.writable import require_own, require_writable
 
 TEACHER_STEPS = 4  # of the teacher for one of the student
 TILE = 256

@@ -15,7 +15,8 @@ from rebeca_ray.planning import request_histories
 from rebeca_ray.progress import Progress
 from rebeca_ray.refresh import Decisions, decide_all
 from rebeca_ray.request import check_request
-from rebeca_ray.storage import delete, join, write_json
+from rebeca_ray.storage.filesystem import delete, join
+from rebeca_ray.storage.objects import write_json
 
 HOUR, GIB = 3600, 2**30
 OTHERS = ("histories", "decide", "test", "assemble")

@@ -22,8 +22,7 @@ from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
 from rebeca_ray.interactions import only_ratings
 from rebeca_ray.items import EmbeddedItems
 from rebeca_ray.ray_runtime import for_each_bucket
-from rebeca_ray.storage import (
-    PARQUET,
+from rebeca_ray.storage.filesystem import (
     UNREACHABLE,
     arrow_filesystem,
     exists,
@@ -31,9 +30,8 @@ from rebeca_ray.storage import (
     join,
     list_files,
     open_filesystem,
-    open_table,
-    write_table,
 )
+from rebeca_ray.storage.parquet import PARQUET, open_table, write_table
 from rebeca_ray.tables import check_columns, plain
 
 ROWS_A_GROUP = 2_000

@@ -20,7 +20,7 @@ from rebeca_ray.sampling import sample_liked
 from rebeca_ray.selection import nearest_items
 from rebeca_ray.selector import MAX_HISTORY, Selector, fit_selector
 from rebeca_ray.settings import PriorSampling, SamplerSettings
-from rebeca_ray.storage import read_table
+from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.training_set import UserBlock
 
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 9.0)

@@ -19,7 +19,6 @@ from rebeca_ray.config import GenerateConfig, Resume
 from rebeca_ray.decoder_files import DecoderIdentity, identify_decoder
 from rebeca_ray.errors import QualityGateError, StorageError, UnfinishedError, UserError, user_error
 from rebeca_ray.estimate import foresee, spent
-from rebeca_ray.outputs import require_writable
 from rebeca_ray.planning import plan_items, request_histories
 from rebeca_ray.progress import Progress, watchdog
 from rebeca_ray.ray_runtime import require_room, start_ray
@@ -27,7 +26,9 @@ from rebeca_ray.refresh import decide_all
 from rebeca_ray.rendering import check_renderer, render_all, seconds_so_far
 from rebeca_ray.request import check_request
 from rebeca_ray.resume import begin, choose_run, describe_run, unfinished_runs
-from rebeca_ray.storage import delete, exists, join, read_json, write_json
+from rebeca_ray.storage.filesystem import delete, exists, join
+from rebeca_ray.storage.objects import read_json, write_json
+from rebeca_ray.storage.writable import require_writable
 
 ASSEMBLE_RESERVE = (
     1.5  # of the seconds that the last assembling took: rendering stops so long before `publish_by`

@@ -28,19 +28,9 @@ from rebeca_ray.interactions import (
     read_columns,
 )
 from rebeca_ray.settings import InteractionSettings
-from rebeca_ray.storage import (
-    UNREACHABLE,
-    arrow_filesystem,
-    delete,
-    describe_files,
-    join,
-    open_filesystem,
-    open_table,
-    read_json,
-    read_table,
-    write_json,
-    write_table,
-)
+from rebeca_ray.storage.filesystem import UNREACHABLE, arrow_filesystem, delete, join, open_filesystem
+from rebeca_ray.storage.objects import read_json, write_json
+from rebeca_ray.storage.parquet import describe_files, open_table, read_table, write_table
 from rebeca_ray.tables import check_columns
 
 ROWS_A_BUCKET = 500_000

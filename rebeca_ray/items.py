@@ -17,19 +17,11 @@ from safetensors import SafetensorError, safe_open
 from rebeca_ray import schemas
 from rebeca_ray.config import EmbedConfig
 from rebeca_ray.errors import UserError, describe, did_you_mean, shown
-from rebeca_ray.outputs import require_own, require_writable
 from rebeca_ray.ray_runtime import WithoutThose, require_room, start_ray
-from rebeca_ray.storage import (
-    UNREACHABLE,
-    arrow_filesystem,
-    delete,
-    join,
-    open_filesystem,
-    open_table,
-    read_json,
-    read_table,
-    write_json,
-)
+from rebeca_ray.storage.filesystem import UNREACHABLE, arrow_filesystem, delete, join, open_filesystem
+from rebeca_ray.storage.objects import read_json, write_json
+from rebeca_ray.storage.parquet import open_table, read_table
+from rebeca_ray.storage.writable import require_own, require_writable
 from rebeca_ray.tables import check_columns, check_ids, check_rows
 
 MARKER = "embedding.json"  # beside embedded items: how many, and by which CLIP

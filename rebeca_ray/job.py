@@ -21,7 +21,7 @@ from rebeca_ray.config import (
 from rebeca_ray.console import console, plain_errors
 from rebeca_ray.errors import QualityGateError, UserError
 from rebeca_ray.settings import DecoderSettings, Settings
-from rebeca_ray.storage import join
+from rebeca_ray.storage.filesystem import join
 
 if TYPE_CHECKING:
     from rebeca_ray.catalog.gc import Garbage

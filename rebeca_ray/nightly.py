@@ -10,7 +10,8 @@ from rebeca_ray.config import NightlyConfig, dated
 from rebeca_ray.errors import UnfinishedError, UserError, user_error
 from rebeca_ray.generation import generate_catalog
 from rebeca_ray.items import embed_items
-from rebeca_ray.storage import join, read_json, write_json
+from rebeca_ray.storage.filesystem import join
+from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.training import train_prior
 
 TRAINED = "nightly.json"  # beside a prior: the date it was trained for

@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray.identity import hash128
-from rebeca_ray.storage import join, write_json, write_table
+from rebeca_ray.storage.filesystem import join
+from rebeca_ray.storage.objects import write_json
+from rebeca_ray.storage.parquet import write_table
 
 WRITER_CPUS = 0.5  # writing waits for storage
 BUSY = "busy_seconds"  # the column in which actors tell what a row took them; never written

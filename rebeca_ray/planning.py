@@ -33,17 +33,9 @@ from rebeca_ray.refresh import PLAN, RESCORE, Decisions
 from rebeca_ray.sampling import USERS_PADDED_TO, sample_liked
 from rebeca_ray.selection import choose, nearest_items
 from rebeca_ray.selector import MAX_HISTORY
-from rebeca_ray.storage import (
-    arrow_filesystem,
-    delete,
-    join,
-    list_files,
-    open_filesystem,
-    read_json,
-    read_table,
-    write_json,
-    write_table,
-)
+from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, list_files, open_filesystem
+from rebeca_ray.storage.objects import read_json, write_json
+from rebeca_ray.storage.parquet import read_table, write_table
 from rebeca_ray.training_set import Rated, UserBlock
 
 ITEMS_A_FILE = 20_000

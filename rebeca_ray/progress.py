@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rebeca_ray.parts import BUSY
-from rebeca_ray.storage import join, open_filesystem
+from rebeca_ray.storage.filesystem import join, open_filesystem
 
 STALLED = 75  # the exit code of a run that is to be started again
 UNWATCHED = ("histories", "test")  # one step each, which says nothing on its way

@@ -23,7 +23,9 @@ from rebeca_ray.histories import Histories
 from rebeca_ray.identity import bucket_of, hash128
 from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.settings import RefreshSettings
-from rebeca_ray.storage import join, read_json, read_table, write_json, write_table
+from rebeca_ray.storage.filesystem import join
+from rebeca_ray.storage.objects import read_json, write_json
+from rebeca_ray.storage.parquet import read_table, write_table
 
 PLAN, CARRY, RESCORE, POOLED = "plan", "carry", "rescore", "pool"
 ROWS_A_GROUP = 20_000

@@ -27,7 +27,8 @@ from rebeca_ray.progress import Progress
 from rebeca_ray.ray_runtime import WithoutThose
 from rebeca_ray.refresh import Decisions
 from rebeca_ray.settings import DecoderSettings
-from rebeca_ray.storage import arrow_filesystem, join, list_files, open_filesystem, read_json, write_json
+from rebeca_ray.storage.filesystem import arrow_filesystem, join, list_files, open_filesystem
+from rebeca_ray.storage.objects import read_json, write_json
 
 ROW_GROUP = 100
 CLOCKS_DIFFER = 60  # seconds at most, those of actors from ours

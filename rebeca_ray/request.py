@@ -12,7 +12,7 @@ from rebeca_ray.decoder_files import DecoderIdentity
 from rebeca_ray.errors import UserError
 from rebeca_ray.items import check_items_fit
 from rebeca_ray.settings import MAX_IMAGES, PriorSampling
-from rebeca_ray.storage import read_table
+from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.tables import check_columns, check_ids, check_numbers, check_rows, check_texts, plain
 
 

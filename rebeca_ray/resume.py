@@ -7,7 +7,9 @@ from typing import Any
 from rebeca_ray.catalog.layout import new_run_id, work_folder
 from rebeca_ray.config import GenerateConfig, Resume
 from rebeca_ray.errors import UserError
-from rebeca_ray.storage import describe_files, join, list_folders, read_json, write_json
+from rebeca_ray.storage.filesystem import join, list_folders
+from rebeca_ray.storage.objects import read_json, write_json
+from rebeca_ray.storage.parquet import describe_files
 
 # What does not change what is made: where and when, how many at a time, and what is judged once it is there.
 NOT_DESCRIBED: dict[str, Any] = {

@@ -6,7 +6,7 @@ import pyarrow.compute as pc
 
 from rebeca_ray.errors import UserError, did_you_mean, shown
 from rebeca_ray.schemas import compatible, may_be_missing
-from rebeca_ray.storage import read_schemas
+from rebeca_ray.storage.parquet import read_schemas
 
 MAX_ID_BYTES, MAX_TEXT_BYTES = 1000, 10_000
 MAX_EXAMPLES = 3

@@ -28,7 +28,7 @@ from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.fit import DenoisingLoss, Fit, user_tokens
 from rebeca_ray.histories import Histories
 from rebeca_ray.prior import Prior
-from rebeca_ray.storage import read_table
+from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.training_set import TARGETS_A_HISTORY, USERS_A_BLOCK, Batch, UserBlock, num_batches
 from rebeca_ray.users import History
 

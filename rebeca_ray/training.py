@@ -21,11 +21,12 @@ from rebeca_ray.feedback import with_rated
 from rebeca_ray.finishing import finish_prior, training_blocks
 from rebeca_ray.histories import Histories, build_histories, user_table
 from rebeca_ray.items import EmbeddedItems, read_image_embeds
-from rebeca_ray.outputs import require_own, require_writable
 from rebeca_ray.prior import Prior
 from rebeca_ray.ray_runtime import require_room, start_ray
 from rebeca_ray.settings import PriorSampling
-from rebeca_ray.storage import arrow_filesystem, delete, join, open_filesystem, read_json
+from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, open_filesystem
+from rebeca_ray.storage.objects import read_json
+from rebeca_ray.storage.writable import require_own, require_writable
 from rebeca_ray.train_loop import STATE, is_streamed, train_loop_per_worker
 from rebeca_ray.training_set import Batch
 

@@ -37,7 +37,9 @@ from rebeca_ray.settings import (
     PriorSampling,
     SamplerSettings,
 )
-from rebeca_ray.storage import list_files, read_table, write_json
+from rebeca_ray.storage.filesystem import list_files
+from rebeca_ray.storage.objects import write_json
+from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.users import UserTable
 from tests.seaweedfs import seaweedfs
 

@@ -24,7 +24,7 @@ from rebeca_ray.interactions import read_interactions
 from rebeca_ray.items import EmbedImages, embed_items, read_image_embeds
 from rebeca_ray.request import check_request
 from rebeca_ray.settings import DecoderSettings, InteractionSettings
-from rebeca_ray.storage import read_table
+from rebeca_ray.storage.parquet import read_table
 from tests.conftest import D, generate_config
 
 ROWS = 3

@@ -19,7 +19,8 @@ from rebeca_ray.errors import StorageError, UserError, user_error
 from rebeca_ray.generation import forgotten_if_refused
 from rebeca_ray.resume import begin, choose_run, describe_run, difference
 from rebeca_ray.settings import SamplerSettings
-from rebeca_ray.storage import delete, exists, join, write_json
+from rebeca_ray.storage.filesystem import delete, exists, join
+from rebeca_ray.storage.objects import write_json
 from tests.conftest import USERS, write_items, write_request
 
 TODAY, YESTERDAY = datetime.date(2026, 3, 2), datetime.date(2026, 3, 1)

@@ -16,7 +16,7 @@ from rebeca_ray.generation import measured as measured_stages
 from rebeca_ray.progress import Progress
 from rebeca_ray.refresh import Decisions
 from rebeca_ray.settings import DecoderSettings, PriceSettings
-from rebeca_ray.storage import read_json, write_json
+from rebeca_ray.storage.objects import read_json, write_json
 from tests.conftest import USERS, snapshot_of
 
 MEASURED = {

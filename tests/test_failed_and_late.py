@@ -23,7 +23,9 @@ from rebeca_ray.progress import Progress
 from rebeca_ray.refresh import Decisions
 from rebeca_ray.rendering import Rendered, RenderImages, read_records, render_all
 from rebeca_ray.settings import LayoutSettings, LimitSettings
-from rebeca_ray.storage import join, read_json, read_table
+from rebeca_ray.storage.filesystem import join
+from rebeca_ray.storage.objects import read_json
+from rebeca_ray.storage.parquet import read_table
 from tests.conftest import (
     USERS,
     Prepared,

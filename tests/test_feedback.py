@@ -26,7 +26,7 @@ from rebeca_ray.settings import (
     SamplerSettings,
     SelectionSettings,
 )
-from rebeca_ray.storage import list_files
+from rebeca_ray.storage.filesystem import list_files
 from rebeca_ray.training import train_prior
 from tests.conftest import USERS, D, snapshot_of
 from tests.test_nights import change_digest, night

@@ -11,7 +11,7 @@ from rebeca_ray import histories as histories_module
 from rebeca_ray.errors import UserError
 from rebeca_ray.histories import build_histories, user_table
 from rebeca_ray.settings import InteractionSettings
-from rebeca_ray.storage import read_table
+from rebeca_ray.storage.parquet import read_table
 
 ITEMS = np.array([f"i{number}" for number in range(50)])
 

@@ -15,7 +15,7 @@ from rebeca_ray.catalog.layout import Run
 from rebeca_ray.config import GenerateConfig, NightlyConfig, dated, load_config
 from rebeca_ray.errors import QualityGateError, UnfinishedError, UserError
 from rebeca_ray.nightly import dates_due, run_nightly, training_is_due
-from rebeca_ray.storage import write_json
+from rebeca_ray.storage.objects import write_json
 from tests.conftest import REPO, publish
 
 DATES = st.dates(datetime.date(2026, 1, 1), datetime.date(2027, 1, 1))

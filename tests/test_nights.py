@@ -20,7 +20,7 @@ from rebeca_ray.identity import bucket_of
 from rebeca_ray.rendering import Rendered
 from rebeca_ray.selector import Selector
 from rebeca_ray.settings import LayoutSettings, LimitSettings, RefreshSettings
-from rebeca_ray.storage import read_table
+from rebeca_ray.storage.parquet import read_table
 from tests.conftest import USERS, D, assembled, prepare, prior_users, publish, snapshot_of, write_tiny_prior
 
 MONDAY = datetime.date(2026, 3, 2)

@@ -27,7 +27,9 @@ from rebeca_ray.generation import generate_catalog
 from rebeca_ray.local_decoder import LocalDecoder
 from rebeca_ray.resume import begin, describe_run, unfinished_runs
 from rebeca_ray.settings import LayoutSettings, LimitSettings
-from rebeca_ray.storage import join, list_files, open_filesystem, read_json, read_table
+from rebeca_ray.storage.filesystem import join, list_files, open_filesystem
+from rebeca_ray.storage.objects import read_json
+from rebeca_ray.storage.parquet import read_table
 from tests.conftest import draw_rows, prepare, run_of, versions_of, write_plan
 
 DRIVER = """

@@ -27,7 +27,7 @@ from rebeca_ray.histories import build_histories
 from rebeca_ray.items import read_image_embeds
 from rebeca_ray.sampling import sample_liked
 from rebeca_ray.settings import SamplerSettings
-from rebeca_ray.storage import read_table
+from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.train_loop import train_epoch
 from rebeca_ray.training import drop_torn_record, run_name, train_prior
 from rebeca_ray.training_set import USERS_A_BLOCK, Batch, Rated, UserBlock

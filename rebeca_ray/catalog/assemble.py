@@ -21,7 +21,8 @@ from rebeca_ray.errors import ErrorBudgetExceededError, QualityGateError, UserEr
 from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.refresh import Decisions
 from rebeca_ray.rendering import Rendered
-from rebeca_ray.storage import join, read_table, write_table
+from rebeca_ray.storage.filesystem import join
+from rebeca_ray.storage.parquet import read_table, write_table
 
 
 class IncompleteRunError(UserError):

@@ -18,7 +18,8 @@ from rebeca_ray.catalog.drawn import Drawn
 from rebeca_ray.catalog.layout import POOL, Run
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.refresh import CARRY, PLAN, POOLED, RESCORE
-from rebeca_ray.storage import join, read_table, write_table
+from rebeca_ray.storage.filesystem import join
+from rebeca_ray.storage.parquet import read_table, write_table
 
 ITEM_ROW_GROUP = 2000
 PLAN_COLUMNS = [

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rebeca_ray.storage import join, open_filesystem, write_table
+from rebeca_ray.storage.filesystem import join, open_filesystem
+from rebeca_ray.storage.parquet import write_table
 
 if TYPE_CHECKING:
     from rebeca_ray.catalog.bucket import Assembly

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rebeca_ray.storage import join, open_filesystem
+from rebeca_ray.storage.filesystem import join, open_filesystem
 
 COLUMNS = ["item_id", "error", "width", "safety_probability"]
 

@@ -14,7 +14,7 @@ from rebeca_ray.catalog.read import open_snapshot
 from rebeca_ray.catalog.snapshots import LEASE_SECONDS, list_snapshots
 from rebeca_ray.errors import UserError
 from rebeca_ray.resume import unfinished_runs
-from rebeca_ray.storage import delete, delete_files, join, list_files, list_folders
+from rebeca_ray.storage.filesystem import delete, delete_files, join, list_files, list_folders
 
 MAX_HOURS = 100_000
 

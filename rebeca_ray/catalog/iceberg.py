@@ -14,7 +14,7 @@ from rebeca_ray.catalog.layout import outside
 from rebeca_ray.catalog.read import TABLES, Snapshot
 from rebeca_ray.errors import UserError, describe
 from rebeca_ray.settings import absolute
-from rebeca_ray.storage import is_damage
+from rebeca_ray.storage.filesystem import is_damage
 
 if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog

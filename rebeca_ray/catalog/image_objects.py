@@ -27,18 +27,9 @@ from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.errors import StorageError, UserError
 from rebeca_ray.ray_runtime import for_each_bucket
-from rebeca_ray.storage import (
-    delete,
-    delete_files,
-    join,
-    list_files,
-    list_folders,
-    read_json,
-    read_table,
-    write_json,
-    write_object,
-    write_table,
-)
+from rebeca_ray.storage.filesystem import delete, delete_files, join, list_files, list_folders
+from rebeca_ray.storage.objects import read_json, write_json, write_object
+from rebeca_ray.storage.parquet import read_table, write_table
 
 IMAGES_AT_ONCE = 500  # in memory
 WRITERS = 16

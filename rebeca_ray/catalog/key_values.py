@@ -16,7 +16,9 @@ from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.errors import UserError
 from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.settings import absolute
-from rebeca_ray.storage import HashingSink, delete, join, open_filesystem, read_table, write_json
+from rebeca_ray.storage.filesystem import delete, join, open_filesystem
+from rebeca_ray.storage.objects import HashingSink, write_json
+from rebeca_ray.storage.parquet import read_table
 
 Format = Literal["jsonl", "redis"]
 COLUMNS = ["user_id", "rank", "item_id", "like_probability"]  # not `origin`, which grows old without a change

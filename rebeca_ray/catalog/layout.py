@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 
 from rebeca_ray.errors import UserError
 from rebeca_ray.settings import absolute
-from rebeca_ray.storage import join
+from rebeca_ray.storage.filesystem import join
 
 POOL = ""  # the user whose items all strangers share; no request can name it
 

@@ -10,7 +10,8 @@ from typing_extensions import TypedDict
 
 from rebeca_ray import schemas
 from rebeca_ray.errors import StorageError, UserError, describe
-from rebeca_ray.storage import UNREACHABLE, is_damage, join, open_filesystem, read_json
+from rebeca_ray.storage.filesystem import UNREACHABLE, is_damage, join, open_filesystem
+from rebeca_ray.storage.objects import read_json
 
 REPAIR = (
     "restore it, or publish another snapshot with `rebeca catalog publish` and remove {path}/manifest.json"

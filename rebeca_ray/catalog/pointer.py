@@ -14,7 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from rebeca_ray.errors import UserError, describe
-from rebeca_ray.storage import UNREACHABLE, is_local, join, one_line, open_filesystem, write_json
+from rebeca_ray.storage.filesystem import UNREACHABLE, is_local, join, one_line, open_filesystem
+from rebeca_ray.storage.objects import write_json
 
 POINTER = "latest.json"
 LOCK_SECONDS = 30  # which a change takes milliseconds of

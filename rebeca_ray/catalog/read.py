@@ -26,7 +26,8 @@ from rebeca_ray.catalog.scanning import scanning_filesystem
 from rebeca_ray.errors import StorageError, UserError, describe, did_you_mean
 from rebeca_ray.identity import bucket_of
 from rebeca_ray.settings import absolute
-from rebeca_ray.storage import PARQUET, UNREACHABLE, exists, is_damage, join, open_filesystem
+from rebeca_ray.storage.filesystem import UNREACHABLE, exists, is_damage, join, open_filesystem
+from rebeca_ray.storage.parquet import PARQUET
 
 if TYPE_CHECKING:
     import pandas as pd

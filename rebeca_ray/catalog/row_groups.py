@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rebeca_ray.storage import join, open_filesystem
+from rebeca_ray.storage.filesystem import join, open_filesystem
 
 FOOTERS = 2048  # that are remembered, of some 60 kB each for 50 row groups; parsed, which takes half a millisecond, one would be 535 kB
 TAIL = 65_536  # asked for at once, from a file's end

@@ -6,7 +6,7 @@ from functools import cache
 import pyarrow.fs
 from fsspec.spec import AbstractFileSystem
 
-from rebeca_ray.storage import PATIENT, arrow_filesystem
+from rebeca_ray.storage.filesystem import PATIENT, arrow_filesystem
 
 
 def scanning_filesystem(filesystem: AbstractFileSystem, path: str) -> pyarrow.fs.FileSystem:

@@ -9,7 +9,8 @@ from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import open_snapshot
 from rebeca_ray.catalog.verify import verify
 from rebeca_ray.errors import QualityGateError, UserError
-from rebeca_ray.storage import delete, join, list_files, read_json
+from rebeca_ray.storage.filesystem import delete, join, list_files
+from rebeca_ray.storage.objects import read_json
 
 LEASE_SECONDS = 60
 

@@ -16,7 +16,7 @@ from rebeca_ray.catalog.bucket import KINDS, tally
 from rebeca_ray.catalog.layout import POOL
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.identity import bucket_of
-from rebeca_ray.storage import exists, join, open_filesystem
+from rebeca_ray.storage.filesystem import exists, join, open_filesystem
 
 Level = Literal["metadata", "sample", "full"]
 SAMPLE = 20  # files of each table, images of each of those

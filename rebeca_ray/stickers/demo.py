@@ -24,7 +24,6 @@ from rebeca_ray.interactions import Interactions, read_interactions
 from rebeca_ray.items import embed_items
 from rebeca_ray.job import print_personality
 from rebeca_ray.local_decoder import LocalDecoder
-from rebeca_ray.outputs import require_writable
 from rebeca_ray.sampling import sample_liked
 from rebeca_ray.settings import DecoderSettings, SamplerSettings
 from rebeca_ray.stickers.judge import Judge
@@ -32,7 +31,8 @@ from rebeca_ray.stickers.report import write_report
 from rebeca_ray.stickers.simulate import simulate
 from rebeca_ray.stickers.training_data import Stickers, load_stickers, to_pixels
 from rebeca_ray.stickers.truth import Truth, TruthCheck
-from rebeca_ray.storage import write_json
+from rebeca_ray.storage.objects import write_json
+from rebeca_ray.storage.writable import require_writable
 from rebeca_ray.training import train_prior
 
 NUM_NO_USER = 40

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rebeca_ray import schemas
-from rebeca_ray.outputs import require_writable
 from rebeca_ray.stickers import ITEMS
+from rebeca_ray.storage.writable import require_writable
 
 RATINGS = pa.schema(
     [field for field in schemas.INTERACTIONS if field.name != "event"]

@@ -40,7 +40,7 @@ from rebeca_ray.sampling import sample_liked
 from rebeca_ray.selection import choose, nearest_items
 from rebeca_ray.settings import InteractionSettings, SamplerSettings, SelectionSettings
 from rebeca_ray.stickers.simulate import load_world, simulate
-from rebeca_ray.storage import read_table
+from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.training import train_prior
 from rebeca_ray.training_set import UserBlock
 

@@ -34,7 +34,9 @@ from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.read import Snapshot, read_catalog
 from rebeca_ray.identity import bucket_of, hash128
-from rebeca_ray.storage import exists, join, open_filesystem, write_json, write_table
+from rebeca_ray.storage.filesystem import exists, join, open_filesystem
+from rebeca_ray.storage.objects import write_json
+from rebeca_ray.storage.parquet import write_table
 
 ITEMS_A_USER, D, BUCKETS, STAND_INS, LOOKUPS = 10, 256, 128, 100, 300
 SLIM = ["item_id", "rank", "like_probability", "nearest_item_id", "origin", "image_file", "image_row"]

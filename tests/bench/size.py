@@ -19,7 +19,7 @@ from rebeca_ray import schemas
 from rebeca_ray.catalog.bucket import Assembly, Bucket
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.refresh import cut, write_decisions
-from rebeca_ray.storage import read_table, write_table
+from rebeca_ray.storage.parquet import read_table, write_table
 
 USERS, ITEMS_A_USER, D = 10_000, 10, 1024
 IMAGES_A_FILE, FILES = 2_500, 44_000

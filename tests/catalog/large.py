@@ -8,7 +8,8 @@ import pyarrow as pa
 from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.identity import bucket_of
-from rebeca_ray.storage import write_json, write_table
+from rebeca_ray.storage.objects import write_json
+from rebeca_ray.storage.parquet import write_table
 from tests.conftest import publish
 
 BUCKETS, USERS_THERE, ITEMS_A_USER = 3, 500, 4

@@ -24,7 +24,8 @@ from rebeca_ray.config import GenerateConfig
 from rebeca_ray.errors import StorageError, UserError
 from rebeca_ray.identity import bucket_of
 from rebeca_ray.settings import LayoutSettings
-from rebeca_ray.storage import list_files, read_table
+from rebeca_ray.storage.filesystem import list_files
+from rebeca_ray.storage.parquet import read_table
 from tests.conftest import USERS, snapshot_of
 from tests.seaweedfs import free_port
 from tests.test_cli import run

@@ -17,7 +17,7 @@ from rebeca_ray.config import GenerateConfig
 from rebeca_ray.errors import QualityGateError, UserError
 from rebeca_ray.job import list_catalog
 from rebeca_ray.resume import begin
-from rebeca_ray.storage import list_files
+from rebeca_ray.storage.filesystem import list_files
 from tests.conftest import USERS, prepare
 from tests.test_nights import change_digest, night
 

@@ -12,7 +12,7 @@ from s3fs import S3FileSystem
 from rebeca_ray.catalog import pointer as module
 from rebeca_ray.catalog.pointer import TRIES, LostRaceError, Pointer, change_pointer, read_pointer, swap
 from rebeca_ray.errors import UserError
-from rebeca_ray.storage import join, open_filesystem
+from rebeca_ray.storage.filesystem import join, open_filesystem
 from tests.catalog.conftest import Start, begin
 from tests.catalog.worker import COUNT
 

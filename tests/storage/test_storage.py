@@ -10,7 +10,8 @@ from s3fs import S3FileSystem
 
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.errors import UserError
-from rebeca_ray.storage import HashingSink, open_table, read_json, read_table, write_json, write_table
+from rebeca_ray.storage.objects import HashingSink, read_json, write_json
+from rebeca_ray.storage.parquet import open_table, read_table, write_table
 
 
 def test_tables_on_s3(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

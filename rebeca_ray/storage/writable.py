@@ -5,7 +5,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from rebeca_ray.errors import UserError, describe
-from rebeca_ray.storage import UNREACHABLE, is_local, join, open_filesystem, read_json
+from rebeca_ray.storage.filesystem import UNREACHABLE, is_local, join, open_filesystem
+from rebeca_ray.storage.objects import read_json
 
 
 def require_writable(uri: str, what: str) -> None:

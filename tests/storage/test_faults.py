@@ -19,17 +19,9 @@ from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.pointer import Pointer, change_pointer, read_pointer
 from rebeca_ray.console import plain_errors
 from rebeca_ray.errors import UserError
-from rebeca_ray.storage import (
-    HashingSink,
-    delete,
-    list_files,
-    list_folders,
-    open_filesystem,
-    read_json,
-    read_table,
-    write_json,
-    write_table,
-)
+from rebeca_ray.storage.filesystem import delete, list_files, list_folders, open_filesystem
+from rebeca_ray.storage.objects import HashingSink, read_json, write_json
+from rebeca_ray.storage.parquet import read_table, write_table
 from tests.faulty_s3 import FAULTS, Fault, FaultyS3, faulty_s3, forever, seeded
 
 TABLE = pa.table({"user_id": [f"user-{number}" for number in range(1000)], "rank": list(range(1000))})

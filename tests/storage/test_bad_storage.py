@@ -16,14 +16,17 @@ from fsspec.implementations.local import LocalFileOpener
 from ray.exceptions import RayTaskError
 from s3fs import S3FileSystem
 
-from rebeca_ray import schemas, storage
+from rebeca_ray import schemas
 from rebeca_ray.catalog.pointer import Pointer, read_pointer
 from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.checkpoint import read_prior_config
 from rebeca_ray.console import plain_errors
 from rebeca_ray.items import read_image_embeds
-from rebeca_ray.outputs import require_own, require_writable
-from rebeca_ray.storage import delete, open_table, read_json, read_table, write_json, write_table
+from rebeca_ray.storage import filesystem
+from rebeca_ray.storage.filesystem import delete
+from rebeca_ray.storage.objects import read_json, write_json
+from rebeca_ray.storage.parquet import open_table, read_table, write_table
+from rebeca_ray.storage.writable import require_own, require_writable
 from rebeca_ray.tables import check_columns
 
 TABLE = pa.table({"user_id": ["a"], "item_id": ["b"]})
@@ -52,9 +55,9 @@ def s3(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[p
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(S3FileSystem, "_cache", {})
-    storage.meet.cache_clear()
+    filesystem.meet.cache_clear()
     yield monkeypatch
-    storage.meet.cache_clear()
+    filesystem.meet.cache_clear()
 
 
 def assert_told(work: Callable[[str], Any], uri: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
