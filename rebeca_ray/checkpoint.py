@@ -24,9 +24,10 @@ import pyarrow.parquet as pq
 from pydantic import ConfigDict, Field
 
 import rebeca_ray
-from rebeca_ray.config import parse_config
+from rebeca_ray.config.fields import Part, Settings, Size
+from rebeca_ray.config.load import parse_config
+from rebeca_ray.config.sections import DiffusionSettings, NetworkSettings, PriorSampling
 from rebeca_ray.errors import UserError, describe
-from rebeca_ray.settings import DiffusionSettings, NetworkSettings, Part, PriorSampling, Settings, Size
 from rebeca_ray.storage.filesystem import UNREACHABLE, join, open_filesystem
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.writable import require_writable

@@ -57,7 +57,7 @@ def demo(
 def embed(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Items with images -> the same items with CLIP embeddings."""
     from rebeca_ray import job
-    from rebeca_ray.config import EmbedConfig
+    from rebeca_ray.config.jobs import EmbedConfig
 
     job.execute(EmbedConfig, job.embed, config, overrides or [], dry_run=dry_run)
 
@@ -66,7 +66,7 @@ def embed(config: Config, overrides: Overrides = None, dry_run: DryRun = False) 
 def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Interactions + embedded items -> a prior directory."""
     from rebeca_ray import job
-    from rebeca_ray.config import TrainConfig
+    from rebeca_ray.config.jobs import TrainConfig
 
     job.execute(TrainConfig, job.train, config, overrides or [], dry_run=dry_run)
 
@@ -75,7 +75,7 @@ def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) 
 def distill(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """A trained prior -> one that needs a few passes an embedding."""
     from rebeca_ray import job
-    from rebeca_ray.config import DistillConfig
+    from rebeca_ray.config.jobs import DistillConfig
 
     job.execute(DistillConfig, job.distill, config, overrides or [], dry_run=dry_run)
 
@@ -91,7 +91,7 @@ def generate(
 ) -> None:
     """Prior + decoder + request -> a published snapshot."""
     from rebeca_ray import job
-    from rebeca_ray.config import GenerateConfig
+    from rebeca_ray.config.jobs import GenerateConfig
 
     def work(settings: GenerateConfig) -> None:
         job.generate(settings, resume=resume, retry_failed=retry_failed, force=force)
@@ -103,7 +103,7 @@ def generate(
 def nightly(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """One night: embed new items, train if it is due, generate, collect garbage; missed dates first. Does nothing twice."""
     from rebeca_ray import job
-    from rebeca_ray.config import NightlyConfig
+    from rebeca_ray.config.jobs import NightlyConfig
 
     job.execute(NightlyConfig, job.nightly, config, overrides or [], dry_run=dry_run)
 
@@ -119,7 +119,8 @@ def estimate(
 ) -> None:
     """What `rebeca generate` would draw tonight: items, hours, GPU-hours, bytes, cost. Overrides describe another cluster."""
     from rebeca_ray import job
-    from rebeca_ray.config import GenerateConfig, load_config
+    from rebeca_ray.config.jobs import GenerateConfig
+    from rebeca_ray.config.load import load_config
 
     with plain_errors():
         job.estimate(load_config(GenerateConfig, config, overrides), images_per_second=images_per_second)
@@ -132,7 +133,8 @@ def export(
     overrides: Overrides = None,
 ) -> None:
     """The decoder of a `rebeca generate` config -> ONNX graphs, checked."""
-    from rebeca_ray.config import GenerateConfig, load_config
+    from rebeca_ray.config.jobs import GenerateConfig
+    from rebeca_ray.config.load import load_config
     from rebeca_ray.export import export_decoder
 
     with plain_errors():
@@ -165,7 +167,8 @@ def serve(
 ) -> None:
     """The decoder of a `rebeca generate` config behind Triton Inference Server, on 127.0.0.1, until interrupted."""
     from rebeca_ray import job
-    from rebeca_ray.config import GenerateConfig, load_config
+    from rebeca_ray.config.jobs import GenerateConfig
+    from rebeca_ray.config.load import load_config
 
     with plain_errors():
         decoder = load_config(GenerateConfig, config, overrides).decoder

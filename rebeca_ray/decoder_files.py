@@ -11,8 +11,8 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 
+from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.errors import UserError
-from rebeca_ray.settings import DecoderSettings
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SAFETY_PARTS = ("safety_checker", "feature_extractor")

@@ -10,8 +10,8 @@ from typing import Protocol, Self
 
 import numpy as np
 
+from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.errors import UserError
-from rebeca_ray.settings import DecoderSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from rebeca_ray.settings import DiffusionSettings
+from rebeca_ray.config.sections import DiffusionSettings
 
 Denoiser = Callable[[torch.Tensor, int], torch.Tensor]  # (x_BD, timestep) -> denoised_BD
 

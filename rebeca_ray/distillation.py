@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from rebeca_ray.checkpoint import TrainedPrior, load_prior, read_prior_config, save_prior
-from rebeca_ray.config import DistillConfig
+from rebeca_ray.config.jobs import DistillConfig
+from rebeca_ray.config.sections import PriorSampling, SamplerSettings
 from rebeca_ray.diffusion import Denoiser, Diffusion
 from rebeca_ray.errors import QualityGateError, UserError
 from rebeca_ray.feedback import with_rated
@@ -26,7 +27,6 @@ from rebeca_ray.items import check_items_fit, read_image_embeds
 from rebeca_ray.noise import item_noise
 from rebeca_ray.prior import LIKE, Prior
 from rebeca_ray.sampling import dpm_solver_pp_2m, guided_denoiser, sample_liked
-from rebeca_ray.settings import PriorSampling, SamplerSettings
 from rebeca_ray.storage.writable import require_own, require_writable
 
 TEACHER_STEPS = 4  # of the teacher for one of the student

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder_files import find_decoder, hash_weights, read_export
 from rebeca_ray.errors import UserError
 from rebeca_ray.networks import DTYPES, Networks, load_torch_networks
-from rebeca_ray.settings import DecoderSettings
 
 OPSET = 20
 NAMES = {  # inputs and output of each network, in the order of `networks.py`

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from rebeca_ray.config import TrainConfig
+from rebeca_ray.config.jobs import TrainConfig
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.prior import NULL_RATING, Prior
 from rebeca_ray.users import History, UserTable

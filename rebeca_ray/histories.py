@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rebeca_ray import schemas
+from rebeca_ray.config.sections import InteractionSettings
 from rebeca_ray.errors import UserError
 from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
 from rebeca_ray.interactions import (
@@ -27,7 +28,6 @@ from rebeca_ray.interactions import (
     normalise,
     read_columns,
 )
-from rebeca_ray.settings import InteractionSettings
 from rebeca_ray.storage.filesystem import UNREACHABLE, arrow_filesystem, delete, join, open_filesystem
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import describe_files, open_table, read_table, write_table

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
+from rebeca_ray.config.sections import InteractionSettings
 from rebeca_ray.errors import UserError
 from rebeca_ray.identity import hash128
-from rebeca_ray.settings import InteractionSettings
 from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.tables import (
     MAX_EXAMPLES,

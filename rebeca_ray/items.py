@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
 from rebeca_ray import schemas
-from rebeca_ray.config import EmbedConfig
+from rebeca_ray.config.jobs import EmbedConfig
 from rebeca_ray.errors import UserError, describe, did_you_mean, shown
 from rebeca_ray.ray_runtime import WithoutThose, require_room, start_ray
 from rebeca_ray.storage.filesystem import UNREACHABLE, arrow_filesystem, delete, join, open_filesystem

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from rebeca_ray.config import (
+from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.config.fields import Settings
+from rebeca_ray.config.jobs import (
     DistillConfig,
     EmbedConfig,
     GenerateConfig,
@@ -16,11 +18,10 @@ from rebeca_ray.config import (
     Resume,
     TrainConfig,
     dated,
-    load_config,
 )
+from rebeca_ray.config.load import load_config
 from rebeca_ray.console import console, plain_errors
 from rebeca_ray.errors import QualityGateError, UserError
-from rebeca_ray.settings import DecoderSettings, Settings
 from rebeca_ray.storage.filesystem import join
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoding import DecodedImage, Rows
 from rebeca_ray.denoising import DenoisingLoop
 from rebeca_ray.encoding import encode_image
@@ -15,7 +16,6 @@ from rebeca_ray.errors import UserError
 from rebeca_ray.identity import retry_seed
 from rebeca_ray.networks import load_networks
 from rebeca_ray.safety import Checker, load_checker
-from rebeca_ray.settings import DecoderSettings
 
 
 class LocalDecoder:

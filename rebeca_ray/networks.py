@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder_files import find_decoder
 from rebeca_ray.errors import UserError
-from rebeca_ray.settings import DecoderSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rebeca_ray.catalog.gc import Garbage, collect
 from rebeca_ray.catalog.pointer import LostRaceError, read_pointer
-from rebeca_ray.config import NightlyConfig, dated
+from rebeca_ray.config.jobs import NightlyConfig, dated
 from rebeca_ray.errors import UnfinishedError, UserError, user_error
 from rebeca_ray.generation import generate_catalog
 from rebeca_ray.items import embed_items

@@ -21,7 +21,7 @@ from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.checkpoint import load_prior
-from rebeca_ray.config import GenerateConfig
+from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.errors import UserError
 from rebeca_ray.feedback import find_rated

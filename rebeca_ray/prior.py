@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rebeca_ray.attention import Attention, TimestepEmbedding
-from rebeca_ray.settings import NetworkSettings
+from rebeca_ray.config.sections import NetworkSettings
 from rebeca_ray.users import History, HistoryEncoder
 
 DISLIKE, LIKE, NULL_RATING = 0, 1, 2

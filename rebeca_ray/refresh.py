@@ -18,11 +18,11 @@ from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import POOL, Run
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.checkpoint import TrainedPrior
-from rebeca_ray.config import GenerateConfig
+from rebeca_ray.config.jobs import GenerateConfig
+from rebeca_ray.config.sections import RefreshSettings
 from rebeca_ray.histories import Histories
 from rebeca_ray.identity import bucket_of, hash128
 from rebeca_ray.ray_runtime import for_each_bucket
-from rebeca_ray.settings import RefreshSettings
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import read_table, write_table

@@ -20,13 +20,13 @@ import pyarrow.parquet as pq
 
 from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import Run
-from rebeca_ray.config import GenerateConfig
+from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.decoding import DecodedImage, Rows, ServerLostError, build_decoder, check_decoder
 from rebeca_ray.parts import BUSY, WRITER_CPUS, WriteParts, with_busy_seconds
 from rebeca_ray.progress import Progress
 from rebeca_ray.ray_runtime import WithoutThose
 from rebeca_ray.refresh import Decisions
-from rebeca_ray.settings import DecoderSettings
 from rebeca_ray.storage.filesystem import arrow_filesystem, join, list_files, open_filesystem
 from rebeca_ray.storage.objects import read_json, write_json
 

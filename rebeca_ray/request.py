@@ -7,11 +7,13 @@ import pyarrow.compute as pc
 
 from rebeca_ray import schemas
 from rebeca_ray.checkpoint import read_prior_config
-from rebeca_ray.config import GenerateConfig, parse_config
+from rebeca_ray.config.fields import MAX_IMAGES
+from rebeca_ray.config.jobs import GenerateConfig
+from rebeca_ray.config.load import parse_config
+from rebeca_ray.config.sections import PriorSampling
 from rebeca_ray.decoder_files import DecoderIdentity
 from rebeca_ray.errors import UserError
 from rebeca_ray.items import check_items_fit
-from rebeca_ray.settings import MAX_IMAGES, PriorSampling
 from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.tables import check_columns, check_ids, check_numbers, check_rows, check_texts, plain
 

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from rebeca_ray.catalog.layout import new_run_id, work_folder
-from rebeca_ray.config import GenerateConfig, Resume
+from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.errors import UserError
 from rebeca_ray.storage.filesystem import join, list_folders
 from rebeca_ray.storage.objects import read_json, write_json

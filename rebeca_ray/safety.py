@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder_files import find_decoder
 from rebeca_ray.errors import UserError
-from rebeca_ray.settings import DecoderSettings
 
 Checker = Callable[[np.ndarray], np.ndarray]
 

@@ -19,9 +19,10 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
+from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.config.fields import PACKAGE
 from rebeca_ray.decoder_files import identify_decoder
 from rebeca_ray.errors import UserError
-from rebeca_ray.settings import PACKAGE, DecoderSettings
 from rebeca_ray.triton import parameters
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
-from rebeca_ray.config import TrainConfig
+from rebeca_ray.config.jobs import TrainConfig
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.fit import DenoisingLoss, Fit, user_tokens
 from rebeca_ray.histories import Histories

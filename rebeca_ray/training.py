@@ -14,7 +14,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from rebeca_ray import identity
 from rebeca_ray.checkpoint import TrainedPrior, save_prior
-from rebeca_ray.config import TrainConfig
+from rebeca_ray.config.jobs import TrainConfig
+from rebeca_ray.config.sections import PriorSampling
 from rebeca_ray.embeds import EmbedScaler
 from rebeca_ray.errors import UserError
 from rebeca_ray.feedback import with_rated
@@ -23,7 +24,6 @@ from rebeca_ray.histories import Histories, build_histories, user_table
 from rebeca_ray.items import EmbeddedItems, read_image_embeds
 from rebeca_ray.prior import Prior
 from rebeca_ray.ray_runtime import require_room, start_ray
-from rebeca_ray.settings import PriorSampling
 from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, open_filesystem
 from rebeca_ray.storage.objects import read_json
 from rebeca_ray.storage.writable import require_own, require_writable

@@ -14,10 +14,10 @@ import numpy as np
 import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
+from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder_files import INVISIBLE, identify_decoder
 from rebeca_ray.decoding import DecodedImage, Rows, ServerLostError
 from rebeca_ray.errors import UserError
-from rebeca_ray.settings import DecoderSettings
 
 MODEL = "decoder"
 BYTES = ("image", "thumbnail", "error")

@@ -20,7 +20,9 @@ from rebeca_ray.catalog.layout import Run, new_run_id
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.read import published
 from rebeca_ray.checkpoint import TrainedPrior, fingerprint, load_prior, read_prior_config, save_prior
-from rebeca_ray.config import GenerateConfig
+from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.config.jobs import GenerateConfig
+from rebeca_ray.config.sections import DiffusionSettings, NetworkSettings, PriorSampling, SamplerSettings
 from rebeca_ray.decoder_files import identify_decoder
 from rebeca_ray.embeds import EmbedScaler
 from rebeca_ray.histories import Histories
@@ -30,13 +32,6 @@ from rebeca_ray.prior import CrossAttentionDenoiser, Prior
 from rebeca_ray.refresh import Decisions, decide_all
 from rebeca_ray.rendering import Rendered, RenderImages
 from rebeca_ray.selector import Selector
-from rebeca_ray.settings import (
-    DecoderSettings,
-    DiffusionSettings,
-    NetworkSettings,
-    PriorSampling,
-    SamplerSettings,
-)
 from rebeca_ray.storage.filesystem import list_files
 from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.parquet import read_table

@@ -15,7 +15,9 @@ from PIL import Image
 
 from rebeca_ray import histories as histories_module
 from rebeca_ray import schemas
-from rebeca_ray.config import EmbedConfig, GenerateConfig
+from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.config.jobs import EmbedConfig, GenerateConfig
+from rebeca_ray.config.sections import InteractionSettings
 from rebeca_ray.decoder_files import DecoderIdentity, identify_decoder
 from rebeca_ray.errors import UserError
 from rebeca_ray.generation import generate_catalog
@@ -23,7 +25,6 @@ from rebeca_ray.histories import build_histories
 from rebeca_ray.interactions import read_interactions
 from rebeca_ray.items import EmbedImages, embed_items, read_image_embeds
 from rebeca_ray.request import check_request
-from rebeca_ray.settings import DecoderSettings, InteractionSettings
 from rebeca_ray.storage.parquet import read_table
 from tests.conftest import D, generate_config
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoding import Rows
 from rebeca_ray.denoising import DenoisingLoop
 from rebeca_ray.errors import UserError
 from rebeca_ray.networks import load_networks
 from rebeca_ray.noise import item_noise
-from rebeca_ray.settings import DecoderSettings
 from rebeca_ray.stickers import DECODER
 from tests.conftest import D
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from rebeca_ray.config.sections import DiffusionSettings
 from rebeca_ray.diffusion import Diffusion, alphas_cumprod
-from rebeca_ray.settings import DiffusionSettings
 
 
 @pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "linear", "laplace"])

@@ -12,7 +12,8 @@ import torch
 
 from rebeca_ray import schemas
 from rebeca_ray.checkpoint import load_prior, save_prior
-from rebeca_ray.config import DistillConfig
+from rebeca_ray.config.jobs import DistillConfig
+from rebeca_ray.config.sections import NetworkSettings, PriorSampling, SamplerSettings
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.distillation import (
     CHECKED_SAMPLES,
@@ -24,7 +25,6 @@ from rebeca_ray.distillation import (
 )
 from rebeca_ray.errors import QualityGateError, UserError
 from rebeca_ray.sampling import ddim, sample_liked
-from rebeca_ray.settings import NetworkSettings, PriorSampling, SamplerSettings
 from rebeca_ray.users import UserTable
 from tests.conftest import untrained_prior
 

@@ -9,12 +9,12 @@ import numpy as np
 import onnx
 import pytest
 
+from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder_files import identify_decoder
 from rebeca_ray.denoising import DenoisingLoop
 from rebeca_ray.errors import UserError
 from rebeca_ray.export import NAMES, export_decoder
 from rebeca_ray.networks import load_networks
-from rebeca_ray.settings import DecoderSettings
 from rebeca_ray.tensorrt_networks import check_engines, hash_file
 from tests.test_denoising import loop_for, psnr, rows_for
 

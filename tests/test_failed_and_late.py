@@ -16,13 +16,13 @@ from rebeca_ray import generation, rendering, schemas
 from rebeca_ray.catalog.assemble import IncompleteRunError
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.read import Snapshot, open_snapshot, published, read_catalog
-from rebeca_ray.config import GenerateConfig
+from rebeca_ray.config.jobs import GenerateConfig
+from rebeca_ray.config.sections import LayoutSettings, LimitSettings
 from rebeca_ray.errors import ErrorBudgetExceededError
 from rebeca_ray.generation import deadline_of
 from rebeca_ray.progress import Progress
 from rebeca_ray.refresh import Decisions
 from rebeca_ray.rendering import Rendered, RenderImages, read_records, render_all
-from rebeca_ray.settings import LayoutSettings, LimitSettings
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.objects import read_json
 from rebeca_ray.storage.parquet import read_table

@@ -13,19 +13,19 @@ import pytest
 from rebeca_ray import schemas
 from rebeca_ray.catalog.gc import collect
 from rebeca_ray.catalog.read import Snapshot, read_catalog
-from rebeca_ray.config import GenerateConfig, TrainConfig
-from rebeca_ray.errors import UserError
-from rebeca_ray.feedback import find_rated, with_rated
-from rebeca_ray.histories import build_histories
-from rebeca_ray.interactions import read_interactions
-from rebeca_ray.items import read_image_embeds
-from rebeca_ray.settings import (
+from rebeca_ray.config.jobs import GenerateConfig, TrainConfig
+from rebeca_ray.config.sections import (
     InteractionSettings,
     LayoutSettings,
     RefreshSettings,
     SamplerSettings,
     SelectionSettings,
 )
+from rebeca_ray.errors import UserError
+from rebeca_ray.feedback import find_rated, with_rated
+from rebeca_ray.histories import build_histories
+from rebeca_ray.interactions import read_interactions
+from rebeca_ray.items import read_image_embeds
 from rebeca_ray.storage.filesystem import list_files
 from rebeca_ray.training import train_prior
 from tests.conftest import USERS, D, snapshot_of

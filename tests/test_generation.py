@@ -19,7 +19,9 @@ from rebeca_ray import schemas
 from rebeca_ray.catalog.assemble import IncompleteRunError
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.read import open_snapshot, published, read_catalog
-from rebeca_ray.config import GenerateConfig
+from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.config.jobs import GenerateConfig
+from rebeca_ray.config.sections import GateSettings, LayoutSettings
 from rebeca_ray.decoder_files import identify_decoder
 from rebeca_ray.decoding import DecodedImage, Rows
 from rebeca_ray.errors import ErrorBudgetExceededError, QualityGateError, UserError
@@ -30,7 +32,6 @@ from rebeca_ray.parts import BUSY
 from rebeca_ray.rendering import Rendered, RenderImages, read_records
 from rebeca_ray.request import check_request
 from rebeca_ray.selector import Selector
-from rebeca_ray.settings import DecoderSettings, GateSettings, LayoutSettings
 from rebeca_ray.stickers.training_data import to_pixels
 from tests.conftest import (
     USERS,

@@ -25,12 +25,9 @@ from PIL import Image
 from rebeca_ray import schemas
 from rebeca_ray.catalog.read import Snapshot, read_catalog
 from rebeca_ray.checkpoint import TrainedPrior, save_prior
-from rebeca_ray.config import GenerateConfig
-from rebeca_ray.embeds import EmbedScaler
-from rebeca_ray.prior import Prior
-from rebeca_ray.selector import Selector
-from rebeca_ray.settings import (
-    DecoderSettings,
+from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.config.jobs import GenerateConfig
+from rebeca_ray.config.sections import (
     DiffusionSettings,
     InteractionSettings,
     NetworkSettings,
@@ -38,6 +35,9 @@ from rebeca_ray.settings import (
     SamplerSettings,
     SelectionSettings,
 )
+from rebeca_ray.embeds import EmbedScaler
+from rebeca_ray.prior import Prior
+from rebeca_ray.selector import Selector
 from tests.conftest import assembled, prepare, publish
 
 GOLDEN = Path(__file__).parent / "golden" / "night.json"

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from rebeca_ray import schemas
-from rebeca_ray.config import EmbedConfig
+from rebeca_ray.config.jobs import EmbedConfig
 from rebeca_ray.errors import UserError
 from rebeca_ray.items import clip_fingerprint, embed_items, load_clip, read_image_embeds
 from rebeca_ray.stickers import CLIP, EMBED_DIM, ITEMS

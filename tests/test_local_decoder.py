@@ -12,12 +12,12 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
 
+from rebeca_ray.config.decoder import DecoderSettings, SafetySettings
 from rebeca_ray.decoding import Rows
 from rebeca_ray.errors import UserError
 from rebeca_ray.identity import retry_seed
 from rebeca_ray.local_decoder import LocalDecoder
 from rebeca_ray.safety import load_checker
-from rebeca_ray.settings import DecoderSettings, SafetySettings
 from tests.conftest import D
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from rebeca_ray import nightly
 from rebeca_ray.catalog.gc import Garbage
 from rebeca_ray.catalog.layout import Run
-from rebeca_ray.config import GenerateConfig, NightlyConfig, dated, load_config
+from rebeca_ray.config.jobs import GenerateConfig, NightlyConfig, dated
+from rebeca_ray.config.load import load_config
 from rebeca_ray.errors import QualityGateError, UnfinishedError, UserError
 from rebeca_ray.nightly import dates_due, run_nightly, training_is_due
 from rebeca_ray.storage.objects import write_json

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from rebeca_ray.config import TrainConfig
-from rebeca_ray.presets import PRESETS
+from rebeca_ray.config.jobs import TrainConfig
+from rebeca_ray.config.presets import PRESETS
+from rebeca_ray.config.sections import NetworkSettings
 from rebeca_ray.prior import LIKE, NULL_RATING, CrossAttentionDenoiser, Prior
-from rebeca_ray.settings import NetworkSettings
 from rebeca_ray.users import UserTable
 from tests.conftest import wake
 

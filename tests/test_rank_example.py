@@ -12,7 +12,7 @@ import pytest
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.read import Snapshot
-from rebeca_ray.config import GenerateConfig
+from rebeca_ray.config.jobs import GenerateConfig
 from tests.conftest import REPO, USERS, D
 from tests.test_nights import night
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rebeca_ray.config.sections import RefreshSettings
 from rebeca_ray.refresh import CARRY, PLAN, RESCORE, Decisions, Tonight, cut, decide, draw_key, turn
-from rebeca_ray.settings import RefreshSettings
 
 DATE = datetime.date(2026, 3, 1)
 

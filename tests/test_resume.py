@@ -19,14 +19,14 @@ import rebeca_ray
 from rebeca_ray.catalog.layout import Run, work_folder
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import Snapshot, published, read_catalog
-from rebeca_ray.config import GenerateConfig
+from rebeca_ray.config.jobs import GenerateConfig
+from rebeca_ray.config.sections import LayoutSettings, LimitSettings
 from rebeca_ray.console import plain_errors
 from rebeca_ray.decoding import DecodedImage
 from rebeca_ray.errors import UserError
 from rebeca_ray.generation import generate_catalog
 from rebeca_ray.local_decoder import LocalDecoder
 from rebeca_ray.resume import begin, describe_run, unfinished_runs
-from rebeca_ray.settings import LayoutSettings, LimitSettings
 from rebeca_ray.storage.filesystem import join, list_files, open_filesystem
 from rebeca_ray.storage.objects import read_json
 from rebeca_ray.storage.parquet import read_table

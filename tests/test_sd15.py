@@ -3,8 +3,8 @@
 import shutil
 from pathlib import Path
 
+from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder_files import identify_decoder
-from rebeca_ray.settings import DecoderSettings
 from tests.gpu.sd15 import EMBED_DIM, write_sd15
 from tests.test_denoising import loop_for, pipeline_image, psnr, rows_for
 

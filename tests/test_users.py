@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from rebeca_ray.config.sections import NetworkSettings
 from rebeca_ray.prior import Prior
-from rebeca_ray.settings import NetworkSettings
 from rebeca_ray.users import History, UserTable
 
 D = 8

@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rebeca_ray.catalog.layout import Run
+from rebeca_ray.config.sections import GateSettings
 from rebeca_ray.evaluation.permutation import PermutationTest, permutation_test
-from rebeca_ray.settings import GateSettings
 from rebeca_ray.storage.filesystem import list_files, open_filesystem
 
 MAX_FILES, MAX_USERS, MAX_ITEMS_A_USER = 20, 2000, 10  # a sample of the plan is enough

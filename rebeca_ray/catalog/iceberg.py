@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from rebeca_ray.catalog.layout import outside
 from rebeca_ray.catalog.read import TABLES, Snapshot
+from rebeca_ray.config.fields import absolute
 from rebeca_ray.errors import UserError, describe
-from rebeca_ray.settings import absolute
 from rebeca_ray.storage.filesystem import is_damage
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 from rebeca_ray.catalog.image_objects import read_export
 from rebeca_ray.catalog.layout import outside
 from rebeca_ray.catalog.read import Snapshot
+from rebeca_ray.config.fields import absolute
 from rebeca_ray.errors import UserError
 from rebeca_ray.ray_runtime import for_each_bucket
-from rebeca_ray.settings import absolute
 from rebeca_ray.storage.filesystem import delete, join, open_filesystem
 from rebeca_ray.storage.objects import HashingSink, write_json
 from rebeca_ray.storage.parquet import read_table

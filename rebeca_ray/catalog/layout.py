@@ -19,8 +19,8 @@ import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from rebeca_ray.config.fields import absolute
 from rebeca_ray.errors import UserError
-from rebeca_ray.settings import absolute
 from rebeca_ray.storage.filesystem import join
 
 POOL = ""  # the user whose items all strangers share; no request can name it

@@ -23,9 +23,9 @@ from rebeca_ray.catalog.manifest import read_file_list, read_manifest
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.row_groups import complete, read_users
 from rebeca_ray.catalog.scanning import scanning_filesystem
+from rebeca_ray.config.fields import absolute
 from rebeca_ray.errors import StorageError, UserError, describe, did_you_mean
 from rebeca_ray.identity import bucket_of
-from rebeca_ray.settings import absolute
 from rebeca_ray.storage.filesystem import UNREACHABLE, exists, is_damage, join, open_filesystem
 from rebeca_ray.storage.parquet import PARQUET
 

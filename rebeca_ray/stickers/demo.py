@@ -14,7 +14,10 @@ import yaml
 
 from rebeca_ray.catalog.read import Snapshot, read_catalog
 from rebeca_ray.checkpoint import load_prior
-from rebeca_ray.config import EmbedConfig, GenerateConfig, TrainConfig, parse_config
+from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.config.jobs import EmbedConfig, GenerateConfig, TrainConfig
+from rebeca_ray.config.load import parse_config
+from rebeca_ray.config.sections import SamplerSettings
 from rebeca_ray.console import console
 from rebeca_ray.decoding import Rows
 from rebeca_ray.diffusion import Diffusion
@@ -25,7 +28,6 @@ from rebeca_ray.items import embed_items
 from rebeca_ray.job import print_personality
 from rebeca_ray.local_decoder import LocalDecoder
 from rebeca_ray.sampling import sample_liked
-from rebeca_ray.settings import DecoderSettings, SamplerSettings
 from rebeca_ray.stickers.judge import Judge
 from rebeca_ray.stickers.report import write_report
 from rebeca_ray.stickers.simulate import simulate

@@ -24,11 +24,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoding import Rows
 from rebeca_ray.denoising import DenoisingLoop
 from rebeca_ray.export import export_decoder
 from rebeca_ray.networks import load_networks
-from rebeca_ray.settings import DecoderSettings
 from tests.gpu.sd15 import EMBED_DIM, write_sd15
 
 RESULTS = Path(__file__).parent / "results"

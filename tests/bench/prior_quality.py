@@ -29,7 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 from rebeca_ray.checkpoint import TrainedPrior, load_prior
-from rebeca_ray.config import DistillConfig, EmbedConfig, TrainConfig, load_config
+from rebeca_ray.config.jobs import DistillConfig, EmbedConfig, TrainConfig
+from rebeca_ray.config.load import load_config
+from rebeca_ray.config.sections import InteractionSettings, SamplerSettings, SelectionSettings
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.distillation import distill_prior
 from rebeca_ray.evaluation.permutation import permutation_test
@@ -38,7 +40,6 @@ from rebeca_ray.histories import build_histories
 from rebeca_ray.items import embed_items, read_image_embeds
 from rebeca_ray.sampling import sample_liked
 from rebeca_ray.selection import choose, nearest_items
-from rebeca_ray.settings import InteractionSettings, SamplerSettings, SelectionSettings
 from rebeca_ray.stickers.simulate import load_world, simulate
 from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.training import train_prior

@@ -20,12 +20,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from rebeca_ray.config.presets import PRESETS
+from rebeca_ray.config.sections import DiffusionSettings, NetworkSettings, SamplerSettings
 from rebeca_ray.diffusion import Denoiser, Diffusion
 from rebeca_ray.noise import item_noise
-from rebeca_ray.presets import PRESETS
 from rebeca_ray.prior import LIKE, NULL_RATING, Prior
 from rebeca_ray.sampling import SAMPLERS, sample_liked
-from rebeca_ray.settings import DiffusionSettings, NetworkSettings, SamplerSettings
 from rebeca_ray.users import UserTable
 
 RESULTS = Path(__file__).parent / "results"

@@ -15,10 +15,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from rebeca_ray.config.decoder import DecoderSettings, TritonSettings
 from rebeca_ray.decoding import Decoder, Rows
 from rebeca_ray.local_decoder import LocalDecoder
 from rebeca_ray.server import triton_server
-from rebeca_ray.settings import DecoderSettings, TritonSettings
 from rebeca_ray.stickers import DECODER
 from rebeca_ray.triton import TritonDecoder
 

@@ -41,7 +41,7 @@ def time_steps(num_users: int) -> dict[str, float]:
     """Optimizer steps of the paper's later network on random samples of `num_users` users."""
     import torch
 
-    from rebeca_ray.config import TrainConfig
+    from rebeca_ray.config.jobs import TrainConfig
     from rebeca_ray.diffusion import Diffusion
     from rebeca_ray.fit import DenoisingLoss, Fit
     from rebeca_ray.train_loop import train_epoch
@@ -105,8 +105,8 @@ def write_ratings(folder: Path, rows: int) -> None:
 
 def measure_memory(rows: int, data: Path) -> dict[str, float]:
     """Group `rows` interactions by user; the peak of the machine's used memory above what it was before."""
+    from rebeca_ray.config.sections import InteractionSettings
     from rebeca_ray.histories import build_histories
-    from rebeca_ray.settings import InteractionSettings
 
     write_ratings(data / f"ratings-{rows}", rows)
     subprocess.run(["rm", "-rf", str(data / f"histories-{rows}")], check=True)
@@ -138,7 +138,8 @@ def measure_memory(rows: int, data: Path) -> dict[str, float]:
 
 def measure_workers(num_workers: int, data: Path) -> dict[str, float]:
     """Samples a second of some epochs on the stickers, one thread and 1,024 samples a step for each worker."""
-    from rebeca_ray.config import EmbedConfig, TrainConfig, load_config
+    from rebeca_ray.config.jobs import EmbedConfig, TrainConfig
+    from rebeca_ray.config.load import load_config
     from rebeca_ray.items import embed_items
     from rebeca_ray.stickers.simulate import simulate
     from rebeca_ray.training import train_prior

@@ -12,7 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 from rebeca_ray import schemas
 from rebeca_ray.catalog import row_groups
 from rebeca_ray.catalog.read import Snapshot, read_catalog
-from rebeca_ray.config import GenerateConfig
+from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.errors import StorageError, UserError
 from rebeca_ray.identity import bucket_of
 from tests.catalog.large import BUCKETS, write_snapshot

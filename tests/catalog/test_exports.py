@@ -20,10 +20,10 @@ from rebeca_ray.catalog.layout import POOL
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.pointer import LostRaceError
 from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
-from rebeca_ray.config import GenerateConfig
+from rebeca_ray.config.jobs import GenerateConfig
+from rebeca_ray.config.sections import LayoutSettings
 from rebeca_ray.errors import StorageError, UserError
 from rebeca_ray.identity import bucket_of
-from rebeca_ray.settings import LayoutSettings
 from rebeca_ray.storage.filesystem import list_files
 from rebeca_ray.storage.parquet import read_table
 from tests.conftest import USERS, snapshot_of

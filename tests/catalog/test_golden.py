@@ -15,7 +15,7 @@ import pytest
 from rebeca_ray import schemas
 from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
 from rebeca_ray.catalog.verify import verify
-from rebeca_ray.config import GenerateConfig
+from rebeca_ray.config.jobs import GenerateConfig
 from tests.conftest import USERS, D, assembled, prepare, publish, snapshot_of
 from tests.test_nights import ask, change_digest
 

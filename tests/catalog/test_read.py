@@ -20,10 +20,10 @@ from rebeca_ray.catalog.bucket import changes_table
 from rebeca_ray.catalog.gc import collect
 from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
 from rebeca_ray.catalog.verify import verify
-from rebeca_ray.config import GenerateConfig
+from rebeca_ray.config.jobs import GenerateConfig
+from rebeca_ray.config.sections import LayoutSettings
 from rebeca_ray.errors import UserError
 from rebeca_ray.identity import bucket_of
-from rebeca_ray.settings import LayoutSettings
 from tests.catalog.large import BUCKETS, ITEMS_A_USER, MANY_USERS, USERS_THERE, D, write_snapshot
 from tests.conftest import USERS
 from tests.test_nights import change_digest, night

@@ -26,8 +26,9 @@ from PIL import Image
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
+from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.config.sections import LayoutSettings
 from rebeca_ray.selector import Selector
-from rebeca_ray.settings import DecoderSettings, LayoutSettings
 from tests.conftest import (
     USERS,
     D,

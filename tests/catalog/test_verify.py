@@ -10,7 +10,7 @@ import pytest
 
 from rebeca_ray.catalog.read import Snapshot, read_catalog
 from rebeca_ray.catalog.verify import verify
-from rebeca_ray.config import GenerateConfig
+from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.storage.parquet import write_table
 from tests.conftest import USERS
 from tests.test_nights import night

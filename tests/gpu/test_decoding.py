@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoding import Rows
 from rebeca_ray.export import export_decoder
-from rebeca_ray.settings import DecoderSettings
 from tests.gpu.sd15 import EMBED_DIM, write_sd15
 from tests.test_denoising import loop_for, psnr
 

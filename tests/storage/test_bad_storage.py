@@ -121,7 +121,7 @@ def test_a_bucket_that_is_not_there_is_told_of_an_input(capsys: pytest.CaptureFi
 def test_a_server_that_cannot_be_reached_is_told_soon(
     s3: pytest.MonkeyPatch, endpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    s3.setitem(storage.HASTY, "read_timeout", 0.2)
+    s3.setitem(filesystem.HASTY, "read_timeout", 0.2)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))  # bound, it refuses; listening, it takes a question and never answers
         if endpoint == "silent":
@@ -170,8 +170,8 @@ def test_a_server_that_hiccups_is_asked_again(s3: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("s3")
 def test_one_client_serves_everything() -> None:
     """Its settings are part of its identity: others would be another client, with another idea of what is there."""
-    assert storage.open_filesystem("s3://rebeca/a")[0] is storage.open_filesystem("s3://rebeca/b/c")[0]
-    assert storage.open_filesystem("s3://rebeca/a")[0].s3.meta.config.retries == {
+    assert filesystem.open_filesystem("s3://rebeca/a")[0] is filesystem.open_filesystem("s3://rebeca/b/c")[0]
+    assert filesystem.open_filesystem("s3://rebeca/a")[0].s3.meta.config.retries == {
         "mode": "standard",
         "total_max_attempts": 10,
     }

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
 
-from rebeca_ray.config import apply_override, parse_config
+from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.config.load import apply_override, parse_config
 from rebeca_ray.decoder_files import identify_decoder
 from rebeca_ray.decoding import Rows
 from rebeca_ray.errors import UserError
 from rebeca_ray.local_decoder import LocalDecoder
-from rebeca_ray.settings import DecoderSettings
 from rebeca_ray.triton import pack
 
 

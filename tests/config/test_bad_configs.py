@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 
-from rebeca_ray import config as config_module
-from rebeca_ray.config import GenerateConfig, TrainConfig, load_config, parse_config
+from rebeca_ray.config import jobs as config_module
+from rebeca_ray.config.fields import Settings, as_typed
+from rebeca_ray.config.jobs import GenerateConfig, TrainConfig
+from rebeca_ray.config.load import load_config, parse_config
+from rebeca_ray.config.presets import PRESETS
 from rebeca_ray.errors import UserError
-from rebeca_ray.presets import PRESETS
-from rebeca_ray.settings import Settings, as_typed
 
 JOBS = [
     member

@@ -3,87 +3,31 @@
 Every `Location` may be local or `s3://`. Every number has a lower and an upper bound: take one of the kinds below.
 """
 
-import datetime
-import os
-import re
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
-    field_validator,
     model_validator,
 )
 
-PACKAGE = Path(__file__).parent
-
-
-def expand(location: str) -> str:
-    """Resolve `~`, and `package:` (a folder inside the installed rebeca_ray), also behind open_clip's `local-dir:`."""
-    scheme = "local-dir:" if location.startswith("local-dir:") else ""
-    path = location.removeprefix(scheme)
-    if path.startswith("package:"):
-        return f"{scheme}{PACKAGE / path.removeprefix('package:')}"
-    if not path.startswith("~"):
-        return location
-    found = os.path.expanduser(path)
-    if found == path:
-        raise ValueError("names a home folder that is not there; give a whole path")
-    return f"{scheme}{found}"
-
-
-def absolute(location: str) -> str:
-    """A local path from the root, because the cluster's workers have another working directory; `s3://` as it is."""
-    location = expand(location)
-    return location if "://" in location else os.path.abspath(location)
-
-
-def as_typed(value: Any) -> Any:
-    """An id that YAML took for a number or a date, as it was typed."""
-    return str(value) if type(value) in (int, datetime.date) else value
-
-
-Location = Annotated[str, AfterValidator(absolute)]
-ModelName = Annotated[str, AfterValidator(expand)]  # a hub id, or a directory that every node sees
-Identifier = Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9_.-]+$"), BeforeValidator(as_typed)]
-Count = Annotated[int, Field(ge=0, le=10**9)]
-Positive = Annotated[int, Field(gt=0, le=10**9)]
-Few = Annotated[int, Field(gt=0, le=1000)]  # layers, actors, attempts
-Size = Annotated[int, Field(gt=0, le=65_536)]  # of a batch, a layer
-Pixels = Annotated[int, Field(gt=0, le=8192)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-MAX_IMAGES = 32_767  # a rank is an int16
-Share = Annotated[float, Field(ge=0, lt=1)]
-Part = Annotated[float, Field(ge=0, le=1)]
-LearningRate = Annotated[float, Field(gt=0, le=1e6)]
-Ratio = Annotated[float, Field(ge=0, le=10)]
-Scale = Annotated[float, Field(ge=1, le=1000)]  # of guidance; 1 is none
-Rating = Annotated[float, Field(ge=-1e6, le=1e6)]
-Price = Annotated[float, Field(ge=0, le=1e6)]
-Span = Annotated[float, Field(gt=0, le=10**7)]  # of time, in the unit its name says
-Cpus = Annotated[
-    float, Field(gt=0, le=1000, description="CPUs reserved an actor; leave one of the cluster's for reading")
-]
-Device = Literal["cpu", "cuda"]
-
-
-class Settings(BaseModel):
-    """Base of every config section: frozen, and closed to unknown keys, other types, endless numbers and texts that are none."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, str_min_length=1, str_max_length=4096
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def is_one_line(cls, value: Any) -> Any:
-        if isinstance(value, str) and re.search(r"[\x00-\x1f]", value):
-            raise ValueError("holds a NUL, a line break or another control character; leave it out")
-        return value
+from rebeca_ray.config.fields import (
+    Count,
+    Cpus,
+    Device,
+    Few,
+    LearningRate,
+    Location,
+    Part,
+    Positive,
+    Price,
+    Rating,
+    Scale,
+    Seed,
+    Settings,
+    Share,
+    Size,
+    Span,
+)
 
 
 class InteractionSettings(Settings):
@@ -267,101 +211,6 @@ class SelectionSettings(Settings):
             description="nearer to an existing item, by cosine, a candidate is a copy and comes last",
         ),
     ] = 0.98
-
-
-class SafetySettings(Settings):
-    """What is not fit to be shown, and what happens to it."""
-
-    checker: Annotated[
-        str | None,
-        Field(
-            description="stable-diffusion: the model's own; or module:function of uint8 images, giving probabilities"
-        ),
-    ] = None
-    max_probability: Annotated[Part, Field(description="of being unsafe; above it an image is")] = 0.5
-    policy: Annotated[
-        Literal["regenerate", "drop", "flag"],
-        Field(description="draw it anew with other noise, leave it out, or mark it safety_flag"),
-    ] = "regenerate"
-    max_attempts: Annotated[Few, Field(description="of drawing one image; then it is left out")] = 3
-
-
-class TritonSettings(Settings):
-    """The Triton Inference Server of the node that an actor runs on."""
-
-    url: Annotated[str, Field(description="host:port of its gRPC")] = "127.0.0.1:8001"
-    window: Annotated[
-        Few, Field(description="requests under way at a time, so that the server's next batch is waiting")
-    ] = 2
-    deadline_seconds: Annotated[Span, Field(description="for one request of batch_size images")] = 120
-    ready_seconds: Annotated[
-        Span, Field(description="how long a server that starts, or starts again, is waited for")
-    ] = 300
-
-
-class DecoderSettings(Settings):
-    """The decoder: a Stable Diffusion directory or hub id and its IP-Adapter file, and what runs it."""
-
-    model: ModelName
-    revision: Annotated[str | None, Field(description="commit of a hub model; default: its latest")] = None
-    ip_adapter: Annotated[str, Field(description="path of the adapter inside `ip_adapter_repo`")] = (
-        "ip_adapter/ip-adapter.safetensors"
-    )
-    ip_adapter_repo: Annotated[
-        ModelName | None, Field(description="hub id or directory; default: the model's own")
-    ] = None
-    ip_adapter_revision: str | None = None
-    vae: Annotated[
-        ModelName | None,
-        Field(description="another autoencoder, such as madebyollin/taesd; default: the model's own"),
-    ] = None
-    lora: Annotated[
-        ModelName | None, Field(description="merged at load: a path, or owner/name/file.safetensors of a hub")
-    ] = None
-    backend: Annotated[
-        Literal["local", "triton"], Field(description="decode in the actor, or in the server on its node")
-    ] = "local"
-    triton: TritonSettings = TritonSettings()
-    engine: Annotated[Literal["torch", "onnx", "tensorrt"], Field(description="what runs the networks")] = (
-        "torch"
-    )
-    engine_dir: Annotated[
-        Location | None, Field(description="what `rebeca export` wrote; for onnx and tensorrt")
-    ] = None
-    scheduler: Literal["dpm_solver", "ddim", "unipc", "lcm", "tcd"] = "dpm_solver"
-    num_inference_steps: Few = 20
-    decoder_guidance_scale: Annotated[Scale, Field(description="1 means a single pass")] = 5.0
-    ip_adapter_scale: Ratio = 1.0
-    image_size: Annotated[
-        Pixels | None, Field(multiple_of=8, description="pixels a side; default: the model's own")
-    ] = None
-    image_format: Literal["JPEG", "WEBP", "PNG"] = "WEBP"
-    image_quality: Annotated[int, Field(ge=1, le=100)] = 90
-    thumbnail_size: Pixels = 128
-    safety: SafetySettings = SafetySettings()
-    batch_size: Annotated[
-        Size, Field(description="images decoded together; short batches are padded to it")
-    ] = 16
-    num_actors: Few = 1
-    cpus_per_actor: Cpus = 1.0
-    device: Device = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    compile: Annotated[
-        bool,
-        Field(description="the UNet by torch.compile: minutes at start, faster after; engine torch only"),
-    ] = False
-
-    @model_validator(mode="after")
-    def engines_lie_somewhere(self) -> Self:
-        if (self.engine == "torch") != (self.engine_dir is None):
-            raise ValueError(
-                f"engine {self.engine} with engine_dir {self.engine_dir}; onnx and tensorrt need one, torch has none"
-            )
-        if self.compile and self.engine != "torch":
-            raise ValueError(f"compile is for engine torch, this is {self.engine}")
-        if self.engine == "tensorrt" and self.device != "cuda":
-            raise ValueError("engine tensorrt needs device cuda")
-        return self
 
 
 class GateSettings(Settings):

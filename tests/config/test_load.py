@@ -6,19 +6,19 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from rebeca_ray.config import (
+from rebeca_ray.config.fields import expand
+from rebeca_ray.config.jobs import (
     DistillConfig,
     EmbedConfig,
     GenerateConfig,
     NightlyConfig,
     TrainConfig,
     dated,
-    load_config,
 )
+from rebeca_ray.config.load import load_config
 from rebeca_ray.errors import UserError
-from rebeca_ray.settings import expand
 
-CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
+CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 MODELS = {
     "embed": EmbedConfig,
     "train": TrainConfig,
