@@ -22,10 +22,10 @@ from rebeca_ray import read_catalog
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.config.sections import InteractionSettings
 from rebeca_ray.console import console, plain_errors
+from rebeca_ray.data.feedback import with_rated
+from rebeca_ray.data.interactions import Interactions, read_interactions
+from rebeca_ray.data.items import EmbeddedItems, read_image_embeds
 from rebeca_ray.errors import UserError
-from rebeca_ray.feedback import with_rated
-from rebeca_ray.interactions import Interactions, read_interactions
-from rebeca_ray.items import EmbeddedItems, read_image_embeds
 
 STICKERS = "~/rebeca-stickers"
 USERS_TO_LEARN_FROM = 300

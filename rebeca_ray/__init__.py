@@ -14,7 +14,7 @@ _PUBLIC = {
     "load_config": "rebeca_ray.config.jobs",
     "generate_catalog": "rebeca_ray.generation",
     "train_prior": "rebeca_ray.training",
-    "embed_items": "rebeca_ray.items",
+    "embed_items": "rebeca_ray.data.items",
     "UserError": "rebeca_ray.errors",
 }
 

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from rebeca_ray.checkpoint import TrainedPrior, load_prior, read_prior_config, save_prior
 from rebeca_ray.config.jobs import DistillConfig
 from rebeca_ray.config.sections import PriorSampling, SamplerSettings
+from rebeca_ray.data.feedback import with_rated
+from rebeca_ray.data.histories import build_histories
+from rebeca_ray.data.items import check_items_fit, read_image_embeds
 from rebeca_ray.diffusion import Denoiser, Diffusion
 from rebeca_ray.errors import QualityGateError, UserError
-from rebeca_ray.feedback import with_rated
 from rebeca_ray.finishing import USERS_AT_ONCE, factors_of, training_blocks
-from rebeca_ray.histories import build_histories
-from rebeca_ray.items import check_items_fit, read_image_embeds
 from rebeca_ray.noise import item_noise
 from rebeca_ray.prior import LIKE, Prior
 from rebeca_ray.sampling import dpm_solver_pp_2m, guided_denoiser, sample_liked

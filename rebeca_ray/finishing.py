@@ -15,8 +15,8 @@ from torchmetrics.functional.classification import binary_auroc
 
 from rebeca_ray.checkpoint import TrainedPrior
 from rebeca_ray.config.sections import PriorSampling, SamplerSettings
+from rebeca_ray.data.histories import Histories
 from rebeca_ray.diffusion import Diffusion
-from rebeca_ray.histories import Histories
 from rebeca_ray.sampling import sample_liked
 from rebeca_ray.selection import nearest_items
 from rebeca_ray.selector import MAX_HISTORY, Selector, fit_selector

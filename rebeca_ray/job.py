@@ -35,7 +35,7 @@ C = TypeVar("C", bound=Settings)
 
 def embed(config: EmbedConfig) -> None:
     """Items with images -> the same items with CLIP embeddings."""
-    from rebeca_ray.items import embed_items
+    from rebeca_ray.data.items import embed_items
 
     console.print(f"embedded {embed_items(config):,} items -> {config.out}")
 

@@ -22,11 +22,11 @@ from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.checkpoint import load_prior
 from rebeca_ray.config.jobs import GenerateConfig
+from rebeca_ray.data.feedback import find_rated
+from rebeca_ray.data.histories import Histories, build_histories
+from rebeca_ray.data.items import embedded_with, read_image_embeds, read_item_ids
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.errors import UserError
-from rebeca_ray.feedback import find_rated
-from rebeca_ray.histories import Histories, build_histories
-from rebeca_ray.items import embedded_with, read_image_embeds, read_item_ids
 from rebeca_ray.parts import WRITER_CPUS, WriteParts, with_busy_seconds
 from rebeca_ray.progress import Progress
 from rebeca_ray.refresh import PLAN, RESCORE, Decisions

@@ -20,7 +20,7 @@ from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.checkpoint import TrainedPrior
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import RefreshSettings
-from rebeca_ray.histories import Histories
+from rebeca_ray.data.histories import Histories
 from rebeca_ray.identity import bucket_of, hash128
 from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.storage.filesystem import join

@@ -24,9 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
 from rebeca_ray.config.jobs import TrainConfig
+from rebeca_ray.data.histories import Histories
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.fit import DenoisingLoss, Fit, user_tokens
-from rebeca_ray.histories import Histories
 from rebeca_ray.prior import Prior
 from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.training_set import TARGETS_A_HISTORY, USERS_A_BLOCK, Batch, UserBlock, num_batches

@@ -16,12 +16,12 @@ from rebeca_ray import identity
 from rebeca_ray.checkpoint import TrainedPrior, save_prior
 from rebeca_ray.config.jobs import TrainConfig
 from rebeca_ray.config.sections import PriorSampling
+from rebeca_ray.data.feedback import with_rated
+from rebeca_ray.data.histories import Histories, build_histories, user_table
+from rebeca_ray.data.items import EmbeddedItems, read_image_embeds
 from rebeca_ray.embeds import EmbedScaler
 from rebeca_ray.errors import UserError
-from rebeca_ray.feedback import with_rated
 from rebeca_ray.finishing import finish_prior, training_blocks
-from rebeca_ray.histories import Histories, build_histories, user_table
-from rebeca_ray.items import EmbeddedItems, read_image_embeds
 from rebeca_ray.prior import Prior
 from rebeca_ray.ray_runtime import require_room, start_ray
 from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, open_filesystem

@@ -19,12 +19,12 @@ from rebeca_ray.config.jobs import EmbedConfig, GenerateConfig, TrainConfig
 from rebeca_ray.config.load import parse_config
 from rebeca_ray.config.sections import SamplerSettings
 from rebeca_ray.console import console
+from rebeca_ray.data.interactions import Interactions, read_interactions
+from rebeca_ray.data.items import embed_items
 from rebeca_ray.decoding import Rows
 from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.errors import UserError
 from rebeca_ray.generation import generate_catalog
-from rebeca_ray.interactions import Interactions, read_interactions
-from rebeca_ray.items import embed_items
 from rebeca_ray.job import print_personality
 from rebeca_ray.local_decoder import LocalDecoder
 from rebeca_ray.sampling import sample_liked

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from rebeca_ray.catalog.read import Snapshot
-from rebeca_ray.interactions import Interactions
+from rebeca_ray.data.interactions import Interactions
 from rebeca_ray.stickers import ITEMS
 from rebeca_ray.stickers.judge import Judge
 from rebeca_ray.stickers.truth import TruthCheck

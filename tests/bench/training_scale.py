@@ -106,7 +106,7 @@ def write_ratings(folder: Path, rows: int) -> None:
 def measure_memory(rows: int, data: Path) -> dict[str, float]:
     """Group `rows` interactions by user; the peak of the machine's used memory above what it was before."""
     from rebeca_ray.config.sections import InteractionSettings
-    from rebeca_ray.histories import build_histories
+    from rebeca_ray.data.histories import build_histories
 
     write_ratings(data / f"ratings-{rows}", rows)
     subprocess.run(["rm", "-rf", str(data / f"histories-{rows}")], check=True)
@@ -140,7 +140,7 @@ def measure_workers(num_workers: int, data: Path) -> dict[str, float]:
     """Samples a second of some epochs on the stickers, one thread and 1,024 samples a step for each worker."""
     from rebeca_ray.config.jobs import EmbedConfig, TrainConfig
     from rebeca_ray.config.load import load_config
-    from rebeca_ray.items import embed_items
+    from rebeca_ray.data.items import embed_items
     from rebeca_ray.stickers.simulate import simulate
     from rebeca_ray.training import train_prior
 

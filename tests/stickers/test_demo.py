@@ -12,8 +12,8 @@ from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import InteractionSettings, SamplerSettings
-from rebeca_ray.histories import build_histories, user_table
-from rebeca_ray.interactions import read_interactions
+from rebeca_ray.data.histories import build_histories, user_table
+from rebeca_ray.data.interactions import read_interactions
 from rebeca_ray.stickers import DECODER, EMBED_DIM
 from rebeca_ray.stickers.demo import check_truth
 from rebeca_ray.stickers.judge import Judge

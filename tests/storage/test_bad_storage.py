@@ -21,13 +21,13 @@ from rebeca_ray.catalog.pointer import Pointer, read_pointer
 from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.checkpoint import read_prior_config
 from rebeca_ray.console import plain_errors
-from rebeca_ray.items import read_image_embeds
+from rebeca_ray.data.items import read_image_embeds
+from rebeca_ray.data.validation import check_columns
 from rebeca_ray.storage import filesystem
 from rebeca_ray.storage.filesystem import delete
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import open_table, read_table, write_table
 from rebeca_ray.storage.writable import require_own, require_writable
-from rebeca_ray.tables import check_columns
 
 TABLE = pa.table({"user_id": ["a"], "item_id": ["b"]})
 NEEDED: list[Callable[[str], Any]] = [  # what reads something that must be there

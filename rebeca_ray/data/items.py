@@ -1,28 +1,24 @@
 """Items: images -> `image_embeds` with open_clip as a Ray Data stage, and embedded items read back."""
 
-import hashlib
-import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from safetensors import SafetensorError, safe_open
 
 from rebeca_ray import schemas
 from rebeca_ray.config.jobs import EmbedConfig
-from rebeca_ray.errors import UserError, describe, did_you_mean, shown
+from rebeca_ray.data.clip import EmbedImages, clip_fingerprint
+from rebeca_ray.data.validation import check_columns, check_ids, check_rows
+from rebeca_ray.errors import UserError, describe, shown
 from rebeca_ray.ray_runtime import WithoutThose, require_room, start_ray
 from rebeca_ray.storage.filesystem import UNREACHABLE, arrow_filesystem, delete, join, open_filesystem
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import open_table, read_table
 from rebeca_ray.storage.writable import require_own, require_writable
-from rebeca_ray.tables import check_columns, check_ids, check_rows
 
 MARKER = "embedding.json"  # beside embedded items: how many, and by which CLIP
 ROWS_AT_ONCE = 10_000
@@ -36,104 +32,6 @@ class EmbeddedItems:
     item_id: np.ndarray
     image_embeds: np.ndarray
     clip: str | None
-
-
-class EmbedImages:
-    """Ray Data actor: encoded images in, CLIP image embeddings out; one row for one row.
-
-    Adds `image_embeds` [D], not normalised, because that is what IP-Adapter was trained on, and drops `image`.
-    Raises UserError, naming the item, for an image that cannot be decoded.
-    """
-
-    def __init__(self, clip: str, device: str) -> None:
-        import torch
-
-        self.torch, self.device = torch, device
-        self.model, self.preprocess = load_clip(clip)
-        self.model = self.model.eval().to(device)
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        encoded = pc.struct_field(batch["image"], "bytes")  # null where the whole image is
-        images = [
-            self.preprocess(open_image(value, item))
-            for value, item in zip(encoded.to_pylist(), batch["item_id"], strict=True)
-        ]
-        with self.torch.inference_mode():
-            embeds = (
-                self.model.encode_image(self.torch.stack(images).to(self.device), normalize=False)
-                .float()
-                .cpu()
-                .numpy()
-            )
-        assert len(embeds) == batch.num_rows
-        column = pa.FixedSizeListArray.from_arrays(
-            pa.array(embeds.ravel()), type=schemas.image_embeds(embeds.shape[1])
-        )
-        kept = [name for name in batch.column_names if name not in ("image", "image_embeds")]
-        return batch.select(kept).append_column("image_embeds", column)
-
-
-def open_image(encoded: bytes | None, item_id: pa.Scalar) -> Any:
-    """The RGB picture of one item."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        return Image.open(io.BytesIO(encoded or b"")).convert("RGB")
-    except Exception as error:  # a broken file makes the decoders raise anything
-        why = "not an image" if isinstance(error, UnidentifiedImageError) else describe(error)
-        raise UserError(
-            f"items: the image of {shown(item_id.as_py())} cannot be decoded ({why}); mend or drop that item"
-        ) from None
-
-
-def load_clip(name: str) -> tuple[Any, Any]:
-    """An open_clip model and its own evaluation preprocessing.
-
-    `name` is `local-dir:DIR`, `hf-hub:REPO`, or `ARCHITECTURE/PRETRAINED-TAG` (`ViT-H-14/laion2b_s32b_b79k`).
-    Raises UserError if open_clip does not know it.
-    """
-    import open_clip
-
-    schemed = name.startswith(("local-dir:", "hf-hub:"))
-    architecture, tag = (name, None) if schemed else name.split("/", 1) if "/" in name else (name, "")
-    if not schemed and not tag:
-        raise UserError(
-            f"clip {name!r}: names no weights; give local-dir:DIR, hf-hub:REPO or ARCHITECTURE/TAG"
-        )
-    if not schemed and architecture not in open_clip.list_models():
-        raise UserError(
-            f"clip {name!r}: unknown architecture; {did_you_mean(architecture, open_clip.list_models())}"
-        )
-    try:
-        model, _, preprocess = open_clip.create_model_and_transforms(architecture, pretrained=tag)
-    except (FileNotFoundError, RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"clip {name!r}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
-    return model, preprocess
-
-
-def clip_fingerprint(name: str) -> str:
-    """16 hex digits for a CLIP: of the weights and config of a local directory, else of its name.
-
-    Raises UserError, in the driver, for what would fail in every actor.
-    """
-    if not name.startswith("local-dir:"):
-        load_clip(name)  # downloads it once, before the actors look for it
-        return hashlib.sha256(name.encode()).hexdigest()[:16]
-    folder = Path(name.removeprefix("local-dir:"))
-    digest = hashlib.sha256()
-    for file in ("open_clip_config.json", "open_clip_model.safetensors"):
-        if not (folder / file).is_file():
-            raise UserError(f"clip {name!r}: {file} is not in {folder}; give a directory saved by open_clip")
-        digest.update((folder / file).read_bytes())
-    try:
-        json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["embed_dim"]
-        with safe_open(folder / "open_clip_model.safetensors", framework="numpy"):
-            pass
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(
-            f"clip {name!r}: {folder} is damaged ({type(error).__name__}: {error}); save it again with open_clip"
-        ) from None
-    return digest.hexdigest()[:16]
 
 
 def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:

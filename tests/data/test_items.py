@@ -17,8 +17,9 @@ from PIL import Image
 
 from rebeca_ray import schemas
 from rebeca_ray.config.jobs import EmbedConfig
+from rebeca_ray.data.clip import clip_fingerprint, load_clip
+from rebeca_ray.data.items import embed_items, read_image_embeds
 from rebeca_ray.errors import UserError
-from rebeca_ray.items import clip_fingerprint, embed_items, load_clip, read_image_embeds
 from rebeca_ray.stickers import CLIP, EMBED_DIM, ITEMS
 
 

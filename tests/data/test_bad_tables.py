@@ -13,17 +13,18 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
-from rebeca_ray import histories as histories_module
 from rebeca_ray import schemas
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import EmbedConfig, GenerateConfig
 from rebeca_ray.config.sections import InteractionSettings
+from rebeca_ray.data import histories as histories_module
+from rebeca_ray.data.clip import EmbedImages
+from rebeca_ray.data.histories import build_histories
+from rebeca_ray.data.interactions import read_interactions
+from rebeca_ray.data.items import embed_items, read_image_embeds
 from rebeca_ray.decoder_files import DecoderIdentity, identify_decoder
 from rebeca_ray.errors import UserError
 from rebeca_ray.generation import generate_catalog
-from rebeca_ray.histories import build_histories
-from rebeca_ray.interactions import read_interactions
-from rebeca_ray.items import EmbedImages, embed_items, read_image_embeds
 from rebeca_ray.request import check_request
 from rebeca_ray.storage.parquet import read_table
 from tests.conftest import D, generate_config

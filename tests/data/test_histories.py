@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rebeca_ray import histories as histories_module
 from rebeca_ray.config.sections import InteractionSettings
+from rebeca_ray.data import histories as histories_module
+from rebeca_ray.data.histories import build_histories, user_table
 from rebeca_ray.errors import UserError
-from rebeca_ray.histories import build_histories, user_table
 from rebeca_ray.storage.parquet import read_table
 
 ITEMS = np.array([f"i{number}" for number in range(50)])

@@ -18,9 +18,7 @@ import pyarrow.parquet as pq
 
 from rebeca_ray import schemas
 from rebeca_ray.config.sections import InteractionSettings
-from rebeca_ray.errors import UserError
-from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
-from rebeca_ray.interactions import (
+from rebeca_ray.data.interactions import (
     Interactions,
     history_digests,
     interactions_of,
@@ -28,10 +26,12 @@ from rebeca_ray.interactions import (
     normalise,
     read_columns,
 )
+from rebeca_ray.data.validation import check_columns
+from rebeca_ray.errors import UserError
+from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
 from rebeca_ray.storage.filesystem import UNREACHABLE, arrow_filesystem, delete, join, open_filesystem
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import describe_files, open_table, read_table, write_table
-from rebeca_ray.tables import check_columns
 
 ROWS_A_BUCKET = 500_000
 ROWS_A_BLOCK = 100_000  # of interactions, while they are split

@@ -21,11 +21,11 @@ from rebeca_ray.config.sections import (
     SamplerSettings,
     SelectionSettings,
 )
+from rebeca_ray.data.feedback import find_rated, with_rated
+from rebeca_ray.data.histories import build_histories
+from rebeca_ray.data.interactions import read_interactions
+from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.errors import UserError
-from rebeca_ray.feedback import find_rated, with_rated
-from rebeca_ray.histories import build_histories
-from rebeca_ray.interactions import read_interactions
-from rebeca_ray.items import read_image_embeds
 from rebeca_ray.storage.filesystem import list_files
 from rebeca_ray.training import train_prior
 from tests.conftest import USERS, D, snapshot_of

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rebeca_ray.config.sections import InteractionSettings
+from rebeca_ray.data.interactions import history_digests, hold_out, read_interactions
 from rebeca_ray.errors import UserError
-from rebeca_ray.interactions import history_digests, hold_out, read_interactions
 
 GOOD = {
     "user_id": ["b", "a", "a", "a", "c", "b"],

@@ -17,10 +17,11 @@ from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import POOL
 from rebeca_ray.catalog.read import Snapshot, open_snapshot
 from rebeca_ray.catalog.snapshots import list_snapshots
+from rebeca_ray.data.interactions import only_ratings
+from rebeca_ray.data.items import EmbeddedItems
+from rebeca_ray.data.validation import check_columns, plain
 from rebeca_ray.errors import StorageError, UserError, describe, user_error
 from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
-from rebeca_ray.interactions import only_ratings
-from rebeca_ray.items import EmbeddedItems
 from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.storage.filesystem import (
     UNREACHABLE,
@@ -32,7 +33,6 @@ from rebeca_ray.storage.filesystem import (
     open_filesystem,
 )
 from rebeca_ray.storage.parquet import PARQUET, open_table, write_table
-from rebeca_ray.tables import check_columns, plain
 
 ROWS_A_GROUP = 2_000
 

@@ -12,10 +12,7 @@ import pyarrow.compute as pc
 
 from rebeca_ray import schemas
 from rebeca_ray.config.sections import InteractionSettings
-from rebeca_ray.errors import UserError
-from rebeca_ray.identity import hash128
-from rebeca_ray.storage.parquet import read_table
-from rebeca_ray.tables import (
+from rebeca_ray.data.validation import (
     MAX_EXAMPLES,
     check_columns,
     check_ids,
@@ -25,6 +22,9 @@ from rebeca_ray.tables import (
     refuse,
     row_numbers,
 )
+from rebeca_ray.errors import UserError
+from rebeca_ray.identity import hash128
+from rebeca_ray.storage.parquet import read_table
 
 FIRST_TIME, LAST_TIME = (
     np.datetime64("0001-01-01", "us").astype(int),
