@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "read_catalog": "rebeca_ray.catalog.read",
-    "load_prior": "rebeca_ray.checkpoint",
+    "load_prior": "rebeca_ray.prior.checkpoint",
     "load_config": "rebeca_ray.config.jobs",
     "generate_catalog": "rebeca_ray.generation",
     "train_prior": "rebeca_ray.training",

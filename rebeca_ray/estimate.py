@@ -6,12 +6,12 @@ from math import ceil
 
 from rebeca_ray.catalog.layout import Run, new_run_id
 from rebeca_ray.catalog.read import Snapshot, published
-from rebeca_ray.checkpoint import load_prior
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.decoder_files import identify_decoder
 from rebeca_ray.errors import UserError
 from rebeca_ray.parts import BUSY
 from rebeca_ray.planning import request_histories
+from rebeca_ray.prior.checkpoint import load_prior
 from rebeca_ray.progress import Progress
 from rebeca_ray.refresh import Decisions, decide_all
 from rebeca_ray.request import check_request

@@ -12,9 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rebeca_ray.config.jobs import TrainConfig
-from rebeca_ray.diffusion import Diffusion
-from rebeca_ray.prior import NULL_RATING, Prior
-from rebeca_ray.users import History, UserTable
+from rebeca_ray.prior.denoisers import NULL_RATING, Prior
+from rebeca_ray.prior.diffusion import Diffusion
+from rebeca_ray.prior.users import History, UserTable
 
 
 class Fit:

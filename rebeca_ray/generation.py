@@ -14,12 +14,12 @@ from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.lease import Lease, hold_lease
 from rebeca_ray.catalog.pointer import Pointer, read_pointer
 from rebeca_ray.catalog.read import Snapshot, published
-from rebeca_ray.checkpoint import TrainedPrior, load_prior
 from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.decoder_files import DecoderIdentity, identify_decoder
 from rebeca_ray.errors import QualityGateError, StorageError, UnfinishedError, UserError, user_error
 from rebeca_ray.estimate import foresee, spent
 from rebeca_ray.planning import plan_items, request_histories
+from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior
 from rebeca_ray.progress import Progress, watchdog
 from rebeca_ray.ray_runtime import require_room, start_ray
 from rebeca_ray.refresh import decide_all

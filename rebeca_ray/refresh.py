@@ -17,11 +17,11 @@ import pyarrow as pa
 from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import POOL, Run
 from rebeca_ray.catalog.read import Snapshot
-from rebeca_ray.checkpoint import TrainedPrior
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import RefreshSettings
 from rebeca_ray.data.histories import Histories
 from rebeca_ray.identity import bucket_of, hash128
+from rebeca_ray.prior.checkpoint import TrainedPrior
 from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.objects import read_json, write_json

@@ -6,7 +6,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
-from rebeca_ray.checkpoint import read_prior_config
 from rebeca_ray.config.fields import MAX_IMAGES
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.load import parse_config
@@ -15,6 +14,7 @@ from rebeca_ray.data.items import check_items_fit
 from rebeca_ray.data.validation import check_columns, check_ids, check_numbers, check_rows, check_texts, plain
 from rebeca_ray.decoder_files import DecoderIdentity
 from rebeca_ray.errors import UserError
+from rebeca_ray.prior.checkpoint import read_prior_config
 from rebeca_ray.storage.parquet import read_table
 
 

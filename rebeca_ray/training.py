@@ -13,22 +13,22 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rebeca_ray import identity
-from rebeca_ray.checkpoint import TrainedPrior, save_prior
 from rebeca_ray.config.jobs import TrainConfig
 from rebeca_ray.config.sections import PriorSampling
 from rebeca_ray.data.feedback import with_rated
 from rebeca_ray.data.histories import Histories, build_histories, user_table
 from rebeca_ray.data.items import EmbeddedItems, read_image_embeds
-from rebeca_ray.embeds import EmbedScaler
 from rebeca_ray.errors import UserError
 from rebeca_ray.finishing import finish_prior, training_blocks
-from rebeca_ray.prior import Prior
+from rebeca_ray.prior.checkpoint import TrainedPrior, save_prior
+from rebeca_ray.prior.denoisers import Prior
+from rebeca_ray.prior.scaler import EmbedScaler
+from rebeca_ray.prior.user_blocks import Batch
 from rebeca_ray.ray_runtime import require_room, start_ray
 from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, open_filesystem
 from rebeca_ray.storage.objects import read_json
 from rebeca_ray.storage.writable import require_own, require_writable
 from rebeca_ray.train_loop import STATE, is_streamed, train_loop_per_worker
-from rebeca_ray.training_set import Batch
 
 VALIDATION_SAMPLES = 8192
 

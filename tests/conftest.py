@@ -19,23 +19,23 @@ from rebeca_ray.catalog.assemble import MadeOf, assemble
 from rebeca_ray.catalog.layout import Run, new_run_id
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.read import published
-from rebeca_ray.checkpoint import TrainedPrior, fingerprint, load_prior, read_prior_config, save_prior
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import DiffusionSettings, NetworkSettings, PriorSampling, SamplerSettings
 from rebeca_ray.data.histories import Histories
 from rebeca_ray.decoder_files import identify_decoder
-from rebeca_ray.embeds import EmbedScaler
 from rebeca_ray.parts import BUSY, WriteParts, with_busy_seconds
 from rebeca_ray.planning import PlanUsers, request_histories
-from rebeca_ray.prior import CrossAttentionDenoiser, Prior
+from rebeca_ray.prior.checkpoint import TrainedPrior, fingerprint, load_prior, read_prior_config, save_prior
+from rebeca_ray.prior.denoisers import CrossAttentionDenoiser, Prior
+from rebeca_ray.prior.scaler import EmbedScaler
+from rebeca_ray.prior.selector import Selector
+from rebeca_ray.prior.users import UserTable
 from rebeca_ray.refresh import Decisions, decide_all
 from rebeca_ray.rendering import Rendered, RenderImages
-from rebeca_ray.selector import Selector
 from rebeca_ray.storage.filesystem import list_files
 from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.parquet import read_table
-from rebeca_ray.users import UserTable
 from tests.seaweedfs import seaweedfs
 
 REPO = Path(__file__).parents[1]

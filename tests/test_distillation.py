@@ -11,10 +11,8 @@ import pytest
 import torch
 
 from rebeca_ray import schemas
-from rebeca_ray.checkpoint import load_prior, save_prior
 from rebeca_ray.config.jobs import DistillConfig
 from rebeca_ray.config.sections import NetworkSettings, PriorSampling, SamplerSettings
-from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.distillation import (
     CHECKED_SAMPLES,
     KnownUsers,
@@ -24,8 +22,10 @@ from rebeca_ray.distillation import (
     targets,
 )
 from rebeca_ray.errors import QualityGateError, UserError
-from rebeca_ray.sampling import ddim, sample_liked
-from rebeca_ray.users import UserTable
+from rebeca_ray.prior.checkpoint import load_prior, save_prior
+from rebeca_ray.prior.diffusion import Diffusion
+from rebeca_ray.prior.sampling import ddim, sample_liked
+from rebeca_ray.prior.users import UserTable
 from tests.conftest import untrained_prior
 
 D = 8

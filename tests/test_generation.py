@@ -29,9 +29,9 @@ from rebeca_ray.generation import generate_catalog
 from rebeca_ray.identity import bucket_of, image_seed
 from rebeca_ray.local_decoder import LocalDecoder
 from rebeca_ray.parts import BUSY
+from rebeca_ray.prior.selector import Selector
 from rebeca_ray.rendering import Rendered, RenderImages, read_records
 from rebeca_ray.request import check_request
-from rebeca_ray.selector import Selector
 from rebeca_ray.stickers.training_data import to_pixels
 from tests.conftest import (
     USERS,

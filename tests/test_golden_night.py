@@ -24,7 +24,6 @@ from PIL import Image
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.read import Snapshot, read_catalog
-from rebeca_ray.checkpoint import TrainedPrior, save_prior
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import (
@@ -35,9 +34,10 @@ from rebeca_ray.config.sections import (
     SamplerSettings,
     SelectionSettings,
 )
-from rebeca_ray.embeds import EmbedScaler
-from rebeca_ray.prior import Prior
-from rebeca_ray.selector import Selector
+from rebeca_ray.prior.checkpoint import TrainedPrior, save_prior
+from rebeca_ray.prior.denoisers import Prior
+from rebeca_ray.prior.scaler import EmbedScaler
+from rebeca_ray.prior.selector import Selector
 from tests.conftest import assembled, prepare, publish
 
 GOLDEN = Path(__file__).parent / "golden" / "night.json"

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from rebeca_ray.selector import Selector, fit_selector
-from rebeca_ray.training_set import UserBlock
-from rebeca_ray.users import History
-from tests.test_training_set import block
+from rebeca_ray.prior.selector import Selector, fit_selector
+from rebeca_ray.prior.user_blocks import UserBlock
+from rebeca_ray.prior.users import History
+from tests.prior.test_user_blocks import block
 
 D, ITEMS = 16, 1200
 

@@ -13,7 +13,6 @@ import numpy as np
 import yaml
 
 from rebeca_ray.catalog.read import Snapshot, read_catalog
-from rebeca_ray.checkpoint import load_prior
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import EmbedConfig, GenerateConfig, TrainConfig
 from rebeca_ray.config.load import parse_config
@@ -22,12 +21,13 @@ from rebeca_ray.console import console
 from rebeca_ray.data.interactions import Interactions, read_interactions
 from rebeca_ray.data.items import embed_items
 from rebeca_ray.decoding import Rows
-from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.errors import UserError
 from rebeca_ray.generation import generate_catalog
 from rebeca_ray.job import print_personality
 from rebeca_ray.local_decoder import LocalDecoder
-from rebeca_ray.sampling import sample_liked
+from rebeca_ray.prior.checkpoint import load_prior
+from rebeca_ray.prior.diffusion import Diffusion
+from rebeca_ray.prior.sampling import sample_liked
 from rebeca_ray.stickers.judge import Judge
 from rebeca_ray.stickers.report import write_report
 from rebeca_ray.stickers.simulate import simulate

@@ -28,22 +28,22 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from rebeca_ray.checkpoint import TrainedPrior, load_prior
 from rebeca_ray.config.jobs import DistillConfig, EmbedConfig, TrainConfig
 from rebeca_ray.config.load import load_config
 from rebeca_ray.config.sections import InteractionSettings, SamplerSettings, SelectionSettings
 from rebeca_ray.data.histories import build_histories
 from rebeca_ray.data.items import embed_items, read_image_embeds
-from rebeca_ray.diffusion import Diffusion
 from rebeca_ray.distillation import distill_prior
 from rebeca_ray.evaluation.permutation import permutation_test
 from rebeca_ray.finishing import GUIDANCE_SCALES, factors_of
-from rebeca_ray.sampling import sample_liked
-from rebeca_ray.selection import choose, nearest_items
+from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior
+from rebeca_ray.prior.diffusion import Diffusion
+from rebeca_ray.prior.sampling import sample_liked
+from rebeca_ray.prior.selection import choose, nearest_items
+from rebeca_ray.prior.user_blocks import UserBlock
 from rebeca_ray.stickers.simulate import load_world, simulate
 from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.training import train_prior
-from rebeca_ray.training_set import UserBlock
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"

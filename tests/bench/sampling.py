@@ -22,11 +22,11 @@ from rich.table import Table
 
 from rebeca_ray.config.presets import PRESETS
 from rebeca_ray.config.sections import DiffusionSettings, NetworkSettings, SamplerSettings
-from rebeca_ray.diffusion import Denoiser, Diffusion
 from rebeca_ray.noise import item_noise
-from rebeca_ray.prior import LIKE, NULL_RATING, Prior
-from rebeca_ray.sampling import SAMPLERS, sample_liked
-from rebeca_ray.users import UserTable
+from rebeca_ray.prior.denoisers import LIKE, NULL_RATING, Prior
+from rebeca_ray.prior.diffusion import Denoiser, Diffusion
+from rebeca_ray.prior.sampling import SAMPLERS, sample_liked
+from rebeca_ray.prior.users import UserTable
 
 RESULTS = Path(__file__).parent / "results"
 D, NUM_USERS, A_USER, GUIDANCE = 1024, 210, 10, 4.0

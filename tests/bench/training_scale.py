@@ -42,10 +42,10 @@ def time_steps(num_users: int) -> dict[str, float]:
     import torch
 
     from rebeca_ray.config.jobs import TrainConfig
-    from rebeca_ray.diffusion import Diffusion
     from rebeca_ray.fit import DenoisingLoss, Fit
+    from rebeca_ray.prior.diffusion import Diffusion
+    from rebeca_ray.prior.user_blocks import Batch, Rated
     from rebeca_ray.train_loop import train_epoch
-    from rebeca_ray.training_set import Batch, Rated
 
     torch.set_num_threads(1)
     told = {

@@ -13,10 +13,10 @@ import torch
 
 from rebeca_ray.catalog.gate import MAX_ITEMS_A_USER, check_plan, plan_test, read_sample, refusals
 from rebeca_ray.catalog.layout import Run
-from rebeca_ray.checkpoint import load_prior, save_prior
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import GateSettings
-from rebeca_ray.selector import Selector
+from rebeca_ray.prior.checkpoint import load_prior, save_prior
+from rebeca_ray.prior.selector import Selector
 from tests.conftest import D, plan, prior_users, write_tiny_prior
 
 NUM_FACTORS = 4

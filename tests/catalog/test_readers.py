@@ -28,7 +28,7 @@ from rebeca_ray import schemas
 from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.sections import LayoutSettings
-from rebeca_ray.selector import Selector
+from rebeca_ray.prior.selector import Selector
 from tests.conftest import (
     USERS,
     D,

@@ -8,8 +8,8 @@ import torch
 from rebeca_ray.config.jobs import TrainConfig
 from rebeca_ray.config.presets import PRESETS
 from rebeca_ray.config.sections import NetworkSettings
-from rebeca_ray.prior import LIKE, NULL_RATING, CrossAttentionDenoiser, Prior
-from rebeca_ray.users import UserTable
+from rebeca_ray.prior.denoisers import LIKE, NULL_RATING, CrossAttentionDenoiser, Prior
+from rebeca_ray.prior.users import UserTable
 from tests.conftest import wake
 
 ARCHITECTURES = ["cross_attention", "decoder_only"]

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from rebeca_ray.config.sections import NetworkSettings
-from rebeca_ray.prior import Prior
-from rebeca_ray.users import History, UserTable
+from rebeca_ray.prior.denoisers import Prior
+from rebeca_ray.prior.users import History, UserTable
 
 D = 8
 

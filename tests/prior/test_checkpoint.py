@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from rebeca_ray.checkpoint import load_prior, save_prior
 from rebeca_ray.errors import UserError
+from rebeca_ray.prior.checkpoint import load_prior, save_prior
 from tests.conftest import USERS, D
 
 

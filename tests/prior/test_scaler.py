@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from rebeca_ray.embeds import EmbedScaler
+from rebeca_ray.prior.scaler import EmbedScaler
 
 
 def test_scaling_is_the_published_one() -> None:

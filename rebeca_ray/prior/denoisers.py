@@ -11,9 +11,9 @@ from typing import NamedTuple, Self, cast
 import torch
 from torch import nn
 
-from rebeca_ray.attention import Attention, TimestepEmbedding
 from rebeca_ray.config.sections import NetworkSettings
-from rebeca_ray.users import History, HistoryEncoder
+from rebeca_ray.prior.attention import Attention, TimestepEmbedding
+from rebeca_ray.prior.users import History, HistoryEncoder
 
 DISLIKE, LIKE, NULL_RATING = 0, 1, 2
 

@@ -36,10 +36,11 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from rebeca_ray.embeds import EmbedScaler
-    from rebeca_ray.prior import Prior
-    from rebeca_ray.selector import Selector
-    from rebeca_ray.users import History
+    from rebeca_ray.prior.denoisers import Prior
+    from rebeca_ray.prior.scaler import EmbedScaler
+    from rebeca_ray.prior.selector import Selector
+    from rebeca_ray.prior.users import History
+
 
 FORMAT = 4
 UNFINISHED = "unfinished"
@@ -170,9 +171,9 @@ def load_prior(uri: str, device: str = "cpu") -> TrainedPrior:
     """Load a prior directory. Raises UserError if it is missing, incomplete, of another format, or altered."""
     from safetensors.torch import load
 
-    from rebeca_ray.embeds import EmbedScaler
-    from rebeca_ray.prior import Prior
-    from rebeca_ray.selector import Selector
+    from rebeca_ray.prior.denoisers import Prior
+    from rebeca_ray.prior.scaler import EmbedScaler
+    from rebeca_ray.prior.selector import Selector
 
     config = read_prior_config(uri)
     data = verified_file(uri, "model.safetensors", config)
@@ -285,6 +286,6 @@ sampling {json.dumps(config["sampling"])}.
 |---|---|
 {rows}
 
-Load it with `rebeca_ray.checkpoint.load_prior(directory)`. A users table holds outside user ids and tastes: treat such a
+Load it with `rebeca_ray.prior.checkpoint.load_prior(directory)`. A users table holds outside user ids and tastes: treat such a
 directory as personal data.
 """

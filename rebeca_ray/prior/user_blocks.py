@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from rebeca_ray.users import History
+from rebeca_ray.prior.users import History
 
 USERS_A_BLOCK = 4096
 TARGETS_A_HISTORY = 8  # samples that share one pass through the history encoder

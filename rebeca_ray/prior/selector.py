@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rebeca_ray.training_set import UserBlock
-from rebeca_ray.users import History
+from rebeca_ray.prior.user_blocks import UserBlock
+from rebeca_ray.prior.users import History
 
 NUM_FACTORS = 64
 MAX_HISTORY = 128  # interactions that a user's factors are made of

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rebeca_ray import selection
-from rebeca_ray.selection import choose, nearest_items
+from rebeca_ray.prior import selection
+from rebeca_ray.prior.selection import choose, nearest_items
 
 
 def unit(rows: list[list[float]]) -> np.ndarray:

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from rebeca_ray.config.sections import DiffusionSettings
-from rebeca_ray.diffusion import Diffusion, alphas_cumprod
+from rebeca_ray.prior.diffusion import Diffusion, alphas_cumprod
 
 
 @pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "linear", "laplace"])

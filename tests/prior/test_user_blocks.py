@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rebeca_ray import schemas
-from rebeca_ray.training_set import MICROSECONDS_A_DAY, Batch, UserBlock
+from rebeca_ray.prior.user_blocks import MICROSECONDS_A_DAY, Batch, UserBlock
 
 Users = list[list[tuple[int, bool]]]  # of each user: like and held out, in order of time
 

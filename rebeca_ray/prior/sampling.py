@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from rebeca_ray.config.sections import SamplerSettings
-from rebeca_ray.diffusion import Denoiser, Diffusion
 from rebeca_ray.noise import item_noise
-from rebeca_ray.prior import LIKE, NULL_RATING, Prior
+from rebeca_ray.prior.denoisers import LIKE, NULL_RATING, Prior
+from rebeca_ray.prior.diffusion import Denoiser, Diffusion
 
 USERS_PADDED_TO = 64
 

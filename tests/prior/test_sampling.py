@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rebeca_ray.config.sections import DiffusionSettings, NetworkSettings, PriorSampling, SamplerSettings
-from rebeca_ray.diffusion import Diffusion, alphas_cumprod
 from rebeca_ray.noise import item_noise
-from rebeca_ray.prior import LIKE, NULL_RATING, Prior
-from rebeca_ray.sampling import SAMPLERS, guided_denoiser, sample_liked
+from rebeca_ray.prior.denoisers import LIKE, NULL_RATING, Prior
+from rebeca_ray.prior.diffusion import Diffusion, alphas_cumprod
+from rebeca_ray.prior.sampling import SAMPLERS, guided_denoiser, sample_liked
 from tests.conftest import wake
 
 D, USERS = 16, 5

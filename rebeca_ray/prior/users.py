@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from rebeca_ray.attention import Attention
+from rebeca_ray.prior.attention import Attention
 
 
 class History(NamedTuple):
