@@ -135,7 +135,7 @@ def export(
     """The decoder of a `rebeca generate` config -> ONNX graphs, checked."""
     from rebeca_ray.config.jobs import GenerateConfig
     from rebeca_ray.config.load import load_config
-    from rebeca_ray.export import export_decoder
+    from rebeca_ray.decoder.export import export_decoder
 
     with plain_errors():
         export_decoder(load_config(GenerateConfig, config, overrides).decoder, out)
@@ -148,7 +148,7 @@ def convert(
     out: Annotated[Path, typer.Argument(help="the .safetensors file to write")],
 ) -> None:
     """Weights in a pickle -> the same as safetensors; nothing in the pickle is run."""
-    from rebeca_ray.decoder_files import convert_pickle
+    from rebeca_ray.decoder.files import convert_pickle
 
     with plain_errors():
         console.print(f"{convert_pickle(pickle, out)} tensors -> {out}")

@@ -7,7 +7,7 @@ from math import ceil
 from rebeca_ray.catalog.layout import Run, new_run_id
 from rebeca_ray.catalog.read import Snapshot, published
 from rebeca_ray.config.jobs import GenerateConfig
-from rebeca_ray.decoder_files import identify_decoder
+from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.errors import UserError
 from rebeca_ray.parts import BUSY
 from rebeca_ray.planning import request_histories

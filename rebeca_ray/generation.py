@@ -15,7 +15,7 @@ from rebeca_ray.catalog.lease import Lease, hold_lease
 from rebeca_ray.catalog.pointer import Pointer, read_pointer
 from rebeca_ray.catalog.read import Snapshot, published
 from rebeca_ray.config.jobs import GenerateConfig, Resume
-from rebeca_ray.decoder_files import DecoderIdentity, identify_decoder
+from rebeca_ray.decoder.files import DecoderIdentity, identify_decoder
 from rebeca_ray.errors import QualityGateError, StorageError, UnfinishedError, UserError, user_error
 from rebeca_ray.estimate import foresee, spent
 from rebeca_ray.planning import plan_items, request_histories

@@ -272,7 +272,7 @@ def serve(
     decoder: DecoderSettings, *, http_port: int, grpc_port: int, metrics_port: int, instances: int
 ) -> None:
     """Triton until it is interrupted, or told to stop."""
-    from rebeca_ray.server import triton_server
+    from rebeca_ray.decoder.triton_server import triton_server
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

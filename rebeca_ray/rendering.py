@@ -22,7 +22,8 @@ from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import GenerateConfig
-from rebeca_ray.decoding import DecodedImage, Rows, ServerLostError, build_decoder, check_decoder
+from rebeca_ray.decoder.build import build_decoder, check_decoder
+from rebeca_ray.decoder.interface import DecodedImage, Rows, ServerLostError
 from rebeca_ray.parts import BUSY, WRITER_CPUS, WriteParts, with_busy_seconds
 from rebeca_ray.progress import Progress
 from rebeca_ray.ray_runtime import WithoutThose

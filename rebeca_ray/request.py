@@ -12,7 +12,7 @@ from rebeca_ray.config.load import parse_config
 from rebeca_ray.config.sections import PriorSampling
 from rebeca_ray.data.items import check_items_fit
 from rebeca_ray.data.validation import check_columns, check_ids, check_numbers, check_rows, check_texts, plain
-from rebeca_ray.decoder_files import DecoderIdentity
+from rebeca_ray.decoder.files import DecoderIdentity
 from rebeca_ray.errors import UserError
 from rebeca_ray.prior.checkpoint import read_prior_config
 from rebeca_ray.storage.parquet import read_table

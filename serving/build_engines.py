@@ -14,9 +14,9 @@ from typing import Annotated
 import typer
 
 from rebeca_ray.console import console, plain_errors
+from rebeca_ray.decoder.export import NAMES
+from rebeca_ray.decoder.tensorrt_engine import hash_file, this_machine
 from rebeca_ray.errors import UserError
-from rebeca_ray.export import NAMES
-from rebeca_ray.tensorrt_networks import hash_file, this_machine
 
 GUIDED = ("unet", "image_projection")  # guidance doubles their batch
 

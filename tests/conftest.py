@@ -23,7 +23,7 @@ from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import DiffusionSettings, NetworkSettings, PriorSampling, SamplerSettings
 from rebeca_ray.data.histories import Histories
-from rebeca_ray.decoder_files import identify_decoder
+from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.parts import BUSY, WriteParts, with_busy_seconds
 from rebeca_ray.planning import PlanUsers, request_histories
 from rebeca_ray.prior.checkpoint import TrainedPrior, fingerprint, load_prior, read_prior_config, save_prior

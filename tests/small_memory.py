@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from rebeca_ray.decoding import Rows
-from rebeca_ray.denoising import DenoisingLoop
+from rebeca_ray.decoder.denoising import DenoisingLoop
+from rebeca_ray.decoder.interface import Rows
 
 whole = DenoisingLoop.draw
 

@@ -22,12 +22,12 @@ from rebeca_ray.catalog.read import open_snapshot, published, read_catalog
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import GateSettings, LayoutSettings
-from rebeca_ray.decoder_files import identify_decoder
-from rebeca_ray.decoding import DecodedImage, Rows
+from rebeca_ray.decoder.files import identify_decoder
+from rebeca_ray.decoder.interface import DecodedImage, Rows
+from rebeca_ray.decoder.local import LocalDecoder
 from rebeca_ray.errors import ErrorBudgetExceededError, QualityGateError, UserError
 from rebeca_ray.generation import generate_catalog
 from rebeca_ray.identity import bucket_of, image_seed
-from rebeca_ray.local_decoder import LocalDecoder
 from rebeca_ray.parts import BUSY
 from rebeca_ray.prior.selector import Selector
 from rebeca_ray.rendering import Rendered, RenderImages, read_records

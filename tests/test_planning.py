@@ -17,7 +17,7 @@ from rebeca_ray.catalog.layout import POOL
 from rebeca_ray.catalog.read import open_snapshot
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import InteractionSettings, SelectionSettings
-from rebeca_ray.decoder_files import identify_decoder
+from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.errors import UserError
 from rebeca_ray.planning import PlanUsers, request_histories
 from rebeca_ray.prior.checkpoint import load_prior, save_prior

@@ -22,10 +22,10 @@ from rebeca_ray.catalog.read import Snapshot, published, read_catalog
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import LayoutSettings, LimitSettings
 from rebeca_ray.console import plain_errors
-from rebeca_ray.decoding import DecodedImage
+from rebeca_ray.decoder.interface import DecodedImage
+from rebeca_ray.decoder.local import LocalDecoder
 from rebeca_ray.errors import UserError
 from rebeca_ray.generation import generate_catalog
-from rebeca_ray.local_decoder import LocalDecoder
 from rebeca_ray.resume import begin, describe_run, unfinished_runs
 from rebeca_ray.storage.filesystem import join, list_files, open_filesystem
 from rebeca_ray.storage.objects import read_json

@@ -20,11 +20,11 @@ from rebeca_ray.config.sections import SamplerSettings
 from rebeca_ray.console import console
 from rebeca_ray.data.interactions import Interactions, read_interactions
 from rebeca_ray.data.items import embed_items
-from rebeca_ray.decoding import Rows
+from rebeca_ray.decoder.interface import Rows
+from rebeca_ray.decoder.local import LocalDecoder
 from rebeca_ray.errors import UserError
 from rebeca_ray.generation import generate_catalog
 from rebeca_ray.job import print_personality
-from rebeca_ray.local_decoder import LocalDecoder
 from rebeca_ray.prior.checkpoint import load_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked

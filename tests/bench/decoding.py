@@ -28,11 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.decoding import Rows
-from rebeca_ray.export import example_inputs, export_decoder, export_network
-from rebeca_ray.local_decoder import LocalDecoder
-from rebeca_ray.networks import load_torch_networks
-from rebeca_ray.onnx_networks import OnnxNetwork
+from rebeca_ray.decoder.export import example_inputs, export_decoder, export_network
+from rebeca_ray.decoder.interface import Rows
+from rebeca_ray.decoder.local import LocalDecoder
+from rebeca_ray.decoder.networks import load_torch_networks
+from rebeca_ray.decoder.onnx_engine import OnnxNetwork
 from rebeca_ray.stickers import CLIP, DECODER
 from rebeca_ray.stickers.judge import Judge
 from rebeca_ray.stickers.training_data import Stickers, load_stickers

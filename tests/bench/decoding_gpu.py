@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.table import Table
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.decoding import Rows
-from rebeca_ray.denoising import DenoisingLoop
-from rebeca_ray.export import export_decoder
-from rebeca_ray.networks import load_networks
+from rebeca_ray.decoder.denoising import DenoisingLoop
+from rebeca_ray.decoder.engines import load_networks
+from rebeca_ray.decoder.export import export_decoder
+from rebeca_ray.decoder.interface import Rows
 from tests.gpu.sd15 import EMBED_DIM, write_sd15
 
 RESULTS = Path(__file__).parent / "results"

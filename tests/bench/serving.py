@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from rebeca_ray.config.decoder import DecoderSettings, TritonSettings
-from rebeca_ray.decoding import Decoder, Rows
-from rebeca_ray.local_decoder import LocalDecoder
-from rebeca_ray.server import triton_server
+from rebeca_ray.decoder.interface import Decoder, Rows
+from rebeca_ray.decoder.local import LocalDecoder
+from rebeca_ray.decoder.triton_client import TritonDecoder
+from rebeca_ray.decoder.triton_server import triton_server
 from rebeca_ray.stickers import DECODER
-from rebeca_ray.triton import TritonDecoder
 
 RESULTS = Path(__file__).parent / "results"
 PORTS = {"http_port": 18000, "grpc_port": 18001, "metrics_port": 18002}

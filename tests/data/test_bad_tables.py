@@ -22,7 +22,7 @@ from rebeca_ray.data.clip import EmbedImages
 from rebeca_ray.data.histories import build_histories
 from rebeca_ray.data.interactions import read_interactions
 from rebeca_ray.data.items import embed_items, read_image_embeds
-from rebeca_ray.decoder_files import DecoderIdentity, identify_decoder
+from rebeca_ray.decoder.files import DecoderIdentity, identify_decoder
 from rebeca_ray.errors import UserError
 from rebeca_ray.generation import generate_catalog
 from rebeca_ray.request import check_request

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.decoding import Rows
-from rebeca_ray.export import export_decoder
+from rebeca_ray.decoder.export import export_decoder
+from rebeca_ray.decoder.interface import Rows
+from tests.decoder.test_denoising import loop_for, psnr
 from tests.gpu.sd15 import EMBED_DIM, write_sd15
-from tests.test_denoising import loop_for, psnr
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU on this machine")
 SERVING = Path(__file__).parents[2] / "serving"

@@ -14,8 +14,8 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.decoding import Rows
-from rebeca_ray.local_decoder import LocalDecoder
+from rebeca_ray.decoder.interface import Rows
+from rebeca_ray.decoder.local import LocalDecoder
 from rebeca_ray.stickers import ASSETS, CLIP, DECODER
 from rebeca_ray.stickers.captions import caption
 from rebeca_ray.stickers.judge import Judge

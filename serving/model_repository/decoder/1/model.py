@@ -1,4 +1,4 @@
-"""Triton's Python backend around `rebeca_ray.decoding`: requests in, one batch of rows, one answer a request."""
+"""Triton's Python backend around `rebeca_ray.decoder.interface`: requests in, one batch of rows, one answer a request."""
 
 import json
 import os
@@ -15,11 +15,11 @@ import triton_python_backend_utils as pb_utils
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.load import apply_override, parse_config
-from rebeca_ray.decoder_files import identify_decoder
-from rebeca_ray.decoding import Rows
+from rebeca_ray.decoder.files import identify_decoder
+from rebeca_ray.decoder.interface import Rows
+from rebeca_ray.decoder.local import LocalDecoder
+from rebeca_ray.decoder.triton_client import pack
 from rebeca_ray.errors import UserError
-from rebeca_ray.local_decoder import LocalDecoder
-from rebeca_ray.triton import pack
 
 
 class TritonPythonModel:

@@ -4,9 +4,9 @@ import shutil
 from pathlib import Path
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.decoder_files import identify_decoder
+from rebeca_ray.decoder.files import identify_decoder
+from tests.decoder.test_denoising import loop_for, pipeline_image, psnr, rows_for
 from tests.gpu.sd15 import EMBED_DIM, write_sd15
-from tests.test_denoising import loop_for, pipeline_image, psnr, rows_for
 
 
 def test_an_image_of_a_batch_equals_the_pipelines(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.decoding import Rows
-from rebeca_ray.denoising import DenoisingLoop
+from rebeca_ray.decoder.denoising import DenoisingLoop
+from rebeca_ray.decoder.engines import load_networks
+from rebeca_ray.decoder.interface import Rows
 from rebeca_ray.errors import UserError
-from rebeca_ray.networks import load_networks
 from rebeca_ray.noise import item_noise
 from rebeca_ray.stickers import DECODER
 from tests.conftest import D

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.decoder_files import convert_pickle, find_decoder, identify_decoder
+from rebeca_ray.decoder.files import convert_pickle, find_decoder, identify_decoder
 from rebeca_ray.errors import UserError
 from tests.conftest import D
 

@@ -10,13 +10,13 @@ import onnx
 import pytest
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.decoder_files import identify_decoder
-from rebeca_ray.denoising import DenoisingLoop
+from rebeca_ray.decoder.denoising import DenoisingLoop
+from rebeca_ray.decoder.engines import load_networks
+from rebeca_ray.decoder.export import NAMES, export_decoder
+from rebeca_ray.decoder.files import identify_decoder
+from rebeca_ray.decoder.tensorrt_engine import check_engines, hash_file
 from rebeca_ray.errors import UserError
-from rebeca_ray.export import NAMES, export_decoder
-from rebeca_ray.networks import load_networks
-from rebeca_ray.tensorrt_networks import check_engines, hash_file
-from tests.test_denoising import loop_for, psnr, rows_for
+from tests.decoder.test_denoising import loop_for, psnr, rows_for
 
 
 @pytest.fixture(scope="module")

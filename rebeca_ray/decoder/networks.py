@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.decoder_files import find_decoder
+from rebeca_ray.decoder.files import find_decoder
 from rebeca_ray.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -119,19 +119,6 @@ class VaeDecoder(nn.Module):
 
     def forward(self, latents_BCYX: torch.Tensor) -> torch.Tensor:
         return self.vae.decode(latents_BCYX / self.vae.config.scaling_factor, return_dict=False)[0]
-
-
-def load_networks(settings: DecoderSettings) -> Networks:
-    """Load what `settings.engine` runs. Raises UserError if weights or engines are missing, pickles, or made for something else."""
-    if settings.engine == "onnx":
-        from rebeca_ray.onnx_networks import load_onnx_networks
-
-        return load_onnx_networks(settings)
-    if settings.engine == "tensorrt":
-        from rebeca_ray.tensorrt_networks import load_tensorrt_networks
-
-        return load_tensorrt_networks(settings)
-    return load_torch_networks(settings)
 
 
 def load_torch_networks(settings: DecoderSettings) -> Networks:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.decoder_files import find_decoder
+from rebeca_ray.decoder.files import find_decoder
 from rebeca_ray.errors import UserError
 
 Checker = Callable[[np.ndarray], np.ndarray]

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.decoding import Rows
+from rebeca_ray.decoder.interface import Rows
+from rebeca_ray.decoder.networks import Networks
 from rebeca_ray.errors import UserError
-from rebeca_ray.networks import Networks
 from rebeca_ray.noise import item_noise
 
 

@@ -21,15 +21,15 @@ from tritonclient.utils import InferenceServerException
 from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.config.decoder import DecoderSettings, SafetySettings, TritonSettings
 from rebeca_ray.config.jobs import GenerateConfig
-from rebeca_ray.decoding import Rows, ServerLostError
+from rebeca_ray.decoder.interface import Rows, ServerLostError
+from rebeca_ray.decoder.local import LocalDecoder
+from rebeca_ray.decoder.triton_client import MODEL, TritonDecoder, request_inputs
+from rebeca_ray.decoder.triton_server import triton_server
 from rebeca_ray.errors import UserError
 from rebeca_ray.generation import generate_catalog
-from rebeca_ray.local_decoder import LocalDecoder
 from rebeca_ray.parts import BUSY
 from rebeca_ray.rendering import RenderImages
-from rebeca_ray.server import triton_server
 from rebeca_ray.stickers.training_data import to_pixels
-from rebeca_ray.triton import MODEL, TritonDecoder, request_inputs
 from tests.conftest import D, plan, prepare
 from tests.seaweedfs import free_port
 

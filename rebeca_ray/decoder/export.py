@@ -10,7 +10,6 @@ The image tokens and the weight of the image are inputs of the UNet: one graph s
 import json
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from torch import nn
 from torch.export import Dim
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.decoder_files import find_decoder, hash_weights, read_export
+from rebeca_ray.decoder.files import find_decoder, hash_weights
+from rebeca_ray.decoder.networks import Networks, load_torch_networks
 from rebeca_ray.errors import UserError
-from rebeca_ray.networks import DTYPES, Networks, load_torch_networks
 
 OPSET = 20
 NAMES = {  # inputs and output of each network, in the order of `networks.py`
@@ -134,29 +133,3 @@ def description(settings: DecoderSettings, networks: Networks) -> dict[str, Any]
         "torch": torch.__version__,
         "opset": OPSET,
     }
-
-
-def exported_networks(
-    settings: DecoderSettings, load: Callable[[Path, str], Callable[..., torch.Tensor]]
-) -> Networks:
-    """The networks in `settings.engine_dir`, each loaded by `load(folder, name)`.
-
-    Raises UserError if that is no exported decoder, or one of another model, precision or image size than the settings say.
-    """
-    from transformers import CLIPTokenizer
-
-    folder, told = Path(str(settings.engine_dir)), read_export(settings)
-    return Networks(
-        text_encoder=load(folder, "text_encoder"),
-        image_projection=load(folder, "image_projection"),
-        unet=load(folder, "unet"),
-        vae_decoder=load(folder, "vae_decoder"),
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        scheduler_config=json.loads((folder / "scheduler" / "scheduler_config.json").read_text()),
-        embed_dim=told["embed_dim"],
-        latent_channels=told["latent_channels"],
-        image_size=told["image_size"],
-        pixels_a_latent=told["pixels_a_latent"],
-        device=settings.device,
-        dtype=DTYPES[settings.dtype],
-    )

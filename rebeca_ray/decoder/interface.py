@@ -97,28 +97,3 @@ class Decoder(Protocol):
     def decode(self, rows: Rows) -> list[DecodedImage]:
         """One outcome a row, in order. Raises only for what no row is to blame for."""
         ...
-
-
-def check_decoder(settings: DecoderSettings) -> None:
-    """Raise what building the decoder would raise for a server or a checker that is not there, without loading the rest."""
-    if settings.backend == "triton":
-        from rebeca_ray.triton import TritonDecoder
-
-        TritonDecoder(settings)
-    elif settings.safety.checker:
-        from rebeca_ray.safety import load_checker
-
-        load_checker(settings)
-
-
-def build_decoder(settings: DecoderSettings) -> Decoder:
-    """The decoder that `settings.backend` names."""
-    if settings.backend == "triton":
-        from rebeca_ray.triton import TritonDecoder
-
-        return TritonDecoder(settings)
-    from rebeca_ray.local_decoder import (
-        LocalDecoder,  # here, so that processes that only read and write start without torch
-    )
-
-    return LocalDecoder(settings)

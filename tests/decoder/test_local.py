@@ -13,11 +13,11 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from rebeca_ray.config.decoder import DecoderSettings, SafetySettings
-from rebeca_ray.decoding import Rows
+from rebeca_ray.decoder.interface import Rows
+from rebeca_ray.decoder.local import LocalDecoder
+from rebeca_ray.decoder.safety import load_checker
 from rebeca_ray.errors import UserError
 from rebeca_ray.identity import retry_seed
-from rebeca_ray.local_decoder import LocalDecoder
-from rebeca_ray.safety import load_checker
 from tests.conftest import D
 
 
@@ -212,7 +212,7 @@ def short(images: np.ndarray) -> np.ndarray:
 def test_a_checker_that_fails_stops_the_run_and_shows_nothing(
     tiny_decoder: DecoderSettings, name: str, message: str
 ) -> None:
-    checker = f"tests.test_local_decoder:{name}"
+    checker = f"tests.decoder.test_local:{name}"
     decoder = LocalDecoder(tiny_decoder.model_copy(update={"safety": SafetySettings(checker=checker)}))
     with pytest.raises(UserError, match=f"decoder.safety.checker {checker}: {message}"):
         decoder.decode(Rows.of(tiny_decoder, np.ones((3, D), np.float32), range(3)))
@@ -220,12 +220,12 @@ def test_a_checker_that_fails_stops_the_run_and_shows_nothing(
 
 def test_a_checker_of_ones_own_is_named_by_module_and_function(tiny_decoder: DecoderSettings) -> None:
     settings = tiny_decoder.model_copy(
-        update={"safety": SafetySettings(checker="tests.test_local_decoder:dark")}
+        update={"safety": SafetySettings(checker="tests.decoder.test_local:dark")}
     )
     checker = load_checker(settings)
     assert checker is not None
     assert checker(np.zeros((1, 4, 4, 3), np.uint8)) == [1.0]
-    for name in ("tests.test_local_decoder:absent", "no_such_module:dark", "words"):
+    for name in ("tests.decoder.test_local:absent", "no_such_module:dark", "words"):
         with pytest.raises(UserError, match="give stable-diffusion, or module:function"):
             load_checker(tiny_decoder.model_copy(update={"safety": SafetySettings(checker=name)}))
 

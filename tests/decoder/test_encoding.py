@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rebeca_ray.encoding import encode_image
+from rebeca_ray.decoder.encoding import encode_image
 
 SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 

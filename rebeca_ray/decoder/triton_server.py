@@ -21,9 +21,9 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.fields import PACKAGE
-from rebeca_ray.decoder_files import identify_decoder
+from rebeca_ray.decoder.files import identify_decoder
+from rebeca_ray.decoder.triton_client import parameters
 from rebeca_ray.errors import UserError
-from rebeca_ray.triton import parameters
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.decoder.exported import exported_networks
+from rebeca_ray.decoder.networks import Networks
 from rebeca_ray.errors import UserError
-from rebeca_ray.export import exported_networks
-from rebeca_ray.networks import Networks
 
 
 def this_machine() -> dict[str, str]:

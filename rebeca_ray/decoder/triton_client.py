@@ -15,8 +15,8 @@ import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.decoder_files import INVISIBLE, identify_decoder
-from rebeca_ray.decoding import DecodedImage, Rows, ServerLostError
+from rebeca_ray.decoder.files import INVISIBLE, identify_decoder
+from rebeca_ray.decoder.interface import DecodedImage, Rows, ServerLostError
 from rebeca_ray.errors import UserError
 
 MODEL = "decoder"

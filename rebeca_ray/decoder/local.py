@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.decoding import DecodedImage, Rows
-from rebeca_ray.denoising import DenoisingLoop
-from rebeca_ray.encoding import encode_image
+from rebeca_ray.decoder.denoising import DenoisingLoop
+from rebeca_ray.decoder.encoding import encode_image
+from rebeca_ray.decoder.engines import load_networks
+from rebeca_ray.decoder.interface import DecodedImage, Rows
+from rebeca_ray.decoder.safety import Checker, load_checker
 from rebeca_ray.errors import UserError
 from rebeca_ray.identity import retry_seed
-from rebeca_ray.networks import load_networks
-from rebeca_ray.safety import Checker, load_checker
 
 
 class LocalDecoder:

@@ -1,0 +1,27 @@
+"""Build the decoder that the settings name."""
+
+from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.decoder.interface import Decoder
+
+
+def check_decoder(settings: DecoderSettings) -> None:
+    """Raise what building the decoder would raise for a server or a checker that is not there, without loading the rest."""
+    if settings.backend == "triton":
+        from rebeca_ray.decoder.triton_client import TritonDecoder
+
+        TritonDecoder(settings)
+    elif settings.safety.checker:
+        from rebeca_ray.decoder.safety import load_checker
+
+        load_checker(settings)
+
+
+def build_decoder(settings: DecoderSettings) -> Decoder:
+    """The decoder that `settings.backend` names."""
+    if settings.backend == "triton":
+        from rebeca_ray.decoder.triton_client import TritonDecoder
+
+        return TritonDecoder(settings)
+    from rebeca_ray.decoder.local import LocalDecoder
+
+    return LocalDecoder(settings)
