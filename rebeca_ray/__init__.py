@@ -13,7 +13,7 @@ _PUBLIC = {
     "load_prior": "rebeca_ray.prior.checkpoint",
     "load_config": "rebeca_ray.config.jobs",
     "generate_catalog": "rebeca_ray.generation",
-    "train_prior": "rebeca_ray.training",
+    "train_prior": "rebeca_ray.training.train",
     "embed_items": "rebeca_ray.data.items",
     "UserError": "rebeca_ray.errors",
 }

@@ -42,7 +42,7 @@ def embed(config: EmbedConfig) -> None:
 
 def train(config: TrainConfig) -> None:
     """Interactions + embedded items -> a prior directory."""
-    from rebeca_ray.training import train_prior
+    from rebeca_ray.training.train import train_prior
 
     metrics = train_prior(config)
     console.print(
@@ -52,7 +52,7 @@ def train(config: TrainConfig) -> None:
 
 def distill(config: DistillConfig) -> None:
     """A trained prior -> one that needs a few passes an embedding."""
-    from rebeca_ray.distillation import distill_prior
+    from rebeca_ray.training.distill import distill_prior
 
     figures = distill_prior(config)
     quality, passes = figures["student_quality"], config.num_inference_steps

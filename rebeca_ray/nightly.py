@@ -12,7 +12,7 @@ from rebeca_ray.errors import UnfinishedError, UserError, user_error
 from rebeca_ray.generation import generate_catalog
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.objects import read_json, write_json
-from rebeca_ray.training import train_prior
+from rebeca_ray.training.train import train_prior
 
 TRAINED = "nightly.json"  # beside a prior: the date it was trained for
 

@@ -35,7 +35,7 @@ from rebeca_ray.stickers.training_data import Stickers, load_stickers, to_pixels
 from rebeca_ray.stickers.truth import Truth, TruthCheck
 from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.writable import require_writable
-from rebeca_ray.training import train_prior
+from rebeca_ray.training.train import train_prior
 
 NUM_NO_USER = 40
 

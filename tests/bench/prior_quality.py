@@ -33,9 +33,7 @@ from rebeca_ray.config.load import load_config
 from rebeca_ray.config.sections import InteractionSettings, SamplerSettings, SelectionSettings
 from rebeca_ray.data.histories import build_histories
 from rebeca_ray.data.items import embed_items, read_image_embeds
-from rebeca_ray.distillation import distill_prior
 from rebeca_ray.evaluation.permutation import permutation_test
-from rebeca_ray.finishing import GUIDANCE_SCALES, factors_of
 from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked
@@ -43,7 +41,9 @@ from rebeca_ray.prior.selection import choose, nearest_items
 from rebeca_ray.prior.user_blocks import UserBlock
 from rebeca_ray.stickers.simulate import load_world, simulate
 from rebeca_ray.storage.parquet import read_table
-from rebeca_ray.training import train_prior
+from rebeca_ray.training.calibrate import GUIDANCE_SCALES, factors_of
+from rebeca_ray.training.distill import distill_prior
+from rebeca_ray.training.train import train_prior
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"

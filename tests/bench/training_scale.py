@@ -42,10 +42,10 @@ def time_steps(num_users: int) -> dict[str, float]:
     import torch
 
     from rebeca_ray.config.jobs import TrainConfig
-    from rebeca_ray.fit import DenoisingLoss, Fit
     from rebeca_ray.prior.diffusion import Diffusion
     from rebeca_ray.prior.user_blocks import Batch, Rated
-    from rebeca_ray.train_loop import train_epoch
+    from rebeca_ray.training.loop import train_epoch
+    from rebeca_ray.training.state import DenoisingLoss, Fit
 
     torch.set_num_threads(1)
     told = {
@@ -142,7 +142,7 @@ def measure_workers(num_workers: int, data: Path) -> dict[str, float]:
     from rebeca_ray.config.load import load_config
     from rebeca_ray.data.items import embed_items
     from rebeca_ray.stickers.simulate import simulate
-    from rebeca_ray.training import train_prior
+    from rebeca_ray.training.train import train_prior
 
     configs = Path(__file__).parents[2] / "jobs" / "configs"
     if not (data / "items" / "embedding.json").exists():

@@ -27,7 +27,7 @@ from rebeca_ray.data.interactions import read_interactions
 from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.errors import UserError
 from rebeca_ray.storage.filesystem import list_files
-from rebeca_ray.training import train_prior
+from rebeca_ray.training.train import train_prior
 from tests.conftest import USERS, D, snapshot_of
 from tests.test_nights import change_digest, night
 

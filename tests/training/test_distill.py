@@ -13,7 +13,12 @@ import torch
 from rebeca_ray import schemas
 from rebeca_ray.config.jobs import DistillConfig
 from rebeca_ray.config.sections import NetworkSettings, PriorSampling, SamplerSettings
-from rebeca_ray.distillation import (
+from rebeca_ray.errors import QualityGateError, UserError
+from rebeca_ray.prior.checkpoint import load_prior, save_prior
+from rebeca_ray.prior.diffusion import Diffusion
+from rebeca_ray.prior.sampling import ddim, sample_liked
+from rebeca_ray.prior.users import UserTable
+from rebeca_ray.training.distill import (
     CHECKED_SAMPLES,
     KnownUsers,
     distill_prior,
@@ -21,11 +26,6 @@ from rebeca_ray.distillation import (
     known_users,
     targets,
 )
-from rebeca_ray.errors import QualityGateError, UserError
-from rebeca_ray.prior.checkpoint import load_prior, save_prior
-from rebeca_ray.prior.diffusion import Diffusion
-from rebeca_ray.prior.sampling import ddim, sample_liked
-from rebeca_ray.prior.users import UserTable
 from tests.conftest import untrained_prior
 
 D = 8

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from rebeca_ray.prior.selector import Selector, fit_selector
+from rebeca_ray.prior.selector import Selector
 from rebeca_ray.prior.user_blocks import UserBlock
 from rebeca_ray.prior.users import History
+from rebeca_ray.training.selector import fit_selector
 from tests.prior.test_user_blocks import block
 
 D, ITEMS = 16, 1200

@@ -21,13 +21,13 @@ from rebeca_ray.data.feedback import with_rated
 from rebeca_ray.data.histories import build_histories
 from rebeca_ray.data.items import check_items_fit, read_image_embeds
 from rebeca_ray.errors import QualityGateError, UserError
-from rebeca_ray.finishing import USERS_AT_ONCE, factors_of, training_blocks
 from rebeca_ray.noise import item_noise
 from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior, read_prior_config, save_prior
 from rebeca_ray.prior.denoisers import LIKE, Prior
 from rebeca_ray.prior.diffusion import Denoiser, Diffusion
 from rebeca_ray.prior.sampling import dpm_solver_pp_2m, guided_denoiser, sample_liked
 from rebeca_ray.storage.writable import require_own, require_writable
+from rebeca_ray.training.calibrate import USERS_AT_ONCE, factors_of, training_blocks
 
 TEACHER_STEPS = 4  # of the teacher for one of the student
 TILE = 256

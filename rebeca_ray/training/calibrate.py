@@ -19,9 +19,10 @@ from rebeca_ray.prior.checkpoint import TrainedPrior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked
 from rebeca_ray.prior.selection import nearest_items
-from rebeca_ray.prior.selector import MAX_HISTORY, Selector, fit_selector
+from rebeca_ray.prior.selector import MAX_HISTORY, Selector
 from rebeca_ray.prior.user_blocks import UserBlock
 from rebeca_ray.storage.parquet import read_table
+from rebeca_ray.training.selector import fit_selector
 
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 9.0)
 MIN_DISTINCT = 0.85  # of a user's samples, by nearest item

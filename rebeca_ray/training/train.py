@@ -19,7 +19,6 @@ from rebeca_ray.data.feedback import with_rated
 from rebeca_ray.data.histories import Histories, build_histories, user_table
 from rebeca_ray.data.items import EmbeddedItems, read_image_embeds
 from rebeca_ray.errors import UserError
-from rebeca_ray.finishing import finish_prior, training_blocks
 from rebeca_ray.prior.checkpoint import TrainedPrior, save_prior
 from rebeca_ray.prior.denoisers import Prior
 from rebeca_ray.prior.scaler import EmbedScaler
@@ -28,7 +27,8 @@ from rebeca_ray.ray_runtime import require_room, start_ray
 from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, open_filesystem
 from rebeca_ray.storage.objects import read_json
 from rebeca_ray.storage.writable import require_own, require_writable
-from rebeca_ray.train_loop import STATE, is_streamed, train_loop_per_worker
+from rebeca_ray.training.calibrate import finish_prior, training_blocks
+from rebeca_ray.training.loop import STATE, is_streamed, train_loop_per_worker
 
 VALIDATION_SAMPLES = 8192
 

@@ -22,7 +22,6 @@ from rebeca_ray.config.sections import SamplerSettings
 from rebeca_ray.data.histories import build_histories
 from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.errors import UserError
-from rebeca_ray.fit import DenoisingLoss, Fit
 from rebeca_ray.prior.checkpoint import load_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked
@@ -30,8 +29,9 @@ from rebeca_ray.prior.scaler import EmbedScaler
 from rebeca_ray.prior.user_blocks import USERS_A_BLOCK, Batch, Rated, UserBlock
 from rebeca_ray.prior.users import UserTable
 from rebeca_ray.storage.parquet import read_table
-from rebeca_ray.train_loop import train_epoch
-from rebeca_ray.training import drop_torn_record, run_name, train_prior
+from rebeca_ray.training.loop import train_epoch
+from rebeca_ray.training.state import DenoisingLoss, Fit
+from rebeca_ray.training.train import drop_torn_record, run_name, train_prior
 from tests.conftest import D
 
 

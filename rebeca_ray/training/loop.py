@@ -25,12 +25,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from rebeca_ray.config.jobs import TrainConfig
 from rebeca_ray.data.histories import Histories
-from rebeca_ray.fit import DenoisingLoss, Fit, user_tokens
 from rebeca_ray.prior.denoisers import Prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.user_blocks import TARGETS_A_HISTORY, USERS_A_BLOCK, Batch, UserBlock, num_batches
 from rebeca_ray.prior.users import History
 from rebeca_ray.storage.parquet import read_table
+from rebeca_ray.training.state import DenoisingLoss, Fit, user_tokens
 
 STATE = "state.pt"
 DIVERGED = 10.0  # times the best validation loss
