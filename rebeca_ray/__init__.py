@@ -12,7 +12,7 @@ _PUBLIC = {
     "read_catalog": "rebeca_ray.catalog.read",
     "load_prior": "rebeca_ray.prior.checkpoint",
     "load_config": "rebeca_ray.config.jobs",
-    "generate_catalog": "rebeca_ray.generation",
+    "generate_catalog": "rebeca_ray.generation.pipeline",
     "train_prior": "rebeca_ray.training.train",
     "embed_items": "rebeca_ray.data.items",
     "UserError": "rebeca_ray.errors",

@@ -65,7 +65,7 @@ def generate(
     config: GenerateConfig, *, resume: Resume = "auto", retry_failed: bool = False, force: bool = False
 ) -> None:
     """Prior + decoder + request -> a published snapshot."""
-    from rebeca_ray.generation import generate_catalog
+    from rebeca_ray.generation.pipeline import generate_catalog
 
     config = dated(config, config.date())
     print_published(
@@ -124,7 +124,7 @@ def estimate(config: GenerateConfig, *, images_per_second: float | None) -> None
     from rich.table import Table
 
     from rebeca_ray.catalog.read import published
-    from rebeca_ray.estimate import estimate as foresee
+    from rebeca_ray.generation.estimate import estimate as foresee
 
     config = dated(config, config.date())
     found = asdict(foresee(config, images_per_second=images_per_second))

@@ -9,7 +9,7 @@ from rebeca_ray.catalog.pointer import LostRaceError, read_pointer
 from rebeca_ray.config.jobs import NightlyConfig, dated
 from rebeca_ray.data.items import embed_items
 from rebeca_ray.errors import UnfinishedError, UserError, user_error
-from rebeca_ray.generation import generate_catalog
+from rebeca_ray.generation.pipeline import generate_catalog
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.training.train import train_prior

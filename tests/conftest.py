@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.assemble import MadeOf, assemble
 from rebeca_ray.catalog.layout import Run, new_run_id
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.read import published
@@ -24,15 +23,16 @@ from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import DiffusionSettings, NetworkSettings, PriorSampling, SamplerSettings
 from rebeca_ray.data.histories import Histories
 from rebeca_ray.decoder.files import identify_decoder
-from rebeca_ray.parts import BUSY, WriteParts, with_busy_seconds
-from rebeca_ray.planning import PlanUsers, request_histories
+from rebeca_ray.generation.assemble import MadeOf, assemble
+from rebeca_ray.generation.decide import Decisions, decide_all
+from rebeca_ray.generation.parts import BUSY, WriteParts, with_busy_seconds
+from rebeca_ray.generation.plan import PlanUsers, request_histories
+from rebeca_ray.generation.render import Rendered, RenderImages
 from rebeca_ray.prior.checkpoint import TrainedPrior, fingerprint, load_prior, read_prior_config, save_prior
 from rebeca_ray.prior.denoisers import CrossAttentionDenoiser, Prior
 from rebeca_ray.prior.scaler import EmbedScaler
 from rebeca_ray.prior.selector import Selector
 from rebeca_ray.prior.users import UserTable
-from rebeca_ray.refresh import Decisions, decide_all
-from rebeca_ray.rendering import Rendered, RenderImages
 from rebeca_ray.storage.filesystem import list_files
 from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.parquet import read_table
@@ -44,10 +44,10 @@ TINY_NETWORK = NetworkSettings(num_layers=2, num_heads=2, width=16, num_tokens=3
 USERS = [f"user-{number}" for number in range(7)]
 LONGEST = (
     "test_jobs.py",
-    "test_training.py",
+    "test_train.py",
     "test_resume.py",
-    "test_triton.py",
-    "test_generation.py",
+    "test_triton_client.py",
+    "test_pipeline.py",
     "test_weights.py",
 )
 

@@ -8,10 +8,10 @@ import pytest
 from ray.exceptions import RayTaskError
 from ray.train import WorkerGroupError
 
-from rebeca_ray.catalog.assemble import IncompleteRunError
 from rebeca_ray.catalog.pointer import LostRaceError
 from rebeca_ray.console import plain_errors
 from rebeca_ray.errors import ErrorBudgetExceededError, UserError
+from rebeca_ray.generation.assemble import IncompleteRunError
 
 REBECA = str(Path(sys.executable).parent / "rebeca")
 

@@ -14,7 +14,7 @@ from rebeca_ray import schemas
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.config.jobs import GenerateConfig
 from tests.conftest import REPO, USERS, D
-from tests.test_nights import night
+from tests.generation.test_nights import night
 
 
 @pytest.fixture

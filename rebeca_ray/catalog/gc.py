@@ -11,9 +11,9 @@ from typing import Any
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.pointer import Pointer, read_pointer
 from rebeca_ray.catalog.read import open_snapshot
+from rebeca_ray.catalog.runs import unfinished_runs
 from rebeca_ray.catalog.snapshots import LEASE_SECONDS, list_snapshots
 from rebeca_ray.errors import UserError
-from rebeca_ray.resume import unfinished_runs
 from rebeca_ray.storage.filesystem import delete, delete_files, join, list_files, list_folders
 
 MAX_HOURS = 100_000

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.bucket import KINDS, tally
+from rebeca_ray.catalog.counts import KINDS, tally
 from rebeca_ray.catalog.layout import POOL
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.identity import bucket_of

@@ -23,7 +23,7 @@ from rebeca_ray.data.items import embed_items
 from rebeca_ray.decoder.interface import Rows
 from rebeca_ray.decoder.local import LocalDecoder
 from rebeca_ray.errors import UserError
-from rebeca_ray.generation import generate_catalog
+from rebeca_ray.generation.pipeline import generate_catalog
 from rebeca_ray.job import print_personality
 from rebeca_ray.prior.checkpoint import load_prior
 from rebeca_ray.prior.diffusion import Diffusion

@@ -20,7 +20,7 @@ from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.catalog.verify import verify
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.load import load_config
-from rebeca_ray.generation import generate_catalog
+from rebeca_ray.generation.pipeline import generate_catalog
 
 CONFIG = Path(__file__).parents[2] / "jobs" / "configs" / "generate_stickers.yaml"
 CHANGED = 0.05

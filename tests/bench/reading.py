@@ -29,10 +29,10 @@ from PIL import Image
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog import read, row_groups
-from rebeca_ray.catalog.bucket import ITEM_ROW_GROUP
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.read import Snapshot, read_catalog
+from rebeca_ray.generation.bucket import ITEM_ROW_GROUP
 from rebeca_ray.identity import bucket_of, hash128
 from rebeca_ray.storage.filesystem import exists, join, open_filesystem
 from rebeca_ray.storage.objects import write_json

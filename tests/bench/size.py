@@ -16,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.bucket import Assembly, Bucket
 from rebeca_ray.catalog.layout import Run
-from rebeca_ray.refresh import cut, write_decisions
+from rebeca_ray.generation.assembly import Assembly
+from rebeca_ray.generation.bucket import Bucket
+from rebeca_ray.generation.decide import cut, write_decisions
 from rebeca_ray.storage.parquet import read_table, write_table
 
 USERS, ITEMS_A_USER, D = 10_000, 10, 1024

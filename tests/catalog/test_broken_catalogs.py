@@ -17,7 +17,7 @@ from rebeca_ray.errors import StorageError, UserError
 from rebeca_ray.identity import bucket_of
 from tests.catalog.large import BUCKETS, write_snapshot
 from tests.conftest import USERS
-from tests.test_nights import night
+from tests.generation.test_nights import night
 
 
 def test_a_catalog_that_is_not_there_or_of_another_version_is_told(tmp_path: Path) -> None:

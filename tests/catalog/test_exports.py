@@ -27,11 +27,11 @@ from rebeca_ray.identity import bucket_of
 from rebeca_ray.storage.filesystem import list_files
 from rebeca_ray.storage.parquet import read_table
 from tests.conftest import USERS, snapshot_of
+from tests.generation.test_failed_and_late import MONDAY, THURSDAY, TUESDAY, WEDNESDAY, on
+from tests.generation.test_failed_and_late import night as late_night
+from tests.generation.test_nights import change_digest, night
 from tests.seaweedfs import free_port
 from tests.test_cli import run
-from tests.test_failed_and_late import MONDAY, THURSDAY, TUESDAY, WEDNESDAY, on
-from tests.test_failed_and_late import night as late_night
-from tests.test_nights import change_digest, night
 
 CDN = "https://cdn.example.com/stickers"
 

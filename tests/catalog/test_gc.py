@@ -15,11 +15,11 @@ from rebeca_ray.catalog.snapshots import find_snapshot, list_snapshots, publish_
 from rebeca_ray.catalog.verify import verify
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.errors import QualityGateError, UserError
+from rebeca_ray.generation.runs import begin
 from rebeca_ray.job import list_catalog
-from rebeca_ray.resume import begin
 from rebeca_ray.storage.filesystem import list_files
 from tests.conftest import USERS, prepare
-from tests.test_nights import change_digest, night
+from tests.generation.test_nights import change_digest, night
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
 from rebeca_ray.catalog.verify import verify
 from rebeca_ray.config.jobs import GenerateConfig
 from tests.conftest import USERS, D, assembled, prepare, publish, snapshot_of
-from tests.test_nights import ask, change_digest
+from tests.generation.test_nights import ask, change_digest
 
 GOLDEN = Path(__file__).parent / "golden"
 VERSIONS = range(schemas.OLDEST_SCHEMA_VERSION, schemas.SCHEMA_VERSION + 1)

@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog import row_groups
-from rebeca_ray.catalog.bucket import changes_table
 from rebeca_ray.catalog.gc import collect
 from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
 from rebeca_ray.catalog.verify import verify
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import LayoutSettings
 from rebeca_ray.errors import UserError
+from rebeca_ray.generation.bucket import changes_table
 from rebeca_ray.identity import bucket_of
 from tests.catalog.large import BUCKETS, ITEMS_A_USER, MANY_USERS, USERS_THERE, D, write_snapshot
 from tests.conftest import USERS
-from tests.test_nights import change_digest, night
+from tests.generation.test_nights import change_digest, night
 
 
 class Reads:

@@ -40,7 +40,7 @@ from tests.conftest import (
     snapshot_of,
     write_tiny_prior,
 )
-from tests.test_nights import ask, change_digest
+from tests.generation.test_nights import ask, change_digest
 
 Rows = list[dict[str, Any]]
 KEYS = {

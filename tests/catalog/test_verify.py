@@ -13,7 +13,7 @@ from rebeca_ray.catalog.verify import verify
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.storage.parquet import write_table
 from tests.conftest import USERS
-from tests.test_nights import night
+from tests.generation.test_nights import night
 
 
 @pytest.fixture

@@ -24,8 +24,8 @@ from rebeca_ray.data.interactions import read_interactions
 from rebeca_ray.data.items import embed_items, read_image_embeds
 from rebeca_ray.decoder.files import DecoderIdentity, identify_decoder
 from rebeca_ray.errors import UserError
-from rebeca_ray.generation import generate_catalog
-from rebeca_ray.request import check_request
+from rebeca_ray.generation.pipeline import generate_catalog
+from rebeca_ray.generation.request import check_request
 from rebeca_ray.storage.parquet import read_table
 from tests.conftest import D, generate_config
 

@@ -29,7 +29,7 @@ from rebeca_ray.errors import UserError
 from rebeca_ray.storage.filesystem import list_files
 from rebeca_ray.training.train import train_prior
 from tests.conftest import USERS, D, snapshot_of
-from tests.test_nights import change_digest, night
+from tests.generation.test_nights import change_digest, night
 
 REAL = np.array(["real-0", "real-1"])
 

@@ -26,9 +26,9 @@ from rebeca_ray.decoder.local import LocalDecoder
 from rebeca_ray.decoder.triton_client import MODEL, TritonDecoder, request_inputs
 from rebeca_ray.decoder.triton_server import triton_server
 from rebeca_ray.errors import UserError
-from rebeca_ray.generation import generate_catalog
-from rebeca_ray.parts import BUSY
-from rebeca_ray.rendering import RenderImages
+from rebeca_ray.generation.parts import BUSY
+from rebeca_ray.generation.pipeline import generate_catalog
+from rebeca_ray.generation.render import RenderImages
 from rebeca_ray.stickers.training_data import to_pixels
 from tests.conftest import D, plan, prepare
 from tests.seaweedfs import free_port

@@ -24,10 +24,10 @@ from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.decoder.build import build_decoder, check_decoder
 from rebeca_ray.decoder.interface import DecodedImage, Rows, ServerLostError
-from rebeca_ray.parts import BUSY, WRITER_CPUS, WriteParts, with_busy_seconds
-from rebeca_ray.progress import Progress
+from rebeca_ray.generation.decide import Decisions
+from rebeca_ray.generation.parts import BUSY, WRITER_CPUS, WriteParts, with_busy_seconds
+from rebeca_ray.generation.progress import Progress
 from rebeca_ray.ray_runtime import WithoutThose
-from rebeca_ray.refresh import Decisions
 from rebeca_ray.storage.filesystem import arrow_filesystem, join, list_files, open_filesystem
 from rebeca_ray.storage.objects import read_json, write_json
 

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from rebeca_ray.catalog.gate import MAX_ITEMS_A_USER, check_plan, plan_test, read_sample, refusals
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import GateSettings
+from rebeca_ray.generation.gate import MAX_ITEMS_A_USER, check_plan, plan_test, read_sample, refusals
 from rebeca_ray.prior.checkpoint import load_prior, save_prior
 from rebeca_ray.prior.selector import Selector
 from tests.conftest import D, plan, prior_users, write_tiny_prior

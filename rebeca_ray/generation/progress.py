@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from rebeca_ray.parts import BUSY
+from rebeca_ray.generation.parts import BUSY
 from rebeca_ray.storage.filesystem import join, open_filesystem
 
 STALLED = 75  # the exit code of a run that is to be started again

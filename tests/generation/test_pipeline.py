@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.assemble import IncompleteRunError
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.read import open_snapshot, published, read_catalog
 from rebeca_ray.config.decoder import DecoderSettings
@@ -26,12 +25,13 @@ from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.decoder.interface import DecodedImage, Rows
 from rebeca_ray.decoder.local import LocalDecoder
 from rebeca_ray.errors import ErrorBudgetExceededError, QualityGateError, UserError
-from rebeca_ray.generation import generate_catalog
+from rebeca_ray.generation.assemble import IncompleteRunError
+from rebeca_ray.generation.parts import BUSY
+from rebeca_ray.generation.pipeline import generate_catalog
+from rebeca_ray.generation.render import Rendered, RenderImages, read_records
+from rebeca_ray.generation.request import check_request
 from rebeca_ray.identity import bucket_of, image_seed
-from rebeca_ray.parts import BUSY
 from rebeca_ray.prior.selector import Selector
-from rebeca_ray.rendering import Rendered, RenderImages, read_records
-from rebeca_ray.request import check_request
 from rebeca_ray.stickers.training_data import to_pixels
 from tests.conftest import (
     USERS,

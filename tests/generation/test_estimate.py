@@ -13,10 +13,10 @@ from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import PriceSettings
 from rebeca_ray.errors import UserError
-from rebeca_ray.estimate import estimate, foresee, padded, seconds_of
-from rebeca_ray.generation import measured as measured_stages
-from rebeca_ray.progress import Progress
-from rebeca_ray.refresh import Decisions
+from rebeca_ray.generation.decide import Decisions
+from rebeca_ray.generation.estimate import estimate, foresee, padded, seconds_of
+from rebeca_ray.generation.pipeline import measured as measured_stages
+from rebeca_ray.generation.progress import Progress
 from rebeca_ray.storage.objects import read_json, write_json
 from tests.conftest import USERS, snapshot_of
 

@@ -19,14 +19,15 @@ import rebeca_ray
 from rebeca_ray.catalog.layout import Run, work_folder
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import Snapshot, published, read_catalog
+from rebeca_ray.catalog.runs import unfinished_runs
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import LayoutSettings, LimitSettings
 from rebeca_ray.console import plain_errors
 from rebeca_ray.decoder.interface import DecodedImage
 from rebeca_ray.decoder.local import LocalDecoder
 from rebeca_ray.errors import UserError
-from rebeca_ray.generation import generate_catalog
-from rebeca_ray.resume import begin, describe_run, unfinished_runs
+from rebeca_ray.generation.pipeline import generate_catalog
+from rebeca_ray.generation.runs import begin, describe_run
 from rebeca_ray.storage.filesystem import join, list_files, open_filesystem
 from rebeca_ray.storage.objects import read_json
 from rebeca_ray.storage.parquet import read_table
@@ -34,12 +35,12 @@ from tests.conftest import draw_rows, prepare, run_of, versions_of, write_plan
 
 DRIVER = """
 import os, sys, time
-from rebeca_ray import generation, planning, rendering
+from rebeca_ray.generation import pipeline, plan, render
 from rebeca_ray.catalog.lease import Lease
 from rebeca_ray.config import GenerateConfig
 from rebeca_ray.job import plain_errors
 
-class HangsLater(rendering.RenderImages):
+class HangsLater(render.RenderImages):
     calls = 0
     def __call__(self, batch):
         self.calls += 1
@@ -49,10 +50,10 @@ class HangsLater(rendering.RenderImages):
 
 {sabotage}
 with plain_errors():
-    generation.generate_catalog(GenerateConfig.model_validate_json(sys.argv[1]))
+    pipeline.generate_catalog(GenerateConfig.model_validate_json(sys.argv[1]))
 """
-HANG = "rendering.RenderImages = HangsLater"  # so that a kill always comes in the middle
-DIE_PLANNING = "planning.write_json = lambda *_: os._exit(9)"  # everything is planned, but nothing says so
+HANG = "render.RenderImages = HangsLater"  # so that a kill always comes in the middle
+DIE_PLANNING = "plan.write_json = lambda *_: os._exit(9)"  # everything is planned, but nothing says so
 DIE_PUBLISHING = (
     "Lease.publish = lambda *_, **__: os._exit(9)"  # the manifest is there, but nobody is pointed to it
 )
@@ -216,7 +217,7 @@ def test_a_run_that_hangs_ends_itself_and_is_gone_on_with(config: GenerateConfig
     assert [line for line in output.splitlines() if line.startswith("error:")] == [told]
     state = dump.read_text()
     assert state.startswith("stage render; stages so far: {'histories': ")
-    assert "rebeca_ray/rendering.py" in state
+    assert "rebeca_ray/generation/render.py" in state
     assert "in render_unit" in state  # the stack of the driver's main thread
     assert read_pointer(config.root)[0].lease is None
     rows = sum(image_file["rows"] for image_file in records(config.root, run_id))

@@ -8,24 +8,25 @@ from dataclasses import asdict
 from typing import Any
 
 import rebeca_ray
-from rebeca_ray.catalog.assemble import MadeOf, assemble
-from rebeca_ray.catalog.gate import check_plan, refusals
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.lease import Lease, hold_lease
 from rebeca_ray.catalog.pointer import Pointer, read_pointer
 from rebeca_ray.catalog.read import Snapshot, published
+from rebeca_ray.catalog.runs import unfinished_runs
 from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.decoder.files import DecoderIdentity, identify_decoder
 from rebeca_ray.errors import QualityGateError, StorageError, UnfinishedError, UserError, user_error
-from rebeca_ray.estimate import foresee, spent
-from rebeca_ray.planning import plan_items, request_histories
+from rebeca_ray.generation.assemble import MadeOf, assemble
+from rebeca_ray.generation.decide import decide_all
+from rebeca_ray.generation.estimate import foresee, spent
+from rebeca_ray.generation.gate import check_plan, refusals
+from rebeca_ray.generation.plan import plan_items, request_histories
+from rebeca_ray.generation.progress import Progress, watchdog
+from rebeca_ray.generation.render import check_renderer, render_all, seconds_so_far
+from rebeca_ray.generation.request import check_request
+from rebeca_ray.generation.runs import begin, choose_run, describe_run
 from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior
-from rebeca_ray.progress import Progress, watchdog
 from rebeca_ray.ray_runtime import require_room, start_ray
-from rebeca_ray.refresh import decide_all
-from rebeca_ray.rendering import check_renderer, render_all, seconds_so_far
-from rebeca_ray.request import check_request
-from rebeca_ray.resume import begin, choose_run, describe_run, unfinished_runs
 from rebeca_ray.storage.filesystem import delete, exists, join
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.writable import require_writable

@@ -19,13 +19,13 @@ from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import InteractionSettings, SelectionSettings
 from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.errors import UserError
-from rebeca_ray.planning import PlanUsers, request_histories
+from rebeca_ray.generation.decide import Decisions
+from rebeca_ray.generation.plan import PlanUsers, request_histories
+from rebeca_ray.generation.request import check_request
 from rebeca_ray.prior.checkpoint import load_prior, save_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked
 from rebeca_ray.prior.selector import Selector
-from rebeca_ray.refresh import Decisions
-from rebeca_ray.request import check_request
 from tests.conftest import (
     TINY_NETWORK,
     USERS,

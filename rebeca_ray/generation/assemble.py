@@ -14,13 +14,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.bucket import KINDS, Assembled, Assembly, Bucket
+from rebeca_ray.catalog.counts import KINDS
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.errors import ErrorBudgetExceededError, QualityGateError, UserError
+from rebeca_ray.generation.assembly import Assembled, Assembly
+from rebeca_ray.generation.bucket import Bucket
+from rebeca_ray.generation.decide import Decisions
+from rebeca_ray.generation.render import Rendered
 from rebeca_ray.ray_runtime import for_each_bucket
-from rebeca_ray.refresh import Decisions
-from rebeca_ray.rendering import Rendered
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.parquet import read_table, write_table
 

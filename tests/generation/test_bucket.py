@@ -5,8 +5,8 @@ import pyarrow as pa
 import pytest
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.bucket import quality_sums
 from rebeca_ray.catalog.layout import POOL
+from rebeca_ray.generation.bucket import quality_sums
 
 
 def test_the_sums_of_a_bucket_by_hand() -> None:

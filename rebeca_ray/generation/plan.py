@@ -25,15 +25,15 @@ from rebeca_ray.data.feedback import find_rated
 from rebeca_ray.data.histories import Histories, build_histories
 from rebeca_ray.data.items import embedded_with, read_image_embeds, read_item_ids
 from rebeca_ray.errors import UserError
-from rebeca_ray.parts import WRITER_CPUS, WriteParts, with_busy_seconds
+from rebeca_ray.generation.decide import PLAN, RESCORE, Decisions
+from rebeca_ray.generation.parts import WRITER_CPUS, WriteParts, with_busy_seconds
+from rebeca_ray.generation.progress import Progress
 from rebeca_ray.prior.checkpoint import load_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import USERS_PADDED_TO, sample_liked
 from rebeca_ray.prior.selection import choose, nearest_items
 from rebeca_ray.prior.selector import MAX_HISTORY
 from rebeca_ray.prior.user_blocks import Rated, UserBlock
-from rebeca_ray.progress import Progress
-from rebeca_ray.refresh import PLAN, RESCORE, Decisions
 from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, list_files, open_filesystem
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import read_table, write_table

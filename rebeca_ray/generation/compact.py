@@ -16,7 +16,8 @@ from rebeca_ray.storage.filesystem import join, open_filesystem
 from rebeca_ray.storage.parquet import write_table
 
 if TYPE_CHECKING:
-    from rebeca_ray.catalog.bucket import Assembly
+    from rebeca_ray.generation.assembly import Assembly
+
 
 MIN_LIVE = 0.5  # below this share of its rows an image file is copied
 MAX_FILES = 64  # that one bucket writes a night; the rest waits

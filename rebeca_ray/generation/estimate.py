@@ -9,12 +9,12 @@ from rebeca_ray.catalog.read import Snapshot, published
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.errors import UserError
-from rebeca_ray.parts import BUSY
-from rebeca_ray.planning import request_histories
+from rebeca_ray.generation.decide import Decisions, decide_all
+from rebeca_ray.generation.parts import BUSY
+from rebeca_ray.generation.plan import request_histories
+from rebeca_ray.generation.progress import Progress
+from rebeca_ray.generation.request import check_request
 from rebeca_ray.prior.checkpoint import load_prior
-from rebeca_ray.progress import Progress
-from rebeca_ray.refresh import Decisions, decide_all
-from rebeca_ray.request import check_request
 from rebeca_ray.storage.filesystem import delete, join
 from rebeca_ray.storage.objects import write_json
 

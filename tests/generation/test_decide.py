@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rebeca_ray.config.sections import RefreshSettings
-from rebeca_ray.refresh import CARRY, PLAN, RESCORE, Decisions, Tonight, cut, decide, draw_key, turn
+from rebeca_ray.generation.decide import (
+    CARRY,
+    PLAN,
+    RESCORE,
+    Decisions,
+    Tonight,
+    cut,
+    decide,
+    draw_key,
+    turn,
+)
 
 DATE = datetime.date(2026, 3, 1)
 

@@ -4,8 +4,7 @@ A bucket in which nothing changed is carried over by reference: last night's fil
 read. Everything of a bucket is held in memory, of others nothing but the strangers' pool.
 """
 
-from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import date
 from typing import Any, Self
 
 import numpy as np
@@ -13,11 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.compact import compact
-from rebeca_ray.catalog.drawn import Drawn
-from rebeca_ray.catalog.layout import POOL, Run
-from rebeca_ray.catalog.read import Snapshot
-from rebeca_ray.refresh import CARRY, PLAN, POOLED, RESCORE
+from rebeca_ray.catalog.counts import KINDS, tally
+from rebeca_ray.catalog.layout import POOL
+from rebeca_ray.generation.assembly import Assembled, Assembly, Together
+from rebeca_ray.generation.compact import compact
+from rebeca_ray.generation.decide import CARRY, PLAN, POOLED, RESCORE
+from rebeca_ray.generation.rendered import Drawn
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.parquet import read_table, write_table
 
@@ -26,52 +26,6 @@ PLAN_COLUMNS = [
     "item_id", "user_id", "rank", "image_embeds", "like_probability", "nearest_item_id", "nearest_similarity", "origin",
 ]  # fmt: skip
 COMPARED = ["item_id", "user_id", "rank", "like_probability", "image_file", "image_row"]
-KINDS = (schemas.NEW, schemas.CARRIED, schemas.POPULATION, "failed", "filtered", "deferred")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assembly:
-    """What every bucket of a run is assembled from."""
-
-    run: Run
-    previous: Snapshot | None
-    num_buckets: int
-    embed_dim: int
-    prior: str  # fingerprint
-    parts: list[dict[str, Any]]  # of the plan
-    files: list[dict[str, Any]]  # of images, with their numbers
-    late: bool  # time ran out
-    max_safety_probability: float
-    now: datetime
-    metadata: dict[str, str]
-    first_compacted: int  # number of the first file that bucket 0 may write when it compacts
-    pool: dict[str, Any] | None  # the decision on it
-    pool_items: pa.Table | None = None  # as they are in the snapshot
-    pool_failed: int = 0
-    pool_late: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assembled:
-    """What came of a bucket: rows of schemas.FILES (images: of new ones alone), counts, figures, and live rows of image files."""
-
-    files: list[dict[str, Any]]
-    images: list[dict[str, Any]]
-    counts: dict[str, int]
-    sums: dict[str, float]
-    live: dict[int, int]
-    by_reference: bool = False
-    undrawn: int = 0  # planned items with neither an image nor a reason, though time did not run out
-
-
-@dataclass(frozen=True, kw_only=True)
-class Together:
-    """A bucket's items before they are written, its failures, and the users who were not finished in time."""
-
-    items: pa.Table
-    errors: pa.Table
-    late: set[str]
-    undrawn: int = 0
 
 
 class Bucket:
@@ -358,11 +312,6 @@ class Bucket:
 
 def is_among(table: pa.Table, users: set[str]) -> pa.Array:
     return pc.is_in(table["user_id"].combine_chunks(), value_set=pa.array(sorted(users), pa.string()))
-
-
-def tally(values: Any) -> dict[Any, int]:
-    counted = pc.value_counts(pa.array(values) if isinstance(values, list) else values)
-    return dict(zip(counted.field("values").to_pylist(), counted.field("counts").to_pylist(), strict=True))
 
 
 def place_of(items: pa.Table) -> pa.Array:

@@ -16,10 +16,10 @@ from rebeca_ray.catalog.read import Snapshot, read_catalog
 from rebeca_ray.catalog.verify import verify
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import LayoutSettings, LimitSettings, RefreshSettings
+from rebeca_ray.generation.render import Rendered
 from rebeca_ray.identity import bucket_of
 from rebeca_ray.prior.checkpoint import load_prior, save_prior
 from rebeca_ray.prior.selector import Selector
-from rebeca_ray.rendering import Rendered
 from rebeca_ray.storage.parquet import read_table
 from tests.conftest import USERS, D, assembled, prepare, prior_users, publish, snapshot_of, write_tiny_prior
 

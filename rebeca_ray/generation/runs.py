@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from rebeca_ray.catalog.layout import new_run_id, work_folder
+from rebeca_ray.catalog.runs import unfinished_runs
 from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.errors import UserError
 from rebeca_ray.storage.filesystem import join, list_folders
@@ -104,19 +105,6 @@ def choose_run(
             "which --resume require and --retry-failed ask for; leave them out to start one"
         )
     return config.run_id or new_run_id(), None
-
-
-def unfinished_runs(root: str) -> dict[str, dict[str, Any]]:
-    """What every run with a work folder was begun with, the latest last. A published run has none, but for a moment."""
-    told = {
-        name.removeprefix("run_id="): read_json(join(root, "work", name, "run.json"))
-        for name in list_folders(join(root, "work"))
-    }
-    return {
-        run_id: found
-        for run_id, found in sorted(told.items(), key=lambda pair: (pair[1] or {}).get("begun_at", ""))
-        if found
-    }
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:

@@ -12,17 +12,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from rebeca_ray import generation, rendering, schemas
-from rebeca_ray.catalog.assemble import IncompleteRunError
+from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.read import Snapshot, open_snapshot, published, read_catalog
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import LayoutSettings, LimitSettings
 from rebeca_ray.errors import ErrorBudgetExceededError
-from rebeca_ray.generation import deadline_of
-from rebeca_ray.progress import Progress
-from rebeca_ray.refresh import Decisions
-from rebeca_ray.rendering import Rendered, RenderImages, read_records, render_all
+from rebeca_ray.generation import pipeline
+from rebeca_ray.generation import render as render_module
+from rebeca_ray.generation.assemble import IncompleteRunError
+from rebeca_ray.generation.decide import Decisions
+from rebeca_ray.generation.pipeline import deadline_of
+from rebeca_ray.generation.progress import Progress
+from rebeca_ray.generation.render import Rendered, RenderImages, read_records, render_all
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.objects import read_json
 from rebeca_ray.storage.parquet import read_table
@@ -44,12 +46,12 @@ KINDS = ("new", "carried", "population", "failed", "filtered", "deferred")
 
 
 class Graph:
-    """What `rendering.graph` gives, in this process: planned rows that are not done are drawn, one file a row, up to `most` of them."""
+    """What `render.graph` gives, in this process: planned rows that are not done are drawn, one file a row, up to `most` of them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int = 100) -> None:
         self.most = most
         self.drawn: list[str] = []
-        monkeypatch.setattr(rendering, "graph", self)
+        monkeypatch.setattr(render_module, "graph", self)
 
     def __call__(
         self,
@@ -188,7 +190,7 @@ def test_drawing_again_that_is_killed_goes_on_where_it_was(
     assert (read_json(run.unit(0)) or {})["failed"] == 16
 
     with monkeypatch.context() as patch:
-        patch.setattr(rendering, "write_json", killed)
+        patch.setattr(render_module, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             render(config, run, decisions, retry_failed=True)
     assert (read_json(run.unit(0)) or {})["attempt"] == 0
@@ -259,7 +261,7 @@ def test_when_rendering_must_stop(
 ) -> None:
     """A run that began at half past ten in the evening, and came to rendering half an hour later."""
     now = datetime.datetime(2026, 3, 2, 23, tzinfo=datetime.UTC).timestamp()
-    monkeypatch.setattr(generation, "time", SimpleNamespace(time=lambda: now))
+    monkeypatch.setattr(pipeline, "time", SimpleNamespace(time=lambda: now))
     last = Snapshot(
         root="",
         path="",
