@@ -25,8 +25,8 @@ from rebeca_ray.errors import QualityGateError, UserError
 from rebeca_ray.storage.filesystem import join
 
 if TYPE_CHECKING:
+    from rebeca_ray.catalog.exports.key_values import Format
     from rebeca_ray.catalog.gc import Garbage
-    from rebeca_ray.catalog.key_values import Format
     from rebeca_ray.catalog.verify import Level
 
 
@@ -215,7 +215,7 @@ def verify_snapshot(root: str, run_id: str | None, level: "Level") -> None:
 
 
 def export_images(root: str, out: str, url_base: str) -> None:
-    from rebeca_ray.catalog.image_objects import export_images
+    from rebeca_ray.catalog.exports.image_objects import export_images
     from rebeca_ray.catalog.read import read_catalog
 
     snapshot = read_catalog(root)
@@ -229,7 +229,7 @@ def export_images(root: str, out: str, url_base: str) -> None:
 def export_key_values(
     root: str, out: str, format: "Format", *, key_prefix: str, since: str | None, images: str | None
 ) -> None:
-    from rebeca_ray.catalog.key_values import export_key_values
+    from rebeca_ray.catalog.exports.key_values import export_key_values
     from rebeca_ray.catalog.read import read_catalog
 
     done = export_key_values(
@@ -241,7 +241,7 @@ def export_key_values(
 
 
 def register_iceberg(root: str, catalog: str, warehouse: str, namespace: str) -> None:
-    from rebeca_ray.catalog.iceberg import register_snapshot
+    from rebeca_ray.catalog.exports.iceberg import register_snapshot
     from rebeca_ray.catalog.read import read_catalog
 
     snapshot = read_catalog(root)

@@ -148,7 +148,7 @@ def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> DecoderSettings:
     from safetensors.torch import save_file
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from rebeca_ray.stickers.captions import train_tokenizer
+    from rebeca_ray.stickers.build.captions import train_tokenizer
 
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("decoder")

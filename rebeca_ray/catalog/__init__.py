@@ -1,1 +1,5 @@
-"""The catalog: immutable Parquet snapshots below one root, one of them published by a single pointer."""
+"""Catalog: the published format: where everything lies, how it is read, checked, published and collected.
+
+May import: `ray_runtime`, `config`, `storage`, and what they may.
+Must not hold: torch, or anything that only a run needs.
+"""

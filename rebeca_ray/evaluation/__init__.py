@@ -1,1 +1,5 @@
-"""Does it work: tests of generated items against users."""
+"""Evaluation: does it recommend? Measures as pure functions of arrays.
+
+May import: `prior`, `decoder`, `data`, `catalog`, and what they may.
+Must not hold: files, Ray, or anything that trains the prior.
+"""

@@ -1,4 +1,4 @@
-"""The bundled world: rated sticker images, a small CLIP, a small Stable Diffusion with IP-Adapter, and their judge."""
+"""Stickers: the bundled world: rated sticker images, a small CLIP, a small Stable Diffusion with IP-Adapter, and their judge."""
 
 import hashlib
 from pathlib import Path

@@ -28,10 +28,10 @@ from rebeca_ray.job import print_personality
 from rebeca_ray.prior.checkpoint import load_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked
+from rebeca_ray.stickers.build.data import Stickers, load_stickers, to_pixels
 from rebeca_ray.stickers.judge import Judge
 from rebeca_ray.stickers.report import write_report
 from rebeca_ray.stickers.simulate import simulate
-from rebeca_ray.stickers.training_data import Stickers, load_stickers, to_pixels
 from rebeca_ray.stickers.truth import Truth, TruthCheck
 from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.writable import require_writable

@@ -34,8 +34,8 @@ from rebeca_ray.decoder.local import LocalDecoder
 from rebeca_ray.decoder.networks import load_torch_networks
 from rebeca_ray.decoder.onnx_engine import OnnxNetwork
 from rebeca_ray.stickers import CLIP, DECODER
+from rebeca_ray.stickers.build.data import Stickers, load_stickers
 from rebeca_ray.stickers.judge import Judge
-from rebeca_ray.stickers.training_data import Stickers, load_stickers
 from tests.gpu.sd15 import write_sd15
 
 RESULTS = Path(__file__).parent / "results"

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rebeca_ray.catalog import image_objects, key_values
-from rebeca_ray.catalog.iceberg import open_iceberg, register_snapshot
-from rebeca_ray.catalog.image_objects import export_images, read_export
-from rebeca_ray.catalog.key_values import KeyValues, export_key_values
+from rebeca_ray.catalog.exports import image_objects, key_values
+from rebeca_ray.catalog.exports.iceberg import open_iceberg, register_snapshot
+from rebeca_ray.catalog.exports.image_objects import export_images, read_export
+from rebeca_ray.catalog.exports.key_values import KeyValues, export_key_values
 from rebeca_ray.catalog.layout import POOL
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.pointer import LostRaceError

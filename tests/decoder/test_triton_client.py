@@ -29,7 +29,7 @@ from rebeca_ray.errors import UserError
 from rebeca_ray.generation.parts import BUSY
 from rebeca_ray.generation.pipeline import generate_catalog
 from rebeca_ray.generation.render import RenderImages
-from rebeca_ray.stickers.training_data import to_pixels
+from rebeca_ray.stickers.build.data import to_pixels
 from tests.conftest import D, plan, prepare
 from tests.seaweedfs import free_port
 

@@ -32,7 +32,7 @@ from rebeca_ray.generation.render import Rendered, RenderImages, read_records
 from rebeca_ray.generation.request import check_request
 from rebeca_ray.identity import bucket_of, image_seed
 from rebeca_ray.prior.selector import Selector
-from rebeca_ray.stickers.training_data import to_pixels
+from rebeca_ray.stickers.build.data import to_pixels
 from tests.conftest import (
     USERS,
     D,

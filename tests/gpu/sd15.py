@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from rebeca_ray.stickers.captions import train_tokenizer
+from rebeca_ray.stickers.build.captions import train_tokenizer
 
 EMBED_DIM, IMAGE_TOKENS, CONTEXT = 1024, 4, 768  # ViT-H/14 and ip-adapter_sd15.safetensors
 

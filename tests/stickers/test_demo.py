@@ -15,11 +15,11 @@ from rebeca_ray.config.sections import InteractionSettings, SamplerSettings
 from rebeca_ray.data.histories import build_histories, user_table
 from rebeca_ray.data.interactions import read_interactions
 from rebeca_ray.stickers import DECODER, EMBED_DIM
+from rebeca_ray.stickers.build.data import load_stickers
 from rebeca_ray.stickers.demo import check_truth
 from rebeca_ray.stickers.judge import Judge
 from rebeca_ray.stickers.report import write_report
 from rebeca_ray.stickers.simulate import load_world, simulate
-from rebeca_ray.stickers.training_data import load_stickers
 from tests.conftest import snapshot_of, write_tiny_prior
 
 

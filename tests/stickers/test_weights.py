@@ -17,9 +17,9 @@ from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.interface import Rows
 from rebeca_ray.decoder.local import LocalDecoder
 from rebeca_ray.stickers import ASSETS, CLIP, DECODER
-from rebeca_ray.stickers.captions import caption
+from rebeca_ray.stickers.build.captions import caption
+from rebeca_ray.stickers.build.data import Stickers, load_stickers
 from rebeca_ray.stickers.judge import Judge
-from rebeca_ray.stickers.training_data import Stickers, load_stickers
 
 SAMPLE = 120
 

@@ -1,4 +1,4 @@
-"""Train the bundled CLIP: `python -m rebeca_ray.stickers.train_clip` (resumes; about half an hour on one core).
+"""Train the bundled CLIP: `python -m rebeca_ray.stickers.build.clip` (resumes; about half an hour on one core).
 
 Two towers of open_clip's own classes. Beside the contrastive loss three throw-away heads read the unit image
 embedding: style, subcategory, and a 16x16 thumbnail. The thumbnail makes the embedding keep layout and colour,
@@ -23,8 +23,14 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rebeca_ray.stickers import CLIP, EMBED_DIM, IMAGE_SIZE
-from rebeca_ray.stickers.captions import CONTEXT_LENGTH, VOCAB_SIZE, caption, random_caption, train_tokenizer
-from rebeca_ray.stickers.training_data import (
+from rebeca_ray.stickers.build.captions import (
+    CONTEXT_LENGTH,
+    VOCAB_SIZE,
+    caption,
+    random_caption,
+    train_tokenizer,
+)
+from rebeca_ray.stickers.build.data import (
     Progress,
     autocast,
     batches,

@@ -1,4 +1,4 @@
-"""Train the bundled judge: `python -m rebeca_ray.stickers.train_judge` (resumes; about ten minutes on one core).
+"""Train the bundled judge: `python -m rebeca_ray.stickers.build.judge` (resumes; about ten minutes on one core).
 
 Another architecture, another seed and no text: it shares with the CLIP only the names that both may see. It learns
 from blurred and noisy images too: a judge that has only seen crisp ones tells a style by its last pixel of sharpness
@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from rebeca_ray.stickers import JUDGE
-from rebeca_ray.stickers.judge import Judge, JudgeNetwork
-from rebeca_ray.stickers.training_data import (
+from rebeca_ray.stickers.build.data import (
     Progress,
     Stickers,
     autocast,
@@ -27,6 +26,7 @@ from rebeca_ray.stickers.training_data import (
     load_stickers,
     shift_and_flip,
 )
+from rebeca_ray.stickers.judge import Judge, JudgeNetwork
 
 
 def write_judge(network: JudgeNetwork, stickers: Stickers, directory: Path) -> None:

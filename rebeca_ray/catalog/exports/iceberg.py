@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog
     from pyiceberg.table import Table
 
+
 RUN = "rebeca.run_id"  # a property of the tables
 PROPERTIES = {
     "gc.enabled": "false"

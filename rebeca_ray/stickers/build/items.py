@@ -1,6 +1,6 @@
 """Rebuild `assets/items.parquet` from the emoji packages of the npm registry.
 
-One command, `python -m rebeca_ray.stickers.build_items` (six minutes, most of them in WebP's lossless search):
+One command, `python -m rebeca_ray.stickers.build.items` (six minutes, most of them in WebP's lossless search):
 installs five pinned packages into a scratch
 directory with `npm`, draws every emoji on white at 64x64, drops flags, keycaps, components, drawings that
 repeat within a style or in another one, and gendered forms of a neutral one, and writes lossless WebP.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rebeca_ray.catalog.image_objects import read_export
+from rebeca_ray.catalog.exports.image_objects import read_export
 from rebeca_ray.catalog.layout import outside
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.config.fields import absolute

@@ -1,4 +1,4 @@
-"""Train the bundled autoencoder: `python -m rebeca_ray.stickers.train_vae` (resumes; about half an hour on one core).
+"""Train the bundled autoencoder: `python -m rebeca_ray.stickers.build.vae` (resumes; about half an hour on one core).
 
 A small `AutoencoderKL`, 64x64x3 -> 16x16x4. The loss is L1 + L2 plus the same on differences of neighbouring
 pixels, which keeps outlines sharp; the KL term only keeps the latents bounded. `--continue-shipped` goes on with the
@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from rebeca_ray.stickers import DECODER, IMAGE_SIZE
-from rebeca_ray.stickers.training_data import Progress, autocast, batches, load_stickers, shift_and_flip
+from rebeca_ray.stickers.build.data import Progress, autocast, batches, load_stickers, shift_and_flip
 
 KL_WEIGHT = 1e-3  # of the mean KL of one latent value
 

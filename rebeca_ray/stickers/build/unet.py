@@ -1,4 +1,4 @@
-"""Train the bundled UNet, text encoder and IP-Adapter: `python -m rebeca_ray.stickers.train_unet` (resumes).
+"""Train the bundled UNet, text encoder and IP-Adapter: `python -m rebeca_ray.stickers.build.unet` (resumes).
 
 Needs the trained CLIP and autoencoder. Everything learns together from scratch: the decoupled image keys and
 values of IP-Adapter beside the text tokens. Captions are dropped half of the time, because the empty prompt is the
@@ -28,8 +28,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from rebeca_ray.stickers import CLIP, DECODER, EMBED_DIM
-from rebeca_ray.stickers.captions import CONTEXT_LENGTH, VOCAB_SIZE, random_caption
-from rebeca_ray.stickers.training_data import (
+from rebeca_ray.stickers.build.captions import CONTEXT_LENGTH, VOCAB_SIZE, random_caption
+from rebeca_ray.stickers.build.data import (
     Progress,
     Stickers,
     autocast,
