@@ -3,8 +3,8 @@
 
 from pathlib import Path
 
-from rebeca_ray.cli import distill
-from rebeca_ray.job import run_job
+from rebeca_ray.cli.commands import distill
+from rebeca_ray.cli.runner import run_job
 
 if __name__ == "__main__":
     run_job(distill, default=Path(__file__).parent / "configs" / "distill_stickers.yaml")

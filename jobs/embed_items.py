@@ -3,8 +3,8 @@
 
 from pathlib import Path
 
-from rebeca_ray.cli import embed
-from rebeca_ray.job import run_job
+from rebeca_ray.cli.commands import embed
+from rebeca_ray.cli.runner import run_job
 
 if __name__ == "__main__":
     run_job(embed, default=Path(__file__).parent / "configs" / "embed_stickers.yaml")

@@ -7,8 +7,8 @@
 
 from pathlib import Path
 
-from rebeca_ray.cli import generate
-from rebeca_ray.job import run_job
+from rebeca_ray.cli.commands import generate
+from rebeca_ray.cli.runner import run_job
 
 if __name__ == "__main__":
     run_job(generate, default=Path(__file__).parent / "configs" / "generate_stickers.yaml")

@@ -6,8 +6,8 @@
 
 from pathlib import Path
 
-from rebeca_ray.cli import nightly
-from rebeca_ray.job import run_job
+from rebeca_ray.cli.commands import nightly
+from rebeca_ray.cli.runner import run_job
 
 if __name__ == "__main__":
     run_job(nightly, default=Path(__file__).parent / "configs" / "nightly_stickers.yaml")

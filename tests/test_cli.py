@@ -20,7 +20,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([REBECA, *arguments], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("statement", ["import rebeca_ray", "import rebeca_ray.cli"])
+@pytest.mark.parametrize("statement", ["import rebeca_ray", "import rebeca_ray.cli.commands"])
 def test_importing_loads_neither_torch_nor_ray(statement: str) -> None:
     heavy = "[name for name in ('torch', 'ray', 'diffusers', 'pandas', 'pyarrow', 'pydantic') if name in sys.modules]"
     found = subprocess.run(

@@ -373,7 +373,7 @@ def test_the_builder_gets_what_it_copies_and_nothing_private() -> None:
         "infra/cronjob.yaml",
     ):
         assert not sent(private), private
-    assert not sent("rebeca_ray/__pycache__/cli.cpython-312.pyc")
+    assert not sent("rebeca_ray/cli/__pycache__/commands.cpython-312.pyc")
     assert sent("serving/model_repository/decoder/config.pbtxt")
     assert not sent("serving/build_engines.py")
     sources = re.findall(r"^COPY ((?!--from)[^\n]+) \S+$", DOCKERFILE.read_text(), re.MULTILINE)
@@ -395,4 +395,4 @@ def test_what_the_builder_gets_is_enough_to_install(tmp_path: Path) -> None:
     subprocess.run(build, cwd=source, check=True, capture_output=True, timeout=120)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"rebeca_ray/cli.py", "rebeca_ray/model_repository/decoder/1/model.py"} <= set(names)
+    assert {"rebeca_ray/cli/commands.py", "rebeca_ray/model_repository/decoder/1/model.py"} <= set(names)

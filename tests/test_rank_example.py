@@ -52,7 +52,7 @@ def world(config: GenerateConfig, tmp_path: Path) -> tuple[Snapshot, list[str]]:
 def run(*options: str) -> subprocess.CompletedProcess[str]:
     environment = {"COLUMNS": "200", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, REPO / "jobs" / "rank_example.py", *options],
+        [sys.executable, REPO / "infra" / "examples" / "rank_example.py", *options],
         capture_output=True,
         text=True,
         env=environment,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from typer import Typer
 
-from rebeca_ray.cli import app
+from rebeca_ray.cli.commands import app
 
 REPO = Path(__file__).parents[1]
 README = (REPO / "README.md").read_text()

@@ -23,8 +23,8 @@ from rebeca_ray.data.items import embed_items
 from rebeca_ray.decoder.interface import Rows
 from rebeca_ray.decoder.local import LocalDecoder
 from rebeca_ray.errors import UserError
+from rebeca_ray.evaluation.permutation import personality_line
 from rebeca_ray.generation.pipeline import generate_catalog
-from rebeca_ray.job import print_personality
 from rebeca_ray.prior.checkpoint import load_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked
@@ -93,7 +93,8 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
             f"render {stages['render']:.1f} s ({manifest['counts']['new'] / stages['render']:.1f} images/s), "
             f"assemble and publish {stages['assemble']:.1f} s"
         )
-        print_personality(manifest)
+        if test := manifest["quality"]["permutation"]:
+            console.print(personality_line(test))
     with phases("Check against the hidden truth"):
         judge, stickers = Judge(), load_stickers()
         interactions = read_interactions(train.interactions)
@@ -129,7 +130,7 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
         "\nNext:\n"
         f"  source {Path(sys.prefix) / 'bin' / 'activate'}\n"
         f"  rebeca catalog show {generate.root}\n"
-        f"  python jobs/rank_example.py --catalog {generate.root} --items {data}/items --interactions {data}/interactions.parquet\n"
+        f"  python infra/examples/rank_example.py --catalog {generate.root} --items {data}/items --interactions {data}/interactions.parquet\n"
         f"  rebeca generate --config {data}/generate.yaml run_date={tomorrow}    # nobody changed, so all is carried over\n"
         f"  rebeca estimate --config {data}/generate.yaml refresh.rotation=0.5 run_date={tomorrow}    # if half were drawn anew\n"
         "  export RAY_AUTH_MODE=token; ray start --head        # then, on this cluster:\n"

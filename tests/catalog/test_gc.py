@@ -13,10 +13,10 @@ from rebeca_ray.catalog.pointer import Left, LostRaceError, Pointer, read_pointe
 from rebeca_ray.catalog.read import open_snapshot, read_catalog
 from rebeca_ray.catalog.snapshots import find_snapshot, list_snapshots, publish_snapshot, roll_back
 from rebeca_ray.catalog.verify import verify
+from rebeca_ray.cli.output import list_catalog
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.errors import QualityGateError, UserError
 from rebeca_ray.generation.runs import begin
-from rebeca_ray.job import list_catalog
 from rebeca_ray.storage.filesystem import list_files
 from tests.conftest import USERS, prepare
 from tests.generation.test_nights import change_digest, night

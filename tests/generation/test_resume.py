@@ -38,7 +38,7 @@ import os, sys, time
 from rebeca_ray.generation import pipeline, plan, render
 from rebeca_ray.catalog.lease import Lease
 from rebeca_ray.config import GenerateConfig
-from rebeca_ray.job import plain_errors
+from rebeca_ray.console import plain_errors
 
 class HangsLater(render.RenderImages):
     calls = 0

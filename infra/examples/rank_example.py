@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """An example of a ranker: real and generated items, ranked together for one user by a logistic model. Start from it, then do better.
 
-`python jobs/rank_example.py [--user ID] [--catalog ROOT] [--items FOLDER] [--interactions FILE] [--top N]`
+`python infra/examples/rank_example.py [--user ID] [--catalog ROOT] [--items FOLDER] [--interactions FILE] [--top N]`
 
 It knows three things of a pair of user and item: the cosine of the item to the mean of what the user liked, to the mean of what they
 disliked, and to the liked item it is most like. A generated item is a row like any other: its embedding comes from the catalog.

@@ -1,15 +1,9 @@
 """The jobs, and how one is run: read the config, do the work, end with a truthful exit code."""
 
 import signal
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.config.fields import Settings
 from rebeca_ray.config.jobs import (
     DistillConfig,
     EmbedConfig,
@@ -19,18 +13,15 @@ from rebeca_ray.config.jobs import (
     TrainConfig,
     dated,
 )
-from rebeca_ray.config.load import load_config
-from rebeca_ray.console import console, plain_errors
+from rebeca_ray.console import console
 from rebeca_ray.errors import QualityGateError, UserError
+from rebeca_ray.evaluation.permutation import personality_line
 from rebeca_ray.storage.filesystem import join
 
 if TYPE_CHECKING:
     from rebeca_ray.catalog.exports.key_values import Format
     from rebeca_ray.catalog.gc import Garbage
     from rebeca_ray.catalog.verify import Level
-
-
-C = TypeVar("C", bound=Settings)
 
 
 def embed(config: EmbedConfig) -> None:
@@ -92,16 +83,8 @@ def print_published(manifest: dict[str, Any], root: str) -> None:
         )
     for refusal in manifest["gate"]["refused"]:
         console.print(f"forced, though {refusal}")
-    print_personality(manifest)
-
-
-def print_personality(manifest: dict[str, Any]) -> None:
-    """One line on the permutation test, if there was one."""
     if test := manifest["quality"]["permutation"]:
-        console.print(
-            f"before any was chosen, candidates please their own users with {test['own']:.3f}, others with {test['dealt']:.3f} "
-            f"(permutation test by the selector: z = {test['z']:.0f}, p = {test['p_value']:.4f})"
-        )
+        console.print(personality_line(test))
 
 
 def nightly(config: NightlyConfig) -> None:
@@ -287,21 +270,3 @@ def serve(
                 raise UserError(f"tritonserver ended with code {code}; its own lines above say why")
     except KeyboardInterrupt:
         console.print("stopped")
-
-
-def run_job(command: Callable[..., None], default: Path) -> None:
-    """Run a command of `rebeca` with the config named on the command line, or `default`. For `jobs/*.py`."""
-    sys.argv.insert(1, f"--config={default}")  # of an option that is given twice the last one counts
-    typer.run(command)
-
-
-def execute(
-    model: type[C], work: Callable[[C], Any], path: Path, overrides: list[str], *, dry_run: bool
-) -> None:
-    """Load the config and do the work; a user's mistake becomes one line and its exit code."""
-    with plain_errors():
-        config = load_config(model, path, overrides)
-        if dry_run:
-            console.print_json(config.model_dump_json())
-            return
-        work(config)

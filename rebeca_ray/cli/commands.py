@@ -56,28 +56,28 @@ def demo(
 @app.command()
 def embed(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Items with images -> the same items with CLIP embeddings."""
-    from rebeca_ray import job
+    from rebeca_ray.cli import output, runner
     from rebeca_ray.config.jobs import EmbedConfig
 
-    job.execute(EmbedConfig, job.embed, config, overrides or [], dry_run=dry_run)
+    runner.execute(EmbedConfig, output.embed, config, overrides or [], dry_run=dry_run)
 
 
 @app.command()
 def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Interactions + embedded items -> a prior directory."""
-    from rebeca_ray import job
+    from rebeca_ray.cli import output, runner
     from rebeca_ray.config.jobs import TrainConfig
 
-    job.execute(TrainConfig, job.train, config, overrides or [], dry_run=dry_run)
+    runner.execute(TrainConfig, output.train, config, overrides or [], dry_run=dry_run)
 
 
 @app.command()
 def distill(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """A trained prior -> one that needs a few passes an embedding."""
-    from rebeca_ray import job
+    from rebeca_ray.cli import output, runner
     from rebeca_ray.config.jobs import DistillConfig
 
-    job.execute(DistillConfig, job.distill, config, overrides or [], dry_run=dry_run)
+    runner.execute(DistillConfig, output.distill, config, overrides or [], dry_run=dry_run)
 
 
 @app.command()
@@ -90,22 +90,22 @@ def generate(
     force: Force = False,
 ) -> None:
     """Prior + decoder + request -> a published snapshot."""
-    from rebeca_ray import job
+    from rebeca_ray.cli import output, runner
     from rebeca_ray.config.jobs import GenerateConfig
 
     def work(settings: GenerateConfig) -> None:
-        job.generate(settings, resume=resume, retry_failed=retry_failed, force=force)
+        output.generate(settings, resume=resume, retry_failed=retry_failed, force=force)
 
-    job.execute(GenerateConfig, work, config, overrides or [], dry_run=dry_run)
+    runner.execute(GenerateConfig, work, config, overrides or [], dry_run=dry_run)
 
 
 @app.command()
 def nightly(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """One night: embed new items, train if it is due, generate, collect garbage; missed dates first. Does nothing twice."""
-    from rebeca_ray import job
+    from rebeca_ray.cli import output, runner
     from rebeca_ray.config.jobs import NightlyConfig
 
-    job.execute(NightlyConfig, job.nightly, config, overrides or [], dry_run=dry_run)
+    runner.execute(NightlyConfig, output.nightly, config, overrides or [], dry_run=dry_run)
 
 
 @app.command()
@@ -118,12 +118,12 @@ def estimate(
     ] = None,
 ) -> None:
     """What `rebeca generate` would draw tonight: items, hours, GPU-hours, bytes, cost. Overrides describe another cluster."""
-    from rebeca_ray import job
+    from rebeca_ray.cli import output
     from rebeca_ray.config.jobs import GenerateConfig
     from rebeca_ray.config.load import load_config
 
     with plain_errors():
-        job.estimate(load_config(GenerateConfig, config, overrides), images_per_second=images_per_second)
+        output.estimate(load_config(GenerateConfig, config, overrides), images_per_second=images_per_second)
 
 
 @app.command()
@@ -166,13 +166,13 @@ def serve(
     ] = 1,
 ) -> None:
     """The decoder of a `rebeca generate` config behind Triton Inference Server, on 127.0.0.1, until interrupted."""
-    from rebeca_ray import job
+    from rebeca_ray.cli import output
     from rebeca_ray.config.jobs import GenerateConfig
     from rebeca_ray.config.load import load_config
 
     with plain_errors():
         decoder = load_config(GenerateConfig, config, overrides).decoder
-        job.serve(
+        output.serve(
             decoder, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port, instances=instances
         )
 
@@ -198,19 +198,19 @@ RunId = Annotated[str | None, typer.Option("--run-id", help="default: the publis
 @catalog.command(name="list")
 def list_(root: Root) -> None:
     """All complete snapshots, the oldest first."""
-    from rebeca_ray import job
+    from rebeca_ray.cli import output
 
     with plain_errors():
-        job.list_catalog(root)
+        output.list_catalog(root)
 
 
 @catalog.command()
 def show(root: Root, run_id: RunId = None) -> None:
     """A snapshot: what it holds, how it was judged, what made it."""
-    from rebeca_ray import job
+    from rebeca_ray.cli import output
 
     with plain_errors():
-        job.show_snapshot(root, run_id)
+        output.show_snapshot(root, run_id)
 
 
 @catalog.command()
@@ -223,10 +223,10 @@ def verify(
     ] = "sample",
 ) -> None:
     """Whether a snapshot is what its manifest says; exit code 4 and a line for each thing that is not."""
-    from rebeca_ray import job
+    from rebeca_ray.cli import output
 
     with plain_errors():
-        job.verify_snapshot(root, run_id, level)
+        output.verify_snapshot(root, run_id, level)
 
 
 @catalog.command()
@@ -265,10 +265,10 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would go, and remove nothing")] = False,
 ) -> None:
     """Remove what no kept snapshot and no unfinished run needs."""
-    from rebeca_ray import job
+    from rebeca_ray.cli import output
 
     with plain_errors():
-        job.collect_garbage(root, keep=keep, grace_hours=grace_hours, dry_run=dry_run)
+        output.collect_garbage(root, keep=keep, grace_hours=grace_hours, dry_run=dry_run)
 
 
 @exports.command(name="images")
@@ -285,10 +285,10 @@ def export_images(
     ],
 ) -> None:
     """Images as objects with stable keys, and tables of who is shown which URL. Only what is new is written."""
-    from rebeca_ray import job
+    from rebeca_ray.cli import output
 
     with plain_errors():
-        job.export_images(root, out, url_base)
+        output.export_images(root, out, url_base)
 
 
 @exports.command()
@@ -307,10 +307,10 @@ def key_values(
     ] = None,
 ) -> None:
     """Every user's items as one value, for a serving store to load in bulk."""
-    from rebeca_ray import job
+    from rebeca_ray.cli import output
 
     with plain_errors():
-        job.export_key_values(root, out, format, key_prefix=key_prefix, since=since, images=images)
+        output.export_key_values(root, out, format, key_prefix=key_prefix, since=since, images=images)
 
 
 @exports.command()
@@ -325,10 +325,10 @@ def iceberg(
     ] = "rebeca",
 ) -> None:
     """Register the snapshot's own files as Iceberg tables; nothing is copied."""
-    from rebeca_ray import job
+    from rebeca_ray.cli import output
 
     with plain_errors():
-        job.register_iceberg(root, catalog, warehouse, namespace)
+        output.register_iceberg(root, catalog, warehouse, namespace)
 
 
 if __name__ == "__main__":
