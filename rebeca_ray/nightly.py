@@ -50,7 +50,7 @@ def run_nightly(config: NightlyConfig) -> tuple[list[Night], Garbage | None]:
             print(f"the night of {date} failed and is left out: {found}", flush=True)
             trouble = trouble or found
     garbage = (
-        collect(config.generate.root, keep=config.keep_snapshots, grace_hours=config.grace_hours)
+        collect(config.generate.catalog, keep=config.keep_snapshots, grace_hours=config.grace_hours)
         if nights
         else None
     )
@@ -61,11 +61,11 @@ def run_nightly(config: NightlyConfig) -> tuple[list[Night], Garbage | None]:
 
 def before_it(config: NightlyConfig, date: datetime.date) -> datetime.date | None:
     """The date that is published, None before the first. Raises UserError if `date` is before it."""
-    pointer, _ = read_pointer(config.generate.root)
+    pointer, _ = read_pointer(config.generate.catalog)
     last = datetime.date.fromisoformat(pointer.run_date) if pointer.run_date else None
     if last is not None and date < last:
         raise UserError(
-            f"catalog {config.generate.root}: run_date {date} is before {last}, which is published; a night only goes forward "
+            f"catalog {config.generate.catalog}: run_date {date} is before {last}, which is published; a night only goes forward "
             "(`rebeca generate` publishes any date, and `rebeca catalog rollback` goes back)"
         )
     return last
@@ -91,7 +91,7 @@ def one_night(config: NightlyConfig, date: datetime.date, since: datetime.dateti
         and training_is_due(train.out, date, config.train_every_days)
     ):
         if train.catalog is None:
-            train = train.model_copy(update={"catalog": config.generate.root})
+            train = train.model_copy(update={"catalog": config.generate.catalog})
         try:
             train_prior(train)
             write_json({"run_date": date.isoformat()}, join(train.out, TRAINED))

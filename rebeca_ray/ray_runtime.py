@@ -117,7 +117,7 @@ def for_each_bucket(
     return list(ray.get(tasks))
 
 
-class WithoutThose:
+class ExcludeIds:
     """Rows in, those out whose `item_id` is not among the given ones (an object of Ray's)."""
 
     def __init__(self, done: Any) -> None:

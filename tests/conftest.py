@@ -236,7 +236,7 @@ def generate_config(folder: Path, decoder: DecoderSettings) -> GenerateConfig:
         prior=write_tiny_prior(folder),
         decoder=decoder,
         request=write_request(folder),
-        root=str(folder / "catalog"),
+        catalog=str(folder / "catalog"),
         items=write_items(folder),
         num_images=3,
         sampler=SamplerSettings(
@@ -264,7 +264,7 @@ def decide(config: GenerateConfig, run: Run, histories: Histories | None = None)
         run,
         load_prior(config.prior),
         histories,
-        published(config.root),
+        published(config.catalog),
         versions_of(config)["decoder"],
         lambda: None,
     )
@@ -272,7 +272,7 @@ def decide(config: GenerateConfig, run: Run, histories: Histories | None = None)
 
 def run_of(config: GenerateConfig, epoch: int = 1) -> Run:
     return Run(
-        root=config.root,
+        root=config.catalog,
         run_date=config.date().isoformat(),
         run_id=config.run_id or new_run_id(),
         epoch=epoch,
@@ -284,7 +284,7 @@ def plan(config: GenerateConfig, request: pa.Table, histories: Histories | None 
     with tempfile.TemporaryDirectory() as folder:
         pq.write_table(request, f"{folder}/request.parquet")
         config = config.model_copy(
-            update={"request": f"{folder}/request.parquet", "root": f"{folder}/catalog"}
+            update={"request": f"{folder}/request.parquet", "catalog": f"{folder}/catalog"}
         )
         run = run_of(config)
         return plan_of(config, run, decide(config, run, histories), histories)
@@ -293,7 +293,7 @@ def plan(config: GenerateConfig, request: pa.Table, histories: Histories | None 
 def plan_of(
     config: GenerateConfig, run: Run, decisions: Decisions, histories: Histories | None = None
 ) -> pa.Table:
-    stage = PlanUsers(config, versions_of(config), histories, published(config.root), decisions)
+    stage = PlanUsers(config, versions_of(config), histories, published(config.catalog), decisions)
     files = list_files(f"{run.work}/decisions/to-plan", ".parquet")
     parts = [stage(read_table(file, "decisions")).drop_columns([BUSY]) for file in files]
     return pa.concat_tables(parts) if parts else schemas.plan(D).empty_table()
@@ -370,7 +370,7 @@ def assembled(
         prepared.decisions,
         prepared.parts,
         prepared.rendered,
-        published(config.root),
+        published(config.catalog),
         requested,
         lambda: None,
     )
@@ -387,7 +387,7 @@ def snapshot_of(config: GenerateConfig, *, requested: int, error_budget: float =
     """One night without Ray: decided, planned, rendered, assembled and published; its manifest."""
     prepared = prepare(config)
     manifest = assembled(config, prepared, requested=requested, error_budget=error_budget)
-    publish(config.root, prepared.run)
+    publish(config.catalog, prepared.run)
     return manifest
 
 

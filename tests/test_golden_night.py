@@ -196,7 +196,7 @@ def two_nights(folder: Path) -> dict[str, Any]:
             batch_size=4,
         ),
         request=str(folder / "request.parquet"),
-        root=str(folder / "catalog"),
+        catalog=str(folder / "catalog"),
         items=write_items(folder),
         interactions=InteractionSettings(path=str(folder / "interactions.parquet")),
         sampler=SamplerSettings(num_inference_steps=4, batch_size=32),
@@ -209,8 +209,8 @@ def two_nights(folder: Path) -> dict[str, Any]:
         night = config.model_validate({**config.model_dump(), "run_date": np.datetime64(date).item()})
         prepared = prepare(night, break_first=not changed)
         assembled(night, prepared, requested=REQUESTED, error_budget=0.2)
-        publish(night.root, prepared.run)
-        nights[date] = record_of(read_catalog(night.root))
+        publish(night.catalog, prepared.run)
+        nights[date] = record_of(read_catalog(night.catalog))
     return nights
 
 

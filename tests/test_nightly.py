@@ -73,7 +73,7 @@ class Nights:
         if error := self.failing.get(date):
             raise error
         self.dates.append(date)
-        publish(config.root, Run(root=config.root, run_date=date, run_id=date, epoch=1))
+        publish(config.catalog, Run(root=config.catalog, run_date=date, run_id=date, epoch=1))
         return {"run_date": date}
 
 
@@ -96,7 +96,8 @@ def test_missed_dates_are_made_up_for_in_order_and_done_once(
 ) -> None:
     nights = stub(monkeypatch)
     publish(
-        config.generate.root, Run(root=config.generate.root, run_date="2026-03-01", run_id="first", epoch=1)
+        config.generate.catalog,
+        Run(root=config.generate.catalog, run_date="2026-03-01", run_id="first", epoch=1),
     )
     found, garbage = run_nightly(config)
     assert (
@@ -113,7 +114,8 @@ def test_a_missed_date_that_fails_costs_no_later_one_but_is_told(
 ) -> None:
     nights = stub(monkeypatch, day03=QualityGateError("too few users"))
     publish(
-        config.generate.root, Run(root=config.generate.root, run_date="2026-03-01", run_id="first", epoch=1)
+        config.generate.catalog,
+        Run(root=config.generate.catalog, run_date="2026-03-01", run_id="first", epoch=1),
     )
     with pytest.raises(QualityGateError, match="too few users"):
         run_nightly(config)
@@ -128,7 +130,8 @@ def test_a_night_that_fails_is_an_error_and_an_unexpected_one_stops_at_once(
         run_nightly(config)
     nights = stub(monkeypatch, day04=RuntimeError("a bug"))
     publish(
-        config.generate.root, Run(root=config.generate.root, run_date="2026-03-03", run_id="first", epoch=1)
+        config.generate.catalog,
+        Run(root=config.generate.catalog, run_date="2026-03-03", run_id="first", epoch=1),
     )
     with pytest.raises(RuntimeError, match="a bug"):
         run_nightly(config)
@@ -166,7 +169,8 @@ def test_a_night_that_can_be_gone_on_with_is_never_left_out(
 ) -> None:
     nights = stub(monkeypatch, day04=UnfinishedError("storage went away"))
     publish(
-        config.generate.root, Run(root=config.generate.root, run_date="2026-03-03", run_id="first", epoch=1)
+        config.generate.catalog,
+        Run(root=config.generate.catalog, run_date="2026-03-03", run_id="first", epoch=1),
     )
     with pytest.raises(UnfinishedError, match="storage went away") as caught:
         run_nightly(config)
@@ -179,7 +183,8 @@ def test_a_night_before_the_published_one_is_refused(
 ) -> None:
     nights = stub(monkeypatch)
     publish(
-        config.generate.root, Run(root=config.generate.root, run_date="2026-03-06", run_id="later", epoch=1)
+        config.generate.catalog,
+        Run(root=config.generate.catalog, run_date="2026-03-06", run_id="later", epoch=1),
     )
     with pytest.raises(
         UserError,

@@ -40,7 +40,7 @@ def world(config: GenerateConfig, tmp_path: Path) -> tuple[Snapshot, list[str]]:
     pq.write_table(table, tmp_path / "rated.parquet")
     options = [
         "--catalog",
-        config.root,
+        config.catalog,
         "--items",
         f"{tmp_path}/forty.parquet",
         "--interactions",

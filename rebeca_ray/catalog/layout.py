@@ -23,7 +23,7 @@ from rebeca_ray.config.fields import absolute
 from rebeca_ray.errors import UserError
 from rebeca_ray.storage.filesystem import join
 
-POOL = ""  # the user whose items all strangers share; no request can name it
+POPULATION_USER = ""  # the user whose items all strangers share; no request can name it
 
 
 @dataclass(frozen=True, kw_only=True)

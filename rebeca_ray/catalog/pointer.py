@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from rebeca_ray.errors import UserError, describe
-from rebeca_ray.storage.filesystem import UNREACHABLE, is_local, join, one_line, open_filesystem
+from rebeca_ray.storage.filesystem import UNREACHABLE, is_local, join, open_filesystem, storage_errors
 from rebeca_ray.storage.objects import write_json
 
 POINTER = "latest.json"
@@ -122,7 +122,7 @@ def left_behind(pointer: Pointer, run_id: str) -> tuple[Left, ...]:
 
 def locked(path: Path) -> Any:
     """The lock file beside the pointer, open and held until it is closed."""
-    with one_line(str(path), "written"):
+    with storage_errors(str(path), "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_name(".latest.lock").open("w")
     deadline = time.monotonic() + LOCK_SECONDS
@@ -147,7 +147,7 @@ def swap(root: str, wanted: Pointer, version: str | None) -> bool:
         write_json(asdict(wanted), uri)
         return True
     condition = {"IfMatch": version} if version else {"IfNoneMatch": "*"}
-    with one_line(uri, "written"):
+    with storage_errors(uri, "written"):
         try:
             filesystem.pipe_file(path, json.dumps(asdict(wanted), indent=2).encode(), **condition)
         except OSError as error:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.counts import KINDS, tally
-from rebeca_ray.catalog.layout import POOL
+from rebeca_ray.catalog.layout import POPULATION_USER
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.identity import bucket_of
 from rebeca_ray.storage.filesystem import exists, join, open_filesystem
@@ -72,8 +72,10 @@ def check_counts(snapshot: Snapshot, files: list[dict[str, Any]]) -> Iterator[st
     rows = {name: sum(row["rows"] for row in files if row["table"] == name) for name in TABLES}
     published = counts["new"] + counts["carried"] + counts["population"]
     num_buckets = snapshot.manifest["num_buckets"]
-    users = snapshot.bucket("users", bucket_of(POOL, num_buckets), num_buckets, ["user_id", "num_items"])
-    pool = sum(users.filter(pc.equal(users["user_id"], POOL))["num_items"].to_pylist())
+    users = snapshot.bucket(
+        "users", bucket_of(POPULATION_USER, num_buckets), num_buckets, ["user_id", "num_items"]
+    )
+    pool = sum(users.filter(pc.equal(users["user_id"], POPULATION_USER))["num_items"].to_pylist())
     if rows["items"] - pool != published:
         yield f"items: {rows['items'] - pool:,} rows are listed, the manifest counts {published:,}"
     if len({row["path"] for row in files}) != len(files):

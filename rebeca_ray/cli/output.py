@@ -60,7 +60,7 @@ def generate(
 
     config = dated(config, config.date())
     print_published(
-        generate_catalog(config, resume=resume, retry_failed=retry_failed, force=force), config.root
+        generate_catalog(config, resume=resume, retry_failed=retry_failed, force=force), config.catalog
     )
 
 
@@ -93,9 +93,9 @@ def nightly(config: NightlyConfig) -> None:
 
     nights, garbage = run_nightly(config)
     for night in nights:
-        print_published(night.manifest, config.generate.root)
+        print_published(night.manifest, config.generate.catalog)
     if not nights:
-        console.print(f"{config.generate.root}: a snapshot of this date is published; nothing to do")
+        console.print(f"{config.generate.catalog}: a snapshot of this date is published; nothing to do")
     if garbage:
         print_garbage(garbage, "removed")
 
@@ -111,7 +111,7 @@ def estimate(config: GenerateConfig, *, images_per_second: float | None) -> None
 
     config = dated(config, config.date())
     found = asdict(foresee(config, images_per_second=images_per_second))
-    last = published(config.root)
+    last = published(config.catalog)
     table = Table("", "tonight", "the last run", title_justify="left")
     for name, value in found.items():
         table.add_row(name, f"{value:,}", f"{last.manifest['spent'][name]:,}" if last else "")

@@ -147,7 +147,7 @@ class GenerateConfig(Settings):
     prior: Location
     decoder: DecoderSettings
     request: Location
-    root: Location
+    catalog: Location
     items: Annotated[
         Location | None, Field(description="real items: for nearest_item_id, and to draw no copy of one")
     ] = None

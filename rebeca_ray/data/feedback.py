@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.layout import POOL
+from rebeca_ray.catalog.layout import POPULATION_USER
 from rebeca_ray.catalog.read import Snapshot, open_snapshot
 from rebeca_ray.catalog.snapshots import list_snapshots
 from rebeca_ray.data.interactions import only_ratings
@@ -34,7 +34,7 @@ from rebeca_ray.storage.filesystem import (
 )
 from rebeca_ray.storage.parquet import PARQUET, open_table, write_table
 
-ROWS_A_GROUP = 2_000
+ROWS_PER_GROUP = 2_000
 
 
 def with_rated(items: EmbeddedItems, root: str, interactions: str) -> EmbeddedItems:
@@ -86,7 +86,7 @@ def find_rated(
             continue
         if found.num_rows:
             name = f"part-{hash128(*found['item_id'].to_pylist())[:16]}.parquet"
-            write_table(found, join(folder, name), row_group_size=ROWS_A_GROUP, embed_column="image_embeds")
+            write_table(found, join(folder, name), row_group_size=ROWS_PER_GROUP, embed_column="image_embeds")
             kept = pa.concat_tables([kept, found])
     return kept.sort_by("item_id")
 
@@ -142,14 +142,16 @@ def read_kept(folder: str, rated: pa.Table, embed_dim: int) -> pa.Table:
 def find_in(snapshot: Snapshot, missing: pa.Table) -> pa.Table:
     """Those of some ratings' items that are in a snapshot, among the items of who rated them and of the pool; each once, sorted by id."""
     num_buckets = snapshot.manifest["num_buckets"]
-    users: dict[int, set[str]] = {bucket_of(POOL, num_buckets): {POOL}}
+    users: dict[int, set[str]] = {bucket_of(POPULATION_USER, num_buckets): {POPULATION_USER}}
     for user in missing["user_id"].unique().to_pylist():
         users.setdefault(bucket_of(user, num_buckets), set()).add(user)
     wanted, pairs = missing["item_id"].unique(), pair_of(missing).combine_chunks()
     buckets = sorted(users)
 
     def hits(items: pa.Table) -> pa.Table:
-        of_pool = pc.and_(pc.equal(items["user_id"], POOL), pc.is_in(items["item_id"], value_set=wanted))
+        of_pool = pc.and_(
+            pc.equal(items["user_id"], POPULATION_USER), pc.is_in(items["item_id"], value_set=wanted)
+        )
         return items.filter(pc.or_(of_pool, pc.is_in(pair_of(items), value_set=pairs)))
 
     def find(bucket: int) -> pa.Table:

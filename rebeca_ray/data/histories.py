@@ -33,10 +33,13 @@ from rebeca_ray.storage.filesystem import UNREACHABLE, arrow_filesystem, delete,
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import describe_files, open_table, read_table, write_table
 
-ROWS_A_BUCKET = 500_000
-ROWS_A_BLOCK = 100_000  # of interactions, while they are split
-BYTES_A_BLOCK, BYTES_IN_FLIGHT = 16 * 2**20, 128 * 2**20  # Ray Data would read all of them ahead of the split
-USERS_A_ROW_GROUP = 2_000
+ROWS_PER_BUCKET = 500_000
+ROWS_PER_BLOCK = 100_000  # of interactions, while they are split
+BYTES_PER_BLOCK, BYTES_IN_FLIGHT = (
+    16 * 2**20,
+    128 * 2**20,
+)  # Ray Data would read all of them ahead of the split
+USERS_PER_ROW_GROUP = 2_000
 MARKER = "histories.json"
 
 
@@ -92,7 +95,7 @@ def build_histories(
         return Histories(**told)
     order = np.argsort(item_id)
     items = ItemIndex(sorted_id=item_id[order], row=order)
-    num_buckets = multiple_of * math.ceil(count_rows(settings.path) / ROWS_A_BUCKET / multiple_of)
+    num_buckets = multiple_of * math.ceil(count_rows(settings.path) / ROWS_PER_BUCKET / multiple_of)
     try:
         if num_buckets <= 1:
             ratings = known_items(read_columns(settings.path), items, settings)
@@ -147,13 +150,13 @@ def build_in_buckets(
     interactions.context.execution_options.resource_limits = ExecutionResources(
         object_store_memory=BYTES_IN_FLIGHT
     )
-    interactions.context.target_max_block_size = BYTES_A_BLOCK
+    interactions.context.target_max_block_size = BYTES_PER_BLOCK
     (
         interactions.select_columns(columns)
         .map_batches(
             AddBucket(num_buckets, settings.path),
             batch_format="pyarrow",
-            batch_size=ROWS_A_BLOCK,
+            batch_size=ROWS_PER_BLOCK,
             zero_copy_batch=True,
         )
         .write_parquet(split_path, filesystem=arrow_filesystem(split_filesystem), partition_cols=["bucket"])
@@ -201,7 +204,7 @@ def build_bucket(
     filesystem, path = open_filesystem(folder)
     if not filesystem.exists(path):  # no user's hash fell here
         write_table(
-            schemas.HISTORIES.empty_table(), bucket_file(out, bucket), row_group_size=USERS_A_ROW_GROUP
+            schemas.HISTORIES.empty_table(), bucket_file(out, bucket), row_group_size=USERS_PER_ROW_GROUP
         )
         return 0, ""
     ratings = known_items(normalise(read_table(folder, "interactions"), settings.path), items, settings)
@@ -231,7 +234,7 @@ def write_bucket(
 ) -> tuple[int, str]:
     """Write one bucket's file; returns how many users it holds and a digest of their histories."""
     table = histories_table(interactions, index_items(interactions, items, uri), bucket)
-    write_table(table, bucket_file(out, bucket), row_group_size=USERS_A_ROW_GROUP)
+    write_table(table, bucket_file(out, bucket), row_group_size=USERS_PER_ROW_GROUP)
     return table.num_rows, hash128(*table["user_id"].to_pylist(), *table["history_digest"].to_pylist())
 
 

@@ -14,7 +14,7 @@ from rebeca_ray.config.jobs import EmbedConfig
 from rebeca_ray.data.clip import EmbedImages, clip_fingerprint
 from rebeca_ray.data.validation import check_columns, check_ids, check_rows
 from rebeca_ray.errors import UserError, describe, shown
-from rebeca_ray.ray_runtime import WithoutThose, require_room, start_ray
+from rebeca_ray.ray_runtime import ExcludeIds, require_room, start_ray
 from rebeca_ray.storage.filesystem import UNREACHABLE, arrow_filesystem, delete, join, open_filesystem
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import open_table, read_table
@@ -71,7 +71,7 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:
     items = ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem))
     if kept is not None:
         items = items.map_batches(
-            WithoutThose(ray.put(pa.array(kept))), batch_format="pyarrow", batch_size=None
+            ExcludeIds(ray.put(pa.array(kept))), batch_format="pyarrow", batch_size=None
         )
     dataset = (
         items.repartition(

@@ -31,7 +31,7 @@ class DenoisingLoop:
             raise UserError(
                 f"decoder.num_inference_steps {settings.num_inference_steps}: {' '.join(str(error).split())}"
             ) from None
-        self.latent_size = networks.image_size // networks.pixels_a_latent
+        self.latent_size = networks.image_size // networks.vae_scale_factor
 
     @torch.inference_mode()
     def draw(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:

@@ -83,7 +83,7 @@ def example_inputs(networks: Networks) -> dict[str, tuple[torch.Tensor, ...]]:
     device, dtype = networks.device, networks.dtype
     input_ids = torch.zeros((2, networks.tokenizer.model_max_length), dtype=torch.int64, device=device)
     embeds = torch.zeros((2, networks.embed_dim), dtype=dtype, device=device)
-    size = networks.image_size // networks.pixels_a_latent
+    size = networks.image_size // networks.vae_scale_factor
     latents = torch.zeros((2, networks.latent_channels, size, size), dtype=dtype, device=device)
     timestep, scale = torch.tensor([1, 999], device=device), torch.ones(2, dtype=dtype, device=device)
     with torch.inference_mode():
@@ -129,7 +129,7 @@ def description(settings: DecoderSettings, networks: Networks) -> dict[str, Any]
         "embed_dim": networks.embed_dim,
         "latent_channels": networks.latent_channels,
         "image_size": networks.image_size,
-        "pixels_a_latent": networks.pixels_a_latent,
+        "vae_scale_factor": networks.vae_scale_factor,
         "torch": torch.__version__,
         "opset": OPSET,
     }

@@ -31,7 +31,7 @@ def exported_networks(
         embed_dim=told["embed_dim"],
         latent_channels=told["latent_channels"],
         image_size=told["image_size"],
-        pixels_a_latent=told["pixels_a_latent"],
+        vae_scale_factor=told["vae_scale_factor"],
         device=settings.device,
         dtype=DTYPES[settings.dtype],
     )

@@ -36,7 +36,7 @@ class Networks:
     embed_dim: int
     latent_channels: int
     image_size: int  # pixels a side
-    pixels_a_latent: int
+    vae_scale_factor: int
     device: str
     dtype: torch.dtype
 
@@ -167,7 +167,7 @@ def load_torch_networks(settings: DecoderSettings) -> Networks:
         embed_dim=projection.image_embeds.in_features,
         latent_channels=pipeline.unet.config.in_channels,
         image_size=settings.image_size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
-        pixels_a_latent=pipeline.vae_scale_factor,
+        vae_scale_factor=pipeline.vae_scale_factor,
         device=settings.device,
         dtype=dtype,
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-PERMUTATIONS_A_CHUNK = 256
+PERMUTATIONS_PER_CHUNK = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +64,8 @@ def permutation_test(like_UU: np.ndarray, num_permutations: int = 10_000, seed: 
     flat = np.ascontiguousarray(like_UU).ravel()
     start_U = np.arange(users) * users
     null = np.empty(num_permutations)
-    for first in range(0, num_permutations, PERMUTATIONS_A_CHUNK):
-        count = min(PERMUTATIONS_A_CHUNK, num_permutations - first)
+    for first in range(0, num_permutations, PERMUTATIONS_PER_CHUNK):
+        count = min(PERMUTATIONS_PER_CHUNK, num_permutations - first)
         dealt_BU = random.permuted(np.broadcast_to(np.arange(users), (count, users)), axis=1)
         null[first : first + count] = flat[start_U + dealt_BU].mean(1, dtype=np.float64)
     return PermutationTest(

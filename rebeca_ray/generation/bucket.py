@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.counts import KINDS, tally
-from rebeca_ray.catalog.layout import POOL
+from rebeca_ray.catalog.layout import POPULATION_USER
 from rebeca_ray.generation.assembly import Assembled, Assembly, Together
 from rebeca_ray.generation.compact import compact
 from rebeca_ray.generation.decide import CARRY, PLAN, POOLED, RESCORE
@@ -90,7 +90,7 @@ class Bucket:
         ]
         counts = dict.fromkeys((*KINDS, "users", "late_users"), 0)
         for user, row in self.last.items():
-            if user != POOL:
+            if user != POPULATION_USER:
                 counts["population" if row["stranger"] else "carried"] += row["num_items"]
                 counts["filtered"] += row["num_images"] - row["num_items"]
                 counts["users"] += row["num_items"] > 0
@@ -273,7 +273,7 @@ class Bucket:
 
     def count(self, found: Together) -> dict[str, int]:
         """Every requested item as one of KINDS; the pool itself is requested by nobody."""
-        asked = found.items.filter(pc.not_equal(found.items["user_id"], POOL))
+        asked = found.items.filter(pc.not_equal(found.items["user_id"], POPULATION_USER))
         origins = tally(asked["origin"])
         num_items, num_failed = tally(asked["user_id"]), tally(found.errors["user_id"])
         counts = {kind: origins.get(kind, 0) for kind in KINDS[:3]} | {
@@ -282,14 +282,14 @@ class Bucket:
             "deferred": 0,
         }
         for user, row in self.decided.items():
-            missing = row["num_images"] - num_items.get(user, 0) if user != POOL else 0
+            missing = row["num_images"] - num_items.get(user, 0) if user != POPULATION_USER else 0
             failed = min(
                 missing, self.work.pool_failed if row["decision"] == POOLED else num_failed.get(user, 0)
             )
             counts["failed"] += failed
             late = user in found.late or (row["decision"] == POOLED and self.work.pool_late)
             counts["deferred" if late else "filtered"] += missing - failed
-        return {**counts, "users": len(num_items), "late_users": len(found.late - {POOL})}
+        return {**counts, "users": len(num_items), "late_users": len(found.late - {POPULATION_USER})}
 
     def live_rows(self, items: pa.Table) -> dict[int, int]:
         """How many rows of each image file are pointed to; the pool's by the pool alone."""
@@ -339,7 +339,7 @@ def close_gaps(items: pa.Table) -> pa.Table:
 
 def quality_sums(items: pa.Table) -> dict[str, float]:
     """Sums over a bucket's items, of which the quality gate makes means."""
-    asked = items.filter(pc.not_equal(items["user_id"], POOL))
+    asked = items.filter(pc.not_equal(items["user_id"], POPULATION_USER))
     if asked.num_rows == 0:
         return {}
     embeds = asked["image_embeds"].combine_chunks().flatten().to_numpy().reshape(asked.num_rows, -1)

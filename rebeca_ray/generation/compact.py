@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MIN_LIVE = 0.5  # below this share of its rows an image file is copied
 MAX_FILES = 64  # that one bucket writes a night; the rest waits
-ROWS_A_FILE, ROW_GROUP = 256, 100
+ROWS_PER_FILE, ROW_GROUP = 256, 100
 
 
 def compact(work: Assembly, bucket: int, items: pa.Table) -> tuple[pa.Table, list[dict[str, Any]]]:
@@ -31,12 +31,12 @@ def compact(work: Assembly, bucket: int, items: pa.Table) -> tuple[pa.Table, lis
         return items, []
     files, rows = items["image_file"].to_numpy().copy(), items["image_row"].to_numpy().copy()
     moving = np.flatnonzero(np.isin(files, wanted))
-    moving = moving[np.lexsort((rows[moving], files[moving]))][: MAX_FILES * ROWS_A_FILE]
+    moving = moving[np.lexsort((rows[moving], files[moving]))][: MAX_FILES * ROWS_PER_FILE]
     copies = read_images(work, files[moving], rows[moving])
     written = []
-    for number in range(-(-len(moving) // ROWS_A_FILE)):
-        own = slice(number * ROWS_A_FILE, (number + 1) * ROWS_A_FILE)
-        images = copies.slice(own.start, ROWS_A_FILE)
+    for number in range(-(-len(moving) // ROWS_PER_FILE)):
+        own = slice(number * ROWS_PER_FILE, (number + 1) * ROWS_PER_FILE)
+        images = copies.slice(own.start, ROWS_PER_FILE)
         file = work.first_compacted + bucket * MAX_FILES + number
         path = f"{work.run.images}/bucket={bucket}/compacted-{work.run.epoch:06d}-{number:03d}.parquet"
         record = write_table(images, join(work.run.root, path), row_group_size=ROW_GROUP)

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.layout import POOL, Run
+from rebeca_ray.catalog.layout import POPULATION_USER, Run
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import RefreshSettings
@@ -28,7 +28,7 @@ from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import read_table, write_table
 
 PLAN, CARRY, RESCORE, POOLED = "plan", "carry", "rescore", "pool"
-ROWS_A_GROUP = 20_000
+ROWS_PER_GROUP = 20_000
 Key = tuple[float, int, int]  # the smaller, the earlier drawn
 
 
@@ -152,7 +152,9 @@ def split_request(config: GenerateConfig, run: Run) -> None:
     order = np.argsort(bucket, kind="stable")
     table, ends = table.take(order), np.searchsorted(bucket[order], np.arange(config.layout.num_buckets + 1))
     for number, (start, stop) in enumerate(pairwise(ends.tolist())):
-        write_table(table.slice(start, stop - start), request_file(run, number), row_group_size=ROWS_A_GROUP)
+        write_table(
+            table.slice(start, stop - start), request_file(run, number), row_group_size=ROWS_PER_GROUP
+        )
 
 
 def request_file(run: Run, bucket: int) -> str:
@@ -275,10 +277,10 @@ def decide_pool(run: Run, tonight: Tonight, previous: Snapshot | None, *, most: 
     """The row of the pool that strangers without prompts share: as many images as the most that one of them wants; None without any."""
     if most == 0:
         return None
-    bucket = bucket_of(POOL, tonight.num_buckets)
-    last = last_users(previous, bucket, tonight.num_buckets).get(POOL)
+    bucket = bucket_of(POPULATION_USER, tonight.num_buckets)
+    last = last_users(previous, bucket, tonight.num_buckets).get(POPULATION_USER)
     row = {
-        "user_id": POOL,
+        "user_id": POPULATION_USER,
         "num_images": max(most, last["num_images"] if last else 0),
         "prompt": "",
         "negative_prompt": "",
@@ -302,4 +304,4 @@ def last_users(previous: Snapshot | None, bucket: int, num_buckets: int) -> dict
 
 
 def write_decisions(rows: list[dict[str, Any]], uri: str) -> None:
-    write_table(pa.Table.from_pylist(rows, schema=schemas.DECISIONS), uri, row_group_size=ROWS_A_GROUP)
+    write_table(pa.Table.from_pylist(rows, schema=schemas.DECISIONS), uri, row_group_size=ROWS_PER_GROUP)

@@ -20,7 +20,7 @@ from rebeca_ray.storage.objects import write_json
 
 HOUR, GIB = 3600, 2**30
 OTHERS = ("histories", "decide", "test", "assemble")
-TABLES_A_BUCKET = 4 + 3  # of the snapshot; and private ones
+TABLES_PER_BUCKET = 4 + 3  # of the snapshot; and private ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +49,14 @@ def estimate(config: GenerateConfig, *, images_per_second: float | None = None) 
     """
     decoder = identify_decoder(config.decoder)
     requested = check_request(config, decoder)
-    previous = published(config.root)
+    previous = published(config.catalog)
     if previous is None and images_per_second is None:
         raise UserError(
-            f"catalog {config.root}: no run has measured anything there yet; give --images-per-second of one decoder actor, "
+            f"catalog {config.catalog}: no run has measured anything there yet; give --images-per-second of one decoder actor, "
             "or generate for a few users first"
         )
     run = Run(
-        root=config.root.rstrip("/"),
+        root=config.catalog.rstrip("/"),
         run_date=config.date().isoformat(),
         run_id=f"estimate-{new_run_id()}",
         epoch=0,
@@ -169,7 +169,7 @@ def priced(
         gpu += hours if section.device == "cuda" else 0.0
         cpu += hours * section.cpus_per_actor
     files = 2 * ceil(images / config.layout.images_per_file)  # each with its record
-    requests = files + TABLES_A_BUCKET * config.layout.num_buckets
+    requests = files + TABLES_PER_BUCKET * config.layout.num_buckets
     prices = config.prices
     cost = (
         gpu * prices.gpu_hour

@@ -15,7 +15,7 @@ from rebeca_ray.config.sections import GateSettings
 from rebeca_ray.evaluation.permutation import PermutationTest, permutation_test
 from rebeca_ray.storage.filesystem import list_files, open_filesystem
 
-MAX_FILES, MAX_USERS, MAX_ITEMS_A_USER = 20, 2000, 10  # a sample of the plan is enough
+MAX_FILES, MAX_USERS, MAX_ITEMS_PER_USER = 20, 2000, 10  # a sample of the plan is enough
 MIN_USERS = 20  # fewer tell too little to stop a run
 
 
@@ -112,7 +112,7 @@ def read_sample(plan: str) -> pa.Table:
                 file, columns=["user_id", "rank", "user_factors", "drawn_factors", "origin"]
             )
         personal = pc.and_(pc.equal(table["origin"], "new"), pc.is_valid(table["user_factors"]))
-        table = table.filter(pc.and_(personal, pc.less(table["rank"], MAX_ITEMS_A_USER)))
+        table = table.filter(pc.and_(personal, pc.less(table["rank"], MAX_ITEMS_PER_USER)))
         users = pc.unique(table["user_id"])
         if len(users) > (share := MAX_USERS // len(files)):
             users = users.take(np.linspace(0, len(users) - 1, share).astype(int))

@@ -53,10 +53,10 @@ def generate_catalog(
     """
     decoder = identify_decoder(config.decoder)
     requested = check_request(config, decoder)
-    first_ever = not exists(config.root)
-    require_writable(config.root, "root")
+    first_ever = not exists(config.catalog)
+    require_writable(config.catalog, "catalog")
     prior = load_prior(config.prior)  # a damaged one is found now, not by every actor
-    published(config.root)  # likewise
+    published(config.catalog)  # likewise
     versions = {
         "prior": prior.fingerprint,
         "decoder": decoder.fingerprint(config.decoder),
@@ -64,18 +64,20 @@ def generate_catalog(
     }
     run_date = config.date()
     with (
-        emptied_if_refused(config.root, first_ever),
-        hold_lease(config.root, config.run_id or "starting", config.limits.lease_seconds) as lease,
+        emptied_if_refused(config.catalog, first_ever),
+        hold_lease(config.catalog, config.run_id or "starting", config.limits.lease_seconds) as lease,
     ):
-        previous = published(config.root)
+        previous = published(config.catalog)
         described = describe_run(config, versions, previous.path if previous else None)
         run_id, begun = choose_run(config, run_date, described, resume=resume, retry_failed=retry_failed)
         lease.run_id = run_id
         start_ray()
         check_cluster(config)
         resumed = begun is not None
-        begun = begun or begin(config.root, run_id, run_date, described)
-        run = Run(root=config.root.rstrip("/"), run_date=begun["run_date"], run_id=run_id, epoch=lease.epoch)
+        begun = begun or begin(config.catalog, run_id, run_date, described)
+        run = Run(
+            root=config.catalog.rstrip("/"), run_date=begun["run_date"], run_id=run_id, epoch=lease.epoch
+        )
         if resumed:
             print(f"resuming run {run_id}, begun at {begun['begun_at']}", flush=True)
         progress = Progress()

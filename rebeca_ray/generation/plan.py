@@ -38,8 +38,8 @@ from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, list_f
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import read_table, write_table
 
-ITEMS_A_FILE = 20_000
-TILES_A_BATCH = 4  # of the sampler, so that padding costs little
+ITEMS_PER_FILE = 20_000
+TILES_PER_BATCH = 4  # of the sampler, so that padding costs little
 NOT_DRAWN = -1  # the unit of what is judged anew only
 
 
@@ -72,26 +72,26 @@ def plan_items(
         planned = ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem)).map_batches(
             PlanUsers,
             fn_constructor_args=(config, versions, histories, previous, decisions),
-            batch_size=users_a_batch(config),
+            batch_size=users_per_batch(config),
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=sampler.num_actors),
             num_cpus=sampler.cpus_per_actor,
             num_gpus=1 if sampler.device == "cuda" else 0,
         )
         writer = WriteParts(
-            run.work, "plan", by=["unit", "bucket"], epoch=run.epoch, row_group_size=ITEMS_A_FILE, note={}
+            run.work, "plan", by=["unit", "bucket"], epoch=run.epoch, row_group_size=ITEMS_PER_FILE, note={}
         )
         planned = planned.map_batches(
-            writer, batch_size=ITEMS_A_FILE, batch_format="pyarrow", num_cpus=WRITER_CPUS
+            writer, batch_size=ITEMS_PER_FILE, batch_format="pyarrow", num_cpus=WRITER_CPUS
         )
         parts = progress.follow("plan", planned, of=decisions.planned_items)
     write_json({"parts": parts}, marker)
 
 
-def users_a_batch(config: GenerateConfig) -> int:
+def users_per_batch(config: GenerateConfig) -> int:
     return max(
         1,
-        TILES_A_BATCH
+        TILES_PER_BATCH
         * config.sampler.batch_size
         // (config.num_images * config.selection.candidates_per_item),
     )
@@ -106,13 +106,13 @@ def request_histories(config: GenerateConfig, run: Run) -> Histories | None:
         return None
     everything = config.interactions.model_copy(update={"hold_out": 0.0, "min_likes": 0})
     item_id, rated_id, rated = read_item_ids(config.items), np.array([], str), None
-    found = find_rated(config.root, config.interactions.path, item_id, *embedded_with(config.items))
+    found = find_rated(config.catalog, config.interactions.path, item_id, *embedded_with(config.items))
     if found.num_rows:
         rated, rated_id = (
             join(run.work, "rated.parquet"),
             found["item_id"].to_numpy(zero_copy_only=False).astype(str),
         )
-        write_table(found, rated, row_group_size=ITEMS_A_FILE, embed_column="image_embeds")
+        write_table(found, rated, row_group_size=ITEMS_PER_FILE, embed_column="image_embeds")
     histories = build_histories(
         everything, np.concatenate([item_id, rated_id]), run.work, multiple_of=config.layout.num_buckets
     )

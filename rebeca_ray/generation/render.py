@@ -27,13 +27,13 @@ from rebeca_ray.decoder.interface import DecodedImage, Rows, ServerLostError
 from rebeca_ray.generation.decide import Decisions
 from rebeca_ray.generation.parts import BUSY, WRITER_CPUS, WriteParts, with_busy_seconds
 from rebeca_ray.generation.progress import Progress
-from rebeca_ray.ray_runtime import WithoutThose
+from rebeca_ray.ray_runtime import ExcludeIds
 from rebeca_ray.storage.filesystem import arrow_filesystem, join, list_files, open_filesystem
 from rebeca_ray.storage.objects import read_json, write_json
 
 ROW_GROUP = 100
 CLOCKS_DIFFER = 60  # seconds at most, those of actors from ours
-BATCHES_A_CALL = 4  # of a server, which waits for nothing but between calls
+BATCHES_PER_CALL = 4  # of a server, which waits for nothing but between calls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ def graph(
     import ray
 
     decoder, served = config.decoder, config.decoder.backend == "triton"
-    rows = decoder.batch_size * (BATCHES_A_CALL if served else 1)
+    rows = decoder.batch_size * (BATCHES_PER_CALL if served else 1)
     filesystem, work = open_filesystem(run.work)
     writer = WriteParts(
         run.root,
@@ -145,7 +145,7 @@ def graph(
     ).select_columns(["item_id", "bucket", "image_embeds", "prompt", "negative_prompt"])
     if len(done):
         planned = planned.map_batches(
-            WithoutThose(ray.put(done)), batch_format="pyarrow", batch_size=None, num_cpus=WRITER_CPUS
+            ExcludeIds(ray.put(done)), batch_format="pyarrow", batch_size=None, num_cpus=WRITER_CPUS
         )
     return (
         planned.repartition(target_num_rows_per_block=rows)

@@ -14,7 +14,7 @@ from rebeca_ray.storage.parquet import describe_files
 
 # What does not change what is made: where and when, how many at a time, and what is judged once it is there.
 NOT_DESCRIBED: dict[str, Any] = {
-    "root": True, "run_date": True, "run_id": True, "error_budget": True, "gate": True, "limits": True, "prices": True,
+    "catalog": True, "run_date": True, "run_id": True, "error_budget": True, "gate": True, "limits": True, "prices": True,
     "sampler": {"num_actors": True, "cpus_per_actor": True},
     "decoder": {"num_actors": True, "cpus_per_actor": True, "triton": True},
     "layout": {"images_per_file": True},
@@ -60,16 +60,16 @@ def choose_run(
     Raises UserError, naming the field that differs, if the run that must be resumed was begun from something else, and if there is
     none that must be.
     """
-    begun = unfinished_runs(config.root)
+    begun = unfinished_runs(config.catalog)
     if config.run_id is not None:
         begun = {run_id: told for run_id, told in begun.items() if run_id == config.run_id}
-        dates = list_folders(join(config.root, "snapshots"))
+        dates = list_folders(join(config.catalog, "snapshots"))
         if not begun and any(
-            read_json(join(config.root, "snapshots", date, f"run_id={config.run_id}/manifest.json"))
+            read_json(join(config.catalog, "snapshots", date, f"run_id={config.run_id}/manifest.json"))
             for date in dates
         ):
             raise UserError(
-                f"root {config.root}: run_id {config.run_id} was used before; choose another, or give none"
+                f"root {config.catalog}: run_id {config.run_id} was used before; choose another, or give none"
             )
     else:
         begun = {run_id: told for run_id, told in begun.items() if told["run_date"] == run_date.isoformat()}
@@ -89,19 +89,19 @@ def choose_run(
         return same[-1], begun[same[-1]]
     if resume == "never" and config.run_id in begun:
         raise UserError(
-            f"root {config.root}: run_id {config.run_id} was begun before; choose another, or let it be resumed"
+            f"root {config.catalog}: run_id {config.run_id} was begun before; choose another, or let it be resumed"
         )
     if resume != "never" and differences:
         run_id, found = list(differences.items())[-1]
         told = f"run {run_id} of {begun[run_id]['run_date']} cannot be resumed: {found}"
         if must or config.run_id is not None:
             raise UserError(
-                f"root {config.root}: {told}; restore that, or start a new run with --resume never and another run_id"
+                f"root {config.catalog}: {told}; restore that, or start a new run with --resume never and another run_id"
             )
         print(f"{told}; a new run starts", flush=True)
     elif must:
         raise UserError(
-            f"root {config.root}: no unfinished run {config.run_id or f'of {run_date}'} to go on with, "
+            f"root {config.catalog}: no unfinished run {config.run_id or f'of {run_date}'} to go on with, "
             "which --resume require and --retry-failed ask for; leave them out to start one"
         )
     return config.run_id or new_run_id(), None

@@ -6,7 +6,7 @@ Shapes: G users, C candidates a user, K chosen a user, D embed dim, I items.
 import numpy as np
 import torch
 
-ROWS_A_CHUNK, ITEMS_A_CHUNK = 1024, 65_536  # 256 MiB of similarities at a time
+ROWS_PER_CHUNK, ITEMS_PER_CHUNK = 1024, 65_536  # 256 MiB of similarities at a time
 
 
 def nearest_items(unit_BD: torch.Tensor, unit_ID: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,11 +17,11 @@ def nearest_items(unit_BD: torch.Tensor, unit_ID: torch.Tensor) -> tuple[torch.T
     20 images a second. An index would save that and miss some copies.
     """
     rows, best = [], []
-    for part_BD in unit_BD.split(ROWS_A_CHUNK):
+    for part_BD in unit_BD.split(ROWS_PER_CHUNK):
         best_B = part_BD.new_full((len(part_BD),), -torch.inf)
         row_B = torch.zeros(len(part_BD), dtype=torch.long, device=part_BD.device)
-        for start in range(0, len(unit_ID), ITEMS_A_CHUNK):
-            value_B, place_B = (part_BD @ unit_ID[start : start + ITEMS_A_CHUNK].T).max(1)
+        for start in range(0, len(unit_ID), ITEMS_PER_CHUNK):
+            value_B, place_B = (part_BD @ unit_ID[start : start + ITEMS_PER_CHUNK].T).max(1)
             row_B = torch.where(value_B > best_B, start + place_B, row_B)
             best_B = torch.maximum(best_B, value_B)
         rows.append(row_B)

@@ -13,10 +13,10 @@ import torch
 
 from rebeca_ray.prior.users import History
 
-USERS_A_BLOCK = 4096
-TARGETS_A_HISTORY = 8  # samples that share one pass through the history encoder
-POOL_A_TARGET = 2  # interactions to draw from for each different target of a draw
-MICROSECONDS_A_DAY = 86_400_000_000
+USERS_PER_BLOCK = 4096
+TARGETS_PER_HISTORY = 8  # samples that share one pass through the history encoder
+POOL_PER_TARGET = 2  # interactions to draw from for each different target of a draw
+MICROSECONDS_PER_DAY = 86_400_000_000
 
 
 class Rated(NamedTuple):
@@ -99,7 +99,7 @@ class UserBlock:
         row_GL = np.where(present_GL, row_GL, len(self.item_index_N) - 1)
         stamp_GL = self.timestamp_N[row_GL]
         last_G = np.where(present_GL, stamp_GL, np.iinfo(np.int64).min).max(1)
-        age_GL = np.where(present_GL, (last_G[:, None] - stamp_GL) / MICROSECONDS_A_DAY, 0)
+        age_GL = np.where(present_GL, (last_G[:, None] - stamp_GL) / MICROSECONDS_PER_DAY, 0)
         return Rated(self.item_index_N[row_GL], self.like_N[row_GL], age_GL.astype(np.float32), present_GL)
 
     def batches(
@@ -130,7 +130,7 @@ class UserBlock:
                 user_Gm, random.random(user_Gm.shape) < like_share, place_Gm
             )
         # A history lacks its draw's targets: few of them where there are few to draw from, or short histories were never met.
-        distinct_G = (pool_Gm.min(1) // POOL_A_TARGET).clip(1, targets)
+        distinct_G = (pool_Gm.min(1) // POOL_PER_TARGET).clip(1, targets)
         target_Gm = np.take_along_axis(target_Gm, np.arange(targets) % distinct_G[:, None], axis=1)
         order = random.permutation(len(user_G))
         for part in np.array_split(order, num_batches(len(user_G), targets, batch_size)):

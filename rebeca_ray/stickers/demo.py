@@ -98,7 +98,7 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
     with phases("Check against the hidden truth"):
         judge, stickers = Judge(), load_stickers()
         interactions = read_interactions(train.interactions)
-        snapshot = read_catalog(generate.root)
+        snapshot = read_catalog(generate.catalog)
         check = check_truth(data, judge, stickers, interactions, snapshot, generate)
         print_check(check, judge)
     with phases("Write the report"):
@@ -123,14 +123,14 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
     write_json(figures, str(out / "figures.json"))
     console.rule()
     console.print(
-        f"[bold]Look at it:[/bold]  {page}\n[bold]Catalog:[/bold]     {generate.root}\n[bold]Prior:[/bold]       {generate.prior}"
+        f"[bold]Look at it:[/bold]  {page}\n[bold]Catalog:[/bold]     {generate.catalog}\n[bold]Prior:[/bold]       {generate.prior}"
     )
     tomorrow = date.fromisoformat(manifest["run_date"]) + timedelta(days=1)
     console.print(
         "\nNext:\n"
         f"  source {Path(sys.prefix) / 'bin' / 'activate'}\n"
-        f"  rebeca catalog show {generate.root}\n"
-        f"  python infra/examples/rank_example.py --catalog {generate.root} --items {data}/items --interactions {data}/interactions.parquet\n"
+        f"  rebeca catalog show {generate.catalog}\n"
+        f"  python infra/examples/rank_example.py --catalog {generate.catalog} --items {data}/items --interactions {data}/interactions.parquet\n"
         f"  rebeca generate --config {data}/generate.yaml run_date={tomorrow}    # nobody changed, so all is carried over\n"
         f"  rebeca estimate --config {data}/generate.yaml refresh.rotation=0.5 run_date={tomorrow}    # if half were drawn anew\n"
         "  export RAY_AUTH_MODE=token; ray start --head        # then, on this cluster:\n"

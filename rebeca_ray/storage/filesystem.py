@@ -104,7 +104,7 @@ def join(uri: str, *parts: str) -> str:
 
 
 @contextmanager
-def one_line(uri: str, done: str) -> Iterator[None]:
+def storage_errors(uri: str, done: str) -> Iterator[None]:
     """A UserError for a store that does not do, after all retries, what was to be `done` (written, listed, removed)."""
     try:
         yield
@@ -118,7 +118,7 @@ def list_files(uri: str, suffix: str = "") -> list[str]:
     """The files below `uri` that end with `suffix`, sorted, as they are now; none if there is nothing."""
     filesystem, path = open_filesystem(uri)
     filesystem.invalidate_cache()
-    with one_line(uri, "listed"):
+    with storage_errors(uri, "listed"):
         found = [str(name) for name in filesystem.find(path)]
     return sorted(
         f"{uri.rstrip('/')}{name.removeprefix(path.rstrip('/'))}" for name in found if name.endswith(suffix)
@@ -129,7 +129,7 @@ def list_folders(uri: str) -> list[str]:
     """The names of the folders directly in `uri`, sorted."""
     filesystem, path = open_filesystem(uri)
     filesystem.invalidate_cache()
-    with one_line(uri, "listed"):
+    with storage_errors(uri, "listed"):
         found = filesystem.ls(path, detail=True) if filesystem.exists(path) else []
     return sorted(
         str(entry["name"]).rstrip("/").rsplit("/", 1)[-1] for entry in found if entry["type"] == "directory"
@@ -146,7 +146,7 @@ def delete(uri: str) -> None:
     """Remove a file, or a folder with all in it; what is not there is no error."""
     filesystem, path = open_filesystem(uri)
     filesystem.invalidate_cache()
-    with one_line(uri, "removed"), suppress(FileNotFoundError):
+    with storage_errors(uri, "removed"), suppress(FileNotFoundError):
         filesystem.rm(path, recursive=True)
 
 
@@ -156,7 +156,7 @@ def delete_files(uris: list[str]) -> None:
         return
     filesystem, _ = open_filesystem(uris[0])
     paths = [open_filesystem(uri)[1] for uri in uris]
-    with one_line(uris[0], "removed"):
+    with storage_errors(uris[0], "removed"):
         if is_local(filesystem):
             for path in paths:
                 Path(path).unlink(missing_ok=True)

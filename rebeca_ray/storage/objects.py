@@ -10,7 +10,7 @@ from typing import Any
 from fsspec.spec import AbstractFileSystem
 
 from rebeca_ray.errors import UserError
-from rebeca_ray.storage.filesystem import UNREACHABLE, is_local, one_line, open_filesystem, unreadable
+from rebeca_ray.storage.filesystem import UNREACHABLE, is_local, open_filesystem, storage_errors, unreadable
 
 
 class HashingSink:
@@ -21,7 +21,7 @@ class HashingSink:
         self.path = path
         self.digest = hashlib.sha256()
         self.size = 0
-        with one_line(path, "written"):
+        with storage_errors(path, "written"):
             if self.local:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
             self.file = filesystem.open(f"{path}.partial" if self.local else path, "wb")
@@ -32,7 +32,7 @@ class HashingSink:
         self.digest.update(data)
         self.size += len(data)
         try:
-            with one_line(self.path, "written"):
+            with storage_errors(self.path, "written"):
                 self.file.write(data)
         except BaseException:  # of a writer that is not ours, nobody else would tidy up
             self.discard()
@@ -47,7 +47,7 @@ class HashingSink:
             return
         self.closed = True
         try:
-            with one_line(self.path, "written"):
+            with storage_errors(self.path, "written"):
                 self.file.close()  # on a full disk it is often this that fails
                 if self.local:
                     Path(f"{self.path}.partial").replace(self.path)
@@ -103,7 +103,7 @@ def write_json(value: dict[str, Any], uri: str) -> None:
     """Write an object so that a reader sees the old one or the new one, never a part."""
     filesystem, path = open_filesystem(uri)
     data = json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"
-    with one_line(uri, "written"):
+    with storage_errors(uri, "written"):
         if is_local(filesystem):
             replace_file(Path(path), data)
         else:
@@ -113,7 +113,7 @@ def write_json(value: dict[str, Any], uri: str) -> None:
 def write_object(data: bytes, uri: str, *, content_type: str, cache_control: str) -> None:
     """Write a file as a web server is to send it; what it is to say of it is kept on S3 alone."""
     filesystem, path = open_filesystem(uri)
-    with one_line(uri, "written"):
+    with storage_errors(uri, "written"):
         if is_local(filesystem):
             replace_file(Path(path), data)
         else:

@@ -26,12 +26,12 @@ from rebeca_ray.training.selector import fit_selector
 
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 9.0)
 MIN_DISTINCT = 0.85  # of a user's samples, by nearest item
-NUM_USERS, SAMPLES_A_USER, STEPS = 40, 25, 12
+NUM_USERS, SAMPLES_PER_USER, STEPS = 40, 25, 12
 USERS_AT_ONCE = 512
 SELECTOR_BUCKETS = 4  # some two million ratings are enough for so few numbers
 
 
-def finish_prior(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray, seed: int) -> TrainedPrior:
+def calibrate_prior(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray, seed: int) -> TrainedPrior:
     """The prior with its selector and its default guidance, and what was found of both among its metrics.
 
     Without dislikes there is no selector, and without a selector, users or condition dropout the guidance is 1.
@@ -104,7 +104,7 @@ def choose_guidance(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray
     tokens = prior.user_tokens(block.user_index_V[user_G], history)
     timesteps = prior.diffusion.num_train_timesteps
     steps = min(STEPS, timesteps)
-    row_N = np.repeat(np.arange(len(user_G)), SAMPLES_A_USER)
+    row_N = np.repeat(np.arange(len(user_G)), SAMPLES_PER_USER)
     unit_ID = F.normalize(torch.from_numpy(x0_ID))
     diffusion = Diffusion.build(prior.diffusion)
     sweep = []

@@ -27,18 +27,18 @@ from rebeca_ray.config.jobs import TrainConfig
 from rebeca_ray.data.histories import Histories
 from rebeca_ray.prior.denoisers import Prior
 from rebeca_ray.prior.diffusion import Diffusion
-from rebeca_ray.prior.user_blocks import TARGETS_A_HISTORY, USERS_A_BLOCK, Batch, UserBlock, num_batches
+from rebeca_ray.prior.user_blocks import TARGETS_PER_HISTORY, USERS_PER_BLOCK, Batch, UserBlock, num_batches
 from rebeca_ray.prior.users import History
 from rebeca_ray.storage.parquet import read_table
-from rebeca_ray.training.state import DenoisingLoss, Fit, user_tokens
+from rebeca_ray.training.state import DenoisingLoss, TrainState, user_tokens
 
 STATE = "state.pt"
 DIVERGED = 10.0  # times the best validation loss
-STEPS_A_CHECK, NEVER = 1000, 2**62
+STEPS_PER_CHECK, NEVER = 1000, 2**62
 
 
 def users_of(
-    fit: Fit, batch: Batch, x0_ID: np.ndarray, device: torch.device
+    fit: TrainState, batch: Batch, x0_ID: np.ndarray, device: torch.device
 ) -> History | torch.Tensor | None:
     if fit.table:
         return fit.table(torch.from_numpy(batch.user_index_G).to(device))
@@ -57,7 +57,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     torch.set_num_threads(config.workers.threads_per_worker)
     optimization = config.optimization
 
-    fit = Fit(config, x0_ID.shape[1], histories.num_users, device)
+    fit = TrainState(config, x0_ID.shape[1], histories.num_users, device)
     if checkpoint := train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             fit.load_state_dict(torch.load(Path(folder) / STATE, weights_only=True, map_location=device))
@@ -138,13 +138,13 @@ class UserShare:
             yield self.few
             return
         for table in self.stream.iter_batches(
-            batch_size=USERS_A_BLOCK, batch_format="pyarrow", prefetch_batches=1
+            batch_size=USERS_PER_BLOCK, batch_format="pyarrow", prefetch_batches=1
         ):
             yield UserBlock(table, self.first_user_index)
 
 
 def is_streamed(histories: Histories) -> bool:
-    return histories.num_users > USERS_A_BLOCK
+    return histories.num_users > USERS_PER_BLOCK
 
 
 def epoch_batches(users: UserShare, config: TrainConfig, epoch: int) -> Iterator[Batch]:
@@ -154,20 +154,20 @@ def epoch_batches(users: UserShare, config: TrainConfig, epoch: int) -> Iterator
             samples_per_user=optimization.samples_per_user,
             like_share=optimization.like_share,
             batch_size=max(1, optimization.batch_size // config.workers.num_workers),
-            targets=targets_a_draw(config),
+            targets=targets_per_draw(config),
             max_history=config.network.max_history,
             seed=(optimization.seed, epoch),
         )
 
 
-def targets_a_draw(config: TrainConfig) -> int:
-    return TARGETS_A_HISTORY if config.network.user_encoder == "history" else 1
+def targets_per_draw(config: TrainConfig) -> int:
+    return TARGETS_PER_HISTORY if config.network.user_encoder == "history" else 1
 
 
 def num_steps(histories: Histories, config: TrainConfig) -> int:
     """Optimizer steps an epoch, as far as every user has interactions."""
-    targets, users = targets_a_draw(config), -(-histories.num_users // config.workers.num_workers)
-    sizes = [USERS_A_BLOCK] * (users // USERS_A_BLOCK) + [users % USERS_A_BLOCK]
+    targets, users = targets_per_draw(config), -(-histories.num_users // config.workers.num_workers)
+    sizes = [USERS_PER_BLOCK] * (users // USERS_PER_BLOCK) + [users % USERS_PER_BLOCK]
     draws_a_user, batch_size = (
         -(-config.optimization.samples_per_user // targets),
         config.optimization.batch_size // config.workers.num_workers,
@@ -178,7 +178,7 @@ def num_steps(histories: Histories, config: TrainConfig) -> int:
 
 def train_epoch(
     loss_of: nn.Module,
-    fit: Fit,
+    fit: TrainState,
     batches: Iterator[Batch],
     x0_ID: np.ndarray,
     generator: torch.Generator,
@@ -213,14 +213,14 @@ def train_epoch(
             fit.table.update(
                 torch.from_numpy(batch.user_index_G).to(device),
                 gradient,
-                fit.learning_rate * fit.user_learning_rate_a_step,
+                fit.learning_rate * fit.user_learning_rate_per_step,
             )
         total += loss.detach()
         diverged = torch.where(loss.isfinite(), diverged, diverged.clamp(max=step))
         samples += len(x0_BD)
         if bar is not None:
             bar.update(1)
-        if step % STEPS_A_CHECK == 0 and first_of_workers(diverged) < NEVER:
+        if step % STEPS_PER_CHECK == 0 and first_of_workers(diverged) < NEVER:
             break
     weight = torch.stack([parameter.detach().double().sum() for parameter in fit.prior.parameters()]).sum()
     if abs(mean_over_workers(weight.clone()) - float(weight)) > 1e-9 * (1 + abs(float(weight))):
@@ -234,7 +234,7 @@ def train_epoch(
 
 @torch.no_grad()
 def validation_loss(
-    fit: Fit,
+    fit: TrainState,
     diffusion: Diffusion,
     batch: Batch,
     x0_ID: np.ndarray,

@@ -1,4 +1,4 @@
-"""Fit the selector to training ratings."""
+"""TrainState the selector to training ratings."""
 
 from collections.abc import Iterable
 
@@ -15,7 +15,7 @@ EPOCHS, SAMPLES_PER_USER, BATCH_SIZE, TARGETS, LEARNING_RATE, WEIGHT_DECAY = 5, 
 
 
 def fit_selector(blocks: Iterable[UserBlock], x0_ID: np.ndarray, seed: int) -> Selector | None:
-    """Fit a selector to the training ratings of some blocks of users; None if all of them are likes, or none is."""
+    """TrainState a selector to the training ratings of some blocks of users; None if all of them are likes, or none is."""
     torch.manual_seed(seed)
     blocks = list(blocks)
     share = np.concatenate([block.like_N for block in blocks]).mean()

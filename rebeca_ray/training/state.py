@@ -17,7 +17,7 @@ from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.users import History, UserTable
 
 
-class Fit:
+class TrainState:
     """All that a killed run needs to go on: network, user table, running average, optimizer, learning rates, curve so far."""
 
     def __init__(self, config: TrainConfig, embed_dim: int, num_users: int, device: torch.device) -> None:
@@ -46,7 +46,7 @@ class Fit:
             self.schedule = LambdaLR(
                 self.optimizer, lambda epoch: min(1.0, 1.6 * (1 - epoch / (epochs + 0.5)))
             )
-        self.user_learning_rate_a_step = optimization.user_learning_rate / optimization.learning_rate
+        self.user_learning_rate_per_step = optimization.user_learning_rate / optimization.learning_rate
         self.epoch, self.best_loss, self.stale_epochs, self.diverged = 0, math.inf, 0, ""
         self.curve: list[list[float]] = []
 

@@ -27,14 +27,14 @@ from rebeca_ray.ray_runtime import require_room, start_ray
 from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, open_filesystem
 from rebeca_ray.storage.objects import read_json
 from rebeca_ray.storage.writable import require_own, require_writable
-from rebeca_ray.training.calibrate import finish_prior, training_blocks
+from rebeca_ray.training.calibrate import calibrate_prior, training_blocks
 from rebeca_ray.training.loop import STATE, is_streamed, train_loop_per_worker
 
 VALIDATION_SAMPLES = 8192
 
 
 def train_prior(config: TrainConfig) -> dict[str, float]:
-    """Fit a prior as `config` says and write its directory; returns the metrics of the best epoch.
+    """TrainState a prior as `config` says and write its directory; returns the metrics of the best epoch.
 
     Interactions stream to the workers through Ray Data, one row a user; item embeddings are in Ray's object store, once a node.
     A run that was killed goes on from its last epoch when started again with the same storage and run name. Raises
@@ -127,7 +127,7 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
         },
         curve=curve_csv(last["curve"]),
     )
-    prior = finish_prior(prior, histories, x0_ID, seed=config.optimization.seed)
+    prior = calibrate_prior(prior, histories, x0_ID, seed=config.optimization.seed)
     save_prior(prior, config.out)
     return prior.metrics
 

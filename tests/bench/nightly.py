@@ -49,7 +49,7 @@ def night(config: GenerateConfig, number: int) -> dict[str, Any]:
         config.model_copy(update={"run_date": np.datetime64("2026-03-01").astype(object).replace(day=number)})
     )
     seconds = time.perf_counter() - started
-    assert verify(read_catalog(config.root), "sample") == []
+    assert verify(read_catalog(config.catalog), "sample") == []
     spent, foreseen = manifest["spent"], manifest["foreseen"]
     hours = {"seconds_in_all": round(seconds, 1), "seconds_spent": round(3600 * spent["hours"], 1)}
     told = (
@@ -84,7 +84,7 @@ def main() -> None:
                 f"items={told.data}/items",
                 f"request={work}/request.parquet",
                 f"interactions.path={work}/interactions.parquet",
-                f"root={work}/catalog",
+                f"catalog={work}/catalog",
             ],
         )
         pq.write_table(pq.read_table(told.data / "interactions.parquet"), work / "interactions.parquet")

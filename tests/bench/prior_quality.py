@@ -49,7 +49,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 NUM_USERS, SAMPLES, PERMUTED_USERS = 200, 25, 2000
 CANDIDATES = (1, 2, 4, 8, 16)
-ITEMS_A_USER = 4  # where candidates are compared
+ITEMS_PER_USER = 4  # where candidates are compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +240,9 @@ def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
     other = nearest_other(unit_ID)
     reference = SamplerSettings(name="ddpm", num_inference_steps=1000)
     drawn = sample(
-        history, seen, max(SAMPLES * SelectionSettings().candidates_per_item, ITEMS_A_USER * max(CANDIDATES))
+        history,
+        seen,
+        max(SAMPLES * SelectionSettings().candidates_per_item, ITEMS_PER_USER * max(CANDIDATES)),
     )
     default = quality(sample(history, seen, SAMPLES), seen)
     return {
@@ -267,7 +269,7 @@ def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
         },
         "candidates_per_item": {
             str(candidates): quality(
-                chosen(history, seen, drawn[:, : ITEMS_A_USER * candidates], ITEMS_A_USER), seen
+                chosen(history, seen, drawn[:, : ITEMS_PER_USER * candidates], ITEMS_PER_USER), seen
             )
             for candidates in CANDIDATES
         },
@@ -281,7 +283,7 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
     sets = (
         ("sweep", "guidance of the prior", SAMPLES),
-        ("candidates_per_item", "candidates an item", ITEMS_A_USER),
+        ("candidates_per_item", "candidates an item", ITEMS_PER_USER),
     )
     for axis, (name, label, count) in zip(axes, sets, strict=True):
         points = list(next(iter(found.values()))[name])

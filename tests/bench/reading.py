@@ -38,7 +38,7 @@ from rebeca_ray.storage.filesystem import exists, join, open_filesystem
 from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.parquet import write_table
 
-ITEMS_A_USER, D, BUCKETS, STAND_INS, LOOKUPS = 10, 256, 128, 100, 300
+ITEMS_PER_USER, D, BUCKETS, STAND_INS, LOOKUPS = 10, 256, 128, 100, 300
 SLIM = ["item_id", "rank", "like_probability", "nearest_item_id", "origin", "image_file", "image_row"]
 SCANNED = ["user_id", "item_id", "rank", "like_probability"]
 
@@ -77,13 +77,13 @@ def user_name(number: int) -> str:
 def write_bucket(run: Run, bucket: int, users: list[str]) -> list[dict[str, Any]]:
     """Items and stand-in images of one bucket; their rows in the file list."""
     random = np.random.default_rng(bucket)
-    users, count = sorted(users), len(users) * ITEMS_A_USER
+    users, count = sorted(users), len(users) * ITEMS_PER_USER
     item_id = [hash128("item", bucket, number) for number in range(count)]
     embeds = random.standard_normal((count, D), np.float32).astype(np.float16).astype(np.float32)
     columns = {
         "item_id": item_id,
-        "user_id": np.repeat(users, ITEMS_A_USER),
-        "rank": np.tile(np.arange(ITEMS_A_USER), len(users)),
+        "user_id": np.repeat(users, ITEMS_PER_USER),
+        "rank": np.tile(np.arange(ITEMS_PER_USER), len(users)),
         "image_embeds": pa.FixedSizeListArray.from_arrays(
             pa.array(embeds.ravel()), type=schemas.image_embeds(D)
         ),
@@ -211,7 +211,7 @@ def lookups(snapshot: Snapshot, num_users: int, columns: list[str] | None) -> di
                     counting.requests,
                     counting.bytes,
                 )
-                assert snapshot.for_user(user, columns).num_rows == ITEMS_A_USER
+                assert snapshot.for_user(user, columns).num_rows == ITEMS_PER_USER
                 if sizes is after or row_groups.footer_bytes.cache_info().misses > cached:
                     sizes.append(counting.bytes - was)
                 requests.append(counting.requests - asked)
@@ -325,7 +325,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "machine": machine,
         "users": told.users,
-        "items": told.users * ITEMS_A_USER,
+        "items": told.users * ITEMS_PER_USER,
         "embed_dim": D,
         "buckets": BUCKETS,
     }

@@ -22,7 +22,7 @@ from rebeca_ray.generation.bucket import Bucket
 from rebeca_ray.generation.decide import cut, write_decisions
 from rebeca_ray.storage.parquet import read_table, write_table
 
-USERS, ITEMS_A_USER, D = 10_000, 10, 1024
+USERS, ITEMS_PER_USER, D = 10_000, 10, 1024
 IMAGES_A_FILE, FILES = 2_500, 44_000
 ALL_USERS, ITEMS_A_UNIT = 10_000_000, 2_000_000
 
@@ -32,7 +32,7 @@ def bucket(folder: Path) -> dict[str, float]:
     run = Run(root=str(folder), run_date="2026-01-01", run_id="size", epoch=1)
     users = [f"user-{number:08d}" for number in range(USERS)]
     row = {
-        "num_images": ITEMS_A_USER,
+        "num_images": ITEMS_PER_USER,
         "prompt": "",
         "negative_prompt": "",
         "bucket": 0,
@@ -49,14 +49,14 @@ def bucket(folder: Path) -> dict[str, float]:
     }
     write_decisions([{**row, "user_id": user} for user in users], run.decisions(0))
     random = np.random.default_rng(0)
-    parts, files, count = [], [], USERS * ITEMS_A_USER
+    parts, files, count = [], [], USERS * ITEMS_PER_USER
     for number, start in enumerate(range(0, count, 20_000)):
         places = np.arange(start, start + 20_000)
         embeds = random.standard_normal((len(places), D), np.float32).astype(np.float16).astype(np.float32)
         columns = {
             "item_id": [f"{place:032x}" for place in places],
-            "user_id": [users[place // ITEMS_A_USER] for place in places],
-            "rank": pa.array(places % ITEMS_A_USER, pa.int16()),
+            "user_id": [users[place // ITEMS_PER_USER] for place in places],
+            "rank": pa.array(places % ITEMS_PER_USER, pa.int16()),
             "image_embeds": pa.FixedSizeListArray.from_arrays(
                 pa.array(embeds.ravel()), type=schemas.image_embeds(D)
             ),

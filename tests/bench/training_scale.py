@@ -27,7 +27,7 @@ from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 D, BATCH, STEPS = 256, 256, 60
-ITEMS, RATINGS_A_USER, ROWS_A_CHUNK = 7096, 20, 1_000_000
+ITEMS, RATINGS_A_USER, ROWS_PER_CHUNK = 7096, 20, 1_000_000
 SAMPLES_A_WORKER = 1024  # of 256, half a step is what any step costs
 
 
@@ -45,7 +45,7 @@ def time_steps(num_users: int) -> dict[str, float]:
     from rebeca_ray.prior.diffusion import Diffusion
     from rebeca_ray.prior.user_blocks import Batch, Rated
     from rebeca_ray.training.loop import train_epoch
-    from rebeca_ray.training.state import DenoisingLoss, Fit
+    from rebeca_ray.training.state import DenoisingLoss, TrainState
 
     torch.set_num_threads(1)
     told = {
@@ -57,7 +57,7 @@ def time_steps(num_users: int) -> dict[str, float]:
     }
     config = TrainConfig.model_validate(told)
     device = torch.device("cpu")
-    fit = Fit(config, D, num_users, device)
+    fit = TrainState(config, D, num_users, device)
     loss = DenoisingLoss(fit.prior, Diffusion.build(config.diffusion), config)
     random = np.random.default_rng(0)
     x0_ID = random.standard_normal((ITEMS, D)).astype(np.float32) * 0.2
@@ -86,11 +86,11 @@ def time_steps(num_users: int) -> dict[str, float]:
 def write_ratings(folder: Path, rows: int) -> None:
     """`rows` ratings by rows / 20 users, in no order, a million a file."""
     folder.mkdir(parents=True, exist_ok=True)
-    for start in range(0, rows, ROWS_A_CHUNK):
-        path = folder / f"part-{start // ROWS_A_CHUNK:05d}.parquet"
+    for start in range(0, rows, ROWS_PER_CHUNK):
+        path = folder / f"part-{start // ROWS_PER_CHUNK:05d}.parquet"
         if path.exists():
             continue
-        number = np.random.default_rng(1).permutation(ROWS_A_CHUNK) + start
+        number = np.random.default_rng(1).permutation(ROWS_PER_CHUNK) + start
         user, place = number // RATINGS_A_USER, number % RATINGS_A_USER
         table = pa.table(
             {

@@ -28,7 +28,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def large(tmp_path: Path) -> Snapshot:
-    return read_catalog(write_snapshot(tmp_path / "large", rows_a_group=100))
+    return read_catalog(write_snapshot(tmp_path / "large", rows_per_group=100))
 
 
 @pytest.fixture

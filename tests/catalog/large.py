@@ -12,7 +12,7 @@ from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.parquet import write_table
 from tests.conftest import publish
 
-BUCKETS, USERS_THERE, ITEMS_A_USER = 3, 500, 4
+BUCKETS, USERS_THERE, ITEMS_PER_USER = 3, 500, 4
 D = 64
 MANY_USERS = [f"üser-{number:03d}" for number in range(USERS_THERE)]
 
@@ -20,7 +20,7 @@ MANY_USERS = [f"üser-{number:03d}" for number in range(USERS_THERE)]
 def write_snapshot(
     root: Path,
     *,
-    rows_a_group: int,
+    rows_per_group: int,
     version: int = schemas.SCHEMA_VERSION,
     users: list[str] = MANY_USERS,
     D: int = D,
@@ -33,12 +33,12 @@ def write_snapshot(
         own = sorted(user for user in users if bucket_of(user, BUCKETS) == bucket)
         if not own:
             continue
-        count = len(own) * ITEMS_A_USER
+        count = len(own) * ITEMS_PER_USER
         embeds = random.standard_normal((count, D), np.float32)
         columns = {
             "item_id": [f"{bucket}-{number:04d}" for number in range(count)],
-            "user_id": np.repeat(own, ITEMS_A_USER),
-            "rank": np.tile(np.arange(ITEMS_A_USER), len(own)),
+            "user_id": np.repeat(own, ITEMS_PER_USER),
+            "rank": np.tile(np.arange(ITEMS_PER_USER), len(own)),
             "image_embeds": pa.FixedSizeListArray.from_arrays(
                 pa.array(embeds.ravel()), type=schemas.image_embeds(D)
             ),
@@ -57,7 +57,7 @@ def write_snapshot(
         )
         path = run.table("items", bucket)
         written = write_table(
-            table, f"{root}/{path}", row_group_size=rows_a_group, embed_column="image_embeds"
+            table, f"{root}/{path}", row_group_size=rows_per_group, embed_column="image_embeds"
         )
         ends = {"min_user_id": own[0], "max_user_id": own[-1]}
         files.append({"table": "items", "bucket": bucket, "file": bucket, "path": path, **written, **ends})

@@ -32,13 +32,13 @@ def test_a_catalog_that_is_not_there_or_of_another_version_is_told(tmp_path: Pat
     ):
         with pytest.raises(UserError, match=why):
             read_catalog(root)  # type: ignore[arg-type]
-    newer = write_snapshot(tmp_path / "newer", rows_a_group=100, version=schemas.SCHEMA_VERSION + 1)
+    newer = write_snapshot(tmp_path / "newer", rows_per_group=100, version=schemas.SCHEMA_VERSION + 1)
     with pytest.raises(
         UserError,
         match=rf"schema version {schemas.SCHEMA_VERSION + 1}, this version reads 3; upgrade rebeca-ray",
     ):
         read_catalog(newer)
-    older = write_snapshot(tmp_path / "older", rows_a_group=100, version=2)
+    older = write_snapshot(tmp_path / "older", rows_per_group=100, version=2)
     with pytest.raises(
         UserError, match="schema version 2, of before the format was settled; .* generate into another root"
     ):

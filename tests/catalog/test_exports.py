@@ -16,7 +16,7 @@ from rebeca_ray.catalog.exports import image_objects, key_values
 from rebeca_ray.catalog.exports.iceberg import open_iceberg, register_snapshot
 from rebeca_ray.catalog.exports.image_objects import export_images, read_export
 from rebeca_ray.catalog.exports.key_values import KeyValues, export_key_values
-from rebeca_ray.catalog.layout import POOL
+from rebeca_ray.catalog.layout import POPULATION_USER
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.pointer import LostRaceError
 from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
@@ -38,7 +38,7 @@ CDN = "https://cdn.example.com/stickers"
 
 @pytest.fixture
 def on_store(config: GenerateConfig, root: str) -> GenerateConfig:
-    return config.model_copy(update={"root": f"{root}/catalog"})
+    return config.model_copy(update={"catalog": f"{root}/catalog"})
 
 
 def objects(out: str) -> dict[str, bytes]:
@@ -98,7 +98,9 @@ def test_images_become_objects_that_are_written_once_and_outlive_their_snapshot_
     done = export_images(wednesday, out, CDN)
     assert (done.written, done.removed) == (0, 6)  # of one user who changed, and one who left on Tuesday
     assert_everybody_has_pictures(wednesday, out)
-    pool = {f"objects/{item[:2]}/{item}.png" for item in monday.for_user(POOL)["item_id"].to_pylist()}
+    pool = {
+        f"objects/{item[:2]}/{item}.png" for item in monday.for_user(POPULATION_USER)["item_id"].to_pylist()
+    }
     assert (
         set(objects(out)) == {row["image_key"] for row in urls(out)} | pool
     )  # of the strangers', who are gone, the pictures stay
@@ -135,12 +137,12 @@ def test_an_export_that_dies_shows_the_one_before_and_is_repeated(
     monkeypatch.setattr(image_objects, "write_image", write)
     assert export_images(tuesday, out, CDN).written == 3
     assert_everybody_has_pictures(tuesday, out)
-    other = config.model_copy(update={"root": str(tmp_path / "another-catalog")})
+    other = config.model_copy(update={"catalog": str(tmp_path / "another-catalog")})
     night(other, USERS[:1])
     with pytest.raises(
         UserError, match=r"holds something else \(images\) than an export of images; choose another folder"
     ):
-        export_images(tuesday, other.root, CDN)
+        export_images(tuesday, other.catalog, CDN)
 
 
 def test_who_keeps_the_pool_of_a_night_before_has_its_pictures(
@@ -151,22 +153,22 @@ def test_who_keeps_the_pool_of_a_night_before_has_its_pictures(
     names = [
         name
         for name in (f"stranger-{number}" for number in range(20))
-        if bucket_of(name, 2) != bucket_of(POOL, 2)
+        if bucket_of(name, 2) != bucket_of(POPULATION_USER, 2)
     ][:2]
     request, out = tmp_path / "strangers.parquet", str(tmp_path / "cdn")
     config = config.model_copy(update={"request": str(request), "layout": layout})
     pq.write_table(pa.table({"user_id": names}), request)
     snapshot_of(on(MONDAY, config), requested=6)
-    assert export_images(read_catalog(config.root), out, CDN).written == 3
+    assert export_images(read_catalog(config.catalog), out, CDN).written == 3
     before = urls(out)
     pq.write_table(pa.table({"user_id": names, "prompt": ["a cat", "a dog"]}), request)
     for day in (TUESDAY, WEDNESDAY, THURSDAY):
         late_night(on(day, config), units=0, requested=6)
-        done = export_images(read_catalog(config.root), out, CDN)
+        done = export_images(read_catalog(config.catalog), out, CDN)
         assert (done.urls, done.written, done.removed) == (6, 0, 0)
-        assert_everybody_has_pictures(read_catalog(config.root), out)
+        assert_everybody_has_pictures(read_catalog(config.catalog), out)
     assert [row["image_key"] for row in urls(out)] == [
-        row["image_key"] for row in before if row["user_id"] != POOL
+        row["image_key"] for row in before if row["user_id"] != POPULATION_USER
     ]
 
 
@@ -184,11 +186,11 @@ def test_a_pool_that_was_never_exported_as_one_stays_while_anybody_has_it(
     for day, there in ((TUESDAY, names), (WEDNESDAY, names[1:]), (THURSDAY, names[1:])):
         pq.write_table(pa.table({"user_id": there, "prompt": ["a cat"] * len(there)}), request)
         late_night(on(day, config), units=0, requested=3 * len(there))
-        assert export_images(read_catalog(config.root), out, CDN).removed == 0
-        assert_everybody_has_pictures(read_catalog(config.root), out)
+        assert export_images(read_catalog(config.catalog), out, CDN).removed == 0
+        assert_everybody_has_pictures(read_catalog(config.catalog), out)
     Path(out, read_export(out).files[0]).unlink()  # type: ignore[union-attr]
-    export_images(read_catalog(config.root), out, CDN)  # of the same run, since a table is lost
-    assert_everybody_has_pictures(read_catalog(config.root), out)
+    export_images(read_catalog(config.catalog), out, CDN)  # of the same run, since a table is lost
+    assert_everybody_has_pictures(read_catalog(config.catalog), out)
 
 
 def test_a_lost_table_of_urls_is_written_again_and_nothing_is_removed(
@@ -270,15 +272,15 @@ def redis(tmp_path: Path) -> Iterator[tuple[str, int]]:
 
 def test_where_nothing_must_be_written_nothing_is(config: GenerateConfig, tmp_path: Path) -> None:
     _, monday = night(config, USERS[:2])
-    before = list_files(config.root)
-    for out in (config.root, f"{config.root}/cdn"):
+    before = list_files(config.catalog)
+    for out in (config.catalog, f"{config.catalog}/cdn"):
         with pytest.raises(
             UserError, match=r"is in the catalog .*, whose files are nobody else's; choose another folder"
         ):
             export_images(monday, out, CDN)
         with pytest.raises(UserError, match=r"is in the catalog .*; choose another folder"):
             export_key_values(monday, out, "jsonl")
-    told = {"catalog": f"sqlite:///{tmp_path}/iceberg.db", "warehouse": f"file://{config.root}/warehouse"}
+    told = {"catalog": f"sqlite:///{tmp_path}/iceberg.db", "warehouse": f"file://{config.catalog}/warehouse"}
     with pytest.raises(UserError, match=r"warehouse .* is in the catalog .*; choose another folder"):
         register_snapshot(monday, **told)
     with pytest.raises(UserError, match="namespace '': has an empty part; give one such as rebeca"):
@@ -300,7 +302,7 @@ def test_where_nothing_must_be_written_nothing_is(config: GenerateConfig, tmp_pa
         match=r"out .*: holds something else \(.*\) than an export of images; choose another folder",
     ):
         export_images(monday, str(tmp_path), CDN)
-    assert list_files(config.root) == before
+    assert list_files(config.catalog) == before
     assert not (tmp_path / "cdn").exists()
 
 
@@ -347,7 +349,7 @@ def test_key_values_that_are_not_whole_have_nothing_that_says_what_they_are(
     config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where there were some before, whose parts are written over."""
-    out = f"{config.root}-kv"
+    out = f"{config.catalog}-kv"
     _, monday = night(config, USERS[:2])
     done = export_key_values(monday, out, "redis", key_prefix="one:")
     told = Path(done.folder, "export.json")
@@ -396,7 +398,9 @@ def test_json_lines_have_a_line_a_user_with_urls(on_store: GenerateConfig, root:
         for path in done.files
         for line in fsspec.open(f"{done.folder}/{path}").open().read().splitlines()
     ]
-    assert {line["user_id"]: line["items"] for line in lines} == dict.fromkeys([USERS[0], "stranger", POOL])
+    assert {line["user_id"]: line["items"] for line in lines} == dict.fromkeys(
+        [USERS[0], "stranger", POPULATION_USER]
+    )
     with pytest.raises(UserError, match="does not follow run '2020'"):
         export_key_values(tuesday, f"{root}/kv", "jsonl", since="2020")
 
@@ -480,13 +484,13 @@ def test_many_buckets_are_exported_in_parallel(
 
 def test_the_commands_say_what_they_did(config: GenerateConfig, tmp_path: Path) -> None:
     _, monday = night(config, USERS[:2])
-    told = run("catalog", "export", "images", config.root, str(tmp_path / "cdn"), "--url-base", CDN)
+    told = run("catalog", "export", "images", config.catalog, str(tmp_path / "cdn"), "--url-base", CDN)
     assert told.returncode == 0, told.stderr
     assert (
         f"run {monday.run_id} -> {tmp_path}/cdn: 6 images written, 0 removed, 6 rows of URLs in 1 files"
         in told.stdout
     )
-    told = run("catalog", "export", "key-values", config.root, str(tmp_path / "kv"), "--format", "redis")
+    told = run("catalog", "export", "key-values", config.catalog, str(tmp_path / "kv"), "--format", "redis")
     assert (
         f"2 users to set, 0 to remove -> 1 files in {tmp_path}/kv/redis/run_id={monday.run_id}" in told.stdout
     )
@@ -495,7 +499,7 @@ def test_the_commands_say_what_they_did(config: GenerateConfig, tmp_path: Path) 
         "catalog",
         "export",
         "iceberg",
-        config.root,
+        config.catalog,
         "--catalog",
         database,
         "--warehouse",

@@ -32,7 +32,7 @@ def four_nights(config: GenerateConfig) -> GenerateConfig:
 
 
 def test_what_goes_is_what_no_kept_snapshot_needs(four_nights: GenerateConfig) -> None:
-    root = four_nights.root
+    root = four_nights.catalog
     first, second, third, fourth = (manifest["run_id"] for manifest in list_snapshots(root))
     before = read_catalog(root)
     images = before.images(before.items())
@@ -62,7 +62,7 @@ def test_what_goes_is_what_no_kept_snapshot_needs(four_nights: GenerateConfig) -
 def test_a_collection_that_dies_anywhere_loses_nothing_and_the_next_one_ends_it(
     four_nights: GenerateConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root, deleted = four_nights.root, gc.delete
+    root, deleted = four_nights.catalog, gc.delete
     kept = [manifest["run_id"] for manifest in list_snapshots(root)[-2:]]
     deaths = 0
     while True:
@@ -91,7 +91,7 @@ def test_a_collection_that_dies_anywhere_loses_nothing_and_the_next_one_ends_it(
 
 
 def test_a_snapshot_stays_through_the_grace_period_after_it_was_followed(four_nights: GenerateConfig) -> None:
-    root = four_nights.root
+    root = four_nights.catalog
     now = datetime.datetime.now(datetime.UTC)
     snapshots = list_snapshots(root)
     hour = datetime.timedelta(hours=1)
@@ -148,27 +148,27 @@ def test_the_last_published_stay(published: str | None, left: str, kept: str) ->
 def test_an_unfinished_run_stays_for_the_grace_period_and_is_then_given_up(config: GenerateConfig) -> None:
     night(config, USERS[:2])
     prepared = prepare(config)  # killed before it was assembled
-    begin(config.root, prepared.run.run_id, datetime.date(2026, 3, 3), {})
-    images = Path(config.root) / prepared.run.images
-    collect(config.root, keep=1, grace_hours=1)
+    begin(config.catalog, prepared.run.run_id, datetime.date(2026, 3, 3), {})
+    images = Path(config.catalog) / prepared.run.images
+    collect(config.catalog, keep=1, grace_hours=1)
     assert list_files(str(images), ".parquet") == []  # everything is carried: nothing was drawn
     assert Path(prepared.run.work, "run.json").exists()
-    collect(config.root, keep=1, grace_hours=0)
+    collect(config.catalog, keep=1, grace_hours=0)
     assert not Path(prepared.run.work).exists()
-    assert verify(read_catalog(config.root), "full") == []
+    assert verify(read_catalog(config.catalog), "full") == []
 
 
 def test_nothing_is_collected_while_a_run_is_at_work(config: GenerateConfig) -> None:
     night(config, USERS[:2])
     with (
-        hold_lease(config.root, "tonight", 2),
+        hold_lease(config.catalog, "tonight", 2),
         pytest.raises(LostRaceError, match="run tonight .* is at work"),
     ):
-        collect(config.root, keep=1, grace_hours=0)
+        collect(config.catalog, keep=1, grace_hours=0)
 
 
 def test_publishing_by_hand_and_back_again(four_nights: GenerateConfig) -> None:
-    root = four_nights.root
+    root = four_nights.catalog
     third, fourth = (manifest["run_id"] for manifest in list_snapshots(root)[-2:])
     assert roll_back(root)["run_id"] == third
     assert read_catalog(root).manifest["run_id"] == third
@@ -185,13 +185,13 @@ def test_a_lost_pointer_is_mended_by_what_is_listed(
     config: GenerateConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, snapshot = night(config, USERS[:2])
-    Path(config.root, "latest.json").unlink()
-    list_catalog(config.root)
+    Path(config.catalog, "latest.json").unlink()
+    list_catalog(config.catalog)
     told = capsys.readouterr().out
     assert snapshot.run_id in told
     assert "none of them is published: `rebeca catalog publish --run-id` one of them" in told
-    publish_snapshot(config.root, snapshot.run_id)
-    assert read_catalog(config.root).for_user(USERS[0]).equals(snapshot.for_user(USERS[0]))
+    publish_snapshot(config.catalog, snapshot.run_id)
+    assert read_catalog(config.catalog).for_user(USERS[0]).equals(snapshot.for_user(USERS[0]))
 
 
 def test_a_slip_of_the_keyboard_makes_no_catalog(tmp_path: Path) -> None:
@@ -206,8 +206,8 @@ def test_a_slip_of_the_keyboard_makes_no_catalog(tmp_path: Path) -> None:
 
 def test_there_is_nothing_before_the_first(config: GenerateConfig) -> None:
     with pytest.raises(UserError, match="nothing is published there; there is nothing to roll back"):
-        roll_back(config.root)
+        roll_back(config.catalog)
     night(config, USERS[:1])
     with pytest.raises(UserError, match="is the first there was"):
-        roll_back(config.root)
-    assert pa.types.is_string(read_catalog(config.root).items().schema.field("item_id").type)
+        roll_back(config.catalog)
+    assert pa.types.is_string(read_catalog(config.catalog).items().schema.field("item_id").type)

@@ -42,8 +42,8 @@ def write_golden_files(config: GenerateConfig, folder: Path) -> None:
     change_digest(config, USERS[1])
     prepared = prepare(ask(config, [*USERS[1:5], "stranger"], 1), break_first=True)
     assembled(config, prepared, requested=15, error_budget=0.1)
-    publish(config.root, prepared.run)
-    shutil.copytree(config.root, folder, ignore=shutil.ignore_patterns("work", ".latest.lock"))
+    publish(config.catalog, prepared.run)
+    shutil.copytree(config.catalog, folder, ignore=shutil.ignore_patterns("work", ".latest.lock"))
     snapshot = read_catalog(str(folder))
     shutil.rmtree(
         folder / str(snapshot.manifest["previous_path"])

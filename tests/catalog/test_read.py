@@ -24,7 +24,7 @@ from rebeca_ray.config.sections import LayoutSettings
 from rebeca_ray.errors import UserError
 from rebeca_ray.generation.bucket import changes_table
 from rebeca_ray.identity import bucket_of
-from tests.catalog.large import BUCKETS, ITEMS_A_USER, MANY_USERS, USERS_THERE, D, write_snapshot
+from tests.catalog.large import BUCKETS, ITEMS_PER_USER, MANY_USERS, USERS_THERE, D, write_snapshot
 from tests.conftest import USERS
 from tests.generation.test_nights import change_digest, night
 
@@ -89,19 +89,19 @@ NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_
 @given(
     users=st.lists(NAMES, min_size=1, max_size=25, unique=True),
     others=st.lists(NAMES, max_size=10),
-    rows_a_group=st.integers(1, 9),
+    rows_per_group=st.integers(1, 9),
 )
 def test_whoever_is_asked_for_gets_what_a_scan_finds(
-    users: list[str], others: list[str], rows_a_group: int
+    users: list[str], others: list[str], rows_per_group: int
 ) -> None:
     """Names of any letters, in any order of the alphabet; some of them there, some not."""
     with tempfile.TemporaryDirectory() as folder:
-        snapshot = read_catalog(write_snapshot(Path(folder), rows_a_group=rows_a_group, users=users, D=2))
+        snapshot = read_catalog(write_snapshot(Path(folder), rows_per_group=rows_per_group, users=users, D=2))
         everything = snapshot.items(["user_id", "rank", "item_id"])
         for user in [*users, *others, *(user[:-1] for user in users), *(f"{user}a" for user in users)]:
             expected = everything.filter(pc.equal(everything["user_id"], user))
             assert snapshot.for_user(user, ["user_id", "rank", "item_id"]).equals(expected)
-            assert expected.num_rows == (ITEMS_A_USER if user in users else 0)
+            assert expected.num_rows == (ITEMS_PER_USER if user in users else 0)
         some = sorted({*users[::2], *others})
         expected = everything.filter(pc.is_in(everything["user_id"], value_set=pa.array(some, pa.string())))
         order = [("user_id", "ascending"), ("rank", "ascending")]
@@ -112,7 +112,9 @@ def test_some_users_are_read_in_one_table_sorted_by_user_and_rank(large: Snapsho
     users = [f"üser-{number:03d}" for number in (450, 3, 77, 78, 3)]
     found = large.items(["rank", "user_id"], [*users, "nobody"])
     assert found.column_names == ["rank", "user_id"]
-    assert found["user_id"].to_pylist() == [user for user in sorted(set(users)) for _ in range(ITEMS_A_USER)]
+    assert found["user_id"].to_pylist() == [
+        user for user in sorted(set(users)) for _ in range(ITEMS_PER_USER)
+    ]
     assert found["rank"].to_pylist() == [0, 1, 2, 3] * 4
     assert large.to_pandas("items", ["item_id"], users[:1]).shape == (4, 1)
     assert large.to_polars("items", None, users[:1]).shape == (4, len(schemas.items(D)))
@@ -192,7 +194,7 @@ def test_users_and_columns_may_come_in_any_sequence(large: Snapshot) -> None:
         np.array(users, object),
     ):
         assert large.items(("item_id",), some).equals(expected)  # type: ignore[arg-type]
-    assert read_catalog(Path(large.root)).items(("item_id",)).num_rows == USERS_THERE * ITEMS_A_USER  # type: ignore[arg-type]
+    assert read_catalog(Path(large.root)).items(("item_id",)).num_rows == USERS_THERE * ITEMS_PER_USER  # type: ignore[arg-type]
 
 
 def test_a_reader_follows_publications_and_holds_its_snapshot_until_it_is_collected(
@@ -206,10 +208,10 @@ def test_a_reader_follows_publications_and_holds_its_snapshot_until_it_is_collec
     now = monday.refresh()
     assert (now.path, now.run_id, now.refresh()) == (tuesday.path, tuesday.run_id, now)
     _, wednesday = night(config, USERS[:5], 2)
-    assert collect(config.root, keep=1, grace_hours=48).manifests == []
+    assert collect(config.catalog, keep=1, grace_hours=48).manifests == []
     assert monday.items().equals(items)  # held through two publications and a collection
     assert monday.images(items) == images
-    collect(config.root, keep=1, grace_hours=0)  # keeps the published one, and the one it followed
+    collect(config.catalog, keep=1, grace_hours=0)  # keeps the published one, and the one it followed
     row_groups.footer_bytes.cache_clear()
     for read in (monday.items, lambda: monday.for_user(USERS[0]), lambda: monday.to_pandas("users")):
         with pytest.raises(
@@ -304,7 +306,7 @@ def test_a_column_that_came_later_is_null_in_older_files(
     assert verify(monday, "full") != []  # files of this version without it are not whole
     monkeypatch.setattr(schemas, "SCHEMA_VERSION", schemas.SCHEMA_VERSION + 1)
     assert verify(monday, "full") == []
-    now = read_catalog(config.root)
+    now = read_catalog(config.catalog)
     for table in (now.items(), now.bucket("items", 0, 1), now.items(user_ids=USERS[:3])):
         assert table["mood"].null_count == 9
         assert table.drop_columns(["mood"]).equals(was)

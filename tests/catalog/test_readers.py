@@ -69,7 +69,7 @@ def published(
     config = generate_config(folder, tiny_decoder).model_copy(
         update={
             "prior": str(prior),
-            "root": f"s3://rebeca/{folder.name}",
+            "catalog": f"s3://rebeca/{folder.name}",
             "layout": LayoutSettings(num_buckets=2),
         }
     )
@@ -77,8 +77,8 @@ def published(
     change_digest(config, USERS[2])
     prepared = prepare(ask(config, [*USERS[1:], "stranger"], 1), break_first=True)
     assembled(config, prepared, requested=21, error_budget=0.2)
-    publish(config.root, prepared.run)
-    snapshot = read_catalog(config.root)
+    publish(config.catalog, prepared.run)
+    snapshot = read_catalog(config.catalog)
     return Published(snapshot, {name: ordered(name, snapshot.table(name).to_pylist()) for name in TABLES})
 
 

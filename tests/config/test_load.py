@@ -101,9 +101,9 @@ def test_heads_that_do_not_share_the_width_are_refused() -> None:
 
 def test_data_has_absolute_paths_and_hub_ids_stay() -> None:
     config = load_config(
-        GenerateConfig, CONFIGS / "generate_stickers.yaml", ["root=catalog", "decoder.model=owner/model"]
+        GenerateConfig, CONFIGS / "generate_stickers.yaml", ["catalog=catalog", "decoder.model=owner/model"]
     )
-    assert (config.root, config.decoder.model) == (str(Path.cwd() / "catalog"), "owner/model")
+    assert (config.catalog, config.decoder.model) == (str(Path.cwd() / "catalog"), "owner/model")
 
 
 def test_missing_key_is_named(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def table(
 ) -> Input:
     config, decoder = shared
     out = tmp_path / "out"
-    config = config.model_copy(update={"root": str(out)})
+    config = config.model_copy(update={"catalog": str(out)})
 
     def history(path: str) -> Any:
         return build_histories(InteractionSettings(path=path), IDS, str(out / "storage"))
@@ -352,7 +352,9 @@ def test_what_is_found_while_planning_leaves_nothing(
     )
     rated = InteractionSettings(path=str(tmp_path / "bad.parquet"))
     with pytest.raises(UserError, match=rf"^interactions {tmp_path}/bad.parquet: 1 of 3 rows have .*{name}"):
-        generate_catalog(shared[0].model_copy(update={"interactions": rated, "root": str(tmp_path / "out")}))
+        generate_catalog(
+            shared[0].model_copy(update={"interactions": rated, "catalog": str(tmp_path / "out")})
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -401,7 +403,7 @@ def test_many_interactions_are_checked_alike_and_leave_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that are split into buckets first."""
-    monkeypatch.setattr(histories_module, "ROWS_A_BUCKET", 2)
+    monkeypatch.setattr(histories_module, "ROWS_PER_BUCKET", 2)
     path, right = tmp_path / "table.parquet", good_table(schemas.INTERACTIONS)
     pq.write_table(right.select(["user_id", "item_id"]), path)
     settings = InteractionSettings(path=str(path))

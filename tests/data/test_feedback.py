@@ -71,18 +71,18 @@ def test_rated_items_are_found_once_and_outlive_their_snapshot(
     ]
     shown = [(USERS[2], first_items(monday, USERS[2])[0]["item_id"], None, "impression")]
     interactions = rate(tmp_path / "interactions.parquet", [*rows, *shown])
-    found = find_rated(config.root, interactions, REAL, D, None)
+    found = find_rated(config.catalog, interactions, REAL, D, None)
     assert found.schema.equals(schemas.embedded_items(D))
     assert {row["item_id"]: row["image_embeds"] for row in found.to_pylist()} == {
         item["item_id"]: item["image_embeds"] for item in (one, pooled)
     }
-    assert len(list_files(f"{config.root}/rated")) == 1
-    manifest = Path(config.root, monday.path, "manifest.json")
+    assert len(list_files(f"{config.catalog}/rated")) == 1
+    manifest = Path(config.catalog, monday.path, "manifest.json")
     told = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**told, "clip": "this-clip"}))
-    assert find_rated(config.root, interactions, REAL, D, "another-clip").num_rows == 0
-    assert find_rated(config.root, interactions, REAL, D + 1, "this-clip").num_rows == 0
-    assert find_rated(config.root, interactions, REAL, D, "this-clip").equals(found)
+    assert find_rated(config.catalog, interactions, REAL, D, "another-clip").num_rows == 0
+    assert find_rated(config.catalog, interactions, REAL, D + 1, "this-clip").num_rows == 0
+    assert find_rated(config.catalog, interactions, REAL, D, "this-clip").equals(found)
     manifest.write_text(json.dumps(told))
 
     for user in USERS[:4]:
@@ -95,15 +95,15 @@ def test_rated_items_are_found_once_and_outlive_their_snapshot(
         [*rows, (USERS[1], two["item_id"], 1.0, None), (USERS[0], somebody_elses, 5.0, None)],
     )
     assert (
-        find_rated(config.root, later, REAL, D, None).num_rows == 3
+        find_rated(config.catalog, later, REAL, D, None).num_rows == 3
     )  # from a snapshot that is no longer published
-    collect(config.root, keep=1, grace_hours=0)
-    assert read_catalog(config.root).items(["item_id"])["item_id"].to_pylist().count(one["item_id"]) == 0
-    kept = find_rated(config.root, later, REAL, D, None)
+    collect(config.catalog, keep=1, grace_hours=0)
+    assert read_catalog(config.catalog).items(["item_id"])["item_id"].to_pylist().count(one["item_id"]) == 0
+    kept = find_rated(config.catalog, later, REAL, D, None)
     assert kept["item_id"].to_pylist() == sorted(item["item_id"] for item in (one, two, pooled))
-    assert len(list_files(f"{config.root}/rated/clip-{D}")) == 2
+    assert len(list_files(f"{config.catalog}/rated/clip-{D}")) == 2
     items = read_image_embeds(str(config.items))
-    together = with_rated(items, config.root, later)
+    together = with_rated(items, config.catalog, later)
     assert together.item_id.tolist() == [*items.item_id, *kept["item_id"].to_pylist()]
     assert np.array_equal(together.image_embeds[-3:], np.array(kept["image_embeds"].to_pylist(), np.float32))
 
@@ -114,7 +114,7 @@ def test_a_rating_of_what_is_nowhere_is_refused_of_real_items_and_dropped_of_gen
     night(config, USERS[:2])
     rows = [(USERS[0], "real-0", 5.0, None), (USERS[0], "f" * 32, 5.0, None)]
     settings = InteractionSettings(path=rate(tmp_path / "interactions.parquet", rows))
-    assert find_rated(config.root, settings.path, REAL, D, None).num_rows == 0
+    assert find_rated(config.catalog, settings.path, REAL, D, None).num_rows == 0
     histories = build_histories(settings, REAL, str(tmp_path / "storage"))
     assert pq.read_table(histories.file(0))["item_index"].to_pylist() == [[0]]
     assert "1 of 2 rate an item whose embedding is nowhere (generated long ago" in capsys.readouterr().out
@@ -141,14 +141,14 @@ def test_what_is_damaged_is_told_and_stops_the_night_only_where_it_was_kept(
         tmp_path / "interactions.parquet",
         [(USERS[0], one["item_id"], 5.0, None), (USERS[1], two["item_id"], 5.0, None)],
     )
-    Path(config.root, monday.manifest["files"]["path"]).write_bytes(b"damaged")
-    assert find_rated(config.root, interactions, REAL, D, None)["item_id"].to_pylist() == [one["item_id"]]
+    Path(config.catalog, monday.manifest["files"]["path"]).write_bytes(b"damaged")
+    assert find_rated(config.catalog, interactions, REAL, D, None)["item_id"].to_pylist() == [one["item_id"]]
     assert f"{monday.path}/manifest.json; ratings of its items are left out" in capsys.readouterr().err
-    Path(list_files(f"{config.root}/rated")[0]).write_bytes(b"damaged")
+    Path(list_files(f"{config.catalog}/rated")[0]).write_bytes(b"damaged")
     with pytest.raises(
         UserError, match=r"rated items .*: not readable \(.*\); restore what is damaged, or remove it"
     ):
-        find_rated(config.root, interactions, REAL, D, None)
+        find_rated(config.catalog, interactions, REAL, D, None)
     assert tuesday.for_user(USERS[0]).num_rows == 3
 
 
@@ -244,7 +244,7 @@ def test_liked_generated_items_draw_the_next_night_towards_them(
         }
     )
     assert snapshot_of(config, requested=32)["counts"]["new"] == 32
-    monday = read_catalog(config.root)
+    monday = read_catalog(config.catalog)
     real = read_image_embeds(trained.items)
     kind_of = {item: int(number >= 20) for number, item in enumerate(real.item_id.tolist())}
     items = monday.for_user("newcomer").to_pylist()
@@ -262,7 +262,7 @@ def test_liked_generated_items_draw_the_next_night_towards_them(
 
     manifest = snapshot_of(config, requested=32)
     assert (manifest["counts"]["new"], manifest["counts"]["carried"]) == (16, 16)
-    tuesday = read_catalog(config.root)
+    tuesday = read_catalog(config.catalog)
     centre = np.mean([item["image_embeds"] for item in liked], axis=0)
     then, now = (closeness(snapshot.for_user("newcomer"), centre) for snapshot in (monday, tuesday))
     assert now > then + 0.2
@@ -276,7 +276,7 @@ def test_liked_generated_items_draw_the_next_night_towards_them(
     again = trained.model_copy(
         update={
             "out": str(tmp_path / "again"),
-            "catalog": config.root,
+            "catalog": config.catalog,
             "optimization": trained.optimization.model_copy(update={"max_epochs": 1}),
         }
     )

@@ -60,7 +60,7 @@ def test_one_row_a_user_in_order_of_time(tmp_path: Path) -> None:
 def test_buckets_hold_the_same_histories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = write_interactions(tmp_path)
     whole = build_histories(settings, ITEMS, str(tmp_path / "whole"))
-    monkeypatch.setattr(histories_module, "ROWS_A_BUCKET", 10)
+    monkeypatch.setattr(histories_module, "ROWS_PER_BUCKET", 10)
     parts = build_histories(settings, ITEMS, str(tmp_path / "parts"))
     assert len(parts.users_of_bucket) > 20
     assert parts.num_users == whole.num_users == 40
@@ -83,7 +83,7 @@ def test_a_defect_in_any_bucket_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     settings = write_interactions(tmp_path)
     table = pq.read_table(f"{settings.path}/b.parquet")
     pq.write_table(pa.concat_tables([table, table.slice(3, 1)]), f"{settings.path}/b.parquet")
-    monkeypatch.setattr(histories_module, "ROWS_A_BUCKET", 10)
+    monkeypatch.setattr(histories_module, "ROWS_PER_BUCKET", 10)
     with pytest.raises(
         UserError, match=r"interactions .*: 1 of \d+ rows have a \(user_id, item_id\) pair seen before"
     ):

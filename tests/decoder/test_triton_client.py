@@ -210,9 +210,9 @@ def test_the_catalog_is_the_same_by_either_backend(server: DecoderSettings, conf
     local = {
         row["item_id"]: row["image"]["bytes"] for row in pq.read_table(f"{run.root}/{run.images}").to_pylist()
     }
-    through = config.model_copy(update={"root": f"{config.root}-triton", "decoder": server})
+    through = config.model_copy(update={"catalog": f"{config.catalog}-triton", "decoder": server})
     assert generate_catalog(through)["counts"]["new"] == len(local) == 16
-    snapshot = read_catalog(through.root)
+    snapshot = read_catalog(through.catalog)
     items = snapshot.items()
     expected = [local[item] for item in items["item_id"].to_pylist()]
     assert np.abs(to_pixels(expected).astype(int) - to_pixels(snapshot.images(items))).max() <= 3
@@ -283,7 +283,7 @@ def test_a_server_that_is_not_there_is_missed_before_anything_is_planned(config:
     nowhere = served(config.decoder, free_port(), ready_seconds=1)
     with pytest.raises(ServerLostError, match="no server ready within 1 s"):
         generate_catalog(config.model_copy(update={"decoder": nowhere}))
-    assert not (Path(config.root) / "work").exists()
+    assert not (Path(config.catalog) / "work").exists()
 
 
 def test_rebeca_serve_says_where_it_listens_and_stops_cleanly(
@@ -292,7 +292,7 @@ def test_rebeca_serve_says_where_it_listens_and_stops_cleanly(
     own = {name: free_port() for name in PORTS}
     decoder = tiny_decoder.model_dump(mode="json", exclude_defaults=True)
     (tmp_path / "c.yaml").write_text(
-        yaml.safe_dump({"prior": "p", "request": "r", "root": "c", "decoder": decoder})
+        yaml.safe_dump({"prior": "p", "request": "r", "catalog": "c", "decoder": decoder})
     )
     options = [part for name, port in own.items() for part in (f"--{name.replace('_', '-')}", str(port))]
     command = [

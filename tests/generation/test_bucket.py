@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.layout import POOL
+from rebeca_ray.catalog.layout import POPULATION_USER
 from rebeca_ray.generation.bucket import quality_sums
 
 
@@ -13,7 +13,7 @@ def test_the_sums_of_a_bucket_by_hand() -> None:
     """Three users: two equal items and a third at right angles; one item alone; two opposite ones, of which one is not judged."""
     x, y = [3.0, 0.0, 0.0], [0.0, 2.0, 0.0]
     rows = [
-        (POOL, y, 0.9),
+        (POPULATION_USER, y, 0.9),
         ("a", x, 0.5),
         ("a", x, 0.25),
         ("a", y, 0.75),

@@ -35,7 +35,7 @@ MEASURED = {
 def measured(config: GenerateConfig) -> GenerateConfig:
     """A catalog whose one snapshot measured what MEASURED says."""
     manifest = snapshot_of(config, requested=16)
-    uri = f"{config.root}/snapshots/run_date={manifest['run_date']}/run_id={manifest['run_id']}/manifest.json"
+    uri = f"{config.catalog}/snapshots/run_date={manifest['run_date']}/run_id={manifest['run_id']}/manifest.json"
     write_json({**(read_json(uri) or {}), "measured": MEASURED}, uri)
     return config
 
@@ -47,29 +47,29 @@ def drawing(images: int) -> Decisions:
 
 
 def test_the_same_work_takes_the_same_time(measured: GenerateConfig) -> None:
-    found = foresee(measured, drawing(16), 16, read_catalog(measured.root))
+    found = foresee(measured, drawing(16), 16, read_catalog(measured.catalog))
     assert (found.plan_seconds, found.render_seconds, found.other_seconds) == (14.0, 30.0, 4.0)
     assert found.hours == round(48 / 3600, 4)
-    images = read_catalog(measured.root).files.to_pylist()
+    images = read_catalog(measured.catalog).files.to_pylist()
     assert found.bytes_written == sum(row["bytes"] for row in images)
 
 
 def test_less_work_takes_the_same_start_and_whole_batches(measured: GenerateConfig) -> None:
-    found = foresee(measured, drawing(5), 16, read_catalog(measured.root))
+    found = foresee(measured, drawing(5), 16, read_catalog(measured.catalog))
     assert found.render_seconds == 10 + 8 * 20 / 16  # five images are two batches of four
     assert found.plan_seconds == round(10 + 5 * 4 / 16, 1)
-    assert foresee(measured, drawing(0), 16, read_catalog(measured.root)).render_seconds == 0
+    assert foresee(measured, drawing(0), 16, read_catalog(measured.catalog)).render_seconds == 0
 
 
 def test_another_cluster_is_described_by_the_config(measured: GenerateConfig) -> None:
     decoder = measured.decoder.model_copy(update={"num_actors": 2, "device": "cuda"})
     prices = PriceSettings(gpu_hour=1000.0)
     described = measured.model_copy(update={"decoder": decoder, "prices": prices})
-    found = foresee(described, drawing(16), 16, read_catalog(measured.root))
+    found = foresee(described, drawing(16), 16, read_catalog(measured.catalog))
     assert found.render_seconds == 10 + 16 * 20 / 16 / 2
     assert found.gpu_hours == round(2 * 20 / 3600, 4)
     assert found.cost == pytest.approx(1000 * 2 * 20 / 3600, abs=0.01)
-    told = foresee(described, drawing(16), 16, read_catalog(measured.root), images_per_second=16.0)
+    told = foresee(described, drawing(16), 16, read_catalog(measured.catalog), images_per_second=16.0)
     assert told.render_seconds == 10.5
 
 
@@ -83,7 +83,7 @@ def test_nothing_measured_needs_a_rate(config: GenerateConfig) -> None:
         5,
         8.0,
     )
-    assert not list(Path(config.root).rglob("*.parquet"))
+    assert not list(Path(config.catalog).rglob("*.parquet"))
 
 
 def test_what_is_carried_is_not_counted(measured: GenerateConfig) -> None:

@@ -110,8 +110,8 @@ def test_who_has_an_item_that_failed_is_drawn_again_the_next_night(config: Gener
     first = on(MONDAY, config)
     prepared = prepare(first, break_first=True)
     assert add_up(assembled(first, prepared, requested=16, error_budget=0.1)) == {"new": 15, "failed": 1}
-    publish(config.root, prepared.run)
-    before = read_catalog(config.root)
+    publish(config.catalog, prepared.run)
+    before = read_catalog(config.catalog)
     (error,) = before.table("errors").to_pylist()
     assert (error["stage"], error["error"], error["attempt"]) == ("render", "image_embeds is not finite", 0)
     (unlucky,) = (row for row in before.table("users").to_pylist() if row["num_failed"])
@@ -126,7 +126,7 @@ def test_who_has_an_item_that_failed_is_drawn_again_the_next_night(config: Gener
     assert (decisions.planned_users, decisions.planned_items) == (1, unlucky["num_images"])
     manifest = snapshot_of(second, requested=16)
     assert add_up(manifest) == {"new": unlucky["num_images"], "carried": 16 - unlucky["num_images"]}
-    now = items_of(read_catalog(config.root))
+    now = items_of(read_catalog(config.catalog))
     assert error["item_id"] in now[error["user_id"]]  # the very item, for nothing else of the user's changed
     assert {
         user: found for user, found in items_of(before).items() if user != error["user_id"]
@@ -155,7 +155,7 @@ def test_what_failed_is_drawn_again_as_an_attempt_of_its_own(
     assert add_up(
         assembled(config, prepared._replace(rendered=rendered), requested=16, error_budget=0.1)
     ) == {"new": 15, "failed": 1}
-    (error,) = open_snapshot(config.root, run.snapshot).table("errors").to_pylist()
+    (error,) = open_snapshot(config.catalog, run.snapshot).table("errors").to_pylist()
     assert graph.drawn == [error["item_id"]]
     assert (error["stage"], error["error"], error["attempt"]) == ("render", "image_embeds is not finite", 1)
     with pytest.raises(
@@ -200,7 +200,7 @@ def test_drawing_again_that_is_killed_goes_on_where_it_was(
     assert sorted(graph.drawn) == sorted(planned["item_id"].to_pylist())
     assert Counter(record["attempt"] for record in read_records(run, 0)) == {0: 1, 1: 16}
     assert add_up(assembled(config, Prepared(run, decisions, parts, rendered), requested=16)) == {"new": 16}
-    assert open_snapshot(config.root, run.snapshot).table("errors").num_rows == 0
+    assert open_snapshot(config.catalog, run.snapshot).table("errors").num_rows == 0
 
 
 def test_rows_that_are_lost_are_drawn_by_the_next_attempt(
@@ -237,7 +237,7 @@ def night(
     rendered = render(config, run, decisions, deadline=1.0)  # in 1970
     prepared = Prepared(run, decisions, parts, rendered)
     manifest = assembled(config, prepared, requested=requested)
-    publish(config.root, run)
+    publish(config.catalog, run)
     return manifest, prepared
 
 
@@ -288,7 +288,7 @@ def test_a_first_catalog_that_time_ran_out_for_is_whole_after_a_second_night(con
         "late_users": 5 - manifest["counts"]["users"],
     }
     assert 0 < done < 16
-    before = read_catalog(config.root)
+    before = read_catalog(config.catalog)
     unfinished = {row["user_id"] for row in before.table("changes").to_pylist()}
     assert set(items_of(before)) == unfinished == set(before.table("users")["user_id"].to_pylist())
     assert not any(
@@ -300,7 +300,7 @@ def test_a_first_catalog_that_time_ran_out_for_is_whole_after_a_second_night(con
     decisions = decide(second, run_of(second))
     assert (decisions.planned_users, decisions.planned_items) == (manifest["counts"]["late_users"], 16 - done)
     assert add_up(snapshot_of(second, requested=16)) == {"new": 16 - done, "carried": done}
-    now = items_of(read_catalog(config.root))
+    now = items_of(read_catalog(config.catalog))
     assert items_of(before).items() <= now.items()
     assert {user: len(found) for user, found in now.items()} == {
         USERS[1]: 4,
@@ -311,14 +311,14 @@ def test_a_first_catalog_that_time_ran_out_for_is_whole_after_a_second_night(con
 def test_late_users_keep_last_nights_items_until_they_are_drawn(config: GenerateConfig) -> None:
     """Everybody is to be drawn anew with other settings; time allows for one unit of three."""
     assert add_up(snapshot_of(on(MONDAY, config, items_per_unit=6), requested=16)) == {"new": 16}
-    monday = read_catalog(config.root)
+    monday = read_catalog(config.catalog)
     sampler = config.sampler.model_copy(update={"num_inference_steps": 5})
     config = config.model_copy(update={"sampler": sampler})
     manifest, prepared = night(on(TUESDAY, config, items_per_unit=6), units=1)
     assert (prepared.decisions.planned_users, prepared.decisions.units) == (5, 3)
     done = manifest["counts"]["new"]
     assert 0 < done < 16
-    tuesday = read_catalog(config.root)
+    tuesday = read_catalog(config.catalog)
     users = {row["user_id"]: row for row in tuesday.table("users").to_pylist()}
     late = {user for user, row in users.items() if row["late"]}
     assert add_up(manifest) == {"new": done, "carried": 16 - done, "late_users": len(late)}
@@ -336,7 +336,7 @@ def test_late_users_keep_last_nights_items_until_they_are_drawn(config: Generate
     decisions = decide(third, run_of(third))
     assert (decisions.planned_users, decisions.planned_items) == (len(late), 16 - done)
     assert add_up(snapshot_of(third, requested=16)) == {"new": 16 - done, "carried": done}
-    wednesday = read_catalog(config.root)
+    wednesday = read_catalog(config.catalog)
     assert not any(wednesday.table("users")["late"].to_pylist())
     assert {user for user, found in items_of(wednesday).items() if found == now[user]} == set(
         USERS[:5]
@@ -348,12 +348,12 @@ def test_late_users_keep_last_nights_items_until_they_are_drawn(config: Generate
 
 def test_a_night_that_draws_nothing_in_time_publishes_last_nights_items(config: GenerateConfig) -> None:
     snapshot_of(on(MONDAY, config), requested=16)
-    before = items_of(read_catalog(config.root))
+    before = items_of(read_catalog(config.catalog))
     manifest, prepared = night(
         on(TUESDAY, config.model_copy(update={"num_images": 2})), units=0, requested=12
     )
     assert add_up(manifest) == {"carried": 12, "late_users": 4}
-    latest = published(config.root)
+    latest = published(config.catalog)
     assert latest is not None
     assert latest.manifest["run_id"] == prepared.run.run_id
     assert items_of(latest) == {
@@ -367,7 +367,7 @@ def test_strangers_share_a_pool_that_was_not_drawn_in_time(config: GenerateConfi
     config = config.model_copy(update={"request": str(tmp_path / "strangers.parquet")})
     manifest, _ = night(on(MONDAY, config), units=0, requested=9)
     assert add_up(manifest) == {"deferred": 9, "late_users": 3}
-    assert items_of(read_catalog(config.root)) == {}
+    assert items_of(read_catalog(config.catalog)) == {}
     assert add_up(snapshot_of(on(TUESDAY, config), requested=9)) == {"new": 3, "population": 6}
 
     more = config.model_copy(update={"num_images": 5})

@@ -14,7 +14,7 @@ import torch
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import GateSettings
-from rebeca_ray.generation.gate import MAX_ITEMS_A_USER, check_plan, plan_test, read_sample, refusals
+from rebeca_ray.generation.gate import MAX_ITEMS_PER_USER, check_plan, plan_test, read_sample, refusals
 from rebeca_ray.prior.checkpoint import load_prior, save_prior
 from rebeca_ray.prior.selector import Selector
 from tests.conftest import D, plan, prior_users, write_tiny_prior
@@ -85,7 +85,7 @@ def test_a_large_plan_is_sampled(tmp_path: Path) -> None:
     sample = read_sample(write_plan(tmp_path, users=2500, own=True, items=12).plan)
     _, counts = np.unique(sample["user_id"].to_numpy(zero_copy_only=False), return_counts=True)
     assert len(counts) == 2000
-    assert counts.max() == MAX_ITEMS_A_USER
+    assert counts.max() == MAX_ITEMS_PER_USER
 
 
 def test_a_prior_that_ignores_its_users_does_not_pass_by_what_the_selector_chose(

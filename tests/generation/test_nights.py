@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from rebeca_ray.catalog.layout import POOL
+from rebeca_ray.catalog.layout import POPULATION_USER
 from rebeca_ray.catalog.read import Snapshot, read_catalog
 from rebeca_ray.catalog.verify import verify
 from rebeca_ray.config.jobs import GenerateConfig
@@ -38,7 +38,7 @@ def night(
     """One night for some users, published and verified in full."""
     config = ask(config, users, number)
     manifest = snapshot_of(config, requested=requested or 3 * len(users))
-    snapshot = read_catalog(config.root)
+    snapshot = read_catalog(config.catalog)
     assert verify(snapshot, "full") == []
     return manifest, snapshot
 
@@ -109,11 +109,11 @@ def test_strangers_share_one_pool_that_is_drawn_once(config: GenerateConfig) -> 
     assert counts(first, "new", "population", "users") == (3, 6, 3)
     assert first["decisions"]["planned_items"] == 6
     items = by_user(snapshot)
-    assert items["stranger"] == items["nobody"] == items[POOL]
+    assert items["stranger"] == items["nobody"] == items[POPULATION_USER]
     second, after = night(config, [*users, "third stranger"], 1)
     assert counts(second, "new", "carried", "population") == (0, 3, 9)
     assert second["decisions"]["planned_items"] == 0
-    assert by_user(after)["third stranger"] == items[POOL]
+    assert by_user(after)["third stranger"] == items[POPULATION_USER]
     night(config, [*users, "third stranger"], 2)
     third, _ = night(config, [*users, "third stranger"], 3)
     assert third["carried_buckets"] == 1
@@ -129,10 +129,14 @@ def test_a_stranger_with_a_prompt_is_drawn_alone_and_the_pool_is_as_large_as_the
         prompt=["", None, "noto food pizza"],
     )
     manifest = snapshot_of(config, requested=7)
-    items = by_user(read_catalog(config.root))
+    items = by_user(read_catalog(config.catalog))
     assert counts(manifest, "new", "population") == (0, 7)
-    assert (len(items[POOL]), items["stranger"], items["greedy"]) == (4, items[POOL][:1], items[POOL])
-    assert not set(items["poet"]) & set(items[POOL])
+    assert (len(items[POPULATION_USER]), items["stranger"], items["greedy"]) == (
+        4,
+        items[POPULATION_USER][:1],
+        items[POPULATION_USER],
+    )
+    assert not set(items["poet"]) & set(items[POPULATION_USER])
 
 
 def test_rotation_draws_other_items_for_users_whose_turn_it_is(config: GenerateConfig) -> None:
@@ -178,7 +182,7 @@ def test_another_number_of_buckets_keeps_every_item(config: GenerateConfig, ray_
     assert by_user(after) == by_user(before)
     files = after.files.filter(pc.equal(after.files["table"], "items"))
     for row in files.to_pylist():
-        users = read_table(f"{config.root}/{row['path']}", "items", ["user_id"])["user_id"].to_pylist()
+        users = read_table(f"{config.catalog}/{row['path']}", "items", ["user_id"])["user_id"].to_pylist()
         assert {bucket_of(user, 4) for user in users} <= {row["bucket"]}
     _, last = night(cut, USERS, 2)
     assert by_user(last) == by_user(before)
@@ -198,8 +202,8 @@ def test_when_time_runs_out_the_rest_keeps_last_nights_items_and_a_first_catalog
         prepared = prepare(told)
         files = [file for file in prepared.rendered.files if file["unit"] < units]
         manifest = assembled(told, prepared._replace(rendered=Rendered(files=files, late=True)), requested=15)
-        publish(told.root, prepared.run)
-        snapshot = read_catalog(told.root)
+        publish(told.catalog, prepared.run)
+        snapshot = read_catalog(told.catalog)
         assert verify(snapshot, "full") == []
         return manifest, snapshot
 
@@ -222,9 +226,9 @@ def test_when_time_runs_out_the_rest_keeps_last_nights_items_and_a_first_catalog
 def test_a_failed_item_is_told_with_its_user_and_drawn_again_the_next_night(config: GenerateConfig) -> None:
     prepared = prepare(ask(config, USERS[:5]), break_first=True)
     manifest = assembled(config, prepared, requested=15, error_budget=0.1)
-    publish(config.root, prepared.run)
+    publish(config.catalog, prepared.run)
     assert counts(manifest, "new", "failed") == (14, 1)
-    error = read_catalog(config.root).table("errors").to_pylist()[0]
+    error = read_catalog(config.catalog).table("errors").to_pylist()[0]
     assert (error["user_id"], error["stage"], error["attempt"]) == (USERS[0], "render", 0)
     again, snapshot = night(config, USERS[:5], 1)
     assert counts(again, "new", "carried", "failed") == (3, 12, 0)
@@ -265,11 +269,11 @@ def test_random_nights_lose_and_double_nothing(config: GenerateConfig, number: i
             change_digest(config, str(random.choice(USERS)))
         told = ask(config, users, day, num_images=pa.array(wanted, pa.int32()))
         manifest = snapshot_of(told, requested=int(wanted.sum()))
-        snapshot = read_catalog(config.root)
+        snapshot = read_catalog(config.catalog)
         assert verify(snapshot, "full") == []
-        assert {user: len(items) for user, items in by_user(snapshot).items() if user != POOL} == dict(
-            zip(users, wanted, strict=True)
-        )
+        assert {
+            user: len(items) for user, items in by_user(snapshot).items() if user != POPULATION_USER
+        } == dict(zip(users, wanted, strict=True))
         assert manifest["counts"]["users"] == len(users)
 
 
@@ -280,7 +284,7 @@ def test_a_stranger_who_drops_a_prompt_gets_the_pools_items(config: GenerateConf
         snapshot_of(told, requested=6)
     _, snapshot = night(config, users, 3)
     items = by_user(snapshot)
-    assert items["poet"] == items["stranger"] == items[POOL]
+    assert items["poet"] == items["stranger"] == items[POPULATION_USER]
 
 
 def test_a_late_user_who_wanted_fewer_gets_all_back(config: GenerateConfig) -> None:
@@ -288,7 +292,7 @@ def test_a_late_user_who_wanted_fewer_gets_all_back(config: GenerateConfig) -> N
     told = ask(config, USERS[:2], 1, num_images=pa.array([2, 4], pa.int32()))
     prepared = prepare(told)
     manifest = assembled(told, prepared._replace(rendered=Rendered(files=[], late=True)), requested=6)
-    publish(told.root, prepared.run)
+    publish(told.catalog, prepared.run)
     assert counts(manifest, "carried", "late_users", "filtered", "deferred") == (6, 1, 0, 0)
     again = snapshot_of(ask(config, USERS[:2], 2, num_images=pa.array([4, 4], pa.int32())), requested=8)
     assert counts(again, "new", "carried", "filtered") == (4, 4, 0)

@@ -59,7 +59,7 @@ def test_a_complete_snapshot_is_published(generated: tuple[GenerateConfig, dict[
     assert manifest["counts"] == {
         "requested": 16, "new": 16, "carried": 0, "population": 0, "failed": 0, "filtered": 0, "deferred": 0, "users": 5, "late_users": 0,
     }  # fmt: skip
-    snapshot = read_catalog(config.root)
+    snapshot = read_catalog(config.catalog)
     items = snapshot.items()
     assert items.schema.remove_metadata() == schemas.items(D)
     assert items["user_id"].to_pylist() == sorted(items["user_id"].to_pylist())
@@ -91,19 +91,19 @@ def test_a_complete_snapshot_is_published(generated: tuple[GenerateConfig, dict[
 
 def test_the_file_list_describes_every_file_exactly(generated: tuple[GenerateConfig, dict[str, Any]]) -> None:
     config, _ = generated
-    snapshot = read_catalog(config.root)
+    snapshot = read_catalog(config.catalog)
     for row in snapshot.files.to_pylist():
-        data = (Path(config.root) / row["path"]).read_bytes()
+        data = (Path(config.catalog) / row["path"]).read_bytes()
         assert (row["bytes"], row["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
-        assert row["rows"] == pq.read_metadata(Path(config.root) / row["path"]).num_rows
+        assert row["rows"] == pq.read_metadata(Path(config.catalog) / row["path"]).num_rows
     assert {row["table"] for row in snapshot.files.to_pylist()} == {
         "images",
         "items",
         "users",
         "changes",
     }  # nothing failed
-    assert not (Path(config.root) / "work" / f"run_id={snapshot.manifest['run_id']}").exists()
-    assert not list(Path(config.root).rglob("*.partial"))
+    assert not (Path(config.catalog) / "work" / f"run_id={snapshot.manifest['run_id']}").exists()
+    assert not list(Path(config.catalog).rglob("*.partial"))
 
 
 def assert_same_items(left: pa.Table, right: pa.Table) -> None:
@@ -124,12 +124,12 @@ def test_two_runs_agree_whatever_order_actors_buckets_units_and_files(
 ) -> None:
     """Another catalog, cut into buckets, units and files, agrees with the first item by item."""
     config, _ = generated
-    before = read_catalog(config.root)
+    before = read_catalog(config.catalog)
     pq.write_table(pq.read_table(config.request).take([4, 2, 3, 1]), tmp_path / "shuffled.parquet")
     decoder = config.decoder.model_copy(update={"num_actors": 2, "cpus_per_actor": 0.5})
     layout = LayoutSettings(num_buckets=3, items_per_unit=5, images_per_file=4)
     update = {
-        "root": str(tmp_path / "catalog"),
+        "catalog": str(tmp_path / "catalog"),
         "request": str(tmp_path / "shuffled.parquet"),
         "decoder": decoder,
         "layout": layout,
@@ -154,10 +154,10 @@ def test_failed_rows_are_kept_apart_and_the_budget_decides(config: GenerateConfi
     ) as caught:
         assembled(config, prepared, requested=16, error_budget=0.01)
     assert caught.value.exit_code == 3
-    assert published(config.root) is None
+    assert published(config.catalog) is None
     manifest = assembled(config, prepared, requested=16, error_budget=0.1)
     assert (manifest["counts"]["new"], manifest["counts"]["failed"]) == (15, 1)
-    snapshot = open_snapshot(config.root, run.snapshot)
+    snapshot = open_snapshot(config.catalog, run.snapshot)
     error = snapshot.table("errors").to_pylist()[0]
     assert (error["stage"], error["error"]) == ("render", "image_embeds is not finite")
     items = snapshot.items()
@@ -180,7 +180,7 @@ def test_a_partial_run_is_not_published(config: GenerateConfig) -> None:
     assert read_records(prepared.run, 0) == []
     with pytest.raises(IncompleteRunError, match="16 of 16 planned items were not rendered"):
         assembled(config, prepared._replace(rendered=Rendered(files=[], late=False)), requested=16)
-    assert not (Path(config.root) / "latest.json").exists()
+    assert not (Path(config.catalog) / "latest.json").exists()
 
 
 def planned_rows(count: int) -> pa.Table:
@@ -243,11 +243,11 @@ def test_what_is_not_fit_to_be_shown_is_filtered_or_flagged(
     run = prepared.run
     counts = assembled(config, prepared, requested=16)["counts"]
     assert (counts["requested"], counts["new"], counts["filtered"], counts["failed"]) == (16, 15, 1, 0)
-    items = open_snapshot(config.root, run.snapshot).items()
+    items = open_snapshot(config.catalog, run.snapshot).items()
     assert items["safety_flag"].to_pylist().count(True) == 1
     images = {
         row["item_id"]: row["safety_probability"]
-        for row in open_snapshot(config.root, run.snapshot).table("images").to_pylist()
+        for row in open_snapshot(config.catalog, run.snapshot).table("images").to_pylist()
     }
     flagged = items.filter(items["safety_flag"])["item_id"][0].as_py()
     assert images[flagged] == pytest.approx(0.8)
@@ -276,7 +276,7 @@ def test_bad_requests_are_refused_before_anything_is_written(
     pq.write_table(pa.table(request_table), tmp_path / "bad.parquet")
     with pytest.raises(UserError, match=message):
         generate_catalog(config.model_copy(update={"request": str(tmp_path / "bad.parquet")}))
-    assert not Path(config.root).exists()
+    assert not Path(config.catalog).exists()
 
 
 def test_a_prior_that_does_not_fit_the_decoder_is_refused(config: GenerateConfig) -> None:
@@ -286,7 +286,7 @@ def test_a_prior_that_does_not_fit_the_decoder_is_refused(config: GenerateConfig
     path.write_text(json.dumps(told))
     with pytest.raises(UserError, match=r"draws embeddings of size 24, decoder .* reads 16"):
         generate_catalog(config)
-    assert not Path(config.root).exists()
+    assert not Path(config.catalog).exists()
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_what_the_models_cannot_do_is_refused_before_anything_is_written(
         told[name] = {**told[name], **value} if isinstance(value, dict) else value
     with pytest.raises(UserError, match=message):
         generate_catalog(GenerateConfig.model_validate(told))
-    assert not Path(config.root).exists()
+    assert not Path(config.catalog).exists()
 
 
 def test_a_prior_without_condition_dropout_refuses_guidance(config: GenerateConfig) -> None:
@@ -321,7 +321,7 @@ def test_a_prior_without_condition_dropout_refuses_guidance(config: GenerateConf
         UserError, match=r"prior_guidance_scale is 2.0, but prior .* was trained without condition dropout"
     ):
         generate_catalog(config)
-    assert not Path(config.root).exists()
+    assert not Path(config.catalog).exists()
 
 
 def test_real_items_by_another_clip_are_refused(config: GenerateConfig) -> None:
@@ -353,7 +353,7 @@ def test_a_damaged_prior_is_refused_before_anything_is_planned(config: GenerateC
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(UserError, match="model.safetensors is not the file config.json describes"):
         generate_catalog(config)
-    assert not Path(config.root).exists()
+    assert not Path(config.catalog).exists()
 
 
 def test_a_request_may_have_dictionary_encoded_users(config: GenerateConfig, tmp_path: Path) -> None:
@@ -379,7 +379,7 @@ def test_images_of_repeated_rows_are_all_found(generated: tuple[GenerateConfig, 
 def test_a_root_that_cannot_be_written_is_refused(config: GenerateConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"):
-        generate_catalog(config.model_copy(update={"root": str(tmp_path / "file" / "catalog")}))
+        generate_catalog(config.model_copy(update={"catalog": str(tmp_path / "file" / "catalog")}))
 
 
 def test_one_user_in_place_of_a_list_is_refused(generated: tuple[GenerateConfig, dict[str, Any]]) -> None:
@@ -400,7 +400,7 @@ def test_reading_what_is_not_there(tmp_path: Path) -> None:
 def test_the_same_on_s3(generated: tuple[GenerateConfig, dict[str, Any]]) -> None:
     """Everything on S3: prior, request, items, catalog."""
     config, local = generated
-    expected = read_catalog(config.root)
+    expected = read_catalog(config.catalog)
     filesystem = fsspec.filesystem("s3")
     filesystem.put(config.prior, "rebeca/in/prior", recursive=True)
     filesystem.put_file(config.request, "rebeca/in/request.parquet")
@@ -410,7 +410,7 @@ def test_the_same_on_s3(generated: tuple[GenerateConfig, dict[str, Any]]) -> Non
             "prior": "s3://rebeca/in/prior",
             "request": "s3://rebeca/in/request.parquet",
             "items": "s3://rebeca/in/items.parquet",
-            "root": "s3://rebeca/catalog",
+            "catalog": "s3://rebeca/catalog",
         }
     )
     manifest = generate_catalog(on_s3)
@@ -431,5 +431,5 @@ def test_a_plan_that_pleases_nobody_in_particular_is_neither_rendered_nor_publis
     gate = GateSettings(max_p_value=1e-5)
     with pytest.raises(QualityGateError, match=r"20 users.*Nothing was rendered or published"):
         generate_catalog(config.model_copy(update={"prior": prior, "gate": gate, "num_images": 2}))
-    assert published(config.root) is None
-    assert not (Path(config.root) / "images").exists()
+    assert published(config.catalog) is None
+    assert not (Path(config.catalog) / "images").exists()

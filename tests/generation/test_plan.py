@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rebeca_ray import identity
-from rebeca_ray.catalog.layout import POOL
+from rebeca_ray.catalog.layout import POPULATION_USER
 from rebeca_ray.catalog.read import open_snapshot
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import InteractionSettings, SelectionSettings
@@ -111,7 +111,7 @@ def test_who_has_rated_anything_is_served_and_who_has_not_gets_the_population(
     check_request(config, identify_decoder(config.decoder))
     rows = plan_with_histories(config, ["user-0", "stranger", "new-user", "grumpy"])
     assert [(row["user_id"], row["origin"]) for row in rows[::3]] == [
-        ("grumpy", "new"), ("new-user", "new"), ("user-0", "new"), (POOL, "population"),
+        ("grumpy", "new"), ("new-user", "new"), ("user-0", "new"), (POPULATION_USER, "population"),
     ]  # fmt: skip
     assert len(rows) == 12
     assert all(0 < row["like_probability"] < 1 for row in rows)
@@ -134,7 +134,10 @@ def test_who_has_rated_anything_is_served_and_who_has_not_gets_the_population(
 
 def test_a_prior_by_id_gives_strangers_the_population(config: GenerateConfig) -> None:
     rows = plan(config, pa.table({"user_id": ["user-1", "stranger"]})).to_pylist()
-    assert [(row["user_id"], row["origin"]) for row in rows[::3]] == [("user-1", "new"), (POOL, "population")]
+    assert [(row["user_id"], row["origin"]) for row in rows[::3]] == [
+        ("user-1", "new"),
+        (POPULATION_USER, "population"),
+    ]
 
 
 def test_a_prior_without_users_is_the_populations(config: GenerateConfig, tmp_path: Path) -> None:
@@ -197,9 +200,9 @@ def test_population_items_are_counted_apart(config: GenerateConfig) -> None:
     prepared = prepare(config)
     counts = assembled(config, prepared, requested=6)["counts"]
     assert (counts["requested"], counts["new"], counts["population"]) == (6, 3, 3)
-    items = open_snapshot(config.root, prepared.run.snapshot).items()
+    items = open_snapshot(config.catalog, prepared.run.snapshot).items()
     assert [(row["user_id"], row["origin"]) for row in items.to_pylist()[::3]] == [
-        (POOL, "population"), ("stranger", "population"), ("user-1", "new"),
+        (POPULATION_USER, "population"), ("stranger", "population"), ("user-1", "new"),
     ]  # fmt: skip
 
 

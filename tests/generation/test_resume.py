@@ -78,7 +78,7 @@ def planned(config: GenerateConfig) -> str:
 def note_beginning(config: GenerateConfig, run: Run) -> None:
     versions = {**versions_of(config), "code": rebeca_ray.__version__}
     begin(
-        config.root,
+        config.catalog,
         run.run_id,
         datetime.date.fromisoformat(run.run_date),
         describe_run(config, versions, None),
@@ -98,7 +98,7 @@ def start(config: GenerateConfig, sabotage: str, ray_address: str) -> subprocess
 
 def wait_for_records(process: subprocess.Popen[str], config: GenerateConfig, run_id: str) -> None:
     """Return once two image files of a run are there."""
-    while len(list_files(join(work_folder(config.root, run_id), "records"), ".json")) < 2:
+    while len(list_files(join(work_folder(config.catalog, run_id), "records"), ".json")) < 2:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
 
@@ -133,7 +133,7 @@ def assert_everything_once(snapshot: Snapshot, count: int = 40) -> None:
 def on_s3(config: GenerateConfig) -> GenerateConfig:
     fsspec.filesystem("s3").put_file(config.request, "rebeca/resumed/request.parquet")
     return config.model_copy(
-        update={"request": "s3://rebeca/resumed/request.parquet", "root": "s3://rebeca/resumed/catalog"}
+        update={"request": "s3://rebeca/resumed/request.parquet", "catalog": "s3://rebeca/resumed/catalog"}
     )
 
 
@@ -150,24 +150,24 @@ def test_a_run_that_is_killed_while_rendering_draws_the_rest(
     wait_for_records(process, config, run_id)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    before = drawn(config.root, run_id)
-    assert published(config.root) is None
+    before = drawn(config.catalog, run_id)
+    assert published(config.catalog) is None
 
     manifest = generate_catalog(config, resume="require")
     assert f"resuming run {run_id}, begun at 20" in capsys.readouterr().out
     assert (manifest["run_id"], manifest["epoch"]) == (run_id, 2)
-    snapshot = read_catalog(config.root)
+    snapshot = read_catalog(config.catalog)
     assert_everything_once(snapshot)
     files = [row for row in snapshot.files.to_pylist() if row["table"] == "images"]
     assert (
         before.items()
-        <= {row["path"]: (row["sha256"], written_at(config.root, row["path"])) for row in files}.items()
+        <= {row["path"]: (row["sha256"], written_at(config.catalog, row["path"])) for row in files}.items()
     )
     kept = sum(row["rows"] for row in files if "/part-000001-" in row["path"])
     assert 8 <= kept <= 16
     assert manifest["measured"]["stages"]["render"]["rows"] == 40 - kept
-    assert read_pointer(config.root)[0].lease is None
-    assert unfinished_runs(config.root) == {}
+    assert read_pointer(config.catalog)[0].lease is None
+    assert unfinished_runs(config.catalog) == {}
 
 
 def test_a_run_that_dies_while_planning_and_again_before_publishing(
@@ -177,8 +177,8 @@ def test_a_run_that_dies_while_planning_and_again_before_publishing(
     process = start(config, DIE_PLANNING, ray_local)
     output, _ = process.communicate()
     assert process.returncode == 9, output
-    (run_id,) = unfinished_runs(config.root)
-    work = Path(work_folder(config.root, run_id))
+    (run_id,) = unfinished_runs(config.catalog)
+    work = Path(work_folder(config.catalog, run_id))
     assert list(work.glob("plan/unit=0/bucket=0/part-000001-*.parquet"))
     assert not (work / "plan.json").exists()
     assert not (work / "records").exists()
@@ -191,15 +191,15 @@ def test_a_run_that_dies_while_planning_and_again_before_publishing(
     assert parts is not None
     assert sum(part["rows"] for part in parts["parts"]) == 40
     assert all("/part-000002-" in part["path"] for part in parts["parts"])
-    before = drawn(config.root, run_id)
+    before = drawn(config.catalog, run_id)
     assert len(before) == 10
-    assert published(config.root) is None
+    assert published(config.catalog) is None
 
     manifest = generate_catalog(config)
     assert f"resuming run {run_id}" in capsys.readouterr().out
     assert (manifest["run_id"], manifest["epoch"]) == (run_id, 3)
     assert not {"plan", "render"} & set(manifest["measured"]["stages"])  # neither was done again
-    snapshot = read_catalog(config.root)
+    snapshot = read_catalog(config.catalog)
     assert_everything_once(snapshot)
     assert {row["path"] for row in snapshot.files.to_pylist() if row["table"] == "images"} == set(before)
 
@@ -212,20 +212,20 @@ def test_a_run_that_hangs_ends_itself_and_is_gone_on_with(config: GenerateConfig
     output, _ = process.communicate()
     assert process.returncode == 75, output
     assert f"resuming run {run_id}" in output
-    (dump,) = Path(work_folder(config.root, run_id)).glob("stalled-*.txt")
+    (dump,) = Path(work_folder(config.catalog, run_id)).glob("stalled-*.txt")
     told = f"error: no progress for 0.15 min while it was at render (limits.stall_minutes); its state is in {dump}. Start it again: it resumes"
     assert [line for line in output.splitlines() if line.startswith("error:")] == [told]
     state = dump.read_text()
     assert state.startswith("stage render; stages so far: {'histories': ")
     assert "rebeca_ray/generation/render.py" in state
     assert "in render_unit" in state  # the stack of the driver's main thread
-    assert read_pointer(config.root)[0].lease is None
-    rows = sum(image_file["rows"] for image_file in records(config.root, run_id))
+    assert read_pointer(config.catalog)[0].lease is None
+    rows = sum(image_file["rows"] for image_file in records(config.catalog, run_id))
 
     manifest = generate_catalog(config, resume="require")  # at once, though the lease was one of ten minutes
     assert manifest["run_id"] == run_id
     assert manifest["measured"]["stages"]["render"]["rows"] == 40 - rows
-    assert_everything_once(read_catalog(config.root))
+    assert_everything_once(read_catalog(config.catalog))
 
 
 def test_what_failed_is_drawn_again_when_asked_for(
@@ -250,9 +250,9 @@ def test_what_failed_is_drawn_again_when_asked_for(
         assert caught.value.code == 3
         told = f"error: run {run.run_id}: 2 of 16 items failed (bad luck), the budget is 0.10%; nothing is published. Mend it"
         assert capsys.readouterr().err.startswith(told)
-        assert published(config.root) is None
+        assert published(config.catalog) is None
     errors = read_table(
-        join(config.root, Run(**{**asdict(run), "epoch": 2}).table("errors", 0)), "errors"
+        join(config.catalog, Run(**{**asdict(run), "epoch": 2}).table("errors", 0)), "errors"
     ).to_pylist()
     assert [(row["stage"], row["error"], row["attempt"]) for row in errors] == [("render", "bad luck", 0)] * 2
 
@@ -260,14 +260,14 @@ def test_what_failed_is_drawn_again_when_asked_for(
     assert manifest["run_id"] == run.run_id
     assert (manifest["counts"]["new"], manifest["counts"]["failed"]) == (16, 0)
     assert manifest["measured"]["stages"]["render"]["rows"] == 2
-    snapshot = read_catalog(config.root)
+    snapshot = read_catalog(config.catalog)
     assert snapshot.table("errors").num_rows == 0
     (again,) = (
         row["path"]
         for row in snapshot.files.to_pylist()
         if row["table"] == "images" and "/part-000003-" in row["path"]
     )
-    drawn_again = read_table(join(config.root, again), "images")
+    drawn_again = read_table(join(config.catalog, again), "images")
     assert sorted(drawn_again["item_id"].to_pylist()) == sorted(row["item_id"] for row in errors)
     items = snapshot.items()
     assert items.num_rows == 16
@@ -296,4 +296,4 @@ def test_a_run_that_has_spent_its_hours_publishes_what_there_is(
     )
     done = set(first["user_id"].to_pylist())
     assert (counts["users"], counts["late_users"]) == (len(done), 5 - len(done))
-    assert set(read_catalog(config.root).items()["user_id"].to_pylist()) == done
+    assert set(read_catalog(config.catalog).items()["user_id"].to_pylist()) == done

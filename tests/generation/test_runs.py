@@ -38,7 +38,7 @@ def asked(tmp_path: Path) -> GenerateConfig:
             "decoder": {"model": "owner/decoder"},
             "request": write_request(tmp_path),
             "items": write_items(tmp_path),
-            "root": str(tmp_path / "catalog"),
+            "catalog": str(tmp_path / "catalog"),
         }
     )
 
@@ -73,14 +73,14 @@ def starts_anew(chosen: tuple[str, dict[str, Any] | None]) -> bool:
 
 @pytest.mark.parametrize("resume", ["auto", "require"])
 def test_the_same_things_are_gone_on_with(asked: GenerateConfig, resume: Resume) -> None:
-    begun = begin(asked.root, "first", TODAY, described(asked))
+    begun = begin(asked.catalog, "first", TODAY, described(asked))
     assert choose(asked, resume=resume) == ("first", begun)
     assert choose(asked, resume=resume, retry_failed=True) == ("first", begun)
     assert begun["run_date"] == "2026-03-02"
 
 
 def test_never_starts_anew(asked: GenerateConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    begin(asked.root, "first", TODAY, described(asked))
+    begin(asked.catalog, "first", TODAY, described(asked))
     assert starts_anew(choose(asked, resume="never"))
     assert capsys.readouterr().out == ""
 
@@ -91,10 +91,10 @@ def test_of_several_the_latest_that_is_the_same(asked: GenerateConfig) -> None:
         ("a-second", described(asked)),
         ("b-other", described(asked, before=None)),
     ):
-        begun = begin(asked.root, run_id, TODAY, told)
+        begun = begin(asked.catalog, run_id, TODAY, told)
         write_json(
             {**begun, "begun_at": f"2026-03-02T0{'cab'.index(run_id[0])}:00:00+00:00"},
-            join(asked.root, f"work/run_id={run_id}/run.json"),
+            join(asked.catalog, f"work/run_id={run_id}/run.json"),
         )
     assert choose(asked)[0] == "a-second"
 
@@ -123,7 +123,7 @@ def test_a_changed_setting_is_named_with_both_values(
     before: Any,
     now: Any,
 ) -> None:
-    begin(asked.root, "first", TODAY, described(asked))
+    begin(asked.catalog, "first", TODAY, described(asked))
     other = changed(asked, override)
     name = override.partition("=")[0]
     if name in ("prior", "items"):  # paths
@@ -134,7 +134,7 @@ def test_a_changed_setting_is_named_with_both_values(
     assert capsys.readouterr().out == f"{told}; a new run starts\n"
     for how in ({"resume": "require"}, {"retry_failed": True}):
         with pytest.raises(
-            UserError, match=re.escape(f"root {asked.root}: {told}; restore that, or start a new run")
+            UserError, match=re.escape(f"root {asked.catalog}: {told}; restore that, or start a new run")
         ) as caught:
             choose(other, **how)  # type: ignore[arg-type]
         assert caught.value.exit_code == 2
@@ -168,7 +168,7 @@ def test_interactions_that_come_in_are_named(asked: GenerateConfig, tmp_path: Pa
 
 
 def test_another_snapshot_before_is_named(asked: GenerateConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    begin(asked.root, "first", TODAY, described(asked, before=None))
+    begin(asked.catalog, "first", TODAY, described(asked, before=None))
     assert starts_anew(choose(asked))
     assert (
         f"cannot be resumed: snapshot before was None, is {BEFORE!r}; a new run starts"
@@ -195,16 +195,16 @@ def test_another_snapshot_before_is_named(asked: GenerateConfig, capsys: pytest.
     ],
 )
 def test_what_changes_nothing_that_is_made_does_not_matter(asked: GenerateConfig, override: str) -> None:
-    begin(asked.root, "first", TODAY, described(asked))
+    begin(asked.catalog, "first", TODAY, described(asked))
     other = changed(asked, override)
     assert other != asked
     assert choose(other, resume="require")[0] == "first"
 
 
 def test_a_catalog_that_moved_is_gone_on_with(asked: GenerateConfig, tmp_path: Path) -> None:
-    begin(asked.root, "first", TODAY, described(asked))
-    Path(asked.root).rename(tmp_path / "moved")
-    assert choose(changed(asked, f"root={tmp_path / 'moved'}"))[0] == "first"
+    begin(asked.catalog, "first", TODAY, described(asked))
+    Path(asked.catalog).rename(tmp_path / "moved")
+    assert choose(changed(asked, f"catalog={tmp_path / 'moved'}"))[0] == "first"
 
 
 @pytest.mark.parametrize("run_id", [None, "first"])
@@ -224,7 +224,7 @@ def test_nothing_to_go_on_with(asked: GenerateConfig, run_id: str | None) -> Non
 def test_a_run_of_another_date_is_left_alone(
     asked: GenerateConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    begin(asked.root, "first", YESTERDAY, described(asked))
+    begin(asked.catalog, "first", YESTERDAY, described(asked))
     assert starts_anew(choose(asked))
     assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match="no unfinished run of 2026-03-02"):
@@ -234,7 +234,7 @@ def test_a_run_of_another_date_is_left_alone(
 def test_a_run_that_is_named_is_gone_on_with_after_midnight_but_not_for_another_date(
     asked: GenerateConfig,
 ) -> None:
-    begun = begin(asked.root, "first", YESTERDAY, described(asked))
+    begun = begin(asked.catalog, "first", YESTERDAY, described(asked))
     assert choose(changed(asked, "run_id=first")) == ("first", begun)
     with pytest.raises(
         UserError,
@@ -244,8 +244,8 @@ def test_a_run_that_is_named_is_gone_on_with_after_midnight_but_not_for_another_
 
 
 def test_a_run_that_is_named_but_was_begun_from_something_else_is_refused(asked: GenerateConfig) -> None:
-    begin(asked.root, "first", TODAY, described(asked))
-    begin(asked.root, "second", TODAY, described(changed(asked, "num_images=11")))
+    begin(asked.catalog, "first", TODAY, described(asked))
+    begin(asked.catalog, "second", TODAY, described(changed(asked, "num_images=11")))
     with pytest.raises(
         UserError,
         match=r"run first of 2026-03-02 cannot be resumed: config.num_images was 10, is 11; restore that",
@@ -259,8 +259,10 @@ def test_a_run_that_is_named_but_was_begun_from_something_else_is_refused(asked:
 
 @pytest.mark.parametrize("date", [TODAY, YESTERDAY])
 def test_a_run_id_that_was_published_is_refused(asked: GenerateConfig, date: datetime.date) -> None:
-    write_json({}, join(asked.root, f"snapshots/run_date={date}/run_id=another/manifest.json"))
-    write_json({"run_id": "first"}, join(asked.root, f"snapshots/run_date={date}/run_id=first/manifest.json"))
+    write_json({}, join(asked.catalog, f"snapshots/run_date={date}/run_id=another/manifest.json"))
+    write_json(
+        {"run_id": "first"}, join(asked.catalog, f"snapshots/run_date={date}/run_id=first/manifest.json")
+    )
     for resume in ("auto", "require", "never"):
         with pytest.raises(UserError, match="run_id first was used before; choose another, or give none"):
             choose(changed(asked, "run_id=first"), resume=resume)
@@ -268,9 +270,9 @@ def test_a_run_id_that_was_published_is_refused(asked: GenerateConfig, date: dat
 
 def test_a_work_folder_without_its_first_file_is_no_run(asked: GenerateConfig) -> None:
     """A run is killed before it notes what it is made from: it has done nothing yet."""
-    begin(asked.root, "first", TODAY, described(asked))
-    delete(join(asked.root, "work/run_id=first/run.json"))
-    write_json({}, join(asked.root, "work/run_id=first/plan.json"))
+    begin(asked.catalog, "first", TODAY, described(asked))
+    delete(join(asked.catalog, "work/run_id=first/run.json"))
+    write_json({}, join(asked.catalog, "work/run_id=first/plan.json"))
     assert starts_anew(choose(asked))
 
 

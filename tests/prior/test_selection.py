@@ -55,7 +55,7 @@ def test_always_as_many_different_ones_as_asked(wanted: int, more: int, diversit
 def test_nearest_items_are_the_nearest_whatever_the_chunks(
     chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selection, "ITEMS_A_CHUNK", chunk)
+    monkeypatch.setattr(selection, "ITEMS_PER_CHUNK", chunk)
     items = torch.nn.functional.normalize(torch.randn(40, 8, generator=torch.Generator().manual_seed(0)))
     row, similarity = nearest_items(items[[5, 17, 39]] * torch.tensor([[1.0], [-1.0], [1.0]]), items)
     assert row[[0, 2]].tolist() == [5, 39]

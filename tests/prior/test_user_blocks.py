@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rebeca_ray import schemas
-from rebeca_ray.prior.user_blocks import MICROSECONDS_A_DAY, Batch, UserBlock
+from rebeca_ray.prior.user_blocks import MICROSECONDS_PER_DAY, Batch, UserBlock
 
 Users = list[list[tuple[int, bool]]]  # of each user: like and held out, in order of time
 
@@ -25,7 +25,7 @@ def block(users: Users, **kinds: Any) -> UserBlock:
             "history_digest": [""] * len(users),
             "item_index": [[100 * user + row for row in range(len(rows))] for user, rows in enumerate(users)],
             "like": [[like for like, _ in rows] for rows in users],
-            "timestamp": [[row * MICROSECONDS_A_DAY for row in range(len(rows))] for rows in users],
+            "timestamp": [[row * MICROSECONDS_PER_DAY for row in range(len(rows))] for rows in users],
             "held_out": [[held for _, held in rows] for rows in users],
         },
         schema=schemas.HISTORIES,

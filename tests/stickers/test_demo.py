@@ -43,12 +43,12 @@ def test_the_truth_check_and_the_page(tmp_path: Path) -> None:
         ),
         request=str(tmp_path / "request.parquet"),
         items=write_real_items(tmp_path),
-        root=str(tmp_path / "catalog"),
+        catalog=str(tmp_path / "catalog"),
         num_images=2,
         sampler=SamplerSettings(num_inference_steps=2),
     )
     snapshot_of(config, requested=28)
-    snapshot, judge = read_catalog(config.root), Judge()
+    snapshot, judge = read_catalog(config.catalog), Judge()
 
     check = check_truth(tmp_path, judge, load_stickers(), interactions, snapshot, config)
     assert all(0 < figure < 1 for _, _, figure in check.rows())

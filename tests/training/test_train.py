@@ -26,11 +26,11 @@ from rebeca_ray.prior.checkpoint import load_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked
 from rebeca_ray.prior.scaler import EmbedScaler
-from rebeca_ray.prior.user_blocks import USERS_A_BLOCK, Batch, Rated, UserBlock
+from rebeca_ray.prior.user_blocks import USERS_PER_BLOCK, Batch, Rated, UserBlock
 from rebeca_ray.prior.users import UserTable
 from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.training.loop import train_epoch
-from rebeca_ray.training.state import DenoisingLoss, Fit
+from rebeca_ray.training.state import DenoisingLoss, TrainState
 from rebeca_ray.training.train import drop_torn_record, run_name, train_prior
 from tests.conftest import D
 
@@ -166,12 +166,12 @@ def test_a_loss_that_diverges_later_leaves_the_best_epoch(world: dict[str, str])
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
-def in_process(config: TrainConfig) -> tuple[Fit, DenoisingLoss, list[Batch], np.ndarray]:
+def in_process(config: TrainConfig) -> tuple[TrainState, DenoisingLoss, list[Batch], np.ndarray]:
     """The parts of training without Ray: what is fitted, its loss, an epoch of batches, and the items."""
     items = read_image_embeds(config.items)
     histories = build_histories(config.interactions, items.item_id, config.storage)
     block = UserBlock(read_table(histories.file(0), "histories"), histories.first_user_index)
-    fit = Fit(config, D, 2, torch.device("cpu"))
+    fit = TrainState(config, D, 2, torch.device("cpu"))
     batches = block.batches(
         samples_per_user=2048, like_share=None, batch_size=64, targets=4, max_history=24, seed=(0,)
     )
@@ -208,7 +208,7 @@ def test_every_network_learns(world: dict[str, str], architecture: str, user_enc
 @pytest.mark.usefixtures("ray_local")
 def test_users_that_are_streamed_reach_one_of_two_workers_each(world: dict[str, str]) -> None:
     """More users than a worker reads at once: every one of them is trained on, and both workers know it."""
-    count = USERS_A_BLOCK + 4
+    count = USERS_PER_BLOCK + 4
     user_id = np.repeat([f"user-{number:04d}" for number in range(count)], 2)
     rating = np.tile([5, 1], count).astype(np.float32)
     pq.write_table(

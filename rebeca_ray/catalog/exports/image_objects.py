@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.layout import POOL, outside
+from rebeca_ray.catalog.layout import POPULATION_USER, outside
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import Snapshot
@@ -103,7 +103,7 @@ def export_images(snapshot: Snapshot, out: str, url_base: str) -> Exported:
         there, gone = (
             export if export and export.num_buckets == num_buckets else None for export in (last, before_last)
         )  # or unknown
-        shared = snapshot.for_user(POOL, COLUMNS)
+        shared = snapshot.for_user(POPULATION_USER, COLUMNS)
         pool = last.pool.copy() if last else {}
         pool |= {item: key_of(item, image) for item, image in images_of(snapshot, shared).items()}
         folder = f"urls/run_id={snapshot.run_id}/epoch={lease.epoch}"
@@ -157,7 +157,7 @@ def export_bucket(
     known = [*before, *(last.pool if last else {})]
     missing = items.filter(pc.invert(pc.is_in(items["item_id"], value_set=pa.array(known, pa.string()))))
     shared = pc.is_in(missing["item_id"], value_set=pa.array([*pool], pa.string()))
-    missing = missing.filter(pc.or_(pc.equal(missing["user_id"], POOL), pc.invert(shared)))
+    missing = missing.filter(pc.or_(pc.equal(missing["user_id"], POPULATION_USER), pc.invert(shared)))
     missing = missing.sort_by([("image_file", "ascending"), ("image_row", "ascending")])
     written: set[str] = set()
     for start in range(0, missing.num_rows, IMAGES_AT_ONCE):
