@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from rebeca_ray.catalog.gc import Garbage, collect
-from rebeca_ray.catalog.pointer import LostRaceError, read_pointer
+from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.config.jobs import NightlyConfig, dated
 from rebeca_ray.data.items import embed_items
-from rebeca_ray.errors import UnfinishedError, UserError, user_error
+from rebeca_ray.errors import InputError, LeaseHeldError, ResumableError, UserError
 from rebeca_ray.generation.pipeline import generate_catalog
+from rebeca_ray.storage.failures import user_error
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.training.train import train_prior
@@ -41,11 +42,7 @@ def run_nightly(config: NightlyConfig) -> tuple[list[Night], Garbage | None]:
             trouble = trouble or nights[-1].trouble
         except Exception as error:
             found = user_error(error)
-            if (
-                found is None
-                or date == tonight
-                or found.exit_code in (LostRaceError.exit_code, UnfinishedError.exit_code)
-            ):
+            if found is None or date == tonight or isinstance(found, LeaseHeldError | ResumableError):
                 raise
             print(f"the night of {date} failed and is left out: {found}", flush=True)
             trouble = trouble or found
@@ -64,7 +61,7 @@ def before_it(config: NightlyConfig, date: datetime.date) -> datetime.date | Non
     pointer, _ = read_pointer(config.generate.catalog)
     last = datetime.date.fromisoformat(pointer.run_date) if pointer.run_date else None
     if last is not None and date < last:
-        raise UserError(
+        raise InputError(
             f"catalog {config.generate.catalog}: run_date {date} is before {last}, which is published; a night only goes forward "
             "(`rebeca generate` publishes any date, and `rebeca catalog rollback` goes back)"
         )

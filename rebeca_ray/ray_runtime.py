@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rebeca_ray.errors import UnfinishedError, UserError
+from rebeca_ray.errors import InputError, ResumableError
 
 RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line a worker prints shows twice
@@ -52,7 +52,7 @@ def start_ray() -> None:
             ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=True, logging_level=logging.WARNING)
         except Exception as error:  # of every kind, by what did not answer in time
             why = str(error).split(". ")[0][:200]
-            raise UnfinishedError(
+            raise ResumableError(
                 f"Ray could not be started or joined ({why}); look at RAY_ADDRESS and the machine's load, start again"
             ) from None
     context = ray.data.DataContext.get_current()  # this sets up Ray Data's log, so only now:
@@ -93,7 +93,7 @@ def require_room(
             print(f"{told}; waiting for the cluster to grow", file=sys.stderr)
         else:
             remedy = "set device to cpu" if name == "GPU" else "ask for fewer"  # a slot more is a server more
-            raise UserError(f"{told}; {remedy}, or submit to a cluster that has them")
+            raise InputError(f"{told}; {remedy}, or submit to a cluster that has them")
 
 
 T = TypeVar("T")

@@ -13,10 +13,11 @@ from typing import Annotated
 
 import typer
 
-from rebeca_ray.console import console, plain_errors
+from rebeca_ray.cli.runner import plain_errors
+from rebeca_ray.console import console
 from rebeca_ray.decoder.export import NAMES
 from rebeca_ray.decoder.tensorrt_engine import hash_file, this_machine
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError
 
 GUIDED = ("unet", "image_projection")  # guidance doubles their batch
 
@@ -31,7 +32,7 @@ def build_engine(onnx: Path, max_batch: int, timing_cache: Path, workspace_gib: 
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(onnx)):
         reasons = "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors))
-        raise UserError(f"{onnx}: TensorRT cannot read it ({reasons[:500]})")
+        raise InputError(f"{onnx}: TensorRT cannot read it ({reasons[:500]})")
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(workspace_gib * 2**30))
     config.set_timing_cache(
@@ -46,7 +47,7 @@ def build_engine(onnx: Path, max_batch: int, timing_cache: Path, workspace_gib: 
     config.add_optimization_profile(profile)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise UserError(f"{onnx}: TensorRT could not build an engine; its own lines above say why")
+        raise InputError(f"{onnx}: TensorRT could not build an engine; its own lines above say why")
     timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
     return bytes(engine)
 

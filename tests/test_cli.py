@@ -8,10 +8,8 @@ import pytest
 from ray.exceptions import RayTaskError
 from ray.train import WorkerGroupError
 
-from rebeca_ray.catalog.pointer import LostRaceError
-from rebeca_ray.console import plain_errors
-from rebeca_ray.errors import ErrorBudgetExceededError, UserError
-from rebeca_ray.generation.assemble import IncompleteRunError
+from rebeca_ray.cli.runner import plain_errors
+from rebeca_ray.errors import ErrorBudgetExceededError, InputError, LeaseHeldError, ResumableError, UserError
 
 REBECA = str(Path(sys.executable).parent / "rebeca")
 
@@ -75,8 +73,8 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(arguments: list[str], messa
     [
         (UserError("a"), 2),
         (ErrorBudgetExceededError("a"), 3),
-        (LostRaceError("a"), 5),
-        (IncompleteRunError("a"), 75),
+        (LeaseHeldError("a"), 5),
+        (ResumableError("a"), 75),
     ],
 )
 def test_every_mistake_has_its_exit_code_also_behind_rays_wrappers(
@@ -96,7 +94,7 @@ def test_a_mistake_found_in_an_actors_constructor_is_one_line(capsys: pytest.Cap
 
     class Stage:
         def __init__(self) -> None:
-            raise UserError("no such model")
+            raise InputError("no such model")
 
         def __call__(self, batch: object) -> object:
             return batch

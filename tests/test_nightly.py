@@ -14,7 +14,7 @@ from rebeca_ray.catalog.gc import Garbage
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.config.jobs import GenerateConfig, NightlyConfig, dated
 from rebeca_ray.config.load import load_config
-from rebeca_ray.errors import QualityGateError, UnfinishedError, UserError
+from rebeca_ray.errors import InputError, QualityGateError, ResumableError, UserError
 from rebeca_ray.nightly import dates_due, run_nightly, training_is_due
 from rebeca_ray.storage.objects import write_json
 from tests.conftest import REPO, publish
@@ -144,7 +144,7 @@ def test_a_training_that_fails_does_not_cost_the_catalog(
     nights = stub(monkeypatch)
 
     def diverges(_: object) -> None:
-        raise UserError("training diverged")
+        raise InputError("training diverged")
 
     monkeypatch.setattr(nightly, "train_prior", diverges)
     train = load_config(NightlyConfig, REPO / "jobs" / "configs" / "nightly_stickers.yaml").train
@@ -167,12 +167,12 @@ def test_a_training_that_fails_does_not_cost_the_catalog(
 def test_a_night_that_can_be_gone_on_with_is_never_left_out(
     config: NightlyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nights = stub(monkeypatch, day04=UnfinishedError("storage went away"))
+    nights = stub(monkeypatch, day04=ResumableError("storage went away"))
     publish(
         config.generate.catalog,
         Run(root=config.generate.catalog, run_date="2026-03-03", run_id="first", epoch=1),
     )
-    with pytest.raises(UnfinishedError, match="storage went away") as caught:
+    with pytest.raises(ResumableError, match="storage went away") as caught:
         run_nightly(config)
     assert caught.value.exit_code == 75
     assert nights.dates == []  # a later date would keep this one from ever being resumed

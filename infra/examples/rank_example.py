@@ -20,12 +20,13 @@ from rich.table import Table
 
 from rebeca_ray import read_catalog
 from rebeca_ray.catalog.read import Snapshot
+from rebeca_ray.cli.runner import plain_errors
 from rebeca_ray.config.sections import InteractionSettings
-from rebeca_ray.console import console, plain_errors
+from rebeca_ray.console import console
 from rebeca_ray.data.feedback import with_rated
 from rebeca_ray.data.interactions import Interactions, read_interactions
 from rebeca_ray.data.items import EmbeddedItems, read_image_embeds
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError
 
 STICKERS = "~/rebeca-stickers"
 USERS_TO_LEARN_FROM = 300
@@ -46,7 +47,7 @@ def rank(
         real = read_image_embeds(items)
         known = with_rated(real, catalog, interactions)
         if snapshot.manifest["embed_dim"] != real.image_embeds.shape[1]:
-            raise UserError(
+            raise InputError(
                 f"items {items}: embeddings of size {real.image_embeds.shape[1]}, the catalog's have {snapshot.manifest['embed_dim']}"
             )
         weights = fit(rated, known)
@@ -60,7 +61,7 @@ def somebody(snapshot: Snapshot) -> str:
         pc.and_(pc.equal(snapshot.files["table"], "items"), pc.not_equal(snapshot.files["max_user_id"], ""))
     )
     if not files.num_rows:
-        raise UserError(f"catalog {snapshot.root}: has no items; give a user with --user")
+        raise InputError(f"catalog {snapshot.root}: has no items; give a user with --user")
     return str(files["max_user_id"][0])
 
 
@@ -101,7 +102,7 @@ def fit(rated: Interactions, known: EmbeddedItems) -> torch.Tensor:
             rows.append(features(embeds_ID[place[number : number + 1]], liked, disliked))
         likes.append(like)
     if not rows:
-        raise UserError(
+        raise InputError(
             "interactions: none of them rates a known item; give the interactions and the items of one and the same catalog"
         )
     x_N4, like_N = torch.cat(rows), torch.from_numpy(np.concatenate(likes)).float()
@@ -134,7 +135,7 @@ def show(
     )
     generated = snapshot.for_user(user, COLUMNS)
     if not len(found) and not generated.num_rows:
-        raise UserError(
+        raise InputError(
             f"user {user!r}: neither in the catalog nor in the interactions; give another with --user"
         )
     item_id = np.concatenate([real.item_id, generated["item_id"].to_numpy(zero_copy_only=False).astype(str)])

@@ -13,7 +13,7 @@ from rebeca_ray.catalog.pointer import Pointer, read_pointer
 from rebeca_ray.catalog.read import open_snapshot
 from rebeca_ray.catalog.runs import unfinished_runs
 from rebeca_ray.catalog.snapshots import LEASE_SECONDS, list_snapshots
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError
 from rebeca_ray.storage.filesystem import delete, delete_files, join, list_files, list_folders
 
 MAX_HOURS = 100_000
@@ -34,12 +34,12 @@ def collect(root: str, *, keep: int, grace_hours: float, dry_run: bool = False) 
 
     Kept are the published snapshot and the one it followed, the `keep` that were published last, and whatever was published or made
     within the last `grace_hours`, so that a reader who holds it can finish. Unfinished runs stay as long, from when they were begun.
-    Raises LostRaceError while a run is at work.
+    Raises LeaseHeldError while a run is at work.
     """
     if read_pointer(root)[1] is None:
-        raise UserError(f"catalog {root}: there is none (no latest.json); give the root of one")
+        raise InputError(f"catalog {root}: there is none (no latest.json); give the root of one")
     if not (keep > 0 and 0 <= grace_hours <= MAX_HOURS):
-        raise UserError(
+        raise InputError(
             f"keep {keep}, grace_hours {grace_hours}: keep at least one, for 0 to {MAX_HOURS:,} hours"
         )
     with hold_lease(root, "gc", LEASE_SECONDS):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from rebeca_ray.catalog.row_groups import read_rows
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError, UserError
 
 if TYPE_CHECKING:
     from rebeca_ray.catalog.read import Snapshot
@@ -23,7 +23,7 @@ def read_images(snapshot: Snapshot, items: pa.Table) -> list[dict[str, Any]]:
             f"images: the items are a {type(items).__name__}; give rows of `Snapshot.items`, a pyarrow table"
         )
     if missing := {"image_file", "image_row"} - set(items.column_names):
-        raise UserError(
+        raise InputError(
             f"images: the items have no column {', '.join(sorted(missing))}; read them with it, or with all columns"
         )
     item_id = items["item_id"].to_pylist() if "item_id" in items.column_names else None
@@ -54,6 +54,6 @@ def read_images(snapshot: Snapshot, items: pa.Table) -> list[dict[str, Any]]:
 
 
 def of_another(snapshot: Snapshot, why: str) -> UserError:
-    return UserError(
+    return InputError(
         f"catalog {snapshot.root}: run {snapshot.run_id}: {why}; the items are of another snapshot: give this one's, or ask that one"
     )

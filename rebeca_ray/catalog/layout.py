@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from rebeca_ray.config.fields import absolute
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError
 from rebeca_ray.storage.filesystem import join
 
 POPULATION_USER = ""  # the user whose items all strangers share; no request can name it
@@ -79,14 +79,14 @@ def work_folder(root: str, run_id: str) -> str:
 def outside(root: str, out: str, name: str) -> str:
     """Where an export goes. Raises UserError for no place, a file, or a place in the catalog."""
     if not out.strip():
-        raise UserError(f"{name}: is empty; give a folder, or s3://bucket/prefix")
+        raise InputError(f"{name}: is empty; give a folder, or s3://bucket/prefix")
     place, within = (f"{absolute(uri.removeprefix('file://')).rstrip('/')}/" for uri in (out, root))
     if place.startswith(within):
-        raise UserError(
+        raise InputError(
             f"{name} {out}: is in the catalog {root}, whose files are nobody else's; choose another folder"
         )
     if os.path.isfile(place.rstrip("/")):
-        raise UserError(f"{name} {out}: is a file; give a folder")
+        raise InputError(f"{name} {out}: is a file; give a folder")
     return place.rstrip("/")
 
 

@@ -14,15 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from rebeca_ray.catalog.pointer import (
-    LeaseState,
-    LostRaceError,
-    Pointer,
-    change_pointer,
-    left_behind,
-    read_pointer,
-)
-from rebeca_ray.errors import UserError
+from rebeca_ray.catalog.pointer import LeaseState, Pointer, change_pointer, left_behind, read_pointer
+from rebeca_ray.errors import LeaseHeldError, UserError
 
 BEATS = 4  # in the time after which a silent lease is taken over
 
@@ -33,13 +26,13 @@ class Lease:
     def __init__(self, root: str, run_id: str, seconds: float) -> None:
         self.root, self.run_id, self.seconds = root, run_id, seconds
         self.holder = secrets.token_hex(8)  # another attempt at the same run is another holder
-        self.lost: LostRaceError | None = None
+        self.lost: LeaseHeldError | None = None
         self.released = threading.Event()
         self.wait_for_silence()
         self.epoch = change_pointer(root, self.take).epoch
 
     def wait_for_silence(self) -> None:
-        """Return once nobody holds the lease, or whoever does was silent for its time. Raises LostRaceError if they are not."""
+        """Return once nobody holds the lease, or whoever does was silent for its time. Raises LeaseHeldError if they are not."""
         lease = self.watched = read_pointer(self.root)[0].lease
         if lease is None:
             return
@@ -53,8 +46,8 @@ class Lease:
             if now != lease:
                 raise self.refused(now)
 
-    def refused(self, lease: LeaseState) -> LostRaceError:
-        return LostRaceError(
+    def refused(self, lease: LeaseState) -> LeaseHeldError:
+        return LeaseHeldError(
             f"catalog {self.root}: run {lease['run_id']} (epoch {lease['epoch']}) is at work on it; wait for it, or stop it and start again"
         )
 
@@ -74,10 +67,10 @@ class Lease:
         return replace(pointer, epoch=epoch, lease=lease)
 
     def own(self, pointer: Pointer) -> LeaseState:
-        """The lease as it stands. Raises LostRaceError if it is another's by now."""
+        """The lease as it stands. Raises LeaseHeldError if it is another's by now."""
         if pointer.lease is None or pointer.lease.get("holder") != self.holder:
             to = f"run {pointer.lease['run_id']}" if pointer.lease else "one that has ended"
-            raise LostRaceError(
+            raise LeaseHeldError(
                 f"catalog {self.root}: run {self.run_id} (epoch {self.epoch}) was silent for more than {self.seconds:g} s and lost its "
                 f"lease to {to}; it publishes nothing, start it again to resume"
             )
@@ -93,7 +86,7 @@ class Lease:
         while not self.released.wait(self.seconds / BEATS):
             try:
                 change_pointer(self.root, self.beat)
-            except LostRaceError as error:
+            except LeaseHeldError as error:
                 self.lost = error
                 while not self.released.wait(1):  # until it is heard: Ray may be waiting in C
                     os.kill(os.getpid(), signal.SIGINT)
@@ -102,11 +95,11 @@ class Lease:
                 continue
 
     def check(self) -> None:
-        """Raise LostRaceError if the lease is another's by now."""
+        """Raise LeaseHeldError if the lease is another's by now."""
         self.own(read_pointer(self.root)[0])
 
     def publish(self, *, run_id: str, run_date: str, snapshot: str, forced: bool = False) -> None:
-        """Point readers at a complete snapshot. Raises LostRaceError if the lease is another's by now."""
+        """Point readers at a complete snapshot. Raises LeaseHeldError if the lease is another's by now."""
 
         def move(pointer: Pointer) -> Pointer:
             self.own(pointer)
@@ -134,7 +127,7 @@ class Lease:
 def hold_lease(root: str, run_id: str, seconds: float) -> Iterator[Lease]:
     """Hold the lease of the catalog at `root` inside the block; a run that loses it is interrupted there.
 
-    Raises LostRaceError (exit code 5) if another run is at work, or takes over.
+    Raises LeaseHeldError (exit code 5) if another run is at work, or takes over.
     """
     lease = Lease(root, run_id, seconds)
     main = threading.current_thread() is threading.main_thread()

@@ -9,7 +9,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from rebeca_ray import schemas
-from rebeca_ray.errors import StorageError, UserError, describe
+from rebeca_ray.errors import InputError, StorageError, describe
 from rebeca_ray.storage.filesystem import UNREACHABLE, is_damage, join, open_filesystem
 from rebeca_ray.storage.objects import read_json
 
@@ -37,29 +37,29 @@ def read_manifest(root: str, path: str) -> dict[str, Any]:
     """
     manifest = read_json(join(root, path, "manifest.json"))
     if manifest is None:
-        raise UserError(
+        raise InputError(
             f"catalog {root}: snapshot {path} has no manifest.json; it was removed or never finished: publish another with "
             "`rebeca catalog publish`"
         )
     version = manifest.get("schema_version")
     if not isinstance(version, int):
-        raise UserError(
+        raise InputError(
             f"catalog {root}: {path}/manifest.json tells no schema_version: this is no catalog (an export of one?); give its root"
         )
     if version < schemas.OLDEST_SCHEMA_VERSION:
-        raise UserError(
+        raise InputError(
             f"catalog {root}: schema version {version}, of before the format was settled; this version reads "
             f"{schemas.OLDEST_SCHEMA_VERSION} to {schemas.SCHEMA_VERSION}: generate into another root"
         )
     if version > schemas.SCHEMA_VERSION:
-        raise UserError(
+        raise InputError(
             f"catalog {root}: schema version {version}, this version reads {schemas.SCHEMA_VERSION}; upgrade rebeca-ray"
         )
     try:
         MANIFEST.validate_python(manifest, strict=True)
     except ValidationError as error:
         name, why = error.errors()[0]["loc"][0], error.errors()[0]["msg"]
-        raise UserError(
+        raise InputError(
             f"catalog {root}: the manifest of snapshot {path}: {name}: {why}; {REPAIR.format(path=path)}"
         ) from None
     return manifest
@@ -84,6 +84,6 @@ def read_file_list(root: str, path: str, manifest: dict[str, Any]) -> pa.Table:
             raise StorageError(
                 f"catalog {root}: {listing['path']} cannot be read ({why}); check the network and the credentials"
             ) from None
-    raise UserError(
+    raise InputError(
         f"catalog {root}: the file list of snapshot {path} is missing or damaged ({why}); {REPAIR.format(path=path)}"
     )

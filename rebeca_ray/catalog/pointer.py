@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from rebeca_ray.errors import UserError, describe
+from rebeca_ray.errors import InputError, LeaseHeldError, UserError, describe
 from rebeca_ray.storage.filesystem import UNREACHABLE, is_local, join, open_filesystem, storage_errors
 from rebeca_ray.storage.objects import write_json
 
@@ -21,12 +21,6 @@ POINTER = "latest.json"
 LOCK_SECONDS = 30  # which a change takes milliseconds of
 REMEMBERED = 100  # snapshots that were published before
 TRIES = 20  # of changing it while others do
-
-
-class LostRaceError(UserError):
-    """Another run holds the lease, or took it over."""
-
-    exit_code = 5
 
 
 class LeaseState(TypedDict):
@@ -77,7 +71,7 @@ def read_pointer(root: str) -> tuple[Pointer, str | None]:
     except UnicodeDecodeError:
         raise damaged(root) from None
     except UNREACHABLE as error:
-        raise UserError(
+        raise InputError(
             f"catalog {root}: cannot be read ({describe(error)}); check the path and the credentials"
         ) from None
     try:
@@ -87,7 +81,7 @@ def read_pointer(root: str) -> tuple[Pointer, str | None]:
 
 
 def damaged(root: str) -> UserError:
-    return UserError(
+    return InputError(
         f"catalog {root}: {POINTER} is damaged; remove it, and publish one of the snapshots that `rebeca catalog list` shows"
     )
 
@@ -107,7 +101,7 @@ def change_pointer(root: str, change: Callable[[Pointer], Pointer]) -> Pointer:
                 return wanted
         if read_pointer(root)[0] == wanted:
             return wanted
-    raise LostRaceError(
+    raise LeaseHeldError(
         f"catalog {root}: {POINTER} was changed by others {TRIES} times in a row; look who writes there"
     )
 
@@ -133,7 +127,7 @@ def locked(path: Path) -> Any:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 lock.close()
-                raise UserError(
+                raise InputError(
                     f"{lock.name}: another process has held it for {LOCK_SECONDS} s; end that process"
                 ) from None
             time.sleep(0.02)

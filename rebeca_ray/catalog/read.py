@@ -24,7 +24,7 @@ from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.row_groups import complete, read_users
 from rebeca_ray.catalog.scanning import scanning_filesystem
 from rebeca_ray.config.fields import absolute
-from rebeca_ray.errors import StorageError, UserError, describe, did_you_mean
+from rebeca_ray.errors import InputError, StorageError, UserError, describe, did_you_mean
 from rebeca_ray.identity import bucket_of
 from rebeca_ray.storage.filesystem import UNREACHABLE, exists, is_damage, join, open_filesystem
 from rebeca_ray.storage.parquet import PARQUET
@@ -131,7 +131,7 @@ class Snapshot:
         try:
             import polars as pl
         except ImportError:
-            raise UserError("to_polars: Polars is not installed; pip install 'rebeca-ray[polars]'") from None
+            raise InputError("to_polars: Polars is not installed; pip install 'rebeca-ray[polars]'") from None
         found = pl.from_arrow(self.table(name, columns, user_ids))
         assert isinstance(found, pl.DataFrame)
         return found
@@ -228,7 +228,7 @@ class Snapshot:
         while snapshot.run_id != since:
             before = snapshot.manifest["previous_path"]
             if before is None or not exists(join(self.root, before, "manifest.json")):
-                raise UserError(
+                raise InputError(
                     f"catalog {self.root}: run {self.run_id} does not follow run {since!r}, or a snapshot in between was collected "
                     "(`rebeca catalog list` shows what there is); load this one as a whole"
                 )
@@ -312,10 +312,10 @@ class Snapshot:
             raise TypeError(f"columns is the string {columns!r}; give a list of columns, [{columns!r}]")
         columns = None if columns is None else list(columns)
         if name not in TABLES:
-            raise UserError(f"catalog {self.root}: there is no table {name!r}; {did_you_mean(name, TABLES)}")
+            raise InputError(f"catalog {self.root}: there is no table {name!r}; {did_you_mean(name, TABLES)}")
         for column in columns or []:
             if column not in self.schema(name).names:
-                raise UserError(
+                raise InputError(
                     f"catalog {self.root}: {name} has no column {column!r}; {did_you_mean(column, self.schema(name).names)}"
                 )
         return columns
@@ -325,7 +325,9 @@ class Snapshot:
         if isinstance(user_ids, str):
             raise TypeError(f"user_ids is the string {user_ids!r}; give a list of users, [{user_ids!r}]")
         if name == "images":
-            raise UserError("images: has no users; read the users' items, and give them to `Snapshot.images`")
+            raise InputError(
+                "images: has no users; read the users' items, and give them to `Snapshot.images`"
+            )
         users = user_ids.to_pylist() if isinstance(user_ids, pa.Array | pa.ChunkedArray) else list(user_ids)
         if strange := [user for user in users if not isinstance(user, str)]:
             raise TypeError(
@@ -350,11 +352,11 @@ class Snapshot:
                     f"{told}: {where}cannot be read ({describe(error)}); check the network and the credentials, and ask again"
                 ) from None
             if gone:
-                raise UserError(
+                raise InputError(
                     f"{told} was collected and cannot be read any more; go on with `refresh()`, and hold no snapshot longer than "
                     "the grace period of `rebeca catalog gc`"
                 ) from None
-            raise UserError(
+            raise InputError(
                 f"{told}: {where}is missing or damaged ({describe(error)}); `rebeca catalog verify` names every such file: "
                 "restore it, or `rebeca catalog rollback`, if a snapshot before can do without it; or generate into another root"
             ) from None
@@ -364,7 +366,7 @@ def published(root: str) -> Snapshot | None:
     """The snapshot `latest.json` points to, or None before the first publication."""
     root = str(root or "")  # a Path will do
     if not root:
-        raise UserError("catalog: its root is empty; give a path, or s3://bucket/prefix")
+        raise InputError("catalog: its root is empty; give a path, or s3://bucket/prefix")
     pointer, _ = read_pointer(root)
     return open_snapshot(root, pointer.snapshot) if pointer.snapshot else None
 
@@ -378,7 +380,7 @@ def read_catalog(root: str) -> Snapshot:
 
 
 def nothing_published(root: str) -> UserError:
-    return UserError(
+    return InputError(
         f"catalog {root}: nothing is published there; give another root, wait for the first run to end, or publish one of the snapshots "
         "that `rebeca catalog list` shows"
     )

@@ -8,7 +8,7 @@ from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import open_snapshot
 from rebeca_ray.catalog.verify import verify
-from rebeca_ray.errors import QualityGateError, UserError
+from rebeca_ray.errors import InputError, QualityGateError
 from rebeca_ray.storage.filesystem import delete, join, list_files
 from rebeca_ray.storage.objects import read_json
 
@@ -34,13 +34,13 @@ def find_snapshot(root: str, run_id: str) -> dict[str, Any]:
         if manifest["run_id"] == run_id:
             return manifest
     known = ", ".join(manifest["run_id"] for manifest in there[-5:]) or "none"
-    raise UserError(f"catalog {root}: run {run_id} has no complete snapshot; the latest are: {known}")
+    raise InputError(f"catalog {root}: run {run_id} has no complete snapshot; the latest are: {known}")
 
 
 def publish_snapshot(root: str, run_id: str) -> dict[str, Any]:
     """Point readers at a complete snapshot, also at one that the quality gate refused (the pointer then says so); returns its manifest.
 
-    Raises UserError if there is no such snapshot or a file of it is missing, LostRaceError while a run is at work.
+    Raises UserError if there is no such snapshot or a file of it is missing, LeaseHeldError while a run is at work.
     """
     find_snapshot(root, run_id)  # a slip of the keyboard writes nothing
     with hold_lease(
@@ -65,10 +65,10 @@ def roll_back(root: str) -> dict[str, Any]:
     """Publish the snapshot that the published one followed; returns its manifest. Raises UserError if it is gone."""
     pointer, _ = read_pointer(root)
     if pointer.run_id is None:
-        raise UserError(f"catalog {root}: nothing is published there; there is nothing to roll back")
+        raise InputError(f"catalog {root}: nothing is published there; there is nothing to roll back")
     before = find_snapshot(root, pointer.run_id)["previous"]
     if before is None:
-        raise UserError(
+        raise InputError(
             f"catalog {root}: run {pointer.run_id} is the first there was; publish another with `rebeca catalog publish`"
         )
     return publish_snapshot(root, before)

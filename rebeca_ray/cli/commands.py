@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from rebeca_ray.console import console, plain_errors
+from rebeca_ray.cli.runner import plain_errors
+from rebeca_ray.console import console
 
 app = typer.Typer(
     no_args_is_help=True,

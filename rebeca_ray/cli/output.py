@@ -14,7 +14,7 @@ from rebeca_ray.config.jobs import (
     dated,
 )
 from rebeca_ray.console import console
-from rebeca_ray.errors import QualityGateError, UserError
+from rebeca_ray.errors import InputError, QualityGateError
 from rebeca_ray.evaluation.permutation import personality_line
 from rebeca_ray.storage.filesystem import join
 
@@ -128,7 +128,7 @@ def list_catalog(root: str) -> None:
     pointer, version = read_pointer(root)
     snapshots = list_snapshots(root)
     if version is None and not snapshots:
-        raise UserError(f"catalog {root}: there is none (no latest.json); give the root of one")
+        raise InputError(f"catalog {root}: there is none (no latest.json); give the root of one")
     table = Table("run_date", Column("run_id", no_wrap=True), "items", "new", "")
     for manifest in snapshots:
         counts = manifest["counts"]
@@ -267,6 +267,6 @@ def serve(
                 f"metrics http://127.0.0.1:{metrics_port}/metrics"
             )
             if code := process.wait():
-                raise UserError(f"tritonserver ended with code {code}; its own lines above say why")
+                raise InputError(f"tritonserver ended with code {code}; its own lines above say why")
     except KeyboardInterrupt:
         console.print("stopped")

@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from rebeca_ray.config.fields import Settings
-from rebeca_ray.errors import UserError, did_you_mean, shown
+from rebeca_ray.errors import InputError, did_you_mean, shown
 
 C = TypeVar("C", bound=Settings)
 MAX_BYTES = 100_000  # of a config
@@ -37,15 +37,15 @@ def read_values(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1).decode()
     except OSError as error:
-        raise UserError(
+        raise InputError(
             f"config {path}: cannot be read ({error.strerror}); give an existing YAML file to --config"
         ) from None
     except ValueError as error:
-        raise UserError(f"config {path}: not valid YAML ({error}); save it as UTF-8 text") from None
+        raise InputError(f"config {path}: not valid YAML ({error}); save it as UTF-8 text") from None
     values = read_yaml(text, where=f"config {path}")
     values = {} if values is None else values
     if not isinstance(values, dict):
-        raise UserError(
+        raise InputError(
             f"config {path}: found {type(values).__name__} at the top, expected a mapping of settings"
         )
     return values
@@ -91,11 +91,11 @@ for scalar, pattern, beginnings in SCALARS:
 def read_yaml(text: str, *, where: str) -> Any:
     """The values in a YAML text. Raises UserError, in one line, for anything that is none."""
     if len(text) > MAX_BYTES:
-        raise UserError(f"{where}: is longer than {MAX_BYTES:,} characters; give a file of settings")
+        raise InputError(f"{where}: is longer than {MAX_BYTES:,} characters; give a file of settings")
     try:
         return yaml.load(text, ConfigLoader)
     except RecursionError:
-        raise UserError(
+        raise InputError(
             f"{where}: not valid YAML (nested too deeply); sections go three levels down"
         ) from None
     except (
@@ -104,7 +104,7 @@ def read_yaml(text: str, *, where: str) -> Any:
         LookupError,
         AttributeError,
     ) as error:  # all but the first: a value its tag does not fit
-        raise UserError(
+        raise InputError(
             f"{where}: not valid YAML ({describe(error)}); mend that line, or quote the value"
         ) from None
 
@@ -122,12 +122,12 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     """Set one `key.sub=value` in a nested mapping; the value is read as YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"override {shown(override)}: expected key.sub=value")
+        raise InputError(f"override {shown(override)}: expected key.sub=value")
     *parents, leaf = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
-            raise UserError(f"override {shown(override)}: {parent} is a value, not a section")
+            raise InputError(f"override {shown(override)}: {parent} is a value, not a section")
     values[leaf] = read_yaml(text, where=f"override {shown(override)}")
 
 
@@ -143,17 +143,17 @@ def parse_config(model: type[C], values: dict[str, Any], *, where: str) -> C:
         key, found = ".".join(path), shown(first["input"])
         if first["type"] == "extra_forbidden":
             *parents, leaf = path
-            raise UserError(
+            raise InputError(
                 f"{where}: unknown key {shown(key)}; {did_you_mean(leaf, section_at(model, parents).model_fields)}"
             ) from None
         if first["type"] == "missing" and isinstance(first["loc"][-1], str):
-            raise UserError(f"{where}: key {key!r} is missing; set it in the file or as {key}=…") from None
+            raise InputError(f"{where}: key {key!r} is missing; set it in the file or as {key}=…") from None
         if first["type"] == "model_type":
             keys = shorten(", ".join(section_at(model, path).model_fields), 200, placeholder=" …")
-            raise UserError(
+            raise InputError(
                 f"{where}: {key} is a section, not the value {found}; set one of its keys ({keys})"
             ) from None
-        raise UserError(
+        raise InputError(
             f"{where}: {shown(key)[1:-1]} = {found}: {first['msg'].removeprefix('Value error, ').lower()}"
         ) from None
 

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from safetensors import SafetensorError, safe_open
 
 from rebeca_ray import schemas
-from rebeca_ray.errors import UserError, describe, did_you_mean, shown
+from rebeca_ray.errors import InputError, describe, did_you_mean, shown
 
 
 class EmbedImages:
@@ -57,7 +57,7 @@ def open_image(encoded: bytes | None, item_id: pa.Scalar) -> Any:
         return Image.open(io.BytesIO(encoded or b"")).convert("RGB")
     except Exception as error:  # a broken file makes the decoders raise anything
         why = "not an image" if isinstance(error, UnidentifiedImageError) else describe(error)
-        raise UserError(
+        raise InputError(
             f"items: the image of {shown(item_id.as_py())} cannot be decoded ({why}); mend or drop that item"
         ) from None
 
@@ -73,17 +73,17 @@ def load_clip(name: str) -> tuple[Any, Any]:
     schemed = name.startswith(("local-dir:", "hf-hub:"))
     architecture, tag = (name, None) if schemed else name.split("/", 1) if "/" in name else (name, "")
     if not schemed and not tag:
-        raise UserError(
+        raise InputError(
             f"clip {name!r}: names no weights; give local-dir:DIR, hf-hub:REPO or ARCHITECTURE/TAG"
         )
     if not schemed and architecture not in open_clip.list_models():
-        raise UserError(
+        raise InputError(
             f"clip {name!r}: unknown architecture; {did_you_mean(architecture, open_clip.list_models())}"
         )
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(architecture, pretrained=tag)
     except (FileNotFoundError, RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"clip {name!r}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+        raise InputError(f"clip {name!r}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
     return model, preprocess
 
 
@@ -99,14 +99,14 @@ def clip_fingerprint(name: str) -> str:
     digest = hashlib.sha256()
     for file in ("open_clip_config.json", "open_clip_model.safetensors"):
         if not (folder / file).is_file():
-            raise UserError(f"clip {name!r}: {file} is not in {folder}; give a directory saved by open_clip")
+            raise InputError(f"clip {name!r}: {file} is not in {folder}; give a directory saved by open_clip")
         digest.update((folder / file).read_bytes())
     try:
         json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["embed_dim"]
         with safe_open(folder / "open_clip_model.safetensors", framework="numpy"):
             pass
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(
+        raise InputError(
             f"clip {name!r}: {folder} is damaged ({type(error).__name__}: {error}); save it again with open_clip"
         ) from None
     return digest.hexdigest()[:16]

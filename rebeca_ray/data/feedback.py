@@ -20,9 +20,10 @@ from rebeca_ray.catalog.snapshots import list_snapshots
 from rebeca_ray.data.interactions import only_ratings
 from rebeca_ray.data.items import EmbeddedItems
 from rebeca_ray.data.validation import check_columns, plain
-from rebeca_ray.errors import StorageError, UserError, describe, user_error
+from rebeca_ray.errors import InputError, StorageError, UserError, describe
 from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
 from rebeca_ray.ray_runtime import for_each_bucket
+from rebeca_ray.storage.failures import user_error
 from rebeca_ray.storage.filesystem import (
     UNREACHABLE,
     arrow_filesystem,
@@ -108,7 +109,7 @@ def ratings_of_others(interactions: str, item_id: np.ndarray) -> pa.Table:
             columns=[name for name in columns if name in ("user_id", "item_id", "event")], filter=wanted
         )
     except (pa.ArrowException, *UNREACHABLE) as error:
-        raise UserError(
+        raise InputError(
             f"interactions {interactions}: not readable as Parquet ({describe(error)}); write it again"
         ) from None
     table = only_ratings(table, interactions)
@@ -133,7 +134,7 @@ def read_kept(folder: str, rated: pa.Table, embed_dim: int) -> pa.Table:
             raise StorageError(
                 f"rated items {folder}: cannot be read ({describe(error)}); check the network and the credentials"
             ) from None
-        raise UserError(
+        raise InputError(
             f"rated items {folder}: not readable ({describe(error)}); restore what is damaged, or remove it: what a snapshot still has is "
             "found again"
         ) from None

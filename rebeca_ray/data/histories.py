@@ -27,7 +27,7 @@ from rebeca_ray.data.interactions import (
     read_columns,
 )
 from rebeca_ray.data.validation import check_columns
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError
 from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
 from rebeca_ray.storage.filesystem import UNREACHABLE, arrow_filesystem, delete, join, open_filesystem
 from rebeca_ray.storage.objects import read_json, write_json
@@ -269,7 +269,7 @@ def index_items(interactions: Interactions, items: ItemIndex, uri: str) -> np.nd
     missing = items.sorted_id[place] != interactions.item_id
     if missing.any():
         names = ", ".join(sorted(set(interactions.item_id[missing]))[:3])
-        raise UserError(
+        raise InputError(
             f"interactions {uri}: {int(missing.sum())} of {len(missing)} rate an item that has no embedding "
             f"({names}); embed those items with `rebeca embed`, drop their ratings, or set interactions.unknown_items=drop"
         )

@@ -22,7 +22,7 @@ from rebeca_ray.data.validation import (
     refuse,
     row_numbers,
 )
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError, UserError
 from rebeca_ray.identity import hash128
 from rebeca_ray.storage.parquet import read_table
 
@@ -60,7 +60,7 @@ def read_interactions(settings: InteractionSettings) -> Interactions:
 
 
 def no_users(settings: InteractionSettings) -> UserError:
-    return UserError(
+    return InputError(
         f"interactions {settings.path}: no user has {settings.min_likes} likes; lower interactions.min_likes or interactions.like_threshold"
     )
 
@@ -147,7 +147,7 @@ def only_ratings(table: pa.Table, uri: str) -> pa.Table:
 
 
 def off_the_calendar(uri: str) -> UserError:
-    return UserError(
+    return InputError(
         f"interactions {uri}: column 'timestamp' leaves the years 1 to 9999; look at its unit, mend it or drop it"
     )
 

@@ -13,7 +13,7 @@ from rebeca_ray import schemas
 from rebeca_ray.config.jobs import EmbedConfig
 from rebeca_ray.data.clip import EmbedImages, clip_fingerprint
 from rebeca_ray.data.validation import check_columns, check_ids, check_rows
-from rebeca_ray.errors import UserError, describe, shown
+from rebeca_ray.errors import InputError, UserError, describe, shown
 from rebeca_ray.ray_runtime import ExcludeIds, require_room, start_ray
 from rebeca_ray.storage.filesystem import UNREACHABLE, arrow_filesystem, delete, join, open_filesystem
 from rebeca_ray.storage.objects import read_json, write_json
@@ -43,7 +43,7 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:
     read_item_ids(config.items)
     files, _ = open_table(config.items, "items")
     if f"{config.items}/".startswith(f"{config.out.rstrip('/')}/"):
-        raise UserError(
+        raise InputError(
             f"out {config.out}: holds the items themselves and would be replaced; choose another folder"
         )
     filesystem, _ = open_filesystem(config.items)
@@ -134,13 +134,15 @@ def embeds_in_batches(uri: str, rows: int) -> Iterator[pa.Array]:
                 for batch in pq.ParquetFile(file).iter_batches(rows, columns=["image_embeds"]):
                     yield batch["image_embeds"]
     except (pa.ArrowException, *UNREACHABLE) as error:
-        raise UserError(f"items {uri}: not readable as Parquet ({describe(error)}); write it again") from None
+        raise InputError(
+            f"items {uri}: not readable as Parquet ({describe(error)}); write it again"
+        ) from None
 
 
 def checked_embeds(column: pa.Array, item_id: np.ndarray, uri: str) -> np.ndarray:
     """The embeddings in a column as an array. Raises UserError for any that is missing, of another size, zero or not finite."""
     if column.null_count:
-        raise UserError(
+        raise InputError(
             f"items {uri}: {column.null_count} of {len(column)} image_embeds are null; embed those items again"
         )
     sizes = pc.unique(pc.list_value_length(column)).to_pylist()
@@ -152,14 +154,14 @@ def checked_embeds(column: pa.Array, item_id: np.ndarray, uri: str) -> np.ndarra
     bad = ~np.isfinite(length) | (length == 0)
     if bad.any():
         names = ", ".join(shown(name)[1:-1] for name in item_id[bad][:3].tolist())
-        raise UserError(
+        raise InputError(
             f"items {uri}: {bad.sum()} of {len(bad)} image_embeds are zero or not finite ({names}); embed those items again"
         )
     return values
 
 
 def several_sizes(uri: str, sizes: list[int]) -> UserError:
-    return UserError(
+    return InputError(
         f"items {uri}: image_embeds has rows of {len(sizes)} sizes ({sizes[:3]}); every item needs the same D"
     )
 
@@ -184,10 +186,10 @@ def embedded_with(uri: str) -> tuple[int, str | None]:
         first: Any = next(embeds_in_batches(uri, 1), [])
         embed_dim = len(first[0]) if len(first) and first[0].is_valid else 0
     if not embed_dim:
-        raise UserError(f"items {uri}: the first row has no image_embeds; drop it, or embed the items again")
+        raise InputError(f"items {uri}: the first row has no image_embeds; drop it, or embed the items again")
     marker = read_json(join(uri, MARKER))
     if marker == UNFINISHED:
-        raise UserError(
+        raise InputError(
             f"items {uri}: the embedding that wrote them did not finish; run `rebeca embed` again"
         )
     return embed_dim, marker["clip"] if marker else None
@@ -198,7 +200,7 @@ def check_items_fit(items: str, prior: dict[str, Any]) -> None:
     embed_dim, clip = embedded_with(items)
     wanted = prior["scaler"]["embed_dim"]
     if embed_dim != wanted or (clip and prior["clip"] and clip != prior["clip"]):
-        raise UserError(
+        raise InputError(
             f"items {items}: embeddings of size {embed_dim} by CLIP {clip}, the prior knows size {wanted} by CLIP {prior['clip']}; "
             "give the items it was trained on, or leave `items` out"
         )

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rebeca_ray.errors import UserError, did_you_mean, shown
+from rebeca_ray.errors import InputError, did_you_mean, shown
 from rebeca_ray.schemas import compatible, may_be_missing
 from rebeca_ray.storage.parquet import read_schemas
 
@@ -27,7 +27,7 @@ def check_columns(
     for field in expected:
         if field.name not in names and not may_be_missing(field):
             advice = [remedy for other, remedy in (instead or {}).items() if other in names]
-            raise UserError(
+            raise InputError(
                 f"{what} {uri}: column {field.name!r} is missing; {(advice or [did_you_mean(field.name, names)])[0]}"
             )
     for name in columns:
@@ -35,7 +35,7 @@ def check_columns(
             actual = schema.field(name).type
             if not compatible(actual, expected.field(name).type):
                 where = f" in {file.rsplit('/', 1)[-1]}" if len(found) > 1 else ""
-                raise UserError(
+                raise InputError(
                     f"{what} {uri}: column {name!r} is {actual}{where}, expected {expected.field(name).type}; cast it and write again"
                 )
     return columns
@@ -48,7 +48,7 @@ def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def check_rows(table: pa.Table, what: str, uri: str) -> None:
     if table.num_rows == 0:
-        raise UserError(f"{what} {uri}: has no rows; give at least one")
+        raise InputError(f"{what} {uri}: has no rows; give at least one")
 
 
 def check_ids(column: pa.ChunkedArray, what: str, uri: str, name: str, *, unique: str | None = None) -> None:
@@ -63,7 +63,7 @@ def check_ids(column: pa.ChunkedArray, what: str, uri: str, name: str, *, unique
     if unique and (repeated := len(column) - pc.count_distinct(column).as_py()):
         counted = pc.value_counts(column)
         often = counted.filter(pc.greater(counted.field("counts"), 1)).field("values")[:MAX_EXAMPLES]
-        raise UserError(
+        raise InputError(
             f"{what} {uri}: {repeated} {name}s are repeated ({', '.join(map(shown, often.to_pylist()))}); {unique}"
         )
 
@@ -76,7 +76,7 @@ def check_texts(
     try:
         column.validate(full=True)
     except pa.ArrowInvalid:
-        raise UserError(
+        raise InputError(
             f"{what} {uri}: column {name!r} is not UTF-8 throughout; encode it and write again"
         ) from None
     bad = pc.fill_null(pc.greater(pc.binary_length(column), max_bytes), False)
@@ -101,7 +101,7 @@ def refuse(what: str, uri: str, bad: pa.ChunkedArray, defect: str, examples: str
     """Raise UserError if any row is `bad`."""
     count = pc.sum(bad).as_py() or 0
     if count:
-        raise UserError(f"{what} {uri}: {count} of {len(bad)} rows have {defect} ({examples}); {remedy}")
+        raise InputError(f"{what} {uri}: {count} of {len(bad)} rows have {defect} ({examples}); {remedy}")
 
 
 def row_numbers(bad: pa.ChunkedArray) -> str:

@@ -15,7 +15,7 @@ import torch
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.interface import Rows
 from rebeca_ray.decoder.networks import Networks
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError
 from rebeca_ray.noise import item_noise
 
 
@@ -28,7 +28,7 @@ class DenoisingLoop:
         try:
             self.scheduler.set_timesteps(settings.num_inference_steps)
         except ValueError as error:
-            raise UserError(
+            raise InputError(
                 f"decoder.num_inference_steps {settings.num_inference_steps}: {' '.join(str(error).split())}"
             ) from None
         self.latent_size = networks.image_size // networks.vae_scale_factor

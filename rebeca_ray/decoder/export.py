@@ -20,7 +20,7 @@ from torch.export import Dim
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.files import find_decoder, hash_weights
 from rebeca_ray.decoder.networks import Networks, load_torch_networks
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError
 
 OPSET = 20
 NAMES = {  # inputs and output of each network, in the order of `networks.py`
@@ -39,18 +39,18 @@ def export_decoder(settings: DecoderSettings, out: Path) -> dict[str, Path]:
     try:
         import onnx
     except ImportError:
-        raise UserError(
+        raise InputError(
             "export: the packages onnx and onnxscript are missing; run `pip install 'rebeca-ray[onnx]'`"
         ) from None
     if out.exists():
-        raise UserError(f"--out {out}: is there already; remove it, or give another folder")
+        raise InputError(f"--out {out}: is there already; remove it, or give another folder")
     if settings.engine != "torch" or settings.dtype == "bfloat16":
-        raise UserError(
+        raise InputError(
             f"export: engine {settings.engine}, dtype {settings.dtype}; exported are torch networks in "
             "float32 or float16; set decoder.engine=torch decoder.engine_dir=null decoder.dtype=float16"
         )
     if settings.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
+        raise InputError(
             "export: decoder.device is cuda, torch sees no GPU here; set decoder.device=cpu: the graphs are the same"
         )
     networks = load_torch_networks(settings.model_copy(update={"compile": False}))

@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SAFETY_PARTS = ("safety_checker", "feature_extractor")
@@ -56,7 +56,7 @@ def find_decoder(settings: DecoderSettings) -> DecoderFiles:
     for key in ("ip_adapter", "lora"):
         file = getattr(settings, key)
         if file and file.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")):
-            raise UserError(
+            raise InputError(
                 f"decoder.{key} {file}: a pickle can run code when loaded; give the .safetensors file, or make one of it: "
                 f"rebeca convert {file} {file.rpartition('.')[0]}.safetensors"
             )
@@ -72,7 +72,7 @@ def find_model(settings: DecoderSettings) -> Path:
     """The folder in diffusers' layout."""
     if is_local(settings.model):
         if not (Path(settings.model) / "model_index.json").is_file():
-            raise UserError(
+            raise InputError(
                 f"decoder.model {settings.model}: no model_index.json there; give a diffusers directory, or a hub id such as "
                 "stable-diffusion-v1-5/stable-diffusion-v1-5"
             )
@@ -93,7 +93,7 @@ def find_adapter(settings: DecoderSettings) -> Path:
     repo = settings.ip_adapter_repo or settings.model
     if is_local(repo):
         if not (Path(repo) / settings.ip_adapter).is_file():
-            raise UserError(
+            raise InputError(
                 f"decoder.ip_adapter {settings.ip_adapter}: no such file in {repo}; set decoder.ip_adapter or decoder.ip_adapter_repo"
             )
         return Path(repo) / settings.ip_adapter
@@ -126,7 +126,7 @@ def find_lora(settings: DecoderSettings) -> Path | None:
     owner, _, rest = lora.partition("/")
     name, _, file = rest.partition("/")
     if is_local(lora) or not file.endswith(".safetensors"):
-        raise UserError(
+        raise InputError(
             f"decoder.lora {lora}: no such .safetensors file; give a path, or owner/name/file.safetensors of a hub"
         )
     return fetched("lora", lora, f"{owner}/{name} {file}", lambda: hf_hub_download(f"{owner}/{name}", file))
@@ -142,7 +142,7 @@ def fetched(key: str, value: str, download: str, fetch: Callable[[], str]) -> Pa
     try:
         return Path(fetch())
     except (OSError, ValueError) as error:  # what the hub's client raises derives from one or the other
-        raise UserError(
+        raise InputError(
             f"decoder.{key} {value}: cannot be fetched ({' '.join(str(error).split())[:200]}); run `hf download {download}` where there "
             f"is a network and copy the folder, then give its path; or take the bundled one, package:stickers/assets/decoder"
         ) from None
@@ -176,7 +176,7 @@ def read_export(settings: DecoderSettings) -> dict[str, Any]:
     try:
         told: dict[str, Any] = json.loads((folder / "decoder.json").read_text())
     except (OSError, ValueError):
-        raise UserError(
+        raise InputError(
             f"decoder.engine_dir {folder}: no decoder.json there; write it with `rebeca export --config … --out {folder}`"
         ) from None
     for key in ("model", "ip_adapter", "vae", "lora", "dtype", "image_size"):
@@ -184,13 +184,13 @@ def read_export(settings: DecoderSettings) -> dict[str, Any]:
         if (
             Path(str(wanted)).name != Path(str(told[key])).name
         ):  # the same folder may lie elsewhere on another machine
-            raise UserError(
+            raise InputError(
                 f"decoder.engine_dir {folder}: exported with {key} {told[key]}, decoder.{key} is {wanted}; export it again"
             )
     for name, size in told["files"].items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else 0
         if found != size:
-            raise UserError(
+            raise InputError(
                 f"decoder.engine_dir {folder}: {name} has {found} bytes, {size} were exported; copy the folder again, whole"
             )
     return told
@@ -202,7 +202,7 @@ def read_embed_dim(ip_adapter: Path) -> int:
         with safe_open(ip_adapter, framework="numpy") as weights:
             return int(weights.get_slice("image_proj.proj.weight").get_shape()[1])
     except SafetensorError as error:
-        raise UserError(
+        raise InputError(
             f"decoder.ip_adapter {ip_adapter}: no image_proj.proj.weight to read ({error}); give a plain adapter such as "
             "ip-adapter_sd15.safetensors: those called plus, full or faceid read other embeddings"
         ) from None
@@ -235,24 +235,24 @@ def convert_pickle(pickle: Path, out: Path) -> int:
     Raises UserError if it holds anything but tensors in dicts (`weights_only` runs no code of the file's), or `out` is there.
     """
     if out.suffix != ".safetensors":
-        raise UserError(f"{out}: what is written are safetensors; call it {out.stem}.safetensors")
+        raise InputError(f"{out}: what is written are safetensors; call it {out.stem}.safetensors")
     if out.exists():
-        raise UserError(f"{out}: is there already; remove it, or give another name")
+        raise InputError(f"{out}: is there already; remove it, or give another name")
     if not out.parent.is_dir():
-        raise UserError(f"{out}: the folder {out.parent} is not there; make it first")
+        raise InputError(f"{out}: the folder {out.parent} is not there; make it first")
     import torch
     from safetensors.torch import save_file
 
     try:
         told = torch.load(pickle, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"{pickle}: cannot be read ({error.strerror}); nothing is written") from None
+        raise InputError(f"{pickle}: cannot be read ({error.strerror}); nothing is written") from None
     except UnpicklingError:  # its text advises to load the file all the same
-        raise UserError(
+        raise InputError(
             f"{pickle}: holds something else than tensors, which might be code; nothing of it was run or written"
         ) from None
     except Exception as error:  # junk makes the unpickler stumble in many ways
-        raise UserError(
+        raise InputError(
             f"{pickle}: is not a file torch saved ({type(error).__name__}); nothing is written"
         ) from None
     tensors = {}
@@ -264,7 +264,7 @@ def convert_pickle(pickle: Path, out: Path) -> int:
             for key, inner in value.items():
                 collect(inner, f"{name}.{key}" if name else str(key))
         else:
-            raise UserError(
+            raise InputError(
                 f"{pickle}: {name or 'the file'} is a {type(value).__name__}, expected tensors; nothing is written"
             )
 

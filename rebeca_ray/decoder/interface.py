@@ -11,7 +11,6 @@ from typing import Protocol, Self
 import numpy as np
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +82,6 @@ class DecodedImage:
     height: int | None = None
     safety_probability: float | None = None  # that it is unsafe
     error: str | None = None
-
-
-class ServerLostError(UserError):
-    """The server gave no answer and did not come back. Starting the run again, with a server, is the remedy."""
-
-    exit_code = 75
 
 
 class Decoder(Protocol):

@@ -14,7 +14,7 @@ from rebeca_ray.decoder.encoding import encode_image
 from rebeca_ray.decoder.engines import load_networks
 from rebeca_ray.decoder.interface import DecodedImage, Rows
 from rebeca_ray.decoder.safety import Checker, load_checker
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError
 from rebeca_ray.identity import retry_seed
 
 
@@ -103,7 +103,7 @@ class LocalDecoder:
     def halve(self, error: RuntimeError) -> None:
         """Go on with tiles half as large. Raises UserError if they are of one image already."""
         if self.batch_size == 1:
-            raise UserError(
+            raise InputError(
                 f"decoder: not even one image fits the device's memory ({' '.join(str(error).split())[:200]})"
             ) from None
         before, self.batch_size = self.batch_size, self.batch_size // 2
@@ -135,11 +135,11 @@ class LocalDecoder:
         try:
             found = np.asarray(checker(images_BYX3), np.float32)
         except Exception as error:  # it is the user's own
-            raise UserError(
+            raise InputError(
                 f"decoder.safety.checker {name}: raised {type(error).__name__}: {error}; mend it"
             ) from error
         if found.shape != (len(images_BYX3),):
-            raise UserError(
+            raise InputError(
                 f"decoder.safety.checker {name}: gave {found.shape} for {len(images_BYX3)} images, expected one number each"
             )
         return found

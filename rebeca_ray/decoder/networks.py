@@ -18,7 +18,7 @@ from torch import nn
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.files import find_decoder
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -147,7 +147,7 @@ def load_torch_networks(settings: DecoderSettings) -> Networks:
             str(adapter.parent), subfolder="", weight_name=adapter.name, image_encoder_folder=None
         )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
+        raise InputError(
             f"decoder {settings.model}: cannot be loaded ({' '.join(str(error).split())[:300]})"
         ) from None
     (projection,) = pipeline.unet.encoder_hid_proj.image_projection_layers

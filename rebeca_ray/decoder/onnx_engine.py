@@ -8,7 +8,7 @@ import torch
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.exported import exported_networks
 from rebeca_ray.decoder.networks import Networks
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError
 
 
 class OnnxNetwork:
@@ -22,12 +22,12 @@ class OnnxNetwork:
         options.log_severity_level = 3
         provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
         if provider not in onnxruntime.get_available_providers():
-            raise UserError(
+            raise InputError(
                 f"decoder.engine onnx: ONNX Runtime has no {provider} here; install onnxruntime-gpu, or set decoder.device=cpu"
             )
         self.session: Any = onnxruntime.InferenceSession(path, options, providers=[provider])
         if self.session.get_providers()[0] != provider:  # it falls back to the CPU without a word
-            raise UserError(
+            raise InputError(
                 f"decoder.engine onnx: {provider} does not start here; look at the GPU's driver, or set decoder.device=cpu"
             )
         self.input_names = [value.name for value in self.session.get_inputs()]
@@ -51,7 +51,7 @@ def load_onnx_networks(settings: DecoderSettings) -> Networks:
     try:
         import onnxruntime  # noqa: F401
     except ImportError:
-        raise UserError(
+        raise InputError(
             "decoder.engine onnx: the package onnxruntime is missing; run `pip install 'rebeca-ray[onnx]'`"
         ) from None
     return exported_networks(

@@ -11,7 +11,7 @@ import numpy as np
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.files import find_decoder
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError
 
 Checker = Callable[[np.ndarray], np.ndarray]
 
@@ -25,13 +25,13 @@ def load_checker(settings: DecoderSettings) -> Checker | None:
         return StableDiffusionChecker(settings)
     module, _, function = name.partition(":")
     if not function:
-        raise UserError(
+        raise InputError(
             f"decoder.safety.checker {name}: names no function; give stable-diffusion, or module:function"
         )
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
+        raise InputError(
             f"decoder.safety.checker {name}: {error}; give stable-diffusion, or module:function of a module on every node"
         ) from None
 
@@ -50,7 +50,7 @@ class StableDiffusionChecker:
                 model, subfolder="safety_checker", use_safetensors=True
             )
         except (OSError, ValueError) as error:
-            raise UserError(
+            raise InputError(
                 f"decoder.safety.checker stable-diffusion: {settings.model} has none ({' '.join(str(error).split())[:200]}); "
                 "give module:function, or set it to null"
             ) from None

@@ -14,19 +14,19 @@ import torch
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.exported import exported_networks
 from rebeca_ray.decoder.networks import Networks
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError
 
 
 def this_machine() -> dict[str, str]:
     """What an engine depends on: the GPU, its compute capability, TensorRT's version. Raises UserError without a GPU or TensorRT."""
     if not torch.cuda.is_available():
-        raise UserError(
+        raise InputError(
             "decoder.engine tensorrt: torch sees no GPU here; set decoder.engine to torch or onnx, or go where there is one"
         )
     try:
         import tensorrt
     except ImportError:
-        raise UserError(
+        raise InputError(
             "decoder.engine tensorrt: the package tensorrt is missing; install NVIDIA's wheel of it beside torch"
         ) from None
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -43,25 +43,25 @@ def check_engines(folder: Path, machine: dict[str, str], batch_size: int) -> Non
     try:
         sidecar = json.loads((folder / "engines.json").read_text())
     except (OSError, ValueError):
-        raise UserError(f"decoder.engine_dir {folder}: no engines.json there; {rebuild}") from None
+        raise InputError(f"decoder.engine_dir {folder}: no engines.json there; {rebuild}") from None
     for name, found in machine.items():
         if sidecar["machine"].get(name) != found:
-            raise UserError(
+            raise InputError(
                 f"engines in {folder}: built for {name} {sidecar['machine'].get(name)}, this machine has {found}; {rebuild}"
             )
     if sidecar["batch_size"] < batch_size:
         found = sidecar["batch_size"]
-        raise UserError(
+        raise InputError(
             f"engines in {folder}: built for at most {found} images, decoder.batch_size is {batch_size}; {rebuild}"
         )
     for name, sha256 in sidecar["onnx"].items():
         if not (folder / name).is_file() or hash_file(folder / name) != sha256:
-            raise UserError(
+            raise InputError(
                 f"engines in {folder}: {name} has changed since they were built from it; {rebuild}"
             )
     for name, sha256 in sidecar["plans"].items():
         if not (folder / name).is_file() or hash_file(folder / name) != sha256:
-            raise UserError(f"engines in {folder}: {name} is missing or damaged; {rebuild}")
+            raise InputError(f"engines in {folder}: {name} is missing or damaged; {rebuild}")
 
 
 def hash_file(path: Path) -> str:
@@ -84,10 +84,10 @@ class TensorRTNetwork:
         self.runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
         self.engine: Any = self.runtime.deserialize_cuda_engine(path.read_bytes())
         if self.engine is None:
-            raise UserError(f"engine {path}: TensorRT cannot load it; its own lines above say why")
+            raise InputError(f"engine {path}: TensorRT cannot load it; its own lines above say why")
         self.context = self.engine.create_execution_context()
         if self.context is None:
-            raise UserError(
+            raise InputError(
                 f"engine {path}: not enough memory on the GPU to run it; build it for fewer images"
             )
         names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]

@@ -16,8 +16,8 @@ from tritonclient.utils import InferenceServerException
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.files import INVISIBLE, identify_decoder
-from rebeca_ray.decoder.interface import DecodedImage, Rows, ServerLostError
-from rebeca_ray.errors import UserError
+from rebeca_ray.decoder.interface import DecodedImage, Rows
+from rebeca_ray.errors import InputError, ServerLostError
 
 MODEL = "decoder"
 BYTES = ("image", "thumbnail", "error")
@@ -66,7 +66,7 @@ class TritonDecoder:
                 )
             except InferenceServerException as error:
                 if error.status() in ("StatusCode.INVALID_ARGUMENT", "StatusCode.NOT_FOUND"):
-                    raise UserError(
+                    raise InputError(
                         f"decoder.triton {self.settings.triton.url}: {' '.join(str(error.message()).split())[:300]}"
                     ) from None
                 if time.monotonic() > until:
@@ -101,7 +101,7 @@ class TritonDecoder:
         if served.pop("fingerprint", None) != self.fingerprint:
             own = parameters(self.settings)
             differ = sorted(name for name in {*served, *own} - INVISIBLE if served.get(name) != own.get(name))
-            raise UserError(
+            raise InputError(
                 f"decoder.triton {self.settings.triton.url}: serves another decoder than this config says (they differ in "
                 f"{', '.join(differ) or 'the weights'}); start the server with the same `decoder:` section: rebeca serve --config …"
             )

@@ -23,7 +23,7 @@ from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.fields import PACKAGE
 from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.decoder.triton_client import parameters
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def require_free(ports: dict[str, int]) -> None:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
-                raise UserError(
+                raise InputError(
                     f"--{name}-port {port}: another process listens there; stop it, or give another port"
                 ) from None
 
@@ -84,7 +84,7 @@ def wait_until_ready(process: "subprocess.Popen[bytes]", http_port: int) -> None
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
-    raise UserError(
+    raise InputError(
         f"tritonserver ended with code {process.returncode} before it was ready; its own lines above say why"
     )
 
@@ -128,7 +128,7 @@ def find_server(folder: Path) -> tuple[str, dict[str, str], list[str]]:
         return binary, environment, []
     found = importlib.util.find_spec("pytriton")
     if found is None or found.submodule_search_locations is None:
-        raise UserError(
+        raise InputError(
             "serve: no tritonserver on PATH or in /opt/tritonserver; run this in NVIDIA's Triton container (26.07 or newer), or, to try "
             "it out, `pip install --no-deps nvidia-pytriton`"
         )

@@ -17,7 +17,7 @@ from rebeca_ray import schemas
 from rebeca_ray.catalog.counts import KINDS
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.read import Snapshot
-from rebeca_ray.errors import ErrorBudgetExceededError, QualityGateError, UserError
+from rebeca_ray.errors import ErrorBudgetExceededError, QualityGateError, ResumableError
 from rebeca_ray.generation.assembly import Assembled, Assembly
 from rebeca_ray.generation.bucket import Bucket
 from rebeca_ray.generation.decide import Decisions
@@ -25,12 +25,6 @@ from rebeca_ray.generation.render import Rendered
 from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.parquet import read_table, write_table
-
-
-class IncompleteRunError(UserError):
-    """Planned items have neither an image nor a reason; starting the run again makes them."""
-
-    exit_code = 75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +52,7 @@ def assemble(
 ) -> dict[str, Any]:
     """Write the snapshot's tables and its file list; returns its manifest, which the caller judges, completes and writes.
 
-    Raises IncompleteRunError if an item is unaccounted for, ErrorBudgetExceededError if too many failed, QualityGateError if none is fit
+    Raises ResumableError if an item is unaccounted for, ErrorBudgetExceededError if too many failed, QualityGateError if none is fit
     to be shown.
     """
     first = previous.manifest["next_file"] if previous else 0
@@ -149,8 +143,8 @@ def with_pool(work: Assembly) -> Assembly:
     )
 
 
-def incomplete(run: Run, told: str) -> IncompleteRunError:
-    return IncompleteRunError(f"run {run.run_id}: {told}; nothing is published, start it again to resume")
+def incomplete(run: Run, told: str) -> ResumableError:
+    return ResumableError(f"run {run.run_id}: {told}; nothing is published, start it again to resume")
 
 
 def total(parts: list[dict[str, Any]]) -> Counter[str]:

@@ -8,7 +8,7 @@ from rebeca_ray.catalog.layout import Run, new_run_id
 from rebeca_ray.catalog.read import Snapshot, published
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.decoder.files import identify_decoder
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError
 from rebeca_ray.generation.decide import Decisions, decide_all
 from rebeca_ray.generation.parts import BUSY
 from rebeca_ray.generation.plan import request_histories
@@ -51,7 +51,7 @@ def estimate(config: GenerateConfig, *, images_per_second: float | None = None) 
     requested = check_request(config, decoder)
     previous = published(config.catalog)
     if previous is None and images_per_second is None:
-        raise UserError(
+        raise InputError(
             f"catalog {config.catalog}: no run has measured anything there yet; give --images-per-second of one decoder actor, "
             "or generate for a few users first"
         )

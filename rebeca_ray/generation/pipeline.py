@@ -15,7 +15,7 @@ from rebeca_ray.catalog.read import Snapshot, published
 from rebeca_ray.catalog.runs import unfinished_runs
 from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.decoder.files import DecoderIdentity, identify_decoder
-from rebeca_ray.errors import QualityGateError, StorageError, UnfinishedError, UserError, user_error
+from rebeca_ray.errors import InputError, QualityGateError, ResumableError, StorageError
 from rebeca_ray.generation.assemble import MadeOf, assemble
 from rebeca_ray.generation.decide import decide_all
 from rebeca_ray.generation.estimate import foresee, spent
@@ -27,6 +27,7 @@ from rebeca_ray.generation.request import check_request
 from rebeca_ray.generation.runs import begin, choose_run, describe_run
 from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior
 from rebeca_ray.ray_runtime import require_room, start_ray
+from rebeca_ray.storage.failures import user_error
 from rebeca_ray.storage.filesystem import delete, exists, join
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.writable import require_writable
@@ -115,13 +116,8 @@ def forgotten_if_refused(run: Run, lease: Lease, *, resumed: bool) -> Iterator[N
     except Exception as error:
         found = user_error(error)
         if isinstance(found, StorageError):
-            raise UnfinishedError(f"{found}. Start run {run.run_id} again: it resumes") from None
-        if (
-            found is not None
-            and found.exit_code == UserError.exit_code
-            and not resumed
-            and not exists(join(run.work, "plan.json"))
-        ):
+            raise ResumableError(f"{found}. Start run {run.run_id} again: it resumes") from None
+        if isinstance(found, InputError) and not resumed and not exists(join(run.work, "plan.json")):
             lease.check()
             delete(run.work)
         raise
@@ -135,8 +131,7 @@ def emptied_if_refused(root: str, first_ever: bool) -> Iterator[None]:
     except Exception as error:
         found = user_error(error)
         if (
-            found is not None
-            and found.exit_code == UserError.exit_code
+            isinstance(found, InputError | StorageError)
             and first_ever
             and read_pointer(root)[0] == Pointer(epoch=1)
             and not unfinished_runs(root)

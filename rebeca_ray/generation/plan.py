@@ -24,7 +24,7 @@ from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.data.feedback import find_rated
 from rebeca_ray.data.histories import Histories, build_histories
 from rebeca_ray.data.items import embedded_with, read_image_embeds, read_item_ids
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError
 from rebeca_ray.generation.decide import PLAN, RESCORE, Decisions
 from rebeca_ray.generation.parts import WRITER_CPUS, WriteParts, with_busy_seconds
 from rebeca_ray.generation.progress import Progress
@@ -152,7 +152,7 @@ class PlanUsers:
         self.kept: tuple[int, pa.Table] | None = None
         self.prior = load_prior(config.prior, config.sampler.device)
         if self.prior.fingerprint != versions["prior"]:
-            raise UserError(f"prior {config.prior}: was replaced while this run was planning; run again")
+            raise InputError(f"prior {config.prior}: was replaced while this run was planning; run again")
         self.diffusion = Diffusion.build(self.prior.diffusion, config.sampler.device)
         self.sampler = config.sampler.resolve(self.prior.sampling, self.prior.diffusion.num_train_timesteps)
         told = self.sampler.model_dump_json(exclude={"batch_size", "num_actors", "cpus_per_actor", "device"})

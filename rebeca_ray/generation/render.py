@@ -23,7 +23,8 @@ from rebeca_ray.catalog.layout import Run
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.decoder.build import build_decoder, check_decoder
-from rebeca_ray.decoder.interface import DecodedImage, Rows, ServerLostError
+from rebeca_ray.decoder.interface import DecodedImage, Rows
+from rebeca_ray.errors import ServerLostError
 from rebeca_ray.generation.decide import Decisions
 from rebeca_ray.generation.parts import BUSY, WRITER_CPUS, WriteParts, with_busy_seconds
 from rebeca_ray.generation.progress import Progress

@@ -13,7 +13,7 @@ from rebeca_ray.config.sections import PriorSampling
 from rebeca_ray.data.items import check_items_fit
 from rebeca_ray.data.validation import check_columns, check_ids, check_numbers, check_rows, check_texts, plain
 from rebeca_ray.decoder.files import DecoderIdentity
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError
 from rebeca_ray.prior.checkpoint import read_prior_config
 from rebeca_ray.storage.parquet import read_table
 
@@ -27,7 +27,7 @@ def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
     prior = read_prior_config(config.prior)
     embed_dim, wanted = prior["scaler"]["embed_dim"], decoder.embed_dim
     if wanted != embed_dim:
-        raise UserError(
+        raise InputError(
             f"prior {config.prior} draws embeddings of size {embed_dim}, decoder {config.decoder.model} reads {wanted}; "
             "train the prior on items embedded with the decoder's CLIP"
         )
@@ -50,7 +50,7 @@ def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
     if len(own):
         least, most = pc.min_max(own).as_py().values()
         if least < 1 or most > MAX_IMAGES:
-            raise UserError(
+            raise InputError(
                 f"request {config.request}: num_images goes from {least} to {most}; ask for 1 to {MAX_IMAGES:,} images a user"
             )
     return int(pc.sum(own).as_py() or 0) + (request.num_rows - len(own)) * config.num_images
@@ -62,17 +62,17 @@ def check_prior_can(config: GenerateConfig, prior: dict[str, Any]) -> None:
     try:
         sampler = config.sampler.resolve(sampling, prior["diffusion"]["num_train_timesteps"])
     except ValueError as error:
-        raise UserError(f"prior {config.prior}: {error}") from None
+        raise InputError(f"prior {config.prior}: {error}") from None
     if cast(float, sampler.prior_guidance_scale) > 1 and prior["condition_dropout"] == 0:
-        raise UserError(
+        raise InputError(
             f"sampler.prior_guidance_scale is {sampler.prior_guidance_scale}, but prior {config.prior} was trained without condition "
             "dropout and cannot be guided; set it to 1, or train with user_dropout and rating_dropout above 0"
         )
     if config.interactions is not None and config.items is None:
-        raise UserError(
+        raise InputError(
             "interactions: need `items` too, where the embeddings of what was rated are; set both, or neither"
         )
     if prior["network"]["user_encoder"] == "history" and config.interactions is None:
-        raise UserError(
+        raise InputError(
             f"prior {config.prior} knows users by their history: set `interactions` (and `items`) to what they rated until now"
         )

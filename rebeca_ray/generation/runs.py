@@ -7,7 +7,7 @@ from typing import Any
 from rebeca_ray.catalog.layout import new_run_id, work_folder
 from rebeca_ray.catalog.runs import unfinished_runs
 from rebeca_ray.config.jobs import GenerateConfig, Resume
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError
 from rebeca_ray.storage.filesystem import join, list_folders
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import describe_files
@@ -68,7 +68,7 @@ def choose_run(
             read_json(join(config.catalog, "snapshots", date, f"run_id={config.run_id}/manifest.json"))
             for date in dates
         ):
-            raise UserError(
+            raise InputError(
                 f"root {config.catalog}: run_id {config.run_id} was used before; choose another, or give none"
             )
     else:
@@ -88,19 +88,19 @@ def choose_run(
     if resume != "never" and same:
         return same[-1], begun[same[-1]]
     if resume == "never" and config.run_id in begun:
-        raise UserError(
+        raise InputError(
             f"root {config.catalog}: run_id {config.run_id} was begun before; choose another, or let it be resumed"
         )
     if resume != "never" and differences:
         run_id, found = list(differences.items())[-1]
         told = f"run {run_id} of {begun[run_id]['run_date']} cannot be resumed: {found}"
         if must or config.run_id is not None:
-            raise UserError(
+            raise InputError(
                 f"root {config.catalog}: {told}; restore that, or start a new run with --resume never and another run_id"
             )
         print(f"{told}; a new run starts", flush=True)
     elif must:
-        raise UserError(
+        raise InputError(
             f"root {config.catalog}: no unfinished run {config.run_id or f'of {run_date}'} to go on with, "
             "which --resume require and --retry-failed ask for; leave them out to start one"
         )

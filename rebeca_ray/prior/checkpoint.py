@@ -27,7 +27,7 @@ import rebeca_ray
 from rebeca_ray.config.fields import Part, Settings, Size
 from rebeca_ray.config.load import parse_config
 from rebeca_ray.config.sections import DiffusionSettings, NetworkSettings, PriorSampling
-from rebeca_ray.errors import UserError, describe
+from rebeca_ray.errors import InputError, UserError, describe
 from rebeca_ray.storage.filesystem import UNREACHABLE, join, open_filesystem
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.writable import require_writable
@@ -180,7 +180,7 @@ def load_prior(uri: str, device: str = "cpu") -> TrainedPrior:
     told = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
     for name, expected in trained_with(config["scaler"], config["clip"]).items():
         if told[name] != expected:
-            raise UserError(
+            raise InputError(
                 f"prior {uri}: config.json has {name} {expected}, its weights were trained with {told[name]}; "
                 "copy the whole directory again"
             )
@@ -192,7 +192,7 @@ def load_prior(uri: str, device: str = "cpu") -> TrainedPrior:
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(
+        raise InputError(
             f"prior {uri}: weights do not fit config.json ({' '.join(str(error).split())[:200]})"
         ) from None
     selector = None
@@ -230,11 +230,11 @@ def verified_file(uri: str, name: str, config: dict[str, Any]) -> bytes:
     try:
         data: bytes = filesystem.cat_file(f"{path}/{name}")
     except UNREACHABLE as error:
-        raise UserError(
+        raise InputError(
             f"prior {uri}: {name} cannot be read ({describe(error)}); copy the whole directory again"
         ) from None
     if hashlib.sha256(data).hexdigest() != config["sha256"].get(name):
-        raise UserError(
+        raise InputError(
             f"prior {uri}: {name} is not the file config.json describes (sha256 differs); copy the whole directory again"
         )
     return data
@@ -244,19 +244,19 @@ def read_prior_config(uri: str) -> dict[str, Any]:
     """The `config.json` of a prior. Raises UserError if there is none or it is of another format."""
     config = read_json(join(uri, "config.json"))
     if config is None:
-        raise UserError(
+        raise InputError(
             f"prior {uri}: no config.json there; train one with `rebeca train`, or give its directory"
         )
     if config.get("format") == UNFINISHED:
-        raise UserError(f"prior {uri}: was not written to its end; train it again")
+        raise InputError(f"prior {uri}: was not written to its end; train it again")
     if config.get("format") != FORMAT:
-        raise UserError(
+        raise InputError(
             f"prior {uri}: format {config.get('format')!r}, this version reads {FORMAT}; upgrade rebeca-ray or train again"
         )
     try:
         parse_config(PriorConfig, config, where=f"prior {uri}: config.json")
     except UserError as error:
-        raise UserError(f"{error}; it was changed: copy the whole directory again, or train again") from None
+        raise InputError(f"{error}; it was changed: copy the whole directory again, or train again") from None
     return config
 
 

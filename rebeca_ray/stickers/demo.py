@@ -22,7 +22,7 @@ from rebeca_ray.data.interactions import Interactions, read_interactions
 from rebeca_ray.data.items import embed_items
 from rebeca_ray.decoder.interface import Rows
 from rebeca_ray.decoder.local import LocalDecoder
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError
 from rebeca_ray.evaluation.permutation import personality_line
 from rebeca_ray.generation.pipeline import generate_catalog
 from rebeca_ray.prior.checkpoint import load_prior
@@ -68,7 +68,7 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
     require_writable(str(out), "--out")
     require_writable(str(data), "--data")
     if data.exists() and any(data.iterdir()) and not (data / "truth.parquet").exists():
-        raise UserError(f"--data {data}: holds something else than a demo's data; give an empty folder")
+        raise InputError(f"--data {data}: holds something else than a demo's data; give an empty folder")
     data.mkdir(parents=True, exist_ok=True)
     for name in ("items", "prior", "train", "catalog"):  # a demo starts afresh
         shutil.rmtree(data / name, ignore_errors=True)

@@ -21,7 +21,7 @@ from botocore.exceptions import BotoCoreError, HTTPClientError
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from rebeca_ray.errors import StorageError, UserError, describe
+from rebeca_ray.errors import InputError, StorageError, UserError, describe
 
 PATIENT: dict[str, Any] = {
     "connect_timeout": 5,
@@ -45,9 +45,9 @@ def open_filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
     """
     scheme = uri.partition("://")[0] if "://" in uri else "file"
     if uri.startswith("s3:") and scheme != "s3":
-        raise UserError(f"{uri}: is no address; give s3://bucket/prefix")
+        raise InputError(f"{uri}: is no address; give s3://bucket/prefix")
     if scheme not in ("file", "s3"):
-        raise UserError(
+        raise InputError(
             f"{uri}: storage {scheme!r} is not supported; give a local path or s3://bucket/prefix"
         )
     if scheme == "file":
@@ -56,12 +56,12 @@ def open_filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
     filesystem, path = fsspec.core.url_to_fs(uri, config_kwargs=PATIENT)
     bucket = path.strip("/").split("/")[0]
     if not bucket:
-        raise UserError(f"{uri}: names no bucket; give s3://bucket/prefix")
+        raise InputError(f"{uri}: names no bucket; give s3://bucket/prefix")
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the one of AWS"
     try:
         meet(endpoint, bucket)
     except (BotoCoreError, OSError, ValueError) as error:  # ValueError: no URL
-        raise UserError(
+        raise InputError(
             f"{uri}: its server cannot be reached ({describe(error)}); look at AWS_ENDPOINT_URL ({endpoint}) and the network"
         ) from None
     return filesystem, path
@@ -167,7 +167,7 @@ def delete_files(uris: list[str]) -> None:
 def unreadable(what: str, error: BaseException) -> UserError:
     """Of a store that fails a StorageError; of a place that cannot be read at all it is who gave it that must mend something."""
     kind = (
-        UserError
+        InputError
         if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError)
         else StorageError
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from fsspec.spec import AbstractFileSystem
 
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError
 from rebeca_ray.storage.filesystem import UNREACHABLE, is_local, open_filesystem, storage_errors, unreadable
 
 
@@ -91,9 +91,9 @@ def read_json(uri: str) -> dict[str, Any] | None:
     except UNREACHABLE as error:
         raise unreadable(f"{uri}", error) from None
     except (ValueError, RecursionError):
-        raise UserError(f"{uri}: not valid JSON; restore it from a backup or remove it") from None
+        raise InputError(f"{uri}: not valid JSON; restore it from a backup or remove it") from None
     if not isinstance(found, dict):
-        raise UserError(
+        raise InputError(
             f"{uri}: holds a JSON {type(found).__name__}, expected an object; restore it from a backup or remove it"
         )
     return found

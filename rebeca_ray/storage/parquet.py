@@ -12,7 +12,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 from fsspec.spec import AbstractFileSystem
 
-from rebeca_ray.errors import UserError, describe
+from rebeca_ray.errors import InputError, describe
 from rebeca_ray.storage.filesystem import (
     UNREACHABLE,
     arrow_filesystem,
@@ -46,7 +46,7 @@ def read_schemas(uri: str, what: str) -> dict[str, pa.Schema]:
         found = [path] if filesystem.isfile(path) else filesystem.find(path)
         files = sorted(str(name) for name in found if str(name).endswith(".parquet") or name == path)
         if not files:
-            raise UserError(f"{what} {uri}: not found; give a Parquet file, or a folder that holds some")
+            raise InputError(f"{what} {uri}: not found; give a Parquet file, or a folder that holds some")
         with ThreadPoolExecutor(16) as pool:  # on S3 each takes a round trip or two
             schemas = list(pool.map(lambda name: read_schema(filesystem, name, what, uri), files))
     except UNREACHABLE as error:
@@ -55,11 +55,11 @@ def read_schemas(uri: str, what: str) -> dict[str, pa.Schema]:
     for name, schema in zip(files, schemas, strict=True):
         if len({*schema.names}) < len(schema.names):
             twice = next(column for column in schema.names if schema.names.count(column) > 1)
-            raise UserError(
+            raise InputError(
                 f"{what} {uri}: {Path(name).name} has column {twice!r} more than once; rename or drop the others"
             )
         if odd := sorted({*schema.names} ^ {*schemas[0].names}):
-            raise UserError(
+            raise InputError(
                 f"{what} {uri}: {Path(name).name} and {Path(files[0]).name} differ in their columns ({', '.join(odd[:3])}); "
                 "write all files with the same"
             )
@@ -73,7 +73,7 @@ def read_schema(filesystem: AbstractFileSystem, path: str, what: str, uri: str) 
     except (pa.ArrowException, OSError) as error:
         if not is_damage(error):
             raise
-        raise UserError(
+        raise InputError(
             f"{what} {uri}: {Path(path).name} is not a readable Parquet file; write it again"
         ) from None
 
@@ -88,7 +88,7 @@ def read_table(uri: str, what: str, columns: list[str] | None = None) -> pa.Tabl
     except (pa.ArrowException, *UNREACHABLE) as error:
         if not is_damage(error):
             raise unreadable(f"{what} {uri}", error) from None
-        raise UserError(
+        raise InputError(
             f"{what} {uri}: not readable as Parquet ({describe(error)}); write it again"
         ) from None
 

@@ -4,7 +4,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from rebeca_ray.errors import UserError, describe
+from rebeca_ray.errors import InputError, describe
 from rebeca_ray.storage.filesystem import UNREACHABLE, is_local, join, open_filesystem
 from rebeca_ray.storage.objects import read_json
 
@@ -24,7 +24,7 @@ def require_writable(uri: str, what: str) -> None:
         filesystem.pipe_file(probe, b"")
         filesystem.rm_file(probe)
     except UNREACHABLE as error:
-        raise UserError(
+        raise InputError(
             f"{what} {uri}: cannot be written ({describe(error)}); choose another place or mend its permissions"
         ) from None
     finally:
@@ -39,10 +39,10 @@ def require_own(uri: str, what: str, marker: str, key: str) -> None:
     try:
         occupied = filesystem.exists(path) and (filesystem.isfile(path) or filesystem.ls(path))
     except UNREACHABLE as error:
-        raise UserError(
+        raise InputError(
             f"{what} {uri}: cannot be read ({describe(error)}); check the path and the credentials"
         ) from None
     if occupied and key not in (read_json(join(uri, marker)) or {}):
-        raise UserError(
+        raise InputError(
             f"{what} {uri}: holds something else (no {marker} of ours) and would be replaced; choose another folder"
         )

@@ -20,7 +20,7 @@ from rebeca_ray.config.sections import PriorSampling, SamplerSettings
 from rebeca_ray.data.feedback import with_rated
 from rebeca_ray.data.histories import build_histories
 from rebeca_ray.data.items import check_items_fit, read_image_embeds
-from rebeca_ray.errors import QualityGateError, UserError
+from rebeca_ray.errors import InputError, QualityGateError
 from rebeca_ray.noise import item_noise
 from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior, read_prior_config, save_prior
 from rebeca_ray.prior.denoisers import LIKE, Prior
@@ -92,22 +92,22 @@ def distill_prior(config: DistillConfig) -> dict[str, float]:
 
 def check_teacher(teacher: TrainedPrior, config: DistillConfig) -> None:
     if config.out.rstrip("/") == config.prior.rstrip("/"):
-        raise UserError(f"out {config.out}: is the teacher's own folder; give another")
+        raise InputError(f"out {config.out}: is the teacher's own folder; give another")
     if teacher.sampling.distilled_steps is not None:
-        raise UserError(f"prior {config.prior}: is distilled already; give the prior it was made from")
+        raise InputError(f"prior {config.prior}: is distilled already; give the prior it was made from")
     if teacher.diffusion.prediction_type == "epsilon":
-        raise UserError(
+        raise InputError(
             f"prior {config.prior}: predicts epsilon, from which a single pass at the first timestep cannot tell the sample; "
             "train it with diffusion.prediction_type sample or v_prediction"
         )
     if config.num_inference_steps * TEACHER_STEPS > (timesteps := teacher.diffusion.num_train_timesteps):
-        raise UserError(
+        raise InputError(
             f"num_inference_steps is {config.num_inference_steps}; the teacher, which was trained on {timesteps} timesteps, "
             f"needs {TEACHER_STEPS} for each: ask for at most {timesteps // TEACHER_STEPS}"
         )
     if teacher.settings.user_encoder == "history":
         if config.interactions is None or config.items is None:
-            raise UserError(
+            raise InputError(
                 f"prior {config.prior}: knows users by their history; set `interactions` and `items`"
             )
         check_items_fit(config.items, read_prior_config(config.prior))
@@ -137,7 +137,7 @@ def known_users(teacher: TrainedPrior, config: DistillConfig) -> tuple[KnownUser
     block = next(training_blocks(build_histories(config.interactions, items.item_id, config.storage)))
     chosen = np.linspace(0, len(block.counts_V) - 1, min(config.num_users, len(block.counts_V))).astype(int)
     if len(chosen) < MIN_USERS:
-        raise UserError(
+        raise InputError(
             f"interactions {config.interactions.path}: {len(chosen)} users; give at least {MIN_USERS} to learn and judge on"
         )
     apart = np.arange(len(chosen)) % 5 == 0

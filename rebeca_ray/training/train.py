@@ -18,7 +18,7 @@ from rebeca_ray.config.sections import PriorSampling
 from rebeca_ray.data.feedback import with_rated
 from rebeca_ray.data.histories import Histories, build_histories, user_table
 from rebeca_ray.data.items import EmbeddedItems, read_image_embeds
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError, UserError
 from rebeca_ray.prior.checkpoint import TrainedPrior, save_prior
 from rebeca_ray.prior.denoisers import Prior
 from rebeca_ray.prior.scaler import EmbedScaler
@@ -104,7 +104,7 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
         kept = f"The best epoch ({state['epoch']}, validation loss {state['best_loss']:.4f}) is kept in {best.path}"
         if state["diverged"]:
             kept = "No epoch before it ended well, so nothing is kept"
-        raise UserError(
+        raise InputError(
             f"training diverged: {last['diverged']}; lower optimization.learning_rate or user_learning_rate. {kept}"
         )
     network = Prior(config.network, items.image_embeds.shape[1])

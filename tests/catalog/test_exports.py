@@ -18,11 +18,10 @@ from rebeca_ray.catalog.exports.image_objects import export_images, read_export
 from rebeca_ray.catalog.exports.key_values import KeyValues, export_key_values
 from rebeca_ray.catalog.layout import POPULATION_USER
 from rebeca_ray.catalog.lease import hold_lease
-from rebeca_ray.catalog.pointer import LostRaceError
 from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import LayoutSettings
-from rebeca_ray.errors import StorageError, UserError
+from rebeca_ray.errors import LeaseHeldError, StorageError, UserError
 from rebeca_ray.identity import bucket_of
 from rebeca_ray.storage.filesystem import list_files
 from rebeca_ray.storage.parquet import read_table
@@ -107,7 +106,7 @@ def test_images_become_objects_that_are_written_once_and_outlive_their_snapshot_
     assert len(list_files(f"{out}/urls", ".parquet")) == 2
     with (
         hold_lease(out, "export of another", 60),
-        pytest.raises(LostRaceError, match="export of another .* is at work on it"),
+        pytest.raises(LeaseHeldError, match="export of another .* is at work on it"),
     ):
         export_images(monday, out, CDN)
     assert export_images(wednesday, out, "https://other.example.com").written == 0

@@ -9,13 +9,13 @@ import pytest
 from rebeca_ray.catalog import gc
 from rebeca_ray.catalog.gc import collect, find_garbage, kept_snapshots
 from rebeca_ray.catalog.lease import hold_lease
-from rebeca_ray.catalog.pointer import Left, LostRaceError, Pointer, read_pointer
+from rebeca_ray.catalog.pointer import Left, Pointer, read_pointer
 from rebeca_ray.catalog.read import open_snapshot, read_catalog
 from rebeca_ray.catalog.snapshots import find_snapshot, list_snapshots, publish_snapshot, roll_back
 from rebeca_ray.catalog.verify import verify
 from rebeca_ray.cli.output import list_catalog
 from rebeca_ray.config.jobs import GenerateConfig
-from rebeca_ray.errors import QualityGateError, UserError
+from rebeca_ray.errors import LeaseHeldError, QualityGateError, UserError
 from rebeca_ray.generation.runs import begin
 from rebeca_ray.storage.filesystem import list_files
 from tests.conftest import USERS, prepare
@@ -162,7 +162,7 @@ def test_nothing_is_collected_while_a_run_is_at_work(config: GenerateConfig) -> 
     night(config, USERS[:2])
     with (
         hold_lease(config.catalog, "tonight", 2),
-        pytest.raises(LostRaceError, match="run tonight .* is at work"),
+        pytest.raises(LeaseHeldError, match="run tonight .* is at work"),
     ):
         collect(config.catalog, keep=1, grace_hours=0)
 

@@ -13,7 +13,8 @@ import pytest
 
 from rebeca_ray.catalog import lease as module
 from rebeca_ray.catalog.lease import Lease, hold_lease
-from rebeca_ray.catalog.pointer import LostRaceError, Pointer, change_pointer, read_pointer
+from rebeca_ray.catalog.pointer import Pointer, change_pointer, read_pointer
+from rebeca_ray.errors import LeaseHeldError
 from tests.catalog.conftest import Start, begin, heard, tell
 
 SECONDS = 2.0
@@ -106,7 +107,7 @@ def test_a_killed_holder_is_taken_over_by_one_after_its_time_whatever_their_cloc
     assert heard(holder) == "holds 1"
     for _ in range(2):  # it lives, and whoever comes is sent away as often as they come
         with pytest.raises(
-            LostRaceError, match=rf"^catalog {root}: run holder \(epoch 1\) {AT_WORK}$"
+            LeaseHeldError, match=rf"^catalog {root}: run holder \(epoch 1\) {AT_WORK}$"
         ) as error:
             Lease(root, "early", SECONDS)
         assert error.value.exit_code == 5
@@ -134,7 +135,7 @@ def test_no_clock_is_read_that_anybody_sets() -> None:
 
 def test_another_attempt_at_the_same_run_is_another_holder(root: str) -> None:
     with hold_lease(root, "run", SECONDS) as lease:
-        with pytest.raises(LostRaceError, match=rf"run run \(epoch 1\) {AT_WORK}"):
+        with pytest.raises(LeaseHeldError, match=rf"run run \(epoch 1\) {AT_WORK}"):
             Lease(root, "run", SECONDS)
         lease.check()
         lease.run_id = "renamed"  # its name is known only later; the beat tells it
@@ -184,7 +185,7 @@ def test_an_interrupt_for_a_loss_is_not_heard_after_the_end(tmp_path: Path) -> N
         with suppress(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             raise AssertionError("not interrupted")
-        lease.lost = LostRaceError("lost")
+        lease.lost = LeaseHeldError("lost")
         lease.released.set()
         os.kill(os.getpid(), signal.SIGINT)
     assert (read_pointer(str(tmp_path))[0].lease or {})["run_id"] == "a"  # what is lost is not released
@@ -194,8 +195,8 @@ def test_a_loss_is_told_though_the_block_ended_of_something_else(tmp_path: Path)
 
     def fail() -> None:
         with hold_lease(str(tmp_path), "a", 60) as lease:
-            lease.lost = LostRaceError("lost")
+            lease.lost = LeaseHeldError("lost")
             raise OSError("whatever it was, it came of the loss")
 
-    with pytest.raises(LostRaceError, match=r"^lost$"):
+    with pytest.raises(LeaseHeldError, match=r"^lost$"):
         fail()

@@ -10,8 +10,8 @@ import pytest
 from s3fs import S3FileSystem
 
 from rebeca_ray.catalog import pointer as module
-from rebeca_ray.catalog.pointer import TRIES, LostRaceError, Pointer, change_pointer, read_pointer, swap
-from rebeca_ray.errors import UserError
+from rebeca_ray.catalog.pointer import TRIES, Pointer, change_pointer, read_pointer, swap
+from rebeca_ray.errors import LeaseHeldError, UserError
 from rebeca_ray.storage.filesystem import join, open_filesystem
 from tests.catalog.conftest import Start, begin
 from tests.catalog.worker import COUNT
@@ -49,9 +49,9 @@ def test_what_a_change_raises_is_raised_and_nothing_is_written(root: str) -> Non
     change_pointer(root, lambda _: PUBLISHED)
 
     def refuse(pointer: Pointer) -> Pointer:
-        raise LostRaceError(f"epoch {pointer.epoch} is enough")
+        raise LeaseHeldError(f"epoch {pointer.epoch} is enough")
 
-    with pytest.raises(LostRaceError, match=r"^epoch 3 is enough$"):
+    with pytest.raises(LeaseHeldError, match=r"^epoch 3 is enough$"):
         change_pointer(root, refuse)
     assert change_pointer(root, lambda pointer: replace(pointer, epoch=4)).epoch == 4  # the lock is free
 
@@ -122,7 +122,7 @@ def test_a_change_that_is_never_let_through_ends(s3_root: str) -> None:
         return replace(pointer, snapshot="b")
 
     with pytest.raises(
-        LostRaceError, match=rf"^catalog {s3_root}: latest.json was changed by others {TRIES} times in a row"
+        LeaseHeldError, match=rf"^catalog {s3_root}: latest.json was changed by others {TRIES} times in a row"
     ) as error:
         change_pointer(s3_root, always_late)
     assert error.value.exit_code == 5

@@ -26,9 +26,7 @@ def main(root: str, name: str, doing: str, seconds: str = "2", days: str = "0") 
         else:
             hold(root, name, doing, float(seconds))
     except UserError:
-        from rebeca_ray.console import (
-            plain_errors,  # as every command ends; only who fails pays for its imports
-        )
+        from rebeca_ray.cli.runner import plain_errors
 
         with plain_errors():
             raise

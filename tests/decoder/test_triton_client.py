@@ -21,11 +21,11 @@ from tritonclient.utils import InferenceServerException
 from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.config.decoder import DecoderSettings, SafetySettings, TritonSettings
 from rebeca_ray.config.jobs import GenerateConfig
-from rebeca_ray.decoder.interface import Rows, ServerLostError
+from rebeca_ray.decoder.interface import Rows
 from rebeca_ray.decoder.local import LocalDecoder
 from rebeca_ray.decoder.triton_client import MODEL, TritonDecoder, request_inputs
 from rebeca_ray.decoder.triton_server import triton_server
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import ServerLostError, UserError
 from rebeca_ray.generation.parts import BUSY
 from rebeca_ray.generation.pipeline import generate_catalog
 from rebeca_ray.generation.render import RenderImages

@@ -17,10 +17,9 @@ from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.read import Snapshot, open_snapshot, published, read_catalog
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import LayoutSettings, LimitSettings
-from rebeca_ray.errors import ErrorBudgetExceededError
+from rebeca_ray.errors import ErrorBudgetExceededError, ResumableError
 from rebeca_ray.generation import pipeline
 from rebeca_ray.generation import render as render_module
-from rebeca_ray.generation.assemble import IncompleteRunError
 from rebeca_ray.generation.decide import Decisions
 from rebeca_ray.generation.pipeline import deadline_of
 from rebeca_ray.generation.progress import Progress
@@ -215,7 +214,7 @@ def test_rows_that_are_lost_are_drawn_by_the_next_attempt(
     assert not rendered.late
     assert read_json(run.unit(0)) is None
     with pytest.raises(
-        IncompleteRunError,
+        ResumableError,
         match="1 of 16 planned items were not rendered; nothing is published, start it again to resume",
     ):
         assembled(config, Prepared(run, decisions, parts, rendered), requested=16)

@@ -24,8 +24,7 @@ from rebeca_ray.config.sections import GateSettings, LayoutSettings
 from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.decoder.interface import DecodedImage, Rows
 from rebeca_ray.decoder.local import LocalDecoder
-from rebeca_ray.errors import ErrorBudgetExceededError, QualityGateError, UserError
-from rebeca_ray.generation.assemble import IncompleteRunError
+from rebeca_ray.errors import ErrorBudgetExceededError, QualityGateError, ResumableError, UserError
 from rebeca_ray.generation.parts import BUSY
 from rebeca_ray.generation.pipeline import generate_catalog
 from rebeca_ray.generation.render import Rendered, RenderImages, read_records
@@ -171,14 +170,14 @@ def test_failed_rows_are_kept_apart_and_the_budget_decides(config: GenerateConfi
 def test_a_partial_run_is_not_published(config: GenerateConfig) -> None:
     prepared = prepare(config)
     with pytest.raises(
-        IncompleteRunError, match=r"17 items requested, 16 accounted for .*nothing is published"
+        ResumableError, match=r"17 items requested, 16 accounted for .*nothing is published"
     ) as caught:
         assembled(config, prepared, requested=17)
     assert caught.value.exit_code == 75
     for record in Path(prepared.run.records(0)).glob("*.json"):
         record.unlink()  # what a kill in the middle of a write leaves: a file without its record
     assert read_records(prepared.run, 0) == []
-    with pytest.raises(IncompleteRunError, match="16 of 16 planned items were not rendered"):
+    with pytest.raises(ResumableError, match="16 of 16 planned items were not rendered"):
         assembled(config, prepared._replace(rendered=Rendered(files=[], late=False)), requested=16)
     assert not (Path(config.catalog) / "latest.json").exists()
 

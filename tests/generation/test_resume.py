@@ -20,9 +20,9 @@ from rebeca_ray.catalog.layout import Run, work_folder
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import Snapshot, published, read_catalog
 from rebeca_ray.catalog.runs import unfinished_runs
+from rebeca_ray.cli.runner import plain_errors
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import LayoutSettings, LimitSettings
-from rebeca_ray.console import plain_errors
 from rebeca_ray.decoder.interface import DecodedImage
 from rebeca_ray.decoder.local import LocalDecoder
 from rebeca_ray.errors import UserError

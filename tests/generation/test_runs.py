@@ -17,9 +17,10 @@ from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.config.load import apply_override
 from rebeca_ray.config.sections import SamplerSettings
-from rebeca_ray.errors import StorageError, UserError, user_error
+from rebeca_ray.errors import StorageError, UserError
 from rebeca_ray.generation.pipeline import forgotten_if_refused
 from rebeca_ray.generation.runs import begin, choose_run, describe_run, difference
+from rebeca_ray.storage.failures import user_error
 from rebeca_ray.storage.filesystem import delete, exists, join
 from rebeca_ray.storage.objects import write_json
 from tests.conftest import USERS, write_items, write_request

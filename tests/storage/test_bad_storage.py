@@ -19,7 +19,7 @@ from s3fs import S3FileSystem
 from rebeca_ray import schemas
 from rebeca_ray.catalog.pointer import Pointer, read_pointer
 from rebeca_ray.catalog.read import read_catalog
-from rebeca_ray.console import plain_errors
+from rebeca_ray.cli.runner import plain_errors
 from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.data.validation import check_columns
 from rebeca_ray.prior.checkpoint import read_prior_config

@@ -17,7 +17,7 @@ from s3fs import S3FileSystem
 
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.pointer import Pointer, change_pointer, read_pointer
-from rebeca_ray.console import plain_errors
+from rebeca_ray.cli.runner import plain_errors
 from rebeca_ray.errors import UserError
 from rebeca_ray.storage.filesystem import delete, list_files, list_folders, open_filesystem
 from rebeca_ray.storage.objects import HashingSink, read_json, write_json

@@ -13,7 +13,7 @@ import pyarrow as pa
 from rebeca_ray.catalog.layout import outside
 from rebeca_ray.catalog.read import TABLES, Snapshot
 from rebeca_ray.config.fields import absolute
-from rebeca_ray.errors import UserError, describe
+from rebeca_ray.errors import InputError, UserError, describe
 from rebeca_ray.storage.filesystem import is_damage
 
 if TYPE_CHECKING:
@@ -37,11 +37,11 @@ def register_snapshot(
     """
     outside(snapshot.root, warehouse, "warehouse")
     if not all(namespace.split(".")):
-        raise UserError(f"namespace {namespace!r}: has an empty part; give one such as rebeca")
+        raise InputError(f"namespace {namespace!r}: has an empty part; give one such as rebeca")
     try:
         found = open_iceberg(catalog, warehouse)
     except ImportError as error:
-        raise UserError(
+        raise InputError(
             f"iceberg {catalog}: {error.name} is not installed; pip install 'rebeca-ray[iceberg]' (and the driver)"
         ) from None
     from pyiceberg.exceptions import CommitFailedException
@@ -67,7 +67,7 @@ def register_snapshot(
                         raise
                 raise
     except CommitFailedException as error:
-        raise UserError(
+        raise InputError(
             f"iceberg {catalog}: {namespace} was changed by another writer ({error}); run it again"
         ) from None
     except (SQLAlchemyError, ValueError, OSError) as error:
@@ -101,7 +101,7 @@ def open_iceberg(catalog: str, warehouse: str) -> "Catalog":
 
 
 def refused(catalog: str, error: Exception) -> UserError:
-    return UserError(
+    return InputError(
         f"iceberg {catalog}: cannot be used ({describe(error)}); give a database as sqlite:////absolute/path.db, and a warehouse as "
         "file:///absolute/path or s3://bucket/prefix"
     )

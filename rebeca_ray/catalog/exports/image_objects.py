@@ -25,7 +25,7 @@ from rebeca_ray.catalog.layout import POPULATION_USER, outside
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import Snapshot
-from rebeca_ray.errors import StorageError, UserError
+from rebeca_ray.errors import InputError, StorageError, UserError
 from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.storage.filesystem import delete, delete_files, join, list_files, list_folders
 from rebeca_ray.storage.objects import read_json, write_json, write_object
@@ -69,7 +69,7 @@ def read_export(out: str, folder: str | None = None) -> ImageExport | None:
     try:
         return None if told is None else ImageExport(**told)
     except TypeError:
-        raise UserError(
+        raise InputError(
             f"export {out}: holds something else than an export of images; choose another folder"
         ) from None
 
@@ -78,18 +78,18 @@ def export_images(snapshot: Snapshot, out: str, url_base: str) -> Exported:
     """Write a snapshot's images that are not there yet, and its table of URLs: `url_base`, a slash, and the object's key.
 
     An export that died is repeated: objects are written over by the same bytes. Of a snapshot that is exported already with these URLs
-    nothing is written. Raises LostRaceError while another export to `out` is at work.
+    nothing is written. Raises LeaseHeldError while another export to `out` is at work.
     """
     out, url = outside(snapshot.root, out, "out"), urlsplit(url_base)
     if not ((url.scheme and url.netloc) or url_base.startswith("/")) or any(
         letter.isspace() for letter in url_base
     ):
-        raise UserError(
+        raise InputError(
             f"url_base {url_base!r}: is no URL; give one such as https://cdn.example.com/recs, or a path that begins with /"
         )
     url_base = url_base.rstrip("/")
     if others := {*list_folders(out)} - {"objects", "urls"}:
-        raise UserError(
+        raise InputError(
             f"out {out}: holds something else ({min(others)}) than an export of images; choose another folder"
         )
     read_export(out)

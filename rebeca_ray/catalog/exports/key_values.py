@@ -14,7 +14,7 @@ from rebeca_ray.catalog.exports.image_objects import read_export
 from rebeca_ray.catalog.layout import outside
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.config.fields import absolute
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError
 from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.storage.filesystem import delete, join, open_filesystem
 from rebeca_ray.storage.objects import HashingSink, write_json
@@ -82,7 +82,7 @@ def url_files(snapshot: Snapshot, images: str) -> list[str]:
     """The files of URLs of an export of this very snapshot, bucket by bucket."""
     export = read_export(images)
     if export is None or export.run_id != snapshot.run_id:
-        raise UserError(
+        raise InputError(
             f"images {images}: holds {f'an export of run {export.run_id}' if export else 'no export'}, expected one of run "
             f"{snapshot.run_id}; run `rebeca catalog export images` first"
         )

@@ -19,7 +19,7 @@ from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.decoder.interface import Rows
 from rebeca_ray.decoder.local import LocalDecoder
 from rebeca_ray.decoder.triton_client import pack
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError
 
 
 class TritonPythonModel:
@@ -37,7 +37,7 @@ class TritonPythonModel:
         self.settings = parse_config(DecoderSettings, told, where="config.pbtxt: parameters")
         found = identify_decoder(self.settings).fingerprint(self.settings)
         if expected not in (None, found):
-            raise UserError(
+            raise InputError(
                 f"config.pbtxt: written for decoder {expected}, found {found}: weights have changed; run `rebeca serve` again"
             )
         self.decoder = LocalDecoder(self.settings)
