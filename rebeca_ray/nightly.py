@@ -2,14 +2,13 @@
 
 import datetime
 from dataclasses import dataclass
-from typing import Any
 
 from rebeca_ray.catalog.gc import Garbage, collect
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.config.jobs import NightlyConfig, dated
 from rebeca_ray.data.items import embed_items
 from rebeca_ray.errors import InputError, LeaseHeldError, ResumableError, UserError
-from rebeca_ray.generation.pipeline import generate_catalog
+from rebeca_ray.generation.pipeline import Generated, generate_catalog
 from rebeca_ray.storage.failures import user_error
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.objects import read_json, write_json
@@ -23,7 +22,7 @@ class Night:
     """What one date brought: the manifest it published, and what failed without costing the catalog."""
 
     run_date: datetime.date
-    manifest: dict[str, Any]
+    generated: Generated
     trouble: UserError | None
 
 
@@ -99,7 +98,7 @@ def one_night(config: NightlyConfig, date: datetime.date, since: datetime.dateti
             print(f"{date}: training failed, the prior of before is used: {trouble}", flush=True)
     before_it(config, date)  # something else may have published since, which takes no lease from a training
     generate = dated(config.generate, date).model_copy(update={"run_date": date})
-    return Night(run_date=date, manifest=generate_catalog(generate, since=since), trouble=trouble)
+    return Night(run_date=date, generated=generate_catalog(generate, since=since), trouble=trouble)
 
 
 def training_is_due(prior: str, date: datetime.date, every_days: int) -> bool:

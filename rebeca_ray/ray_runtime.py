@@ -100,30 +100,35 @@ T = TypeVar("T")
 
 
 def for_each_bucket(
-    work: Callable[[int], T], buckets: Sequence[int], moved: Callable[[], None] | None = None
+    work: Callable[[int], T],
+    buckets: Sequence[int],
+    on_progress: Callable[[], None] | None = None,
+    *,
+    in_process: bool = False,
 ) -> list[T]:
-    """`work` of some buckets, in order: each in a Ray task of its own, a single one here. Calls `moved` whenever one is done."""
-    if len(buckets) < 2:
+    """Return `work` of some buckets, in order; call `on_progress` whenever one is done.
+
+    Each bucket is a Ray task. A single one, and all of them with `in_process`, are done in this process.
+    """
+    if in_process or len(buckets) < 2:
         return [work(bucket) for bucket in buckets]
     import ray
 
     start_ray()
     task: Any = ray.remote(work)
-    tasks = left = [task.remote(bucket) for bucket in buckets]
-    while left:
-        _, left = ray.wait(left, fetch_local=False)
-        if moved:
-            moved()
+    tasks = pending = [task.remote(bucket) for bucket in buckets]
+    while pending:
+        _, pending = ray.wait(pending, fetch_local=False)
+        if on_progress:
+            on_progress()
     return list(ray.get(tasks))
 
 
 class ExcludeIds:
-    """Rows in, those out whose `item_id` is not among the given ones (an object of Ray's)."""
+    """Rows in; rows out whose `item_id` is not among `ids`."""
 
-    def __init__(self, done: Any) -> None:
-        self.done = done
+    def __init__(self, ids: pa.Array) -> None:
+        self.ids = ids
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        import ray
-
-        return batch.filter(pc.invert(pc.is_in(batch["item_id"], value_set=ray.get(self.done))))
+        return batch.filter(pc.invert(pc.is_in(batch["item_id"], value_set=self.ids)))

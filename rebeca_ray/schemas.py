@@ -1,6 +1,6 @@
 """The Arrow schema of every table, written once.
 
-Embeddings are float32 rounded to half precision (Spark refuses float16), fixed-size lists without nulls at any
+Embeddings are float32 rounded to half precision, because Spark refuses float16. They are fixed-size lists without nulls at any
 level, so that every Parquet reader opens them.
 """
 
@@ -8,144 +8,146 @@ import json
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 3  # of what is published. From 3 on it only grows: see infra/catalog-format.md, and the golden files in the tests
-OLDEST_SCHEMA_VERSION = 3  # that can be read
+# Of the published tables. From version 4 on they only grow: see infra/docs/catalog-format.md and the golden files in the tests.
+SCHEMA_VERSION = 4
+OLDEST_SCHEMA_VERSION = 3  # that this version reads
 VERSION_KEY = "rebeca.schema_version"  # in the metadata of every published file
-NEW, CARRIED, POPULATION = (
-    "new",
-    "carried",
-    "population",
-)  # where an item comes from: tonight, a night before, the strangers' pool
+VERSION_3_NAMES = {
+    "cold_start": "stranger",
+    "stale": "late",
+    "settings_digest": "made_with",
+}  # columns of `users`
 
-IMAGE = pa.struct(
-    [pa.field("bytes", pa.binary()), pa.field("path", pa.string())]
-)  # the Hugging Face convention
+# The origin of an item: this run, an earlier run, or the population pool.
+NEW, CARRIED, POPULATION = "new", "carried", "population"
 
-OPTIONAL = {
-    "optional": "the column may be missing, its values not"
-}  # where null is no value, but nobody needs to give one
+STRING, BOOL, INT16, INT32, INT64, FLOAT = (
+    pa.string(), pa.bool_(), pa.int16(), pa.int32(), pa.int64(), pa.float32(),
+)  # fmt: skip
+IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", STRING)])  # the Hugging Face convention
+OPTIONAL = {"optional": "the column may be missing, its values may not be null"}
+
+
+def required(name: str, kind: pa.DataType, metadata: dict[str, str] | None = None) -> pa.Field:
+    """Return a column without nulls."""
+    return pa.field(name, kind, nullable=False, metadata=metadata)
+
+
+# Inputs.
 
 INTERACTIONS = pa.schema(
     [
-        pa.field("user_id", pa.string(), nullable=False),
-        pa.field("item_id", pa.string(), nullable=False),
-        pa.field("rating", pa.float32(), nullable=False, metadata=OPTIONAL),  # without it every row is a like
+        required("user_id", STRING),
+        required("item_id", STRING),
+        required("rating", FLOAT, metadata=OPTIONAL),  # without the column every row is a like
         pa.field("timestamp", pa.timestamp("us")),
-        pa.field(
-            "event", pa.string()
-        ),  # "impression": was shown, and says nothing; anything rated: "rating", or null
+        pa.field("event", STRING),  # "impression" for an item that was only shown; "rating" or null otherwise
     ]
 )
 EVENTS = ("rating", "impression")
 
-ITEMS = pa.schema(
-    [pa.field("item_id", pa.string(), nullable=False), pa.field("image", IMAGE, nullable=False)]
-)  # to be embedded
+ITEMS = pa.schema([required("item_id", STRING), required("image", IMAGE)])  # to be embedded
 
 REQUEST = pa.schema(
     [
-        pa.field("user_id", pa.string(), nullable=False),
-        pa.field("num_images", pa.int32()),
-        pa.field("prompt", pa.string()),
-        pa.field("negative_prompt", pa.string()),
-        pa.field("priority", pa.float32()),  # the greater, the earlier drawn, where time may run out
+        required("user_id", STRING),
+        pa.field("num_images", INT32),
+        pa.field("prompt", STRING),
+        pa.field("negative_prompt", STRING),
+        pa.field("priority", FLOAT),  # where time may run out, the greater is rendered earlier
     ]
 )
 
-DECISIONS = pa.schema(  # one row a requested user, and one for the pool of strangers; private to a run
-    [
-        pa.field("user_id", pa.string(), nullable=False),
-        pa.field("decision", pa.string(), nullable=False),  # plan | carry | rescore | pool
-        pa.field("num_images", pa.int32(), nullable=False),
-        pa.field("prompt", pa.string(), nullable=False),
-        pa.field("negative_prompt", pa.string(), nullable=False),
-        pa.field("bucket", pa.int32(), nullable=False),  # of the catalog
-        pa.field("histories_bucket", pa.int32(), nullable=False),
-        pa.field("stranger", pa.bool_(), nullable=False),
-        pa.field("history_digest", pa.string(), nullable=False),
-        pa.field("generation", pa.int32(), nullable=False),
-        pa.field("made_with", pa.string(), nullable=False),
-        pa.field("priority", pa.float32(), nullable=False),
-        pa.field("activity", pa.int32(), nullable=False),
-    ]
-)
+# Private to a run.
 
-USERS = pa.schema(  # of a snapshot: what a user's items were made from, which the next night compares
+DECISIONS = pa.schema(  # one row per requested user, and one for the population pool
     [
-        pa.field("user_id", pa.string(), nullable=False),
-        pa.field("num_images", pa.int32(), nullable=False),  # requested
-        pa.field("num_items", pa.int32(), nullable=False),
-        pa.field("num_failed", pa.int32(), nullable=False),
-        pa.field("stranger", pa.bool_(), nullable=False),
-        pa.field("late", pa.bool_(), nullable=False),  # keeps items of a night before, since time ran out
-        pa.field("history_digest", pa.string(), nullable=False),
-        pa.field("generation", pa.int32(), nullable=False),
-        pa.field("prior", pa.string(), nullable=False),
-        pa.field("made_with", pa.string(), nullable=False),  # of the settings, the decoder and the prompts
-        pa.field("planned_on", pa.date32(), nullable=False),
-        pa.field(
-            "planned_by", pa.string(), nullable=False
-        ),  # the run; readers make a column `run_id` of the folder's name
+        required("user_id", STRING),
+        required("action", STRING),  # plan | carry | rescore | pool
+        required("num_images", INT32),
+        required("prompt", STRING),
+        required("negative_prompt", STRING),
+        required("bucket", INT32),  # of the catalog
+        required("histories_bucket", INT32),
+        required("cold_start", BOOL),
+        required("history_digest", STRING),
+        required("generation", INT32),
+        required("settings_digest", STRING),
+        required("priority", FLOAT),
+        required("activity", INT32),
     ]
 )
 
 PRIOR_USERS = pa.schema(
     [
-        pa.field("user_id", pa.string(), nullable=False),
-        pa.field("user_index", pa.int32(), nullable=False),
-        pa.field("num_likes", pa.int32(), nullable=False),
-        pa.field("history_digest", pa.string(), nullable=False),
+        required("user_id", STRING),
+        required("user_index", INT32),
+        required("num_likes", INT32),
+        required("history_digest", STRING),
     ]
 )
 
-HISTORIES = (
-    pa.schema(  # one row a user, their interactions in order of time; private to training and planning
-        [
-            pa.field("user_id", pa.string(), nullable=False),
-            pa.field("bucket", pa.int32(), nullable=False),
-            pa.field(
-                "place", pa.int32(), nullable=False
-            ),  # within the bucket; the bucket's first user_index comes on top
-            pa.field("num_likes", pa.int32(), nullable=False),
-            pa.field("history_digest", pa.string(), nullable=False),
-            pa.field("item_index", pa.list_(pa.int32()), nullable=False),  # into the embedded items
-            pa.field("like", pa.list_(pa.int8()), nullable=False),
-            pa.field("timestamp", pa.list_(pa.int64()), nullable=False),
-            pa.field("held_out", pa.list_(pa.bool_()), nullable=False),
-        ]
-    )
+HISTORIES = pa.schema(  # one row per user, their interactions in order of time; for training and planning
+    [
+        required("user_id", STRING),
+        required("bucket", INT32),
+        required("place", INT32),  # within the bucket; add the bucket's first user_index
+        required("num_likes", INT32),
+        required("history_digest", STRING),
+        required("item_index", pa.list_(INT32)),  # into the embedded items
+        required("like", pa.list_(pa.int8())),
+        required("timestamp", pa.list_(INT64)),
+        required("held_out", pa.list_(BOOL)),
+    ]
+)
+
+# Published.
+
+USERS = pa.schema(  # the inputs of each user's items, which the next night compares
+    [
+        required("user_id", STRING),
+        required("num_images", INT32),  # requested
+        required("num_items", INT32),
+        required("num_failed", INT32),
+        required("cold_start", BOOL),
+        required("stale", BOOL),  # time ran out: the user keeps the items of an earlier night
+        required("history_digest", STRING),
+        required("generation", INT32),
+        required("prior", STRING),
+        required("settings_digest", STRING),  # of sampler and selection settings, decoder and prompts
+        required("planned_on", pa.date32()),
+        required("planned_by", STRING),  # a run; not `run_id`, which readers make of the folder's name
+    ]
 )
 
 ERRORS = pa.schema(
     [
-        pa.field("item_id", pa.string(), nullable=False),
-        pa.field("user_id", pa.string(), nullable=False),
-        pa.field("stage", pa.string(), nullable=False),
-        pa.field("error", pa.string(), nullable=False),
-        pa.field("attempt", pa.int32(), nullable=False),
+        required("item_id", STRING),
+        required("user_id", STRING),
+        required("stage", STRING),
+        required("error", STRING),
+        required("attempt", INT32),
     ]
 )
 
 CHANGES = pa.schema(
     [
-        pa.field("item_id", pa.string(), nullable=False),
-        pa.field("user_id", pa.string(), nullable=False),
-        pa.field(
-            "change", pa.string(), nullable=False
-        ),  # added | removed | updated (another rank, probability or image place)
+        required("item_id", STRING),
+        required("user_id", STRING),
+        required("change", STRING),  # added | removed | updated (another rank, probability or image location)
     ]
 )
 
 IMAGES = pa.schema(
     [
-        pa.field("item_id", pa.string(), nullable=False),
+        required("item_id", STRING),
         pa.field("image", IMAGE),
         pa.field("thumbnail", pa.binary()),
-        pa.field("width", pa.int32()),
-        pa.field("height", pa.int32()),
-        pa.field("safety_probability", pa.float32()),
-        pa.field("seed", pa.int64(), nullable=False),
-        pa.field("error", pa.string()),
+        pa.field("width", INT32),
+        pa.field("height", INT32),
+        pa.field("safety_probability", FLOAT),
+        required("seed", INT64),
+        pa.field("error", STRING),
     ],
     metadata={
         VERSION_KEY: str(SCHEMA_VERSION),
@@ -153,117 +155,110 @@ IMAGES = pa.schema(
     },
 )
 
-URLS = pa.schema(  # of exported images: who is shown what, the best first
+URLS = pa.schema(  # of exported images: each user's items with their URLs, best first
     [
-        pa.field("user_id", pa.string(), nullable=False),
-        pa.field("rank", pa.int16(), nullable=False),
-        pa.field("item_id", pa.string(), nullable=False),
-        pa.field("like_probability", pa.float32()),
-        pa.field("origin", pa.string(), nullable=False),
-        pa.field("image_key", pa.string(), nullable=False),  # below the export's folder
-        pa.field("image_url", pa.string(), nullable=False),
+        required("user_id", STRING),
+        required("rank", INT16),
+        required("item_id", STRING),
+        pa.field("like_probability", FLOAT),
+        required("origin", STRING),
+        required("image_key", STRING),  # below the export's folder
+        required("image_url", STRING),
     ],
     metadata={VERSION_KEY: str(SCHEMA_VERSION)},
 )
 
 FILES = pa.schema(
     [
-        pa.field("table", pa.string(), nullable=False),
-        pa.field("bucket", pa.int32(), nullable=False),
-        pa.field(
-            "file", pa.int32(), nullable=False
-        ),  # the number `items.image_file` points to, within its table
-        pa.field("path", pa.string(), nullable=False),  # below the catalog's root
-        pa.field("rows", pa.int64(), nullable=False),
-        pa.field("bytes", pa.int64(), nullable=False),
-        pa.field("sha256", pa.string(), nullable=False),
-        pa.field("min_user_id", pa.string()),
-        pa.field("max_user_id", pa.string()),
-        pa.field("live_rows", pa.int64()),  # of images: those that `items` points to
+        required("table", STRING),
+        required("bucket", INT32),
+        required("file", INT32),  # its number within the table; `items.image_file` refers to it
+        required("path", STRING),  # below the catalog's root
+        required("rows", INT64),
+        required("bytes", INT64),
+        required("sha256", STRING),
+        pa.field("min_user_id", STRING),
+        pa.field("max_user_id", STRING),
+        pa.field("live_rows", INT64),  # of an image file: rows that `items` points to
     ],
     metadata={VERSION_KEY: str(SCHEMA_VERSION)},
 )
 
 
 def image_embeds(embed_dim: int) -> pa.DataType:
-    """`fixed_size_list<float32>[embed_dim]`, non-null throughout."""
-    return pa.list_(pa.field("element", pa.float32(), nullable=False), embed_dim)
+    """Return `fixed_size_list<float32>[embed_dim]`, without nulls throughout."""
+    return pa.list_(pa.field("element", FLOAT, nullable=False), embed_dim)
 
 
 def embedded_items(embed_dim: int) -> pa.Schema:
-    """Real items as the prior knows them."""
-    return pa.schema(
-        [
-            pa.field("item_id", pa.string(), nullable=False),
-            pa.field("image_embeds", image_embeds(embed_dim), nullable=False),
-        ]
-    )
+    """Return the schema of real items as the prior knows them."""
+    return pa.schema([required("item_id", STRING), required("image_embeds", image_embeds(embed_dim))])
 
 
 def plan(embed_dim: int) -> pa.Schema:
-    """Planned items of one run: private, between planning and rendering."""
+    """Return the schema of planned items, private between planning and rendering."""
     return pa.schema(
         [
-            pa.field("item_id", pa.string(), nullable=False),
-            pa.field("user_id", pa.string(), nullable=False),
-            pa.field("rank", pa.int16(), nullable=False),
-            pa.field("image_embeds", image_embeds(embed_dim), nullable=False),
-            pa.field("like_probability", pa.float32()),
-            pa.field(
-                "user_factors", pa.list_(pa.float32())
-            ),  # the selector's, for the quality gate; and what it sees in
-            pa.field(
-                "drawn_factors", pa.list_(pa.float32())
-            ),  # candidate number `rank`, as drawn: nobody chose it
-            pa.field("nearest_item_id", pa.string()),
-            pa.field("nearest_similarity", pa.float32()),
-            pa.field("origin", pa.string(), nullable=False),  # new | carried (judged anew) | population
-            pa.field("bucket", pa.int32(), nullable=False),
-            pa.field("unit", pa.int32(), nullable=False),  # -1: nothing to render
-            pa.field("prompt", pa.string(), nullable=False),
-            pa.field("negative_prompt", pa.string(), nullable=False),
+            required("item_id", STRING),
+            required("user_id", STRING),
+            required("rank", INT16),
+            required("image_embeds", image_embeds(embed_dim)),
+            pa.field("like_probability", FLOAT),
+            pa.field("user_factors", pa.list_(FLOAT)),  # the selector's, for the quality gate
+            # The selector's factors of candidate number `rank`, before any was chosen.
+            pa.field("drawn_factors", pa.list_(FLOAT)),
+            pa.field("nearest_item_id", STRING),
+            pa.field("nearest_similarity", FLOAT),
+            required("origin", STRING),  # new | carried (rescored) | population
+            required("bucket", INT32),
+            required("shard", INT32),  # -1: nothing to render
+            required("prompt", STRING),
+            required("negative_prompt", STRING),
         ]
     )
 
 
 def items(embed_dim: int) -> pa.Schema:
-    """The published table: one row an item, sorted by `user_id`, `rank`."""
+    """Return the schema of the published items: one row per item, sorted by `user_id`, `rank`."""
     return pa.schema(
         [
-            pa.field("item_id", pa.string(), nullable=False),
-            pa.field("user_id", pa.string(), nullable=False),
-            pa.field("rank", pa.int16(), nullable=False),
-            pa.field("image_embeds", image_embeds(embed_dim), nullable=False),
-            pa.field("like_probability", pa.float32()),
-            pa.field("nearest_item_id", pa.string()),
-            pa.field("nearest_similarity", pa.float32()),
-            pa.field("safety_flag", pa.bool_(), nullable=False),
-            pa.field("origin", pa.string(), nullable=False),  # new | carried | population
-            pa.field("generated_at", pa.timestamp("us", tz="UTC"), nullable=False),
-            pa.field("image_file", pa.int32(), nullable=False),
-            pa.field("image_row", pa.int32(), nullable=False),
+            required("item_id", STRING),
+            required("user_id", STRING),
+            required("rank", INT16),
+            required("image_embeds", image_embeds(embed_dim)),
+            pa.field("like_probability", FLOAT),
+            pa.field("nearest_item_id", STRING),
+            pa.field("nearest_similarity", FLOAT),
+            required("safety_flag", BOOL),
+            required("origin", STRING),  # new | carried | population
+            required("generated_at", pa.timestamp("us", tz="UTC")),
+            required("image_file", INT32),
+            required("image_row", INT32),
         ]
     )
 
 
-def table(name: str, embed_dim: int) -> pa.Schema:
-    """The schema of one of a snapshot's tables."""
-    return {
+def table(name: str, embed_dim: int, version: int = SCHEMA_VERSION) -> pa.Schema:
+    """Return the schema of one of a snapshot's tables, as a version of the format has it."""
+    current = {
         "items": items(embed_dim),
         "images": IMAGES,
         "users": USERS,
         "errors": ERRORS,
         "changes": CHANGES,
     }[name]
+    if name == "users" and version == 3:
+        return current.rename_columns([VERSION_3_NAMES.get(column, column) for column in current.names])
+    return current
 
 
 def may_be_missing(field: pa.Field) -> bool:
-    """Whether an input table may do without the column."""
+    """Return whether an input table may lack the column."""
     return bool(field.nullable or field.metadata)
 
 
 def compatible(actual: pa.DataType, expected: pa.DataType) -> bool:
-    """Whether a column of `actual` can be read as `expected` without a change of meaning."""
+    """Return whether a column of type `actual` can be read as `expected` without a change of meaning."""
     if pa.types.is_dictionary(actual):
         actual = actual.value_type
     if pa.types.is_string(expected):
@@ -272,12 +267,12 @@ def compatible(actual: pa.DataType, expected: pa.DataType) -> bool:
         return pa.types.is_integer(actual)
     if pa.types.is_floating(expected):
         return pa.types.is_floating(actual) or pa.types.is_integer(actual)
-    if pa.types.is_struct(expected):  # an image: its bytes are needed, where they came from is not
-        place = actual.get_field_index("bytes") if pa.types.is_struct(actual) else -1
-        return place >= 0 and (
-            pa.types.is_binary(actual[place].type) or pa.types.is_large_binary(actual[place].type)
+    if pa.types.is_struct(expected):  # an image: its bytes are required, its path is not
+        index = actual.get_field_index("bytes") if pa.types.is_struct(actual) else -1
+        return index >= 0 and (
+            pa.types.is_binary(actual[index].type) or pa.types.is_large_binary(actual[index].type)
         )
-    if pa.types.is_fixed_size_list(expected):  # an embedding: of what size is known from the rows
+    if pa.types.is_fixed_size_list(expected):  # an embedding: the rows tell its size
         lists = (
             pa.types.is_fixed_size_list(actual) or pa.types.is_list(actual) or pa.types.is_large_list(actual)
         )

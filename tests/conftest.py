@@ -4,12 +4,12 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,25 +17,36 @@ import torch
 from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import Run, new_run_id
 from rebeca_ray.catalog.lease import hold_lease
+from rebeca_ray.catalog.manifest import Manifest
 from rebeca_ray.catalog.read import published
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import GenerateConfig
-from rebeca_ray.config.sections import DiffusionSettings, NetworkSettings, PriorSampling, SamplerSettings
+from rebeca_ray.config.sections import (
+    DiffusionSettings,
+    GateSettings,
+    NetworkSettings,
+    PriorSampling,
+    SamplerSettings,
+)
 from rebeca_ray.data.histories import Histories
 from rebeca_ray.decoder.files import identify_decoder
-from rebeca_ray.generation.assemble import MadeOf, assemble
-from rebeca_ray.generation.decide import Decisions, decide_all
-from rebeca_ray.generation.parts import BUSY, WriteParts, with_busy_seconds
-from rebeca_ray.generation.plan import PlanUsers, request_histories
-from rebeca_ray.generation.render import Rendered, RenderImages
-from rebeca_ray.prior.checkpoint import TrainedPrior, fingerprint, load_prior, read_prior_config, save_prior
+from rebeca_ray.generation.assemble import assemble
+from rebeca_ray.generation.context import RunContext, identify_models
+from rebeca_ray.generation.decide import decide_all
+from rebeca_ray.generation.decisions import Decisions
+from rebeca_ray.generation.parts import PartRecord, WriteParts
+from rebeca_ray.generation.pipeline import describe_snapshot, generate_catalog
+from rebeca_ray.generation.plan import plan_items, read_plan, request_histories
+from rebeca_ray.generation.progress import Progress
+from rebeca_ray.generation.render import Rendered, RenderImages, render_all
+from rebeca_ray.generation.request import check_request
+from rebeca_ray.prior.checkpoint import TrainedPrior, save_prior
 from rebeca_ray.prior.denoisers import CrossAttentionDenoiser, Prior
 from rebeca_ray.prior.scaler import EmbedScaler
 from rebeca_ray.prior.selector import Selector
 from rebeca_ray.prior.users import UserTable
-from rebeca_ray.storage.filesystem import list_files
 from rebeca_ray.storage.objects import write_json
-from rebeca_ray.storage.parquet import read_table
+from rebeca_ray.storage.parquet import read_table, write_table
 from tests.seaweedfs import seaweedfs
 
 REPO = Path(__file__).parents[1]
@@ -250,145 +261,139 @@ def config(tmp_path: Path, tiny_decoder: DecoderSettings) -> GenerateConfig:
     return generate_config(tmp_path, tiny_decoder)
 
 
+NO_GATE = GateSettings(max_p_value=None, max_filtered=None, max_duplicates=None, max_drop=None, max_rise=None)
+
+
 def versions_of(config: GenerateConfig) -> dict[str, str]:
-    return {
-        "prior": fingerprint(read_prior_config(config.prior)),
-        "decoder": identify_decoder(config.decoder).fingerprint(config.decoder),
-    }
+    return identify_models(config, identify_decoder(config.decoder)).versions
 
 
-def decide(config: GenerateConfig, run: Run, histories: Histories | None = None) -> Decisions:
-    """Who is drawn by a run, decided by the stage itself."""
-    return decide_all(
-        config,
-        run,
-        load_prior(config.prior),
-        histories,
-        published(config.catalog),
-        versions_of(config)["decoder"],
-        lambda: None,
-    )
-
-
-def run_of(config: GenerateConfig, epoch: int = 1) -> Run:
+def run_of(config: GenerateConfig, fencing_token: int = 1) -> Run:
     return Run(
         root=config.catalog,
         run_date=config.date().isoformat(),
         run_id=config.run_id or new_run_id(),
-        epoch=epoch,
+        fencing_token=fencing_token,
     )
 
 
+def context_of(config: GenerateConfig, run: Run | None = None) -> RunContext:
+    """The context of a run in this process."""
+    decoder = identify_decoder(config.decoder)
+    return RunContext(
+        config=config,
+        run=run or run_of(config),
+        models=identify_models(config, decoder),
+        previous=published(config.catalog),
+        requested=check_request(config, decoder),
+        began_at=datetime.now(UTC),
+        in_process=True,
+    )
+
+
+def decide(config: GenerateConfig, run: Run, histories: Histories | None = None) -> Decisions:
+    return decide_all(context_of(config, run), histories, lambda: None)
+
+
 def plan(config: GenerateConfig, request: pa.Table, histories: Histories | None = None) -> pa.Table:
-    """The planned items of some rows of a request, by the stages themselves."""
+    """The planned items of some rows of a request."""
     with tempfile.TemporaryDirectory() as folder:
         pq.write_table(request, f"{folder}/request.parquet")
         config = config.model_copy(
             update={"request": f"{folder}/request.parquet", "catalog": f"{folder}/catalog"}
         )
-        run = run_of(config)
-        return plan_of(config, run, decide(config, run, histories), histories)
+        context = context_of(config)
+        plan_items(context, histories, decide_all(context, histories, lambda: None), Progress())
+        return planned_items(context.run)
 
 
-def plan_of(
-    config: GenerateConfig, run: Run, decisions: Decisions, histories: Histories | None = None
-) -> pa.Table:
-    stage = PlanUsers(config, versions_of(config), histories, published(config.catalog), decisions)
-    files = list_files(f"{run.work}/decisions/to-plan", ".parquet")
-    parts = [stage(read_table(file, "decisions")).drop_columns([BUSY]) for file in files]
+def planned_items(run: Run) -> pa.Table:
+    """The rows of a complete plan."""
+    parts = [read_table(f"{run.work}/{part.path}", "plan") for part in read_plan(run)]
     return pa.concat_tables(parts) if parts else schemas.plan(D).empty_table()
 
 
 class Prepared(NamedTuple):
-    """A run whose images are drawn."""
+    """A run whose images are rendered."""
 
-    run: Run
+    context: RunContext
     decisions: Decisions
-    parts: list[dict[str, Any]]
     rendered: Rendered
 
-
-def prepare(config: GenerateConfig, *, break_first: bool = False, attempt: int = 0) -> Prepared:
-    """Decide, plan and render a run by calling the stages one after the other, without Ray."""
-    run = run_of(config)
-    decisions, planned, parts = write_plan(config, run, break_first=break_first)
-    drawn = [
-        draw_rows(config, run, unit, planned.filter(pc.equal(planned["unit"], unit)), attempt)
-        for unit in range(decisions.units)
-    ]
-    return Prepared(
-        run, decisions, parts, Rendered(files=[file for files in drawn for file in files], late=False)
-    )
+    @property
+    def run(self) -> Run:
+        return self.context.run
 
 
-def write_plan(
-    config: GenerateConfig, run: Run, *, break_first: bool = False
-) -> tuple[Decisions, pa.Table, list[dict[str, Any]]]:
-    """Decide and plan a run without Ray; its decisions, planned items and the parts they lie in."""
-    histories = request_histories(config, run)
-    decisions = decide(config, run, histories)
-    planned = plan_of(config, run, decisions, histories)
+def prepare(config: GenerateConfig, *, break_first: bool = False) -> Prepared:
+    """Decide, plan and render a run in this process. With `break_first`, the first planned item fails."""
+    context = context_of(config)
+    decisions = write_plan(context, break_first=break_first)
+    rendered = render_all(context, decisions, Progress(), deadline=None, retry_failed=False)
+    return Prepared(context, decisions, rendered)
+
+
+def write_plan(context: RunContext, *, break_first: bool = False) -> Decisions:
+    """Decide and plan a run in this process."""
+    histories = request_histories(context.config, context.run)
+    decisions = decide_all(context, histories, lambda: None)
+    plan_items(context, histories, decisions, Progress())
     if break_first:
+        uri = f"{context.run.work}/{read_plan(context.run)[0].path}"
+        planned = read_table(uri, "plan")
         values = planned["image_embeds"].combine_chunks().flatten().to_numpy().copy()
         values[0] = np.nan
-        column = pa.FixedSizeListArray.from_arrays(
-            pa.array(values), type=planned.schema.field("image_embeds").type
+        index = planned.column_names.index("image_embeds")
+        kind = planned.schema.field(index).type
+        broken = pa.FixedSizeListArray.from_arrays(pa.array(values), type=kind)
+        write_table(
+            planned.set_column(index, planned.schema.field(index), broken),
+            uri,
+            row_group_size=100,
+            embed_column="image_embeds",
         )
-        planned = planned.set_column(planned.column_names.index("image_embeds"), "image_embeds", column)
-    writer = WriteParts(run.work, "plan", by=["unit", "bucket"], epoch=1, row_group_size=100, note={})
-    parts = writer(with_busy_seconds(planned, 1.0)).to_pylist()
-    write_json({"parts": parts}, f"{run.work}/plan.json")
-    return decisions, planned, parts
+    return decisions
 
 
-def draw_rows(
-    config: GenerateConfig, run: Run, unit: int, planned: pa.Table, attempt: int = 0
-) -> list[dict[str, Any]]:
-    """Draw some planned items of a unit without Ray; the records of their files."""
-    note = {"unit": unit, "attempt": attempt}
-    kept = {"records": run.records(unit), "metadata": schemas.IMAGES.metadata}
-    writer = WriteParts(run.root, run.images, by=["bucket"], epoch=1, row_group_size=100, note=note, **kept)
-    return list(writer(RenderImages(config.decoder)(planned)).to_pylist())
+def render_rows(context: RunContext, shard: int, planned: pa.Table, attempt: int = 0) -> list[PartRecord]:
+    """Render some planned items of a shard, as a part of an attempt would; the records of their files."""
+    writer = WriteParts(
+        root=context.run.root,
+        folder=context.run.images,
+        by=("bucket",),
+        fencing_token=1,
+        row_group_size=100,
+        records=context.run.records(shard),
+        metadata=schemas.IMAGES.metadata,
+        shard=shard,
+        attempt=attempt,
+    )
+    records = writer(RenderImages(context.config.decoder)(planned)).to_pylist()
+    return [PartRecord.from_dict(record) for record in records]
 
 
 def assembled(
-    config: GenerateConfig, prepared: Prepared, *, requested: int, error_budget: float = 0.0
-) -> dict[str, Any]:
+    config: GenerateConfig, prepared: Prepared, *, requested: int | None = None, error_budget: float = 0.0
+) -> Manifest:
     """The manifest of a prepared run, written but not published."""
-    made = MadeOf(
-        versions={"prior": load_prior(config.prior).fingerprint},
-        decoder_weights={},
-        embed_dim=identify_decoder(config.decoder).embed_dim,
-        clip=None,
-        num_buckets=config.layout.num_buckets,
-        max_safety_probability=0.5,
-        error_budget=error_budget,
+    context = replace(
+        prepared.context,
+        config=config.model_copy(update={"error_budget": error_budget}),
+        requested=prepared.context.requested if requested is None else requested,
+        previous=published(config.catalog),
     )
-    manifest = assemble(
-        prepared.run,
-        made,
-        prepared.decisions,
-        prepared.parts,
-        prepared.rendered,
-        published(config.catalog),
-        requested,
-        lambda: None,
-    )
-    manifest |= {
-        "quality": {"permutation": None},
-        "gate": {"refused": [], "forced": False},
-        "measured": {"stages": {"assemble": {"seconds": 0.0}}},
-    }
-    write_json(manifest, prepared.run.manifest)
+    progress = Progress()
+    with progress.stage("assemble"):
+        tables = assemble(context, prepared.decisions, prepared.rendered, lambda: None)
+        manifest = describe_snapshot(context, prepared.decisions, tables, None, progress)
+    write_json(manifest.model_dump(), context.run.manifest)
     return manifest
 
 
-def snapshot_of(config: GenerateConfig, *, requested: int, error_budget: float = 0.0) -> dict[str, Any]:
-    """One night without Ray: decided, planned, rendered, assembled and published; its manifest."""
-    prepared = prepare(config)
-    manifest = assembled(config, prepared, requested=requested, error_budget=error_budget)
-    publish(config.catalog, prepared.run)
-    return manifest
+def snapshot_of(config: GenerateConfig, *, error_budget: float = 0.0) -> Manifest:
+    """One night in this process, published whatever the quality gate would say; its manifest."""
+    config = config.model_copy(update={"error_budget": error_budget, "gate": NO_GATE})
+    return generate_catalog(config, in_process=True).manifest
 
 
 def publish(root: str, run: Run) -> None:

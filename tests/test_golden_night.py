@@ -166,7 +166,7 @@ def record_of(snapshot: Snapshot) -> dict[str, Any]:
     return {
         "items": exact,
         "users": [
-            [row["user_id"], row["num_items"], row["num_failed"], row["stranger"], row["history_digest"]]
+            [row["user_id"], row["num_items"], row["num_failed"], row["cold_start"], row["history_digest"]]
             for row in users
         ],
         "errors": [
@@ -175,7 +175,7 @@ def record_of(snapshot: Snapshot) -> dict[str, Any]:
         "changes": [
             [row["user_id"], row["item_id"], row["change"]] for row in snapshot.table("changes").to_pylist()
         ],
-        "counts": {name: count for name, count in snapshot.manifest["counts"].items() if count},
+        "counts": {name: count for name, count in snapshot.manifest.counts.model_dump().items() if count},
         "hashes": hashes,
         "sketches": sketches,
     }

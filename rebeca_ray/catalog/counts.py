@@ -1,4 +1,4 @@
-"""What becomes of every requested item, counted."""
+"""Counting: the outcomes of requested items, and how often each value of a column occurs."""
 
 from typing import Any
 
@@ -7,9 +7,11 @@ import pyarrow.compute as pc
 
 from rebeca_ray import schemas
 
-KINDS = (schemas.NEW, schemas.CARRIED, schemas.POPULATION, "failed", "filtered", "deferred")
+FAILED, FILTERED, DEFERRED = "failed", "filtered", "deferred"
+OUTCOMES = (schemas.NEW, schemas.CARRIED, schemas.POPULATION, FAILED, FILTERED, DEFERRED)
 
 
 def tally(values: Any) -> dict[Any, int]:
+    """Return how often each value of a list or an Arrow column occurs."""
     counted = pc.value_counts(pa.array(values) if isinstance(values, list) else values)
     return dict(zip(counted.field("values").to_pylist(), counted.field("counts").to_pylist(), strict=True))

@@ -1,14 +1,14 @@
-"""Collecting what nobody needs any more: snapshots beyond those kept, runs that were given up, images nothing points to.
+"""Garbage collection: snapshots beyond those kept, runs that were given up, images without a reference.
 
-What makes a thing visible goes first (a manifest, a run's `run.json`), what it pointed to after it: a collection that dies on the way
-has only left more to collect.
+The record goes first (a manifest, a run's `run.json`), then everything it refers to: a collection that dies on the way has only left
+more to collect.
 """
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 from rebeca_ray.catalog.lease import hold_lease
+from rebeca_ray.catalog.manifest import Manifest
 from rebeca_ray.catalog.pointer import Pointer, read_pointer
 from rebeca_ray.catalog.read import open_snapshot
 from rebeca_ray.catalog.runs import unfinished_runs
@@ -21,20 +21,20 @@ MAX_HOURS = 100_000
 
 @dataclass(frozen=True, kw_only=True)
 class Garbage:
-    """What a collection removes, in its order."""
+    """Everything a collection removes, in its order."""
 
-    manifests: list[str]  # of snapshots: they are gone from here on
-    folders: list[str]  # of those snapshots, of runs given up, and what a collection that died left
-    files: list[str]  # images, and tables of snapshots of which others are still referred to
+    manifests: list[str]  # of snapshots, which are gone from here on
+    folders: list[str]  # of those snapshots, of runs given up, and leftovers of a collection that died
+    files: list[str]  # images, and tables of snapshots with other files still in use
     kept: list[str]  # run ids of the snapshots that stay
 
 
 def collect(root: str, *, keep: int, grace_hours: float, dry_run: bool = False) -> Garbage:
-    """Remove what no kept snapshot and no unfinished run needs; returns it.
+    """Remove everything that no kept snapshot and no unfinished run needs, and return it.
 
-    Kept are the published snapshot and the one it followed, the `keep` that were published last, and whatever was published or made
-    within the last `grace_hours`, so that a reader who holds it can finish. Unfinished runs stay as long, from when they were begun.
-    Raises LeaseHeldError while a run is at work.
+    Kept are the published snapshot and the one it followed, the `keep` that were published last, and every snapshot that was published
+    or made within the last `grace_hours`, so that a reader who holds it can finish. Unfinished runs are kept for `grace_hours` after
+    they began. Raises LeaseHeldError while a run is at work.
     """
     if read_pointer(root)[1] is None:
         raise InputError(f"catalog {root}: there is none (no latest.json); give the root of one")
@@ -60,78 +60,70 @@ def remove(garbage: Garbage) -> None:
 
 
 def find_garbage(root: str, *, keep: int, now: datetime, grace: timedelta) -> Garbage:
-    """What may go, and in which order."""
+    """Return everything that may be removed, in its order."""
     root = root.rstrip("/")
     snapshots = list_snapshots(root)
-    begun = {
-        run_id: told
-        for run_id, told in unfinished_runs(root).items()
-        if now - datetime.fromisoformat(told["begun_at"]) < grace
-    }
+    recent = {run.run_id for run in unfinished_runs(root).values() if now - run.began_at < grace}
     kept = kept_snapshots(snapshots, read_pointer(root)[0], keep, now, grace)
-    kept += [manifest for manifest in snapshots if manifest["run_id"] in begun and manifest not in kept]
-    kept_ids = {manifest["run_id"] for manifest in kept}
-    alive = kept_ids | set(begun)
+    kept |= {manifest.run_id for manifest in snapshots if manifest.run_id in recent}
     needed = {
-        path for manifest in kept for path in open_snapshot(root, manifest["path"]).files["path"].to_pylist()
+        path
+        for manifest in snapshots
+        if manifest.run_id in kept
+        for path in open_snapshot(root, manifest.path).files["path"].to_pylist()
     }
-    folders = [
-        join(root, "work", name)
-        for name in list_folders(join(root, "work"))
-        if name.removeprefix("run_id=") not in begun
-    ]
-    dead = [
-        join(root, "images", name)
-        for name in list_folders(join(root, "images"))
-        if name.removeprefix("run_id=") not in begun
-    ]
+    folders = [join(root, "work", name) for name in runs_in(root, "work") if run_of(name) not in recent]
+    dead = [join(root, "images", name) for name in runs_in(root, "images") if run_of(name) not in recent]
     for date in list_folders(join(root, "snapshots")):
         names = list_folders(join(root, "snapshots", date))
-        dead += [
-            join(root, "snapshots", date, name) for name in names if name.removeprefix("run_id=") not in alive
-        ]
+        dead += [join(root, "snapshots", date, name) for name in names if run_of(name) not in kept | recent]
     files = []
     for folder in dead:
-        there = list_files(folder)
-        unneeded = [file for file in there if file.removeprefix(f"{root}/") not in needed]
-        if len(unneeded) == len(there):
+        existing = list_files(folder)
+        unneeded = [file for file in existing if file.removeprefix(f"{root}/") not in needed]
+        if len(unneeded) == len(existing):
             folders.append(folder)
         else:
             files += unneeded
     manifests = [
-        join(root, manifest["path"], "manifest.json")
-        for manifest in snapshots
-        if manifest["run_id"] not in kept_ids
+        join(root, manifest.path, "manifest.json") for manifest in snapshots if manifest.run_id not in kept
     ]
-    return Garbage(manifests=manifests, folders=folders, files=files, kept=sorted(kept_ids))
+    return Garbage(manifests=manifests, folders=folders, files=files, kept=sorted(kept))
+
+
+def runs_in(root: str, folder: str) -> list[str]:
+    return list_folders(join(root, folder))
+
+
+def run_of(name: str) -> str:
+    return name.removeprefix("run_id=")
 
 
 def kept_snapshots(
-    snapshots: list[dict[str, Any]], pointer: Pointer, keep: int, now: datetime, grace: timedelta
-) -> list[dict[str, Any]]:
-    """Of snapshots those that stay: the published one and the one it followed, the `keep` that were published last, and, within the grace
-    period, whatever was published until then or was made and not published."""
-    before = {left["run_id"]: datetime.fromisoformat(left["at"]) for left in pointer.left}
-    left = dict.fromkeys(
-        left["run_id"] for left in reversed(pointer.left) if left["run_id"] != pointer.run_id
-    )  # each when it was last
-    latest = {run_id for run_id in (pointer.run_id, *[*left][: keep - 1]) if run_id}
-    shown = [
-        manifest["run_id"]
+    snapshots: list[Manifest], pointer: Pointer, keep: int, now: datetime, grace: timedelta
+) -> set[str]:
+    """Return the run ids of the snapshots that stay.
+
+    These are the published one and the one it followed, the `keep` that were published last, and those that were published, or made
+    without being published, within the grace period.
+    """
+    replaced_at = {entry["run_id"]: datetime.fromisoformat(entry["at"]) for entry in pointer.left}
+    # Each snapshot counts from its last publication.
+    before = dict.fromkeys(
+        entry["run_id"] for entry in reversed(pointer.left) if entry["run_id"] != pointer.run_id
+    )
+    kept = {run_id for run_id in (pointer.run_id, *[*before][: keep - 1]) if run_id}
+    # A lost latest.json has forgotten all publications: then the newest publishable snapshots stand in.
+    publishable = [
+        manifest.run_id
         for manifest in reversed(snapshots)
-        if manifest["gate"]["forced"] or not manifest["gate"]["refused"]
+        if (manifest.gate.forced or not manifest.gate.refused) and manifest.run_id not in kept
     ]
-    made = [run_id for run_id in shown if run_id not in latest]
-    latest.update(
-        made[: max(0, keep - len(latest))]
-    )  # where latest.json was lost, it has forgotten what was published
-    latest |= {manifest["previous"] for manifest in snapshots if manifest["run_id"] == pointer.run_id}
-    ends = {
-        manifest["run_id"]: before.get(manifest["run_id"], datetime.fromisoformat(manifest["created_at"]))
-        for manifest in snapshots
-    }
-    return [
-        manifest
-        for manifest in snapshots
-        if manifest["run_id"] in latest or now - ends[manifest["run_id"]] < grace
-    ]
+    kept.update(publishable[: max(0, keep - len(kept))])
+    for manifest in snapshots:
+        if manifest.run_id == pointer.run_id and manifest.previous_run_id:
+            kept.add(manifest.previous_run_id)
+        ended_at = replaced_at.get(manifest.run_id, datetime.fromisoformat(manifest.created_at))
+        if now - ended_at < grace:
+            kept.add(manifest.run_id)
+    return kept & {manifest.run_id for manifest in snapshots}

@@ -1,17 +1,18 @@
-"""Where everything of a catalog lies, and the identity of one run.
+"""The folders and files of a catalog, and the identity of one run.
 
-    <root>/latest.json                                                     what is published, and who may write
-    <root>/snapshots/run_date=<date>/run_id=<id>/manifest.json             written last
-    <root>/snapshots/run_date=<date>/run_id=<id>/files-<epoch>.parquet     one row a file
-    <root>/snapshots/run_date=<date>/run_id=<id>/{items,users,errors,changes}/bucket=<b>/part-<epoch>.parquet
-    <root>/images/run_id=<id>/bucket=<b>/part-<epoch>-*.parquet            immutable; may serve later snapshots too
-    <root>/rated/<clip>-<D>/part-*.parquet                                 embeddings of generated items that were rated; stay for ever
-    <root>/work/run_id=<id>/run.json                                       what the run is made from; written first
-    <root>/work/run_id=<id>/decisions/, plan/, plan.json                   who is drawn; what; that the plan is whole
-    <root>/work/run_id=<id>/records/unit=<u>/                              one record an image file, written after it
-    <root>/work/run_id=<id>/units/<u>.json                                 that a unit is rendered, with its records
+    <root>/latest.json                                                    the published snapshot, and the lease
+    <root>/snapshots/run_date=<date>/run_id=<id>/manifest.json            written last
+    <root>/snapshots/run_date=<date>/run_id=<id>/files-<token>.parquet    one row per file
+    <root>/snapshots/run_date=<date>/run_id=<id>/{items,users,errors,changes}/bucket=<b>/part-<token>.parquet
+    <root>/images/run_id=<id>/bucket=<b>/part-<token>-*.parquet           immutable; later snapshots may use them too
+    <root>/rated/<clip>-<D>/part-*.parquet                                embeddings of rated generated items; kept for ever
+    <root>/work/run_id=<id>/run.json                                      what the run is made from; written first
+    <root>/work/run_id=<id>/decisions/, plan/, plan.json                  decisions; planned items; the plan is complete
+    <root>/work/run_id=<id>/records/shard=<s>/                            one record per image file, written after it
+    <root>/work/run_id=<id>/shards/<s>.json                               the shard is rendered, with its records
 
-A reader follows `latest.json` -> `manifest.json` -> its file list -> files, and never lists a prefix.
+A reader follows `latest.json` -> `manifest.json` -> its file list -> files, and never lists a prefix. `<token>` is the fencing
+token of the attempt that wrote the file.
 """
 
 import os
@@ -23,22 +24,22 @@ from rebeca_ray.config.fields import absolute
 from rebeca_ray.errors import InputError
 from rebeca_ray.storage.filesystem import join
 
-POPULATION_USER = ""  # the user whose items all strangers share; no request can name it
+POPULATION_USER = ""  # owns the pool that all cold-start users share; no request can name it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run for one snapshot: who it is, and where it writes. `epoch` is the attempt's."""
+    """One attempt at one snapshot. A later attempt at the same run has a higher fencing token."""
 
     root: str
     run_date: str
     run_id: str
-    epoch: int
+    fencing_token: int
 
     @property
     def snapshot(self) -> str:
         """The snapshot's folder, below the root."""
-        return f"snapshots/run_date={self.run_date}/run_id={self.run_id}"
+        return snapshot_folder(self.run_date, self.run_id)
 
     @property
     def manifest(self) -> str:
@@ -52,15 +53,21 @@ class Run:
     def plan(self) -> str:
         return join(self.work, "plan")
 
+    @property
+    def plan_marker(self) -> str:
+        """Present once the plan is complete."""
+        return join(self.work, "plan.json")
+
     def decisions(self, bucket: int, kind: str = "all") -> str:
-        """Of `all` users of a bucket, or of those `to-plan`."""
+        """The decisions on `all` users of a bucket, or on those `to-plan`."""
         return join(self.work, "decisions", kind, f"bucket-{bucket:05d}.parquet")
 
-    def records(self, unit: int) -> str:
-        return join(self.work, "records", f"unit={unit}")
+    def records(self, shard: int) -> str:
+        return join(self.work, "records", f"shard={shard}")
 
-    def unit(self, unit: int) -> str:
-        return join(self.work, "units", f"{unit}.json")
+    def shard_marker(self, shard: int) -> str:
+        """Present once the shard is rendered."""
+        return join(self.work, "shards", f"{shard}.json")
 
     @property
     def images(self) -> str:
@@ -69,7 +76,11 @@ class Run:
 
     def table(self, name: str, bucket: int) -> str:
         """The part file of a table of the snapshot, below the root."""
-        return f"{self.snapshot}/{name}/bucket={bucket}/part-{self.epoch:06d}.parquet"
+        return f"{self.snapshot}/{name}/bucket={bucket}/part-{self.fencing_token:06d}.parquet"
+
+
+def snapshot_folder(run_date: str, run_id: str) -> str:
+    return f"snapshots/run_date={run_date}/run_id={run_id}"
 
 
 def work_folder(root: str, run_id: str) -> str:
@@ -77,17 +88,17 @@ def work_folder(root: str, run_id: str) -> str:
 
 
 def outside(root: str, out: str, name: str) -> str:
-    """Where an export goes. Raises UserError for no place, a file, or a place in the catalog."""
+    """Return the folder of an export. Raises InputError for an empty name, a file, or a folder inside the catalog."""
     if not out.strip():
         raise InputError(f"{name}: is empty; give a folder, or s3://bucket/prefix")
-    place, within = (f"{absolute(uri.removeprefix('file://')).rstrip('/')}/" for uri in (out, root))
-    if place.startswith(within):
+    folder, catalog = (f"{absolute(uri.removeprefix('file://')).rstrip('/')}/" for uri in (out, root))
+    if folder.startswith(catalog):
         raise InputError(
             f"{name} {out}: is in the catalog {root}, whose files are nobody else's; choose another folder"
         )
-    if os.path.isfile(place.rstrip("/")):
+    if os.path.isfile(folder.rstrip("/")):
         raise InputError(f"{name} {out}: is a file; give a folder")
-    return place.rstrip("/")
+    return folder.rstrip("/")
 
 
 def new_run_id() -> str:

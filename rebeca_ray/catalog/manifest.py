@@ -1,14 +1,20 @@
-"""What a snapshot says of itself: its manifest, and the list of its files, checked."""
+"""The manifest of a snapshot: its counts, figures, versions, cost, and the list of its files.
+
+The manifest is the public contract of a snapshot, and it only grows. Version 3 had other names for some keys: `read_manifest`
+translates them, so the rest of the package knows the current names alone.
+"""
 
 import hashlib
-from typing import Annotated, Any
+from typing import Any, NotRequired
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import TypedDict
 
 from rebeca_ray import schemas
+from rebeca_ray.catalog.figures import GateFigures
+from rebeca_ray.catalog.layout import snapshot_folder
 from rebeca_ray.errors import InputError, StorageError, describe
 from rebeca_ray.storage.filesystem import UNREACHABLE, is_damage, join, open_filesystem
 from rebeca_ray.storage.objects import read_json
@@ -18,37 +24,175 @@ REPAIR = (
 )
 
 
-class Manifest(TypedDict):
-    """What readers need of one; it holds more."""
+class FileRow(TypedDict):
+    """One row of `schemas.FILES`."""
 
+    table: str
+    bucket: int
+    file: int
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+    min_user_id: NotRequired[str | None]
+    max_user_id: NotRequired[str | None]
+    live_rows: NotRequired[int | None]
+
+
+class Record(BaseModel):
+    """Base of everything that a manifest holds. A later version may add keys: readers ignore them."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+
+class Counts(Record):
+    """Requested items by outcome. `requested` is the sum of the six outcomes."""
+
+    requested: int
+    new: int
+    carried: int
+    population: int
+    failed: int
+    filtered: int
+    deferred: int
+    users: int  # with at least one item
+    stale_users: int  # time ran out: they keep the items of an earlier night
+
+    @property
+    def published(self) -> int:
+        """Items that a reader sees; those of the population pool count once per user."""
+        return self.new + self.carried + self.population
+
+
+class DecisionCounts(Record):
+    """Users to plan, their items, and the shards that render them."""
+
+    planned_users: int
+    planned_items: int
+    shards: int
+
+
+class PermutationFigures(Record):
+    """The permutation test of the plan; see `evaluation.permutation`."""
+
+    own: float
+    dealt: float
+    effect: float
+    p_value: float
+    users: int
+    z: float
+    z_at_210_users: float
+
+
+class Quality(Record):
+    """Tests of the plan before rendering. None: there was no selector, or there were too few users."""
+
+    permutation: PermutationFigures | None = None
+
+
+class GateOutcome(Record):
+    """Reasons against publishing, and whether the snapshot was published in spite of them."""
+
+    refused: list[str] = []
+    forced: bool = False
+
+
+class StageFigures(Record):
+    """One stage of a run: wall-clock seconds; of a stage with actors also rows, busy seconds and their number."""
+
+    seconds: float
+    rows: int | None = None
+    busy_seconds: float | None = None
+    actors: int | None = None
+
+
+class Measured(Record):
+    """The stages of a run by name. The next forecast is made from them."""
+
+    stages: dict[str, StageFigures]
+
+
+class Cost(Record):
+    """A forecast of a run, or its actual cost. Seconds are wall-clock; `cost` is in the currency of `prices`."""
+
+    requested_items: int
+    planned_users: int
+    images: int
+    plan_seconds: float
+    render_seconds: float
+    other_seconds: float  # decide, test, assemble
+    hours: float
+    gpu_hours: float
+    cpu_hours: float
+    bytes_written: int
+    requests: int  # writes to the object store
+    cost: float
+
+
+class FileList(Record):
+    """The Parquet file that lists all files of a snapshot, below the catalog's root."""
+
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class Manifest(Record):
+    """One snapshot. `previous_path` is the folder of the snapshot that it follows."""
+
+    schema_version: int
     run_id: str
-    embed_dim: Annotated[int, Field(gt=0)]
-    num_buckets: Annotated[int, Field(gt=0)]
+    run_date: str
+    fencing_token: int
+    created_at: str
+    previous_run_id: str | None
     previous_path: str | None
+    counts: Counts
+    decisions: DecisionCounts
+    carried_buckets: int
+    figures: GateFigures
+    versions: dict[str, str]
+    decoder_weights: dict[str, str]
+    embed_dim: int = Field(gt=0)
+    clip_fingerprint: str | None = None
+    num_buckets: int = Field(gt=0)
+    next_file: int
+    bytes: int
+    bytes_written: int
+    files: FileList
+    quality: Quality = Quality()
+    gate: GateOutcome = GateOutcome()
+    measured: Measured
+    forecast: Cost | None = None
+    actual: Cost | None = None
+
+    @property
+    def path(self) -> str:
+        """The snapshot's folder, below the root."""
+        return snapshot_folder(self.run_date, self.run_id)
 
 
-MANIFEST = TypeAdapter(Manifest)
+def read_manifest(root: str, path: str) -> Manifest:
+    """Return the manifest of the snapshot in a folder below the root.
 
-
-def read_manifest(root: str, path: str) -> dict[str, Any]:
-    """The manifest of the snapshot in a folder below the root.
-
-    Raises UserError if it is gone, damaged, of a newer version than this one reads, or of one before the format was settled.
+    Raises InputError if it is gone, damaged, of a newer version than this one reads, or older than the settled format.
     """
-    manifest = read_json(join(root, path, "manifest.json"))
-    if manifest is None:
+    values = read_json(join(root, path, "manifest.json"))
+    if values is None:
         raise InputError(
-            f"catalog {root}: snapshot {path} has no manifest.json; it was removed or never finished: publish another with "
-            "`rebeca catalog publish`"
+            f"catalog {root}: snapshot {path} has no manifest.json; it was removed or never finished: "
+            "publish another with `rebeca catalog publish`"
         )
-    version = manifest.get("schema_version")
+    version = values.get("schema_version")
     if not isinstance(version, int):
         raise InputError(
-            f"catalog {root}: {path}/manifest.json tells no schema_version: this is no catalog (an export of one?); give its root"
+            f"catalog {root}: {path}/manifest.json tells no schema_version: this is no catalog "
+            "(an export of one?); give its root"
         )
     if version < schemas.OLDEST_SCHEMA_VERSION:
         raise InputError(
-            f"catalog {root}: schema version {version}, of before the format was settled; this version reads "
+            f"catalog {root}: schema version {version}, older than the settled format; this version reads "
             f"{schemas.OLDEST_SCHEMA_VERSION} to {schemas.SCHEMA_VERSION}: generate into another root"
         )
     if version > schemas.SCHEMA_VERSION:
@@ -56,34 +200,47 @@ def read_manifest(root: str, path: str) -> dict[str, Any]:
             f"catalog {root}: schema version {version}, this version reads {schemas.SCHEMA_VERSION}; upgrade rebeca-ray"
         )
     try:
-        MANIFEST.validate_python(manifest, strict=True)
+        return Manifest.model_validate(values if version > 3 else renamed_from_version_3(values))
     except ValidationError as error:
-        name, why = error.errors()[0]["loc"][0], error.errors()[0]["msg"]
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
         raise InputError(
-            f"catalog {root}: the manifest of snapshot {path}: {name}: {why}; {REPAIR.format(path=path)}"
+            f"catalog {root}: the manifest of snapshot {path}: {name}: {first['msg']}; {REPAIR.format(path=path)}"
         ) from None
-    return manifest
 
 
-def read_file_list(root: str, path: str, manifest: dict[str, Any]) -> pa.Table:
-    """The file list that a manifest names, compared with the checksum it tells."""
+def renamed_from_version_3(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a version 3 manifest under the key names of version 4."""
+    top = {
+        "epoch": "fencing_token",
+        "previous": "previous_run_id",
+        "clip": "clip_fingerprint",
+        "foreseen": "forecast",
+        "spent": "actual",
+    }
+    renamed = {top.get(name, name): value for name, value in values.items()}
+    for section, old, new in (("counts", "late_users", "stale_users"), ("decisions", "units", "shards")):
+        inner = renamed.get(section)
+        if isinstance(inner, dict):
+            renamed[section] = {new if name == old else name: value for name, value in inner.items()}
+    return renamed
+
+
+def read_file_list(root: str, path: str, files: FileList) -> pa.Table:
+    """Return the file list (`schemas.FILES`) after comparing it with the checksum in the manifest."""
     try:
-        listing = manifest["files"]
         filesystem, base = open_filesystem(root)
-        data = filesystem.cat_file(join(base, listing["path"]))
-        if hashlib.sha256(data).hexdigest() == listing["sha256"]:
-            return pq.ParquetFile(pa.BufferReader(data)).read(
-                use_threads=False
-            )  # a command of a moment may end before threads do
-        why = "its sha256 is not the manifest's"
-    except (KeyError, TypeError):
-        why = "manifest.json does not name it"
+        data = filesystem.cat_file(join(base, files.path))
+        if hashlib.sha256(data).hexdigest() == files.sha256:
+            # One thread: a short command may end before pyarrow's threads do.
+            return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+        reason = "its sha256 is not the manifest's"
     except (pa.ArrowException, *UNREACHABLE) as error:
-        why = describe(error)
+        reason = describe(error)
         if not (is_damage(error) or isinstance(error, FileNotFoundError)):
             raise StorageError(
-                f"catalog {root}: {listing['path']} cannot be read ({why}); check the network and the credentials"
+                f"catalog {root}: {files.path} cannot be read ({reason}); check the network and the credentials"
             ) from None
     raise InputError(
-        f"catalog {root}: the file list of snapshot {path} is missing or damaged ({why}); {REPAIR.format(path=path)}"
+        f"catalog {root}: the file list of snapshot {path} is missing or damaged ({reason}); {REPAIR.format(path=path)}"
     )

@@ -240,7 +240,7 @@ def publish(
 
     with plain_errors():
         manifest = publish_snapshot(root, run_id)
-        console.print(f"published run {run_id} of {manifest['run_date']} in {root}")
+        console.print(f"published run {run_id} of {manifest.run_date} in {root}")
 
 
 @catalog.command()
@@ -250,7 +250,7 @@ def rollback(root: Root) -> None:
 
     with plain_errors():
         manifest = roll_back(root)
-        console.print(f"published run {manifest['run_id']} of {manifest['run_date']} in {root} again")
+        console.print(f"published run {manifest.run_id} of {manifest.run_date} in {root} again")
 
 
 @catalog.command()

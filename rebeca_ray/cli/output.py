@@ -1,7 +1,7 @@
 """The jobs, and how one is run: read the config, do the work, end with a truthful exit code."""
 
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import (
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rebeca_ray.catalog.exports.key_values import Format
     from rebeca_ray.catalog.gc import Garbage
     from rebeca_ray.catalog.verify import Level
+    from rebeca_ray.generation.pipeline import Generated
 
 
 def embed(config: EmbedConfig) -> None:
@@ -64,26 +65,27 @@ def generate(
     )
 
 
-def print_published(manifest: dict[str, Any], root: str) -> None:
+def print_published(generated: "Generated", root: str) -> None:
     """What was published, in lines for a log."""
-    counts, seconds = manifest["counts"], manifest["seconds"]
+    manifest, seconds = generated.manifest, generated.seconds
+    counts = manifest.counts
     told = ", ".join(
-        f"{counts[kind]:,} {kind}"
+        f"{getattr(counts, kind):,} {kind}"
         for kind in ("new", "carried", "population", "failed", "filtered", "deferred")
-        if counts[kind]
+        if getattr(counts, kind)
     )
     took = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
     console.print(
-        f"published run {manifest['run_id']} of {manifest['run_date']} in {root}, with items of {counts['users']:,} users"
+        f"published run {manifest.run_id} of {manifest.run_date} in {root}, with items of {counts.users:,} users"
     )
     console.print(f"items: {told}; {took}")
-    if counts["late_users"]:
+    if counts.stale_users:
         console.print(
-            f"time ran out: {counts['late_users']:,} users are not of tonight; the next run draws them"
+            f"time ran out: {counts.stale_users:,} users are not of tonight; the next run draws them"
         )
-    for refusal in manifest["gate"]["refused"]:
+    for refusal in manifest.gate.refused:
         console.print(f"forced, though {refusal}")
-    if test := manifest["quality"]["permutation"]:
+    if test := manifest.quality.permutation:
         console.print(personality_line(test))
 
 
@@ -93,7 +95,7 @@ def nightly(config: NightlyConfig) -> None:
 
     nights, garbage = run_nightly(config)
     for night in nights:
-        print_published(night.manifest, config.generate.catalog)
+        print_published(night.generated, config.generate.catalog)
     if not nights:
         console.print(f"{config.generate.catalog}: a snapshot of this date is published; nothing to do")
     if garbage:
@@ -102,19 +104,17 @@ def nightly(config: NightlyConfig) -> None:
 
 def estimate(config: GenerateConfig, *, images_per_second: float | None) -> None:
     """What a run would take, beside what the last one took."""
-    from dataclasses import asdict
-
     from rich.table import Table
 
     from rebeca_ray.catalog.read import published
     from rebeca_ray.generation.estimate import estimate as foresee
 
     config = dated(config, config.date())
-    found = asdict(foresee(config, images_per_second=images_per_second))
+    found = foresee(config, images_per_second=images_per_second).model_dump()
     last = published(config.catalog)
     table = Table("", "tonight", "the last run", title_justify="left")
     for name, value in found.items():
-        table.add_row(name, f"{value:,}", f"{last.manifest['spent'][name]:,}" if last else "")
+        table.add_row(name, f"{value:,}", f"{getattr(last.manifest.actual, name, 0):,}" if last else "")
     console.print(table)
 
 
@@ -131,16 +131,16 @@ def list_catalog(root: str) -> None:
         raise InputError(f"catalog {root}: there is none (no latest.json); give the root of one")
     table = Table("run_date", Column("run_id", no_wrap=True), "items", "new", "")
     for manifest in snapshots:
-        counts = manifest["counts"]
-        items = counts["new"] + counts["carried"] + counts["population"]
+        counts = manifest.counts
+        items = counts.new + counts.carried + counts.population
         told = (
             "published"
-            if manifest["run_id"] == pointer.run_id
+            if manifest.run_id == pointer.run_id
             else "refused by the quality gate"
-            if manifest["gate"]["refused"]
+            if manifest.gate.refused
             else ""
         )
-        table.add_row(manifest["run_date"], manifest["run_id"], f"{items:,}", f"{counts['new']:,}", told)
+        table.add_row(manifest.run_date, manifest.run_id, f"{items:,}", f"{counts.new:,}", told)
     console.print(table)
     if pointer.run_id is None:
         console.print("none of them is published: `rebeca catalog publish --run-id` one of them")
@@ -160,19 +160,20 @@ def show_snapshot(root: str, run_id: str | None) -> None:
     for key in (
         "run_date",
         "run_id",
-        "epoch",
+        "fencing_token",
         "created_at",
-        "previous",
+        "previous_run_id",
         "embed_dim",
         "num_buckets",
         "carried_buckets",
         "bytes",
     ):
-        table.add_row(key, str(manifest[key]))
-    for section in ("counts", "figures", "spent", "versions"):
-        for key, value in manifest[section].items():
+        table.add_row(key, str(getattr(manifest, key)))
+    dumped = manifest.model_dump()
+    for section in ("counts", "figures", "actual", "versions"):
+        for key, value in (dumped[section] or {}).items():
             table.add_row(f"{section}.{key}", f"{value:,}" if isinstance(value, int) else str(value))
-    for refusal in manifest["gate"]["refused"]:
+    for refusal in manifest.gate.refused:
         table.add_row("refused", refusal)
     console.print(table)
 
@@ -183,17 +184,17 @@ def verify_snapshot(root: str, run_id: str | None, level: "Level") -> None:
     from rebeca_ray.catalog.snapshots import find_snapshot
     from rebeca_ray.catalog.verify import verify
 
-    snapshot = open_snapshot(root, find_snapshot(root, run_id)["path"]) if run_id else read_catalog(root)
+    snapshot = open_snapshot(root, find_snapshot(root, run_id).path) if run_id else read_catalog(root)
     wrong = verify(snapshot, level)
     for line in wrong:
         console.print(line)
     if wrong:
         raise QualityGateError(
-            f"catalog {root}: run {snapshot.manifest['run_id']} is damaged ({len(wrong)} things, above); `rebeca catalog rollback` it, "
+            f"catalog {root}: run {snapshot.manifest.run_id} is damaged ({len(wrong)} things, above); `rebeca catalog rollback` it, "
             "or restore the files"
         )
     console.print(
-        f"run {snapshot.manifest['run_id']}: nothing wrong ({level}: {snapshot.files.num_rows:,} files)"
+        f"run {snapshot.manifest.run_id}: nothing wrong ({level}: {snapshot.files.num_rows:,} files)"
     )
 
 

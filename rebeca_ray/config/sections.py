@@ -272,12 +272,12 @@ class RefreshSettings(Settings):
 
 
 class LayoutSettings(Settings):
-    """How a catalog is cut: users into buckets, work into units, images into files."""
+    """How a catalog is cut: users into buckets, work into shards, images into files."""
 
     num_buckets: Annotated[
         int, Field(gt=0, le=65_536, description="some 10,000 users each; may change from night to night")
     ] = 1
-    items_per_unit: Annotated[
+    items_per_shard: Annotated[
         Positive, Field(description="items rendered under one marker, the most urgent first")
     ] = 2_000_000
     images_per_file: Annotated[

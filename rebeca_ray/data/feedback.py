@@ -70,19 +70,16 @@ def find_rated(
         )
         if not missing.num_rows:
             break
-        if manifest.get("embed_dim", embed_dim) != embed_dim or (
-            clip and manifest.get("clip") and manifest["clip"] != clip
-        ):
+        of_another_clip = clip and manifest.clip_fingerprint and manifest.clip_fingerprint != clip
+        if manifest.embed_dim != embed_dim or of_another_clip:
             continue
         try:
-            found = find_in(open_snapshot(root, manifest["path"]), missing)
+            found = find_in(open_snapshot(root, manifest.path), missing)
         except UserError as error:  # a Ray task's too, whose own text is a traceback
             why = user_error(error)
             if isinstance(why, StorageError):
                 raise
-            if exists(
-                join(root, manifest["path"], "manifest.json")
-            ):  # or it was collected since it was listed
+            if exists(join(root, manifest.path, "manifest.json")):  # or it was collected since it was listed
                 print(f"warning: {why}; ratings of its items are left out", file=sys.stderr)
             continue
         if found.num_rows:
@@ -142,7 +139,7 @@ def read_kept(folder: str, rated: pa.Table, embed_dim: int) -> pa.Table:
 
 def find_in(snapshot: Snapshot, missing: pa.Table) -> pa.Table:
     """Those of some ratings' items that are in a snapshot, among the items of who rated them and of the pool; each once, sorted by id."""
-    num_buckets = snapshot.manifest["num_buckets"]
+    num_buckets = snapshot.manifest.num_buckets
     users: dict[int, set[str]] = {bucket_of(POPULATION_USER, num_buckets): {POPULATION_USER}}
     for user in missing["user_id"].unique().to_pylist():
         users.setdefault(bucket_of(user, num_buckets), set()).add(user)

@@ -70,9 +70,7 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:
 
     items = ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem))
     if kept is not None:
-        items = items.map_batches(
-            ExcludeIds(ray.put(pa.array(kept))), batch_format="pyarrow", batch_size=None
-        )
+        items = items.map_batches(ExcludeIds(pa.array(kept)), batch_format="pyarrow", batch_size=None)
     dataset = (
         items.repartition(
             target_num_rows_per_block=config.batch_size

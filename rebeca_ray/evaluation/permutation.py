@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rebeca_ray.catalog.manifest import PermutationFigures
+
 PERMUTATIONS_PER_CHUNK = 256
 
 
@@ -78,9 +80,9 @@ def permutation_test(like_UU: np.ndarray, num_permutations: int = 10_000, seed: 
     )
 
 
-def personality_line(figures: dict[str, float]) -> str:
+def personality_line(figures: PermutationFigures) -> str:
     """One line for people on the figures of a permutation test, as a manifest keeps them."""
     return (
-        f"before any was chosen, candidates please their own users with {figures['own']:.3f}, others with "
-        f"{figures['dealt']:.3f} (permutation test by the selector: z = {figures['z']:.0f}, p = {figures['p_value']:.4f})"
+        f"before any was chosen, candidates please their own users with {figures.own:.3f}, others with "
+        f"{figures.dealt:.3f} (permutation test by the selector: z = {figures.z:.0f}, p = {figures.p_value:.4f})"
     )

@@ -1,216 +1,209 @@
-"""Assembling: decisions, plan, images and last night's snapshot become the public tables of one snapshot, bucket by bucket.
+"""Assemble: decisions, plan, images and last night's snapshot become the public tables of one snapshot, bucket by bucket.
 
-Every item is accounted for: requested = new + carried + population + failed + filtered, and deferred where time ran out before a
-user's first items.
+Every item is accounted for: requested = new + carried + population + failed + filtered, and deferred where time ran out before a user's
+first items.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.counts import KINDS
+from rebeca_ray.catalog.counts import OUTCOMES
+from rebeca_ray.catalog.figures import GateFigures, figures_of
 from rebeca_ray.catalog.layout import Run
-from rebeca_ray.catalog.read import Snapshot
+from rebeca_ray.catalog.manifest import Counts, DecisionCounts, FileList, FileRow
 from rebeca_ray.errors import ErrorBudgetExceededError, QualityGateError, ResumableError
-from rebeca_ray.generation.assembly import Assembled, Assembly
-from rebeca_ray.generation.bucket import Bucket
-from rebeca_ray.generation.decide import Decisions
+from rebeca_ray.generation.assembly import Assembly, BucketResult, ImageFile, Pool
+from rebeca_ray.generation.bucket import Bucket, UnrenderedItemsError
+from rebeca_ray.generation.context import RunContext
+from rebeca_ray.generation.decisions import Decisions
+from rebeca_ray.generation.plan import read_plan
 from rebeca_ray.generation.render import Rendered
 from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.parquet import read_table, write_table
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, kw_only=True)
-class MadeOf:
-    """What a snapshot says of how it was made."""
+class Assembled:
+    """The tables of a snapshot, written and counted. The manifest is made of it."""
 
-    versions: dict[str, str]
-    decoder_weights: dict[str, str]
-    embed_dim: int
-    clip: str | None
-    num_buckets: int
-    max_safety_probability: float
-    error_budget: float
+    created_at: datetime
+    counts: Counts
+    decisions: DecisionCounts
+    carried_buckets: int
+    figures: GateFigures
+    next_file: int
+    bytes: int
+    bytes_written: int
+    files: FileList
 
 
 def assemble(
-    run: Run,
-    made: MadeOf,
-    decisions: Decisions,
-    parts: list[dict[str, Any]],
-    rendered: Rendered,
-    previous: Snapshot | None,
-    requested: int,
-    moved: Callable[[], None],
-) -> dict[str, Any]:
-    """Write the snapshot's tables and its file list; returns its manifest, which the caller judges, completes and writes.
+    context: RunContext, decisions: Decisions, rendered: Rendered, on_progress: Callable[[], None]
+) -> Assembled:
+    """Write the snapshot's tables and its file list.
 
     Raises ResumableError if an item is unaccounted for, ErrorBudgetExceededError if too many failed, QualityGateError if none is fit
     to be shown.
     """
-    first = previous.manifest["next_file"] if previous else 0
-    numbered = [
-        {**file, "file": first + number}
-        for number, file in enumerate(sorted(rendered.files, key=lambda file: str(file["path"])))
-    ]
-    work = with_pool(
-        Assembly(
-            run=run,
-            previous=previous,
-            num_buckets=made.num_buckets,
-            embed_dim=made.embed_dim,
-            prior=made.versions["prior"],
-            parts=parts,
-            files=numbered,
-            late=rendered.late,
-            max_safety_probability=made.max_safety_probability,
-            now=datetime.now(UTC),
-            metadata=file_metadata(made.versions),
-            first_compacted=first + len(numbered),
-            pool=decisions.pool,
+    work = assembly_of(context, decisions, rendered)
+
+    def assemble_bucket(bucket: int) -> BucketResult:
+        return Bucket.read(work, bucket).assemble()
+
+    buckets = range(context.num_buckets)
+    results = for_each_bucket(assemble_bucket, buckets, on_progress, in_process=context.in_process)
+    if unrendered := sum(result.unrendered for result in results):
+        raise incomplete(
+            context.run, f"{unrendered:,} of {decisions.planned_items:,} planned items were not rendered"
         )
-    )
-    found = for_each_bucket(
-        lambda bucket: Bucket.read(work, bucket).assemble(), range(made.num_buckets), moved
-    )
-    counts = total([part.counts for part in found])
-    accounted = sum(counts.get(kind, 0) for kind in KINDS)
-    if undrawn := sum(part.undrawn for part in found):
-        raise incomplete(run, f"{undrawn:,} of {decisions.planned_items:,} planned items were not rendered")
-    if accounted != requested:
-        raise incomplete(run, f"{requested:,} items requested, {accounted:,} accounted for ({counts})")
-    refuse_failures(run, counts, requested, made.error_budget, found)
-    if sum(counts[kind] for kind in ("new", "carried", "population")) == 0 and not counts["deferred"]:
+    counts = check_counts(context, results)
+    check_failures(context, counts, results)
+    if counts.published == 0 and not counts.deferred:
         raise QualityGateError(
-            f"run {run.run_id}: not one of {requested} items has an image fit to be shown; look at decoder.safety. Nothing is published"
+            f"run {context.run.run_id}: not one of {counts.requested} items has an image fit to be shown; "
+            "look at decoder.safety. Nothing is published"
         )
-    images = image_files(work, found)
-    listing = f"{run.snapshot}/files-{run.epoch:06d}.parquet"
-    rows = sorted(
-        [row for part in found for row in part.files] + images,
-        key=lambda row: (row["table"], row["bucket"], row["file"]),
+    images = image_rows(work, results)
+    tables = [row for result in results for row in result.files]
+    rows = sorted(tables + images, key=lambda row: (row["table"], row["bucket"], row["file"]))
+    return Assembled(
+        created_at=work.now,
+        counts=counts,
+        decisions=DecisionCounts(
+            planned_users=decisions.planned_users,
+            planned_items=decisions.planned_items,
+            shards=decisions.shards,
+        ),
+        carried_buckets=sum(result.by_reference for result in results),
+        figures=figures_of(
+            counts.requested, counts.failed, counts.filtered, [result.sums for result in results]
+        ),
+        next_file=1 + max([work.first_file - 1, *(row["file"] for row in images)]),
+        bytes=sum(row["bytes"] for row in rows),
+        bytes_written=sum(row["bytes"] for row in rows if f"run_id={context.run.run_id}/" in row["path"]),
+        files=write_file_list(context.run, rows),
     )
-    list_written = write_table(
-        pa.Table.from_pylist(rows, schema=schemas.FILES), join(run.root, listing), row_group_size=10_000
-    )
-    return {
-        "schema_version": schemas.SCHEMA_VERSION,
-        "run_id": run.run_id,
-        "run_date": run.run_date,
-        "epoch": run.epoch,
-        "created_at": work.now.isoformat(timespec="seconds"),
-        "previous": previous.manifest["run_id"] if previous else None,
-        "previous_path": previous.path if previous else None,
-        "counts": {
-            "requested": requested,
-            **{kind: counts[kind] for kind in (*KINDS, "users", "late_users")},
-        },
-        "decisions": {
-            "planned_users": decisions.planned_users,
-            "planned_items": decisions.planned_items,
-            "units": decisions.units,
-        },
-        "carried_buckets": sum(part.by_reference for part in found),
-        "figures": figures(counts, total([part.sums for part in found]), requested),
-        "versions": made.versions,
-        "decoder_weights": made.decoder_weights,
-        "embed_dim": made.embed_dim,
-        "clip": made.clip,
-        "num_buckets": made.num_buckets,
-        "next_file": max([first - 1, *(row["file"] for row in images)]) + 1,
-        "bytes": sum(row["bytes"] for row in rows),
-        "bytes_written": sum(row["bytes"] for row in rows if f"run_id={run.run_id}/" in row["path"]),
-        "files": {"path": listing, **list_written},
-    }
 
 
-def with_pool(work: Assembly) -> Assembly:
-    """The same, with the items that strangers share."""
-    if work.pool is None:
+def assembly_of(context: RunContext, decisions: Decisions, rendered: Rendered) -> Assembly:
+    """Number the image files, and put together the inputs of all buckets, the population pool among them."""
+    first = context.previous.manifest.next_file if context.previous else 0
+    records = sorted(rendered.files, key=lambda record: record.path)
+    files = [ImageFile(number=first + index, record=record) for index, record in enumerate(records)]
+    work = Assembly(
+        context=context,
+        parts=read_plan(context.run),
+        files=files,
+        timed_out=rendered.timed_out,
+        now=datetime.now(UTC),
+        metadata=file_metadata(context.versions),
+        first_file=first,
+        first_compacted=first + len(files),
+        pool_decision=decisions.pool,
+    )
+    if decisions.pool is None:
         return work
-    found = Bucket(work, work.pool["bucket"], [work.pool]).put_together()
-    if found.undrawn:
-        raise incomplete(work.run, f"{found.undrawn} items of the strangers' pool were not rendered")
-    return replace(
-        work, pool_items=found.items, pool_failed=found.errors.num_rows, pool_late=bool(found.late)
+    try:
+        tables = Bucket(work, decisions.pool.bucket, [decisions.pool]).join()
+    except UnrenderedItemsError as error:
+        raise incomplete(
+            context.run, f"{error.count} items of the population pool were not rendered"
+        ) from None
+    pool = Pool(
+        decision=decisions.pool,
+        items=tables.items,
+        num_failed=tables.errors.num_rows,
+        stale=bool(tables.stale),
     )
+    return replace(work, pool=pool)
 
 
-def incomplete(run: Run, told: str) -> ResumableError:
-    return ResumableError(f"run {run.run_id}: {told}; nothing is published, start it again to resume")
+def incomplete(run: Run, reason: str) -> ResumableError:
+    return ResumableError(f"run {run.run_id}: {reason}; nothing is published, start it again to resume")
 
 
-def total(parts: list[dict[str, Any]]) -> Counter[str]:
-    counted: Counter[str] = Counter()
+def total(parts: Iterable[Mapping[T, int]]) -> Counter[T]:
+    """Return the sum of several counts."""
+    counter: Counter[T] = Counter()
     for part in parts:
-        counted.update(part)
-    return counted
+        counter.update(part)
+    return counter
 
 
-def refuse_failures(
-    run: Run, counts: Counter[str], requested: int, error_budget: float, found: list[Assembled]
-) -> None:
-    """Raise ErrorBudgetExceededError if more failed than may."""
-    if counts["failed"] <= error_budget * requested:
+def check_counts(context: RunContext, results: list[BucketResult]) -> Counts:
+    """Return the counts of all buckets. Raises ResumableError unless every requested item is accounted for."""
+    summed = total([result.counts for result in results])
+    accounted = sum(summed[outcome] for outcome in OUTCOMES)
+    if accounted != context.requested:
+        raise incomplete(
+            context.run,
+            f"{context.requested:,} items requested, {accounted:,} accounted for ({dict(summed)})",
+        )
+    names = (*OUTCOMES, "users", "stale_users")
+    return Counts(requested=context.requested, **{name: summed[name] for name in names})
+
+
+def check_failures(context: RunContext, counts: Counts, results: list[BucketResult]) -> None:
+    """Raise ErrorBudgetExceededError if more items failed than the budget allows."""
+    budget = context.config.error_budget
+    if counts.failed <= budget * counts.requested:
         return
     reasons: list[str] = []
-    for path in [
-        row["path"] for part in found for row in part.files if row["table"] == "errors" and row["rows"]
-    ]:
-        reasons += pc.unique(read_table(join(run.root, path), "errors", ["error"])["error"]).to_pylist()
+    for row in (row for result in results for row in result.files if row["table"] == "errors"):
+        errors = read_table(join(context.run.root, row["path"]), "errors", ["error"])
+        reasons += pc.unique(errors["error"]).to_pylist()
         if len(reasons) >= 3:
             break
     raise ErrorBudgetExceededError(
-        f"run {run.run_id}: {counts['failed']} of {requested} items failed ({', '.join(dict.fromkeys(reasons[:3]))}), the budget is "
-        f"{error_budget:.2%}; nothing is published. Mend it, and draw them again with --retry-failed"
+        f"run {context.run.run_id}: {counts.failed} of {counts.requested} items failed "
+        f"({', '.join(dict.fromkeys(reasons[:3]))}), the budget is {budget:.2%}; nothing is published. "
+        "Mend it, and draw them again with --retry-failed"
     )
 
 
-def image_files(work: Assembly, found: list[Assembled]) -> list[dict[str, Any]]:
-    """Rows of schemas.FILES: tonight's image files, and those of earlier runs that are still pointed to."""
-    live: Counter[int] = Counter()
-    for part in found:
-        live.update(part.live)
-    new = [
+def image_rows(work: Assembly, results: list[BucketResult]) -> list[FileRow]:
+    """Return the image files of this run, and those of earlier runs that are still in use, as rows of `schemas.FILES`."""
+    live = total([result.live_rows for result in results])
+    rendered: list[FileRow] = [
         {
             "table": "images",
-            **{name: file[name] for name in ("bucket", "file", "path", "rows", "bytes", "sha256")},
+            "bucket": file.record.bucket,
+            "file": file.number,
+            "path": file.record.path,
+            "rows": file.record.rows,
+            "bytes": file.record.bytes,
+            "sha256": file.record.sha256,
         }
-        for file in [*work.files, *(file for part in found for file in part.images)]
+        for file in work.files
     ]
-    old = (
-        [row for row in work.previous.files.to_pylist() if row["table"] == "images" and live[row["file"]]]
-        if work.previous
-        else []
-    )
-    return [{**row, "live_rows": live[row["file"]]} for row in old + new]
+    compacted = [row for result in results for row in result.images]
+    previous = work.context.previous
+    earlier: list[FileRow] = [
+        row
+        for row in (previous.files.to_pylist() if previous else [])
+        if row["table"] == "images" and live[row["file"]]
+    ]
+    return [{**row, "live_rows": live[row["file"]]} for row in earlier + rendered + compacted]
 
 
-def figures(counts: Counter[str], sums: Counter[str], requested: int) -> dict[str, float | None]:
-    """What the quality gate looks at: shares of the request, and means over the items that were put together tonight."""
-
-    def mean(total: str, of: str) -> float | None:
-        return round(sums[total] / sums[of], 5) if sums[of] else None
-
-    return {
-        "failed": round(counts["failed"] / requested, 6),
-        "filtered": round(counts["filtered"] / requested, 6),
-        "duplicates": mean("duplicates", "items"),
-        "like_probability": mean("like", "judged"),
-        "diversity": mean("distance", "users_with_several"),
-        "judged_items": int(sums["items"]),
-    }
+def write_file_list(run: Run, rows: list[FileRow]) -> FileList:
+    path = f"{run.snapshot}/files-{run.fencing_token:06d}.parquet"
+    table = pa.Table.from_pylist(rows, schema=schemas.FILES)
+    return FileList(path=path, **write_table(table, join(run.root, path), row_group_size=10_000))
 
 
 def file_metadata(versions: dict[str, str]) -> dict[str, str]:
-    """Every table but images says what made it; images say the version alone, and the manifest the rest."""
+    """Return the metadata of every table but images, which carry the schema version alone."""
     return {
         schemas.VERSION_KEY: str(schemas.SCHEMA_VERSION),
         **{f"rebeca.{name}": value for name, value in versions.items()},

@@ -1,55 +1,68 @@
-"""What assembling passes from step to step."""
+"""The inputs and results of assembling: values that pass from bucket to snapshot."""
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 import pyarrow as pa
 
-from rebeca_ray.catalog.layout import Run
-from rebeca_ray.catalog.read import Snapshot
+from rebeca_ray.catalog.figures import QualitySums
+from rebeca_ray.catalog.manifest import FileRow
+from rebeca_ray.generation.context import RunContext
+from rebeca_ray.generation.decisions import Decision
+from rebeca_ray.generation.parts import PartRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFile:
+    """An image file of this run, with the number that `items.image_file` refers to."""
+
+    number: int
+    record: PartRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """The population pool: the decision on it, and its items as they are in the snapshot."""
+
+    decision: Decision
+    items: pa.Table
+    num_failed: int = 0
+    stale: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assembly:
-    """What every bucket of a run is assembled from."""
+    """The inputs that all buckets of a run share."""
 
-    run: Run
-    previous: Snapshot | None
-    num_buckets: int
-    embed_dim: int
-    prior: str  # fingerprint
-    parts: list[dict[str, Any]]  # of the plan
-    files: list[dict[str, Any]]  # of images, with their numbers
-    late: bool  # time ran out
-    max_safety_probability: float
+    context: RunContext
+    parts: list[PartRecord]  # of the plan
+    files: list[ImageFile]
+    timed_out: bool
     now: datetime
-    metadata: dict[str, str]
+    metadata: dict[str, str]  # of every file but images
+    first_file: int  # number of this run's first image file
     first_compacted: int  # number of the first file that bucket 0 may write when it compacts
-    pool: dict[str, Any] | None  # the decision on it
-    pool_items: pa.Table | None = None  # as they are in the snapshot
-    pool_failed: int = 0
-    pool_late: bool = False
+    pool_decision: Decision | None
+    pool: Pool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Assembled:
-    """What came of a bucket: rows of schemas.FILES (images: of new ones alone), counts, figures, and live rows of image files."""
+class BucketResult:
+    """The files of one bucket, its counts and figures."""
 
-    files: list[dict[str, Any]]
-    images: list[dict[str, Any]]
+    files: list[FileRow]  # of all tables but images
+    images: list[FileRow]  # image files that compaction wrote
     counts: dict[str, int]
-    sums: dict[str, float]
-    live: dict[int, int]
+    sums: QualitySums
+    live_rows: dict[int, int]  # by image file
     by_reference: bool = False
-    undrawn: int = 0  # planned items with neither an image nor a reason, though time did not run out
+    unrendered: int = 0  # planned items with neither image nor error, though time did not run out
 
 
 @dataclass(frozen=True, kw_only=True)
-class Together:
-    """A bucket's items before they are written, its failures, and the users who were not finished in time."""
+class BucketTables:
+    """The items of one bucket before they are written, its failures, and its stale users."""
 
     items: pa.Table
     errors: pa.Table
-    late: set[str]
-    undrawn: int = 0
+    stale: set[str]

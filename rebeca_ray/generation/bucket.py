@@ -1,23 +1,28 @@
-"""Assembling one bucket: its decisions, its part of the plan, its images and last night's items become its public tables.
+"""Assemble one bucket: its decisions, its part of the plan, its images and last night's items become its public tables.
 
-A bucket in which nothing changed is carried over by reference: last night's files are listed again, and no embedding, no pixel is
-read. Everything of a bucket is held in memory, of others nothing but the strangers' pool.
+A bucket without changes is carried over by reference: last night's files are listed again, and no embedding or pixel is read.
+Everything of one bucket is in memory, of others nothing but the population pool.
 """
 
-from datetime import date
-from typing import Any, Self
+from dataclasses import asdict, replace
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.counts import KINDS, tally
+from rebeca_ray.catalog.counts import DEFERRED, FAILED, FILTERED, OUTCOMES, tally
+from rebeca_ray.catalog.figures import quality_sums
 from rebeca_ray.catalog.layout import POPULATION_USER
-from rebeca_ray.generation.assembly import Assembled, Assembly, Together
+from rebeca_ray.catalog.manifest import FileRow
+from rebeca_ray.generation.assembly import Assembly, BucketResult, BucketTables
+from rebeca_ray.generation.changes import COMPARED, changes_table
 from rebeca_ray.generation.compact import compact
-from rebeca_ray.generation.decide import CARRY, PLAN, POOLED, RESCORE
-from rebeca_ray.generation.rendered import Drawn
+from rebeca_ray.generation.decide import last_users
+from rebeca_ray.generation.decisions import Action, Decision, PublishedUser
+from rebeca_ray.generation.item_columns import close_gaps, image_location, set_column
+from rebeca_ray.generation.rendered_index import RenderedIndex
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.parquet import read_table, write_table
 
@@ -25,369 +30,303 @@ ITEM_ROW_GROUP = 2000
 PLAN_COLUMNS = [
     "item_id", "user_id", "rank", "image_embeds", "like_probability", "nearest_item_id", "nearest_similarity", "origin",
 ]  # fmt: skip
-COMPARED = ["item_id", "user_id", "rank", "like_probability", "image_file", "image_row"]
+LOCATION = ["user_id", "image_file", "image_row"]
+
+
+class UnrenderedItemsError(Exception):
+    """Planned items have neither image nor error, though time did not run out."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.count = count
 
 
 class Bucket:
     """One bucket of a run."""
 
-    def __init__(self, work: Assembly, bucket: int, decisions: list[dict[str, Any]]) -> None:
-        self.work, self.bucket, self.decisions = work, bucket, decisions
-        self.decided = {row["user_id"]: row for row in decisions}
-        last = work.previous.bucket("users", bucket, work.num_buckets) if work.previous else None
-        self.last = {row["user_id"]: row for row in last.to_pylist()} if last else {}
+    def __init__(self, work: Assembly, bucket: int, decisions: list[Decision]) -> None:
+        self.work, self.context, self.bucket = work, work.context, bucket
+        self.decisions = {decision.user_id: decision for decision in decisions}
+        self.previous = work.context.previous
+        self.last = last_users(self.previous, bucket, self.context.num_buckets)
 
     @classmethod
     def read(cls, work: Assembly, bucket: int) -> Self:
-        """With all that was decided of its users."""
-        decisions = read_table(work.run.decisions(bucket), "decisions").to_pylist()
-        pool = [work.pool] if work.pool is not None and work.pool["bucket"] == bucket else []
-        return cls(work, bucket, decisions + pool)
+        """Read the decisions on the users of a bucket. The population pool belongs to one of the buckets."""
+        rows = read_table(work.context.run.decisions(bucket), "decisions").to_pylist()
+        pool = work.pool_decision
+        own_pool = [pool] if pool is not None and pool.bucket == bucket else []
+        return cls(work, bucket, [*map(Decision.from_dict, rows), *own_pool])
 
-    def assemble(self) -> Assembled:
-        """Write the bucket's tables; every item that was requested is counted once."""
-        return self.by_reference() if self.unchanged() else self.anew()
+    def assemble(self) -> BucketResult:
+        """Write the bucket's tables. Every requested item is counted once."""
+        return self.carry_by_reference() if self.unchanged() else self.rebuild()
 
     def unchanged(self) -> bool:
-        """Whether last night's files say what tonight's would, `origin` too: what was new then is carried now."""
-        work, previous = self.work, self.work.previous
-        if (
-            previous is None
-            or previous.manifest["num_buckets"] != work.num_buckets
-            or len(self.decisions) != len(self.last)
+        """Return whether last night's files say exactly what tonight's would.
+
+        `origin` counts too: an item that was new then is carried now.
+        """
+        previous = self.previous
+        if previous is None or previous.num_buckets != self.context.num_buckets:
+            return False
+        if previous.manifest.schema_version != schemas.SCHEMA_VERSION or len(self.decisions) != len(
+            self.last
         ):
             return False
-        for row in self.decisions:
-            last = self.last.get(row["user_id"])
-            if (
-                last is None
-                or last["planned_by"] == previous.manifest["run_id"]
-                or last["late"]
-                or not self.keeps(row, last)
-            ):
+        for user, decision in self.decisions.items():
+            last = self.last.get(user)
+            if last is None or last.planned_by == previous.run_id or last.stale:
+                return False
+            if not self.keeps_items(decision, last):
                 return False
         return True
 
-    def keeps(self, row: dict[str, Any], last: dict[str, Any]) -> bool:
-        """Whether a user has the very items of last night."""
-        if row["decision"] == POOLED:
-            kept = self.work.pool is not None and self.work.pool["decision"] == CARRY
-            return bool(
-                kept
-                and last["stranger"]
-                and last["num_images"] == row["num_images"]
-                and last["made_with"] == row["made_with"]
-            )
-        return bool(row["decision"] == CARRY)
+    def keeps_items(self, decision: Decision, last: PublishedUser) -> bool:
+        """Return whether a user has exactly the items of last night."""
+        if decision.action is not Action.POOL:
+            return decision.action is Action.CARRY
+        pool = self.work.pool_decision
+        return (
+            pool is not None
+            and pool.action is Action.CARRY
+            and last.cold_start
+            and last.num_images == decision.num_images
+            and last.settings_digest == decision.settings_digest
+        )
 
-    def by_reference(self) -> Assembled:
+    def carry_by_reference(self) -> BucketResult:
         """List last night's files again."""
-        assert self.work.previous is not None
-        files = [
+        assert self.previous is not None
+        files: list[FileRow] = [
             row
-            for row in self.work.previous.files.to_pylist()
+            for row in self.previous.files.to_pylist()
             if row["bucket"] == self.bucket and row["table"] in ("items", "users")
         ]
-        counts = dict.fromkeys((*KINDS, "users", "late_users"), 0)
-        for user, row in self.last.items():
+        counts = dict.fromkeys((*OUTCOMES, "users", "stale_users"), 0)
+        for user, last in self.last.items():
             if user != POPULATION_USER:
-                counts["population" if row["stranger"] else "carried"] += row["num_items"]
-                counts["filtered"] += row["num_images"] - row["num_items"]
-                counts["users"] += row["num_items"] > 0
-        items = self.work.previous.bucket(
-            "items", self.bucket, self.work.num_buckets, ["user_id", "image_file", "image_row"]
-        )
-        return Assembled(
-            files=files, images=[], counts=counts, sums={}, live=self.live_rows(items), by_reference=True
+                counts[schemas.POPULATION if last.cold_start else schemas.CARRIED] += last.num_items
+                counts[FILTERED] += last.num_images - last.num_items
+                counts["users"] += last.num_items > 0
+        items = self.previous.bucket("items", self.bucket, self.context.num_buckets, LOCATION)
+        return BucketResult(
+            files=files,
+            images=[],
+            counts=counts,
+            sums={},
+            live_rows=self.live_rows(items),
+            by_reference=True,
         )
 
-    def anew(self) -> Assembled:
-        """Put the bucket's items together and write them."""
-        work = self.work
-        found = self.put_together()
-        if found.undrawn:
-            return Assembled(files=[], images=[], counts={}, sums={}, live={}, undrawn=found.undrawn)
-        items, images = compact(work, self.bucket, found.items) if work.previous else (found.items, [])
-        before = (
-            work.previous.bucket("items", self.bucket, work.num_buckets, COMPARED) if work.previous else None
-        )
+    def rebuild(self) -> BucketResult:
+        """Join the bucket's items and write its tables."""
+        try:
+            bucket = self.join()
+        except UnrenderedItemsError as error:
+            return BucketResult(files=[], images=[], counts={}, sums={}, live_rows={}, unrendered=error.count)
+        items, images = bucket.items, list[FileRow]()
+        before = None
+        if self.previous:
+            items, images = compact(self.work, self.bucket, items)
+            before = self.previous.bucket("items", self.bucket, self.context.num_buckets, COMPARED)
         tables = {
             "items": items,
-            "users": self.users_table(found),
-            "errors": found.errors,
+            "users": self.users_table(bucket),
+            "errors": bucket.errors,
             "changes": changes_table(items, before),
         }
-        files = [
-            self.write(name, table) for name, table in tables.items() if table.num_rows
-        ]  # some readers stumble over empty files
-        return Assembled(
+        # Some readers stumble over a file without rows.
+        files = [self.write(name, table) for name, table in tables.items() if table.num_rows]
+        return BucketResult(
             files=files,
             images=images,
-            counts=self.count(found),
-            sums=quality_sums(items),
-            live=self.live_rows(items),
+            counts=self.count(bucket),
+            sums=quality_sums(items.filter(pc.not_equal(items["user_id"], POPULATION_USER))),
+            live_rows=self.live_rows(items),
         )
 
-    def put_together(self) -> Together:
-        """Everybody's items: those drawn tonight, those kept, those of the pool; ranks without gaps, sorted by user and rank."""
+    def join(self) -> BucketTables:
+        """Join new, kept and pooled items: ranks without gaps, sorted by user and rank.
+
+        Raises UnrenderedItemsError for planned items without image and error, unless time ran out.
+        """
         plan = self.read_plan()
-        drawn = Drawn.read(
-            self.work.run.root, [file for file in self.work.files if file["bucket"] == self.bucket]
-        )
-        place = pc.index_in(plan["item_id"].combine_chunks(), value_set=drawn.item_id)
-        chosen = is_among(plan, {user for user, row in self.decided.items() if row["decision"] == PLAN})
-        undrawn = pc.and_(chosen, pc.is_null(place))
-        late = set(plan["user_id"].filter(undrawn).to_pylist())
-        if late and not self.work.late:
-            return Together(items=plan, errors=plan, late=late, undrawn=pc.sum(undrawn).as_py())
-        if self.work.pool_items is None or self.work.pool_items.num_rows == 0:
-            late |= {
-                user for user, row in self.decided.items() if row["decision"] == POOLED and self.work.late
-            }
-        finished = pc.and_(chosen, pc.invert(is_among(plan, late)))
-        done, place = plan.filter(finished), place.filter(finished)
-        error, fit = drawn.error.take(place), pc.is_valid(drawn.width.take(place))
-        failed = pc.is_valid(error)
-        kept = {user for user, row in self.decided.items() if row["decision"] in (CARRY, RESCORE)} | (
-            late & set(self.last)
-        )
+        files = [file for file in self.work.files if file.record.bucket == self.bucket]
+        index = RenderedIndex.read(self.context.run.root, files)
+        row = pc.index_in(plan["item_id"].combine_chunks(), value_set=index.item_id)
+
+        # Users whose planned items are not all rendered are stale: they keep last night's items.
+        to_render = is_among(plan, self.users_with(Action.PLAN))
+        unrendered = pc.and_(to_render, pc.is_null(row))
+        stale = set(plan["user_id"].filter(unrendered).to_pylist())
+        if stale and not self.work.timed_out:
+            raise UnrenderedItemsError(pc.sum(unrendered).as_py())
+        if self.work.timed_out and (self.work.pool is None or self.work.pool.items.num_rows == 0):
+            stale |= self.users_with(Action.POOL)
+        finished = pc.and_(to_render, pc.invert(is_among(plan, stale)))
+        done, row = plan.filter(finished), row.filter(finished)
+
+        error, fit = index.error.take(row), pc.is_valid(index.width.take(row))
+        kept = self.users_with(Action.CARRY) | self.users_with(Action.RESCORE) | (stale & set(self.last))
+        pooled = [self.decisions[user] for user in self.decisions if user not in stale]
         tables = [
-            self.new_items(done.filter(fit), drawn, place.filter(fit)),
-            self.kept_items(kept, judged=plan.filter(pc.invert(chosen))),
-            self.pooled_items(
-                [row for user, row in self.decided.items() if row["decision"] == POOLED and user not in late]
-            ),
+            self.new_items(done.filter(fit), index, row.filter(fit)),
+            self.kept_items(kept, rescored=plan.filter(pc.invert(to_render))),
+            self.pooled_items([decision for decision in pooled if decision.action is Action.POOL]),
         ]
+        failed = pc.is_valid(error)
         errors = {
             "item_id": done["item_id"].filter(failed),
             "user_id": done["user_id"].filter(failed),
             "stage": pa.repeat("render", pc.sum(failed).as_py() or 0),
             "error": error.filter(failed),
-            "attempt": drawn.attempt.take(place).filter(failed),
+            "attempt": index.attempt.take(row).filter(failed),
         }
-        return Together(
-            items=close_gaps(
-                pa.concat_tables(tables).sort_by([("user_id", "ascending"), ("rank", "ascending")])
-            ),
-            errors=pa.table(errors, schema=schemas.ERRORS),
-            late=late,
+        items = pa.concat_tables(tables).sort_by([("user_id", "ascending"), ("rank", "ascending")])
+        return BucketTables(
+            items=close_gaps(items), errors=pa.table(errors, schema=schemas.ERRORS), stale=stale
         )
 
-    def read_plan(self) -> pa.Table:
-        """The bucket's part of the plan, each item once."""
-        paths = [
-            join(self.work.run.work, part["path"])
-            for part in self.work.parts
-            if part["bucket"] == self.bucket
-        ]
-        tables = [read_table(path, "plan", PLAN_COLUMNS) for path in paths]
-        if not tables:
-            return pa.table(
-                [pa.array([], schemas.plan(self.work.embed_dim).field(name).type) for name in PLAN_COLUMNS],
-                names=PLAN_COLUMNS,
-            )
-        return pa.concat_tables(tables)
+    def users_with(self, action: Action) -> set[str]:
+        return {user for user, decision in self.decisions.items() if decision.action is action}
 
-    def new_items(self, plan: pa.Table, drawn: Drawn, place: pa.Array) -> pa.Table:
-        schema = schemas.items(self.work.embed_dim)
-        unsafe = pc.greater(drawn.safety_probability.take(place), self.work.max_safety_probability)
+    def read_plan(self) -> pa.Table:
+        """Return the bucket's part of the plan, each item once."""
+        work = self.context.run.work
+        paths = [join(work, part.path) for part in self.work.parts if part.bucket == self.bucket]
+        if not paths:
+            return schemas.plan(self.context.embed_dim).empty_table().select(PLAN_COLUMNS)
+        return pa.concat_tables([read_table(path, "plan", PLAN_COLUMNS) for path in paths])
+
+    def new_items(self, plan: pa.Table, index: RenderedIndex, row: pa.Array) -> pa.Table:
+        """Return planned items that were rendered, with the location of their images."""
+        schema = schemas.items(self.context.embed_dim)
+        limit = self.context.config.decoder.safety.max_probability
+        unsafe = pc.greater(index.safety_probability.take(row), limit)
         columns = {
             "safety_flag": pc.fill_null(unsafe, False),
             "generated_at": pa.repeat(pa.scalar(self.work.now, pa.timestamp("us", tz="UTC")), plan.num_rows),
-            "image_file": drawn.file.take(place),
-            "image_row": drawn.row.take(place),
+            "image_file": index.file.take(row),
+            "image_row": index.row.take(row),
         }
-        return pa.table(
-            [columns[name] if name in columns else plan[name] for name in schema.names], schema=schema
-        )
+        names = schema.names
+        return pa.table([columns[name] if name in columns else plan[name] for name in names], schema=schema)
 
-    def kept_items(self, users: set[str], *, judged: pa.Table) -> pa.Table:
-        """Last night's items of some users, `judged` anew or as they were, and no more of them than are wanted."""
-        schema = schemas.items(self.work.embed_dim)
-        if not users or self.work.previous is None:
+    def kept_items(self, users: set[str], *, rescored: pa.Table) -> pa.Table:
+        """Return last night's items of some users, at most as many as each wants, with `rescored` probabilities and ranks."""
+        schema = schemas.items(self.context.embed_dim)
+        if not users or self.previous is None:
             return schema.empty_table()
-        last = self.work.previous.bucket("items", self.bucket, self.work.num_buckets)
-        last = last.filter(is_among(last, users)).select(schema.names).cast(schema)
-        place = pc.index_in(last["item_id"], value_set=judged["item_id"].combine_chunks())
+        items = self.previous.bucket("items", self.bucket, self.context.num_buckets)
+        items = items.filter(is_among(items, users)).select(schema.names).cast(schema)
+        row = pc.index_in(items["item_id"], value_set=rescored["item_id"].combine_chunks()).combine_chunks()
         for name in ("like_probability", "rank"):
-            last = set_column(last, name, pc.coalesce(judged[name].take(place.combine_chunks()), last[name]))
-        last = set_column(
-            last, "origin", pc.if_else(pc.equal(last["origin"], schemas.NEW), schemas.CARRIED, last["origin"])
-        )
-        wanted = np.array([self.decided[user]["num_images"] for user in last["user_id"].to_pylist()], int)
-        return last.filter(pa.array(last["rank"].to_numpy() < wanted))
+            items = set_column(items, name, pc.coalesce(rescored[name].take(row), items[name]))
+        was_new = pc.equal(items["origin"], schemas.NEW)
+        items = set_column(items, "origin", pc.if_else(was_new, schemas.CARRIED, items["origin"]))
+        limits = np.array([self.decisions[user].num_images for user in items["user_id"].to_pylist()], int)
+        return items.filter(pa.array(items["rank"].to_numpy() < limits))
 
-    def pooled_items(self, strangers: list[dict[str, Any]]) -> pa.Table:
-        """The pool's items under the names of some strangers, as many as each wants."""
-        schema = schemas.items(self.work.embed_dim)
-        pool = self.work.pool_items
-        if not strangers or pool is None:
-            return schema.empty_table()
-        counts = [min(row["num_images"], pool.num_rows) for row in strangers]
-        items = pool.take(pa.array(np.concatenate([np.arange(count) for count in counts])))
-        return set_column(
-            items, "user_id", pa.array(np.repeat([row["user_id"] for row in strangers], counts), pa.string())
-        )
+    def pooled_items(self, decisions: list[Decision]) -> pa.Table:
+        """Return the pool's items under the names of some cold-start users, as many as each wants."""
+        pool = self.work.pool
+        if not decisions or pool is None:
+            return schemas.items(self.context.embed_dim).empty_table()
+        counts = [min(decision.num_images, pool.items.num_rows) for decision in decisions]
+        items = pool.items.take(pa.array(np.concatenate([np.arange(count) for count in counts])))
+        users = np.repeat([decision.user_id for decision in decisions], counts)
+        return set_column(items, "user_id", pa.array(users, pa.string()))
 
-    def users_table(self, found: Together) -> pa.Table:
-        """What the next night compares: of users who are late last night's row, of those who never had items none."""
-        num_items, num_failed = tally(found.items["user_id"]), tally(found.errors["user_id"])
+    def users_table(self, bucket: BucketTables) -> pa.Table:
+        """Return the rows that the next night compares. A stale user keeps last night's row, or has none."""
+        num_items, num_failed = tally(bucket.items["user_id"]), tally(bucket.errors["user_id"])
         rows = []
-        for user, row in self.decided.items():
+        for user, decision in self.decisions.items():
             last = self.last.get(user)
-            if user in found.late:
-                wanted = (
-                    min(last["num_images"], row["num_images"]) if last else 0
-                )  # who wants more again is drawn
-                rows += (
-                    [{**last, "num_images": wanted, "num_items": num_items.get(user, 0), "late": True}]
-                    if last
-                    else []
-                )
+            if user in bucket.stale:
+                if last:
+                    # A user who wants more than before is planned again the next night.
+                    num_images = min(last.num_images, decision.num_images)
+                    rows.append(
+                        replace(last, num_images=num_images, num_items=num_items.get(user, 0), stale=True)
+                    )
                 continue
-            kept = last is not None and (row["decision"] == RESCORE or self.keeps(row, last))
-            made = (
-                {name: last[name] for name in ("planned_on", "planned_by", "prior")}
-                if kept and last
-                else self.made_tonight()
-            )
-            judged = {"prior": self.work.prior} if row["decision"] == RESCORE else {}
-            told = {
-                name: row[name]
-                for name in ("user_id", "num_images", "stranger", "history_digest", "generation", "made_with")
-            }
-            counted = {
-                "num_items": num_items.get(user, 0),
-                "num_failed": num_failed.get(user, 0),
-                "late": False,
-            }
-            rows.append({**told, **counted, **made, **judged})
-        return pa.Table.from_pylist(rows, schema=schemas.USERS).sort_by("user_id")
+            rows.append(self.published_user(decision, last, num_items.get(user, 0), num_failed.get(user, 0)))
+        return pa.Table.from_pylist([asdict(row) for row in rows], schema=schemas.USERS).sort_by("user_id")
 
-    def made_tonight(self) -> dict[str, Any]:
-        return {
-            "planned_on": date.fromisoformat(self.work.run.run_date),
-            "planned_by": self.work.run.run_id,
-            "prior": self.work.prior,
-        }
+    def published_user(
+        self, decision: Decision, last: PublishedUser | None, num_items: int, num_failed: int
+    ) -> PublishedUser:
+        """Return the row of a user who is not stale."""
+        rescored = decision.action is Action.RESCORE
+        kept = last is not None and (rescored or self.keeps_items(decision, last))
+        prior = self.context.versions["prior"]
+        return PublishedUser(
+            user_id=decision.user_id,
+            num_images=decision.num_images,
+            num_items=num_items,
+            num_failed=num_failed,
+            cold_start=decision.cold_start,
+            stale=False,
+            history_digest=decision.history_digest,
+            generation=decision.generation,
+            prior=last.prior if last and kept and not rescored else prior,
+            settings_digest=decision.settings_digest,
+            planned_on=last.planned_on if last and kept else self.context.date,
+            planned_by=last.planned_by if last and kept else self.context.run.run_id,
+        )
 
-    def count(self, found: Together) -> dict[str, int]:
-        """Every requested item as one of KINDS; the pool itself is requested by nobody."""
-        asked = found.items.filter(pc.not_equal(found.items["user_id"], POPULATION_USER))
-        origins = tally(asked["origin"])
-        num_items, num_failed = tally(asked["user_id"]), tally(found.errors["user_id"])
-        counts = {kind: origins.get(kind, 0) for kind in KINDS[:3]} | {
-            "failed": 0,
-            "filtered": 0,
-            "deferred": 0,
-        }
-        for user, row in self.decided.items():
-            missing = row["num_images"] - num_items.get(user, 0) if user != POPULATION_USER else 0
-            failed = min(
-                missing, self.work.pool_failed if row["decision"] == POOLED else num_failed.get(user, 0)
-            )
-            counts["failed"] += failed
-            late = user in found.late or (row["decision"] == POOLED and self.work.pool_late)
-            counts["deferred" if late else "filtered"] += missing - failed
-        return {**counts, "users": len(num_items), "late_users": len(found.late - {POPULATION_USER})}
+    def count(self, bucket: BucketTables) -> dict[str, int]:
+        """Count every requested item as one of OUTCOMES. Nobody requests the pool itself."""
+        items = bucket.items.filter(pc.not_equal(bucket.items["user_id"], POPULATION_USER))
+        origins = tally(items["origin"])
+        num_items, num_failed = tally(items["user_id"]), tally(bucket.errors["user_id"])
+        counts = {outcome: origins.get(outcome, 0) for outcome in OUTCOMES}
+        pool = self.work.pool
+        for user, decision in self.decisions.items():
+            if user == POPULATION_USER:
+                continue
+            pooled = decision.action is Action.POOL
+            missing = decision.num_images - num_items.get(user, 0)
+            failures = (pool.num_failed if pool else 0) if pooled else num_failed.get(user, 0)
+            failed = min(missing, failures)
+            stale = user in bucket.stale or (pooled and pool is not None and pool.stale)
+            counts[FAILED] += failed
+            counts[DEFERRED if stale else FILTERED] += missing - failed
+        return {**counts, "users": len(num_items), "stale_users": len(bucket.stale - {POPULATION_USER})}
 
     def live_rows(self, items: pa.Table) -> dict[int, int]:
-        """How many rows of each image file are pointed to; the pool's by the pool alone."""
-        pool = self.work.pool_items
-        if pool is not None and not (self.work.pool and self.work.pool["bucket"] == self.bucket):
-            items = items.filter(pc.invert(pc.is_in(place_of(items), value_set=place_of(pool))))
-        return tally((pc.unique(place_of(items)).to_numpy() >> 32).tolist())
+        """Return how many rows of each image file are in use. The pool's rows count in the pool's bucket alone."""
+        pool = self.work.pool
+        location = image_location(items)
+        if pool is not None and pool.decision.bucket != self.bucket:
+            shared = pc.is_in(location, value_set=image_location(pool.items))
+            location = location.filter(pc.invert(shared))
+        return tally((pc.unique(location).to_numpy() >> 32).tolist())
 
-    def write(self, name: str, table: pa.Table) -> dict[str, Any]:
-        path = self.work.run.table(name, self.bucket)
-        table = table.replace_schema_metadata(self.work.metadata)
-        embed_column = "image_embeds" if name == "items" else None
+    def write(self, name: str, table: pa.Table) -> FileRow:
+        path = self.context.run.table(name, self.bucket)
         written = write_table(
-            table, join(self.work.run.root, path), row_group_size=ITEM_ROW_GROUP, embed_column=embed_column
+            table.replace_schema_metadata(self.work.metadata),
+            join(self.context.run.root, path),
+            row_group_size=ITEM_ROW_GROUP,
+            embed_column="image_embeds" if name == "items" else None,
         )
         ends = pc.min_max(table["user_id"]).as_py()
-        told = {"min_user_id": ends["min"], "max_user_id": ends["max"], "live_rows": None}
-        return {"table": name, "bucket": self.bucket, "file": self.bucket, "path": path, **written, **told}
+        return {
+            "table": name,
+            "bucket": self.bucket,
+            "file": self.bucket,
+            "path": path,
+            "rows": written["rows"],
+            "bytes": written["bytes"],
+            "sha256": written["sha256"],
+            "min_user_id": ends["min"],
+            "max_user_id": ends["max"],
+            "live_rows": None,
+        }
 
 
 def is_among(table: pa.Table, users: set[str]) -> pa.Array:
     return pc.is_in(table["user_id"].combine_chunks(), value_set=pa.array(sorted(users), pa.string()))
-
-
-def place_of(items: pa.Table) -> pa.Array:
-    """Where each item's image is, as one number: file, then row."""
-    return pa.array((items["image_file"].to_numpy().astype(np.int64) << 32) + items["image_row"].to_numpy())
-
-
-def set_column(table: pa.Table, name: str, values: Any) -> pa.Table:
-    return table.set_column(
-        table.schema.get_field_index(name),
-        table.schema.field(name),
-        values.cast(table.schema.field(name).type),
-    )
-
-
-def close_gaps(items: pa.Table) -> pa.Table:
-    """Sorted items with ranks 0, 1, 2, … for every user."""
-    users = items["user_id"].to_numpy(zero_copy_only=False)
-    first = (
-        np.flatnonzero(np.concatenate([[True], users[1:] != users[:-1]])) if len(users) else np.array([], int)
-    )
-    rank = np.arange(len(users)) - np.repeat(first, np.diff([*first, len(users)]))
-    return set_column(items, "rank", pa.array(rank, pa.int16()))
-
-
-def quality_sums(items: pa.Table) -> dict[str, float]:
-    """Sums over a bucket's items, of which the quality gate makes means."""
-    asked = items.filter(pc.not_equal(items["user_id"], POPULATION_USER))
-    if asked.num_rows == 0:
-        return {}
-    embeds = asked["image_embeds"].combine_chunks().flatten().to_numpy().reshape(asked.num_rows, -1)
-    unit = embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
-    users = asked["user_id"].to_numpy(zero_copy_only=False)
-    starts = np.flatnonzero(np.concatenate([[True], users[1:] != users[:-1]]))
-    counts = np.diff([*starts, len(users)])
-    alike = np.square(np.add.reduceat(unit, starts, axis=0)).sum(
-        1
-    )  # of n unit vectors: n + the sum of their cosines
-    several = counts > 1
-    cosine = (alike[several] - counts[several]) / (counts[several] * (counts[several] - 1))
-    # Equal rows have equal products with any vector, and others hardly ever: much less work than comparing rows.
-    product = embeds @ np.random.default_rng(0).standard_normal(embeds.shape[1])
-    owner = np.repeat(np.arange(len(counts)), counts)
-    order = np.lexsort((product, owner))
-    same = int(((np.diff(product[order]) == 0) & (np.diff(owner[order]) == 0)).sum())
-    like = asked["like_probability"].drop_null()
-    return {
-        "items": float(asked.num_rows),
-        "duplicates": float(same),
-        "like": float(pc.sum(like).as_py() or 0.0),
-        "judged": float(len(like)),
-        "distance": float((1 - cosine).sum()),
-        "users_with_several": float(several.sum()),
-    }
-
-
-def changes_table(items: pa.Table, before: pa.Table | None) -> pa.Table:
-    """What differs from the snapshot before, user by user: items that came, that went, and that stayed but are told differently."""
-    now = items.select(COMPARED)
-    before = now.slice(0, 0) if before is None else before.select(COMPARED)
-    names, names_before = (
-        pc.binary_join_element_wise(part["user_id"], part["item_id"], "\x1f").combine_chunks()
-        for part in (now, before)
-    )
-    place = pc.index_in(names, value_set=names_before)
-    stayed, was = now.filter(pc.is_valid(place)), before.take(place.drop_null())
-    same = np.ones(stayed.num_rows, bool)
-    for name in COMPARED[2:]:
-        same &= stayed[name].fill_null(-1).to_numpy() == was[name].fill_null(-1).to_numpy()
-    parts = {
-        "added": now.filter(pc.is_null(place)),
-        "removed": before.filter(pc.invert(pc.is_in(names_before, value_set=names))),
-        "updated": stayed.filter(pa.array(~same)),
-    }
-    tables = [
-        pa.table([part["item_id"], part["user_id"], pa.repeat(change, part.num_rows)], schema=schemas.CHANGES)
-        for change, part in parts.items()
-    ]
-    return pa.concat_tables(tables).sort_by([("user_id", "ascending"), ("item_id", "ascending")])

@@ -1,15 +1,14 @@
-"""Refreshing: of every requested user it is decided, before anything is sampled, who is drawn anew and who keeps last night's items.
+"""Decide, before anything is sampled, which requested users get new items and which keep those of last night.
 
 request, bucket by bucket + histories + last night's `users` -> work/…/decisions
 
-Shapes: G users to be drawn.
+Shapes: G users to plan.
 """
 
 import datetime
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,291 +16,273 @@ import pyarrow as pa
 from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import POPULATION_USER, Run
 from rebeca_ray.catalog.read import Snapshot
-from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import RefreshSettings
 from rebeca_ray.data.histories import Histories
+from rebeca_ray.generation.context import RunContext
+from rebeca_ray.generation.decisions import (
+    Action,
+    Decision,
+    Decisions,
+    PublishedUser,
+    RenderKey,
+    decisions_table,
+    published_users,
+)
 from rebeca_ray.identity import bucket_of, hash128
-from rebeca_ray.prior.checkpoint import TrainedPrior
 from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import read_table, write_table
 
-PLAN, CARRY, RESCORE, POOLED = "plan", "carry", "rescore", "pool"
 ROWS_PER_GROUP = 20_000
-Key = tuple[float, int, int]  # the smaller, the earlier drawn
+Known = dict[str, tuple[str, int]]  # user -> digest and length of their history
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tonight:
-    """What every decision of a run goes by."""
+class Request:
+    """One row of the request, with the defaults filled in."""
 
-    date: datetime.date
-    prior: str
-    can_rescore: bool
-    made_with: str
-    refresh: RefreshSettings
+    user_id: str
     num_images: int
-    num_buckets: int
+    prompt: str
+    negative_prompt: str
+    priority: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decisions:
-    """All of them, counted; they themselves lie in the run's work folder, a file a bucket."""
+class BucketDecisions:
+    """What must be known of a bucket to cut the work of all buckets into shards."""
 
-    pool: dict[str, Any] | None  # the row of the strangers' pool, if there are any
-    by_urgency: (
-        bool  # units follow priority, since time may run out; else the buckets, so that files are full
-    )
-    boundaries: list[Key]  # the first key of each unit but the first
-    planned_users: int
-    planned_items: int  # images to render, were all of them drawn
-    units: int
-
-    def unit_of(self, row: dict[str, Any]) -> int:
-        key = draw_key(row, self.by_urgency)
-        return sum(key >= boundary for boundary in self.boundaries)
+    planned: np.ndarray  # [G, 4], see `keys_and_sizes`
+    pool_size: int  # images that the most demanding cold-start user wants
 
 
 def decide_all(
-    config: GenerateConfig,
-    run: Run,
-    prior: TrainedPrior,
-    histories: Histories | None,
-    previous: Snapshot | None,
-    decoder: str,
-    moved: Callable[[], None],
+    context: RunContext, histories: Histories | None, on_progress: Callable[[], None]
 ) -> Decisions:
-    """Decide for every requested user; a resumed run reads what was decided."""
-    marker = join(run.work, "decisions.json")
-    if told := read_json(marker):
-        return Decisions(**{**told, "boundaries": [tuple(key) for key in told["boundaries"]]})
-    settings = config.sampler.model_dump_json(
-        exclude={"batch_size", "num_actors", "cpus_per_actor", "device"}
-    )
-    tonight = Tonight(
-        date=datetime.date.fromisoformat(run.run_date),
-        prior=prior.fingerprint,
-        can_rescore=prior.selector is not None,
-        made_with=hash128(settings, config.selection.model_dump_json(), decoder),
-        refresh=config.refresh,
-        num_images=config.num_images,
-        num_buckets=config.layout.num_buckets,
-    )
-    encoder = prior.settings.user_encoder
-    by_urgency = config.limits.publish_by is not None or config.limits.max_gpu_hours is not None
-    split_request(config, run)
+    """Decide on every requested user. A resumed run reads its earlier decisions."""
+    marker = join(context.run.work, "decisions.json")
+    if values := read_json(marker):
+        return Decisions.from_dict(values)
+    limits = context.config.limits
+    by_urgency = limits.publish_by is not None or limits.max_gpu_hours is not None
+    split_request(context)
 
-    def decide_bucket(bucket: int) -> dict[str, Any]:
-        known = known_users(config.prior, encoder, histories, bucket, tonight.num_buckets)
-        return Users(run, tonight, bucket, known, histories, previous).decide(by_urgency)
+    def decide(bucket: int) -> BucketDecisions:
+        return decide_bucket(context, histories, bucket, by_urgency)
 
-    found = for_each_bucket(decide_bucket, range(tonight.num_buckets), moved)
-    pool = decide_pool(run, tonight, previous, most=max(part["most_of_strangers"] for part in found))
-    planned = [part["planned"] for part in found]
-    if pool and pool["decision"] != CARRY:
-        write_decisions(
-            [pool], run.decisions(tonight.num_buckets, "to-plan")
-        )  # a file beside those of the buckets
-    if pool and pool["decision"] == PLAN:
+    buckets = range(context.num_buckets)
+    parts = for_each_bucket(decide, buckets, on_progress, in_process=context.in_process)
+    pool = decide_pool(context, pool_size=max(part.pool_size for part in parts))
+    planned = [part.planned for part in parts]
+    if pool and pool.action is not Action.CARRY:
+        # One more file beside those of the buckets.
+        write_decisions([pool], context.run.decisions(context.num_buckets, "to-plan"))
+    if pool and pool.action is Action.PLAN:
         planned.append(keys_and_sizes([pool], by_urgency))
     planned_G4 = np.concatenate(planned)
-    boundaries = cut(planned_G4, config.layout.items_per_unit)
+    boundaries = cut(planned_G4, context.config.layout.items_per_shard)
     decisions = Decisions(
         pool=pool,
         by_urgency=by_urgency,
         boundaries=boundaries,
         planned_users=len(planned_G4),
         planned_items=int(planned_G4[:, 3].sum()),
-        units=len(boundaries) + 1 if len(planned_G4) else 0,
+        shards=len(boundaries) + 1 if len(planned_G4) else 0,
     )
     write_json(asdict(decisions), marker)
     return decisions
 
 
-def cut(planned_G4: np.ndarray, items_per_unit: int) -> list[Key]:
-    """The first key of every unit but the first, so that each has about `items_per_unit` items."""
+def cut(planned_G4: np.ndarray, items_per_shard: int) -> list[RenderKey]:
+    """Return the first key of every shard but the first, so that each has about `items_per_shard` items."""
     ordered_G4 = planned_G4[np.lexsort((planned_G4[:, 2], planned_G4[:, 1], planned_G4[:, 0]))]
-    unit_G = (np.cumsum(ordered_G4[:, 3]) - 1) // items_per_unit
-    return [(float(key[0]), int(key[1]), int(key[2])) for key in ordered_G4[1:][np.diff(unit_G) > 0]]
+    shard_G = (np.cumsum(ordered_G4[:, 3]) - 1) // items_per_shard
+    return [(float(key[0]), int(key[1]), int(key[2])) for key in ordered_G4[1:][np.diff(shard_G) > 0]]
 
 
-def keys_and_sizes(rows: list[dict[str, Any]], by_urgency: bool) -> np.ndarray:
-    """[G, 4] of some users: the three parts of their key, and how many images they get. (Doubles hold 48 bits of a hash.)"""
-    return np.array([(*draw_key(row, by_urgency), row["num_images"]) for row in rows], np.float64).reshape(
-        -1, 4
-    )
+def keys_and_sizes(decisions: list[Decision], by_urgency: bool) -> np.ndarray:
+    """Return [G, 4]: the three parts of each user's render key, and their images. (Doubles hold 48 bits of a hash.)"""
+    rows = [(*decision.render_key(by_urgency), decision.num_images) for decision in decisions]
+    return np.array(rows, np.float64).reshape(-1, 4)
 
 
-def draw_key(row: dict[str, Any], by_urgency: bool) -> Key:
-    """By priority, then by activity, or by bucket; a hash decides between equals, so that the order is total."""
-    first, second = (-row["priority"], -row["activity"]) if by_urgency else (float(row["bucket"]), 0)
-    return first, second, int(hash128("order", row["user_id"])[:12], 16)
-
-
-def split_request(config: GenerateConfig, run: Run) -> None:
-    """Write the request below the run's work folder, one file a bucket."""
-    table = read_table(config.request, "request")
+def split_request(context: RunContext) -> None:
+    """Write the request below the run's work folder, one file per bucket."""
+    num_buckets = context.num_buckets
+    table = read_table(context.config.request, "request")
     table = table.select([name for name in schemas.REQUEST.names if name in table.column_names])
-    bucket = np.array(
-        [
-            bucket_of(user, config.layout.num_buckets)
-            for user in table["user_id"].cast(pa.string()).to_pylist()
-        ]
-    )
+    users = table["user_id"].cast(pa.string()).to_pylist()
+    bucket = np.array([bucket_of(user, num_buckets) for user in users])
     order = np.argsort(bucket, kind="stable")
-    table, ends = table.take(order), np.searchsorted(bucket[order], np.arange(config.layout.num_buckets + 1))
+    table, ends = table.take(order), np.searchsorted(bucket[order], np.arange(num_buckets + 1))
     for number, (start, stop) in enumerate(pairwise(ends.tolist())):
-        write_table(
-            table.slice(start, stop - start), request_file(run, number), row_group_size=ROWS_PER_GROUP
-        )
+        rows = table.slice(start, stop - start)
+        write_table(rows, request_file(context.run, number), row_group_size=ROWS_PER_GROUP)
 
 
 def request_file(run: Run, bucket: int) -> str:
     return join(run.work, "request", f"bucket-{bucket:05d}.parquet")
 
 
-def known_users(
-    prior: str, encoder: str, histories: Histories | None, bucket: int, num_buckets: int
-) -> dict[str, tuple[str, int]]:
-    """Digest and activity of the users of a bucket whom the prior knows: by its table, by their histories, or none at all."""
-    if encoder == "none":
+def read_requests(context: RunContext, bucket: int) -> list[Request]:
+    """Return the requests of one bucket."""
+    rows = read_table(request_file(context.run, bucket), "request").to_pylist()
+    return [
+        Request(
+            user_id=row["user_id"],
+            num_images=row.get("num_images") or context.config.num_images,
+            prompt=row.get("prompt") or "",
+            negative_prompt=row.get("negative_prompt") or "",
+            priority=float(np.float32(row.get("priority") or 0.0)),  # as it is read back
+        )
+        for row in rows
+    ]
+
+
+def known_users(context: RunContext, histories: Histories | None, bucket: int) -> Known:
+    """Return digest and activity of the users of a bucket whom the prior knows.
+
+    An `id` prior knows them by its table, a `history` prior by their histories. A prior without users knows nobody.
+    """
+    if context.models.user_encoder == "none":
         return {}
-    parts = [f"{prior.rstrip('/')}/users.parquet"]
-    if encoder == "history":
+    files = [f"{context.config.prior.rstrip('/')}/users.parquet"]
+    if context.models.user_encoder == "history":
         assert histories is not None
-        parts = [
-            histories.file(number) for number in range(bucket, len(histories.users_of_bucket), num_buckets)
-        ]
-    known: dict[str, tuple[str, int]] = {}
-    for part in parts:
-        table = read_table(part, "users", ["user_id", "history_digest", "num_likes"])
+        numbers = range(bucket, len(histories.users_of_bucket), context.num_buckets)
+        files = [histories.file(number) for number in numbers]
+    known: Known = {}
+    for file in files:
+        table = read_table(file, "users", ["user_id", "history_digest", "num_likes"])
         rows = zip(*(column.to_pylist() for column in table), strict=True)
-        known |= {
-            user: (digest, likes) for user, digest, likes in rows if bucket_of(user, num_buckets) == bucket
-        }
+        inside = (
+            (user, digest, likes)
+            for user, digest, likes in rows
+            if bucket_of(user, context.num_buckets) == bucket
+        )
+        known |= {user: (digest, likes) for user, digest, likes in inside}
     return known
 
 
-class Users:
-    """The users of one bucket, met and decided upon."""
-
-    def __init__(
-        self,
-        run: Run,
-        tonight: Tonight,
-        bucket: int,
-        known: dict[str, tuple[str, int]],
-        histories: Histories | None,
-        previous: Snapshot | None,
-    ) -> None:
-        self.run, self.tonight, self.bucket, self.histories, self.known = (
-            run,
-            tonight,
-            bucket,
-            histories,
-            known,
-        )
-        self.last = last_users(previous, bucket, tonight.num_buckets)
-
-    def decide(self, by_urgency: bool) -> dict[str, Any]:
-        """Write the bucket's decisions; returns what must be known of all buckets together."""
-        asked = read_table(request_file(self.run, self.bucket), "request").to_pylist()
-        rows = [self.row(want) for want in asked]
-        rows.sort(key=lambda row: (row["histories_bucket"], row["user_id"]))
-        write_decisions(rows, self.run.decisions(self.bucket))
-        drawn = [row for row in rows if row["decision"] in (PLAN, RESCORE)]
-        if drawn:
-            write_decisions(drawn, self.run.decisions(self.bucket, "to-plan"))
-        planned = [row for row in drawn if row["decision"] == PLAN]
-        return {
-            "planned": keys_and_sizes(planned, by_urgency),
-            "most_of_strangers": max(
-                (row["num_images"] for row in rows if row["decision"] == POOLED), default=0
-            ),
-        }
-
-    def row(self, want: dict[str, Any]) -> dict[str, Any]:
-        """The decision of one requested user."""
-        user = want["user_id"]
-        prompt, negative_prompt = want.get("prompt") or "", want.get("negative_prompt") or ""
-        digest, activity = self.known.get(user, ("", 0))
-        row = {
-            "user_id": user,
-            "num_images": want.get("num_images") or self.tonight.num_images,
-            "prompt": prompt,
-            "negative_prompt": negative_prompt,
-            "bucket": self.bucket,
-            "histories_bucket": self.histories.bucket_of(user) if self.histories else 0,
-            "stranger": user not in self.known,
-            "history_digest": digest,
-            "made_with": hash128(self.tonight.made_with, prompt, negative_prompt),
-            "priority": float(np.float32(want.get("priority") or 0.0)),  # as it is read back
-            "activity": activity,
-        }
-        if row["stranger"] and not (prompt or negative_prompt):
-            return {**row, "decision": POOLED, "generation": 0}
-        decision, generation = decide(row, self.last.get(user), self.tonight)
-        return {**row, "decision": decision, "generation": generation}
+def decide_bucket(
+    context: RunContext, histories: Histories | None, bucket: int, by_urgency: bool
+) -> BucketDecisions:
+    """Decide on the users of one bucket, and write the decisions."""
+    known = known_users(context, histories, bucket)
+    last = last_users(context.previous, bucket, context.num_buckets)
+    decisions = [
+        decide_user(context, request, known, last.get(request.user_id), bucket, histories)
+        for request in read_requests(context, bucket)
+    ]
+    decisions.sort(key=lambda decision: (decision.histories_bucket, decision.user_id))
+    write_decisions(decisions, context.run.decisions(bucket))
+    to_plan = [decision for decision in decisions if decision.action in (Action.PLAN, Action.RESCORE)]
+    if to_plan:
+        write_decisions(to_plan, context.run.decisions(bucket, "to-plan"))
+    planned = [decision for decision in to_plan if decision.action is Action.PLAN]
+    pool_sizes = [decision.num_images for decision in decisions if decision.action is Action.POOL]
+    return BucketDecisions(planned=keys_and_sizes(planned, by_urgency), pool_size=max(pool_sizes, default=0))
 
 
-def decide(row: dict[str, Any], last: dict[str, Any] | None, tonight: Tonight) -> tuple[str, int]:
-    """What becomes of one user, and the generation of their items. `last` is their row of last night's `users`."""
+def decide_user(
+    context: RunContext,
+    request: Request,
+    known: Known,
+    last: PublishedUser | None,
+    bucket: int,
+    histories: Histories | None,
+) -> Decision:
+    """Return the decision on one requested user. `last` is their row of last night's `users`."""
+    digest, activity = known.get(request.user_id, ("", 0))
+    cold_start = request.user_id not in known
+    decision = Decision(
+        user_id=request.user_id,
+        action=Action.POOL,
+        num_images=request.num_images,
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        bucket=bucket,
+        histories_bucket=histories.bucket_of(request.user_id) if histories else 0,
+        cold_start=cold_start,
+        history_digest=digest,
+        generation=0,
+        settings_digest=hash128(context.settings_digest, request.prompt, request.negative_prompt),
+        priority=request.priority,
+        activity=activity,
+    )
+    if cold_start and not (request.prompt or request.negative_prompt):
+        return decision
+    return with_action(decision, last, context)
+
+
+def with_action(decision: Decision, last: PublishedUser | None, context: RunContext) -> Decision:
+    """Return the decision with its action and generation. `last` is the user's row of last night."""
+    action, generation = decide_action(decision, last, context)
+    return replace(decision, action=action, generation=generation)
+
+
+def decide_action(decision: Decision, last: PublishedUser | None, context: RunContext) -> tuple[Action, int]:
+    """Return the action for a user, and the generation of their items."""
+    refresh = context.config.refresh
     if last is None:
-        return PLAN, 0
-    if turn(row["user_id"], tonight.date, tonight.refresh.rotation) != turn(
-        row["user_id"], last["planned_on"], tonight.refresh.rotation
-    ):
-        return PLAN, last["generation"] + 1
-    same = all(row[name] == last[name] for name in ("num_images", "stranger", "history_digest", "made_with"))
-    if last["num_items"] == 0:
-        return PLAN, last["generation"] + 1  # nothing of theirs was fit to be shown
-    if not same or last["num_failed"]:
-        return PLAN, last["generation"]
-    if last["prior"] != tonight.prior and tonight.refresh.on_new_prior == "replace":
-        return PLAN, last["generation"]
-    if last["prior"] != tonight.prior and tonight.refresh.on_new_prior == "rescore" and tonight.can_rescore:
-        return RESCORE, last["generation"]
-    return CARRY, last["generation"]
+        return Action.PLAN, 0
+    if turn(decision.user_id, context.date, refresh) != turn(decision.user_id, last.planned_on, refresh):
+        return Action.PLAN, last.generation + 1
+    if last.num_items == 0:  # none was fit to be shown
+        return Action.PLAN, last.generation + 1
+    inputs = ("num_images", "cold_start", "history_digest", "settings_digest")
+    if last.num_failed or any(getattr(decision, name) != getattr(last, name) for name in inputs):
+        return Action.PLAN, last.generation
+    if last.prior == context.versions["prior"] or refresh.on_new_prior == "keep":
+        return Action.CARRY, last.generation
+    if refresh.on_new_prior == "replace":
+        return Action.PLAN, last.generation
+    return (Action.RESCORE if context.models.can_rescore else Action.CARRY), last.generation
 
 
-def turn(user_id: str, date: datetime.date, rotation: float) -> int:
-    """Changes on one night in `1 / rotation`, not the same for all; a night without a run only puts it off."""
-    if rotation == 0:
+def turn(user_id: str, date: datetime.date, refresh: RefreshSettings) -> int:
+    """Return a number that changes on one night in `1 / rotation`, spread over the users.
+
+    A night without a run only delays the change.
+    """
+    if refresh.rotation == 0:
         return 0
-    period = round(1 / rotation)
+    period = round(1 / refresh.rotation)
     return (date.toordinal() + int(hash128("turn", user_id)[:12], 16)) // period
 
 
-def decide_pool(run: Run, tonight: Tonight, previous: Snapshot | None, *, most: int) -> dict[str, Any] | None:
-    """The row of the pool that strangers without prompts share: as many images as the most that one of them wants; None without any."""
-    if most == 0:
+def decide_pool(context: RunContext, *, pool_size: int) -> Decision | None:
+    """Return the decision on the population pool; None without a cold-start user who needs it.
+
+    The pool never shrinks: it keeps last night's size where tonight's is smaller.
+    """
+    if pool_size == 0:
         return None
-    bucket = bucket_of(POPULATION_USER, tonight.num_buckets)
-    last = last_users(previous, bucket, tonight.num_buckets).get(POPULATION_USER)
-    row = {
-        "user_id": POPULATION_USER,
-        "num_images": max(most, last["num_images"] if last else 0),
-        "prompt": "",
-        "negative_prompt": "",
-        "bucket": bucket,
-        "histories_bucket": 0,
-        "stranger": True,
-        "history_digest": "",
-        "made_with": hash128(tonight.made_with, "", ""),
-        "priority": float(np.finfo(np.float32).max),  # many wait for it
-        "activity": 0,
-    }
-    decision, generation = decide(row, last, tonight)
-    return {**row, "decision": decision, "generation": generation}
+    bucket = bucket_of(POPULATION_USER, context.num_buckets)
+    last = last_users(context.previous, bucket, context.num_buckets).get(POPULATION_USER)
+    decision = Decision(
+        user_id=POPULATION_USER,
+        action=Action.PLAN,
+        num_images=max(pool_size, last.num_images if last else 0),
+        prompt="",
+        negative_prompt="",
+        bucket=bucket,
+        histories_bucket=0,
+        cold_start=True,
+        history_digest="",
+        generation=0,
+        settings_digest=hash128(context.settings_digest, "", ""),
+        priority=float(np.finfo(np.float32).max),  # many users wait for it
+        activity=0,
+    )
+    return with_action(decision, last, context)
 
 
-def last_users(previous: Snapshot | None, bucket: int, num_buckets: int) -> dict[str, dict[str, Any]]:
-    """Last night's `users` of a bucket."""
-    if previous is None:
-        return {}
-    return {row["user_id"]: row for row in previous.bucket("users", bucket, num_buckets).to_pylist()}
+def last_users(previous: Snapshot | None, bucket: int, num_buckets: int) -> dict[str, PublishedUser]:
+    """Return last night's `users` of a bucket."""
+    return published_users(previous.bucket("users", bucket, num_buckets)) if previous else {}
 
 
-def write_decisions(rows: list[dict[str, Any]], uri: str) -> None:
-    write_table(pa.Table.from_pylist(rows, schema=schemas.DECISIONS), uri, row_group_size=ROWS_PER_GROUP)
+def write_decisions(decisions: list[Decision], uri: str) -> None:
+    write_table(decisions_table(decisions), uri, row_group_size=ROWS_PER_GROUP)

@@ -3,19 +3,19 @@
 Shapes: U users, N drawn candidates of theirs, F factors of the selector.
 """
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rebeca_ray.catalog.layout import Run
+from rebeca_ray.catalog.manifest import Manifest
 from rebeca_ray.config.sections import GateSettings
 from rebeca_ray.evaluation.permutation import PermutationTest, permutation_test
 from rebeca_ray.storage.filesystem import list_files, open_filesystem
 
 MAX_FILES, MAX_USERS, MAX_ITEMS_PER_USER = 20, 2000, 10  # a sample of the plan is enough
+NO_BOUNDS = {"max_p_value", "max_drop", "max_rise", "min_sample"}  # they bound no figure of a snapshot
 MIN_USERS = 20  # fewer tell too little to stop a run
 
 
@@ -41,60 +41,57 @@ def check_plan(run: Run, gate: GateSettings) -> tuple[PermutationTest | None, st
     )
 
 
-def refusals(manifest: dict[str, Any], before: dict[str, Any] | None, gate: GateSettings) -> list[str]:
-    """Why a snapshot must not be published, each with the figure and how far it is off: by itself, and against the one before.
+def refusals(manifest: Manifest, before: Manifest | None, gate: GateSettings) -> list[str]:
+    """Return the reasons against publishing a snapshot, by itself and against the one before; none if it is good.
 
-    The qualities of fewer than `gate.min_sample` items are told, and stop nothing.
+    Each reason tells the figure and its distance from the bound. Figures of fewer than `gate.min_sample` items refuse nothing.
     """
     now, last = judged(manifest, gate), judged(before, gate) if before else {}
-    lowest = {
-        "users": gate.min_users,
-        "items": gate.min_items,
-        "effect": gate.min_effect,
-        "like_probability": gate.min_like_probability,
-        "diversity": gate.min_diversity,
-    }
-    highest = {"failed": gate.max_failed, "filtered": gate.max_filtered, "duplicates": gate.max_duplicates}
-    found = []
-    for name, bound in lowest.items():
+    reasons = []
+    for name, bound in bounds(gate, "min_").items():
         value, former = now[name], last.get(name)
         if value is None:
             continue
         if bound is not None and value < bound:
-            found.append(f"{name} is {value:g}, {bound - value:.4g} below gate.min_{name} {bound:g}")
+            reasons.append(f"{name} is {value:g}, {bound - value:.4g} below gate.min_{name} {bound:g}")
         if former and gate.max_drop is not None and value < (1 - gate.max_drop) * former:
             drop = 1 - value / former
-            found.append(
-                f"{name} is {value:g}, {drop:.1%} below the last snapshot's {former:g} (gate.max_drop is {gate.max_drop:.1%})"
+            reasons.append(
+                f"{name} is {value:g}, {drop:.1%} below the last snapshot's {former:g} "
+                f"(gate.max_drop is {gate.max_drop:.1%})"
             )
-    for name, bound in highest.items():
+    for name, bound in bounds(gate, "max_").items():
         value, former = now[name], last.get(name)
         if value is None:
             continue
         if bound is not None and value > bound:
-            found.append(f"{name} is {value:.2%}, {value - bound:.2%} above gate.max_{name} {bound:.2%}")
+            reasons.append(f"{name} is {value:.2%}, {value - bound:.2%} above gate.max_{name} {bound:.2%}")
         if former is not None and gate.max_rise is not None and value > former + gate.max_rise:
-            rise = value - former
-            found.append(
-                f"{name} is {value:.2%}, {rise:.2%} above the last snapshot's {former:.2%} (gate.max_rise is {gate.max_rise:.2%})"
+            reasons.append(
+                f"{name} is {value:.2%}, {value - former:.2%} above the last snapshot's {former:.2%} "
+                f"(gate.max_rise is {gate.max_rise:.2%})"
             )
-    return found
+    return reasons
 
 
-def judged(manifest: dict[str, Any], gate: GateSettings) -> dict[str, float | None]:
-    """The figures of a snapshot that the gate looks at; None for what is not known, or of too few."""
-    counts, figures, permutation = manifest["counts"], manifest["figures"], manifest["quality"]["permutation"]
-    enough = (figures["judged_items"] or 0) >= gate.min_sample
-    effect = permutation["effect"] if permutation and permutation["users"] >= MIN_USERS else None
+def bounds(gate: GateSettings, prefix: str) -> dict[str, float | None]:
+    """Return the lower or upper bounds of a config, by the figure they bound."""
+    names = [name for name in GateSettings.model_fields if name.startswith(prefix) and name not in NO_BOUNDS]
+    return {name.removeprefix(prefix): getattr(gate, name) for name in names}
+
+
+def judged(manifest: Manifest, gate: GateSettings) -> dict[str, float | None]:
+    """Return the figures that the gate bounds; None for one that is unknown, or of too few items."""
+    counts, figures, permutation = manifest.counts, manifest.figures, manifest.quality.permutation
+    enough = figures.judged_items >= gate.min_sample
+    means = figures.model_dump(exclude={"failed", "filtered", "judged_items"})
     return {
-        "users": counts["users"],
-        "items": counts["new"] + counts["carried"] + counts["population"],
-        "effect": effect,
-        "like_probability": figures["like_probability"] if enough else None,
-        "diversity": figures["diversity"] if enough else None,
-        "failed": figures["failed"],
-        "filtered": figures["filtered"] if counts["requested"] >= gate.min_sample else None,
-        "duplicates": figures["duplicates"] if enough else None,
+        "users": counts.users,
+        "items": counts.published,
+        "effect": permutation.effect if permutation and permutation.users >= MIN_USERS else None,
+        "failed": figures.failed,
+        "filtered": figures.filtered if counts.requested >= gate.min_sample else None,
+        **{name: value if enough else None for name, value in means.items()},
     }
 
 

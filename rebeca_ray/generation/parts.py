@@ -1,10 +1,10 @@
-"""Files written from inside a Ray Data graph: each under a name its content decides, each with a record written after it.
+"""Files written from inside a graph, each under a name that its content decides, each with a record written after it.
 
-A file without a record does not exist for anybody: it is what a killed attempt left. A task that Ray tries again writes over its
-own file.
+A file without a record does not exist: a killed attempt left it. A task that Ray retries writes over its own file.
 """
 
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,76 +16,88 @@ from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.parquet import write_table
 
-WRITER_CPUS = 0.5  # writing waits for storage
-BUSY = "busy_seconds"  # the column in which actors tell what a row took them; never written
+BUSY = "busy_seconds"  # the column in which actors report the time per row; never written
 
 
+@dataclass(frozen=True, kw_only=True)
+class PartRecord:
+    """The record of one file: its rows, its checksum, and the actors' time for it."""
+
+    bucket: int
+    shard: int
+    attempt: int
+    path: str  # below the root that the writer was given
+    rows: int
+    bytes: int
+    sha256: str
+    failed: int  # rows with an error
+    busy_seconds: float
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "PartRecord":
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
 class WriteParts:
-    """Ray Data stage: rows in; a file for each combination of the `by` columns in a batch; a row of records out for each file.
+    """Stage: rows in; one file per combination of the `by` columns in a batch; one row per file out, its `PartRecord`.
 
-    Records tell `path` (below `root`), `rows`, `bytes`, `sha256`, `failed` (rows with an `error`), `busy_seconds`, the values of the
-    `by` columns, and `note`'s. With a folder for `records` they are also written there, and the `by` columns are in them alone.
+    With a folder for `records`, each record is also written there, and the files do not repeat the `by` columns. `shard` is that of all
+    rows, unless it is among the `by` columns.
     """
 
-    def __init__(
-        self,
-        root: str,
-        folder: str,
-        *,
-        by: list[str],
-        epoch: int,
-        row_group_size: int,
-        records: str | None = None,
-        metadata: dict[bytes, bytes] | None = None,
-        note: dict[str, int],
-    ) -> None:
-        self.root, self.folder, self.by, self.epoch, self.row_group_size = (
-            root,
-            folder,
-            by,
-            epoch,
-            row_group_size,
-        )
-        self.records, self.metadata, self.note = records, metadata, note
+    root: str
+    folder: str  # below the root
+    by: tuple[str, ...]
+    fencing_token: int
+    row_group_size: int
+    records: str | None = None
+    metadata: dict[bytes, bytes] | None = None
+    shard: int = 0
+    attempt: int = 0
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = [self.write(batch.filter(mask), values) for values, mask in self.groups(batch)]
-        return pa.Table.from_pylist(rows) if rows else pa.table({"path": pa.array([], pa.string())})
+        records = [self.write(batch.filter(mask), values) for values, mask in self.groups(batch)]
+        empty = pa.table({"path": pa.array([], pa.string())})
+        return pa.Table.from_pylist([asdict(record) for record in records]) if records else empty
 
-    def groups(self, batch: pa.Table) -> Iterator[tuple[dict[str, Any], pa.Array]]:
-        for values in batch.select(self.by).group_by(self.by).aggregate([]).to_pylist():
+    def groups(self, batch: pa.Table) -> Iterator[tuple[dict[str, int], pa.Array]]:
+        names = list(self.by)
+        for values in batch.select(names).group_by(names).aggregate([]).to_pylist():
             masks = [pc.equal(batch[name], value).combine_chunks() for name, value in values.items()]
             yield values, masks[0] if len(masks) == 1 else pc.and_(*masks)
 
-    def write(self, table: pa.Table, values: dict[str, Any]) -> dict[str, Any]:
-        name = f"part-{self.epoch:06d}-{hash128(*table['item_id'].to_pylist())[:16]}"
-        path = "/".join(
-            [self.folder, *(f"{column}={value}" for column, value in values.items()), f"{name}.parquet"]
-        )
+    def write(self, table: pa.Table, values: dict[str, int]) -> PartRecord:
+        """Write one file, then its record."""
+        name = f"part-{self.fencing_token:06d}-{hash128(*table['item_id'].to_pylist())[:16]}"
+        folders = [f"{column}={value}" for column, value in values.items()]
+        path = "/".join([self.folder, *folders, f"{name}.parquet"])
         busy = float(np.sum(table[BUSY].to_numpy()))
-        table = table.select(
-            [
-                name
-                for name in table.column_names
-                if name != BUSY and (self.records is None or name not in self.by)
-            ]
-        )
-        table = table.replace_schema_metadata(self.metadata)
-        embeds = "image_embeds" if "image_embeds" in table.column_names else None
+        dropped = {BUSY, *(self.by if self.records else ())}
+        table = table.select([column for column in table.column_names if column not in dropped])
         written = write_table(
-            table, join(self.root, path), row_group_size=self.row_group_size, embed_column=embeds
+            table.replace_schema_metadata(self.metadata),
+            join(self.root, path),
+            row_group_size=self.row_group_size,
+            embed_column="image_embeds" if "image_embeds" in table.column_names else None,
         )
         failed = pc.sum(pc.is_valid(table["error"])).as_py() if "error" in table.column_names else 0
-        record = {**values, **self.note, "path": path, **written, "failed": failed or 0, BUSY: round(busy, 3)}
+        record = PartRecord(
+            bucket=values["bucket"],
+            shard=values.get("shard", self.shard),
+            attempt=self.attempt,
+            path=path,
+            **written,
+            failed=failed or 0,
+            busy_seconds=round(busy, 3),
+        )
         if self.records:
-            write_json(
-                record, join(self.records, f"{'-'.join(str(value) for value in values.values())}-{name}.json")
-            )
+            key = "-".join(str(value) for value in values.values())
+            write_json(asdict(record), join(self.records, f"{key}-{name}.json"))
         return record
 
 
 def with_busy_seconds(table: pa.Table, seconds: float) -> pa.Table:
-    """The rows of one call of an actor, with what each took."""
-    return table.append_column(
-        BUSY, pa.array(np.full(table.num_rows, seconds / max(1, table.num_rows), np.float32))
-    )
+    """Return the rows of one call of an actor with the seconds per row."""
+    per_row = np.full(table.num_rows, seconds / max(1, table.num_rows), np.float32)
+    return table.append_column(BUSY, pa.array(per_row))

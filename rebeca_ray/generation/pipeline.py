@@ -1,40 +1,56 @@
-"""The main job: decide, plan, test the plan, render, assemble, judge, publish. Nothing is visible to a reader before the last step."""
+"""The main job: decide, plan, test the plan, render, assemble, judge, publish. No reader sees anything before the last step."""
 
 import datetime
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from typing import Any
+from dataclasses import dataclass
 
-import rebeca_ray
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.lease import Lease, hold_lease
+from rebeca_ray.catalog.manifest import (
+    GateOutcome,
+    Manifest,
+    Measured,
+    PermutationFigures,
+    Quality,
+    StageFigures,
+)
 from rebeca_ray.catalog.pointer import Pointer, read_pointer
 from rebeca_ray.catalog.read import Snapshot, published
 from rebeca_ray.catalog.runs import unfinished_runs
 from rebeca_ray.config.jobs import GenerateConfig, Resume
-from rebeca_ray.decoder.files import DecoderIdentity, identify_decoder
+from rebeca_ray.decoder.build import check_decoder
+from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.errors import InputError, QualityGateError, ResumableError, StorageError
-from rebeca_ray.generation.assemble import MadeOf, assemble
+from rebeca_ray.evaluation.permutation import PermutationTest
+from rebeca_ray.generation.assemble import Assembled, assemble
+from rebeca_ray.generation.context import RunContext, identify_models
+from rebeca_ray.generation.cost import actual_cost, forecast
 from rebeca_ray.generation.decide import decide_all
-from rebeca_ray.generation.estimate import foresee, spent
+from rebeca_ray.generation.decisions import Decisions
 from rebeca_ray.generation.gate import check_plan, refusals
 from rebeca_ray.generation.plan import plan_items, request_histories
 from rebeca_ray.generation.progress import Progress, watchdog
-from rebeca_ray.generation.render import check_renderer, render_all, seconds_so_far
+from rebeca_ray.generation.render import busy_seconds, check_renderer, render_all
 from rebeca_ray.generation.request import check_request
 from rebeca_ray.generation.runs import begin, choose_run, describe_run
-from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior
 from rebeca_ray.ray_runtime import require_room, start_ray
+from rebeca_ray.schemas import SCHEMA_VERSION
 from rebeca_ray.storage.failures import user_error
-from rebeca_ray.storage.filesystem import delete, exists, join
-from rebeca_ray.storage.objects import read_json, write_json
+from rebeca_ray.storage.filesystem import delete, exists
+from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.writable import require_writable
 
-ASSEMBLE_RESERVE = (
-    1.5  # of the seconds that the last assembling took: rendering stops so long before `publish_by`
-)
+ASSEMBLE_RESERVE = 1.5  # times the last assembling: rendering stops so long before `publish_by`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """A published snapshot: its manifest, and the seconds of each stage of this attempt."""
+
+    manifest: Manifest
+    seconds: dict[str, float]
 
 
 def generate_catalog(
@@ -44,94 +60,97 @@ def generate_catalog(
     retry_failed: bool = False,
     force: bool = False,
     since: datetime.datetime | None = None,
-) -> dict[str, Any]:
-    """Generate and publish one snapshot; returns its manifest.
+    in_process: bool = False,
+) -> Generated:
+    """Generate and publish one snapshot.
 
-    A run of the same date that was begun from the same things and did not end is gone on with (`resume`; `require` accepts nothing
-    else, `never` starts anew). `retry_failed` draws again what failed in it. `force` publishes what the quality gate refuses, and the
-    manifest and the pointer say so. `limits.publish_by` is the next after `since`, or after the run began. Raises UserErrors, whose
-    exit codes are the job's.
+    An unfinished run of the same date, made from the same things, is resumed. (`resume`: `require` accepts nothing else, `never` starts
+    anew.) `retry_failed` renders its failed rows again. `force` publishes a snapshot that the quality gate refuses; manifest and pointer
+    record it. `limits.publish_by` is the next such time after `since`, or after the run began. `in_process` runs all stages in this
+    process, without Ray. Raises UserErrors; their exit codes are the job's.
     """
+    # Everything that bad input can break is checked before the first write.
     decoder = identify_decoder(config.decoder)
     requested = check_request(config, decoder)
     first_ever = not exists(config.catalog)
     require_writable(config.catalog, "catalog")
-    prior = load_prior(config.prior)  # a damaged one is found now, not by every actor
-    published(config.catalog)  # likewise
-    versions = {
-        "prior": prior.fingerprint,
-        "decoder": decoder.fingerprint(config.decoder),
-        "code": rebeca_ray.__version__,
-    }
-    run_date = config.date()
+    models = identify_models(config, decoder)
+    published(config.catalog)
     with (
-        emptied_if_refused(config.catalog, first_ever),
+        remove_empty_catalog_on_error(config.catalog, first_ever),
         hold_lease(config.catalog, config.run_id or "starting", config.limits.lease_seconds) as lease,
     ):
         previous = published(config.catalog)
-        described = describe_run(config, versions, previous.path if previous else None)
-        run_id, begun = choose_run(config, run_date, described, resume=resume, retry_failed=retry_failed)
+        description = describe_run(config, models.versions, previous.path if previous else None)
+        run_id, begun = choose_run(
+            config, config.date(), description, resume=resume, retry_failed=retry_failed
+        )
         lease.run_id = run_id
-        start_ray()
-        check_cluster(config)
+        check_executors(config, in_process)
         resumed = begun is not None
-        begun = begun or begin(config.catalog, run_id, run_date, described)
-        run = Run(
-            root=config.catalog.rstrip("/"), run_date=begun["run_date"], run_id=run_id, epoch=lease.epoch
-        )
+        begun = begun or begin(config.catalog, run_id, config.date(), description)
         if resumed:
-            print(f"resuming run {run_id}, begun at {begun['begun_at']}", flush=True)
-        progress = Progress()
-        begun_at = min(
-            datetime.datetime.fromisoformat(begun["begun_at"]),
-            since or datetime.datetime.max.replace(tzinfo=datetime.UTC),
+            print(f"resuming run {run_id}, begun at {begun.begun_at}", flush=True)
+        context = RunContext(
+            config=config,
+            run=Run(
+                root=config.catalog.rstrip("/"),
+                run_date=begun.run_date,
+                run_id=run_id,
+                fencing_token=lease.epoch,
+            ),
+            models=models,
+            previous=previous,
+            requested=requested,
+            began_at=min(begun.began_at, since or begun.began_at),
+            in_process=in_process,
         )
+        progress = Progress()
         with (
-            forgotten_if_refused(run, lease, resumed=resumed),
-            watchdog(progress, config.limits.stall_minutes, dump_to=run.work, on_stall=lease.release),
+            remove_work_on_error(context.run, lease, resumed=resumed),
+            watchdog(progress, config.limits.stall_minutes, dump_to=context.run.work, on_stall=lease.release),
         ):
-            manifest = make_snapshot(
-                config,
-                run,
-                lease,
-                prior,
-                decoder,
-                previous,
-                versions,
-                begun_at,
-                requested,
-                progress,
-                retry_failed=retry_failed,
-                force=force,
-            )
-        delete(run.work)
-    return manifest
+            manifest = make_snapshot(context, lease, progress, retry_failed=retry_failed, force=force)
+        delete(context.run.work)
+    seconds = {name: stage.seconds for name, stage in progress.stages.items()}
+    return Generated(manifest=manifest, seconds=seconds)
+
+
+def check_executors(config: GenerateConfig, in_process: bool) -> None:
+    """Start Ray and check that all actors can start; in this process, check the decoder alone."""
+    if in_process:
+        check_decoder(config.decoder)
+        return
+    start_ray()
+    check_cluster(config)
 
 
 @contextmanager
-def forgotten_if_refused(run: Run, lease: Lease, *, resumed: bool) -> Iterator[None]:
-    """A new run that bad input ends before it has a plan leaves nothing; one that its store ends can be gone on with, and says so."""
+def remove_work_on_error(run: Run, lease: Lease, *, resumed: bool) -> Iterator[None]:
+    """Remove the work of a new run that bad input ends before it has a plan.
+
+    A run that its store ends can be resumed. Its error says so.
+    """
     try:
         yield
     except Exception as error:
-        found = user_error(error)
-        if isinstance(found, StorageError):
-            raise ResumableError(f"{found}. Start run {run.run_id} again: it resumes") from None
-        if isinstance(found, InputError) and not resumed and not exists(join(run.work, "plan.json")):
+        cause = user_error(error)
+        if isinstance(cause, StorageError):
+            raise ResumableError(f"{cause}. Start run {run.run_id} again: it resumes") from None
+        if isinstance(cause, InputError) and not resumed and not exists(run.plan_marker):
             lease.check()
             delete(run.work)
         raise
 
 
 @contextmanager
-def emptied_if_refused(root: str, first_ever: bool) -> Iterator[None]:
-    """Likewise a catalog in which that run was the first."""
+def remove_empty_catalog_on_error(root: str, first_ever: bool) -> Iterator[None]:
+    """Remove a catalog that this job created, if bad input ends its first run."""
     try:
         yield
     except Exception as error:
-        found = user_error(error)
         if (
-            isinstance(found, InputError | StorageError)
+            isinstance(user_error(error), InputError | StorageError)
             and first_ever
             and read_pointer(root)[0] == Pointer(epoch=1)
             and not unfinished_runs(root)
@@ -141,75 +160,94 @@ def emptied_if_refused(root: str, first_ever: bool) -> Iterator[None]:
 
 
 def make_snapshot(
-    config: GenerateConfig,
-    run: Run,
-    lease: Lease,
-    prior: TrainedPrior,
-    decoder: DecoderIdentity,
-    previous: Snapshot | None,
-    versions: dict[str, str],
-    begun_at: datetime.datetime,
-    requested: int,
-    progress: Progress,
-    *,
-    retry_failed: bool,
-    force: bool,
-) -> dict[str, Any]:
-    """The stages, each of which a resumed run finds done or does."""
+    context: RunContext, lease: Lease, progress: Progress, *, retry_failed: bool, force: bool
+) -> Manifest:
+    """Run the stages one after the other. A resumed run finds some of them done."""
+    config, run, previous = context.config, context.run, context.previous
     with progress.stage("histories"):
         histories = request_histories(config, run)
     with progress.stage("decide"):
-        decisions = decide_all(config, run, prior, histories, previous, versions["decoder"], progress.move)
-    foreseen = foresee(config, decisions, requested, previous) if previous else None
-    if foreseen:
+        decisions = decide_all(context, histories, progress.move)
+    if previous:
+        expected = forecast(context, decisions)
         print(
-            f"{foreseen.images:,} images to draw for {foreseen.planned_users:,} users; some {60 * foreseen.hours:.1f} min",
+            f"{expected.images:,} images to draw for {expected.planned_users:,} users, "
+            f"ETA {60 * expected.hours:.1f} min",
             flush=True,
         )
-    plan_items(config, run, versions, histories, previous, decisions, progress)
+    plan_items(context, histories, decisions, progress)
+
     with progress.stage("test"):
-        permutation, refused_plan = check_plan(run, config.gate)
-    if refused_plan and not force:
+        permutation, refusal = check_plan(run, config.gate)
+    if refusal and not force:
         raise QualityGateError(
-            f"{refused_plan}. Nothing was rendered or published; look at the prior's training.csv, or train it longer"
+            f"{refusal}. Nothing was rendered or published; look at the prior's training.csv, or train it longer"
         )
-    drawn_seconds = seconds_so_far(run, decisions) if config.limits.max_gpu_hours else 0.0
-    deadline = deadline_of(config, begun_at, previous, drawn_seconds)
-    rendered = render_all(config, run, decisions, progress, deadline=deadline, retry_failed=retry_failed)
+    spent = busy_seconds(run, decisions) if config.limits.max_gpu_hours else 0.0
+    rendered = render_all(
+        context, decisions, progress, deadline=deadline_of(context, spent), retry_failed=retry_failed
+    )
     with progress.stage("assemble"):
-        made = MadeOf(
-            versions=versions,
-            decoder_weights=decoder.weights,
-            embed_dim=decoder.embed_dim,
-            clip=prior.clip,
-            num_buckets=config.layout.num_buckets,
-            max_safety_probability=config.decoder.safety.max_probability,
-            error_budget=config.error_budget,
-        )
-        parts = (read_json(join(run.work, "plan.json")) or {})["parts"]
-        manifest = assemble(run, made, decisions, parts, rendered, previous, requested, progress.move)
-        manifest["quality"] = {"permutation": permutation.figures() if permutation else None}
-        refused = [
-            *filter(None, [refused_plan]),
-            *refusals(manifest, previous.manifest if previous else None, config.gate),
-        ]
-        manifest["gate"] = {"refused": refused, "forced": bool(refused) and force}
-        manifest["measured"] = {"stages": measured(config, progress, previous)}
-        manifest["foreseen"] = asdict(foreseen) if foreseen else None
-        manifest["spent"] = asdict(spent(config, decisions, requested, progress, manifest["bytes_written"]))
+        assembled = assemble(context, decisions, rendered, progress.move)
+        manifest = describe_snapshot(context, decisions, assembled, permutation, progress)
+        reasons = refusals(manifest, previous.manifest if previous else None, config.gate)
+        reasons = [refusal, *reasons] if refusal else reasons
+        gate = GateOutcome(refused=reasons, forced=bool(reasons) and force)
+        manifest = manifest.model_copy(update={"gate": gate})
         lease.check()
-        write_json(manifest, run.manifest)
-    if refused and not force:
+        write_json(manifest.model_dump(), run.manifest)
+    if reasons and not force:
         raise QualityGateError(
-            f"run {run.run_id}: {'; '.join(refused)}. Its snapshot {run.snapshot} stays unpublished; look at it, then publish it with "
-            f"`rebeca catalog publish {run.root} --run-id {run.run_id}`, or mend what is wrong"
+            f"run {run.run_id}: {'; '.join(reasons)}. Its snapshot {run.snapshot} stays unpublished; look at it, "
+            f"then publish it with `rebeca catalog publish {run.root} --run-id {run.run_id}`, or mend the cause"
         )
-    lease.publish(run_id=run.run_id, run_date=run.run_date, snapshot=run.snapshot, forced=bool(refused))
-    return {**manifest, "seconds": {name: stage["seconds"] for name, stage in progress.stages.items()}}
+    lease.publish(run_id=run.run_id, run_date=run.run_date, snapshot=run.snapshot, forced=bool(reasons))
+    return manifest
+
+
+def describe_snapshot(
+    context: RunContext,
+    decisions: Decisions,
+    assembled: Assembled,
+    permutation: PermutationTest | None,
+    progress: Progress,
+) -> Manifest:
+    """Return the manifest of an assembled snapshot, before the gate judges it."""
+    run, previous, models = context.run, context.previous, context.models
+    stages = measured_stages(context.config, progress, previous)  # first: the cost counts this stage too
+    quality = Quality()
+    if permutation:
+        quality = Quality(permutation=PermutationFigures.model_validate(permutation.figures()))
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        run_id=run.run_id,
+        run_date=run.run_date,
+        fencing_token=run.fencing_token,
+        created_at=assembled.created_at.isoformat(timespec="seconds"),
+        previous_run_id=previous.run_id if previous else None,
+        previous_path=previous.path if previous else None,
+        counts=assembled.counts,
+        decisions=assembled.decisions,
+        carried_buckets=assembled.carried_buckets,
+        figures=assembled.figures,
+        versions=models.versions,
+        decoder_weights=models.decoder_weights,
+        embed_dim=models.embed_dim,
+        clip_fingerprint=models.clip_fingerprint,
+        num_buckets=context.num_buckets,
+        next_file=assembled.next_file,
+        bytes=assembled.bytes,
+        bytes_written=assembled.bytes_written,
+        files=assembled.files,
+        quality=quality,
+        measured=Measured(stages=stages),
+        forecast=forecast(context, decisions) if previous else None,
+        actual=actual_cost(context, decisions, progress, assembled.bytes_written),
+    )
 
 
 def check_cluster(config: GenerateConfig) -> None:
-    """Raise UserError for actors that would never start, before anything is planned."""
+    """Raise InputError for actors that would never start, before anything is planned."""
     sampler, decoder = config.sampler, config.decoder
     require_room(
         "sampler.num_actors",
@@ -230,42 +268,37 @@ def check_cluster(config: GenerateConfig) -> None:
     check_renderer(decoder)
 
 
-def deadline_of(
-    config: GenerateConfig, begun_at: datetime.datetime, previous: Snapshot | None, drawn_seconds: float
-) -> float | None:
-    """When rendering must stop, in seconds since 1970: so that assembling ends by `publish_by`, or when the GPU hours are spent.
+def deadline_of(context: RunContext, spent_seconds: float) -> float | None:
+    """Return when rendering must stop, in seconds since 1970; None without a limit.
 
-    Of those, `drawn_seconds` were spent by earlier attempts.
+    Assembling must end by `publish_by`, and the GPU hours must last. Earlier attempts used `spent_seconds` of the latter.
     """
+    limits, previous = context.config.limits, context.previous
     ends = []
-    if config.limits.publish_by is not None:
-        hour, minute = (int(part) for part in config.limits.publish_by.split(":"))
-        end = begun_at.replace(hour=hour, minute=minute, second=0, microsecond=0)
-        end += datetime.timedelta(days=end <= begun_at)
-        last = previous.manifest["measured"]["stages"]["assemble"]["seconds"] if previous else 0.0
+    if limits.publish_by is not None:
+        hour, minute = (int(part) for part in limits.publish_by.split(":"))
+        end = context.began_at.replace(hour=hour, minute=minute, second=0, microsecond=0)
+        end += datetime.timedelta(days=end <= context.began_at)
+        last = previous.manifest.measured.stages["assemble"].seconds if previous else 0.0
         ends.append(end.timestamp() - ASSEMBLE_RESERVE * last)
-    if config.limits.max_gpu_hours is not None:
-        ends.append(
-            time.time() + (3600 * config.limits.max_gpu_hours - drawn_seconds) / config.decoder.num_actors
-        )
+    if limits.max_gpu_hours is not None:
+        remaining = 3600 * limits.max_gpu_hours - spent_seconds
+        ends.append(time.time() + remaining / context.config.decoder.num_actors)
     return min(ends, default=None)
 
 
-def measured(
+def measured_stages(
     config: GenerateConfig, progress: Progress, previous: Snapshot | None
-) -> dict[str, dict[str, float]]:
-    """What estimates are made from: the stages of this attempt, of those that actors did with their number.
-
-    A stage in which there was nothing to do tells what it told the last time.
-    """
+) -> dict[str, StageFigures]:
+    """Return the stages that the next forecast is made from. A stage without work keeps its last figures."""
     progress.pause()
-    last = previous.manifest["measured"]["stages"] if previous else {}
-    told = {name: {**stage} for name, stage in progress.stages.items()}
+    last = previous.manifest.measured.stages if previous else {}
+    stages = {name: stage.figures() for name, stage in progress.stages.items()}
     for name, section in (("plan", config.sampler), ("render", config.decoder)):
-        if told.get(name, {}).get("rows"):
-            told[name]["actors"] = section.num_actors
+        if name in progress.stages and progress.stages[name].rows:
+            stages[name] = progress.stages[name].figures(section.num_actors)
         elif name in last:
-            told[name] = last[name]
+            stages[name] = last[name]
         else:
-            told.pop(name, None)
-    return told
+            stages.pop(name, None)
+    return stages

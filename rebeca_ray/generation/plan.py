@@ -7,7 +7,7 @@ Shapes: G users, N candidates of all of them, D embed dim, U user tokens, H widt
 
 import hashlib
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -25,8 +25,10 @@ from rebeca_ray.data.feedback import find_rated
 from rebeca_ray.data.histories import Histories, build_histories
 from rebeca_ray.data.items import embedded_with, read_image_embeds, read_item_ids
 from rebeca_ray.errors import InputError
-from rebeca_ray.generation.decide import PLAN, RESCORE, Decisions
-from rebeca_ray.generation.parts import WRITER_CPUS, WriteParts, with_busy_seconds
+from rebeca_ray.generation.context import RunContext
+from rebeca_ray.generation.dataflow import Actors, Stage, run_graph
+from rebeca_ray.generation.decisions import Action, Decision, Decisions
+from rebeca_ray.generation.parts import PartRecord, WriteParts, with_busy_seconds
 from rebeca_ray.generation.progress import Progress
 from rebeca_ray.prior.checkpoint import load_prior
 from rebeca_ray.prior.diffusion import Diffusion
@@ -34,7 +36,7 @@ from rebeca_ray.prior.sampling import USERS_PADDED_TO, sample_liked
 from rebeca_ray.prior.selection import choose, nearest_items
 from rebeca_ray.prior.selector import MAX_HISTORY
 from rebeca_ray.prior.user_blocks import Rated, UserBlock
-from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, list_files, open_filesystem
+from rebeca_ray.storage.filesystem import delete, join, list_files
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import read_table, write_table
 
@@ -44,48 +46,45 @@ NOT_DRAWN = -1  # the unit of what is judged anew only
 
 
 def plan_items(
-    config: GenerateConfig,
-    run: Run,
-    versions: dict[str, str],
-    histories: Histories | None,
-    previous: Snapshot | None,
-    decisions: Decisions,
-    progress: Progress,
+    context: RunContext, histories: Histories | None, decisions: Decisions, progress: Progress
 ) -> None:
-    """Write the run's plan, `unit=<u>/bucket=<b>/`. Every item of a user who is drawn becomes exactly one row.
+    """Write the run's plan, `shard=<s>/bucket=<b>/`. Every item of a planned user becomes exactly one row.
 
-    A plan that is whole is never made again: a resumed run reads it. Raises UserError if the prior is no longer the one of `versions`.
+    A complete plan is never made again: a resumed run reads it. Raises InputError if the prior was replaced meanwhile.
     """
-    marker = join(run.work, "plan.json")
-    if read_json(marker):
+    run, config = context.run, context.config
+    if read_json(run.plan_marker):
         return
-    import ray
-
-    delete(run.plan)  # a part of one, of an attempt that ended
-    files = [
-        open_filesystem(file)[1] for file in list_files(join(run.work, "decisions", "to-plan"), ".parquet")
-    ]
-    sampler = config.sampler
-    filesystem, _ = open_filesystem(run.work)
-    parts: list[dict[str, Any]] = []
+    delete(run.plan)  # an attempt that died left a part of one
+    files = list_files(join(run.work, "decisions", "to-plan"), ".parquet")
+    planner = Stage(
+        work=PlanUsers,
+        arguments=(config, context.versions, histories, context.previous, decisions),
+        batch_size=users_per_batch(config),
+        actors=Actors(
+            count=config.sampler.num_actors,
+            cpus=config.sampler.cpus_per_actor,
+            gpus=1 if config.sampler.device == "cuda" else 0,
+        ),
+    )
+    writer = WriteParts(
+        root=run.work,
+        folder="plan",
+        by=("shard", "bucket"),
+        fencing_token=run.fencing_token,
+        row_group_size=ITEMS_PER_FILE,
+    )
+    records: list[PartRecord] = []
     if files:
-        planned = ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem)).map_batches(
-            PlanUsers,
-            fn_constructor_args=(config, versions, histories, previous, decisions),
-            batch_size=users_per_batch(config),
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=sampler.num_actors),
-            num_cpus=sampler.cpus_per_actor,
-            num_gpus=1 if sampler.device == "cuda" else 0,
-        )
-        writer = WriteParts(
-            run.work, "plan", by=["unit", "bucket"], epoch=run.epoch, row_group_size=ITEMS_PER_FILE, note={}
-        )
-        planned = planned.map_batches(
-            writer, batch_size=ITEMS_PER_FILE, batch_format="pyarrow", num_cpus=WRITER_CPUS
-        )
-        parts = progress.follow("plan", planned, of=decisions.planned_items)
-    write_json({"parts": parts}, marker)
+        stages = [planner, Stage(work=writer, batch_size=ITEMS_PER_FILE)]
+        batches = run_graph(files, stages, in_process=context.in_process)
+        records = progress.follow("plan", batches, total=decisions.planned_items)
+    write_json({"parts": [asdict(record) for record in records]}, run.plan_marker)
+
+
+def read_plan(run: Run) -> list[PartRecord]:
+    """Return the records of a complete plan."""
+    return [PartRecord.from_dict(values) for values in (read_json(run.plan_marker) or {})["parts"]]
 
 
 def users_per_batch(config: GenerateConfig) -> int:
@@ -178,8 +177,8 @@ class PlanUsers:
     def __call__(self, batch: pa.Table) -> pa.Table:
         started = time.perf_counter()
         rows = batch.to_pylist()
-        planned = self.draw([row for row in rows if row["decision"] == PLAN])
-        judged = self.rescore([row for row in rows if row["decision"] == RESCORE])
+        planned = self.draw([row for row in rows if row["action"] == Action.PLAN])
+        judged = self.rescore([row for row in rows if row["action"] == Action.RESCORE])
         return with_busy_seconds(
             planned_table(planned + judged, self.prior.scaler.embed_dim), time.perf_counter() - started
         )
@@ -244,9 +243,9 @@ class PlanUsers:
                         "drawn_factors": None if drawn_NF is None else drawn_NF[own.start + rank],
                         "nearest_item_id": nearest_N[place],
                         "nearest_similarity": None if nearest_N[place] is None else similarity_N[place],
-                        "origin": schemas.POPULATION if row["stranger"] else schemas.NEW,
+                        "origin": schemas.POPULATION if row["cold_start"] else schemas.NEW,
                         "bucket": row["bucket"],
-                        "unit": self.decisions.unit_of(row),
+                        "shard": self.decisions.shard_of(Decision.from_dict(row)),
                         "prompt": prompt,
                         "negative_prompt": negative_prompt,
                     }
@@ -287,7 +286,7 @@ class PlanUsers:
                     "drawn_factors": None,
                     "origin": schemas.CARRIED,
                     "bucket": row["bucket"],
-                    "unit": NOT_DRAWN,
+                    "shard": NOT_DRAWN,
                     "prompt": row["prompt"],
                     "negative_prompt": row["negative_prompt"],
                 }

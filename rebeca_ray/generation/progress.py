@@ -9,34 +9,53 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
-from rebeca_ray.generation.parts import BUSY
+import pyarrow as pa
+
+from rebeca_ray.catalog.manifest import StageFigures
+from rebeca_ray.generation.parts import PartRecord
 from rebeca_ray.storage.filesystem import join, open_filesystem
 
 STALLED = 75  # the exit code of a run that is to be started again
 UNWATCHED = ("histories", "test")  # one step each, which says nothing on its way
+SECONDS_BETWEEN_LINES = 20  # of progress in the log
 POLLS = 20  # in the time after which a run that does not move is stalled
 
 
+@dataclass(kw_only=True)
+class StageClock:
+    """One stage so far. `rows` and `busy_seconds` are known of stages with actors."""
+
+    seconds: float = 0.0
+    rows: int | None = None
+    busy_seconds: float | None = None
+
+    def figures(self, actors: int | None = None) -> StageFigures:
+        return StageFigures(
+            seconds=self.seconds, rows=self.rows, busy_seconds=self.busy_seconds, actors=actors
+        )
+
+
 class Progress:
-    """The stages of one attempt: each one's seconds, and of those that actors do their rows and busy seconds too."""
+    """The stages of one attempt, timed, and the time of the last progress."""
 
     def __init__(self) -> None:
-        self.stages: dict[str, dict[str, float]] = {}
+        self.stages: dict[str, StageClock] = {}
         self.moved_at = time.monotonic()
-        self.doing = "starting"
+        self.current = "starting"
         self.since = time.perf_counter()
 
     def move(self) -> None:
+        """Note progress: the watchdog waits anew."""
         self.moved_at = time.monotonic()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; one that is entered again goes on."""
-        self.doing, self.since = name, time.perf_counter()
-        self.stages.setdefault(name, {"seconds": 0.0})
+        """Time a stage. A stage that is entered again adds up."""
+        self.current, self.since = name, time.perf_counter()
+        self.stages.setdefault(name, StageClock())
         self.move()
         try:
             yield
@@ -45,35 +64,39 @@ class Progress:
             self.move()
 
     def pause(self) -> None:
-        """Count the seconds until now to the stage that is on."""
+        """Add the seconds until now to the current stage."""
         now = time.perf_counter()
-        stage = self.stages[self.doing]
-        stage["seconds"] = round(stage["seconds"] + now - self.since, 3)
+        stage = self.stages[self.current]
+        stage.seconds = round(stage.seconds + now - self.since, 3)
         self.since = now
 
-    def follow(self, name: str, records: Any, *, of: int) -> list[dict[str, Any]]:
-        """Run a Ray Data graph that ends with records of files (see parts.py); returns them, and tells how far it is as they come."""
-        found: list[dict[str, Any]] = []
+    def follow(self, name: str, batches: Iterator[pa.Table], *, total: int) -> list[PartRecord]:
+        """Run a graph that ends with records of files (see parts.py), log its progress, and return the records."""
+        records: list[PartRecord] = []
         with self.stage(name):
             stage = self.stages[name]
-            stage.setdefault("rows", 0)
-            stage.setdefault(BUSY, 0.0)
-            started = told = time.monotonic()
-            for batch in records.iter_batches(batch_size=None, batch_format="pyarrow"):
-                rows = batch.to_pylist()
-                found += rows
-                stage["rows"] += sum(row["rows"] for row in rows)
-                stage[BUSY] = round(stage[BUSY] + sum(row[BUSY] for row in rows), 3)
+            stage.rows, stage.busy_seconds = stage.rows or 0, stage.busy_seconds or 0.0
+            started = logged = time.monotonic()
+            rows = 0
+            for batch in batches:
+                new = [PartRecord.from_dict(values) for values in batch.to_pylist()]
+                records += new
+                rows += sum(record.rows for record in new)
+                stage.rows += sum(record.rows for record in new)
+                stage.busy_seconds = round(stage.busy_seconds + sum(record.busy_seconds for record in new), 3)
                 self.move()
-                done, elapsed = sum(row["rows"] for row in found), time.monotonic() - started
-                if time.monotonic() - told > 20 and done:
-                    told = time.monotonic()
-                    left = (of - done) * elapsed / done
-                    print(
-                        f"{name}: {done:,} of {of:,}, {done / elapsed:.1f} a second, some {left / 60:.0f} min to go",
-                        flush=True,
-                    )
-        return found
+                if time.monotonic() - logged > SECONDS_BETWEEN_LINES and rows:
+                    logged = time.monotonic()
+                    log_progress(name, rows, total, logged - started)
+        return records
+
+
+def log_progress(name: str, rows: int, total: int, seconds: float) -> None:
+    remaining = (total - rows) * seconds / rows
+    print(
+        f"{name}: {rows:,} of {total:,}, {rows / seconds:.1f} per second, ETA {remaining / 60:.0f} min",
+        flush=True,
+    )
 
 
 @contextmanager
@@ -88,11 +111,9 @@ def watchdog(
 
     def watch() -> None:
         while not done.wait(60 * minutes / POLLS):
-            if progress.doing not in UNWATCHED and time.monotonic() - progress.moved_at > 60 * minutes:
+            if progress.current not in UNWATCHED and time.monotonic() - progress.moved_at > 60 * minutes:
                 where = dump_state(progress, dump_to)
-                told = (
-                    f"no progress for {minutes:g} min while it was at {progress.doing} (limits.stall_minutes)"
-                )
+                told = f"no progress for {minutes:g} min while it was at {progress.current} (limits.stall_minutes)"
                 print(
                     f"error: {told}; its state is in {where}. Start it again: it resumes",
                     file=sys.stderr,
@@ -113,7 +134,7 @@ def watchdog(
 def dump_state(progress: Progress, folder: str) -> str:
     """Write the stacks of the driver's threads and Ray's actors and tasks to `folder`; returns the file."""
     told = io.StringIO()
-    print(f"stage {progress.doing}; stages so far: {progress.stages}\n", file=told)
+    print(f"stage {progress.current}; stages so far: {progress.stages}\n", file=told)
     with tempfile.TemporaryFile("w+") as stacks:
         faulthandler.dump_traceback(stacks, all_threads=True)
         stacks.seek(0)

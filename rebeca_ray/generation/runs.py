@@ -1,18 +1,20 @@
-"""Which run this is: a new one, or one that was begun from the very same things and did not end."""
+"""The run of this job: a new one, or an unfinished one that was made from exactly the same things."""
 
 import datetime
 import json
 from typing import Any
 
-from rebeca_ray.catalog.layout import new_run_id, work_folder
-from rebeca_ray.catalog.runs import unfinished_runs
+from rebeca_ray.catalog.layout import new_run_id
+from rebeca_ray.catalog.runs import BegunRun, unfinished_runs, write_begun
 from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.errors import InputError
 from rebeca_ray.storage.filesystem import join, list_folders
-from rebeca_ray.storage.objects import read_json, write_json
+from rebeca_ray.storage.objects import read_json
 from rebeca_ray.storage.parquet import describe_files
 
-# What does not change what is made: where and when, how many at a time, and what is judged once it is there.
+Description = dict[str, Any]  # everything a run is made from, by field
+
+# Settings that do not change the result: where and when, how many at a time, and later judgement.
 NOT_DESCRIBED: dict[str, Any] = {
     "catalog": True, "run_date": True, "run_id": True, "error_budget": True, "gate": True, "limits": True, "prices": True,
     "sampler": {"num_actors": True, "cpus_per_actor": True},
@@ -21,107 +23,113 @@ NOT_DESCRIBED: dict[str, Any] = {
 }  # fmt: skip
 
 
-def describe_run(config: GenerateConfig, versions: dict[str, str], previous: str | None) -> dict[str, Any]:
-    """What a run is made from, field by field: settings, models, the content of its inputs, and the snapshot it follows."""
+def describe_run(config: GenerateConfig, versions: dict[str, str], previous: str | None) -> Description:
+    """Return everything a run is made from: settings, models, the content of its inputs, and the snapshot it follows."""
     inputs = {
         "request": config.request,
         "items": config.items,
         "interactions": config.interactions and config.interactions.path,
     }
-    told = {
+    description = {
         **flat("config", config.model_dump(mode="json", exclude=NOT_DESCRIBED)),
-        **flat("version of", versions),
+        **{f"version of {name}": version for name, version in versions.items()},
         **{f"content of {name}": describe_files(uri, name) for name, uri in inputs.items() if uri},
         "snapshot before": previous,
     }
-    return dict(json.loads(json.dumps(told)))  # as it is read back
+    return dict(json.loads(json.dumps(description)))  # as it is read back
 
 
-def flat(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def flat(prefix: str, values: Description) -> Description:
+    """Return nested settings under dotted names."""
+    flattened: Description = {}
     for name, value in values.items():
-        joined = (
-            f"{prefix}.{name}" if prefix == "config" or prefix.startswith("config.") else f"{prefix} {name}"
-        )
-        found |= flat(joined, value) if isinstance(value, dict) else {joined: value}
-    return found
+        joined = f"{prefix}.{name}"
+        flattened |= flat(joined, value) if isinstance(value, dict) else {joined: value}
+    return flattened
 
 
 def choose_run(
     config: GenerateConfig,
     run_date: datetime.date,
-    described: dict[str, Any],
+    description: Description,
     *,
     resume: Resume,
     retry_failed: bool,
-) -> tuple[str, dict[str, Any] | None]:
-    """The id of the run to go on with and what it was begun with, or a new id and None.
+) -> tuple[str, BegunRun | None]:
+    """Return the id of the run to resume and its beginning, or a new id and None.
 
-    Raises UserError, naming the field that differs, if the run that must be resumed was begun from something else, and if there is
-    none that must be.
+    Raises InputError, naming the field that differs, if the run that must be resumed was made from something else, and if there is none
+    that must be resumed.
     """
-    begun = unfinished_runs(config.catalog)
-    if config.run_id is not None:
-        begun = {run_id: told for run_id, told in begun.items() if run_id == config.run_id}
-        dates = list_folders(join(config.catalog, "snapshots"))
-        if not begun and any(
-            read_json(join(config.catalog, "snapshots", date, f"run_id={config.run_id}/manifest.json"))
-            for date in dates
-        ):
-            raise InputError(
-                f"root {config.catalog}: run_id {config.run_id} was used before; choose another, or give none"
-            )
-    else:
-        begun = {run_id: told for run_id, told in begun.items() if told["run_date"] == run_date.isoformat()}
+    candidates = candidate_runs(config, run_date)
     differences = {
         run_id: difference(
-            {"run_date": told["run_date"], **told["described"]},
-            {
-                "run_date": str(config.run_date or told["run_date"]),
-                **described,
-            },  # a date nobody gave is that of the run
+            {"run_date": run.run_date, **run.described},
+            # Without a date in the config, the run's own date applies.
+            {"run_date": str(config.run_date or run.run_date), **description},
         )
-        for run_id, told in begun.items()
+        for run_id, run in candidates.items()
     }
-    same = [run_id for run_id, found in differences.items() if found is None]
-    must = resume == "require" or retry_failed
+    same = [run_id for run_id, field in differences.items() if field is None]
+    must_resume = resume == "require" or retry_failed
     if resume != "never" and same:
-        return same[-1], begun[same[-1]]
-    if resume == "never" and config.run_id in begun:
+        return same[-1], candidates[same[-1]]
+    if resume == "never" and config.run_id in candidates:
         raise InputError(
-            f"root {config.catalog}: run_id {config.run_id} was begun before; choose another, or let it be resumed"
+            f"catalog {config.catalog}: run_id {config.run_id} was begun before; choose another, or let it be resumed"
         )
     if resume != "never" and differences:
-        run_id, found = list(differences.items())[-1]
-        told = f"run {run_id} of {begun[run_id]['run_date']} cannot be resumed: {found}"
-        if must or config.run_id is not None:
+        run_id, field = list(differences.items())[-1]
+        reason = f"run {run_id} of {candidates[run_id].run_date} cannot be resumed: {field}"
+        if must_resume or config.run_id is not None:
             raise InputError(
-                f"root {config.catalog}: {told}; restore that, or start a new run with --resume never and another run_id"
+                f"catalog {config.catalog}: {reason}; restore that, or start a new run with --resume never and another run_id"
             )
-        print(f"{told}; a new run starts", flush=True)
-    elif must:
+        print(f"{reason}; a new run starts", flush=True)
+    elif must_resume:
         raise InputError(
-            f"root {config.catalog}: no unfinished run {config.run_id or f'of {run_date}'} to go on with, "
+            f"catalog {config.catalog}: no unfinished run {config.run_id or f'of {run_date}'} to go on with, "
             "which --resume require and --retry-failed ask for; leave them out to start one"
         )
     return config.run_id or new_run_id(), None
 
 
-def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """The first field that differs, with both values; None if none does."""
+def candidate_runs(config: GenerateConfig, run_date: datetime.date) -> dict[str, BegunRun]:
+    """Return the unfinished runs that this job may resume: the one it names, else those of its date.
+
+    Raises InputError if the named run ended before.
+    """
+    begun = unfinished_runs(config.catalog)
+    if config.run_id is None:
+        return {run_id: run for run_id, run in begun.items() if run.run_date == run_date.isoformat()}
+    if config.run_id in begun:
+        return {config.run_id: begun[config.run_id]}
+    for date in list_folders(join(config.catalog, "snapshots")):
+        if (
+            read_json(join(config.catalog, "snapshots", date, f"run_id={config.run_id}/manifest.json"))
+            is not None
+        ):
+            raise InputError(
+                f"catalog {config.catalog}: run_id {config.run_id} was used before; choose another, or give none"
+            )
+    return {}
+
+
+def difference(before: Description, now: Description) -> str | None:
+    """Return the first field that differs, with both values; None if none does."""
     for name in [*now, *before]:
         if before.get(name) != now.get(name):
             return f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
     return None
 
 
-def begin(root: str, run_id: str, run_date: datetime.date, described: dict[str, Any]) -> dict[str, Any]:
-    """Note what a new run is made from, before it writes anything else."""
-    begun = {
-        "run_id": run_id,
-        "run_date": run_date.isoformat(),
-        "begun_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "described": described,
-    }
-    write_json(begun, join(work_folder(root, run_id), "run.json"))
+def begin(root: str, run_id: str, run_date: datetime.date, description: Description) -> BegunRun:
+    """Record everything a new run is made from, before it writes anything else."""
+    begun = BegunRun(
+        run_id=run_id,
+        run_date=run_date.isoformat(),
+        begun_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        described=description,
+    )
+    write_begun(root, begun)
     return begun

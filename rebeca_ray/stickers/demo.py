@@ -86,14 +86,14 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
     with phases("Train the prior"):
         train_prior(train)
     with phases("Plan, render, publish"):
-        manifest = generate_catalog(generate)
-        stages = manifest["seconds"]
+        generated = generate_catalog(generate)
+        counts, stages = generated.manifest.counts, generated.seconds
         console.print(
-            f"{manifest['counts']['new']:,} images for {manifest['counts']['users']:,} users: plan {stages['plan']:.1f} s, "
-            f"render {stages['render']:.1f} s ({manifest['counts']['new'] / stages['render']:.1f} images/s), "
+            f"{counts.new:,} images for {counts.users:,} users: plan {stages['plan']:.1f} s, "
+            f"render {stages['render']:.1f} s ({counts.new / stages['render']:.1f} images/s), "
             f"assemble and publish {stages['assemble']:.1f} s"
         )
-        if test := manifest["quality"]["permutation"]:
+        if test := generated.manifest.quality.permutation:
             console.print(personality_line(test))
     with phases("Check against the hidden truth"):
         judge, stickers = Judge(), load_stickers()
@@ -113,10 +113,10 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
         )
     figures = {
         "seconds": {name: round(value, 1) for name, value in phases.seconds.items()},
-        "seconds_of_stages": manifest["seconds"],
+        "seconds_of_stages": stages,
         "items_embedded": num_items,
-        "images_rendered": manifest["counts"]["new"],
-        "images_a_second": round(manifest["counts"]["new"] / manifest["seconds"]["render"], 2),
+        "images_rendered": counts.new,
+        "images_per_second": round(counts.new / stages["render"], 2),
         "like_probability": {name: round(value, 4) for name, value in asdict(check).items()},
         "judge_accuracy": judge.held_out_accuracy,
     }
@@ -125,7 +125,7 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
     console.print(
         f"[bold]Look at it:[/bold]  {page}\n[bold]Catalog:[/bold]     {generate.catalog}\n[bold]Prior:[/bold]       {generate.prior}"
     )
-    tomorrow = date.fromisoformat(manifest["run_date"]) + timedelta(days=1)
+    tomorrow = date.fromisoformat(generated.manifest.run_date) + timedelta(days=1)
     console.print(
         "\nNext:\n"
         f"  source {Path(sys.prefix) / 'bin' / 'activate'}\n"

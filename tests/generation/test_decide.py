@@ -104,10 +104,10 @@ def test_rotation_takes_each_user_in_turn_and_a_missed_night_puts_it_off() -> No
     users=st.lists(
         st.tuples(st.sampled_from([0.0, 1.0, -2.5]), st.integers(0, 3), st.integers(1, 5)), max_size=40
     ),
-    items_per_unit=st.integers(1, 30),
+    items_per_shard=st.integers(1, 30),
 )
 def test_units_hold_the_most_urgent_first_and_no_more_than_they_may(
-    users: list[tuple[float, int, int]], items_per_unit: int
+    users: list[tuple[float, int, int]], items_per_shard: int
 ) -> None:
     rows = [
         {"user_id": f"user-{number}", "priority": priority, "activity": activity}
@@ -115,7 +115,8 @@ def test_units_hold_the_most_urgent_first_and_no_more_than_they_may(
     ]
     keys, sizes = [draw_key(one, True) for one in rows], [size for _, _, size in users]
     boundaries = cut(
-        np.array([(*key, size) for key, size in zip(keys, sizes, strict=True)]).reshape(-1, 4), items_per_unit
+        np.array([(*key, size) for key, size in zip(keys, sizes, strict=True)]).reshape(-1, 4),
+        items_per_shard,
     )
     decisions = Decisions(
         pool=None,
@@ -134,6 +135,6 @@ def test_units_hold_the_most_urgent_first_and_no_more_than_they_may(
     for unit in set(units):
         assert (
             sum(size for size, own in zip(sizes, units, strict=True) if own == unit)
-            <= items_per_unit + max(sizes) - 1
+            <= items_per_shard + max(sizes) - 1
         )
     assert sorted(set(units)) == list(range(len(set(units))))

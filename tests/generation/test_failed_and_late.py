@@ -136,7 +136,7 @@ def test_what_failed_is_drawn_again_as_an_attempt_of_its_own(
     config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One row fails for good, so that it fails in both attempts; units without a failure are left as they are."""
-    config = on(MONDAY, config, items_per_unit=6)
+    config = on(MONDAY, config, items_per_shard=6)
     prepared = prepare(config, break_first=True)
     run, decisions = prepared.run, prepared.decisions
     assert decisions.units == 3
@@ -278,7 +278,7 @@ def test_when_rendering_must_stop(
 
 def test_a_first_catalog_that_time_ran_out_for_is_whole_after_a_second_night(config: GenerateConfig) -> None:
     """The least urgent users are put off, also one of whom one item was drawn: nobody has half a list."""
-    manifest, prepared = night(on(MONDAY, config, items_per_unit=6), units=1, and_rows=1)
+    manifest, prepared = night(on(MONDAY, config, items_per_shard=6), units=1, and_rows=1)
     assert prepared.rendered.late
     done = manifest["counts"]["new"]
     assert add_up(manifest) == {
@@ -295,7 +295,7 @@ def test_a_first_catalog_that_time_ran_out_for_is_whole_after_a_second_night(con
     )  # the late ones have no row: nothing of theirs is there to be kept
     assert before.table("images").num_rows == done + 1
 
-    second = on(TUESDAY, config, items_per_unit=6)
+    second = on(TUESDAY, config, items_per_shard=6)
     decisions = decide(second, run_of(second))
     assert (decisions.planned_users, decisions.planned_items) == (manifest["counts"]["late_users"], 16 - done)
     assert add_up(snapshot_of(second, requested=16)) == {"new": 16 - done, "carried": done}
@@ -309,11 +309,11 @@ def test_a_first_catalog_that_time_ran_out_for_is_whole_after_a_second_night(con
 
 def test_late_users_keep_last_nights_items_until_they_are_drawn(config: GenerateConfig) -> None:
     """Everybody is to be drawn anew with other settings; time allows for one unit of three."""
-    assert add_up(snapshot_of(on(MONDAY, config, items_per_unit=6), requested=16)) == {"new": 16}
+    assert add_up(snapshot_of(on(MONDAY, config, items_per_shard=6), requested=16)) == {"new": 16}
     monday = read_catalog(config.catalog)
     sampler = config.sampler.model_copy(update={"num_inference_steps": 5})
     config = config.model_copy(update={"sampler": sampler})
-    manifest, prepared = night(on(TUESDAY, config, items_per_unit=6), units=1)
+    manifest, prepared = night(on(TUESDAY, config, items_per_shard=6), units=1)
     assert (prepared.decisions.planned_users, prepared.decisions.units) == (5, 3)
     done = manifest["counts"]["new"]
     assert 0 < done < 16
@@ -331,7 +331,7 @@ def test_late_users_keep_last_nights_items_until_they_are_drawn(config: Generate
     for user in late:  # their pictures too
         assert tuesday.images(tuesday.items(user_ids=[user])) == monday.images(monday.items(user_ids=[user]))
 
-    third = on(WEDNESDAY, config, items_per_unit=6)
+    third = on(WEDNESDAY, config, items_per_shard=6)
     decisions = decide(third, run_of(third))
     assert (decisions.planned_users, decisions.planned_items) == (len(late), 16 - done)
     assert add_up(snapshot_of(third, requested=16)) == {"new": 16 - done, "carried": done}

@@ -192,7 +192,7 @@ def test_when_time_runs_out_the_rest_keeps_last_nights_items_and_a_first_catalog
     config: GenerateConfig,
 ) -> None:
     config = config.model_copy(
-        update={"layout": LayoutSettings(items_per_unit=3), "limits": LimitSettings(max_gpu_hours=1.0)}
+        update={"layout": LayoutSettings(items_per_shard=3), "limits": LimitSettings(max_gpu_hours=1.0)}
     )
     priority = pa.array([0.0, 5.0, 0.0, 1.0, 0.0], pa.float32())
 

@@ -126,7 +126,7 @@ def test_two_runs_agree_whatever_order_actors_buckets_units_and_files(
     before = read_catalog(config.catalog)
     pq.write_table(pq.read_table(config.request).take([4, 2, 3, 1]), tmp_path / "shuffled.parquet")
     decoder = config.decoder.model_copy(update={"num_actors": 2, "cpus_per_actor": 0.5})
-    layout = LayoutSettings(num_buckets=3, items_per_unit=5, images_per_file=4)
+    layout = LayoutSettings(num_buckets=3, items_per_shard=5, images_per_file=4)
     update = {
         "catalog": str(tmp_path / "catalog"),
         "request": str(tmp_path / "shuffled.parquet"),

@@ -280,7 +280,7 @@ def test_a_run_that_has_spent_its_hours_publishes_what_there_is(
     config: GenerateConfig, ray_local: str
 ) -> None:
     """It was killed with one unit of three drawn, and has no time left."""
-    config = config.model_copy(update={"layout": LayoutSettings(items_per_unit=6)})
+    config = config.model_copy(update={"layout": LayoutSettings(items_per_shard=6)})
     run = run_of(config)
     note_beginning(config, run)
     _, rows, _ = write_plan(config, run)

@@ -111,7 +111,7 @@ def test_of_several_the_latest_that_is_the_same(asked: GenerateConfig) -> None:
         ("selection.diversity=0.5", "config.selection.diversity", 0.3, 0.5),
         ("refresh.on_new_prior=rescore", "config.refresh.on_new_prior", "keep", "rescore"),
         ("layout.num_buckets=2", "config.layout.num_buckets", 1, 2),
-        ("layout.items_per_unit=50", "config.layout.items_per_unit", 2_000_000, 50),
+        ("layout.items_per_shard=50", "config.layout.items_per_shard", 2_000_000, 50),
         ("decoder.num_inference_steps=4", "config.decoder.num_inference_steps", 20, 4),
         ("decoder.safety.policy=drop", "config.decoder.safety.policy", "regenerate", "drop"),
     ],

@@ -99,7 +99,7 @@ def export_images(snapshot: Snapshot, out: str, url_base: str) -> Exported:
         if last and done_already and len(list_files(join(out, last.folder), ".parquet")) == len(last.files):
             return Exported(urls=last.urls, written=0, removed=0, files=last.files)
         before_last = read_export(out, last.before) if last and last.before else None
-        num_buckets = snapshot.manifest["num_buckets"]
+        num_buckets = snapshot.manifest.num_buckets
         there, gone = (
             export if export and export.num_buckets == num_buckets else None for export in (last, before_last)
         )  # or unknown
@@ -115,7 +115,7 @@ def export_images(snapshot: Snapshot, out: str, url_base: str) -> Exported:
         export = ImageExport(
             folder=folder,
             run_id=snapshot.run_id,
-            run_date=snapshot.manifest["run_date"],
+            run_date=snapshot.manifest.run_date,
             num_buckets=num_buckets,
             url_base=url_base,
             files=done.files,
@@ -150,7 +150,7 @@ def export_bucket(
     bucket: int,
 ) -> Exported:
     """The objects and the file of URLs of one bucket. Those of the strangers' pool are written by the bucket that it is in."""
-    items = snapshot.bucket("items", bucket, snapshot.manifest["num_buckets"], COLUMNS)
+    items = snapshot.bucket("items", bucket, snapshot.manifest.num_buckets, COLUMNS)
     there, gone = keys_of(out, last, bucket), keys_of(out, before_last, bucket, personal=True)
     before = there or {}
     keys = pool | before

@@ -60,7 +60,7 @@ def export_key_values(
     def work(bucket: int) -> dict[str, Any] | None:
         return export_bucket(snapshot, folder, format, key_prefix, since, urls, bucket)
 
-    found = [part for part in for_each_bucket(work, range(snapshot.manifest["num_buckets"])) if part]
+    found = [part for part in for_each_bucket(work, range(snapshot.manifest.num_buckets)) if part]
     done = KeyValues(
         folder=folder,
         files=[part["path"] for part in found],
@@ -105,7 +105,7 @@ def export_bucket(
     if urls is not None:
         items = read_table(urls[bucket], "export", [*COLUMNS, "image_url"])
     else:
-        items = snapshot.bucket("items", bucket, snapshot.manifest["num_buckets"], COLUMNS)
+        items = snapshot.bucket("items", bucket, snapshot.manifest.num_buckets, COLUMNS)
     if own is not None:
         items = items.filter(pc.is_in(items["user_id"], value_set=pa.array(own, pa.string())))
     values: dict[str, list[dict[str, Any]] | None] = dict.fromkeys(own or [])

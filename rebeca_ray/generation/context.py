@@ -1,0 +1,80 @@
+"""The context of one run: everything that its stages share, made once, before the first stage."""
+
+from dataclasses import dataclass
+from datetime import date, datetime
+from functools import cached_property
+
+import rebeca_ray
+from rebeca_ray.catalog.layout import Run
+from rebeca_ray.catalog.read import Snapshot
+from rebeca_ray.config.jobs import GenerateConfig
+from rebeca_ray.decoder.files import DecoderIdentity
+from rebeca_ray.identity import hash128
+from rebeca_ray.prior.checkpoint import load_prior
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """Everything that a run must know of its models without loading them again."""
+
+    versions: dict[str, str]  # fingerprints of prior and decoder, and the code's version
+    decoder_weights: dict[str, str]  # sha256 by file
+    embed_dim: int
+    clip_fingerprint: str | None
+    can_rescore: bool  # the prior has a selector
+    user_encoder: str  # how the prior knows users: history | id | none
+
+
+def identify_models(config: GenerateConfig, decoder: DecoderIdentity) -> Models:
+    """Load the prior once, so that a damaged one is found before any actor starts. Raises InputError for such a prior."""
+    prior = load_prior(config.prior)
+    versions = {
+        "prior": prior.fingerprint,
+        "decoder": decoder.fingerprint(config.decoder),
+        "code": rebeca_ray.__version__,
+    }
+    return Models(
+        versions=versions,
+        decoder_weights=decoder.weights,
+        embed_dim=decoder.embed_dim,
+        clip_fingerprint=prior.clip,
+        can_rescore=prior.selector is not None,
+        user_encoder=prior.settings.user_encoder,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """One run: its config, its identity, its models, and the snapshot it follows."""
+
+    config: GenerateConfig
+    run: Run
+    models: Models
+    previous: Snapshot | None
+    requested: int  # items
+    began_at: datetime
+    in_process: bool = False  # run all stages in this process, without Ray
+
+    @property
+    def num_buckets(self) -> int:
+        return self.config.layout.num_buckets
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return self.models.versions
+
+    @property
+    def embed_dim(self) -> int:
+        return self.models.embed_dim
+
+    @cached_property
+    def date(self) -> date:
+        return date.fromisoformat(self.run.run_date)
+
+    @cached_property
+    def settings_digest(self) -> str:
+        """Digest of everything but user and prompts that decides a user's items."""
+        sampler = self.config.sampler.model_dump_json(
+            exclude={"batch_size", "num_actors", "cpus_per_actor", "device"}
+        )
+        return hash128(sampler, self.config.selection.model_dump_json(), self.versions["decoder"])

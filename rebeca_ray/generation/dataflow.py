@@ -1,0 +1,106 @@
+"""One description of a graph of stages, run by Ray Data or in this process.
+
+Parquet files -> batches of rows -> stage after stage -> batches of the last stage's rows
+
+In this process the stages follow one another as generators. That serves tests and small jobs, and gives the same rows.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from rebeca_ray.storage.filesystem import arrow_filesystem, open_filesystem
+from rebeca_ray.storage.parquet import read_table
+
+WRITER_CPUS = 0.5  # reserved by a task that mostly waits for storage
+Work = Callable[[pa.Table], pa.Table]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Actors:
+    """A fixed pool of actors, and the resources of each."""
+
+    count: int
+    cpus: float
+    gpus: float = 0
+    decoder_slots: float = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Rows in, rows out, batch by batch.
+
+    With `actors`, `work` is a class: each actor makes one from `arguments` and calls it. Without, `work` is a function, or an object
+    that is cheap to copy, and any worker may call it.
+    """
+
+    work: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+    batch_size: int | None
+    actors: Actors | None = None
+    rows_per_block: int | None = None  # split large files, so that all actors get work
+
+
+def run_graph(
+    files: Sequence[str], stages: Sequence[Stage], *, columns: list[str] | None = None, in_process: bool
+) -> Iterator[pa.Table]:
+    """Read some Parquet files and pass their rows through the stages; yield batches of the last stage."""
+    run = run_here if in_process else run_on_ray
+    return run(files, stages, columns)
+
+
+def run_here(files: Sequence[str], stages: Sequence[Stage], columns: list[str] | None) -> Iterator[pa.Table]:
+    batches: Iterator[pa.Table] = (read_table(file, "rows", columns) for file in files)
+    for stage in stages:
+        work: Work = stage.work(*stage.arguments) if stage.actors else stage.work
+        batches = map(work, batched(batches, stage.batch_size))
+    return batches
+
+
+def batched(tables: Iterator[pa.Table], batch_size: int | None) -> Iterator[pa.Table]:
+    """Yield the same rows in batches of one size; the last may be smaller. None keeps the tables as they are."""
+    if batch_size is None:
+        yield from (table for table in tables if table.num_rows)
+        return
+    rest: pa.Table | None = None
+    for table in tables:
+        rest = table if rest is None else pa.concat_tables([rest, table])
+        while rest.num_rows >= batch_size:
+            yield rest.slice(0, batch_size)
+            rest = rest.slice(batch_size)
+    if rest is not None and rest.num_rows:
+        yield rest
+
+
+def run_on_ray(
+    files: Sequence[str], stages: Sequence[Stage], columns: list[str] | None
+) -> Iterator[pa.Table]:
+    import ray
+
+    filesystem, _ = open_filesystem(files[0])
+    paths = [open_filesystem(file)[1] for file in files]
+    rows = ray.data.read_parquet(paths, filesystem=arrow_filesystem(filesystem), partitioning=None)
+    if columns is not None:
+        rows = rows.select_columns(columns)
+    for stage in stages:
+        if stage.rows_per_block is not None:
+            rows = rows.repartition(target_num_rows_per_block=stage.rows_per_block)
+        if stage.actors is None:
+            rows = rows.map_batches(
+                stage.work, batch_size=stage.batch_size, batch_format="pyarrow", num_cpus=WRITER_CPUS
+            )
+            continue
+        actors = stage.actors
+        rows = rows.map_batches(
+            stage.work,
+            fn_constructor_args=stage.arguments,
+            batch_size=stage.batch_size,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=actors.count),
+            num_cpus=actors.cpus,
+            num_gpus=actors.gpus,
+            resources={"decoder_slot": actors.decoder_slots} if actors.decoder_slots else None,
+        )
+    return iter(rows.iter_batches(batch_size=None, batch_format="pyarrow"))

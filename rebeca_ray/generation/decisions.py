@@ -1,0 +1,108 @@
+"""Decisions: for every requested user, whether to plan new items or to keep those of last night.
+
+Decisions of a bucket are one Parquet file in the run's work folder; `Decisions` sums up all of them.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from datetime import date
+from enum import StrEnum
+from typing import Any, Self
+
+import pyarrow as pa
+
+from rebeca_ray import schemas
+from rebeca_ray.identity import hash128
+
+RenderKey = tuple[float, int, int]  # the smaller is rendered earlier
+
+
+class Action(StrEnum):
+    """What a run does for a user."""
+
+    PLAN = "plan"  # draw new items
+    CARRY = "carry"  # keep last night's items
+    RESCORE = "rescore"  # keep them, judged and ranked by tonight's selector
+    POOL = "pool"  # share the population pool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """One row of `schemas.DECISIONS`."""
+
+    user_id: str
+    action: Action
+    num_images: int
+    prompt: str
+    negative_prompt: str
+    bucket: int
+    histories_bucket: int
+    cold_start: bool
+    history_digest: str
+    generation: int
+    settings_digest: str
+    priority: float
+    activity: int
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        return cls(**{**values, "action": Action(values["action"])})
+
+    def render_key(self, by_urgency: bool) -> RenderKey:
+        """Order users by priority, then by activity; or by bucket. A hash decides between equals, so the order is total."""
+        first, second = (-self.priority, -self.activity) if by_urgency else (float(self.bucket), 0)
+        return first, second, int(hash128("order", self.user_id)[:12], 16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedUser:
+    """One row of `schemas.USERS`: the inputs of a user's items in a snapshot."""
+
+    user_id: str
+    num_images: int
+    num_items: int
+    num_failed: int
+    cold_start: bool
+    stale: bool
+    history_digest: str
+    generation: int
+    prior: str
+    settings_digest: str
+    planned_on: date
+    planned_by: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decisions:
+    """All decisions of a run, counted."""
+
+    pool: Decision | None  # on the population pool, if any cold-start user needs it
+    by_urgency: (
+        bool  # shards follow priority, since time may run out; else the buckets, so that files are full
+    )
+    boundaries: list[RenderKey]  # the first key of each shard but the first
+    planned_users: int
+    planned_items: int  # images to render, if nothing was rendered before
+    shards: int
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        pool = values["pool"] and Decision.from_dict(values["pool"])
+        boundaries = [
+            (float(first), int(second), int(third)) for first, second, third in values["boundaries"]
+        ]
+        return cls(**{**values, "pool": pool, "boundaries": boundaries})
+
+    def shard_of(self, decision: Decision) -> int:
+        key = decision.render_key(self.by_urgency)
+        return sum(key >= boundary for boundary in self.boundaries)
+
+
+def decisions_table(decisions: list[Decision]) -> pa.Table:
+    """Return decisions as `schemas.DECISIONS`."""
+    return pa.Table.from_pylist([asdict(decision) for decision in decisions], schema=schemas.DECISIONS)
+
+
+def published_users(users: pa.Table) -> dict[str, PublishedUser]:
+    """Return the rows of a `users` table by their user."""
+    names = [field.name for field in fields(PublishedUser)]
+    return {row["user_id"]: PublishedUser(**row) for row in users.select(names).to_pylist()}
