@@ -73,7 +73,7 @@ class Nights:
         if error := self.failing.get(date):
             raise error
         self.dates.append(date)
-        publish(config.catalog, Run(root=config.catalog, run_date=date, run_id=date, epoch=1))
+        publish(config.catalog, Run(root=config.catalog, run_date=date, run_id=date, fencing_token=1))
         return {"run_date": date}
 
 
@@ -97,7 +97,7 @@ def test_missed_dates_are_made_up_for_in_order_and_done_once(
     nights = stub(monkeypatch)
     publish(
         config.generate.catalog,
-        Run(root=config.generate.catalog, run_date="2026-03-01", run_id="first", epoch=1),
+        Run(root=config.generate.catalog, run_date="2026-03-01", run_id="first", fencing_token=1),
     )
     found, garbage = run_nightly(config)
     assert (
@@ -115,7 +115,7 @@ def test_a_missed_date_that_fails_costs_no_later_one_but_is_told(
     nights = stub(monkeypatch, day03=QualityGateError("too few users"))
     publish(
         config.generate.catalog,
-        Run(root=config.generate.catalog, run_date="2026-03-01", run_id="first", epoch=1),
+        Run(root=config.generate.catalog, run_date="2026-03-01", run_id="first", fencing_token=1),
     )
     with pytest.raises(QualityGateError, match="too few users"):
         run_nightly(config)
@@ -131,7 +131,7 @@ def test_a_night_that_fails_is_an_error_and_an_unexpected_one_stops_at_once(
     nights = stub(monkeypatch, day04=RuntimeError("a bug"))
     publish(
         config.generate.catalog,
-        Run(root=config.generate.catalog, run_date="2026-03-03", run_id="first", epoch=1),
+        Run(root=config.generate.catalog, run_date="2026-03-03", run_id="first", fencing_token=1),
     )
     with pytest.raises(RuntimeError, match="a bug"):
         run_nightly(config)
@@ -170,7 +170,7 @@ def test_a_night_that_can_be_gone_on_with_is_never_left_out(
     nights = stub(monkeypatch, day04=ResumableError("storage went away"))
     publish(
         config.generate.catalog,
-        Run(root=config.generate.catalog, run_date="2026-03-03", run_id="first", epoch=1),
+        Run(root=config.generate.catalog, run_date="2026-03-03", run_id="first", fencing_token=1),
     )
     with pytest.raises(ResumableError, match="storage went away") as caught:
         run_nightly(config)
@@ -184,7 +184,7 @@ def test_a_night_before_the_published_one_is_refused(
     nights = stub(monkeypatch)
     publish(
         config.generate.catalog,
-        Run(root=config.generate.catalog, run_date="2026-03-06", run_id="later", epoch=1),
+        Run(root=config.generate.catalog, run_date="2026-03-06", run_id="later", fencing_token=1),
     )
     with pytest.raises(
         UserError,

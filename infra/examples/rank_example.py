@@ -46,9 +46,9 @@ def rank(
         rated = read_interactions(InteractionSettings(path=interactions, hold_out=0.0, min_likes=0))
         real = read_image_embeds(items)
         known = with_rated(real, catalog, interactions)
-        if snapshot.manifest["embed_dim"] != real.image_embeds.shape[1]:
+        if snapshot.manifest.embed_dim != real.image_embeds.shape[1]:
             raise InputError(
-                f"items {items}: embeddings of size {real.image_embeds.shape[1]}, the catalog's have {snapshot.manifest['embed_dim']}"
+                f"items {items}: embeddings of size {real.image_embeds.shape[1]}, the catalog's have {snapshot.manifest.embed_dim}"
             )
         weights = fit(rated, known)
         user = user or somebody(snapshot)

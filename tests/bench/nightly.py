@@ -50,7 +50,7 @@ def night(config: GenerateConfig, number: int) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - started
     assert verify(read_catalog(config.catalog), "sample") == []
-    spent, foreseen = manifest["spent"], manifest["foreseen"]
+    spent, foreseen = manifest.spent, manifest.foreseen
     hours = {"seconds_in_all": round(seconds, 1), "seconds_spent": round(3600 * spent["hours"], 1)}
     told = (
         {"seconds_foreseen": round(3600 * foreseen["hours"], 1), "images_foreseen": foreseen["images"]}
@@ -61,8 +61,8 @@ def night(config: GenerateConfig, number: int) -> dict[str, Any]:
         "images": spent["images"],
         **hours,
         **told,
-        "counts": manifest["counts"],
-        "stages": manifest["measured"]["stages"],
+        "counts": manifest.counts,
+        "stages": manifest.measured["stages"],
     }
 
 

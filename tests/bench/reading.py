@@ -45,7 +45,7 @@ SCANNED = ["user_id", "item_id", "rank", "like_probability"]
 
 def synthesise(root: str, num_users: int) -> None:
     """A published snapshot, bucket by bucket; written as the job writes it."""
-    run = Run(root=root, run_date="2026-01-01", run_id="reading", epoch=1)
+    run = Run(root=root, run_date="2026-01-01", run_id="reading", fencing_token=1)
     users: list[list[str]] = [[] for _ in range(BUCKETS)]
     for number in range(num_users):
         name = user_name(number)

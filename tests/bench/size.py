@@ -29,7 +29,7 @@ ALL_USERS, ITEMS_A_UNIT = 10_000_000, 2_000_000
 
 def bucket(folder: Path) -> dict[str, float]:
     """Seconds to assemble one bucket in which everybody is new."""
-    run = Run(root=str(folder), run_date="2026-01-01", run_id="size", epoch=1)
+    run = Run(root=str(folder), run_date="2026-01-01", run_id="size", fencing_token=1)
     users = [f"user-{number:08d}" for number in range(USERS)]
     row = {
         "num_images": ITEMS_PER_USER,

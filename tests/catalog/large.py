@@ -26,7 +26,7 @@ def write_snapshot(
     D: int = D,
 ) -> str:
     """A published snapshot of items alone, in three files of several row groups."""
-    run = Run(root=str(root), run_date="2026-03-02", run_id="large", epoch=1)
+    run = Run(root=str(root), run_date="2026-03-02", run_id="large", fencing_token=1)
     random = np.random.default_rng(0)
     files = []
     for bucket in range(BUCKETS):

@@ -83,7 +83,7 @@ def test_a_damaged_file_is_named_with_the_remedy(large: Snapshot, what: str) -> 
 
 @pytest.mark.parametrize("what", ["missing", "changed", "unnamed"])
 def test_a_damaged_file_list_is_told(large: Snapshot, what: str) -> None:
-    listing = Path(large.root, large.manifest["files"]["path"])
+    listing = Path(large.root, large.manifest.files.path)
     if what == "missing":
         listing.unlink()
     elif what == "changed":

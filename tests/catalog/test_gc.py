@@ -33,20 +33,20 @@ def four_nights(config: GenerateConfig) -> GenerateConfig:
 
 def test_what_goes_is_what_no_kept_snapshot_needs(four_nights: GenerateConfig) -> None:
     root = four_nights.catalog
-    first, second, third, fourth = (manifest["run_id"] for manifest in list_snapshots(root))
+    first, second, third, fourth = (manifest.run_id for manifest in list_snapshots(root))
     before = read_catalog(root)
     images = before.images(before.items())
     assert collect(root, keep=4, grace_hours=0).manifests == []
     garbage = collect(root, keep=2, grace_hours=0)
     assert garbage.kept == sorted([third, fourth])
-    assert [manifest["run_id"] for manifest in list_snapshots(root)] == [third, fourth]
+    assert [manifest.run_id for manifest in list_snapshots(root)] == [third, fourth]
     for manifest in list_snapshots(root):
-        assert verify(open_snapshot(root, manifest["path"]), "full") == []
+        assert verify(open_snapshot(root, manifest.path), "full") == []
     assert read_catalog(root).images(read_catalog(root).items()) == images
     needed = {
         path
         for run in (third, fourth)
-        for path in open_snapshot(root, find_snapshot(root, run)["path"]).files["path"].to_pylist()
+        for path in open_snapshot(root, find_snapshot(root, run).path).files["path"].to_pylist()
     }
     there = {file.removeprefix(f"{root}/") for file in list_files(root, ".parquet")}
     assert there - needed == {f"{find_snapshot(root, run)['files']['path']}" for run in (third, fourth)}
@@ -63,7 +63,7 @@ def test_a_collection_that_dies_anywhere_loses_nothing_and_the_next_one_ends_it(
     four_nights: GenerateConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, deleted = four_nights.catalog, gc.delete
-    kept = [manifest["run_id"] for manifest in list_snapshots(root)[-2:]]
+    kept = [manifest.run_id for manifest in list_snapshots(root)[-2:]]
     deaths = 0
     while True:
         left = 2  # deletions before it dies
@@ -83,7 +83,7 @@ def test_a_collection_that_dies_anywhere_loses_nothing_and_the_next_one_ends_it(
         except KeyboardInterrupt:
             deaths += 1
         for run_id in kept:
-            assert verify(open_snapshot(root, find_snapshot(root, run_id)["path"]), "full") == []
+            assert verify(open_snapshot(root, find_snapshot(root, run_id).path), "full") == []
     assert deaths >= 2
     monkeypatch.setattr(gc, "delete", deleted)
     rest = collect(root, keep=2, grace_hours=0, dry_run=True)
@@ -96,7 +96,7 @@ def test_a_snapshot_stays_through_the_grace_period_after_it_was_followed(four_ni
     snapshots = list_snapshots(root)
     hour = datetime.timedelta(hours=1)
     pointer, _ = read_pointer(root)
-    assert [left["run_id"] for left in pointer.left] == [manifest["run_id"] for manifest in snapshots[:3]]
+    assert [left["run_id"] for left in pointer.left] == [manifest.run_id for manifest in snapshots[:3]]
     assert kept_snapshots(snapshots, pointer, 1, now, hour) == snapshots
     assert (
         kept_snapshots(snapshots, pointer, 1, now + 2 * hour, hour) == snapshots[2:]
@@ -115,7 +115,7 @@ def test_a_snapshot_stays_through_the_grace_period_after_it_was_followed(four_ni
     assert kept_snapshots([*snapshots, never], pointer, 2, now, hour) == [*snapshots, never]
     garbage = find_garbage(root, keep=1, now=now + 2 * hour, grace=hour)
     assert len(garbage.manifests) == 2
-    assert read_catalog(root).manifest["run_id"] in garbage.kept
+    assert read_catalog(root).manifest.run_id in garbage.kept
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_the_last_published_stay(published: str | None, left: str, kept: str) ->
     pointer = Pointer(run_id=published, left=tuple(Left(run_id=name, at=at) for name in left))
     now = datetime.datetime(2026, 3, 9, tzinfo=datetime.UTC)
     found = kept_snapshots(snapshots, pointer, 3, now, datetime.timedelta(hours=1))
-    assert "".join(manifest["run_id"] for manifest in found) == kept
+    assert "".join(manifest.run_id for manifest in found) == kept
 
 
 def test_an_unfinished_run_stays_for_the_grace_period_and_is_then_given_up(config: GenerateConfig) -> None:
@@ -169,11 +169,11 @@ def test_nothing_is_collected_while_a_run_is_at_work(config: GenerateConfig) -> 
 
 def test_publishing_by_hand_and_back_again(four_nights: GenerateConfig) -> None:
     root = four_nights.catalog
-    third, fourth = (manifest["run_id"] for manifest in list_snapshots(root)[-2:])
+    third, fourth = (manifest.run_id for manifest in list_snapshots(root)[-2:])
     assert roll_back(root)["run_id"] == third
-    assert read_catalog(root).manifest["run_id"] == third
+    assert read_catalog(root).manifest.run_id == third
     assert publish_snapshot(root, fourth)["run_id"] == fourth
-    assert read_catalog(root).manifest["run_id"] == fourth
+    assert read_catalog(root).manifest.run_id == fourth
     Path(root, read_catalog(root).paths("items")[0]).unlink()
     with pytest.raises(
         QualityGateError, match=r"is not published: .*items/bucket=0/.*: is missing \(1 such\)"

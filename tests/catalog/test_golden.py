@@ -46,7 +46,7 @@ def write_golden_files(config: GenerateConfig, folder: Path) -> None:
     shutil.copytree(config.catalog, folder, ignore=shutil.ignore_patterns("work", ".latest.lock"))
     snapshot = read_catalog(str(folder))
     shutil.rmtree(
-        folder / str(snapshot.manifest["previous_path"])
+        folder / str(snapshot.manifest.previous_path)
     )  # of the night before only images are needed
     told = {"rows": rows_of(snapshot), "images": image_hashes(snapshot)}
     (folder / "expected.json").write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
@@ -73,7 +73,7 @@ def test_every_version_is_read_as_it_was_written(version: int) -> None:
 def assert_read_as_written(folder: Path, version: int) -> None:
     snapshot = read_catalog(str(folder))
     expected = json.loads((folder / "expected.json").read_text())
-    assert snapshot.manifest["schema_version"] == version
+    assert snapshot.manifest.schema_version == version
     rows = rows_of(snapshot)
     for name in TABLES:
         assert len(rows[name]) == len(expected["rows"][name]) > 0
@@ -91,7 +91,7 @@ def assert_read_as_written(folder: Path, version: int) -> None:
 def test_the_schema_has_only_grown(version: int) -> None:
     """Every column that was ever published is still there, of the same type, before those that came later."""
     snapshot = read_catalog(str(GOLDEN / f"v{version}"))
-    assert snapshot.manifest["embed_dim"] == D
+    assert snapshot.manifest.embed_dim == D
     for name in TABLES:
         was = pq.read_schema(snapshot.uris(name)[0])
         assert was.metadata[schemas.VERSION_KEY.encode()] == str(version).encode()

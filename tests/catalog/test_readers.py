@@ -155,7 +155,7 @@ def test_duckdb_by_sql_over_the_file_list(published: Published, name: str) -> No
     with duckdb.connect() as connection:
         connection.register_filesystem(fsspec.filesystem("s3"))
         connection.execute("SET TimeZone = 'UTC'")
-        listing = f"{snapshot.root}/{snapshot.manifest['files']['path']}"
+        listing = f"{snapshot.root}/{snapshot.manifest.files.path}"
         connection.execute(f"""
             SET VARIABLE files = (SELECT list('{snapshot.root}/' || path) FROM read_parquet('{listing}') WHERE "table" = '{name}')
         """)

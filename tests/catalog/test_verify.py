@@ -59,7 +59,7 @@ def test_a_missing_and_a_short_file_are_metadata(snapshot: Snapshot) -> None:
 def test_a_manifest_that_does_not_add_up_is_metadata(snapshot: Snapshot) -> None:
     file = Path(snapshot.root, snapshot.path, "manifest.json")
     manifest = json.loads(file.read_text())
-    manifest["counts"]["new"] += 1
+    manifest.counts.new += 1
     file.write_text(json.dumps(manifest))
     assert verify(read_catalog(snapshot.root), "metadata") == [
         "manifest: 12 items requested, but 13 accounted for",

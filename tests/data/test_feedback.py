@@ -141,7 +141,7 @@ def test_what_is_damaged_is_told_and_stops_the_night_only_where_it_was_kept(
         tmp_path / "interactions.parquet",
         [(USERS[0], one["item_id"], 5.0, None), (USERS[1], two["item_id"], 5.0, None)],
     )
-    Path(config.catalog, monday.manifest["files"]["path"]).write_bytes(b"damaged")
+    Path(config.catalog, monday.manifest.files.path).write_bytes(b"damaged")
     assert find_rated(config.catalog, interactions, REAL, D, None)["item_id"].to_pylist() == [one["item_id"]]
     assert f"{monday.path}/manifest.json; ratings of its items are left out" in capsys.readouterr().err
     Path(list_files(f"{config.catalog}/rated")[0]).write_bytes(b"damaged")
@@ -261,7 +261,7 @@ def test_liked_generated_items_draw_the_next_night_towards_them(
     rate(Path(trained.interactions.path), [*before, *ratings, *shown])
 
     manifest = snapshot_of(config, requested=32)
-    assert (manifest["counts"]["new"], manifest["counts"]["carried"]) == (16, 16)
+    assert (manifest.counts.new, manifest.counts.carried) == (16, 16)
     tuesday = read_catalog(config.catalog)
     centre = np.mean([item["image_embeds"] for item in liked], axis=0)
     then, now = (closeness(snapshot.for_user("newcomer"), centre) for snapshot in (monday, tuesday))

@@ -35,7 +35,7 @@ MEASURED = {
 def measured(config: GenerateConfig) -> GenerateConfig:
     """A catalog whose one snapshot measured what MEASURED says."""
     manifest = snapshot_of(config, requested=16)
-    uri = f"{config.catalog}/snapshots/run_date={manifest['run_date']}/run_id={manifest['run_id']}/manifest.json"
+    uri = f"{config.catalog}/snapshots/run_date={manifest.run_date}/run_id={manifest.run_id}/manifest.json"
     write_json({**(read_json(uri) or {}), "measured": MEASURED}, uri)
     return config
 

@@ -92,7 +92,7 @@ def render(
 
 def add_up(manifest: dict[str, Any]) -> dict[str, int]:
     """The counts of what there is, of which each requested item is one."""
-    counts = manifest["counts"]
+    counts = manifest.counts
     assert counts["requested"] == sum(counts[kind] for kind in KINDS)
     return {kind: counts[kind] for kind in (*KINDS, "late_users") if counts[kind]}
 
@@ -280,11 +280,11 @@ def test_a_first_catalog_that_time_ran_out_for_is_whole_after_a_second_night(con
     """The least urgent users are put off, also one of whom one item was drawn: nobody has half a list."""
     manifest, prepared = night(on(MONDAY, config, items_per_shard=6), units=1, and_rows=1)
     assert prepared.rendered.late
-    done = manifest["counts"]["new"]
+    done = manifest.counts.new
     assert add_up(manifest) == {
         "new": done,
         "deferred": 16 - done,
-        "late_users": 5 - manifest["counts"]["users"],
+        "late_users": 5 - manifest.counts.users,
     }
     assert 0 < done < 16
     before = read_catalog(config.catalog)
@@ -297,7 +297,7 @@ def test_a_first_catalog_that_time_ran_out_for_is_whole_after_a_second_night(con
 
     second = on(TUESDAY, config, items_per_shard=6)
     decisions = decide(second, run_of(second))
-    assert (decisions.planned_users, decisions.planned_items) == (manifest["counts"]["late_users"], 16 - done)
+    assert (decisions.planned_users, decisions.planned_items) == (manifest.counts.stale_users, 16 - done)
     assert add_up(snapshot_of(second, requested=16)) == {"new": 16 - done, "carried": done}
     now = items_of(read_catalog(config.catalog))
     assert items_of(before).items() <= now.items()
@@ -315,14 +315,14 @@ def test_late_users_keep_last_nights_items_until_they_are_drawn(config: Generate
     config = config.model_copy(update={"sampler": sampler})
     manifest, prepared = night(on(TUESDAY, config, items_per_shard=6), units=1)
     assert (prepared.decisions.planned_users, prepared.decisions.units) == (5, 3)
-    done = manifest["counts"]["new"]
+    done = manifest.counts.new
     assert 0 < done < 16
     tuesday = read_catalog(config.catalog)
     users = {row["user_id"]: row for row in tuesday.table("users").to_pylist()}
     late = {user for user, row in users.items() if row["late"]}
     assert add_up(manifest) == {"new": done, "carried": 16 - done, "late_users": len(late)}
     assert 0 < len(late) < 5
-    assert manifest["counts"]["users"] == 5
+    assert manifest.counts.users == 5
     last = {row["user_id"]: row for row in monday.table("users").to_pylist()}
     assert all(users[user] == {**last[user], "late": True} for user in late)
     assert {str(row["planned_on"]) for user, row in users.items() if user not in late} == {"2026-03-03"}
@@ -354,7 +354,7 @@ def test_a_night_that_draws_nothing_in_time_publishes_last_nights_items(config: 
     assert add_up(manifest) == {"carried": 12, "late_users": 4}
     latest = published(config.catalog)
     assert latest is not None
-    assert latest.manifest["run_id"] == prepared.run.run_id
+    assert latest.manifest.run_id == prepared.run.run_id
     assert items_of(latest) == {
         user: found[: 4 if user == USERS[1] else 2] for user, found in before.items()
     }  # fewer are wanted by now

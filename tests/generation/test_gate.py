@@ -38,7 +38,7 @@ def write_plan(folder: Path, *, users: int, own: bool, items: int = 3, origin: s
             "origin": [origin] * len(owner),
         }
     )
-    run = Run(root=str(folder), run_date="2026-01-01", run_id="run", epoch=1)
+    run = Run(root=str(folder), run_date="2026-01-01", run_id="run", fencing_token=1)
     Path(run.plan).mkdir(parents=True)
     half = table.num_rows // 2
     pq.write_table(table.slice(0, half), f"{run.plan}/a.parquet")
@@ -100,7 +100,7 @@ def test_a_prior_that_ignores_its_users_does_not_pass_by_what_the_selector_chose
         replace(prior, user_rows=torch.zeros_like(prior.user_rows)), uri
     )  # the same tokens for everybody
     planned = plan(config.model_copy(update={"prior": uri}), pa.table({"user_id": users}))
-    run = Run(root=str(tmp_path), run_date="2026-01-01", run_id="run", epoch=1)
+    run = Run(root=str(tmp_path), run_date="2026-01-01", run_id="run", fencing_token=1)
     Path(run.plan).mkdir(parents=True)
     pq.write_table(planned, f"{run.plan}/a.parquet")
     assert "pleases its own users no more than others" in str(check_plan(run, GateSettings())[1])

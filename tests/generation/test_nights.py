@@ -44,7 +44,7 @@ def night(
 
 
 def counts(manifest: dict[str, Any], *kinds: str) -> tuple[int, ...]:
-    return tuple(manifest["counts"][kind] for kind in kinds)
+    return tuple(manifest.counts[kind] for kind in kinds)
 
 
 def by_user(snapshot: Snapshot) -> dict[str, list[str]]:
@@ -201,7 +201,7 @@ def test_when_time_runs_out_the_rest_keeps_last_nights_items_and_a_first_catalog
         told = ask(config, USERS[:5], number, priority=priority)
         prepared = prepare(told)
         files = [file for file in prepared.rendered.files if file["unit"] < units]
-        manifest = assembled(told, prepared._replace(rendered=Rendered(files=files, late=True)), requested=15)
+        manifest = assembled(told, prepared._replace(rendered=Rendered(files=files, timed_out=True)), requested=15)
         publish(told.catalog, prepared.run)
         snapshot = read_catalog(told.catalog)
         assert verify(snapshot, "full") == []
@@ -250,7 +250,7 @@ def test_mostly_dead_image_files_are_copied_and_no_longer_listed(config: Generat
     files = after.files.filter(pc.equal(after.files["table"], "images"))
     assert sorted(files["live_rows"].to_pylist()) == [9, 12]
     assert len(set(files["file"].to_pylist())) == 2
-    assert manifest["next_file"] == max(files["file"].to_pylist()) + 1
+    assert manifest.next_file == max(files["file"].to_pylist()) + 1
     assert np.array_equal(np.unique(after.items()["image_file"]), np.sort(files["file"]))
 
 
@@ -274,7 +274,7 @@ def test_random_nights_lose_and_double_nothing(config: GenerateConfig, number: i
         assert {
             user: len(items) for user, items in by_user(snapshot).items() if user != POPULATION_USER
         } == dict(zip(users, wanted, strict=True))
-        assert manifest["counts"]["users"] == len(users)
+        assert manifest.counts.users == len(users)
 
 
 def test_a_stranger_who_drops_a_prompt_gets_the_pools_items(config: GenerateConfig) -> None:
@@ -291,7 +291,7 @@ def test_a_late_user_who_wanted_fewer_gets_all_back(config: GenerateConfig) -> N
     snapshot_of(ask(config, USERS[:2], 0, num_images=pa.array([4, 4], pa.int32())), requested=8)
     told = ask(config, USERS[:2], 1, num_images=pa.array([2, 4], pa.int32()))
     prepared = prepare(told)
-    manifest = assembled(told, prepared._replace(rendered=Rendered(files=[], late=True)), requested=6)
+    manifest = assembled(told, prepared._replace(rendered=Rendered(files=[], timed_out=True)), requested=6)
     publish(told.catalog, prepared.run)
     assert counts(manifest, "carried", "late_users", "filtered", "deferred") == (6, 1, 0, 0)
     again = snapshot_of(ask(config, USERS[:2], 2, num_images=pa.array([4, 4], pa.int32())), requested=8)

@@ -55,7 +55,7 @@ def generated(
 
 def test_a_complete_snapshot_is_published(generated: tuple[GenerateConfig, dict[str, Any]]) -> None:
     config, manifest = generated
-    assert manifest["counts"] == {
+    assert manifest.counts == {
         "requested": 16, "new": 16, "carried": 0, "population": 0, "failed": 0, "filtered": 0, "deferred": 0, "users": 5, "late_users": 0,
     }  # fmt: skip
     snapshot = read_catalog(config.catalog)
@@ -101,7 +101,7 @@ def test_the_file_list_describes_every_file_exactly(generated: tuple[GenerateCon
         "users",
         "changes",
     }  # nothing failed
-    assert not (Path(config.catalog) / "work" / f"run_id={snapshot.manifest['run_id']}").exists()
+    assert not (Path(config.catalog) / "work" / f"run_id={snapshot.manifest.run_id}").exists()
     assert not list(Path(config.catalog).rglob("*.partial"))
 
 
@@ -139,8 +139,8 @@ def test_two_runs_agree_whatever_order_actors_buckets_units_and_files(
     right = after.items().sort_by([("user_id", "ascending"), ("rank", "ascending")])
     assert_same_items(left, right)
     assert_same_pixels(before.images(left), after.images(right))
-    assert manifest["decisions"] == {"planned_users": 4, "planned_items": 13, "units": 3}
-    assert (manifest["num_buckets"], manifest["measured"]["stages"]["render"]["rows"]) == (3, 13)
+    assert manifest.decisions == {"planned_users": 4, "planned_items": 13, "units": 3}
+    assert (manifest.num_buckets, manifest.measured.stages["render"]["rows"]) == (3, 13)
     units = {row["path"].split("/")[2] for row in after.files.to_pylist() if row["table"] == "images"}
     assert units == {f"bucket={bucket_of(user, 3)}" for user in USERS[1:5]}
 
@@ -155,7 +155,7 @@ def test_failed_rows_are_kept_apart_and_the_budget_decides(config: GenerateConfi
     assert caught.value.exit_code == 3
     assert published(config.catalog) is None
     manifest = assembled(config, prepared, requested=16, error_budget=0.1)
-    assert (manifest["counts"]["new"], manifest["counts"]["failed"]) == (15, 1)
+    assert (manifest.counts.new, manifest.counts.failed) == (15, 1)
     snapshot = open_snapshot(config.catalog, run.snapshot)
     error = snapshot.table("errors").to_pylist()[0]
     assert (error["stage"], error["error"]) == ("render", "image_embeds is not finite")
@@ -178,7 +178,7 @@ def test_a_partial_run_is_not_published(config: GenerateConfig) -> None:
         record.unlink()  # what a kill in the middle of a write leaves: a file without its record
     assert read_records(prepared.run, 0) == []
     with pytest.raises(ResumableError, match="16 of 16 planned items were not rendered"):
-        assembled(config, prepared._replace(rendered=Rendered(files=[], late=False)), requested=16)
+        assembled(config, prepared._replace(rendered=Rendered(files=[], timed_out=False)), requested=16)
     assert not (Path(config.catalog) / "latest.json").exists()
 
 
@@ -391,7 +391,7 @@ def test_one_user_in_place_of_a_list_is_refused(generated: tuple[GenerateConfig,
 def test_reading_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing is published there; give another root"):
         read_catalog(str(tmp_path))
-    publish(str(tmp_path), Run(root=str(tmp_path), run_date="2026-01-01", run_id="a", epoch=1))
+    publish(str(tmp_path), Run(root=str(tmp_path), run_date="2026-01-01", run_id="a", fencing_token=1))
     with pytest.raises(UserError, match=r"has no manifest.json"):
         read_catalog(str(tmp_path))
 
@@ -413,8 +413,8 @@ def test_the_same_on_s3(generated: tuple[GenerateConfig, dict[str, Any]]) -> Non
         }
     )
     manifest = generate_catalog(on_s3)
-    assert manifest["counts"] == local["counts"]
-    assert manifest["epoch"] == 1
+    assert manifest.counts == local["counts"]
+    assert manifest.epoch == 1
     there = read_catalog(on_s3.root)
     assert_same_items(there.items(), expected.items())
     assert_same_pixels(there.images(there.items()), expected.images(expected.items()))

@@ -126,7 +126,7 @@ def assert_everything_once(snapshot: Snapshot, count: int = 40) -> None:
     ids = snapshot.table("images")["item_id"].to_pylist()
     assert len(ids) == len(set(ids)) == count
     assert sorted(snapshot.items()["item_id"].to_pylist()) == sorted(ids)
-    counts = snapshot.manifest["counts"]
+    counts = snapshot.manifest.counts
     assert (counts["requested"], counts["new"]) == (count, count)
 
 
@@ -155,7 +155,7 @@ def test_a_run_that_is_killed_while_rendering_draws_the_rest(
 
     manifest = generate_catalog(config, resume="require")
     assert f"resuming run {run_id}, begun at 20" in capsys.readouterr().out
-    assert (manifest["run_id"], manifest["epoch"]) == (run_id, 2)
+    assert (manifest.run_id, manifest.epoch) == (run_id, 2)
     snapshot = read_catalog(config.catalog)
     assert_everything_once(snapshot)
     files = [row for row in snapshot.files.to_pylist() if row["table"] == "images"]
@@ -165,7 +165,7 @@ def test_a_run_that_is_killed_while_rendering_draws_the_rest(
     )
     kept = sum(row["rows"] for row in files if "/part-000001-" in row["path"])
     assert 8 <= kept <= 16
-    assert manifest["measured"]["stages"]["render"]["rows"] == 40 - kept
+    assert manifest.measured.stages["render"]["rows"] == 40 - kept
     assert read_pointer(config.catalog)[0].lease is None
     assert unfinished_runs(config.catalog) == {}
 
@@ -197,8 +197,8 @@ def test_a_run_that_dies_while_planning_and_again_before_publishing(
 
     manifest = generate_catalog(config)
     assert f"resuming run {run_id}" in capsys.readouterr().out
-    assert (manifest["run_id"], manifest["epoch"]) == (run_id, 3)
-    assert not {"plan", "render"} & set(manifest["measured"]["stages"])  # neither was done again
+    assert (manifest.run_id, manifest.epoch) == (run_id, 3)
+    assert not {"plan", "render"} & set(manifest.measured["stages"])  # neither was done again
     snapshot = read_catalog(config.catalog)
     assert_everything_once(snapshot)
     assert {row["path"] for row in snapshot.files.to_pylist() if row["table"] == "images"} == set(before)
@@ -223,8 +223,8 @@ def test_a_run_that_hangs_ends_itself_and_is_gone_on_with(config: GenerateConfig
     rows = sum(image_file["rows"] for image_file in records(config.catalog, run_id))
 
     manifest = generate_catalog(config, resume="require")  # at once, though the lease was one of ten minutes
-    assert manifest["run_id"] == run_id
-    assert manifest["measured"]["stages"]["render"]["rows"] == 40 - rows
+    assert manifest.run_id == run_id
+    assert manifest.measured.stages["render"]["rows"] == 40 - rows
     assert_everything_once(read_catalog(config.catalog))
 
 
@@ -257,9 +257,9 @@ def test_what_failed_is_drawn_again_when_asked_for(
     assert [(row["stage"], row["error"], row["attempt"]) for row in errors] == [("render", "bad luck", 0)] * 2
 
     manifest = generate_catalog(config, retry_failed=True)
-    assert manifest["run_id"] == run.run_id
-    assert (manifest["counts"]["new"], manifest["counts"]["failed"]) == (16, 0)
-    assert manifest["measured"]["stages"]["render"]["rows"] == 2
+    assert manifest.run_id == run.run_id
+    assert (manifest.counts.new, manifest.counts.failed) == (16, 0)
+    assert manifest.measured.stages["render"]["rows"] == 2
     snapshot = read_catalog(config.catalog)
     assert snapshot.table("errors").num_rows == 0
     (again,) = (
@@ -295,5 +295,5 @@ def test_a_run_that_has_spent_its_hours_publishes_what_there_is(
         16 - first.num_rows,
     )
     done = set(first["user_id"].to_pylist())
-    assert (counts["users"], counts["late_users"]) == (len(done), 5 - len(done))
+    assert (counts["users"], counts["stale_users"]) == (len(done), 5 - len(done))
     assert set(read_catalog(config.catalog).items()["user_id"].to_pylist()) == done

@@ -292,7 +292,7 @@ def test_any_single_field_that_differs_is_found_and_named(told: dict[str, Any], 
 
 
 def test_bad_input_leaves_nothing_of_a_new_run_and_a_lost_store_everything(tmp_path: Path) -> None:
-    run = Run(root=str(tmp_path), run_date="2026-03-02", run_id="run", epoch=1)
+    run = Run(root=str(tmp_path), run_date="2026-03-02", run_id="run", fencing_token=1)
 
     def end_with(
         error: Exception, *, resumed: bool = False, planned: bool = False
