@@ -8,7 +8,7 @@ import json
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 3  # of what is published. From 3 on it only grows: see infra/catalog-format.md, and the golden files in the tests
+SCHEMA_VERSION = 3  # of what is published. From 3 on it only grows: see infra/docs/catalog-format.md, and the golden files in the tests
 OLDEST_SCHEMA_VERSION = 3  # that can be read
 VERSION_KEY = "rebeca.schema_version"  # in the metadata of every published file
 NEW, CARRIED, POPULATION = (

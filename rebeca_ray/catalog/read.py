@@ -189,7 +189,7 @@ class Snapshot:
         )
 
     def uris(self, name: str = "items") -> list[str]:
-        """Where a table's files are, for any other reader; see infra/catalog-format.md."""
+        """Where a table's files are, for any other reader; see infra/docs/catalog-format.md."""
         self.checked(name, None)
         return [join(self.root, path) for path in self.paths(name)]
 

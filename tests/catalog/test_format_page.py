@@ -13,7 +13,7 @@ from rebeca_ray.catalog.read import TABLES, read_catalog
 from tests.catalog.test_golden import GOLDEN
 from tests.conftest import REPO, D
 
-PAGE = (REPO / "infra" / "catalog-format.md").read_text()
+PAGE = (REPO / "infra" / "docs" / "catalog-format.md").read_text()
 
 
 @pytest.mark.parametrize("user", ["user-1", "stranger", "nobody", ""])
