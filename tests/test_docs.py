@@ -20,6 +20,7 @@ import typer
 from ray.scripts.scripts import cli as ray_command
 
 from rebeca_ray import schemas
+from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.cli.commands import app
 
 REPO = Path(__file__).parents[1]
@@ -262,6 +263,21 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
     assert '"max_epochs": 50' in ran.stdout
     assert ran.stdout.count('"num_images": 10') == 2
     assert "2026-03-03" in ran.stdout  # the run date of the golden snapshot
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On golden files, in at most twelve lines. The line that needs Ray is left to `tests/catalog/test_read.py`."""
+    (code,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    lines = [line for line in code.splitlines() if line]
+    assert len(lines) <= 12
+    golden = REPO / "tests" / "catalog" / "golden" / f"v{schemas.SCHEMA_VERSION}"
+    user = read_catalog(str(golden)).items(["user_id"])["user_id"][-1].as_py()
+    code = "\n".join(line for line in lines if "to_ray" not in line)
+    monkeypatch.chdir(tmp_path)
+    variables: dict[str, Any] = {}
+    exec(code.replace("s3://bucket/catalog", str(golden)).replace("some-user", user), variables)
+    assert variables["items"].num_rows > 0
+    assert Path("first.webp").read_bytes() == variables["images"][0]
 
 
 def test_every_figure_stands_in_its_place() -> None:
