@@ -13,7 +13,7 @@ from rebeca_ray.catalog.read import TABLES, read_catalog
 from tests.catalog.test_golden import GOLDEN
 from tests.conftest import REPO, D
 
-PAGE = (REPO / "infra" / "catalog-format.md").read_text()
+PAGE = (REPO / "infra" / "docs" / "catalog-format.md").read_text()
 
 
 @pytest.mark.parametrize("user", ["user-1", "stranger", "nobody", ""])
@@ -36,18 +36,18 @@ def test_the_example_reads_a_users_items_and_image(tmp_path: Path, user: str) ->
 
 
 def test_every_column_is_named_with_its_type_and_nothing_else_is() -> None:
-    told: dict[str, dict[str, str]] = {}
+    documented: dict[str, dict[str, str]] = {}
     for line in PAGE.split("## Tables")[1].split("\nTo follow")[0].splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if cells[0] in TABLES:
-            columns = told.setdefault(cells[0], {})
+            columns = documented.setdefault(cells[0], {})
         elif cells[0].startswith("`") and len(cells) == 2:
             columns |= dict.fromkeys(
                 re.findall("`(.*?)`", cells[0]),
                 re.split("[;:] ", cells[1])[0] if "struct" not in cells[1] else cells[1].split(";")[0],
             )
     expected = {name: {field.name: plainly(field) for field in schemas.table(name, D)} for name in TABLES}
-    assert told == expected
+    assert documented == expected
 
 
 def plainly(field: pa.Field) -> str:
