@@ -76,9 +76,7 @@ def decide_all(
     marker = join(run.work, "decisions.json")
     if told := read_json(marker):
         return Decisions(**{**told, "boundaries": [tuple(key) for key in told["boundaries"]]})
-    settings = config.sampler.model_dump_json(
-        exclude={"batch_size", "num_actors", "cpus_per_actor", "device"}
-    )
+    settings = config.sampler.identity_json()
     tonight = Tonight(
         date=datetime.date.fromisoformat(run.run_date),
         prior=prior.fingerprint,

@@ -6,19 +6,14 @@ from typing import Any
 
 from rebeca_ray.catalog.layout import new_run_id, work_folder
 from rebeca_ray.catalog.runs import unfinished_runs
+from rebeca_ray.config.fields import NOT_COMPARED, fields_with
 from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.errors import InputError
 from rebeca_ray.storage.filesystem import join, list_folders
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import describe_files
 
-# What does not change what is made: where and when, how many at a time, and what is judged once it is there.
-NOT_DESCRIBED: dict[str, Any] = {
-    "catalog": True, "run_date": True, "run_id": True, "error_budget": True, "gate": True, "limits": True, "prices": True,
-    "sampler": {"num_actors": True, "cpus_per_actor": True},
-    "decoder": {"num_actors": True, "cpus_per_actor": True, "triton": True},
-    "layout": {"images_per_file": True},
-}  # fmt: skip
+NOT_COMPARED_ON_RESUME = fields_with(GenerateConfig, NOT_COMPARED)
 
 
 def describe_run(config: GenerateConfig, versions: dict[str, str], previous: str | None) -> dict[str, Any]:
@@ -29,7 +24,7 @@ def describe_run(config: GenerateConfig, versions: dict[str, str], previous: str
         "interactions": config.interactions and config.interactions.path,
     }
     told = {
-        **flat("config", config.model_dump(mode="json", exclude=NOT_DESCRIBED)),
+        **flat("config", config.model_dump(mode="json", exclude=NOT_COMPARED_ON_RESUME)),
         **flat("version of", versions),
         **{f"content of {name}": describe_files(uri, name) for name, uri in inputs.items() if uri},
         "snapshot before": previous,
