@@ -67,7 +67,7 @@ class ConfigLoader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise yaml.MarkedYAMLError(
-                        problem=f"key {shown(key.value)} is there twice, keep one",
+                        problem=f"key {shown(key.value)} appears twice, keep one",
                         problem_mark=key.start_mark,
                     )
                 seen.add(key.value)

@@ -1,7 +1,4 @@
-"""Print `infra/docs/configuration.md`: every setting with its type, default, effect and description.
-
-Run `python -m rebeca_ray.config.reference > infra/docs/configuration.md`, or `make docs`.
-"""
+"""Print `infra/docs/configuration.md` for `make docs`: a row of a table for every setting."""
 
 import inspect
 import math
@@ -33,6 +30,7 @@ This page is generated from the models in `rebeca_ray/config/`. Run `make docs` 
   `rebeca generate --config generate.yaml decoder.batch_size=32`.
 - **Locations.** A location is a local path or an `s3://` address. `~` is the home folder, and `package:` the
   installed `rebeca_ray`: `package:stickers/assets/decoder`. A relative path starts at the working directory.
+  A model name is a hub id, or a directory that every node sees.
 - **Dates.** `rebeca generate` and `rebeca nightly` replace `{run_date}` in a path by the snapshot's date.
 - **Presets.** `preset` in a training config fills sections with the values below. The config overrides them.
 - **Strictness.** An unknown key is refused, and the nearest known key suggested. A value of another type or
@@ -105,9 +103,9 @@ def plain(value: Any) -> str:
     """Return a value as YAML has it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(plain, value))}]"
-    return f"`{value}`" if isinstance(value, str) else f"{value:.12g}"
+    if isinstance(value, str):
+        return f"`{value}`"
+    return f"[{', '.join(map(plain, value))}]" if isinstance(value, tuple) else f"{value:.12g}"
 
 
 def words(field: FieldInfo) -> str:
