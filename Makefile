@@ -1,6 +1,6 @@
 # Every target sets up what it needs: uv and a virtual environment, both inside .venv, from the locked versions.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench lock clean setup
+.PHONY: help demo test lint format docs bench lock clean setup
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 help:
 	@echo "make demo    the whole job on the bundled stickers, then demo/report.html"
 	@echo "make test    lint, type checks and all tests"
-	@echo "make lint | format | bench | lock | clean"
+	@echo "make lint | format | docs | bench | lock | clean"
 
 setup: $(VENV)/.ready
 
@@ -41,6 +41,9 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup
+	$(BIN)/python -m rebeca_ray.config.reference > infra/docs/configuration.md
 
 bench: setup
 	for script in tests/bench/*.py; do PYTHONPATH=. $(BIN)/python $$script || exit 1; done

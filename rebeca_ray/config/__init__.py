@@ -1,5 +1,5 @@
-"""Config: what a person can set. One frozen, strict model a job, its sections, and how a YAML file becomes one.
+"""Config: the settings of each job as a frozen, strict model, its sections, and the YAML loader.
 
-May import: `storage`, and what storage may.
-Must not hold: the work a config describes; reading the environment; Ray or torch.
+May import: `storage`, and whatever `storage` may.
+Must not hold: the work that a config describes; reading the environment; Ray or torch.
 """

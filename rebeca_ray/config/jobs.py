@@ -1,7 +1,4 @@
-"""What a job can be told: one frozen, strict model a job, a YAML loader, and `key.sub=value` overrides.
-
-An unknown key is an error that suggests the nearest known one. The sections are in `settings.py`.
-"""
+"""The configs of the jobs: one frozen, strict model per job. `load.py` reads them from YAML."""
 
 import datetime
 from typing import Annotated, Any, Literal
@@ -13,17 +10,18 @@ from rebeca_ray.config.fields import (
     MAX_IMAGES,
     Cpus,
     Device,
-    Few,
+    Effect,
+    FractionBelow1,
     Identifier,
     LearningRate,
     Location,
     ModelName,
     Positive,
-    Ratio,
     Seed,
     Settings,
-    Share,
     Size,
+    SmallCount,
+    Weight,
 )
 from rebeca_ray.config.load import C
 from rebeca_ray.config.presets import PRESETS
@@ -48,53 +46,52 @@ Resume = Literal["auto", "require", "never"]
 class EmbedConfig(Settings):
     """`rebeca embed`: items with images -> the same items with `image_embeds`."""
 
-    items: Location
-    clip: Annotated[
-        ModelName,
-        Field(description="an open_clip name: local-dir:…, hf-hub:…, or architecture/pretrained-tag"),
-    ]
-    out: Location
-    batch_size: Size = 256
-    num_actors: Few = 1
-    cpus_per_actor: Cpus = 1.0
-    device: Device = "cpu"
+    items: Annotated[Location, Effect.CONTENT]
+    """Parquet file or folder of items with images."""
+    clip: Annotated[ModelName, Effect.CONTENT]
+    """CLIP model that embeds the images, by its open_clip name: `local-dir:…`, `hf-hub:…`, or
+    `architecture/pretrained-tag`."""
+    out: Annotated[Location, Effect.NOTHING]
+    """Folder that receives the embedded items."""
+    batch_size: Annotated[Size, Effect.PLAN] = 256
+    """Images per forward pass."""
+    num_actors: Annotated[SmallCount, Effect.SPEED] = 1
+    """Embedding actors in the cluster."""
+    cpus_per_actor: Annotated[Cpus, Effect.SPEED] = 1.0
+    """CPUs that each embedding actor reserves. Leave some of the cluster's CPUs for reading."""
+    device: Annotated[Device, Effect.PLAN] = "cpu"
+    """Device that runs the CLIP model."""
 
 
 class TrainConfig(Settings):
     """`rebeca train`: interactions + embedded items -> a prior directory."""
 
-    preset: Annotated[
-        Literal["paper-v1", "paper-v2", "stickers"] | None,
-        Field(description="where the sections below start from; see presets.py"),
-    ] = None
+    preset: Annotated[Literal["paper-v1", "paper-v2", "stickers"] | None, Effect.ITEM] = None
+    """Named starting point of the sections `network`, `diffusion` and `optimization`.
+    By default, they start from their own defaults."""
     interactions: InteractionSettings
-    items: Location
-    catalog: Annotated[
-        Location | None,
-        Field(description="root of a catalog whose generated items are rated too: they are found there"),
-    ] = None
-    out: Location
+    """Ratings to train on."""
+    items: Annotated[Location, Effect.CONTENT]
+    """Folder of embedded items, written by `rebeca embed`."""
+    catalog: Annotated[Location | None, Effect.CONTENT] = None
+    """Folder of a catalog whose generated items are rated too. Their embeddings are read there.
+    By default, ratings of generated items are left out."""
+    out: Annotated[Location, Effect.NOTHING]
+    """Folder that receives the prior."""
     network: NetworkSettings = NetworkSettings()
+    """Network of the prior."""
     diffusion: DiffusionSettings = DiffusionSettings()
-    embed_clamp: Annotated[
-        float,
-        Field(
-            gt=0,
-            le=1000,
-            description="embeddings of length sqrt(D) are clamped to ± this, then divided by it",
-        ),
-    ] = 5.0
+    """Diffusion process of the prior."""
+    embed_clamp: Annotated[float, Field(gt=0, le=1000), Effect.ITEM] = 5.0
+    """Bound of an embedding at length sqrt(D). Entries are clamped to ± this, then divided by it."""
     optimization: OptimizationSettings = OptimizationSettings()
+    """Optimization of the prior."""
     workers: WorkerSettings = WorkerSettings()
-    storage: Annotated[
-        Location,
-        Field(
-            description="where Ray Train keeps checkpoints; the run resumes from here", validate_default=True
-        ),
-    ] = "runs/train"
-    run_name: Annotated[
-        Identifier, Field(description="a hash of settings and data follows it, so that new data starts anew")
-    ] = "prior"
+    """Training workers in the cluster."""
+    storage: Annotated[Location, Field(validate_default=True), Effect.NOTHING] = "runs/train"
+    """Folder of checkpoints and histories. A killed run resumes from here."""
+    run_name: Annotated[Identifier, Effect.ITEM] = "prior"
+    """Prefix of the run's name. A hash of settings and data follows it, so that new data starts a new run."""
 
     @model_validator(mode="before")
     @classmethod
@@ -102,103 +99,128 @@ class TrainConfig(Settings):
         preset = values.get("preset") if isinstance(values, dict) else None
         if not isinstance(preset, str) or preset not in PRESETS:
             return values
-        told = {name: values.get(name, {}) for name in PRESETS[preset]}
+        sections = {name: values.get(name, {}) for name in PRESETS[preset]}
         return {
             **values,
-            **{name: {**PRESETS[preset][name], **own} for name, own in told.items() if isinstance(own, dict)},
+            **{
+                name: {**PRESETS[preset][name], **section}
+                for name, section in sections.items()
+                if isinstance(section, dict)
+            },
         }
 
 
 class DistillConfig(Settings):
-    """`rebeca distill`: a trained prior -> one that needs a few passes an embedding."""
+    """`rebeca distill`: a trained prior -> a prior that needs only a few passes per embedding."""
 
-    prior: Location
-    out: Location
-    interactions: Annotated[
-        InteractionSettings | None, Field(description="for a `history` prior: whose trajectories to learn")
-    ] = None
-    items: Location | None = None
-    catalog: Annotated[
-        Location | None,
-        Field(description="root of a catalog whose generated items are rated too: they are found there"),
-    ] = None
-    storage: Annotated[Location, Field(description="where histories are kept", validate_default=True)] = (
-        "runs/distill"
-    )
-    num_inference_steps: Annotated[Few, Field(description="passes of the student")] = 4
-    num_users: Annotated[Positive, Field(description="users whose trajectories are drawn, at most")] = 20_000
-    num_trajectories: Annotated[Positive, Field(ge=256)] = 20_000
-    max_epochs: Positive = 10
-    batch_size: Size = 512
-    learning_rate: LearningRate = 5e-4
-    min_quality: Annotated[
-        Ratio, Field(description="of the teacher's mean like probability; below it nothing is written")
-    ] = 0.98
-    min_diversity: Annotated[
-        Ratio, Field(description="of the teacher's mean distance between a user's samples; likewise")
-    ] = 0.9
-    device: Device = "cpu"
-    seed: Seed = 0
+    prior: Annotated[Location, Effect.CONTENT]
+    """Folder of the teacher, written by `rebeca train`."""
+    out: Annotated[Location, Effect.NOTHING]
+    """Folder that receives the student."""
+    interactions: InteractionSettings | None = None
+    """Ratings of the users to learn from. A teacher with the user encoder `history` needs them."""
+    items: Annotated[Location | None, Effect.CONTENT] = None
+    """Folder of embedded items. A teacher with the user encoder `history` needs it."""
+    catalog: Annotated[Location | None, Effect.CONTENT] = None
+    """Folder of a catalog whose generated items are rated too. Their embeddings are read there.
+    By default, ratings of generated items are left out."""
+    storage: Annotated[Location, Field(validate_default=True), Effect.NOTHING] = "runs/distill"
+    """Folder of histories."""
+    num_inference_steps: Annotated[SmallCount, Effect.ITEM] = 4
+    """Network passes per embedding of the student."""
+    num_users: Annotated[Positive, Effect.ITEM] = 20_000
+    """Most users whose trajectories the student learns from."""
+    num_trajectories: Annotated[Positive, Field(ge=256), Effect.ITEM] = 20_000
+    """Trajectories that the teacher draws."""
+    max_epochs: Annotated[Positive, Effect.ITEM] = 10
+    """Epochs over all trajectories."""
+    batch_size: Annotated[Size, Effect.ITEM] = 512
+    """Samples per optimizer step."""
+    learning_rate: Annotated[LearningRate, Effect.ITEM] = 5e-4
+    """Learning rate of the student at the start."""
+    min_quality: Annotated[Weight, Effect.NOTHING] = 0.98
+    """Smallest ratio of the student's mean like probability to the teacher's.
+    Below it, nothing is written."""
+    min_diversity: Annotated[Weight, Effect.NOTHING] = 0.9
+    """Smallest ratio of the student's mean distance between samples of a user to the teacher's.
+    Below it, nothing is written."""
+    device: Annotated[Device, Effect.PLAN] = "cpu"
+    """Device that trains the student."""
+    seed: Annotated[Seed, Effect.ITEM] = 0
+    """Seed of trajectories and training."""
 
 
 class GenerateConfig(Settings):
-    """`rebeca generate`: prior + decoder + request -> a published snapshot."""
+    """`rebeca generate`: prior + decoder + request -> a published snapshot of a catalog."""
 
-    prior: Location
+    prior: Annotated[Location, Effect.CONTENT]
+    """Folder of the prior, written by `rebeca train` or `rebeca distill`."""
     decoder: DecoderSettings
-    request: Location
-    catalog: Location
-    items: Annotated[
-        Location | None, Field(description="real items: for nearest_item_id, and to draw no copy of one")
-    ] = None
-    interactions: Annotated[
-        InteractionSettings | None,
-        Field(description="what the users rated until now; a `history` prior needs it, and `items`"),
-    ] = None
+    """Decoder of the embeddings."""
+    request: Annotated[Location, Effect.CONTENT]
+    """Parquet file or folder of the users to generate for."""
+    catalog: Annotated[Location, Effect.NOTHING]
+    """Folder of the catalog that receives the snapshot."""
+    items: Annotated[Location | None, Effect.CONTENT] = None
+    """Folder of embedded real items, for `nearest_item_id` and to avoid copies of them.
+    A prior with the user encoder `history` needs it."""
+    interactions: InteractionSettings | None = None
+    """Ratings of the users until now. A prior with the user encoder `history` needs them."""
     sampler: SamplerSettings = SamplerSettings()
+    """Sampler of the prior."""
     selection: SelectionSettings = SelectionSettings()
+    """Choice among a user's candidates."""
     refresh: RefreshSettings = RefreshSettings()
+    """Choice of users whose items are generated again."""
     layout: LayoutSettings = LayoutSettings()
+    """Division into buckets, shards and files."""
     limits: LimitSettings = LimitSettings()
+    """Limits that stop rendering."""
     gate: GateSettings = GateSettings()
+    """Conditions for publishing."""
     prices: PriceSettings = PriceSettings()
-    num_images: Annotated[
-        int, Field(gt=0, le=MAX_IMAGES, description="images a user, where the request does not say")
-    ] = 10
-    run_date: Annotated[datetime.date | None, Field(description="default: today, UTC")] = None
-    run_id: Annotated[Identifier | None, Field(description="default: the time and six random digits")] = None
-    error_budget: Annotated[
-        Share, Field(description="share of items that may fail; above it nothing is published")
-    ] = 0.001
+    """Prices for `rebeca estimate`."""
+    num_images: Annotated[int, Field(gt=0, le=MAX_IMAGES), Effect.PLAN] = 10
+    """Images per user, unless the request gives a number."""
+    run_date: Annotated[datetime.date | None, Effect.NOTHING] = None
+    """Date of the snapshot. By default, it is today in UTC."""
+    run_id: Annotated[Identifier | None, Effect.NOTHING] = None
+    """Identifier of the run. By default, it is the time and six random digits."""
+    error_budget: Annotated[FractionBelow1, Effect.NOTHING] = 0.001
+    """Fraction of requested items that may fail. If more fail, nothing is published."""
 
     def date(self) -> datetime.date:
-        """The date the snapshot is for."""
+        """Return the date of the snapshot."""
         return self.run_date or datetime.datetime.now(datetime.UTC).date()
 
 
 class NightlyConfig(Settings):
-    """`rebeca nightly`: what one date needs. A section may be the name of a file beside this one; `{run_date}` in paths is filled in."""
+    """`rebeca nightly`: embed, train, generate and collect for one date."""
 
-    embed: Annotated[EmbedConfig | None, Field(description="null: items come embedded")] = None
-    train: Annotated[TrainConfig | None, Field(description="null: the prior comes from elsewhere")] = None
+    embed: EmbedConfig | None = None
+    """Config of `rebeca embed`. By default, items come embedded."""
+    train: TrainConfig | None = None
+    """Config of `rebeca train`. By default, the prior comes from elsewhere."""
     generate: GenerateConfig
-    run_date: Annotated[datetime.date | None, Field(description="default: today, UTC")] = None
-    train_every_days: Annotated[Few, Field(description="the prior is trained anew when it is as old")] = 1
-    catch_up: Annotated[
-        int, Field(ge=0, le=1000, description="dates without a snapshot that are made up for, at most")
-    ] = 3
-    keep_snapshots: Few = 7
-    grace_hours: Annotated[
-        float, Field(ge=0, le=10**5, description="how long a reader may hold a snapshot that was followed")
-    ] = 48
+    """Config of `rebeca generate`."""
+    run_date: Annotated[datetime.date | None, Effect.NOTHING] = None
+    """Date of the snapshot. By default, it is today in UTC."""
+    train_every_days: Annotated[SmallCount, Effect.NOTHING] = 1
+    """Age of the prior in days at which it is trained again."""
+    catch_up: Annotated[int, Field(ge=0, le=1000), Effect.NOTHING] = 3
+    """Most missed dates that are backfilled first."""
+    keep_snapshots: Annotated[SmallCount, Effect.NOTHING] = 7
+    """Latest snapshots that garbage collection keeps."""
+    grace_hours: Annotated[float, Field(ge=0, le=10**5), Effect.NOTHING] = 48
+    """Hours that a replaced snapshot stays, so that its readers can finish."""
 
 
 def dated(config: C, date: datetime.date) -> C:
-    """The config with `{run_date}` in its paths filled in."""
+    """Return the config with `{run_date}` in its paths filled in."""
 
-    def filled(value: Any) -> Any:
+    def fill(value: Any) -> Any:
         if isinstance(value, dict):
-            return {name: filled(part) for name, part in value.items()}
+            return {name: fill(inner) for name, inner in value.items()}
         return value.replace("{run_date}", date.isoformat()) if isinstance(value, str) else value
 
-    return type(config).model_validate(filled(config.model_dump()))
+    return type(config).model_validate(fill(config.model_dump()))

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from rebeca_ray.config.fields import Settings
+from rebeca_ray.config.fields import Settings, section_of
 from rebeca_ray.errors import InputError, did_you_mean, shown
 
 C = TypeVar("C", bound=Settings)
@@ -19,7 +19,8 @@ MAX_BYTES = 100_000  # of a config
 def load_config(model: type[C], path: str | Path, overrides: list[str] | None = None) -> C:
     """Read `path` (YAML), apply `key.sub=value` overrides, and check everything.
 
-    Raises UserError naming the key, what was found, and the nearest known key or the expected value.
+    A section may be the name of a file beside `path`. Raises InputError with the key, its value, and the
+    nearest known key or the expected value.
     """
     path = Path(path)
     values = read_values(path)
@@ -32,7 +33,7 @@ def load_config(model: type[C], path: str | Path, overrides: list[str] | None = 
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
+    """Return the mapping in a YAML file."""
     try:
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1).decode()
@@ -52,7 +53,7 @@ def read_values(path: Path) -> dict[str, Any]:
 
 
 class ConfigLoader(yaml.SafeLoader):
-    """YAML with the scalars of version 1.2 and dates, and without what a config has no use for: repeated keys and aliases."""
+    """YAML with dates and the scalars of version 1.2, but without repeated keys and aliases."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for billions of values
@@ -66,14 +67,14 @@ class ConfigLoader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise yaml.MarkedYAMLError(
-                        problem=f"key {shown(key.value)} is there twice, keep one",
+                        problem=f"key {shown(key.value)} appears twice, keep one",
                         problem_mark=key.start_mark,
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-SCALARS = (  # kind, what it looks like, what it begins with
+SCALARS = (  # kind, pattern, first characters
     ("null", r"|~|null|Null|NULL", ["", *"~nN"]),
     ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
     ("int", r"[-+]?(0|[1-9][0-9]*)", [*"-+0123456789"]),
@@ -89,7 +90,7 @@ for scalar, pattern, beginnings in SCALARS:
 
 
 def read_yaml(text: str, *, where: str) -> Any:
-    """The values in a YAML text. Raises UserError, in one line, for anything that is none."""
+    """Return the values in a YAML text. Raises InputError, in one line, for any other text."""
     if len(text) > MAX_BYTES:
         raise InputError(f"{where}: is longer than {MAX_BYTES:,} characters; give a file of settings")
     try:
@@ -98,19 +99,15 @@ def read_yaml(text: str, *, where: str) -> Any:
         raise InputError(
             f"{where}: not valid YAML (nested too deeply); sections go three levels down"
         ) from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        LookupError,
-        AttributeError,
-    ) as error:  # all but the first: a value its tag does not fit
+    # The last three are values that do not fit their tag.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
         raise InputError(
             f"{where}: not valid YAML ({describe(error)}); mend that line, or quote the value"
         ) from None
 
 
 def describe(error: Exception) -> str:
-    """One line on what PyYAML did not like, and where."""
+    """Return PyYAML's error and its position in one line."""
     mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
     problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else error
     return shorten(str(problem), 200, placeholder=" …") + (
@@ -119,7 +116,7 @@ def describe(error: Exception) -> str:
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one `key.sub=value` in a nested mapping; the value is read as YAML."""
+    """Set one `key.sub=value` in a nested mapping. The value is read as YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise InputError(f"override {shown(override)}: expected key.sub=value")
@@ -132,41 +129,32 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def parse_config(model: type[C], values: dict[str, Any], *, where: str) -> C:
-    """Build `model` from plain values; the first mistake becomes a one-line UserError."""
+    """Build `model` from plain values. Raises InputError, in one line, for the first mistake."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        first = min(
-            error.errors(), key=lambda found: found["type"] != "extra_forbidden"
-        )  # a misspelt key before the one it leaves out
+        # A misspelt key is reported before the missing key that it meant.
+        first = min(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
         path = [str(part) for part in first["loc"]]
-        key, found = ".".join(path), shown(first["input"])
+        key, value = ".".join(path), shown(first["input"])
         if first["type"] == "extra_forbidden":
             *parents, leaf = path
-            raise InputError(
-                f"{where}: unknown key {shown(key)}; {did_you_mean(leaf, section_at(model, parents).model_fields)}"
-            ) from None
+            suggestion = did_you_mean(leaf, section_at(model, parents).model_fields)
+            raise InputError(f"{where}: unknown key {shown(key)}; {suggestion}") from None
         if first["type"] == "missing" and isinstance(first["loc"][-1], str):
             raise InputError(f"{where}: key {key!r} is missing; set it in the file or as {key}=…") from None
         if first["type"] == "model_type":
             keys = shorten(", ".join(section_at(model, path).model_fields), 200, placeholder=" …")
             raise InputError(
-                f"{where}: {key} is a section, not the value {found}; set one of its keys ({keys})"
+                f"{where}: {key} is a section, not the value {value}; set one of its keys ({keys})"
             ) from None
         raise InputError(
-            f"{where}: {shown(key)[1:-1]} = {found}: {first['msg'].removeprefix('Value error, ').lower()}"
+            f"{where}: {shown(key)[1:-1]} = {value}: {first['msg'].removeprefix('Value error, ').lower()}"
         ) from None
 
 
 def section_at(model: type[Settings], parents: list[str]) -> type[Settings]:
-    """The settings class found by walking `parents` down from `model`."""
+    """Return the settings class of the section at the path `parents` below `model`."""
     for parent in parents:
         model = typing.cast(type[Settings], section_of(model, parent))
     return model
-
-
-def section_of(model: type[Settings], name: str) -> type[Settings] | None:
-    """The settings class of a field; None if it is a value."""
-    annotation: Any = model.model_fields[name].annotation
-    candidates = [annotation, *typing.get_args(annotation)]
-    return next((kind for kind in candidates if isinstance(kind, type) and issubclass(kind, Settings)), None)

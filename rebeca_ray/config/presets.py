@@ -1,7 +1,7 @@
-"""Named starting points of a training config; what a config says itself comes on top.
+"""Named starting points of a training config. The config's settings override them.
 
-The papers leave open how wide the first network is: with a single image token its width must not be below the embedding's
-D, or the noise could not pass through, so here it is 1024, the D of the CLIP they used.
+The papers do not give the width of the first network. With a single image token, a width below the
+embedding's D would lose part of the noise. So the width here is 1024, the D of the papers' CLIP.
 """
 
 from typing import Any

@@ -1,84 +1,85 @@
-"""Sections of the jobs' configs: frozen, strict models, each bounded so that a slip of the keyboard is told at once.
+"""Sections of the jobs' configs: frozen, strict models with a bounded kind for every number.
 
-Every `Location` may be local or `s3://`. Every number has a lower and an upper bound: take one of the kinds below.
+A `Location` is local or `s3://`. The kinds are in `fields.py`, the decoder's sections in `decoder.py`.
 """
 
 from typing import Annotated, Literal, Self
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from rebeca_ray.config.fields import (
     Count,
     Cpus,
     Device,
-    Few,
+    Duration,
+    Effect,
+    Fraction,
+    FractionBelow1,
     LearningRate,
     Location,
-    Part,
     Positive,
     Price,
     Rating,
     Scale,
     Seed,
     Settings,
-    Share,
     Size,
-    Span,
+    SmallCount,
 )
 
 
 class InteractionSettings(Settings):
-    """How ratings become likes, and who is kept (paper: like = rating >= 4 of 1 to 5)."""
+    """The rule that turns ratings into likes (paper: a like is a rating of 4 or 5 out of 1 to 5)."""
 
-    path: Location
-    rating_scale: Annotated[
-        tuple[Rating, Rating],
-        Field(
-            strict=False, description="the lowest and the highest rating there can be"
-        ),  # YAML has lists alone
-    ] = (1.0, 5.0)
-    like_threshold: Rating = 4.0
-    min_likes: Count = 1
-    hold_out: Annotated[Share, Field(description="share of each user's interactions kept from training")] = (
-        0.1
-    )
-    unknown_items: Annotated[
-        Literal["refuse", "drop"],
-        Field(description="ratings of items that are not there; of generated ones they are always dropped"),
-    ] = "refuse"
+    path: Annotated[Location, Effect.CONTENT]
+    """Parquet file or folder of ratings."""
+    # YAML has lists alone, so the pair is not strict.
+    rating_scale: Annotated[tuple[Rating, Rating], Field(strict=False), Effect.ITEM] = (1.0, 5.0)
+    """Lowest and highest possible rating. A rating outside is refused."""
+    like_threshold: Annotated[Rating, Effect.ITEM] = 4.0
+    """Ratings of at least this are likes, all others dislikes."""
+    min_likes: Annotated[Count, Effect.ITEM] = 1
+    """Likes that a user needs for training. Users with fewer are left out."""
+    hold_out: Annotated[FractionBelow1, Effect.ITEM] = 0.1
+    """Fraction of each user's interactions that is kept from training, for validation."""
+    unknown_items: Annotated[Literal["refuse", "drop"], Effect.ITEM] = "refuse"
+    """Treatment of ratings whose item has no embedding: `refuse` ends the job, `drop` leaves them out.
+    Ratings of unknown generated items are always left out."""
 
     @model_validator(mode="after")
-    def threshold_is_on_the_scale(self) -> Self:
+    def check_threshold(self) -> Self:
         low, high = self.rating_scale
         if not low < self.like_threshold <= high:
             raise ValueError(
-                f"like_threshold {self.like_threshold:g} is outside rating_scale {low:g} to {high:g}; change one of them"
+                f"like_threshold {self.like_threshold:g} is outside rating_scale {low:g} to {high:g}; "
+                "change one of them"
             )
         return self
 
 
 class NetworkSettings(Settings):
-    """The prior network and what it knows a user by; the defaults are the authors' later network, with histories.
+    """The prior network and its user encoder. The defaults are the authors' later network, with histories."""
 
-    `cross_attention` is that one, `decoder_only` the paper's first. Users are told by `history` (what they rated; serves
-    anyone, the production default), by `id` (a table of those it was trained on, as published), or not at all (`none`, the
-    paper's NoUE ablation).
-    """
-
-    architecture: Literal["cross_attention", "decoder_only"] = "cross_attention"
-    num_layers: Few = 6
-    num_heads: Few = 8
-    width: Size = 128
-    num_tokens: Annotated[Size, Field(description="tokens an embedding is cut into")] = 32
-    user_encoder: Literal["history", "id", "none"] = "history"
-    num_user_tokens: Few = 1
-    max_history: Annotated[Size, Field(description="the latest interactions that `history` looks at")] = 64
+    architecture: Annotated[Literal["cross_attention", "decoder_only"], Effect.ITEM] = "cross_attention"
+    """Architecture of the prior: `cross_attention` (the authors' later one) or `decoder_only` (the first)."""
+    num_layers: Annotated[SmallCount, Effect.ITEM] = 6
+    """Transformer layers of the prior."""
+    num_heads: Annotated[SmallCount, Effect.ITEM] = 8
+    """Attention heads per layer. They must divide `width`."""
+    width: Annotated[Size, Effect.ITEM] = 128
+    """Width of the transformer's hidden states."""
+    num_tokens: Annotated[Size, Effect.ITEM] = 32
+    """Tokens that represent one embedding. Each holds an equal slice of it."""
+    user_encoder: Annotated[Literal["history", "id", "none"], Effect.ITEM] = "history"
+    """Encoder of a user: `history` reads the ratings and serves any user, `id` looks up a trained table
+    (as published), `none` ignores the user (the paper's NoUE ablation)."""
+    num_user_tokens: Annotated[SmallCount, Effect.ITEM] = 1
+    """Tokens that represent one user."""
+    max_history: Annotated[Size, Effect.ITEM] = 64
+    """Latest interactions per user that the encoder `history` reads. Older ones are ignored."""
 
     @model_validator(mode="after")
-    def heads_share_the_width(self) -> Self:
+    def check_heads(self) -> Self:
         if self.width % self.num_heads:
             raise ValueError(
                 f"width {self.width} is not divisible by num_heads {self.num_heads}; change one of them"
@@ -87,104 +88,119 @@ class NetworkSettings(Settings):
 
 
 class DiffusionSettings(Settings):
-    """The forward process and what the network predicts."""
+    """The forward process and the prediction target of the prior."""
 
-    num_train_timesteps: Size = 1000
-    schedule: Literal["squaredcos_cap_v2", "linear", "laplace"] = "squaredcos_cap_v2"
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "sample"
+    num_train_timesteps: Annotated[Size, Effect.ITEM] = 1000
+    """Timesteps of the forward process."""
+    schedule: Annotated[Literal["squaredcos_cap_v2", "linear", "laplace"], Effect.ITEM] = "squaredcos_cap_v2"
+    """Noise schedule of the forward process."""
+    prediction_type: Annotated[Literal["epsilon", "sample", "v_prediction"], Effect.ITEM] = "sample"
+    """Prediction target of the network: the noise, the clean embedding, or the velocity."""
 
 
 class PriorSampling(Settings):
-    """How a trained prior is best sampled, found after training and saved with it."""
+    """The sampling settings that are chosen after training and saved with the prior."""
 
-    prior_guidance_scale: Scale
-    distilled_steps: Annotated[
-        Size | None, Field(description="a distilled prior has its steps and its guidance built in")
-    ] = None
+    prior_guidance_scale: Annotated[Scale, Effect.ITEM]
+    """Classifier-free guidance scale that calibration chose."""
+    distilled_steps: Annotated[Size | None, Effect.ITEM] = None
+    """Sampling steps built into a distilled prior. By default, the prior is not distilled."""
 
 
 class OptimizationSettings(Settings):
-    """One training run: AdamW, early stopping, exponential moving average. Defaults are the authors' where they told them."""
+    """One training run: AdamW, early stopping, moving average. Defaults are the authors', where published."""
 
-    learning_rate: LearningRate = 1e-4
-    user_learning_rate: Annotated[
-        LearningRate, Field(description="of the `id` table's rows (row-wise AdaGrad)")
-    ] = 0.1
-    weight_decay: Part = 1e-5
-    batch_size: Annotated[Size, Field(description="samples a step, over all workers")] = 64
-    samples_per_user: Annotated[Positive, Field(description="draws a user an epoch")] = 100
-    like_share: Annotated[
-        Part | None,
-        Field(
-            description="share of likes among the draws, since likes are drawn later; default: as they come"
-        ),
-    ] = None
-    steps_per_epoch: Annotated[
-        Positive | None,
-        Field(description="validate and checkpoint after so many; default: when every user had their draws"),
-    ] = None
-    max_epochs: Positive = 100
-    schedule: Annotated[
-        Literal["plateau", "linear"],
-        Field(description="of the learning rate: down when validation stalls, or towards 0 at max_epochs"),
-    ] = "plateau"
-    plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    plateau_patience: Positive = 4
-    early_stopping_patience: Positive = 10
-    ema_decay: Share = 0.999
-    user_dropout: Share = 0.15
-    rating_dropout: Share = 0.15
-    gradient_clip: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    seed: Seed = 0
+    learning_rate: Annotated[LearningRate, Effect.ITEM] = 1e-4
+    """Learning rate of the network at the start (AdamW)."""
+    user_learning_rate: Annotated[LearningRate, Effect.ITEM] = 0.1
+    """Learning rate of the user table's rows (row-wise AdaGrad), for the user encoder `id` only."""
+    weight_decay: Annotated[Fraction, Effect.ITEM] = 1e-5
+    """Decoupled weight decay of the network (AdamW)."""
+    batch_size: Annotated[Size, Effect.ITEM] = 64
+    """Samples per optimizer step, over all workers."""
+    samples_per_user: Annotated[Positive, Effect.ITEM] = 100
+    """Draws per user and epoch. Every user has the same weight."""
+    like_share: Annotated[Fraction | None, Effect.ITEM] = None
+    """Fraction of likes among a user's draws. By default, likes and dislikes come as they were rated."""
+    steps_per_epoch: Annotated[Positive | None, Effect.ITEM] = None
+    """Most optimizer steps per epoch. A validation and a checkpoint end each epoch.
+    By default, an epoch ends after all draws."""
+    max_epochs: Annotated[Positive, Effect.ITEM] = 100
+    """Most epochs of a training run."""
+    schedule: Annotated[Literal["plateau", "linear"], Effect.ITEM] = "plateau"
+    """Schedule of the learning rates: `plateau` lowers them when validation stalls, `linear` lowers them
+    steadily and reaches 0 at `max_epochs`."""
+    plateau_factor: Annotated[float, Field(gt=0, lt=1), Effect.ITEM] = 0.5
+    """Factor by which the schedule `plateau` multiplies the learning rates."""
+    plateau_patience: Annotated[Positive, Effect.ITEM] = 4
+    """Epochs without a better validation loss that the schedule `plateau` tolerates."""
+    early_stopping_patience: Annotated[Positive, Effect.ITEM] = 10
+    """Epochs without a better validation loss after which training ends."""
+    ema_decay: Annotated[FractionBelow1, Effect.ITEM] = 0.999
+    """Decay per step of the weights' exponential moving average, which is saved as the prior."""
+    user_dropout: Annotated[FractionBelow1, Effect.ITEM] = 0.15
+    """Probability that training hides the user. At 0, the prior cannot be guided."""
+    rating_dropout: Annotated[FractionBelow1, Effect.ITEM] = 0.15
+    """Probability that training hides the rating. At 0, the prior cannot be guided."""
+    gradient_clip: Annotated[float, Field(gt=0, le=1e6), Effect.ITEM] = 1.0
+    """Largest norm of the gradient. Longer gradients are scaled down to it."""
+    seed: Annotated[Seed, Effect.ITEM] = 0
+    """Seed of initial weights, draws and noise."""
 
 
 class WorkerSettings(Settings):
-    """The Ray Train workers: `cpu` talks gloo, `cuda` talks nccl."""
+    """The Ray Train workers. They communicate by gloo on `cpu` and by nccl on `cuda`."""
 
-    num_workers: Few = 1
-    cpus_per_worker: Annotated[
-        Cpus, Field(description="reserved; leave some of the cluster's for reading")
-    ] = 1.0
-    threads_per_worker: Few = 1
-    device: Device = "cpu"
-    max_failures: Count = 2
+    num_workers: Annotated[SmallCount, Effect.SPEED] = 1
+    """Training workers in the cluster. They share each batch."""
+    cpus_per_worker: Annotated[Cpus, Effect.SPEED] = 1.0
+    """CPUs that each training worker reserves. Leave some of the cluster's CPUs for reading."""
+    threads_per_worker: Annotated[SmallCount, Effect.SPEED] = 1
+    """Torch threads of each training worker."""
+    device: Annotated[Device, Effect.SPEED] = "cpu"
+    """Device that trains the prior."""
+    max_failures: Annotated[Count, Effect.SPEED] = 2
+    """Lost workers that a training run survives. It resumes from the last checkpoint."""
 
 
 class SamplerSettings(Settings):
-    """How the prior is sampled. The paper's sampler is `ddpm` with 1000 steps. A distilled prior has all three built in."""
+    """The sampler of the prior (paper: `ddpm`, 1000 steps). A distilled prior has its sampler built in."""
 
-    name: Annotated[
-        Literal["ddpm", "ddim", "dpm_solver", "unipc"] | None, Field(description="default: dpm_solver")
-    ] = None
-    num_inference_steps: Annotated[Size | None, Field(description="default: 16")] = None
-    prior_guidance_scale: Annotated[
-        Scale | None, Field(description="default: what was chosen after training")
-    ] = None
-    batch_size: Annotated[
-        Size, Field(ge=16, description="candidates a forward pass; short batches are padded to it")
-    ] = 256
-    num_actors: Few = 1
-    cpus_per_actor: Cpus = 1.0
-    device: Device = "cpu"
+    name: Annotated[Literal["ddpm", "ddim", "dpm_solver", "unipc"] | None, Effect.ITEM] = None
+    """Sampler of the prior. By default, it is `dpm_solver`."""
+    num_inference_steps: Annotated[Size | None, Effect.ITEM] = None
+    """Denoising steps per candidate. By default, 16 steps are taken."""
+    prior_guidance_scale: Annotated[Scale | None, Effect.ITEM] = None
+    """Classifier-free guidance scale of the prior. By default, the scale chosen after training is taken."""
+    batch_size: Annotated[Size, Field(ge=16), Effect.PLAN] = 256
+    """Candidates per forward pass. Short batches are padded to this size."""
+    num_actors: Annotated[SmallCount, Effect.SPEED] = 1
+    """Planning actors in the cluster."""
+    cpus_per_actor: Annotated[Cpus, Effect.SPEED] = 1.0
+    """CPUs that each planning actor reserves. Leave some of the cluster's CPUs for reading."""
+    device: Annotated[Device, Effect.PLAN] = "cpu"
+    """Device that samples the prior."""
 
     def resolve(self, prior: PriorSampling, num_train_timesteps: int) -> Self:
-        """The same with nothing left open. Raises ValueError for what this prior cannot do."""
+        """Return the settings with defaults filled in. Raises ValueError if the prior cannot follow them."""
         if prior.distilled_steps is not None:
             built_in = {
                 "name": "ddim",
                 "num_inference_steps": prior.distilled_steps,
                 "prior_guidance_scale": 1.0,
             }
-            told = [name for name in built_in if getattr(self, name) is not None]
-            if told:
-                raise ValueError(
-                    f"sampler.{told[0]} is set, but a distilled prior has its steps and guidance built in; leave it out"
-                )
+            for name in built_in:
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"sampler.{name} is set, but a distilled prior has its steps and guidance built in; "
+                        "leave it out"
+                    )
             return self.model_copy(update=built_in)
         steps = self.num_inference_steps or min(16, num_train_timesteps)
         if steps > num_train_timesteps:
             raise ValueError(
-                f"sampler.num_inference_steps is {steps}, it was trained on {num_train_timesteps}; take at most that many"
+                f"sampler.num_inference_steps is {steps}, it was trained on {num_train_timesteps}; "
+                "take at most that many"
             )
         guidance = self.prior_guidance_scale or prior.prior_guidance_scale
         return self.model_copy(
@@ -197,115 +213,88 @@ class SamplerSettings(Settings):
 
 
 class SelectionSettings(Settings):
-    """Which of a user's candidates are decoded."""
+    """The choice among a user's candidates before decoding."""
 
-    candidates_per_item: Annotated[Few, Field(description="1 keeps what is sampled, in its order")] = 4
-    diversity: Annotated[
-        Part, Field(description="weight of unlikeness to those chosen, against the like probability")
-    ] = 0.3
-    max_item_similarity: Annotated[
-        float,
-        Field(
-            gt=0,
-            le=1,
-            description="nearer to an existing item, by cosine, a candidate is a copy and comes last",
-        ),
-    ] = 0.98
-
-
-class GateSettings(Settings):
-    """What a snapshot must be like to be published; a null is no bound. Shares are of the items requested."""
-
-    max_p_value: Annotated[
-        float | None,
-        Field(
-            gt=0,
-            le=1,
-            description="that what is drawn pleases its own users more than others; told before rendering",
-        ),
-    ] = 0.01
-    min_users: Count | None = None
-    min_items: Count | None = None
-    min_effect: Annotated[
-        float | None, Field(ge=0, le=1, description="like probability for own users above that for others")
-    ] = None
-    min_like_probability: Annotated[
-        float | None, Field(ge=0, le=1, description="mean, as the selector sees it")
-    ] = None
-    min_diversity: Annotated[
-        float | None, Field(ge=0, le=2, description="mean cosine distance between a user's items")
-    ] = None
-    max_failed: Part | None = None
-    max_filtered: Annotated[float | None, Field(ge=0, le=1, description="share not fit to be shown")] = 0.5
-    max_duplicates: Annotated[
-        float | None, Field(ge=0, le=1, description="share with the same embedding as another of its user's")
-    ] = 0.05
-    max_drop: Annotated[
-        float | None,
-        Field(
-            gt=0,
-            le=1,
-            description="of users, items, effect, like probability, diversity: share of the last snapshot's",
-        ),
-    ] = 0.2
-    max_rise: Annotated[
-        float | None,
-        Field(gt=0, le=1, description="of failed, filtered, duplicates: above the last snapshot's"),
-    ] = 0.05
-    min_sample: Annotated[
-        Positive, Field(description="items judged, at least; the qualities of fewer stop nothing")
-    ] = 100
+    candidates_per_item: Annotated[SmallCount, Effect.ITEM] = 4
+    """Candidates that are sampled per decoded item. At 1, all samples are kept in their order."""
+    diversity: Annotated[Fraction, Effect.ITEM] = 0.3
+    """Weight of the distance to chosen candidates against the like probability. At 0, liking decides."""
+    max_item_similarity: Annotated[float, Field(gt=0, le=1), Effect.ITEM] = 0.98
+    """Candidates with a higher cosine similarity to an existing item are copies and are chosen last."""
 
 
 class RefreshSettings(Settings):
-    """Who is drawn anew tonight; everyone else keeps last night's items."""
+    """The choice of users whose items are generated again. All others keep their previous items."""
 
-    rotation: Annotated[
-        Share, Field(description="share of users drawn anew a night though nothing changed, each in turn")
-    ] = 0.0
-    on_new_prior: Annotated[
-        Literal["keep", "rescore", "replace"],
-        Field(
-            description="of users whose history did not change: keep as they are, judge and rank anew, or draw anew"
-        ),
-    ] = "keep"
+    rotation: Annotated[FractionBelow1, Effect.PLAN] = 0.0
+    """Fraction of unchanged users that each run generates again, in turn. At 0, nobody is."""
+    on_new_prior: Annotated[Literal["keep", "rescore", "replace"], Effect.PLAN] = "keep"
+    """Treatment of unchanged users after a new prior: `keep` their items, `rescore` and rank them,
+    or `replace` them."""
 
 
 class LayoutSettings(Settings):
-    """How a catalog is cut: users into buckets, work into shards, images into files."""
+    """The division of users into buckets, work into shards and images into files."""
 
-    num_buckets: Annotated[
-        int, Field(gt=0, le=65_536, description="some 10,000 users each; may change from night to night")
-    ] = 1
-    items_per_shard: Annotated[
-        Positive, Field(description="items rendered under one marker, the most urgent first")
-    ] = 2_000_000
-    images_per_file: Annotated[
-        int, Field(gt=0, le=10_000, description="what a crash may cost each actor")
-    ] = 256
+    num_buckets: Annotated[int, Field(gt=0, le=65_536), Effect.PLAN] = 1
+    """Buckets of users, for about 10,000 users each. The number may change between runs."""
+    items_per_shard: Annotated[Positive, Effect.PLAN] = 2_000_000
+    """Items per render shard. Shards are rendered by priority and resumed one by one."""
+    images_per_file: Annotated[int, Field(gt=0, le=10_000), Effect.SPEED] = 256
+    """Images per file. A crash costs each actor at most one file."""
 
 
 class LimitSettings(Settings):
-    """When rendering stops. Who is not finished keeps last night's items; a null is no limit."""
+    """The limits that stop rendering. Unfinished users keep their previous items, and null means no limit."""
 
-    publish_by: Annotated[
-        str | None,
-        Field(
-            pattern=r"^([01]\d|2[0-3]):[0-5]\d$",
-            description='the first such time of day (UTC) after the run began: "HH:MM"',
-        ),
-    ] = None
-    max_gpu_hours: Annotated[Span | None, Field(description="hours of all decoder actors together")] = None
-    stall_minutes: Annotated[
-        Span | None, Field(description="without any progress; then the job ends with 75")
-    ] = 60
-    lease_seconds: Annotated[Span, Field(description="after which a silent run is taken to be dead")] = 60
+    publish_by: Annotated[str | None, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$"), Effect.NOTHING] = None
+    """Time of day (UTC) as `"HH:MM"` by which the snapshot is published, next after the run's start."""
+    max_gpu_hours: Annotated[Duration | None, Effect.NOTHING] = None
+    """Most hours of all decoder actors together. Rendering stops when they are spent."""
+    stall_minutes: Annotated[Duration | None, Effect.NOTHING] = 60
+    """Minutes without progress after which the job ends with exit code 75."""
+    lease_seconds: Annotated[Duration, Effect.NOTHING] = 60
+    """Seconds of silence after which another run may take over the catalog's lease."""
+
+
+class GateSettings(Settings):
+    """The conditions for publishing a snapshot. Fractions are of requested items, and null means no bound."""
+
+    max_p_value: Annotated[float | None, Field(gt=0, le=1), Effect.NOTHING] = 0.01
+    """Largest p-value of the permutation test, before rendering. It tests that users like their candidates
+    more than those of others."""
+    min_users: Annotated[Count | None, Effect.NOTHING] = None
+    """Fewest users of a snapshot."""
+    min_items: Annotated[Count | None, Effect.NOTHING] = None
+    """Fewest items of a snapshot."""
+    min_effect: Annotated[float | None, Field(ge=0, le=1), Effect.NOTHING] = None
+    """Smallest difference between the like probability of a user's candidates and that of other users'."""
+    min_like_probability: Annotated[float | None, Field(ge=0, le=1), Effect.NOTHING] = None
+    """Smallest mean like probability of the items, as the selector predicts it."""
+    min_diversity: Annotated[float | None, Field(ge=0, le=2), Effect.NOTHING] = None
+    """Smallest mean cosine distance between the items of a user."""
+    max_failed: Annotated[Fraction | None, Effect.NOTHING] = None
+    """Largest fraction of items that failed."""
+    max_filtered: Annotated[float | None, Field(ge=0, le=1), Effect.NOTHING] = 0.5
+    """Largest fraction of items that the safety policy left out."""
+    max_duplicates: Annotated[float | None, Field(ge=0, le=1), Effect.NOTHING] = 0.05
+    """Largest fraction of items with the embedding of another item of the same user."""
+    max_drop: Annotated[float | None, Field(gt=0, le=1), Effect.NOTHING] = 0.2
+    """Largest relative drop of users, items, effect, like probability or diversity since last time."""
+    max_rise: Annotated[float | None, Field(gt=0, le=1), Effect.NOTHING] = 0.05
+    """Largest absolute rise of the failed, filtered or duplicate fraction since the last snapshot."""
+    min_sample: Annotated[Positive, Effect.NOTHING] = 100
+    """Fewest judged items at which their quality can stop a run."""
 
 
 class PriceSettings(Settings):
-    """What an estimate multiplies with."""
+    """The prices that an estimate multiplies by, in any currency."""
 
-    gpu_hour: Annotated[Price, Field(description="of a decoder or sampler actor on a GPU")] = 0.0
-    cpu_hour: Annotated[Price, Field(description="of a CPU that an actor reserves")] = 0.0
-    gib_month: Annotated[Price, Field(description="of storage")] = 0.0
-    million_requests: Annotated[Price, Field(description="of writes to the object store")] = 0.0
+    gpu_hour: Annotated[Price, Effect.NOTHING] = 0.0
+    """Price per hour of a decoder or planning actor on a GPU."""
+    cpu_hour: Annotated[Price, Effect.NOTHING] = 0.0
+    """Price per hour of a CPU that an actor reserves."""
+    gib_month: Annotated[Price, Effect.NOTHING] = 0.0
+    """Price per GiB and month of storage."""
+    million_requests: Annotated[Price, Effect.NOTHING] = 0.0
+    """Price per million writes to the object store."""

@@ -12,30 +12,15 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 
 from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.config.fields import Effect, fields_with
 from rebeca_ray.errors import InputError
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SAFETY_PARTS = ("safety_checker", "feature_extractor")
-LOCATIONS = {
-    "model",
-    "revision",
-    "ip_adapter",
-    "ip_adapter_repo",
-    "ip_adapter_revision",
-    "vae",
-    "lora",
-    "engine_dir",
-}  # hashed instead
-INVISIBLE = {
-    "backend",
-    "triton",
-    "batch_size",
-    "num_actors",
-    "cpus_per_actor",
-    "device",
-    "thumbnail_size",
-}  # in an image
-INVISIBLE |= {"engine", "compile"}  # but for rounding
+# A fingerprint hashes the weights at these locations instead.
+LOCATIONS = fields_with(DecoderSettings, {Effect.CONTENT})
+# These leave an image alike, but for rounding.
+NOT_IN_FINGERPRINT = fields_with(DecoderSettings, set(Effect) - {Effect.ITEM, Effect.CONTENT})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +142,7 @@ class DecoderIdentity:
 
     def fingerprint(self, settings: DecoderSettings) -> str:
         """16 hex digits that change whenever the decoder would draw something else: settings, and weights wherever they lie."""
-        told = settings.model_dump(exclude=INVISIBLE | LOCATIONS)
+        told = settings.model_dump(exclude=NOT_IN_FINGERPRINT | LOCATIONS)
         return hashlib.sha256(json.dumps([told, self.weights], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -15,7 +15,8 @@ import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.decoder.files import INVISIBLE, identify_decoder
+from rebeca_ray.config.fields import NOT_SERVED, fields_with
+from rebeca_ray.decoder.files import NOT_IN_FINGERPRINT, identify_decoder
 from rebeca_ray.decoder.interface import DecodedImage, Rows
 from rebeca_ray.errors import InputError, ServerLostError
 
@@ -100,7 +101,11 @@ class TritonDecoder:
         served = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
         if served.pop("fingerprint", None) != self.fingerprint:
             own = parameters(self.settings)
-            differ = sorted(name for name in {*served, *own} - INVISIBLE if served.get(name) != own.get(name))
+            differ = sorted(
+                name
+                for name in {*served, *own} - NOT_IN_FINGERPRINT.keys()
+                if served.get(name) != own.get(name)
+            )
             raise InputError(
                 f"decoder.triton {self.settings.triton.url}: serves another decoder than this config says (they differ in "
                 f"{', '.join(differ) or 'the weights'}); start the server with the same `decoder:` section: rebeca serve --config …"
@@ -110,7 +115,7 @@ class TritonDecoder:
 def parameters(settings: DecoderSettings) -> dict[str, str]:
     """What a server is told of its decoder, each setting as JSON; what is not told is the default."""
     told = settings.model_dump(
-        mode="json", exclude={"backend", "triton", "num_actors", "cpus_per_actor"}, exclude_defaults=True
+        mode="json", exclude=fields_with(DecoderSettings, NOT_SERVED), exclude_defaults=True
     )
     return {key: json.dumps(value) for key, value in told.items()}
 

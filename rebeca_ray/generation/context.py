@@ -74,7 +74,5 @@ class RunContext:
     @cached_property
     def settings_digest(self) -> str:
         """Digest of everything but user and prompts that decides a user's items."""
-        sampler = self.config.sampler.model_dump_json(
-            exclude={"batch_size", "num_actors", "cpus_per_actor", "device"}
-        )
+        sampler = self.config.sampler.identity_json()
         return hash128(sampler, self.config.selection.model_dump_json(), self.versions["decoder"])

@@ -154,7 +154,7 @@ class PlanUsers:
             raise InputError(f"prior {config.prior}: was replaced while this run was planning; run again")
         self.diffusion = Diffusion.build(self.prior.diffusion, config.sampler.device)
         self.sampler = config.sampler.resolve(self.prior.sampling, self.prior.diffusion.num_train_timesteps)
-        told = self.sampler.model_dump_json(exclude={"batch_size", "num_actors", "cpus_per_actor", "device"})
+        told = self.sampler.identity_json()
         self.settings = hashlib.sha256((told + config.selection.model_dump_json()).encode()).hexdigest()
         self.items = read_image_embeds(config.items) if config.items else None
         self.embeds_ID = (

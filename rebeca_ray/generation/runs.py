@@ -6,6 +6,7 @@ from typing import Any
 
 from rebeca_ray.catalog.layout import new_run_id
 from rebeca_ray.catalog.runs import BegunRun, unfinished_runs, write_begun
+from rebeca_ray.config.fields import NOT_COMPARED, fields_with
 from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.errors import InputError
 from rebeca_ray.storage.filesystem import join, list_folders
@@ -15,12 +16,7 @@ from rebeca_ray.storage.parquet import describe_files
 Description = dict[str, Any]  # everything a run is made from, by field
 
 # Settings that do not change the result: where and when, how many at a time, and later judgement.
-NOT_DESCRIBED: dict[str, Any] = {
-    "catalog": True, "run_date": True, "run_id": True, "error_budget": True, "gate": True, "limits": True, "prices": True,
-    "sampler": {"num_actors": True, "cpus_per_actor": True},
-    "decoder": {"num_actors": True, "cpus_per_actor": True, "triton": True},
-    "layout": {"images_per_file": True},
-}  # fmt: skip
+NOT_COMPARED_ON_RESUME = fields_with(GenerateConfig, NOT_COMPARED)
 
 
 def describe_run(config: GenerateConfig, versions: dict[str, str], previous: str | None) -> Description:
@@ -31,7 +27,7 @@ def describe_run(config: GenerateConfig, versions: dict[str, str], previous: str
         "interactions": config.interactions and config.interactions.path,
     }
     description = {
-        **flat("config", config.model_dump(mode="json", exclude=NOT_DESCRIBED)),
+        **flat("config", config.model_dump(mode="json", exclude=NOT_COMPARED_ON_RESUME)),
         **{f"version of {name}": version for name, version in versions.items()},
         **{f"content of {name}": describe_files(uri, name) for name, uri in inputs.items() if uri},
         "snapshot before": previous,

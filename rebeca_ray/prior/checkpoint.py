@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from pydantic import ConfigDict, Field
 
 import rebeca_ray
-from rebeca_ray.config.fields import Part, Settings, Size
+from rebeca_ray.config.fields import Fraction, Settings, Size
 from rebeca_ray.config.load import parse_config
 from rebeca_ray.config.sections import DiffusionSettings, NetworkSettings, PriorSampling
 from rebeca_ray.errors import InputError, UserError, describe
@@ -63,7 +63,7 @@ class PriorConfig(Settings):
     network: NetworkSettings
     diffusion: DiffusionSettings
     sampling: PriorSampling
-    condition_dropout: Part
+    condition_dropout: Fraction
     scaler: ScalerSettings
     clip: str | None
     metrics: dict[str, Any]

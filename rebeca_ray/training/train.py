@@ -160,16 +160,7 @@ def stream_of(histories: Histories, config: TrainConfig) -> ray.data.Dataset:
 
 def run_name(config: TrainConfig, histories: Histories, items: EmbeddedItems) -> str:
     """The same for the same settings, ratings and embeddings, so that a rerun resumes; another for anything new."""
-    told = config.model_dump_json(
-        exclude={
-            "interactions": {"path"},
-            "items": True,
-            "catalog": True,
-            "out": True,
-            "storage": True,
-            "workers": True,
-        }
-    )
+    told = config.identity_json()
     embeds = hashlib.sha256(items.image_embeds.tobytes()).hexdigest()
     return f"{config.run_name}-{identity.hash128(told, embeds, *items.item_id, histories.digest)[:12]}"
 

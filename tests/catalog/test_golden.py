@@ -45,9 +45,7 @@ def write_golden_files(config: GenerateConfig, folder: Path) -> None:
     publish(config.catalog, prepared.run)
     shutil.copytree(config.catalog, folder, ignore=shutil.ignore_patterns("work", ".latest.lock"))
     snapshot = read_catalog(str(folder))
-    shutil.rmtree(
-        folder / str(snapshot.manifest.previous_path)
-    )  # of the night before only images are needed
+    shutil.rmtree(folder / str(snapshot.manifest.previous_path))  # of the night before only images are needed
     told = {"rows": rows_of(snapshot), "images": image_hashes(snapshot)}
     (folder / "expected.json").write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
 

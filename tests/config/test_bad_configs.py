@@ -1,4 +1,7 @@
-"""Every field of every config, spoilt in every way its type can be: one line that names file and key, and exit code 2."""
+"""Every field of every config, spoilt in every way its type allows.
+
+Each mistake must give exit code 2 and one line with the file and the key.
+"""
 
 import datetime
 import inspect
@@ -16,7 +19,7 @@ from rebeca_ray.config.fields import Settings, as_typed
 from rebeca_ray.config.jobs import GenerateConfig, TrainConfig
 from rebeca_ray.config.load import load_config, parse_config
 from rebeca_ray.config.presets import PRESETS
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError
 
 JOBS = [
     member
@@ -25,7 +28,7 @@ JOBS = [
 ]
 HUGE = 10**30
 LONG = "x" * 10**7
-LONG_KEY = "x" * 90_000  # a file is no longer
+LONG_KEY = "x" * 90_000  # almost a whole file
 NUMBERS = [
     True,
     "1",
@@ -40,7 +43,7 @@ NUMBERS = [
     math.nan,
     datetime.date(2026, 1, 5),
 ]
-BAD: dict[Any, list[Any]] = {  # of each type, what is none
+BAD: dict[Any, list[Any]] = {  # values that the type must refuse
     bool: [1, 0, 1.0, "yes", "true", "", [True], {"a": True}, HUGE, LONG],
     int: [*NUMBERS, 1.0, 1.5, LONG],
     float: [*NUMBERS, LONG],
@@ -65,8 +68,8 @@ SECTION = [7, "text", True, ["a"], math.nan, LONG]
 Key = tuple[str, ...]
 
 
-def taken_apart(annotation: Any, metadata: list[Any]) -> tuple[Any, list[Any], bool]:
-    """The type within `Annotated` and `| None`, everything said of it, and whether it may be null."""
+def unwrap(annotation: Any, metadata: list[Any]) -> tuple[Any, list[Any], bool]:
+    """Return the type inside `Annotated` and `| None`, all its metadata, and whether it may be null."""
     null = False
     while True:
         if get_origin(annotation) is Annotated:
@@ -80,9 +83,9 @@ def taken_apart(annotation: Any, metadata: list[Any]) -> tuple[Any, list[Any], b
 
 
 def fields_of(model: type[Settings]) -> Iterator[tuple[str, Any, list[Any], bool, bool]]:
-    """Of each field: name, type, what is said of it, whether it may be null, whether it must be given."""
+    """Yield each field: name, type, metadata, whether it may be null, whether it is required."""
     for name, field in model.model_fields.items():
-        yield name, *taken_apart(field.annotation, field.metadata), field.is_required()
+        yield name, *unwrap(field.annotation, field.metadata), field.is_required()
 
 
 def is_section(kind: Any) -> bool:
@@ -90,7 +93,7 @@ def is_section(kind: Any) -> bool:
 
 
 def example(model: type[Settings]) -> dict[str, Any]:
-    """The least that a config must say, but with every section opened."""
+    """Return the required values of a config, with every section opened."""
     values: dict[str, Any] = {}
     for name, kind, _, _, required in fields_of(model):
         if is_section(kind):
@@ -103,18 +106,18 @@ def example(model: type[Settings]) -> dict[str, Any]:
 def bad_values(kind: Any, metadata: list[Any]) -> Iterator[Any]:
     origin = get_origin(kind) or kind
     yield from BAD[origin]
-    if kind is str and not any(getattr(told, "func", None) is as_typed for told in metadata):
+    if kind is str and not any(getattr(mark, "func", None) is as_typed for mark in metadata):
         yield from (7, HUGE, datetime.date(2026, 1, 5))
     if origin is tuple:
         good = list(range(len(get_args(kind))))
         yield from (good[1:], [*good, 7])
-        for place, element in enumerate(get_args(kind)):
-            for bad in [None, *bad_values(*taken_apart(element, [])[:2])]:
-                yield [*good[:place], bad, *good[place + 1 :]]
+        for index, element in enumerate(get_args(kind)):
+            for bad in [None, *bad_values(*unwrap(element, [])[:2])]:
+                yield [*good[:index], bad, *good[index + 1 :]]
 
 
 def mistakes(model: type[Settings], above: Key = ()) -> Iterator[tuple[Key, Any]]:
-    """Every key below `model` with every value that it must not have."""
+    """Yield every key below `model` with every value that it must refuse."""
     for name, kind, metadata, null, _ in fields_of(model):
         key = (*above, name)
         if not null:
@@ -149,7 +152,7 @@ def without(values: dict[str, Any], key: Key) -> dict[str, Any]:
 
 
 def yaml_of(values: Any, twice: Key) -> str:
-    """One line of YAML in which one key is there twice."""
+    """Return one line of YAML with the key `twice` in it twice."""
     if not isinstance(values, dict):
         return json.dumps(values)
     parts = []
@@ -159,7 +162,7 @@ def yaml_of(values: Any, twice: Key) -> str:
     return f"{{{', '.join(parts)}}}"
 
 
-def assert_told(caught: pytest.ExceptionInfo[UserError], beginning: str) -> str:
+def assert_one_line(caught: pytest.ExceptionInfo[InputError], beginning: str) -> str:
     message = str(caught.value)
     assert caught.value.exit_code == 2
     assert message.startswith(beginning), message[:500]
@@ -169,8 +172,8 @@ def assert_told(caught: pytest.ExceptionInfo[UserError], beginning: str) -> str:
 
 
 @pytest.mark.parametrize("model", JOBS)
-def test_the_example_is_right_and_null_is_taken_where_the_type_has_it(model: type[Settings]) -> None:
-    """Otherwise the tests below could pass for another mistake than theirs."""
+def test_the_example_is_valid_and_null_is_accepted_where_the_type_allows_it(model: type[Settings]) -> None:
+    """Otherwise the tests below could pass because of another mistake."""
     values = example(model)
     whole = parse_config(model, values, where="file").model_dump()
     assert parse_config(model, whole, where="file").model_dump() == whole
@@ -180,47 +183,44 @@ def test_the_example_is_right_and_null_is_taken_where_the_type_has_it(model: typ
 
 
 @pytest.mark.parametrize("model", JOBS)
-def test_no_key_takes_what_it_must_not_have(model: type[Settings]) -> None:
+def test_every_key_refuses_every_bad_value(model: type[Settings]) -> None:
     values = example(model)
     count = 0
     for key, bad in mistakes(model):
         name = ".".join(key)
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(InputError) as caught:
             parse_config(model, changed(values, key, bad), where="file.yaml")
         unknown = key[-1] in ("no_such_key", LONG_KEY)
-        message = assert_told(
+        message = assert_one_line(
             caught, f"file.yaml: unknown key '{name[:50]}" if unknown else f"file.yaml: {name}"
         )
-        assert any(word in message for word in ("; ", " should ", "field required")), (
-            message
-        )  # what was expected
+        expectation = ("; ", " should ", "field required")
+        assert any(word in message for word in expectation), message
         count += 1
     assert count > 10 * len(model.model_fields)
 
 
 @pytest.mark.parametrize("model", JOBS)
-def test_a_key_that_must_be_there_and_one_that_is_there_twice_are_told(
-    model: type[Settings], tmp_path: Path
-) -> None:
+def test_a_missing_key_and_a_repeated_key_are_reported(model: type[Settings], tmp_path: Path) -> None:
     values = parse_config(model, example(model), where="file").model_dump(mode="json")
     file = tmp_path / "file.yaml"
     for key, required in keys_of(model):
         file.write_text(yaml_of(values, key))
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(InputError) as caught:
             load_config(model, file)
-        assert_told(
+        assert_one_line(
             caught,
-            f"config {file}: not valid YAML (key {key[-1]!r} is there twice, keep one in line 1, column ",
+            f"config {file}: not valid YAML (key {key[-1]!r} appears twice, keep one in line 1, column ",
         )
         if required:
             name = ".".join(key)
-            with pytest.raises(UserError) as caught:
+            with pytest.raises(InputError) as caught:
                 parse_config(model, without(values, key), where="file.yaml")
-            assert_told(caught, f"file.yaml: key '{name}' is missing; set it in the file or as {name}=…")
+            assert_one_line(caught, f"file.yaml: key '{name}' is missing; set it in the file or as {name}=…")
 
 
 @pytest.mark.parametrize("model", JOBS)
-def test_overrides_are_read_as_strictly(model: type[Settings], tmp_path: Path) -> None:
+def test_overrides_are_as_strict_as_the_file(model: type[Settings], tmp_path: Path) -> None:
     file = tmp_path / "file.yaml"
     file.write_text(json.dumps(example(model)))
     for key, _ in keys_of(model):
@@ -229,20 +229,20 @@ def test_overrides_are_read_as_strictly(model: type[Settings], tmp_path: Path) -
             (f"{name}=[", f"override '{name}=["),
             (f"{name}=[.nan, 1]", f"{file}: {name}"),
         ):
-            with pytest.raises(UserError) as caught:
+            with pytest.raises(InputError) as caught:
                 load_config(model, file, [text])
-            assert_told(caught, beginning[:60])
+            assert_one_line(caught, beginning[:60])
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_does_not_fill_what_was_said_to_be_null(preset: str) -> None:
+def test_a_preset_does_not_replace_a_section_of_another_type(preset: str) -> None:
     for section in PRESETS[preset]:
         for bad in (None, 0, "", []):
-            with pytest.raises(UserError) as caught:
+            with pytest.raises(InputError) as caught:
                 parse_config(
                     TrainConfig, {**example(TrainConfig), "preset": preset, section: bad}, where="file.yaml"
                 )
-            assert_told(
+            assert_one_line(
                 caught, f"file.yaml: {section} is a section, not the value {bad!r}; set one of its keys ("
             )
 
@@ -273,7 +273,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         (b"a: &a [*a]", "not valid YAML (found an alias"),
         (
             b"num_images: 1\nnum_images: 2",
-            "not valid YAML (key 'num_images' is there twice, keep one in line 2, column 1)",
+            "not valid YAML (key 'num_images' appears twice, keep one in line 2, column 1)",
         ),
         (
             b"a: !!python/object/apply:os.system [ls]",
@@ -295,7 +295,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         (b"num_images: 1_000", "num_images = '1_000': input should be a valid integer"),
     ],
 )
-def test_a_file_that_is_no_config_is_told_in_one_line(tmp_path: Path, text: bytes, message: str) -> None:
+def test_a_file_without_a_valid_config_gives_one_line(tmp_path: Path, text: bytes, message: str) -> None:
     file = tmp_path / "file.yaml"
     valid = {**example(GenerateConfig), "decoder": {"model": "a"}}
     whole = message.startswith(("not valid", "found", "is longer", "key 'prior'"))
@@ -305,22 +305,22 @@ def test_a_file_that_is_no_config_is_told_in_one_line(tmp_path: Path, text: byte
         if f"{name}:".encode() not in text
     ]
     file.write_bytes(text if whole else b"".join([*lines, text]))
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(InputError) as caught:
         load_config(GenerateConfig, file)
-    message_in_full = assert_told(caught, "")
-    assert f"{file}: " in message_in_full
-    assert message in message_in_full
+    full_message = assert_one_line(caught, "")
+    assert f"{file}: " in full_message
+    assert message in full_message
 
 
 def test_a_folder_is_no_config(tmp_path: Path) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(InputError) as caught:
         load_config(GenerateConfig, tmp_path)
-    assert_told(
+    assert_one_line(
         caught, f"config {tmp_path}: cannot be read (Is a directory); give an existing YAML file to --config"
     )
 
 
-def test_ids_stay_as_they_were_typed_and_powers_of_ten_are_numbers(tmp_path: Path) -> None:
+def test_identifiers_stay_as_typed_and_powers_of_ten_are_numbers(tmp_path: Path) -> None:
     file = tmp_path / "file.yaml"
     values = {**example(TrainConfig), "run_name": "a"}
     file.write_text(json.dumps(values))

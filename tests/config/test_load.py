@@ -1,4 +1,4 @@
-"""Config: strict, frozen, with suggestions; every shipped file is valid."""
+"""Configs are strict and frozen, errors suggest the nearest key, and every shipped file is valid."""
 
 import datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ from rebeca_ray.config.jobs import (
     dated,
 )
 from rebeca_ray.config.load import load_config
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 MODELS = {
@@ -35,19 +35,19 @@ def test_shipped_configs_are_valid(path: Path) -> None:
 
 def test_unknown_key_suggests_the_nearest_known_one() -> None:
     with pytest.raises(
-        UserError, match=r"unknown key 'decoder\.num_inference_step'; did you mean 'num_inference_steps'\?"
+        InputError, match=r"unknown key 'decoder\.num_inference_step'; did you mean 'num_inference_steps'\?"
     ):
         load_config(GenerateConfig, CONFIGS / "generate_stickers.yaml", ["decoder.num_inference_step=3"])
 
 
 def test_unknown_top_level_key_suggests_too() -> None:
-    with pytest.raises(UserError, match="did you mean 'num_images'"):
+    with pytest.raises(InputError, match="did you mean 'num_images'"):
         load_config(GenerateConfig, CONFIGS / "generate_stickers.yaml", ["num_image=3"])
 
 
-def test_a_misspelt_key_is_named_before_the_one_it_leaves_out(tmp_path: Path) -> None:
+def test_a_misspelt_key_is_named_before_the_missing_one(tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_text("interations: {path: i}\nitems: i\nout: o\nstorage: s\n")
-    with pytest.raises(UserError, match="unknown key 'interations'; did you mean 'interactions'"):
+    with pytest.raises(InputError, match="unknown key 'interations'; did you mean 'interactions'"):
         load_config(TrainConfig, tmp_path / "train.yaml")
 
 
@@ -79,27 +79,27 @@ def test_config_is_frozen() -> None:
     ],
 )
 def test_bad_values_name_the_key_and_the_value(overrides: list[str], message: str) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(InputError) as caught:
         load_config(GenerateConfig, CONFIGS / "generate_stickers.yaml", overrides)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_dates_and_ids_may_be_typed_as_they_look() -> None:
+def test_dates_and_identifiers_need_no_quotes() -> None:
     config = load_config(
         GenerateConfig, CONFIGS / "generate_stickers.yaml", ["run_date=2026-01-05", "run_id=20260105"]
     )
     assert (config.run_date, config.run_id) == (datetime.date(2026, 1, 5), "20260105")
 
 
-def test_heads_that_do_not_share_the_width_are_refused() -> None:
-    with pytest.raises(UserError, match="width 100 is not divisible by num_heads 8; change one of them"):
+def test_heads_must_divide_the_width() -> None:
+    with pytest.raises(InputError, match="width 100 is not divisible by num_heads 8; change one of them"):
         load_config(
             TrainConfig, CONFIGS / "train_stickers.yaml", ["network.width=100", "network.num_heads=8"]
         )
 
 
-def test_data_has_absolute_paths_and_hub_ids_stay() -> None:
+def test_locations_become_absolute_and_hub_ids_stay() -> None:
     config = load_config(
         GenerateConfig, CONFIGS / "generate_stickers.yaml", ["catalog=catalog", "decoder.model=owner/model"]
     )
@@ -108,19 +108,19 @@ def test_data_has_absolute_paths_and_hub_ids_stay() -> None:
 
 def test_missing_key_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("items: a\nclip: b\n")
-    with pytest.raises(UserError, match="key 'out' is missing"):
+    with pytest.raises(InputError, match="key 'out' is missing"):
         load_config(EmbedConfig, tmp_path / "config.yaml")
 
 
 @pytest.mark.parametrize("text", ["a: [", "- a\n- b\n", "7"])
-def test_files_that_are_no_mapping_are_refused(tmp_path: Path, text: str) -> None:
+def test_files_without_a_mapping_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"config\.yaml"):
+    with pytest.raises(InputError, match=r"config\.yaml"):
         load_config(EmbedConfig, tmp_path / "config.yaml")
 
 
 def test_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="give an existing YAML file"):
+    with pytest.raises(InputError, match="give an existing YAML file"):
         load_config(EmbedConfig, tmp_path / "nothing.yaml")
 
 
@@ -131,22 +131,21 @@ def test_locations_expand_home_and_package() -> None:
     assert expand("s3://bucket/~x") == "s3://bucket/~x"
 
 
-def test_a_value_in_place_of_a_section_is_told_with_a_preset_too(tmp_path: Path) -> None:
+def test_a_value_instead_of_a_section_is_refused_with_a_preset_too(tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_text("preset: stickers\ninteractions: {path: a}\nitems: b\nout: c\n")
-    with pytest.raises(UserError, match="network is a section, not the value 3; set one of its keys"):
+    with pytest.raises(InputError, match="network is a section, not the value 3; set one of its keys"):
         load_config(TrainConfig, tmp_path / "train.yaml", ["network=3"])
 
 
 @pytest.mark.parametrize("model", [GenerateConfig, NightlyConfig, TrainConfig])
-def test_a_config_is_dated_also_where_it_names_the_date_itself(
+def test_a_config_with_a_date_is_dated_without_other_changes(
     model: type[GenerateConfig | NightlyConfig | TrainConfig],
 ) -> None:
-    """As `rebeca generate run_date=…` does; of the rest nothing changes, whatever its types."""
     name = {GenerateConfig: "generate", NightlyConfig: "nightly", TrainConfig: "train"}[model]
     overrides = [] if model is TrainConfig else ["run_date=2026-11-23"]
     config = load_config(model, Path("jobs/configs") / f"{name}_stickers.yaml", overrides)
     date = datetime.date(2026, 11, 23)
     assert dated(config, date) == config
-    request = {"request": "/asked/{run_date}.parquet"}
+    request = {"request": "/requests/{run_date}.parquet"}
     if isinstance(config, GenerateConfig):
-        assert dated(config.model_copy(update=request), date).request == "/asked/2026-11-23.parquet"
+        assert dated(config.model_copy(update=request), date).request == "/requests/2026-11-23.parquet"

@@ -201,7 +201,9 @@ def test_when_time_runs_out_the_rest_keeps_last_nights_items_and_a_first_catalog
         told = ask(config, USERS[:5], number, priority=priority)
         prepared = prepare(told)
         files = [file for file in prepared.rendered.files if file["unit"] < units]
-        manifest = assembled(told, prepared._replace(rendered=Rendered(files=files, timed_out=True)), requested=15)
+        manifest = assembled(
+            told, prepared._replace(rendered=Rendered(files=files, timed_out=True)), requested=15
+        )
         publish(told.catalog, prepared.run)
         snapshot = read_catalog(told.catalog)
         assert verify(snapshot, "full") == []
