@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from rebeca_ray import schemas
+from rebeca_ray.catalog.figures import GateFigures
 from rebeca_ray.catalog.layout import Run, new_run_id
 from rebeca_ray.catalog.lease import hold_lease
-from rebeca_ray.catalog.manifest import Manifest
+from rebeca_ray.catalog.manifest import Counts, DecisionCounts, FileList, Manifest, Measured, StageFigures
 from rebeca_ray.catalog.read import published
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import GenerateConfig
@@ -394,6 +395,34 @@ def snapshot_of(config: GenerateConfig, *, error_budget: float = 0.0) -> Manifes
     """One night in this process, published whatever the quality gate would say; its manifest."""
     config = config.model_copy(update={"error_budget": error_budget, "gate": NO_GATE})
     return generate_catalog(config, in_process=True).manifest
+
+
+def synthetic_manifest(run: Run, files: FileList, **changes: Any) -> Manifest:
+    """The manifest of a snapshot that no run made: counts of nothing, with some fields changed."""
+    counts = dict.fromkeys(Counts.model_fields, 0)
+    values = {
+        "schema_version": schemas.SCHEMA_VERSION,
+        "run_id": run.run_id,
+        "run_date": run.run_date,
+        "fencing_token": run.fencing_token,
+        "created_at": "2026-01-01T00:00:00+00:00",
+        "previous_run_id": None,
+        "previous_path": None,
+        "counts": Counts(**counts),
+        "decisions": DecisionCounts(planned_users=0, planned_items=0, shards=0),
+        "carried_buckets": 0,
+        "figures": GateFigures(failed=0.0, filtered=0.0, judged_items=0),
+        "versions": {},
+        "decoder_weights": {},
+        "embed_dim": D,
+        "num_buckets": 1,
+        "next_file": 0,
+        "bytes": 0,
+        "bytes_written": 0,
+        "files": files,
+        "measured": Measured(stages={"assemble": StageFigures(seconds=0.0)}),
+    }
+    return Manifest(**{**values, **changes})
 
 
 def publish(root: str, run: Run) -> None:

@@ -7,10 +7,11 @@ import pyarrow as pa
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import Run
+from rebeca_ray.catalog.manifest import FileList
 from rebeca_ray.identity import bucket_of
 from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.parquet import write_table
-from tests.conftest import publish
+from tests.conftest import publish, synthetic_manifest
 
 BUCKETS, USERS_THERE, ITEMS_PER_USER = 3, 500, 4
 D = 64
@@ -30,15 +31,15 @@ def write_snapshot(
     random = np.random.default_rng(0)
     files = []
     for bucket in range(BUCKETS):
-        own = sorted(user for user in users if bucket_of(user, BUCKETS) == bucket)
-        if not own:
+        users_of_bucket = sorted(user for user in users if bucket_of(user, BUCKETS) == bucket)
+        if not users_of_bucket:
             continue
-        count = len(own) * ITEMS_PER_USER
+        count = len(users_of_bucket) * ITEMS_PER_USER
         embeds = random.standard_normal((count, D), np.float32)
         columns = {
             "item_id": [f"{bucket}-{number:04d}" for number in range(count)],
-            "user_id": np.repeat(own, ITEMS_PER_USER),
-            "rank": np.tile(np.arange(ITEMS_PER_USER), len(own)),
+            "user_id": np.repeat(users_of_bucket, ITEMS_PER_USER),
+            "rank": np.tile(np.arange(ITEMS_PER_USER), len(users_of_bucket)),
             "image_embeds": pa.FixedSizeListArray.from_arrays(
                 pa.array(embeds.ravel()), type=schemas.image_embeds(D)
             ),
@@ -59,19 +60,19 @@ def write_snapshot(
         written = write_table(
             table, f"{root}/{path}", row_group_size=rows_per_group, embed_column="image_embeds"
         )
-        ends = {"min_user_id": own[0], "max_user_id": own[-1]}
+        ends = {"min_user_id": users_of_bucket[0], "max_user_id": users_of_bucket[-1]}
         files.append({"table": "items", "bucket": bucket, "file": bucket, "path": path, **written, **ends})
     listing = f"{run.snapshot}/files.parquet"
     written = write_table(
         pa.Table.from_pylist(files, schema=schemas.FILES), f"{root}/{listing}", row_group_size=100
     )
-    told = {
-        "schema_version": version,
-        "run_id": "large",
-        "embed_dim": D,
-        "num_buckets": BUCKETS,
-        "previous_path": None,
-    }
-    write_json({**told, "files": {"path": listing, **written}}, run.manifest)
+    manifest = synthetic_manifest(
+        run,
+        FileList(path=listing, **written),
+        schema_version=version,
+        embed_dim=D,
+        num_buckets=BUCKETS,
+    )
+    write_json(manifest.model_dump(), run.manifest)
     publish(str(root), run)
     return str(root)

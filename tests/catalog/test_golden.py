@@ -38,7 +38,7 @@ def test_this_version_has_golden_files_and_they_can_be_made_anew(
 
 def write_golden_files(config: GenerateConfig, folder: Path) -> None:
     """The second night of a small catalog, with something in every table."""
-    snapshot_of(ask(config, USERS[:4]), requested=12)
+    snapshot_of(ask(config, USERS[:4]))
     change_digest(config, USERS[1])
     prepared = prepare(ask(config, [*USERS[1:5], "stranger"], 1), break_first=True)
     assembled(config, prepared, requested=15, error_budget=0.1)

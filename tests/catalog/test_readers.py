@@ -73,7 +73,7 @@ def published(
             "layout": LayoutSettings(num_buckets=2),
         }
     )
-    snapshot_of(ask(config, USERS[:6]), requested=18)
+    snapshot_of(ask(config, USERS[:6]))
     change_digest(config, USERS[2])
     prepared = prepare(ask(config, [*USERS[1:], "stranger"], 1), break_first=True)
     assembled(config, prepared, requested=21, error_budget=0.2)

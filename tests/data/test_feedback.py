@@ -243,7 +243,7 @@ def test_liked_generated_items_draw_the_next_night_towards_them(
             "refresh": RefreshSettings(rotation=0.0),
         }
     )
-    assert snapshot_of(config, requested=32)["counts"]["new"] == 32
+    assert snapshot_of(config)["counts"]["new"] == 32
     monday = read_catalog(config.catalog)
     real = read_image_embeds(trained.items)
     kind_of = {item: int(number >= 20) for number, item in enumerate(real.item_id.tolist())}
@@ -260,7 +260,7 @@ def test_liked_generated_items_draw_the_next_night_towards_them(
     before = [tuple(row.values()) for row in pq.read_table(trained.interactions.path).to_pylist()]
     rate(Path(trained.interactions.path), [*before, *ratings, *shown])
 
-    manifest = snapshot_of(config, requested=32)
+    manifest = snapshot_of(config)
     assert (manifest.counts.new, manifest.counts.carried) == (16, 16)
     tuesday = read_catalog(config.catalog)
     centre = np.mean([item["image_embeds"] for item in liked], axis=0)

@@ -47,7 +47,7 @@ def test_the_truth_check_and_the_page(tmp_path: Path) -> None:
         num_images=2,
         sampler=SamplerSettings(num_inference_steps=2),
     )
-    snapshot_of(config, requested=28)
+    snapshot_of(config)
     snapshot, judge = read_catalog(config.catalog), Judge()
 
     check = check_truth(tmp_path, judge, load_stickers(), interactions, snapshot, config)
