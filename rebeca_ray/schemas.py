@@ -103,9 +103,8 @@ HISTORIES = (
         [
             pa.field("user_id", pa.string(), nullable=False),
             pa.field("bucket", pa.int32(), nullable=False),
-            pa.field(
-                "place", pa.int32(), nullable=False
-            ),  # within the bucket; the bucket's first user_index comes on top
+            # Within the bucket: the user_index is this plus the first user_index of the bucket.
+            pa.field("row", pa.int32(), nullable=False),
             pa.field("num_likes", pa.int32(), nullable=False),
             pa.field("history_digest", pa.string(), nullable=False),
             pa.field("item_index", pa.list_(pa.int32()), nullable=False),  # into the embedded items

@@ -125,7 +125,7 @@ def test_a_missed_date_that_fails_costs_no_later_one_but_is_told(
 def test_a_night_that_fails_is_an_error_and_an_unexpected_one_stops_at_once(
     config: NightlyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stub(monkeypatch, day05=UserError("no request"))
+    stub(monkeypatch, day05=InputError("no request"))
     with pytest.raises(UserError, match="no request"):
         run_nightly(config)
     nights = stub(monkeypatch, day04=RuntimeError("a bug"))

@@ -25,7 +25,7 @@ from rebeca_ray.prior.checkpoint import TrainedPrior
 from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.objects import read_json, write_json
-from rebeca_ray.storage.parquet import read_table, write_table
+from rebeca_ray.storage.parquet import open_parquet, read_table, write_table
 
 PLAN, CARRY, RESCORE, POOLED = "plan", "carry", "rescore", "pool"
 ROWS_PER_GROUP = 20_000
@@ -141,7 +141,7 @@ def draw_key(row: dict[str, Any], by_urgency: bool) -> Key:
 
 def split_request(config: GenerateConfig, run: Run) -> None:
     """Write the request below the run's work folder, one file a bucket."""
-    table = read_table(config.request, "request")
+    table = open_parquet(config.request, "request").read()
     table = table.select([name for name in schemas.REQUEST.names if name in table.column_names])
     bucket = np.array(
         [

@@ -10,7 +10,7 @@ from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.errors import InputError
 from rebeca_ray.storage.filesystem import join, list_folders
 from rebeca_ray.storage.objects import read_json, write_json
-from rebeca_ray.storage.parquet import describe_files
+from rebeca_ray.storage.parquet import open_parquet
 
 # What does not change what is made: where and when, how many at a time, and what is judged once it is there.
 NOT_DESCRIBED: dict[str, Any] = {
@@ -31,7 +31,7 @@ def describe_run(config: GenerateConfig, versions: dict[str, str], previous: str
     told = {
         **flat("config", config.model_dump(mode="json", exclude=NOT_DESCRIBED)),
         **flat("version of", versions),
-        **{f"content of {name}": describe_files(uri, name) for name, uri in inputs.items() if uri},
+        **{f"content of {name}": open_parquet(uri, name).digest() for name, uri in inputs.items() if uri},
         "snapshot before": previous,
     }
     return dict(json.loads(json.dumps(told)))  # as it is read back

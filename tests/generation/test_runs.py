@@ -17,7 +17,7 @@ from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.config.load import apply_override
 from rebeca_ray.config.sections import SamplerSettings
-from rebeca_ray.errors import StorageError, UserError
+from rebeca_ray.errors import InputError, StorageError, UserError
 from rebeca_ray.generation.pipeline import forgotten_if_refused
 from rebeca_ray.generation.runs import begin, choose_run, describe_run, difference
 from rebeca_ray.storage.failures import user_error
@@ -313,7 +313,7 @@ def test_bad_input_leaves_nothing_of_a_new_run_and_a_lost_store_everything(tmp_p
     found, there = end_with(StorageError("s3://bucket/a: cannot be written (time-out)"))
     assert (user_error(found).exit_code, there) == (75, True)  # type: ignore[union-attr]
     assert str(found).endswith("cannot be written (time-out). Start run run again: it resumes")
-    assert end_with(UserError("a rating is null")) == (ANY, False)
-    assert end_with(UserError("the prior was replaced"), planned=True) == (ANY, True)
-    assert end_with(UserError("a rating is null"), resumed=True) == (ANY, True)
+    assert end_with(InputError("a rating is null")) == (ANY, False)
+    assert end_with(InputError("the prior was replaced"), planned=True) == (ANY, True)
+    assert end_with(InputError("a rating is null"), resumed=True) == (ANY, True)
     assert end_with(RuntimeError("a bug")) == (ANY, True)
