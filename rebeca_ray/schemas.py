@@ -91,7 +91,7 @@ HISTORIES = pa.schema(  # one row per user, their interactions in order of time;
     [
         required("user_id", STRING),
         required("bucket", INT32),
-        required("place", INT32),  # within the bucket; add the bucket's first user_index
+        required("row", INT32),  # within the bucket; add the bucket's first user_index
         required("num_likes", INT32),
         required("history_digest", STRING),
         required("item_index", pa.list_(INT32)),  # into the embedded items

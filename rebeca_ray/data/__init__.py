@@ -1,5 +1,5 @@
-"""Data: what people give: interactions, histories, items and their embeddings, ratings of generated items. Read and validated.
+"""Data: the inputs that people give, read and validated: interactions, items, embeddings, ratings.
 
-May import: `catalog`, `ray_runtime`, `config`, `storage`, and what they may.
+May import: `catalog`, `ray_runtime`, `config`, `storage`, and their imports.
 Must not hold: models that learn, or anything about a run.
 """

@@ -1,4 +1,4 @@
-"""CLIP by open_clip: load a model, name its weights, embed images."""
+"""CLIP by open_clip: load a model, fingerprint its weights, embed images."""
 
 import hashlib
 import io
@@ -15,10 +15,10 @@ from rebeca_ray.errors import InputError, describe, did_you_mean, shown
 
 
 class EmbedImages:
-    """Ray Data actor: encoded images in, CLIP image embeddings out; one row for one row.
+    """Embed images as a Ray Data actor: a batch of encoded images in, one embedding per row out.
 
-    Adds `image_embeds` [D], not normalised, because that is what IP-Adapter was trained on, and drops `image`.
-    Raises UserError, naming the item, for an image that cannot be decoded.
+    Adds `image_embeds` [D] and drops `image`. Embeddings are not normalised, as IP-Adapter was trained on.
+    Raises InputError, naming the item, for an image that cannot be decoded.
     """
 
     def __init__(self, clip: str, device: str) -> None:
@@ -29,7 +29,7 @@ class EmbedImages:
         self.model = self.model.eval().to(device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        encoded = pc.struct_field(batch["image"], "bytes")  # null where the whole image is
+        encoded = pc.struct_field(batch["image"], "bytes")  # null where the whole struct is null
         images = [
             self.preprocess(open_image(value, item))
             for value, item in zip(encoded.to_pylist(), batch["item_id"], strict=True)
@@ -45,17 +45,17 @@ class EmbedImages:
         column = pa.FixedSizeListArray.from_arrays(
             pa.array(embeds.ravel()), type=schemas.image_embeds(embeds.shape[1])
         )
-        kept = [name for name in batch.column_names if name not in ("image", "image_embeds")]
-        return batch.select(kept).append_column("image_embeds", column)
+        others = [name for name in batch.column_names if name not in ("image", "image_embeds")]
+        return batch.select(others).append_column("image_embeds", column)
 
 
 def open_image(encoded: bytes | None, item_id: pa.Scalar) -> Any:
-    """The RGB picture of one item."""
+    """Decode the image of one item to RGB. Raises InputError, naming the item."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         return Image.open(io.BytesIO(encoded or b"")).convert("RGB")
-    except Exception as error:  # a broken file makes the decoders raise anything
+    except Exception as error:  # decoders raise errors of any type for a broken file
         why = "not an image" if isinstance(error, UnidentifiedImageError) else describe(error)
         raise InputError(
             f"items: the image of {shown(item_id.as_py())} cannot be decoded ({why}); mend or drop that item"
@@ -63,10 +63,10 @@ def open_image(encoded: bytes | None, item_id: pa.Scalar) -> Any:
 
 
 def load_clip(name: str) -> tuple[Any, Any]:
-    """An open_clip model and its own evaluation preprocessing.
+    """Return an open_clip model and its own evaluation preprocessing.
 
     `name` is `local-dir:DIR`, `hf-hub:REPO`, or `ARCHITECTURE/PRETRAINED-TAG` (`ViT-H-14/laion2b_s32b_b79k`).
-    Raises UserError if open_clip does not know it.
+    Raises InputError if open_clip cannot load it.
     """
     import open_clip
 
@@ -88,12 +88,12 @@ def load_clip(name: str) -> tuple[Any, Any]:
 
 
 def clip_fingerprint(name: str) -> str:
-    """16 hex digits for a CLIP: of the weights and config of a local directory, else of its name.
+    """Return 16 hex digits for a CLIP: a hash of the files of a local directory, otherwise of the name.
 
-    Raises UserError, in the driver, for what would fail in every actor.
+    Raises InputError in the driver for a CLIP that would fail in every actor.
     """
     if not name.startswith("local-dir:"):
-        load_clip(name)  # downloads it once, before the actors look for it
+        load_clip(name)  # downloads it once, before every actor would
         return hashlib.sha256(name.encode()).hexdigest()[:16]
     folder = Path(name.removeprefix("local-dir:"))
     digest = hashlib.sha256()
@@ -107,6 +107,7 @@ def clip_fingerprint(name: str) -> str:
             pass
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(
-            f"clip {name!r}: {folder} is damaged ({type(error).__name__}: {error}); save it again with open_clip"
+            f"clip {name!r}: {folder} is damaged ({type(error).__name__}: {error}); "
+            "save it again with open_clip"
         ) from None
     return digest.hexdigest()[:16]

@@ -1,6 +1,6 @@
-"""Who rated what: read and validate interactions, turn ratings into likes, choose users, split off a hold-out.
+"""Interactions: read and validate them, turn ratings into likes, select users, split off a hold-out.
 
-Works on numpy columns, because twenty million ratings fit easily and a per-user split needs them sorted once.
+The columns are numpy arrays: twenty million ratings fit into memory, and a split per user needs one sort.
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ from rebeca_ray.data.validation import (
     refuse,
     row_numbers,
 )
-from rebeca_ray.errors import InputError, UserError
+from rebeca_ray.errors import InputError
 from rebeca_ray.identity import hash128
-from rebeca_ray.storage.parquet import read_table
+from rebeca_ray.storage.parquet import ParquetInput, open_parquet
 
 FIRST_TIME, LAST_TIME = (
     np.datetime64("0001-01-01", "us").astype(int),
@@ -34,13 +34,13 @@ FIRST_TIME, LAST_TIME = (
 
 @dataclass(frozen=True, kw_only=True)
 class Interactions:
-    """N validated interactions, sorted by user and time: `like` is 0/1, `user_index` counts kept users from 0."""
+    """N validated interactions of U selected users, sorted by user and time."""
 
-    user_id: np.ndarray  # [U] of the kept users, in the order of user_index
-    user_index: np.ndarray  # [N] int32
+    user_id: np.ndarray  # [U] str, in the order of user_index
+    user_index: np.ndarray  # [N] int32, counts the selected users from 0
     item_id: np.ndarray  # [N] str
-    like: np.ndarray  # [N] int8
-    timestamp: np.ndarray  # [N] int64, microseconds; 0 where nobody knows
+    like: np.ndarray  # [N] int8, 0 or 1
+    timestamp: np.ndarray  # [N] int64, microseconds; 0 for an unknown time
     held_out: np.ndarray  # [N] bool, never trained on
 
     @property
@@ -51,25 +51,27 @@ class Interactions:
 def read_interactions(settings: InteractionSettings) -> Interactions:
     """Read, validate, filter and split the interactions of `settings.path`, all in memory.
 
-    Raises UserError naming the defect, how many rows have it, and examples.
+    Raises InputError, naming the defect, the number of rows that have it, and examples.
     """
-    found = interactions_of(read_columns(settings.path), settings)
-    if not found.num_users:
+    interactions = interactions_of(read_columns(open_parquet(settings.path, "interactions")), settings)
+    if not interactions.num_users:
         raise no_users(settings)
-    return found
+    return interactions
 
 
-def no_users(settings: InteractionSettings) -> UserError:
+def no_users(settings: InteractionSettings) -> InputError:
+    """Return the error for interactions without any user of enough likes."""
     return InputError(
-        f"interactions {settings.path}: no user has {settings.min_likes} likes; lower interactions.min_likes or interactions.like_threshold"
+        f"interactions {settings.path}: no user has at least {settings.min_likes} likes; "
+        "lower interactions.min_likes or interactions.like_threshold"
     )
 
 
 def interactions_of(table: pa.Table, settings: InteractionSettings) -> Interactions:
     """Validate, filter and split one table that holds all interactions of its users.
 
-    The hold-out takes the same share of every user's interactions, chosen by a hash of user and item, so that it does
-    not depend on the file's order.
+    The hold-out takes the same share of the interactions of every user. A hash of user and item selects them,
+    so the order of the file does not matter.
     """
     table = validate(table, settings)
     user_id, item_id = (
@@ -78,58 +80,60 @@ def interactions_of(table: pa.Table, settings: InteractionSettings) -> Interacti
     like = likes(table, settings.like_threshold)
 
     users, user_of = np.unique(user_id, return_inverse=True)
-    kept = np.bincount(user_of, weights=like, minlength=len(users)) >= settings.min_likes
-    new_index = np.cumsum(kept) - 1
-    rows = np.flatnonzero(kept[user_of])
+    # Users with too few likes go, and the others are counted from 0.
+    selected = np.bincount(user_of, weights=like, minlength=len(users)) >= settings.min_likes
+    new_index = np.cumsum(selected) - 1
+    rows = np.flatnonzero(selected[user_of])
     timestamp = (
         table["timestamp"].fill_null(0).cast(pa.int64()).to_numpy()
         if "timestamp" in table.column_names
         else np.zeros(len(like), np.int64)
     )
+    # By user, then by time. The item decides between equal times, so that the order is total.
     rows = rows[np.lexsort((item_id[rows], timestamp[rows], user_of[rows]))]
     user_index = new_index[user_of[rows]].astype(np.int32)
     return Interactions(
-        user_id=users[kept],
+        user_id=users[selected],
         user_index=user_index,
         item_id=item_id[rows],
         like=like[rows],
         timestamp=timestamp[rows],
-        held_out=hold_out(users[kept], user_index, item_id[rows], settings.hold_out),
+        held_out=hold_out(users[selected], user_index, item_id[rows], settings.hold_out),
     )
 
 
-def read_columns(uri: str) -> pa.Table:
-    """The interaction columns of `uri` in memory, as `check_columns` finds them."""
-    return normalise(
-        read_table(uri, "interactions", check_columns(uri, "interactions", schemas.INTERACTIONS)), uri
-    )
+def read_columns(interactions: ParquetInput) -> pa.Table:
+    """Read the interaction columns of the input. Raises as `check_columns` and `normalise` do."""
+    columns = check_columns(interactions, schemas.INTERACTIONS)
+    return normalise(interactions.read(columns), interactions.uri)
 
 
 def normalise(table: pa.Table, uri: str) -> pa.Table:
-    """The ratings of `uri` in the types of `schemas.INTERACTIONS`, without impressions. Raises UserError for times that do not fit them."""
+    """Return the ratings of `uri` in the types of `schemas.INTERACTIONS`, without impressions.
+
+    Raises InputError for a time outside the years 1 to 9999.
+    """
     table = only_ratings(table, uri)
     if "timestamp" in table.column_names:
-        place = table.column_names.index("timestamp")
-        options = pc.CastOptions(
-            schemas.INTERACTIONS.field("timestamp").type, allow_time_truncate=True
-        )  # below a microsecond nothing is lost
+        # A time is exact to the microsecond. Finer digits are cut off.
+        options = pc.CastOptions(schemas.INTERACTIONS.field("timestamp").type, allow_time_truncate=True)
+        index = table.column_names.index("timestamp")
         try:
-            table = table.set_column(place, "timestamp", pc.cast(plain(table["timestamp"]), options=options))
+            table = table.set_column(index, "timestamp", pc.cast(plain(table["timestamp"]), options=options))
         except pa.ArrowInvalid:
             raise off_the_calendar(uri) from None
-    if "rating" in table.column_names:  # one that is too large for the type is off the scale too
-        table = table.set_column(
-            table.column_names.index("rating"),
-            "rating",
-            plain(table["rating"]).cast(pa.float32(), safe=False),
-        )
+    if "rating" in table.column_names:
+        # A rating too large for the type becomes infinite, and `validate` refuses it as off the scale.
+        index = table.column_names.index("rating")
+        rating = plain(table["rating"]).cast(pa.float32(), safe=False)
+        table = table.set_column(index, "rating", rating)
     return table.cast(
         pa.schema([schemas.INTERACTIONS.field(name).with_nullable(True) for name in table.column_names])
     )
 
 
 def only_ratings(table: pa.Table, uri: str) -> pa.Table:
-    """Without the rows that only say that something was shown, and without `event`. Raises UserError for an event of another name."""
+    """Return a table without impressions and without `event`. Raises InputError for an unknown event."""
     if "event" not in table.column_names:
         return table
     event = pc.fill_null(plain(table["event"]), "")
@@ -146,14 +150,16 @@ def only_ratings(table: pa.Table, uri: str) -> pa.Table:
     return table.filter(pc.not_equal(event, "impression")).drop_columns(["event"])
 
 
-def off_the_calendar(uri: str) -> UserError:
+def off_the_calendar(uri: str) -> InputError:
+    """Return the error for times outside the years 1 to 9999."""
     return InputError(
-        f"interactions {uri}: column 'timestamp' leaves the years 1 to 9999; look at its unit, mend it or drop it"
+        f"interactions {uri}: column 'timestamp' leaves the years 1 to 9999; "
+        "check its unit, correct it or drop it"
     )
 
 
 def validate(table: pa.Table, settings: InteractionSettings) -> pa.Table:
-    """Refuse empty ids, ratings off the scale, and repeated (user, item) pairs, with counts and examples."""
+    """Return the table. Raises InputError for empty ids, ratings off the scale, and repeated pairs."""
     uri = settings.path
     check_rows(table, "interactions", uri)
     for name in ("user_id", "item_id"):
@@ -180,8 +186,10 @@ def validate(table: pa.Table, settings: InteractionSettings) -> pa.Table:
             bad,
             f"a rating outside {low:g} to {high:g}",
             examples(table, bad),
-            "mend them, or set interactions.rating_scale and interactions.like_threshold to yours",
+            "correct them, or set interactions.rating_scale and interactions.like_threshold to yours",
         )
+
+    # The first row of each pair is fine, and every later one repeats it.
     pair = pc.binary_join_element_wise(table["user_id"], table["item_id"], "\x1f")
     codes = pc.dictionary_encode(pair).combine_chunks()
     indices = codes.indices.to_numpy()
@@ -193,43 +201,47 @@ def validate(table: pa.Table, settings: InteractionSettings) -> pa.Table:
         pa.array(repeated),
         "a (user_id, item_id) pair seen before",
         examples(table, pa.array(repeated)),
-        "keep one rating a pair, the latest say",
+        "keep one rating per pair, for example the latest",
     )
     return table
 
 
 def examples(table: pa.Table, bad: pa.Array) -> str:
+    """Return user and item of the first bad rows, as an error shows them."""
     rows = table.filter(bad).slice(0, MAX_EXAMPLES).select(["user_id", "item_id"]).to_pylist()
     return "; ".join(f"{row['user_id'][:40]} × {row['item_id'][:40]}" for row in rows)
 
 
 def likes(table: pa.Table, threshold: float) -> np.ndarray:
-    """1 where rating >= threshold (paper, section 4.1); all 1 if there is no rating column. [N] int8."""
+    """Return [N] int8: 1 where rating >= threshold (paper, section 4.1), or all 1 without a rating column."""
     if "rating" not in table.column_names:
         return np.ones(table.num_rows, np.int8)
     return (table["rating"].to_numpy() >= threshold).astype(np.int8)
 
 
 def hold_out(user_id: np.ndarray, user_index: np.ndarray, item_id: np.ndarray, share: float) -> np.ndarray:
-    """True for `floor(share * count)` interactions of each user, those with the smallest hash of (user, item)."""
+    """Return [N] bool: true for `floor(share * count)` interactions of each user.
+
+    Those with the smallest hash of (user, item) are held out.
+    """
     pairs = zip(user_id[user_index], item_id, strict=True)
     keys = np.fromiter((int(hash128(user, item)[:16], 16) for user, item in pairs), np.uint64, len(item_id))
     order = np.lexsort((keys, user_index))
     counts = np.bincount(user_index, minlength=len(user_id))
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    place = np.arange(len(order)) - starts[user_index[order]]
+    position = np.arange(len(order)) - starts[user_index[order]]
     held = np.zeros(len(order), bool)
-    held[order] = place < np.floor(share * counts)[user_index[order]]
+    held[order] = position < np.floor(share * counts)[user_index[order]]
     return held
 
 
 def history_digests(interactions: Interactions) -> list[str]:
-    """One digest a user of the whole history, times and hold-out included, to tell later whether it changed."""
+    """Return one digest per user. It changes with the items, likes and times of the history."""
     bounds = np.searchsorted(interactions.user_index, np.arange(interactions.num_users + 1))
-    told = [
+    entries = [
         f"{item}={like}@{at}"
         for item, like, at in zip(
             interactions.item_id, interactions.like, interactions.timestamp, strict=True
         )
     ]
-    return [hash128(*told[start:stop]) for start, stop in pairwise(bounds)]
+    return [hash128(*entries[start:stop]) for start, stop in pairwise(bounds)]

@@ -1,33 +1,34 @@
-"""Items: images -> `image_embeds` with open_clip as a Ray Data stage, and embedded items read back."""
+"""Items: embed images with open_clip in a Ray Data stage, and read embedded items back.
 
-from collections.abc import Iterator
+items (images) -> `embed_items` -> embedded items, a folder with a marker -> `read_image_embeds`
+"""
+
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from rebeca_ray import schemas
 from rebeca_ray.config.jobs import EmbedConfig
 from rebeca_ray.data.clip import EmbedImages, clip_fingerprint
 from rebeca_ray.data.validation import check_columns, check_ids, check_rows
-from rebeca_ray.errors import InputError, UserError, describe, shown
+from rebeca_ray.errors import InputError, shown
 from rebeca_ray.ray_runtime import ExcludeIds, require_room, start_ray
-from rebeca_ray.storage.filesystem import UNREACHABLE, arrow_filesystem, delete, join, open_filesystem
+from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, open_filesystem
 from rebeca_ray.storage.objects import read_json, write_json
-from rebeca_ray.storage.parquet import open_table, read_table
+from rebeca_ray.storage.parquet import ParquetInput, open_parquet
 from rebeca_ray.storage.writable import require_own, require_writable
 
-MARKER = "embedding.json"  # beside embedded items: how many, and by which CLIP
+MARKER = "embedding.json"  # beside embedded items: their number, and the CLIP that made them
 ROWS_AT_ONCE = 10_000
 UNFINISHED: dict[str, Any] = {"clip": None, "rows": None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedItems:
-    """I items: ids [I], embeddings [I, D] float32, and which CLIP made them (None if the file does not say)."""
+    """I items: their ids [I] and embeddings [I, D] float32. `clip` is None without a marker beside them."""
 
     item_id: np.ndarray
     image_embeds: np.ndarray
@@ -35,13 +36,14 @@ class EmbeddedItems:
 
 
 def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:
-    """Embed every item of `config.items` and write `config.out` (a folder of Parquet files); returns how many were embedded.
+    """Embed every item of `config.items` and write `config.out`, a folder of Parquet files.
 
-    `only_new` keeps what is there already and adds items whose `item_id` is not, unless another CLIP made it: then all is embedded.
+    Returns how many items were embedded. `only_new` keeps the embeddings in `config.out` and adds items whose
+    `item_id` is new. If another CLIP made the existing ones, all items are embedded again.
     """
-    check_columns(config.items, "items", schemas.ITEMS, instead={"image_embeds": "nothing is left to embed"})
-    read_item_ids(config.items)
-    files, _ = open_table(config.items, "items")
+    source = open_parquet(config.items, "items")
+    check_columns(source, schemas.ITEMS, instead={"image_embeds": "nothing is left to embed"})
+    item_id = read_item_ids(source)
     if f"{config.items}/".startswith(f"{config.out.rstrip('/')}/"):
         raise InputError(
             f"out {config.out}: holds the items themselves and would be replaced; choose another folder"
@@ -51,13 +53,15 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:
     require_own(config.out, "out", MARKER, "clip")
     fingerprint = clip_fingerprint(config.clip)
     require_writable(config.out, "out")
-    kept = (
-        read_item_ids(config.out)
-        if only_new and (read_json(join(config.out, MARKER)) or {}).get("clip") == fingerprint
-        else None
-    )
-    if kept is not None and np.isin(read_item_ids(config.items), kept).all():
-        return 0
+
+    # Embeddings of another CLIP cannot be compared with new ones, so only those of the same CLIP are kept.
+    marker = read_json(join(config.out, MARKER)) or {}
+    kept = None
+    if only_new and marker.get("clip") == fingerprint:
+        kept = read_item_ids(open_parquet(config.out, "items"))
+        if np.isin(item_id, kept).all():
+            return 0
+
     start_ray()
     require_room(
         "num_actors",
@@ -68,27 +72,25 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:
     )
     import ray
 
-    items = ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem))
+    items = ray.data.read_parquet(source.files, filesystem=arrow_filesystem(filesystem))
     if kept is not None:
         items = items.map_batches(ExcludeIds(pa.array(kept)), batch_format="pyarrow", batch_size=None)
-    dataset = (
-        items.repartition(
-            target_num_rows_per_block=config.batch_size
-        )  # a small file is one block, which one actor would get
-        .map_batches(
-            EmbedImages,
-            fn_constructor_args=(config.clip, config.device),
-            batch_size=config.batch_size,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=config.num_actors),
-            num_cpus=config.cpus_per_actor,
-            num_gpus=1 if config.device == "cuda" else 0,
-        )
-        .materialize()
-    )
+    # A small file is one block, and one actor would embed it alone.
+    blocks = items.repartition(target_num_rows_per_block=config.batch_size)
+    dataset = blocks.map_batches(
+        EmbedImages,
+        fn_constructor_args=(config.clip, config.device),
+        batch_size=config.batch_size,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=config.num_actors),
+        num_cpus=config.cpus_per_actor,
+        num_gpus=1 if config.device == "cuda" else 0,
+    ).materialize()
     if kept is None:
-        delete(config.out)  # only now that the new ones are complete
-    write_json(UNFINISHED, join(config.out, MARKER))  # a crash from here on makes the next run embed all
+        delete(config.out)  # only now, since the new ones are complete
+
+    # The marker is complete only after the files: after a crash in between, the next run embeds all items.
+    write_json(UNFINISHED, join(config.out, MARKER))
     dataset.write_parquet(out_path, filesystem=arrow_filesystem(out_filesystem))
     embedded = dataset.count()
     meta = {
@@ -101,47 +103,39 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:
 
 
 def read_image_embeds(uri: str) -> EmbeddedItems:
-    """All embedded items of `uri` in memory.
+    """Read all embedded items of `uri` into memory.
 
-    Raises UserError for a missing column, nulls, repeated ids, and embeddings that are zero or not finite.
+    Raises InputError for a missing column, nulls, repeated ids, and embeddings that are zero or not finite.
     """
-    _, clip = embedded_with(uri)
-    item_id = read_item_ids(uri)
-    column = read_table(uri, "items", ["image_embeds"])["image_embeds"].combine_chunks()
+    items = open_parquet(uri, "items")
+    _, clip = embedded_with(items)
+    item_id = read_item_ids(items)
+    column = items.read(["image_embeds"])["image_embeds"].combine_chunks()
     return EmbeddedItems(item_id=item_id, image_embeds=checked_embeds(column, item_id, uri), clip=clip)
 
 
-def check_image_embeds(uri: str) -> None:
-    """Raise the UserError of `read_image_embeds`, without ever having all of it in memory."""
-    embed_dim, _ = embedded_with(uri)
-    item_id = read_item_ids(uri)
+def check_image_embeds(items: ParquetInput) -> None:
+    """Raise the errors of `read_image_embeds` without holding all embeddings in memory."""
+    embed_dim, _ = embedded_with(items)
+    item_id = read_item_ids(items)
     start = 0
-    for column in embeds_in_batches(uri, ROWS_AT_ONCE):
-        values = checked_embeds(column, item_id[start : start + len(column)], uri)
+    for batch in items.batches(["image_embeds"], ROWS_AT_ONCE):
+        column = batch["image_embeds"].combine_chunks()
+        values = checked_embeds(column, item_id[start : start + len(column)], items.uri)
         start += len(column)
         if values.shape[1] != embed_dim:
-            raise several_sizes(uri, [embed_dim, values.shape[1]])
-
-
-def embeds_in_batches(uri: str, rows: int) -> Iterator[pa.Array]:
-    files, _ = open_table(uri, "items")
-    filesystem, _ = open_filesystem(uri)
-    try:
-        for name in files:
-            with filesystem.open(name, "rb") as file:
-                for batch in pq.ParquetFile(file).iter_batches(rows, columns=["image_embeds"]):
-                    yield batch["image_embeds"]
-    except (pa.ArrowException, *UNREACHABLE) as error:
-        raise InputError(
-            f"items {uri}: not readable as Parquet ({describe(error)}); write it again"
-        ) from None
+            raise several_sizes(items.uri, [embed_dim, values.shape[1]])
 
 
 def checked_embeds(column: pa.Array, item_id: np.ndarray, uri: str) -> np.ndarray:
-    """The embeddings in a column as an array. Raises UserError for any that is missing, of another size, zero or not finite."""
+    """Return the embeddings of a column as an array [I, D].
+
+    Raises InputError for embeddings that are missing, of several sizes, zero or not finite.
+    """
     if column.null_count:
         raise InputError(
-            f"items {uri}: {column.null_count} of {len(column)} image_embeds are null; embed those items again"
+            f"items {uri}: {column.null_count} of {len(column)} image_embeds are null; "
+            "embed those items again"
         )
     sizes = pc.unique(pc.list_value_length(column)).to_pylist()
     if len(sizes) != 1:
@@ -153,53 +147,65 @@ def checked_embeds(column: pa.Array, item_id: np.ndarray, uri: str) -> np.ndarra
     if bad.any():
         names = ", ".join(shown(name)[1:-1] for name in item_id[bad][:3].tolist())
         raise InputError(
-            f"items {uri}: {bad.sum()} of {len(bad)} image_embeds are zero or not finite ({names}); embed those items again"
+            f"items {uri}: {bad.sum()} of {len(bad)} image_embeds are zero or not finite ({names}); "
+            "embed those items again"
         )
     return values
 
 
-def several_sizes(uri: str, sizes: list[int]) -> UserError:
+def several_sizes(uri: str, sizes: list[int]) -> InputError:
+    """Return the error for embeddings of several sizes."""
     return InputError(
         f"items {uri}: image_embeds has rows of {len(sizes)} sizes ({sizes[:3]}); every item needs the same D"
     )
 
 
-def read_item_ids(uri: str) -> np.ndarray:
-    """The ids of all items, in the order of their embeddings. Raises UserError for none, and for one that is no id or repeated."""
-    table = read_table(uri, "items", ["item_id"])
-    check_rows(table, "items", uri)
-    check_ids(table["item_id"], "items", uri, "item_id", unique="keep one row an item")
+def read_item_ids(items: ParquetInput) -> np.ndarray:
+    """Return the ids of all items, in the order of their embeddings.
+
+    Raises InputError for a table without rows, and for ids that are invalid or repeated.
+    """
+    table = items.read(["item_id"])
+    check_rows(table, "items", items.uri)
+    check_ids(table["item_id"], "items", items.uri, "item_id", unique="keep one row per item")
     return table["item_id"].to_numpy(zero_copy_only=False).astype(str)
 
 
-def embedded_with(uri: str) -> tuple[int, str | None]:
-    """`(D, fingerprint of the CLIP)` of embedded items, read from the first row and the marker; None if there is no marker."""
+def embedded_with(items: ParquetInput) -> tuple[int, str | None]:
+    """Return D, from the schema or the first row, and the fingerprint of the CLIP, from the marker.
+
+    The fingerprint is None if there is no marker. Raises InputError for a missing column, a first row without
+    an embedding, and an embedding job that did not finish.
+    """
     expected = schemas.embedded_items(1)
-    check_columns(uri, "items", expected, instead={"image": "run `rebeca embed` on them first"})
-    _, schema = open_table(uri, "items")
-    column = schema.field("image_embeds").type
+    check_columns(items, expected, instead={"image": "run `rebeca embed` on them first"})
+    column = items.schema.field("image_embeds").type
     if pa.types.is_fixed_size_list(column):
         embed_dim = column.list_size
     else:
-        first: Any = next(embeds_in_batches(uri, 1), [])
+        first: Any = next((batch["image_embeds"] for batch in items.batches(["image_embeds"], 1)), [])
         embed_dim = len(first[0]) if len(first) and first[0].is_valid else 0
     if not embed_dim:
-        raise InputError(f"items {uri}: the first row has no image_embeds; drop it, or embed the items again")
-    marker = read_json(join(uri, MARKER))
+        raise InputError(
+            f"items {items.uri}: the first row has no image_embeds; drop it, or embed the items again"
+        )
+    marker = read_json(join(items.uri, MARKER))
     if marker == UNFINISHED:
         raise InputError(
-            f"items {uri}: the embedding that wrote them did not finish; run `rebeca embed` again"
+            f"items {items.uri}: the embedding that wrote them did not finish; run `rebeca embed` again"
         )
     return embed_dim, marker["clip"] if marker else None
 
 
-def check_items_fit(items: str, prior: dict[str, Any]) -> None:
-    """Raise UserError for real items that the prior's embeddings cannot be compared with."""
+def check_items_fit(uri: str, prior: dict[str, Any]) -> None:
+    """Raise InputError for real items with embeddings of another size or CLIP than the prior's."""
+    items = open_parquet(uri, "items")
     embed_dim, clip = embedded_with(items)
-    wanted = prior["scaler"]["embed_dim"]
-    if embed_dim != wanted or (clip and prior["clip"] and clip != prior["clip"]):
+    expected_dim = prior["scaler"]["embed_dim"]
+    if embed_dim != expected_dim or (clip and prior["clip"] and clip != prior["clip"]):
         raise InputError(
-            f"items {items}: embeddings of size {embed_dim} by CLIP {clip}, the prior knows size {wanted} by CLIP {prior['clip']}; "
+            f"items {uri}: embeddings of size {embed_dim} by CLIP {clip}, "
+            f"the prior knows size {expected_dim} by CLIP {prior['clip']}; "
             "give the items it was trained on, or leave `items` out"
         )
     check_image_embeds(items)

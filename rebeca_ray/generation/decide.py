@@ -32,7 +32,7 @@ from rebeca_ray.identity import bucket_of, hash128
 from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.objects import read_json, write_json
-from rebeca_ray.storage.parquet import read_table, write_table
+from rebeca_ray.storage.parquet import open_parquet, read_table, write_table
 
 ROWS_PER_GROUP = 20_000
 Known = dict[str, tuple[str, int]]  # user -> digest and length of their history
@@ -110,7 +110,7 @@ def keys_and_sizes(decisions: list[Decision], by_urgency: bool) -> np.ndarray:
 def split_request(context: RunContext) -> None:
     """Write the request below the run's work folder, one file per bucket."""
     num_buckets = context.num_buckets
-    table = read_table(context.config.request, "request")
+    table = open_parquet(context.config.request, "request").read()
     table = table.select([name for name in schemas.REQUEST.names if name in table.column_names])
     users = table["user_id"].cast(pa.string()).to_pylist()
     bucket = np.array([bucket_of(user, num_buckets) for user in users])

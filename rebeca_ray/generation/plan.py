@@ -38,7 +38,7 @@ from rebeca_ray.prior.selector import MAX_HISTORY
 from rebeca_ray.prior.user_blocks import Rated, UserBlock
 from rebeca_ray.storage.filesystem import delete, join, list_files
 from rebeca_ray.storage.objects import read_json, write_json
-from rebeca_ray.storage.parquet import read_table, write_table
+from rebeca_ray.storage.parquet import open_parquet, read_table, write_table
 
 ITEMS_PER_FILE = 20_000
 TILES_PER_BATCH = 4  # of the sampler, so that padding costs little
@@ -104,8 +104,9 @@ def request_histories(config: GenerateConfig, run: Run) -> Histories | None:
     if config.interactions is None or config.items is None:
         return None
     everything = config.interactions.model_copy(update={"hold_out": 0.0, "min_likes": 0})
-    item_id, rated_id, rated = read_item_ids(config.items), np.array([], str), None
-    found = find_rated(config.catalog, config.interactions.path, item_id, *embedded_with(config.items))
+    items = open_parquet(config.items, "items")
+    item_id, rated_id, rated = read_item_ids(items), np.array([], str), None
+    found = find_rated(config.catalog, config.interactions.path, item_id, *embedded_with(items))
     if found.num_rows:
         rated, rated_id = (
             join(run.work, "rated.parquet"),

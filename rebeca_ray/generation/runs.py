@@ -11,7 +11,7 @@ from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.errors import InputError
 from rebeca_ray.storage.filesystem import join, list_folders
 from rebeca_ray.storage.objects import read_json
-from rebeca_ray.storage.parquet import describe_files
+from rebeca_ray.storage.parquet import open_parquet
 
 Description = dict[str, Any]  # everything a run is made from, by field
 
@@ -29,7 +29,7 @@ def describe_run(config: GenerateConfig, versions: dict[str, str], previous: str
     description = {
         **flat("config", config.model_dump(mode="json", exclude=NOT_COMPARED_ON_RESUME)),
         **{f"version of {name}": version for name, version in versions.items()},
-        **{f"content of {name}": describe_files(uri, name) for name, uri in inputs.items() if uri},
+        **{f"content of {name}": open_parquet(uri, name).digest() for name, uri in inputs.items() if uri},
         "snapshot before": previous,
     }
     return dict(json.loads(json.dumps(description)))  # as it is read back

@@ -82,7 +82,7 @@ class UserBlock:
         )
         self.counts_V = np.bincount(user[kept], minlength=len(lengths))
         self.starts_V = np.cumsum(self.counts_V) - self.counts_V
-        self.user_index_V = first_user_index[table["bucket"].to_numpy()] + table["place"].to_numpy()
+        self.user_index_V = first_user_index[table["bucket"].to_numpy()] + table["row"].to_numpy()
         held = flat["held_out"]
         self.held_user, self.held_item_index, self.held_like = (
             user[held],

@@ -107,9 +107,7 @@ def test_a_damaged_file_list_is_named(large: Snapshot, damage: str) -> None:
         ("files", ..., "Field required"),
     ],
 )
-def test_a_damaged_manifest_is_refused_by_its_field(
-    large: Snapshot, name: str, value: Any, why: str
-) -> None:
+def test_a_damaged_manifest_is_refused_by_its_field(large: Snapshot, name: str, value: Any, why: str) -> None:
     manifest = Path(large.root, large.path, "manifest.json")
     values = json.loads(manifest.read_text()) | {name: value}
     manifest.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))

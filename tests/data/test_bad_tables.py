@@ -1,4 +1,7 @@
-"""Every column of every input table, spoilt in every way its type can be: one line that names table, column and remedy; nothing written."""
+"""Spoil every column of every input table in every way of its type.
+
+Each error is one line that names table, column and remedy, and the job writes nothing.
+"""
 
 import io
 from collections.abc import Callable, Iterator
@@ -33,7 +36,7 @@ ROWS = 3
 IDS = np.array([f"item_id-{row}" for row in range(ROWS)])
 NUMBERS = (pa.float64(), pa.float16(), pa.int64(), pa.int8(), pa.uint64())
 LONG = "x" * 10**7
-EVERY_TYPE = [  # a column of each
+EVERY_TYPE = [  # one column each
     pa.array([0.5] * ROWS),
     pa.array([1] * ROWS),
     pa.array([True] * ROWS),
@@ -55,7 +58,7 @@ EVERY_TYPE = [  # a column of each
 
 @dataclass(frozen=True)
 class Input:
-    """An input table of a job: how its errors call it, what its rows are known by, and the function that reads it there."""
+    """An input table of a job: its name in errors, the columns that identify its rows, and its reader."""
 
     what: str
     schema: pa.Schema
@@ -63,7 +66,7 @@ class Input:
     read: Callable[[str], Any]
     writes_nothing: Path
     good: Callable[[str], Any] | None = (
-        None  # reading what is right, where `read` would go on to work for minutes
+        None  # reads a good table, where `read` would go on to work for minutes
     )
 
 
@@ -114,7 +117,7 @@ def picture() -> bytes:
 
 
 def good_column(field: pa.Field) -> pa.Array:
-    """Values that nobody has anything against."""
+    """Return values that no check refuses."""
     kind = field.type
     if field.name == "event":
         return pa.array(["rating"] * ROWS, kind)
@@ -136,14 +139,14 @@ def with_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
 
 
 def first(value: Any, good: pa.Array, kind: pa.DataType | None = None) -> pa.Array:
-    """The good column with another value in its second row."""
+    """Return the good column with another value in its second row."""
     values = good.to_pylist()
     values[1] = value
     return pa.array(values, kind or good.type)
 
 
 def is_of(kind: pa.DataType, expected: pa.DataType) -> bool:
-    """Whether a column of `kind` says what one of `expected` says; written apart from `schemas.compatible`."""
+    """Tell whether a column of `kind` may stand for `expected`, independently of `schemas.compatible`."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if pa.types.is_string(expected):
@@ -166,7 +169,7 @@ def is_of(kind: pa.DataType, expected: pa.DataType) -> bool:
 
 
 def bad_columns(field: pa.Field) -> Iterator[pa.Array]:
-    """Every way to spoil a column, by its type."""
+    """Yield the column spoilt in every way of its type."""
     good, kind = good_column(field), field.type
     yield from (column for column in EVERY_TYPE if not is_of(column.type, kind))
     if not field.nullable:
@@ -202,7 +205,7 @@ def bad_columns(field: pa.Field) -> Iterator[pa.Array]:
         yield pa.array([[]] * ROWS, lists)
 
 
-def assert_told(table: Input, path: Path, *words: str) -> None:
+def assert_refused(table: Input, path: Path, *words: str) -> None:
     with pytest.raises(UserError) as caught:
         table.read(str(path))
     message = str(caught.value)
@@ -216,8 +219,8 @@ def assert_told(table: Input, path: Path, *words: str) -> None:
     assert not table.writes_nothing.exists(), list(table.writes_nothing.rglob("*"))
 
 
-def test_what_is_right_is_read_also_without_what_may_be_missing(table: Input, tmp_path: Path) -> None:
-    """Otherwise the tests below could pass for another defect than theirs."""
+def test_good_tables_are_read_also_without_optional_columns(table: Input, tmp_path: Path) -> None:
+    """Without this, the tests below could pass because of another defect."""
     path, right = tmp_path / "table.parquet", good_table(table.schema)
     for name in (None, *(field.name for field in table.schema if schemas.may_be_missing(field))):
         pq.write_table(right if name is None else right.drop_columns([name]), path)
@@ -235,26 +238,26 @@ def test_what_is_right_is_read_also_without_what_may_be_missing(table: Input, tm
                 (table.good or table.read)(str(path))
 
 
-def test_no_column_takes_what_it_must_not_have(table: Input, tmp_path: Path) -> None:
+def test_every_spoilt_column_is_refused(table: Input, tmp_path: Path) -> None:
     path, right = tmp_path / "table.parquet", good_table(table.schema)
     count = 0
     for field in table.schema:
         for column in bad_columns(field):
             if column.type == schemas.IMAGE:
-                continue  # an image is looked at by the actor that embeds it: see below
+                continue  # the actor that embeds an image checks it: see below
             pq.write_table(with_column(right, field.name, column), path)
-            assert_told(table, path, field.name)
+            assert_refused(table, path, field.name)
             count += 1
         if not schemas.may_be_missing(field):
             pq.write_table(
                 right.drop_columns([field.name]).append_column("another", pa.array([1] * ROWS)), path
             )
-            assert_told(table, path, f"column {field.name!r} is missing; ")
+            assert_refused(table, path, f"column {field.name!r} is missing; ")
             count += 1
         pq.write_table(
             pa.Table.from_arrays([*right.columns, right[field.name]], [*right.column_names, field.name]), path
         )
-        assert_told(table, path, f"has column {field.name!r} more than once")
+        assert_refused(table, path, f"has column {field.name!r} more than once")
     assert count > 12 * len(table.schema)
 
 
@@ -263,15 +266,17 @@ def test_rows_of_one_name_are_refused(table: Input, tmp_path: Path) -> None:
     for name in table.known_by:
         right = with_column(right, name, first(right[name][0].as_py(), good_column(table.schema.field(name))))
     pq.write_table(right, path)
-    assert_told(
+    assert_refused(
         table, path, *table.known_by, "keep one" if table.what != "request" else "ask for each user once"
     )
 
 
-def test_what_is_no_table_is_refused(table: Input, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_are_no_tables_are_refused(
+    table: Input, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, right = tmp_path / "table.parquet", good_table(table.schema)
     pq.write_table(right.slice(0, 0), path)
-    assert_told(table, path, "has no rows")
+    assert_refused(table, path, "has no rows")
     pq.write_table(right, path)
     whole = path.read_bytes()
     broken = [
@@ -286,16 +291,16 @@ def test_what_is_no_table_is_refused(table: Input, tmp_path: Path, monkeypatch: 
     ]
     for data in broken:
         path.write_bytes(data)
-        assert_told(table, path, "table.parquet is not a readable Parquet file; write it again")
+        assert_refused(table, path, "table.parquet is not a readable Parquet file; write it again")
     for again in (right, in_lists(right)):
         pq.write_table(again, path)
         path.write_bytes(whole[:4] + b"\xff" * 60 + path.read_bytes()[64:])
-        assert_told(table, path, "not readable as Parquet (", "; write it again")
-    assert_told(table, path / "below", "not found; give a Parquet file, or a folder that holds some")
-    assert_told(table, tmp_path / "nothing", "not found")
+        assert_refused(table, path, "not readable as Parquet (", "; write it again")
+    assert_refused(table, path / "below", "not found; give a Parquet file, or a folder that holds some")
+    assert_refused(table, tmp_path / "nothing", "not found")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes.txt").write_text("nothing")
-    assert_told(table, tmp_path / "folder", "not found; give a Parquet file, or a folder that holds some")
+    assert_refused(table, tmp_path / "folder", "not found; give a Parquet file, or a folder that holds some")
 
     whole_open = LocalFileSystem.open
 
@@ -306,11 +311,11 @@ def test_what_is_no_table_is_refused(table: Input, tmp_path: Path, monkeypatch: 
 
     path.write_bytes(whole)
     monkeypatch.setattr(LocalFileSystem, "open", refuse)
-    assert_told(table, path, "cannot be read (Permission denied); check the path and the credentials")
+    assert_refused(table, path, "cannot be read (Permission denied); check the path and the credentials")
 
 
 def in_lists(table: pa.Table) -> pa.Table:
-    """Its embeddings in lists of any size, as other writers keep them."""
+    """Return the table with its embeddings in lists of any size, as other writers store them."""
     if "image_embeds" not in table.column_names:
         return table
     return with_column(table, "image_embeds", table["image_embeds"].cast(pa.list_(pa.float32())))
@@ -336,13 +341,13 @@ def test_counts_in_small_numbers_are_added_up(
         pq.write_table(
             pa.table({"user_id": ["a", "b", "c"], "num_images": counts}), tmp_path / "request.parquet"
         )
-        told = config.model_copy(update={"request": str(tmp_path / "request.parquet"), "num_images": 1000})
-        assert check_request(told, decoder) == 1200
+        changed = config.model_copy(update={"request": str(tmp_path / "request.parquet"), "num_images": 1000})
+        assert check_request(changed, decoder) == 1200
 
 
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("name", ["user_id", "item_id", "rating"])
-def test_what_is_found_while_planning_leaves_nothing(
+def test_a_defect_seen_while_planning_leaves_nothing(
     shared: tuple[GenerateConfig, DecoderIdentity], tmp_path: Path, name: str
 ) -> None:
     right = good_table(schemas.INTERACTIONS)
@@ -364,19 +369,19 @@ def test_files_of_a_folder_that_differ_are_refused(table: Input, tmp_path: Path)
     pq.write_table(right, folder / "a.parquet")
     for field in table.schema:
         pq.write_table(right.drop_columns([field.name]), folder / "b.parquet")
-        assert_told(
+        assert_refused(
             table,
             folder,
             f"b.parquet and a.parquet differ in their columns ({field.name}); write all files with the same",
         )
         pq.write_table(with_column(right, field.name, pa.array([True] * ROWS)), folder / "b.parquet")
-        assert_told(table, folder, f"column {field.name!r} is bool in b.parquet, expected ")
+        assert_refused(table, folder, f"column {field.name!r} is bool in b.parquet, expected ")
     (folder / "b.parquet").write_bytes(b"")
-    assert_told(table, folder, "b.parquet is not a readable Parquet file")
+    assert_refused(table, folder, "b.parquet is not a readable Parquet file")
 
 
 def bomb() -> bytes:
-    """A small file that says it is 60,000 pixels wide and high."""
+    """Return a small file that claims to be 60,000 pixels wide and high."""
     header = picture()
     return header[:16] + (60_000).to_bytes(4, "big") * 2 + header[24:]
 
@@ -385,8 +390,10 @@ def bomb() -> bytes:
     "encoded",
     [None, b"", b"text", picture()[:40], picture()[:20], bomb(), b"\xff\xd8\xff\xe0", LONG.encode()],
 )
-def test_what_is_no_image_is_refused_by_name(encoded: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = object.__new__(EmbedImages)  # without the CLIP, which it comes to only afterwards
+def test_a_broken_image_is_refused_with_its_item(
+    encoded: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = object.__new__(EmbedImages)  # without the CLIP, since the image fails before it
     stage.preprocess = lambda image: pytest.fail("an image was made of it") if image is None else image
     for image in ([{"bytes": encoded, "path": None}], [None]):
         batch = pa.table({"item_id": ["the-item"], "image": pa.array(image, schemas.IMAGE)})
@@ -402,7 +409,7 @@ def test_what_is_no_image_is_refused_by_name(encoded: bytes | None, monkeypatch:
 def test_many_interactions_are_checked_alike_and_leave_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those that are split into buckets first."""
+    """Many interactions are first split into buckets."""
     monkeypatch.setattr(histories_module, "ROWS_PER_BUCKET", 2)
     path, right = tmp_path / "table.parquet", good_table(schemas.INTERACTIONS)
     pq.write_table(right.select(["user_id", "item_id"]), path)

@@ -1,4 +1,4 @@
-"""Ratings of generated items: found in the catalog, kept beyond it, and followed by the next night."""
+"""Ratings of generated items: their embeddings come from the catalog and guide the next night."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ REAL = np.array(["real-0", "real-1"])
 
 
 def rate(path: Path, rows: list[tuple[str, str, float | None, str | None]]) -> str:
-    """Interactions: who, what, how, and what kind of event."""
+    """Write interactions: user, item, rating and event."""
     user, item, rating, event = zip(*rows, strict=True)
     pq.write_table(
         pa.table(
@@ -62,45 +62,44 @@ def test_rated_items_are_found_once_and_outlive_their_snapshot(
     if num_buckets > 1:
         request.getfixturevalue("ray_local")
     config = config.model_copy(update={"layout": LayoutSettings(num_buckets=num_buckets)})
-    _, monday = night(config, [*USERS[:4], "stranger"])
-    one, two, pooled = first_items(monday, USERS[0], USERS[1], "stranger")
+    _, monday = night(config, [*USERS[:4], "newcomer"])
+    one, two, shared = first_items(monday, USERS[0], USERS[1], "newcomer")
     rows = [
         (USERS[0], one["item_id"], 5.0, None),
-        ("passer-by", pooled["item_id"], 4.0, "rating"),
+        ("passer-by", shared["item_id"], 4.0, "rating"),
         (USERS[0], "real-0", 5.0, "rating"),
     ]
-    shown = [(USERS[2], first_items(monday, USERS[2])[0]["item_id"], None, "impression")]
-    interactions = rate(tmp_path / "interactions.parquet", [*rows, *shown])
-    found = find_rated(config.catalog, interactions, REAL, D, None)
-    assert found.schema.equals(schemas.embedded_items(D))
-    assert {row["item_id"]: row["image_embeds"] for row in found.to_pylist()} == {
-        item["item_id"]: item["image_embeds"] for item in (one, pooled)
+    impressions = [(USERS[2], first_items(monday, USERS[2])[0]["item_id"], None, "impression")]
+    interactions = rate(tmp_path / "interactions.parquet", [*rows, *impressions])
+    rated = find_rated(config.catalog, interactions, REAL, D, None)
+    assert rated.schema.equals(schemas.embedded_items(D))
+    assert {row["item_id"]: row["image_embeds"] for row in rated.to_pylist()} == {
+        item["item_id"]: item["image_embeds"] for item in (one, shared)
     }
     assert len(list_files(f"{config.catalog}/rated")) == 1
     manifest = Path(config.catalog, monday.path, "manifest.json")
-    told = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**told, "clip": "this-clip"}))
+    record = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**record, "clip": "this-clip"}))
     assert find_rated(config.catalog, interactions, REAL, D, "another-clip").num_rows == 0
     assert find_rated(config.catalog, interactions, REAL, D + 1, "this-clip").num_rows == 0
-    assert find_rated(config.catalog, interactions, REAL, D, "this-clip").equals(found)
-    manifest.write_text(json.dumps(told))
+    assert find_rated(config.catalog, interactions, REAL, D, "this-clip").equals(rated)
+    manifest.write_text(json.dumps(record))
 
     for user in USERS[:4]:
         change_digest(config, user)
     night(config, USERS[:4], 1)
     night(config, USERS[:4], 2)
-    somebody_elses = monday.for_user(USERS[1])["item_id"][1].as_py()  # who rated another of theirs
+    of_another = monday.for_user(USERS[1])["item_id"][1].as_py()  # this user did not rate it
     later = rate(
         tmp_path / "interactions.parquet",
-        [*rows, (USERS[1], two["item_id"], 1.0, None), (USERS[0], somebody_elses, 5.0, None)],
+        [*rows, (USERS[1], two["item_id"], 1.0, None), (USERS[0], of_another, 5.0, None)],
     )
-    assert (
-        find_rated(config.catalog, later, REAL, D, None).num_rows == 3
-    )  # from a snapshot that is no longer published
+    # One of the three comes from a snapshot that is no longer published.
+    assert find_rated(config.catalog, later, REAL, D, None).num_rows == 3
     collect(config.catalog, keep=1, grace_hours=0)
     assert read_catalog(config.catalog).items(["item_id"])["item_id"].to_pylist().count(one["item_id"]) == 0
     kept = find_rated(config.catalog, later, REAL, D, None)
-    assert kept["item_id"].to_pylist() == sorted(item["item_id"] for item in (one, two, pooled))
+    assert kept["item_id"].to_pylist() == sorted(item["item_id"] for item in (one, two, shared))
     assert len(list_files(f"{config.catalog}/rated/clip-{D}")) == 2
     items = read_image_embeds(str(config.items))
     together = with_rated(items, config.catalog, later)
@@ -108,7 +107,7 @@ def test_rated_items_are_found_once_and_outlive_their_snapshot(
     assert np.array_equal(together.image_embeds[-3:], np.array(kept["image_embeds"].to_pylist(), np.float32))
 
 
-def test_a_rating_of_what_is_nowhere_is_refused_of_real_items_and_dropped_of_generated_ones(
+def test_ratings_without_an_embedding_are_refused_for_real_items_and_dropped_for_generated_ones(
     config: GenerateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     night(config, USERS[:2])
@@ -117,11 +116,11 @@ def test_a_rating_of_what_is_nowhere_is_refused_of_real_items_and_dropped_of_gen
     assert find_rated(config.catalog, settings.path, REAL, D, None).num_rows == 0
     histories = build_histories(settings, REAL, str(tmp_path / "storage"))
     assert pq.read_table(histories.file(0))["item_index"].to_pylist() == [[0]]
-    assert "1 of 2 rate an item whose embedding is nowhere (generated long ago" in capsys.readouterr().out
+    assert "1 of 2 rate an item without an embedding (generated long ago" in capsys.readouterr().out
     rate(Path(settings.path), [*rows, (USERS[0], "reel-1", 1.0, None)])
     with pytest.raises(
         UserError,
-        match=r"1 of 2 rate an item that has no embedding \(reel-1\); .* or set interactions.unknown_items=drop",
+        match=r"1 of 2 rate an item that has no embedding \(reel-1\); .* interactions.unknown_items=drop",
     ):
         build_histories(settings, REAL, str(tmp_path / "storage"))
     histories = build_histories(
@@ -130,7 +129,7 @@ def test_a_rating_of_what_is_nowhere_is_refused_of_real_items_and_dropped_of_gen
     assert pq.read_table(histories.file(0))["item_index"].to_pylist() == [[0]]
 
 
-def test_what_is_damaged_is_told_and_stops_the_night_only_where_it_was_kept(
+def test_a_damaged_snapshot_is_skipped_and_a_damaged_file_of_rated_items_stops_the_night(
     config: GenerateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, monday = night(config, USERS[:2])
@@ -146,7 +145,7 @@ def test_what_is_damaged_is_told_and_stops_the_night_only_where_it_was_kept(
     assert f"{monday.path}/manifest.json; ratings of its items are left out" in capsys.readouterr().err
     Path(list_files(f"{config.catalog}/rated")[0]).write_bytes(b"damaged")
     with pytest.raises(
-        UserError, match=r"rated items .*: not readable \(.*\); restore what is damaged, or remove it"
+        UserError, match=r"rated items .*: not readable \(.*\); restore the damaged file, or remove it"
     ):
         find_rated(config.catalog, interactions, REAL, D, None)
     assert tuesday.for_user(USERS[0]).num_rows == 3
@@ -159,11 +158,11 @@ def test_impressions_are_no_ratings(tmp_path: Path) -> None:
         ("a", "real-1", 3.0, ""),
         ("b", "real-1", None, "impression"),
     ]
-    found = read_interactions(
+    interactions = read_interactions(
         InteractionSettings(path=rate(tmp_path / "interactions.parquet", rows), hold_out=0.0)
     )
-    assert found.user_id.tolist() == ["a"]
-    assert dict(zip(found.item_id, found.like, strict=True)) == {"real-0": 1, "real-1": 0}
+    assert interactions.user_id.tolist() == ["a"]
+    assert dict(zip(interactions.item_id, interactions.like, strict=True)) == {"real-0": 1, "real-1": 0}
     path = rate(tmp_path / "interactions.parquet", [("a", "real-0", 5.0, "click")])
     with pytest.raises(
         UserError,
@@ -180,7 +179,7 @@ def test_impressions_are_no_ratings(tmp_path: Path) -> None:
 
 @pytest.fixture
 def trained(tmp_path: Path) -> TrainConfig:
-    """Two kinds of items far apart; some people like the one kind, some the other, some both."""
+    """Train a prior on two distant kinds of items. Users like one kind, the other, or both."""
     random = np.random.default_rng(0)
     centres = random.standard_normal((2, D)) * 3
     embeds = (np.repeat(centres, 20, axis=0) + 0.3 * random.standard_normal((40, D))).astype(np.float32)
@@ -230,7 +229,7 @@ def trained(tmp_path: Path) -> TrainConfig:
 def test_liked_generated_items_draw_the_next_night_towards_them(
     trained: TrainConfig, config: GenerateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two nights. In between the newcomer likes the kind of which less was generated and not the other; the twin only saw theirs."""
+    """Between two nights the newcomer likes the rarer kind and dislikes the other. The twin rates nothing."""
     pq.write_table(pa.table({"user_id": ["newcomer", "twin"]}), config.request)
     config = config.model_copy(
         update={
@@ -249,7 +248,7 @@ def test_liked_generated_items_draw_the_next_night_towards_them(
     kind_of = {item: int(number >= 20) for number, item in enumerate(real.item_id.tolist())}
     items = monday.for_user("newcomer").to_pylist()
     kinds = [kind_of[item["nearest_item_id"]] for item in items]
-    assert set(kinds) == {0, 1}, "both kinds please somebody who likes both"
+    assert set(kinds) == {0, 1}, "a user who likes both kinds gets both"
     rarer = min((0, 1), key=kinds.count)
     liked = [item for item, kind in zip(items, kinds, strict=True) if kind == rarer]
     ratings = [

@@ -1,4 +1,4 @@
-"""Histories: one row a user, the same whether built in one piece or streamed through buckets."""
+"""Histories: one row per user, the same from one piece and through buckets."""
 
 from pathlib import Path
 
@@ -17,14 +17,14 @@ ITEMS = np.array([f"i{number}" for number in range(50)])
 
 
 def write_interactions(folder: Path, num_users: int = 40) -> InteractionSettings:
-    """Users with 1 to 12 interactions each, in random order, in two files."""
+    """Write users with 1 to 12 interactions each, in random order, in two files."""
     random = np.random.default_rng(0)
     rows = [
         (f"u{user}", item, rating)
         for user in range(num_users)
         for item, rating in zip(random.permutation(50)[: 1 + user % 12], range(12), strict=False)
     ]
-    rows = [rows[place] for place in random.permutation(len(rows))]
+    rows = [rows[index] for index in random.permutation(len(rows))]
     user, item, rating = zip(*rows, strict=True)
     table = pa.table(
         {
@@ -41,18 +41,18 @@ def write_interactions(folder: Path, num_users: int = 40) -> InteractionSettings
     return InteractionSettings(path=str(folder / "interactions"), min_likes=0, hold_out=0.25)
 
 
-def test_one_row_a_user_in_order_of_time(tmp_path: Path) -> None:
+def test_one_row_per_user_in_order_of_time(tmp_path: Path) -> None:
     settings = write_interactions(tmp_path)
-    found = build_histories(settings, ITEMS, str(tmp_path / "out"))
-    assert found.users_of_bucket == [40]
-    table = read_table(found.file(0), "histories")
+    histories = build_histories(settings, ITEMS, str(tmp_path / "out"))
+    assert histories.users_of_bucket == [40]
+    table = read_table(histories.file(0), "histories")
     rows = {row["user_id"]: row for row in table.to_pylist()}
     source = read_table(settings.path, "interactions").to_pylist()
     for user in ("u0", "u11", "u39"):
-        own = sorted((row for row in source if row["user_id"] == user), key=lambda row: row["timestamp"])
-        assert [f"i{item}" for item in rows[user]["item_index"]] == [row["item_id"] for row in own]
-        assert rows[user]["like"] == [int(row["rating"] >= 4) for row in own]
-        assert sum(rows[user]["held_out"]) == len(own) // 4
+        rated = sorted((row for row in source if row["user_id"] == user), key=lambda row: row["timestamp"])
+        assert [f"i{item}" for item in rows[user]["item_index"]] == [row["item_id"] for row in rated]
+        assert rows[user]["like"] == [int(row["rating"] >= 4) for row in rated]
+        assert sum(rows[user]["held_out"]) == len(rated) // 4
         assert rows[user]["num_likes"] == sum(rows[user]["like"])
 
 
@@ -64,8 +64,8 @@ def test_buckets_hold_the_same_histories(tmp_path: Path, monkeypatch: pytest.Mon
     parts = build_histories(settings, ITEMS, str(tmp_path / "parts"))
     assert len(parts.users_of_bucket) > 20
     assert parts.num_users == whole.num_users == 40
-    told = ["user_id", "num_likes", "history_digest", "item_index", "like", "timestamp", "held_out"]
-    read = [read_table(found.uri, "histories", told).sort_by("user_id") for found in (whole, parts)]
+    columns = ["user_id", "num_likes", "history_digest", "item_index", "like", "timestamp", "held_out"]
+    read = [read_table(built.uri, "histories", columns).sort_by("user_id") for built in (whole, parts)]
     assert read[0].equals(read[1])
     users = user_table(parts).sort_by("user_index")
     assert users["user_index"].to_pylist() == list(range(40))
@@ -90,7 +90,7 @@ def test_a_defect_in_any_bucket_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         build_histories(settings, ITEMS, str(tmp_path / "out"))
 
 
-def test_what_was_built_is_used_again_until_its_input_changes(tmp_path: Path) -> None:
+def test_histories_are_used_again_until_their_input_changes(tmp_path: Path) -> None:
     settings = write_interactions(tmp_path)
     first = build_histories(settings, ITEMS, str(tmp_path / "out"))
     written = Path(first.file(0)).stat().st_mtime_ns
@@ -100,9 +100,8 @@ def test_what_was_built_is_used_again_until_its_input_changes(tmp_path: Path) ->
     other = build_histories(settings, ITEMS, str(tmp_path / "out"))
     assert other.uri != first.uri
     assert other.digest != first.digest
-    assert (
-        build_histories(settings, ITEMS[::-1], str(tmp_path / "out")).uri != other.uri
-    )  # other items, other numbers
+    # `item_index` counts into the items, so their order matters too.
+    assert build_histories(settings, ITEMS[::-1], str(tmp_path / "out")).uri != other.uri
 
 
 def test_rated_items_without_an_embedding_are_named(tmp_path: Path) -> None:

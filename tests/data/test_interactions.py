@@ -1,4 +1,4 @@
-"""Interactions: every defect is named with counts and examples; likes, filter and hold-out are exact."""
+"""Interactions: errors give counts and examples of every defect. Likes, filter and hold-out are exact."""
 
 from pathlib import Path
 from typing import Any
@@ -34,17 +34,17 @@ def read(path: str, **changes: Any) -> Any:
 
 
 def test_likes_users_and_order(tmp_path: Path) -> None:
-    found = read(write(tmp_path))
-    assert found.user_id.tolist() == ["a", "b"]  # c liked nothing
-    assert found.user_index.tolist() == [0, 0, 0, 1, 1]
-    assert found.item_id.tolist() == ["i2", "i1", "i3", "i1", "i2"]  # by time within a user
-    assert found.like.tolist() == [0, 1, 1, 1, 0]
+    interactions = read(write(tmp_path))
+    assert interactions.user_id.tolist() == ["a", "b"]  # c liked nothing
+    assert interactions.user_index.tolist() == [0, 0, 0, 1, 1]
+    assert interactions.item_id.tolist() == ["i2", "i1", "i3", "i1", "i2"]  # by time within a user
+    assert interactions.like.tolist() == [0, 1, 1, 1, 0]
 
 
 def test_threshold_and_minimum_likes(tmp_path: Path) -> None:
-    found = read(write(tmp_path), like_threshold=3.0, min_likes=3)
-    assert found.user_id.tolist() == ["a"]
-    assert found.like.tolist() == [1, 1, 1]
+    interactions = read(write(tmp_path), like_threshold=3.0, min_likes=3)
+    assert interactions.user_id.tolist() == ["a"]
+    assert interactions.like.tolist() == [1, 1, 1]
 
 
 def test_another_scale_and_a_threshold_outside_it(tmp_path: Path) -> None:
@@ -55,20 +55,20 @@ def test_another_scale_and_a_threshold_outside_it(tmp_path: Path) -> None:
 
 
 def test_without_ratings_every_row_is_a_like(tmp_path: Path) -> None:
-    found = read(write(tmp_path, rating=None))
-    assert found.like.tolist() == [1] * 6
-    assert found.user_id.tolist() == ["a", "b", "c"]
+    interactions = read(write(tmp_path, rating=None))
+    assert interactions.like.tolist() == [1] * 6
+    assert interactions.user_id.tolist() == ["a", "b", "c"]
 
 
 def test_integer_ratings_and_large_strings_are_read(tmp_path: Path) -> None:
-    found = read(
+    interactions = read(
         write(
             tmp_path,
             rating=pa.array([5, 4, 3, 5, 1, 2], pa.int64()),
             user_id=pa.array(GOOD["user_id"], pa.large_string()),
         )
     )
-    assert found.like.sum() == 3
+    assert interactions.like.sum() == 3
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,8 @@ def test_integer_ratings_and_large_strings_are_read(tmp_path: Path) -> None:
         ),
         (
             {"rating": pa.array([5, 4, 0, 5, 1, 7], pa.float32())},
-            "2 of 6 rows have a rating outside 1 to 5 (a × i2; b × i2); mend them, or set interactions.rating_scale",
+            "2 of 6 rows have a rating outside 1 to 5 (a × i2; b × i2); "
+            "correct them, or set interactions.rating_scale",
         ),
         ({"user_id": ["b", "", "a", "a", "c", None]}, "2 of 6 rows have an empty user_id (rows 1, 5)"),
         (
@@ -104,7 +105,7 @@ def test_empty_file_and_no_likes_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table(GOOD).slice(0, 0), tmp_path / "empty.parquet")
     with pytest.raises(UserError, match="has no rows"):
         read(str(tmp_path / "empty.parquet"))
-    with pytest.raises(UserError, match="no user has 9 likes; lower interactions.min_likes"):
+    with pytest.raises(UserError, match="no user has at least 9 likes; lower interactions.min_likes"):
         read(write(tmp_path), min_likes=9)
 
 
@@ -144,7 +145,7 @@ def test_history_digest_changes_with_the_history_alone(tmp_path: Path) -> None:
 
 
 def test_history_digest_knows_the_times(tmp_path: Path) -> None:
-    """The prior reads how long ago something was rated, so other times are another history, in the same order too."""
+    """The prior reads the age of a rating, so other times make another history, even in the same order."""
     days = [
         history_digests(read(write(tmp_path, timestamp=pa.array([0, 1, 2, 3, 4, last], pa.timestamp("us")))))
         for last in (5, 9)

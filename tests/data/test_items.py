@@ -35,16 +35,16 @@ def test_every_item_gets_open_clips_own_embedding(tmp_path: Path) -> None:
         cpus_per_actor=0.5,
     )
     assert embed_items(config) == 30
-    found = read_image_embeds(config.out)
-    assert found.item_id.tolist() == some["item_id"].to_pylist()
-    assert found.image_embeds.shape == (30, EMBED_DIM)
+    items = read_image_embeds(config.out)
+    assert items.item_id.tolist() == some["item_id"].to_pylist()
+    assert items.image_embeds.shape == (30, EMBED_DIM)
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{CLIP}")
     image = preprocess(Image.open(io.BytesIO(some["image"][7]["bytes"].as_py())).convert("RGB"))
     with torch.inference_mode():
         expected = model.eval().encode_image(image[None])[0].numpy()
-    np.testing.assert_allclose(found.image_embeds[7], expected, atol=1e-4)
-    assert found.clip is not None
-    assert len(found.clip) == 16
+    np.testing.assert_allclose(items.image_embeds[7], expected, atol=1e-4)
+    assert items.clip is not None
+    assert len(items.clip) == 16
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,10 @@ def test_repeated_items_are_refused(tmp_path: Path) -> None:
 def test_an_item_that_is_no_image_is_named_and_the_last_embedding_stays(
     tmp_path: Path, ray_local: str
 ) -> None:
-    """Raised in a Ray actor, it ends the command with its exit code and its one line. A process of its own takes its actors with it."""
+    """An error in a Ray actor ends the command with its exit code and one line.
+
+    The command runs in another process, which takes its actors with it.
+    """
     some = pq.read_table(ITEMS, columns=["item_id", "image"]).slice(0, 3).to_pylist()
     some[1]["image"]["bytes"] = b"no picture"
     pq.write_table(pa.Table.from_pylist(some), tmp_path / "items.parquet")
@@ -131,7 +134,7 @@ def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path: Path) -> N
     (tmp_path / "data" / "catalog").mkdir(parents=True)
     with pytest.raises(
         UserError,
-        match=r"holds something else \(no embedding.json of ours\) and would be replaced; choose another folder",
+        match=r"holds something else \(no embedding.json of ours\) and would be replaced; choose another",
     ):
         embed_items(
             EmbedConfig(
@@ -167,7 +170,7 @@ def test_items_of_other_types_are_refused(
 
 
 def test_embeddings_of_several_sizes_are_refused(tmp_path: Path) -> None:
-    """Rows of 4 and of 8 would add up to two of 6."""
+    """Rows of 4 and 8 would add up to two rows of 6."""
     embeds = pa.array([[1.0] * 4, [1.0] * 8], pa.list_(pa.float32()))
     pq.write_table(pa.table({"item_id": ["a", "b"], "image_embeds": embeds}), tmp_path / "items.parquet")
     with pytest.raises(

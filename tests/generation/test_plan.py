@@ -149,7 +149,7 @@ def test_a_prior_without_users_is_the_populations(config: GenerateConfig, tmp_pa
 
 def test_a_history_prior_says_what_it_needs(config: GenerateConfig, tmp_path: Path) -> None:
     config = config.model_copy(update={"prior": write_history_prior(tmp_path, "history")})
-    with pytest.raises(UserError, match="knows users by their history: set `interactions`"):
+    with pytest.raises(UserError, match="knows users by their history; set `interactions`"):
         check_request(config, identify_decoder(config.decoder))
     config = config.model_copy(
         update={"interactions": write_histories(tmp_path, user_0=[(1, 5.0)]), "items": None}

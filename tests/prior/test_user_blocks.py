@@ -20,7 +20,7 @@ def block(users: Users, **kinds: Any) -> UserBlock:
         {
             "user_id": [f"u{number}" for number in range(len(users))],
             "bucket": pa.array([0] * len(users), pa.int32()),
-            "place": pa.array(range(len(users)), pa.int32()),
+            "row": pa.array(range(len(users)), pa.int32()),
             "num_likes": pa.array([0] * len(users), pa.int32()),
             "history_digest": [""] * len(users),
             "item_index": [[100 * user + row for row in range(len(rows))] for user, rows in enumerate(users)],

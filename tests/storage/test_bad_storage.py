@@ -26,14 +26,14 @@ from rebeca_ray.prior.checkpoint import read_prior_config
 from rebeca_ray.storage import filesystem
 from rebeca_ray.storage.filesystem import delete
 from rebeca_ray.storage.objects import read_json, write_json
-from rebeca_ray.storage.parquet import open_table, read_table, write_table
+from rebeca_ray.storage.parquet import open_parquet, read_table, write_table
 from rebeca_ray.storage.writable import require_own, require_writable
 
 TABLE = pa.table({"user_id": ["a"], "item_id": ["b"]})
 NEEDED: list[Callable[[str], Any]] = [  # what reads something that must be there
-    lambda uri: open_table(uri, "the table"),
+    lambda uri: open_parquet(uri, "the table"),
     lambda uri: read_table(uri, "the table"),
-    lambda uri: check_columns(uri, "the table", schemas.INTERACTIONS),
+    lambda uri: check_columns(open_parquet(uri, "the table"), schemas.INTERACTIONS),
     lambda uri: read_image_embeds(uri),
     lambda uri: read_prior_config(uri),
     lambda uri: read_catalog(uri),

@@ -11,7 +11,7 @@ from s3fs import S3FileSystem
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.errors import UserError
 from rebeca_ray.storage.objects import HashingSink, read_json, write_json
-from rebeca_ray.storage.parquet import open_table, read_table, write_table
+from rebeca_ray.storage.parquet import open_parquet, read_table, write_table
 
 
 def test_tables_on_s3(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,7 @@ def test_files_of_a_folder_must_have_the_same_columns(tmp_path: Path) -> None:
         UserError,
         match=r"b.parquet and a.parquet differ in their columns \(rating\); write all files with the same",
     ):
-        open_table(str(tmp_path), "interactions")
+        open_parquet(str(tmp_path), "interactions")
     (tmp_path / "b.parquet").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"interactions .*: b.parquet is not a readable Parquet file"):
-        open_table(str(tmp_path), "interactions")
+        open_parquet(str(tmp_path), "interactions")

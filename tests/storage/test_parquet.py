@@ -1,0 +1,166 @@
+"""Inputs are opened once: a counting file system sees every read of a footer."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from rebeca_ray.config.jobs import GenerateConfig
+from rebeca_ray.config.sections import InteractionSettings
+from rebeca_ray.data.feedback import find_rated
+from rebeca_ray.data.histories import build_histories
+from rebeca_ray.data.items import read_image_embeds
+from rebeca_ray.decoder.files import identify_decoder
+from rebeca_ray.errors import InputError
+from rebeca_ray.generation.request import check_request
+from rebeca_ray.generation.runs import describe_run
+from rebeca_ray.storage import filesystem
+from rebeca_ray.storage.parquet import open_parquet, read_table, write_table
+from tests.conftest import USERS, D, snapshot_of
+
+
+class FooterReads:
+    """Counts the reads that reach the last byte of a file in some folder. A Parquet footer ends there."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.of_file: Counter[str] = Counter()
+        opened = LocalFileSystem.open
+
+        def counting(local: LocalFileSystem, path: str, mode: str = "rb", **options: Any) -> Any:
+            file = opened(local, path, mode, **options)
+            if mode != "rb" or folder not in Path(path).parents:
+                return file
+            read, size = file.f.read, Path(path).stat().st_size
+
+            def counted(*count: int) -> bytes:
+                data: bytes = read(*count)
+                self.of_file[str(Path(path).relative_to(folder))] += file.f.tell() == size and data != b""
+                return data
+
+            file.read = counted
+            return file
+
+        monkeypatch.setattr(LocalFileSystem, "open", counting)
+        # Arrow's own local file system would pass the counter by.
+        monkeypatch.setattr(filesystem, "is_local", lambda _: False)
+
+
+@pytest.fixture
+def inputs(config: GenerateConfig, tmp_path: Path) -> GenerateConfig:
+    """Write the inputs of a tiny run to one folder: items and interactions in two files each."""
+    real, folder = pq.read_table(config.items), tmp_path / "inputs"
+    rated = pa.table({"user_id": np.repeat(USERS[:4], 5), "item_id": np.tile(real["item_id"][:5], 4)})
+    for name, table in (("items", real), ("interactions", rated)):
+        (folder / name).mkdir(parents=True)
+        pq.write_table(table.slice(0, 11), folder / name / "a.parquet")
+        pq.write_table(table.slice(11), folder / name / "b.parquet")
+    Path(config.request).rename(folder / "request.parquet")
+    paths = {"items": f"{folder}/items", "request": f"{folder}/request.parquet"}
+    interactions = InteractionSettings(path=f"{folder}/interactions")
+    return config.model_copy(update={**paths, "interactions": interactions})
+
+
+@pytest.fixture
+def reads(inputs: GenerateConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    return FooterReads(Path(inputs.request).parent, monkeypatch).of_file
+
+
+ITEMS, INTERACTIONS = ({f"{name}/{file}.parquet": 1 for file in "ab"} for name in ("items", "interactions"))
+
+
+def test_embedded_items_are_opened_once(inputs: GenerateConfig, reads: Counter[str]) -> None:
+    assert read_image_embeds(str(inputs.items)).image_embeds.shape == (20, D)
+    assert reads == ITEMS
+
+
+def test_a_night_opens_each_input_once(inputs: GenerateConfig, reads: Counter[str]) -> None:
+    """All that reads an input in the process of the driver, and the planning actor in the same process."""
+    assert check_request(inputs, identify_decoder(inputs.decoder)) == 16
+    describe_run(inputs, {}, None)
+    assert snapshot_of(inputs, requested=16)["counts"]["new"] == 16
+    assert reads == {**ITEMS, **INTERACTIONS, "request.parquet": 1}
+
+
+def test_histories_and_rated_items_open_the_interactions_once(
+    inputs: GenerateConfig, reads: Counter[str], tmp_path: Path
+) -> None:
+    assert inputs.interactions is not None
+    items = read_image_embeds(str(inputs.items))
+    assert find_rated(inputs.catalog, inputs.interactions.path, items.item_id, D, None).num_rows == 0
+    histories = build_histories(inputs.interactions, items.item_id, str(tmp_path / "storage"))
+    assert histories.num_users == 4
+    assert reads == {**ITEMS, **INTERACTIONS}
+
+
+def test_an_input_is_read_whole_and_in_batches(tmp_path: Path) -> None:
+    """The first file decides order and types of the columns. A batch keeps the types of its own file."""
+    pq.write_table(
+        pa.table({"user_id": ["a", "b"], "rating": pa.array([1, 2], pa.int64())}), tmp_path / "a.parquet"
+    )
+    column = pa.array(["c"]).dictionary_encode()
+    pq.write_table(pa.table({"rating": pa.array([3], pa.int32()), "user_id": column}), tmp_path / "b.parquet")
+    (tmp_path / "notes.txt").write_text("no table")
+    table = open_parquet(str(tmp_path), "interactions")
+    assert [Path(file).name for file in table.files] == ["a.parquet", "b.parquet"]
+    assert table.schema.names == ["user_id", "rating"]
+    assert [schema.names for schema in table.schemas.values()] == [
+        ["user_id", "rating"],
+        ["rating", "user_id"],
+    ]
+    assert table.num_rows == 3
+    whole = pa.table({"user_id": ["a", "b", "c"], "rating": [1, 2, 3]})
+    assert table.read().equals(whole)
+    assert table.read(["rating"]).equals(whole.select(["rating"]))
+    batches = list(table.batches(["user_id"], 1))
+    assert [batch["user_id"].to_pylist() for batch in batches] == [["a"], ["b"], ["c"]]
+    assert [pa.types.is_dictionary(batch["user_id"].type) for batch in batches] == [False, False, True]
+    with pytest.raises(
+        InputError, match=r"interactions .*: column 'ratings' is missing; did you mean 'rating'\?"
+    ):
+        table.read(["ratings"])
+
+
+def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
+    """Also behind a symbolic link and with the same size."""
+    path, link = tmp_path / "data" / "table.parquet", tmp_path / "link.parquet"
+    path.parent.mkdir()
+    link.symlink_to(path)
+    digests = set()
+    for values in ([1, 2], [3, 4], [5, 6, 7]):
+        pq.write_table(pa.table({"rank": values}), path)
+        for uri in (path, link):
+            assert open_parquet(str(uri), "items").read()["rank"].to_pylist() == values
+        digests.add(open_parquet(str(path), "items").digest())
+    assert len(digests) == 3
+
+
+def test_a_changed_object_is_read_anew(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within one second and with the same size only its ETag tells."""
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    listings = set()
+    for values in ([1, 2], [3, 4], [5, 6]):
+        write_table(pa.table({"rank": values}), "s3://rebeca/changed/items.parquet", row_group_size=10)
+        for uri in ("s3://rebeca/changed", "s3://rebeca/changed/items.parquet"):
+            table = open_parquet(uri, "items")
+            assert table.read()["rank"].to_pylist() == values
+            assert open_parquet(uri, "items").footers is table.footers
+            listings.add(table.listing)
+    assert len(listings) == 3
+
+
+def test_the_tables_of_a_run_displace_no_input(
+    inputs: GenerateConfig, reads: Counter[str], tmp_path: Path
+) -> None:
+    open_parquet(str(inputs.items), "items")
+    for number in range(20):
+        pq.write_table(pa.table({"rank": [number]}), tmp_path / f"{number}.parquet")
+        assert read_table(str(tmp_path / f"{number}.parquet"), "plan")["rank"].to_pylist() == [number]
+    open_parquet(str(inputs.items), "items").read()
+    assert reads == ITEMS
