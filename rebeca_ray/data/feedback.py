@@ -6,7 +6,7 @@ An embedding that was found once is kept in <root>/rated/ for as long as there i
 `rebeca catalog gc` leaves that folder alone.
 """
 
-import sys
+import logging
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +34,8 @@ from rebeca_ray.storage.filesystem import (
     open_filesystem,
 )
 from rebeca_ray.storage.parquet import PARQUET, open_table, write_table
+
+log = logging.getLogger(__name__)
 
 ROWS_PER_GROUP = 2_000
 
@@ -83,7 +85,7 @@ def find_rated(
             if exists(
                 join(root, manifest["path"], "manifest.json")
             ):  # or it was collected since it was listed
-                print(f"warning: {why}; ratings of its items are left out", file=sys.stderr)
+                log.warning("%s; ratings of its items are left out", why)
             continue
         if found.num_rows:
             name = f"part-{hash128(*found['item_id'].to_pylist())[:16]}.parquet"

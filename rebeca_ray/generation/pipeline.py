@@ -1,6 +1,7 @@
 """The main job: decide, plan, test the plan, render, assemble, judge, publish. Nothing is visible to a reader before the last step."""
 
 import datetime
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,11 +27,13 @@ from rebeca_ray.generation.render import check_renderer, render_all, seconds_so_
 from rebeca_ray.generation.request import check_request
 from rebeca_ray.generation.runs import begin, choose_run, describe_run
 from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior
-from rebeca_ray.ray_runtime import require_room, start_ray
+from rebeca_ray.ray_runtime import bind_run, require_room, start_ray
 from rebeca_ray.storage.failures import user_error
 from rebeca_ray.storage.filesystem import delete, exists, join
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.writable import require_writable
+
+log = logging.getLogger(__name__)
 
 ASSEMBLE_RESERVE = (
     1.5  # of the seconds that the last assembling took: rendering stops so long before `publish_by`
@@ -79,8 +82,9 @@ def generate_catalog(
         run = Run(
             root=config.catalog.rstrip("/"), run_date=begun["run_date"], run_id=run_id, epoch=lease.epoch
         )
+        bind_run(run_id)
         if resumed:
-            print(f"resuming run {run_id}, begun at {begun['begun_at']}", flush=True)
+            log.info(f"resuming run {run_id}, begun at {begun['begun_at']}")
         progress = Progress()
         begun_at = min(
             datetime.datetime.fromisoformat(begun["begun_at"]),
@@ -162,9 +166,9 @@ def make_snapshot(
         decisions = decide_all(config, run, prior, histories, previous, versions["decoder"], progress.move)
     foreseen = foresee(config, decisions, requested, previous) if previous else None
     if foreseen:
-        print(
-            f"{foreseen.images:,} images to draw for {foreseen.planned_users:,} users; some {60 * foreseen.hours:.1f} min",
-            flush=True,
+        log.info(
+            f"{foreseen.images:,} images to draw for {foreseen.planned_users:,} users; "
+            f"ETA {60 * foreseen.hours:.1f} min"
         )
     plan_items(config, run, versions, histories, previous, decisions, progress)
     with progress.stage("test"):

@@ -2,8 +2,8 @@
 
 import faulthandler
 import io
+import logging
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -14,6 +14,8 @@ from typing import Any
 
 from rebeca_ray.generation.parts import BUSY
 from rebeca_ray.storage.filesystem import join, open_filesystem
+
+log = logging.getLogger(__name__)
 
 STALLED = 75  # the exit code of a run that is to be started again
 UNWATCHED = ("histories", "test")  # one step each, which says nothing on its way
@@ -69,9 +71,8 @@ class Progress:
                 if time.monotonic() - told > 20 and done:
                     told = time.monotonic()
                     left = (of - done) * elapsed / done
-                    print(
-                        f"{name}: {done:,} of {of:,}, {done / elapsed:.1f} a second, some {left / 60:.0f} min to go",
-                        flush=True,
+                    log.info(
+                        f"{name}: {done:,} of {of:,}, {done / elapsed:.1f} per second, ETA {left / 60:.0f} min"
                     )
         return found
 
@@ -93,11 +94,7 @@ def watchdog(
                 told = (
                     f"no progress for {minutes:g} min while it was at {progress.doing} (limits.stall_minutes)"
                 )
-                print(
-                    f"error: {told}; its state is in {where}. Start it again: it resumes",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                log.error(f"{told}; its state is in {where}. Start it again: it resumes")
                 on_stall()
                 os._exit(STALLED)  # whatever hangs would hang an orderly end too
 
@@ -137,6 +134,6 @@ def dump_state(progress: Progress, folder: str) -> str:
         filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
         filesystem.pipe_file(path, told.getvalue().encode())
     except Exception as error:
-        print(told.getvalue(), file=sys.stderr)
+        log.error(told.getvalue())
         return f"the lines above ({uri} cannot be written: {error})"
     return uri

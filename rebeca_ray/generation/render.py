@@ -7,8 +7,8 @@ A record is written after its file, the marker after all of a unit's records: an
 for them, and their recovery deletes files that another attempt may still write.)
 """
 
+import logging
 import os
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -31,6 +31,8 @@ from rebeca_ray.generation.progress import Progress
 from rebeca_ray.ray_runtime import ExcludeIds
 from rebeca_ray.storage.filesystem import arrow_filesystem, join, list_files, open_filesystem
 from rebeca_ray.storage.objects import read_json, write_json
+
+log = logging.getLogger(__name__)
 
 ROW_GROUP = 100
 CLOCKS_DIFFER = 60  # seconds at most, those of actors from ours
@@ -255,7 +257,7 @@ class RenderImages:
         try:
             return self.decoder.decode(rows)
         except ServerLostError as error:
-            print(f"render actor ends: {error}", file=sys.stderr, flush=True)
+            log.error(f"render actor ends: {error}")
             os._exit(
                 1
             )  # an exception would fail the run, and Ray takes a polite exit for the actor's own wish

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import logging
 from typing import Any
 
 from rebeca_ray.catalog.layout import new_run_id, work_folder
@@ -11,6 +12,8 @@ from rebeca_ray.errors import InputError
 from rebeca_ray.storage.filesystem import join, list_folders
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import describe_files
+
+log = logging.getLogger(__name__)
 
 # What does not change what is made: where and when, how many at a time, and what is judged once it is there.
 NOT_DESCRIBED: dict[str, Any] = {
@@ -98,7 +101,7 @@ def choose_run(
             raise InputError(
                 f"root {config.catalog}: {told}; restore that, or start a new run with --resume never and another run_id"
             )
-        print(f"{told}; a new run starts", flush=True)
+        log.warning(f"{told}; a new run starts")
     elif must:
         raise InputError(
             f"root {config.catalog}: no unfinished run {config.run_id or f'of {run_date}'} to go on with, "
