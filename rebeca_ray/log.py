@@ -1,7 +1,8 @@
 """The log of the package: time, level and run id on each line, for a person or as JSON lines.
 
-Modules log with `logging.getLogger(__name__)`. The command line calls `configure`, Ray's workers call `configure_worker`.
-A program that imports the package configures `logging` itself. All times are UTC. Lines go to standard error.
+Modules log with `logging.getLogger(__name__)`. The command line calls `configure`; Ray's workers call
+`configure_worker`. A program that imports the package configures `logging` itself. Lines go to standard error,
+with times in UTC.
 """
 
 import json
@@ -70,9 +71,9 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: str = "info", *, json_lines: bool = False) -> None:
-    """Send the package's log to standard error, from `level` on. Processes started from here inherit both settings.
+    """Send the package's log to standard error, from `level` on.
 
-    Calling it again replaces the settings of before.
+    Processes started from here inherit both settings. A second call replaces them.
     """
     os.environ[LEVEL], os.environ[JSON_LINES] = level, "1" if json_lines else "0"
     handler = StandardError()

@@ -23,13 +23,13 @@ log = logging.getLogger(__name__)
 
 RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line of a worker shows twice
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for the next check; the default costs 2 s per epoch
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # by default each epoch waits 2 s for a check
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_NON_TTY_PROGRESS_LOG_INTERVAL": "20",
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # by default each read starts 32 processes of ten footers each
     "RAY_DATA_PARQUET_FOOTER_BATCH_SIZE": "128",
-    "RAY_OVERRIDE_RESOURCES": '{"decoder_slot": 1}',  # only for a Ray started here: cluster nodes declare theirs
+    "RAY_OVERRIDE_RESOURCES": '{"decoder_slot": 1}',  # of a Ray started here; nodes declare theirs
     "RAY_local_fs_capacity_threshold": "0.99",  # at 95% of a large disk Ray would warn every ten seconds
 }
 
@@ -45,7 +45,7 @@ def progress_only(record: logging.LogRecord) -> bool:
 
 
 def start_ray() -> None:
-    """Join the cluster of `RAY_ADDRESS`, of the submitted job, or of this machine; without one, start Ray here.
+    """Join the cluster of `RAY_ADDRESS`, of the submitted job or of this machine; if none, start Ray here.
 
     Each job calls this after it has checked its input: a mistake shows at once, not after Ray's start.
     If Ray already runs, this sets up its log and its errors only.
@@ -111,9 +111,10 @@ def may_grow() -> bool:
 def require_room(
     name: str, *, workers: int, cpus: float, device: str, spare_cpus: int = 0, decoder_slots: int = 0
 ) -> None:
-    """Raise InputError if Ray lacks the CPUs, GPUs or decoder slots of `workers`: it would wait for them forever.
+    """Raise InputError if Ray lacks the CPUs, GPUs or decoder slots of `workers`.
 
-    Ray Data needs spare CPUs to read and write with. A cluster may still grow, so there this only warns.
+    Ray would wait for them forever. Ray Data needs spare CPUs to read and write with. A cluster may still grow,
+    so there this only warns.
     """
     import ray
 
