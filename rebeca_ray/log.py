@@ -1,8 +1,8 @@
 """The log of the package: time, level and run id on each line, for a person or as JSON lines.
 
 Modules log with `logging.getLogger(__name__)`. The command line calls `configure`; Ray's workers call
-`configure_worker`. A program that imports the package configures `logging` itself. Lines go to standard error,
-with times in UTC.
+`configure_worker`. A program that imports the package configures `logging` itself. Lines go to standard
+error, with times in UTC.
 """
 
 import json

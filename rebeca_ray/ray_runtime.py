@@ -113,8 +113,8 @@ def require_room(
 ) -> None:
     """Raise InputError if Ray lacks the CPUs, GPUs or decoder slots of `workers`.
 
-    Ray would wait for them forever. Ray Data needs spare CPUs to read and write with. A cluster may still grow,
-    so there this only warns.
+    Ray would wait for them forever. Ray Data needs spare CPUs to read and write with. Of a cluster, which may
+    still grow, this only warns.
     """
     import ray
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""An example of a ranker: a logistic model ranks real and generated items together for one user. Improve on it.
+"""An example ranker to improve on: a logistic model ranks real and generated items together for one user.
 
 `python infra/examples/rank_example.py [--user ID] [--catalog CATALOG] [--items FOLDER] [--interactions FILE]
 [--top N]`
 
-The model has three features of a user and an item. They are the item's cosine to the mean of the liked items, to the
-mean of the disliked items, and to the nearest liked item. A generated item is a row like any other: its embedding
-comes from the catalog.
+The model has three features of a user and an item. They are the item's cosine to the mean of the liked items, to
+the mean of the disliked items, and to the nearest liked item. A generated item is a row like any other: its
+embedding comes from the catalog.
 
 Shapes: N pairs, I items, D embed dim.
 """

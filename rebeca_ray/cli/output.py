@@ -1,4 +1,4 @@
-"""Format the results of commands: a value in, text or a table out, or a dictionary for JSON. Nothing is printed.
+"""Format the results of commands as text or a table, or as a dictionary for JSON. Nothing is printed here.
 
 Keys of the JSON forms are stable: scripts read them.
 """
