@@ -2,7 +2,6 @@
 
 import json
 import logging
-import logging.config
 import os
 import re
 import subprocess
@@ -86,7 +85,7 @@ def test_workers_take_their_settings_from_the_environment(
 
 def test_disabled_loggers_are_enabled_again(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure()
-    logging.config.dictConfig({"version": 1, "disable_existing_loggers": True})
+    MODULE.disabled = True  # as `logging.config.dictConfig` does by default
     MODULE.warning("lost")
     log.enable()
     MODULE.warning("shown")
