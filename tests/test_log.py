@@ -108,7 +108,8 @@ def test_lines_show_once_where_a_library_has_set_up_the_root_logger(
 
 
 def test_the_log_needs_the_standard_library_only() -> None:
-    code = "import sys, rebeca_ray.log; print([n for n in ('rich', 'typer', 'ray', 'numpy') if n in sys.modules])"
+    others = "('rich', 'typer', 'ray', 'numpy')"
+    code = f"import sys, rebeca_ray.log; print([name for name in {others} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 

@@ -1,4 +1,4 @@
-"""Ray as the jobs use it: impossible requests are refused, its log is quiet, and our log reaches the driver."""
+"""Ray as the jobs use it: impossible requests are refused, its log is quiet, our log reaches the driver."""
 
 import json
 import logging

@@ -4,9 +4,9 @@
 `python infra/examples/rank_example.py [--user ID] [--catalog CATALOG] [--items FOLDER] [--interactions FILE]
 [--top N]`
 
-The model has three features of a user and an item. They are the item's cosine to the mean of the liked items, to
-the mean of the disliked items, and to the nearest liked item. A generated item is a row like any other: its
-embedding comes from the catalog.
+The model has three features of a user and an item. They are the item's cosine to the mean of the liked items,
+to the mean of the disliked items, and to the nearest liked item. A generated item is a row like any other:
+its embedding comes from the catalog.
 
 Shapes: N pairs, I items, D embed dim.
 """
