@@ -1,10 +1,14 @@
 #!/usr/bin/env python3
-"""Embed items with CLIP: `ray job submit --working-dir . -- jobs/embed_items.py [--config FILE] [--dry-run] [key.sub=value …]`."""
+"""Embed item images with CLIP.
+
+`ray job submit --working-dir . -- jobs/embed_items.py [--config FILE] [--dry-run] [--log-level LEVEL]
+[KEY.SUB=VALUE …]`
+"""
 
 from pathlib import Path
 
 from rebeca_ray.cli.commands import embed
-from rebeca_ray.cli.runner import run_job
+from rebeca_ray.cli.runner import run_script
 
 if __name__ == "__main__":
-    run_job(embed, default=Path(__file__).parent / "configs" / "embed_stickers.yaml")
+    run_script(embed, config=Path(__file__).parent / "configs" / "embed_stickers.yaml")

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""One night: embed new items, train if due, generate, collect garbage; missed dates first, nothing twice.
+"""Run one night: embed new items, train if due, generate, collect garbage. Missed dates are backfilled first.
 
-`ray job submit --working-dir . -- jobs/nightly.py [--config FILE] [--dry-run] [run_date=YYYY-MM-DD] [key.sub=value …]`
+`ray job submit --working-dir . -- jobs/nightly.py [--config FILE] [--dry-run] [--log-level LEVEL]
+[run_date=YYYY-MM-DD] [KEY.SUB=VALUE …]`
 """
 
 from pathlib import Path
 
 from rebeca_ray.cli.commands import nightly
-from rebeca_ray.cli.runner import run_job
+from rebeca_ray.cli.runner import run_script
 
 if __name__ == "__main__":
-    run_job(nightly, default=Path(__file__).parent / "configs" / "nightly_stickers.yaml")
+    run_script(nightly, config=Path(__file__).parent / "configs" / "nightly_stickers.yaml")

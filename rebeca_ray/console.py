@@ -1,5 +1,5 @@
-"""The console of the command line."""
+"""The console of the command line. The package itself logs: see log.py."""
 
 from rich.console import Console
 
-console = Console(soft_wrap=True)  # a log is searched line by line
+console = Console(soft_wrap=True)  # a line stays whole, so that `grep` finds it

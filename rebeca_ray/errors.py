@@ -1,23 +1,26 @@
-"""The errors a person can mend, each with the exit code its job ends with."""
+"""The errors that a person can fix. Each has the exit code of its job."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """Base of the errors below. The text names the thing, what was found, what was expected, and the remedy."""
+    """Base of the errors below; raise one of those.
+
+    The text has the form `thing: found; expected; remedy`.
+    """
 
     exit_code: int
 
 
 class InputError(UserError):
-    """Bad input, a bad config, or a file that cannot be used."""
+    """The input or the config is invalid, or a file cannot be used."""
 
     exit_code = 2
 
 
 class StorageError(UserError):
-    """A store that answered before does not do what it should, after all retries."""
+    """A store that answered before fails, after all retries."""
 
     exit_code = 2
 
@@ -51,14 +54,14 @@ class ServerLostError(ResumableError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A clause naming the nearest known word, or all of them if none is near."""
+    """Return a clause with the nearest known word, or with all of them if none is near."""
     known = list(known)
     near = get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
 
 
 def shown(value: object) -> str:
-    """A value as an error tells it: of a long one its beginning."""
+    """Return a value as an error shows it: at most 60 characters."""
     try:
         text = repr(value[:60] if isinstance(value, str) else value)
     except ValueError:  # an integer with more digits than Python prints
@@ -67,6 +70,6 @@ def shown(value: object) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """One line of an exception: its system message if it has one."""
+    """Return one line for an exception: its system message if it has one."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(str(text).split())[:200]

@@ -1,6 +1,10 @@
-"""Ray, joined or started, with a log of what its reader needs."""
+"""Join or start Ray, quietly, and check that it has room.
+
+Its log keeps only what a person needs: warnings, and how far our own stages are.
+"""
 
 import io
+import json
 import logging
 import os
 import re
@@ -12,88 +16,125 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rebeca_ray import log as package_log
 from rebeca_ray.errors import InputError, ResumableError
 
+log = logging.getLogger(__name__)
+
 RAY_ENVIRONMENT = {
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line a worker prints shows twice
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a worker's report waits for the next check, by default 2 s an epoch
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line of a worker shows twice
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # by default each epoch waits 2 s for a check
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_NON_TTY_PROGRESS_LOG_INTERVAL": "20",
-    "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # by default each read starts 32 processes, for ten footers at a time each
+    "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # by default each read starts 32 processes of ten footers each
     "RAY_DATA_PARQUET_FOOTER_BATCH_SIZE": "128",
-    "RAY_OVERRIDE_RESOURCES": '{"decoder_slot": 1}',  # of a Ray that is started here; a cluster's nodes say their own
-    "RAY_local_fs_capacity_threshold": "0.99",  # at 95% of a large disk it would warn every ten seconds
+    "RAY_OVERRIDE_RESOURCES": '{"decoder_slot": 1}',  # of a Ray started here; nodes declare theirs
+    "RAY_local_fs_capacity_threshold": "0.99",  # at 95% of a large disk Ray would warn every ten seconds
 }
 
 
 def progress_only(record: logging.LogRecord) -> bool:
-    """Of Ray Data's log how far our own stages are; its errors are raised too, and its log file keeps all."""
+    """Keep only the progress of our own stages of Ray Data's log.
+
+    Its errors are raised too, and its log file keeps everything.
+    """
     return record.name.endswith("logging_progress") and bool(
         re.fullmatch(r"\s*MapBatches\(.*: [1-9]\d*/\d+", record.getMessage())
     )
 
 
 def start_ray() -> None:
-    """Join the cluster of `RAY_ADDRESS`, of the job that runs us, or one on this machine; else start Ray here.
+    """Join the cluster of `RAY_ADDRESS`, of the submitted job or of this machine; if none, start Ray here.
 
-    Each job calls it once its input is checked: a mistake is told at once, not after Ray's start. Does nothing to a Ray
-    that runs already but make its errors and its log ours.
+    Each job calls this after it has checked its input: a mistake shows at once, not after Ray's start.
+    If Ray already runs, this sets up its log and its errors only.
     """
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
 
-    logging.getLogger("ray._private.authentication").setLevel(
-        logging.ERROR
-    )  # a warning that only a Ray open to others needs
+    # Its warning matters only to a Ray that listens to other machines.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     if not ray.is_initialized():
         try:
-            ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=True, logging_level=logging.WARNING)
-        except Exception as error:  # of every kind, by what did not answer in time
-            why = str(error).split(". ")[0][:200]
+            ray.init(
+                address=os.environ.get("RAY_ADDRESS"),
+                runtime_env=worker_environment(),
+                log_to_driver=True,
+                logging_level=logging.WARNING,
+            )
+        except Exception as error:  # its type depends on the part of Ray that did not answer in time
+            reason = str(error).split(". ")[0][:200]
             raise ResumableError(
-                f"Ray could not be started or joined ({why}); look at RAY_ADDRESS and the machine's load, start again"
+                f"Ray could not be started or joined ({reason}); look at RAY_ADDRESS and the machine's load, "
+                "start again"
             ) from None
-    context = ray.data.DataContext.get_current()  # this sets up Ray Data's log, so only now:
+    context = ray.data.DataContext.get_current()  # this sets up Ray Data's log, so the rest comes after it
     context.print_on_execution_start = False
-    context.raise_original_map_exception = True  # so that a UserError in a stage arrives as one
+    context.raise_original_map_exception = True  # a UserError in a stage arrives as one
     for handler in logging.getLogger("ray.data").handlers:
         if not isinstance(handler, logging.FileHandler):
-            handler.addFilter(progress_only)  # once, however often we come here
-    warnings.filterwarnings(
-        "ignore", message="The minimum number of concurrent actors"
-    )  # there is little to do
+            handler.addFilter(progress_only)  # once, however often this runs
+    package_log.enable()
+    # A pool of few actors is right where there is little to do.
+    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            line_buffering=True
-        )  # what workers print appears in a job's log as it comes, not at the end
+        sys.stdout.reconfigure(line_buffering=True)  # a job's log shows each line at once, not at the end
+
+
+def worker_environment() -> dict[str, Any]:
+    """Return the runtime environment that makes Ray's workers log as this process does.
+
+    Ray refuses a value that the submitted job sets too, so those are left out.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
+    names = [name for name in (package_log.LEVEL, package_log.JSON_LINES) if name in os.environ]
+    variables = {name: os.environ[name] for name in names if name not in (job.get("env_vars") or {})}
+    hook = {"worker_process_setup_hook": "rebeca_ray.log.configure_worker"}
+    return {"env_vars": variables} | ({} if job.get("worker_process_setup_hook") else hook)
+
+
+def bind_run(run_id: str | None) -> None:
+    """Put a run id on the log lines of this process and of the Ray Data workers it starts from now on."""
+    import ray
+
+    package_log.set_run_id(run_id)
+    ray.data.DataContext.get_current().set_config(package_log.RUN_ID_KEY, run_id)
+
+
+def may_grow() -> bool:
+    """Return whether Ray is a cluster, which may still grow, and not one started on this machine."""
+    return os.environ.get("RAY_ADDRESS", "local") != "local"
 
 
 def require_room(
-    what: str, *, workers: int, cpus: float, device: str, spare_cpus: int = 0, decoder_slots: int = 0
+    name: str, *, workers: int, cpus: float, device: str, spare_cpus: int = 0, decoder_slots: int = 0
 ) -> None:
-    """Raise UserError if Ray has not the CPUs, GPUs and decoder slots that `workers` need: it would wait for them for ever.
+    """Raise InputError if Ray lacks the CPUs, GPUs or decoder slots of `workers`.
 
-    Ray Data needs spare CPUs to read and write with. A cluster may still grow, so there it only says what it waits for.
+    Ray would wait for them forever. Ray Data needs spare CPUs to read and write with. Of a cluster, which may
+    still grow, this only warns.
     """
     import ray
 
-    there = ray.cluster_resources()
+    resources = ray.cluster_resources()
     needed = {
         "CPU": workers * cpus + spare_cpus,
         "GPU": workers if device == "cuda" else 0,
         "decoder_slot": decoder_slots,
     }
-    for name, amount in needed.items():
-        if amount <= there.get(name, 0):
+    for resource, amount in needed.items():
+        available = resources.get(resource, 0)
+        if amount <= available:
             continue
-        told = f"{what}: {workers} workers need {amount:g} {name}s in all, Ray has {there.get(name, 0):g}"
-        if "RAY_ADDRESS" in os.environ:
-            print(f"{told}; waiting for the cluster to grow", file=sys.stderr)
+        shortage = f"{name}: {workers} workers need {amount:g} {resource}s in all, Ray has {available:g}"
+        if may_grow():
+            log.warning("%s; waiting for the cluster to grow", shortage)
         else:
-            remedy = "set device to cpu" if name == "GPU" else "ask for fewer"  # a slot more is a server more
-            raise InputError(f"{told}; {remedy}, or submit to a cluster that has them")
+            # A decoder slot more would be a Triton server more.
+            remedy = "set device to cpu" if resource == "GPU" else "ask for fewer"
+            raise InputError(f"{shortage}; {remedy}, or submit to a cluster that has them")
 
 
 T = TypeVar("T")
@@ -115,7 +156,13 @@ def for_each_bucket(
     import ray
 
     start_ray()
-    task: Any = ray.remote(work)
+    run_id = package_log.get_run_id()
+
+    def work_in_task(bucket: int) -> T:
+        package_log.set_run_id(run_id)
+        return work(bucket)
+
+    task: Any = ray.remote(work_in_task)
     tasks = pending = [task.remote(bucket) for bucket in buckets]
     while pending:
         _, pending = ray.wait(pending, fetch_local=False)

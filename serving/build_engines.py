@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from rebeca_ray.cli.runner import plain_errors
+from rebeca_ray.cli.runner import plain_errors, run_script
 from rebeca_ray.console import console
 from rebeca_ray.decoder.export import NAMES
 from rebeca_ray.decoder.tensorrt_engine import hash_file, this_machine
@@ -23,7 +23,7 @@ GUIDED = ("unet", "image_projection")  # guidance doubles their batch
 
 
 def build_engine(onnx: Path, max_batch: int, timing_cache: Path, workspace_gib: float) -> bytes:
-    """One serialized engine for batches of 1 to `max_batch`, fastest at `max_batch`. Raises UserError with the parser's reasons."""
+    """One serialized engine for batches of 1 to `max_batch`, fastest at `max_batch`. Raises InputError with the parser's reasons."""
     import tensorrt as trt  # here, so that where it is missing `this_machine` says so first
 
     logger = trt.Logger(trt.Logger.WARNING)
@@ -53,9 +53,11 @@ def build_engine(onnx: Path, max_batch: int, timing_cache: Path, workspace_gib: 
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="what `rebeca export` wrote")],
-    batch_size: Annotated[int, typer.Option(min=1, help="images at a time, as decoder.batch_size")] = 16,
-    workspace_gib: Annotated[float, typer.Option(min=0, help="memory a layer may use while it runs")] = 8,
+    folder: Annotated[Path, typer.Argument(help="Folder that `rebeca export` wrote.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch, as decoder.batch_size.")] = 16,
+    workspace_gib: Annotated[
+        float, typer.Option(min=0, help="GiB of memory for the work space of a layer.")
+    ] = 8,
 ) -> None:
     with plain_errors():
         machine, plans = this_machine(), {}
@@ -81,4 +83,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

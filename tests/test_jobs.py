@@ -15,13 +15,15 @@ from tests.conftest import REPO
 from tests.seaweedfs import free_port
 
 BIN = Path(sys.executable).parent
-# A submitter has no torch and no rebeca_ray: imports of them fail, whatever the environment of this test holds.
+# A submitter has no torch and no rebeca_ray: their imports fail, whatever this test's environment holds.
 THIN_CLIENT = """
 import site, sys
 site.main()
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("rebeca_ray", "torch", "diffusers", "transformers", "pyarrow", "pandas", "s3fs", "open_clip"):
+        if name.split(".")[0] in (
+            "rebeca_ray", "torch", "diffusers", "transformers", "pyarrow", "pandas", "s3fs", "open_clip"
+        ):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 from ray.scripts.scripts import main
@@ -31,7 +33,7 @@ main()
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """`ray start --head` with a token in a home of its own; yields the submitter's environment."""
+    """Run `ray start --head` with a token in a separate home; yield the submitter's environment."""
     home = tmp_path_factory.mktemp("home")
     port, dashboard = free_port(), free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -88,9 +90,9 @@ def wait_for_dashboard(environment: dict[str, str]) -> None:
     raise AssertionError(listed.stdout + listed.stderr)
 
 
-@pytest.mark.timeout(600)  # two jobs on a cluster of their own, embedding and training included
+@pytest.mark.timeout(600)  # two jobs on a new cluster, with embedding and training
 def test_a_night_with_its_default_config_and_once_is_enough(head: dict[str, str]) -> None:
-    """Embed, train, generate and collect for a date, submitted; the second time there is nothing to do."""
+    """Submit embed, train, generate and collect for a date; the second time nothing is left to do."""
     wait_for_dashboard(head)
     data = Path(head["HOME"]) / "rebeca-stickers"
     early = submit(head, "jobs/generate_catalog.py")
@@ -112,7 +114,8 @@ def test_a_night_with_its_default_config_and_once_is_enough(head: dict[str, str]
         "train.optimization.max_epochs=1",
         "generate.num_images=1",
         "generate.decoder.num_inference_steps=2",
-        "generate.gate.max_p_value=null",  # after one epoch on 100 users the prior ignores them, and would be stopped
+        # After one epoch on 100 users the prior ignores them, and the gate would refuse the night.
+        "generate.gate.max_p_value=null",
     ]
     out = submit(head, *night)
     assert out.returncode == 0, out.stdout + out.stderr
@@ -153,7 +156,7 @@ def test_a_submitter_without_the_token_is_refused(head: dict[str, str], tmp_path
 
 
 def test_the_upload_is_small_and_holds_no_weights(tmp_path: Path) -> None:
-    """What Ray would upload, by its own rules for `.gitignore` and `.rayignore`."""
+    """Build the upload by Ray's rules for `.gitignore` and `.rayignore`."""
     from ray._private.runtime_env.packaging import create_package
 
     package = tmp_path / "package.zip"

@@ -82,7 +82,7 @@ def test_it_ranks_what_was_not_rated_real_and_generated_together(world: tuple[Sn
     assert generated == set(snapshot.for_user(USERS[0])["item_id"].to_pylist()[1:])  # the first was rated
     kind = [int(row[3][1:]) // 20 for row in rows if row[2] == "real"]
     assert kind == sorted(kind)  # they like the first kind
-    assert "2 of the best 26 are generated; of all 26 that were ranked 2 are" in told.stdout
+    assert "2 of the best 26 are generated; of all 26 ranked items 2 are" in told.stdout
 
 
 def test_without_a_user_it_takes_one_of_the_catalog_and_of_a_stranger_it_says_so(

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""An example of a ranker: real and generated items, ranked together for one user by a logistic model. Start from it, then do better.
+"""An example ranker to improve on: a logistic model ranks real and generated items together for one user.
 
-`python infra/examples/rank_example.py [--user ID] [--catalog ROOT] [--items FOLDER] [--interactions FILE] [--top N]`
+`python infra/examples/rank_example.py [--user ID] [--catalog CATALOG] [--items FOLDER] [--interactions FILE]
+[--top N]`
 
-It knows three things of a pair of user and item: the cosine of the item to the mean of what the user liked, to the mean of what they
-disliked, and to the liked item it is most like. A generated item is a row like any other: its embedding comes from the catalog.
+The model has three features of a user and an item. They are the item's cosine to the mean of the liked items,
+to the mean of the disliked items, and to the nearest liked item. A generated item is a row like any other:
+its embedding comes from the catalog.
 
 Shapes: N pairs, I items, D embed dim.
 """
@@ -20,7 +22,7 @@ from rich.table import Table
 
 from rebeca_ray import read_catalog
 from rebeca_ray.catalog.read import Snapshot
-from rebeca_ray.cli.runner import plain_errors
+from rebeca_ray.cli.runner import plain_errors, run_script
 from rebeca_ray.config.sections import InteractionSettings
 from rebeca_ray.console import console
 from rebeca_ray.data.feedback import with_rated
@@ -34,13 +36,17 @@ COLUMNS = ["item_id", "image_embeds", "nearest_item_id"]
 
 
 def rank(
-    user: Annotated[str | None, typer.Option(help="whom to rank for; default: one of the catalog")] = None,
-    catalog: Annotated[str, typer.Option(help="root of the catalog")] = f"{STICKERS}/catalog",
-    items: Annotated[str, typer.Option(help="embedded real items")] = f"{STICKERS}/items",
-    interactions: Annotated[str, typer.Option(help="who rated what")] = f"{STICKERS}/interactions.parquet",
-    top: Annotated[int, typer.Option(min=1, help="rows to show")] = 20,
+    user: Annotated[str | None, typer.Option(help="User to rank for. Default: one of the catalog.")] = None,
+    catalog: Annotated[
+        str, typer.Option(help="The catalog's folder: a local path or s3://bucket/prefix.")
+    ] = f"{STICKERS}/catalog",
+    items: Annotated[str, typer.Option(help="Folder of embedded real items.")] = f"{STICKERS}/items",
+    interactions: Annotated[
+        str, typer.Option(help="Parquet file of ratings.")
+    ] = f"{STICKERS}/interactions.parquet",
+    top: Annotated[int, typer.Option(min=1, help="Number of rows to show.")] = 20,
 ) -> None:
-    """Rank what a user has not rated yet."""
+    """Rank the items that a user has not rated yet."""
     with plain_errors():
         snapshot = read_catalog(catalog)
         rated = read_interactions(InteractionSettings(path=interactions, hold_out=0.0, min_likes=0))
@@ -48,7 +54,8 @@ def rank(
         known = with_rated(real, catalog, interactions)
         if snapshot.manifest.embed_dim != real.image_embeds.shape[1]:
             raise InputError(
-                f"items {items}: embeddings of size {real.image_embeds.shape[1]}, the catalog's have {snapshot.manifest.embed_dim}"
+                f"items {items}: embeddings of size {real.image_embeds.shape[1]}, "
+                f"the catalog's have {snapshot.manifest.embed_dim}"
             )
         weights = fit(rated, known)
         user = user or somebody(snapshot)
@@ -56,7 +63,7 @@ def rank(
 
 
 def somebody(snapshot: Snapshot) -> str:
-    """The last user of a file of items."""
+    """Return the last user of a file of items."""
     files = snapshot.files.filter(
         pc.and_(pc.equal(snapshot.files["table"], "items"), pc.not_equal(snapshot.files["max_user_id"], ""))
     )
@@ -66,46 +73,54 @@ def somebody(snapshot: Snapshot) -> str:
 
 
 def unit(embeds: np.ndarray) -> torch.Tensor:
+    """Return embeddings of unit length."""
     return F.normalize(torch.from_numpy(embeds))
 
 
 def features(item_ND: torch.Tensor, liked_LD: torch.Tensor, disliked_LD: torch.Tensor) -> torch.Tensor:
-    """[N, 4] of items and one user's history, all of unit length: the three cosines, and 1."""
-    told = [
+    """Return [N, 4] for items and one user's history, all of unit length: the three cosines, and 1."""
+    mean_liked_D, mean_disliked_D = (
         F.normalize(part.sum(0), dim=0) if len(part) else torch.zeros(item_ND.shape[1])
         for part in (liked_LD, disliked_LD)
-    ]
+    )
     nearest_N = (item_ND @ liked_LD.T).amax(1) if len(liked_LD) else torch.zeros(len(item_ND))
-    return torch.stack([item_ND @ told[0], item_ND @ told[1], nearest_N, torch.ones(len(item_ND))], dim=1)
+    return torch.stack(
+        [item_ND @ mean_liked_D, item_ND @ mean_disliked_D, nearest_N, torch.ones(len(item_ND))], dim=1
+    )
 
 
 def history(rated: Interactions, known: EmbeddedItems, user_index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of what a user rated among the known items, and whether they liked it."""
-    own = rated.user_index == user_index
+    """Return the rows of the known items that a user rated, and whether they liked each."""
+    item_ids = rated.item_id[rated.user_index == user_index]
+    likes = rated.like[rated.user_index == user_index]
     order = np.argsort(known.item_id)
-    place = order[np.searchsorted(known.item_id, rated.item_id[own], sorter=order).clip(max=len(order) - 1)]
-    found = known.item_id[place] == rated.item_id[own]
-    return place[found], rated.like[own][found]
+    rows = order[np.searchsorted(known.item_id, item_ids, sorter=order).clip(max=len(order) - 1)]
+    is_known = known.item_id[rows] == item_ids
+    return rows[is_known], likes[is_known]
 
 
 def fit(rated: Interactions, known: EmbeddedItems) -> torch.Tensor:
-    """The four weights [4] of the logistic model. An item is told apart from the rest of its user's history, which must not know it."""
+    """Fit the weights [4] of the logistic model.
+
+    The features of a rated item come from the rest of its user's history, without the item itself.
+    """
     embeds_ID = unit(known.image_embeds)
-    rows, likes = [], []
+    features_of_users, likes = [], []
     for user_index in np.linspace(0, rated.num_users - 1, min(USERS_TO_LEARN_FROM, rated.num_users)).astype(
         int
     ):
-        place, like = history(rated, known, user_index)
-        for number in range(len(place)):
-            others = np.arange(len(place)) != number
-            liked, disliked = (embeds_ID[place[others & (like == value)]] for value in (1, 0))
-            rows.append(features(embeds_ID[place[number : number + 1]], liked, disliked))
+        rows, like = history(rated, known, user_index)
+        for number in range(len(rows)):
+            others = np.arange(len(rows)) != number
+            liked, disliked = (embeds_ID[rows[others & (like == value)]] for value in (1, 0))
+            features_of_users.append(features(embeds_ID[rows[number : number + 1]], liked, disliked))
         likes.append(like)
-    if not rows:
+    if not features_of_users:
         raise InputError(
-            "interactions: none of them rates a known item; give the interactions and the items of one and the same catalog"
+            "interactions: none of them rates a known item; "
+            "give the interactions and the items of the same catalog"
         )
-    x_N4, like_N = torch.cat(rows), torch.from_numpy(np.concatenate(likes)).float()
+    x_N4, like_N = torch.cat(features_of_users), torch.from_numpy(np.concatenate(likes)).float()
     weights = torch.zeros(4, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 
@@ -128,13 +143,13 @@ def show(
     weights: torch.Tensor,
     top: int,
 ) -> None:
-    """Print the best of what the user has not rated, real and generated."""
-    found = np.flatnonzero(rated.user_id == user)
-    place, like = (
-        history(rated, known, int(found[0])) if len(found) else (np.array([], int), np.array([], int))
-    )
+    """Print the best real and generated items that the user has not rated."""
+    user_index = np.flatnonzero(rated.user_id == user)
+    rows, like = np.array([], int), np.array([], int)
+    if len(user_index):
+        rows, like = history(rated, known, int(user_index[0]))
     generated = snapshot.for_user(user, COLUMNS)
-    if not len(found) and not generated.num_rows:
+    if not len(user_index) and not generated.num_rows:
         raise InputError(
             f"user {user!r}: neither in the catalog nor in the interactions; give another with --user"
         )
@@ -152,11 +167,11 @@ def show(
     embeds_ID = unit(known.image_embeds)
     x_N4 = features(
         unit(np.concatenate([real.image_embeds, made_ND])),
-        embeds_ID[place[like == 1]],
-        embeds_ID[place[like == 0]],
+        embeds_ID[rows[like == 1]],
+        embeds_ID[rows[like == 0]],
     )
     probability = torch.sigmoid(x_N4 @ weights).numpy()
-    fresh = ~np.isin(item_id, known.item_id[place])
+    fresh = ~np.isin(item_id, known.item_id[rows])
     best = np.argsort(-np.where(fresh, probability, -1), kind="stable")[: min(top, fresh.sum())]
     table = Table(
         "",
@@ -171,9 +186,9 @@ def show(
     console.print(table)
     console.print(
         f"{(source[best] == 'generated').sum()} of the best {len(best)} are generated; "
-        f"of all {fresh.sum():,} that were ranked {(source[fresh] == 'generated').sum():,} are"
+        f"of all {fresh.sum():,} ranked items {(source[fresh] == 'generated').sum():,} are"
     )
 
 
 if __name__ == "__main__":
-    typer.run(rank)
+    run_script(rank)

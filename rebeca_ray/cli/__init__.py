@@ -1,5 +1,5 @@
-"""Command line: `rebeca` and the jobs: commands, what they print, how they end.
+"""Command line: `rebeca` and the jobs.
 
 May import: everything.
-Must not hold: logic; a command parses, calls the library, prints what it returns.
+Must not hold: logic; a command parses, calls the library, and prints the result.
 """

@@ -1,273 +1,255 @@
-"""The jobs, and how one is run: read the config, do the work, end with a truthful exit code."""
+"""Format the results of commands as text or a table, or as a dictionary for JSON. Nothing is printed here.
 
-import signal
-from typing import TYPE_CHECKING
+Keys of the JSON forms are stable: scripts read them.
+"""
 
-from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.config.jobs import (
-    DistillConfig,
-    EmbedConfig,
-    GenerateConfig,
-    NightlyConfig,
-    Resume,
-    TrainConfig,
-    dated,
-)
-from rebeca_ray.console import console
-from rebeca_ray.errors import InputError, QualityGateError
-from rebeca_ray.evaluation.permutation import personality_line
-from rebeca_ray.storage.filesystem import join
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
-    from rebeca_ray.catalog.exports.key_values import Format
+    from rebeca_ray.catalog.exports.image_objects import Exported
+    from rebeca_ray.catalog.exports.key_values import KeyValues
     from rebeca_ray.catalog.gc import Garbage
-    from rebeca_ray.catalog.verify import Level
+    from rebeca_ray.catalog.manifest import Cost, Manifest
+    from rebeca_ray.catalog.pointer import Pointer
+    from rebeca_ray.catalog.read import Snapshot
     from rebeca_ray.generation.pipeline import Generated
+    from rebeca_ray.nightly import Night
+
+ESTIMATE_LABELS = {
+    "requested_items": "requested items",
+    "planned_users": "users to plan",
+    "images": "images to draw",
+    "plan_seconds": "time to plan",
+    "render_seconds": "time to render",
+    "other_seconds": "time of other stages",
+    "hours": "total time",
+    "gpu_hours": "GPU time",
+    "cpu_hours": "CPU time",
+    "bytes_written": "data written",
+    "requests": "write requests",
+    "cost": "cost, in the currency of `prices`",
+}
+SHOWN_FIRST = (
+    "run_date",
+    "run_id",
+    "fencing_token",
+    "created_at",
+    "previous_run_id",
+    "embed_dim",
+    "num_buckets",
+    "carried_buckets",
+    "bytes",
+)
+SHOWN_SECTIONS = ("counts", "figures", "actual", "versions")
+ITEM_KINDS = ("new", "carried", "population", "failed", "filtered", "deferred")
 
 
-def embed(config: EmbedConfig) -> None:
-    """Items with images -> the same items with CLIP embeddings."""
-    from rebeca_ray.data.items import embed_items
-
-    console.print(f"embedded {embed_items(config):,} items -> {config.out}")
-
-
-def train(config: TrainConfig) -> None:
-    """Interactions + embedded items -> a prior directory."""
-    from rebeca_ray.training.train import train_prior
-
-    metrics = train_prior(config)
-    console.print(
-        f"prior -> {config.out}  (validation loss {metrics['val_loss']:.4f}, epoch {metrics['best_epoch']:.0f})"
-    )
+def duration(seconds: float) -> str:
+    """Return seconds in a unit that a person reads: `12.3 s`, `1.2 min` or `4.5 h`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:,.1f} h"
 
 
-def distill(config: DistillConfig) -> None:
-    """A trained prior -> one that needs a few passes an embedding."""
-    from rebeca_ray.training.distill import distill_prior
-
-    figures = distill_prior(config)
-    quality, passes = figures["student_quality"], config.num_inference_steps
-    console.print(
-        f"distilled prior -> {config.out}  ({quality:.1%} of the teacher's quality in {passes} passes)"
-    )
-
-
-def generate(
-    config: GenerateConfig, *, resume: Resume = "auto", retry_failed: bool = False, force: bool = False
-) -> None:
-    """Prior + decoder + request -> a published snapshot."""
-    from rebeca_ray.generation.pipeline import generate_catalog
-
-    config = dated(config, config.date())
-    print_published(
-        generate_catalog(config, resume=resume, retry_failed=retry_failed, force=force), config.catalog
-    )
+def size(num_bytes: float) -> str:
+    """Return bytes in a decimal unit: `512 B`, `3.3 MB`."""
+    if num_bytes < 1000:
+        return f"{num_bytes:,.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        num_bytes /= 1000
+        if num_bytes < 1000:
+            return f"{num_bytes:.1f} {unit}"
+    return f"{num_bytes / 1000:,.1f} TB"
 
 
-def print_published(generated: "Generated", root: str) -> None:
-    """What was published, in lines for a log."""
-    manifest, seconds = generated.manifest, generated.seconds
-    counts = manifest.counts
-    told = ", ".join(
-        f"{getattr(counts, kind):,} {kind}"
-        for kind in ("new", "carried", "population", "failed", "filtered", "deferred")
-        if getattr(counts, kind)
-    )
-    took = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-    console.print(
-        f"published run {manifest.run_id} of {manifest.run_date} in {root}, with items of {counts.users:,} users"
-    )
-    console.print(f"items: {told}; {took}")
-    if counts.stale_users:
-        console.print(
-            f"time ran out: {counts.stale_users:,} users are not of tonight; the next run draws them"
+def figure(name: str, value: object) -> str:
+    """Return a figure for a person. The name tells its unit: `…seconds`, `…hours`, `…bytes…`, `cost`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "" if value is None else str(value)
+    if name.endswith("seconds"):
+        return duration(value)
+    if name.endswith("hours"):
+        return duration(3600 * value)
+    if "bytes" in name.split("_"):
+        return size(value)
+    if name == "cost":
+        return f"{value:,.2f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def embedded(num_items: int, out: str) -> str:
+    return f"embedded {num_items:,} items -> {out}"
+
+
+def trained(metrics: Mapping[str, float], out: str) -> str:
+    return f"prior -> {out}  (validation loss {metrics['val_loss']:.4f}, epoch {metrics['best_epoch']:.0f})"
+
+
+def distilled(figures: Mapping[str, float], out: str, passes: int) -> str:
+    quality = figures["student_quality"]
+    return f"distilled prior -> {out}  ({quality:.1%} of the teacher's quality in {passes} passes)"
+
+
+def published(generated: "Generated", catalog: str) -> str:
+    """Return the lines on a snapshot that a run has published."""
+    from rebeca_ray.evaluation.permutation import personality_line
+
+    manifest = generated.manifest
+    counts = manifest.counts.model_dump()
+    items = ", ".join(f"{counts[kind]:,} {kind}" for kind in ITEM_KINDS if counts[kind])
+    stages = ", ".join(f"{name} {duration(seconds)}" for name, seconds in generated.seconds.items())
+    lines = [
+        f"published run {manifest.run_id} of {manifest.run_date} in {catalog}, "
+        f"with items of {counts['users']:,} users",
+        f"items: {items}; {stages}",
+    ]
+    if counts["stale_users"]:
+        lines.append(
+            f"time ran out: {counts['stale_users']:,} users have no new items; the next run draws them"
         )
-    for refusal in manifest.gate.refused:
-        console.print(f"forced, though {refusal}")
+    lines += [f"forced, though {refusal}" for refusal in manifest.gate.refused]
     if test := manifest.quality.permutation:
-        console.print(personality_line(test))
+        lines.append(personality_line(test))
+    return "\n".join(lines)
 
 
-def nightly(config: NightlyConfig) -> None:
-    """One night, and the dates that were missed before it."""
-    from rebeca_ray.nightly import run_nightly
-
-    nights, garbage = run_nightly(config)
-    for night in nights:
-        print_published(night.generated, config.generate.catalog)
-    if not nights:
-        console.print(f"{config.generate.catalog}: a snapshot of this date is published; nothing to do")
-    if garbage:
-        print_garbage(garbage, "removed")
+def nightly(nights: "Sequence[Night]", garbage: "Garbage | None", catalog: str) -> str:
+    """Return the lines on each night that was published, and on the garbage."""
+    lines = [published(night.generated, catalog) for night in nights]
+    lines = lines or [f"{catalog}: a snapshot of this date is published; nothing to do"]
+    return "\n".join([*lines, *([collected(garbage)] if garbage else [])])
 
 
-def estimate(config: GenerateConfig, *, images_per_second: float | None) -> None:
-    """What a run would take, beside what the last one took."""
-    from rich.table import Table
-
-    from rebeca_ray.catalog.read import published
-    from rebeca_ray.generation.estimate import estimate as foresee
-
-    config = dated(config, config.date())
-    found = foresee(config, images_per_second=images_per_second).model_dump()
-    last = published(config.catalog)
-    table = Table("", "tonight", "the last run", title_justify="left")
-    for name, value in found.items():
-        table.add_row(name, f"{value:,}", f"{getattr(last.manifest.actual, name, 0):,}" if last else "")
-    console.print(table)
+def estimate_table(forecast: "Cost", last: "Cost | None") -> Table:
+    """Return the forecast of a run beside the actual cost of the last one."""
+    table = Table("", "tonight", "last run")
+    last_figures = last.model_dump() if last else {}
+    for name, value in forecast.model_dump().items():
+        label = ESTIMATE_LABELS.get(name, name)
+        table.add_row(label, figure(name, value), figure(name, last_figures.get(name)))
+    return table
 
 
-def list_catalog(root: str) -> None:
-    """A line a snapshot."""
-    from rich.table import Column, Table
+def estimate_json(forecast: "Cost", last: "Cost | None") -> dict[str, Any]:
+    """Return the same figures, unrounded; `last_run` is null before the first run."""
+    return {"tonight": forecast.model_dump(), "last_run": last.model_dump() if last else None}
 
-    from rebeca_ray.catalog.pointer import read_pointer
-    from rebeca_ray.catalog.snapshots import list_snapshots
 
-    pointer, version = read_pointer(root)
-    snapshots = list_snapshots(root)
-    if version is None and not snapshots:
-        raise InputError(f"catalog {root}: there is none (no latest.json); give the root of one")
-    table = Table("run_date", Column("run_id", no_wrap=True), "items", "new", "")
-    for manifest in snapshots:
-        counts = manifest.counts
-        items = counts.new + counts.carried + counts.population
-        told = (
-            "published"
-            if manifest.run_id == pointer.run_id
-            else "refused by the quality gate"
-            if manifest.gate.refused
-            else ""
-        )
-        table.add_row(manifest.run_date, manifest.run_id, f"{items:,}", f"{counts.new:,}", told)
-    console.print(table)
+def snapshot_list(pointer: "Pointer", snapshots: "Sequence[Manifest]") -> RenderableType:
+    """Return a table of snapshots, and lines on the published one and on a run in progress."""
+    table = Table("run_date", Column("run_id", no_wrap=True), "items", "new", "status")
+    for row in snapshot_list_json(pointer, snapshots)["snapshots"]:
+        status = {"refused": "refused by the quality gate"}.get(row["status"], row["status"])
+        table.add_row(row["run_date"], row["run_id"], f"{row['items']:,}", f"{row['new']:,}", status)
+    lines = []
     if pointer.run_id is None:
-        console.print("none of them is published: `rebeca catalog publish --run-id` one of them")
+        lines.append("no snapshot is published: `rebeca catalog publish --run-id ID` publishes one")
     if pointer.lease:
-        console.print(f"at work: run {pointer.lease['run_id']} (epoch {pointer.lease['epoch']})")
+        lines.append(f"in progress: run {pointer.lease['run_id']} (epoch {pointer.lease['epoch']})")
+    return Group(table, *lines)
 
 
-def show_snapshot(root: str, run_id: str | None) -> None:
-    """What a manifest says, for a person."""
-    from rich.table import Table
+def snapshot_list_json(pointer: "Pointer", snapshots: "Sequence[Manifest]") -> dict[str, Any]:
+    """Return the published run, the lease of a run in progress, and a row per snapshot, oldest first.
 
-    from rebeca_ray.catalog.read import read_catalog
-    from rebeca_ray.catalog.snapshots import find_snapshot
+    A row's status is `published`, `refused` (by the quality gate) or empty.
+    """
+    rows = []
+    for manifest in snapshots:
+        refused = "refused" if manifest.gate.refused else ""
+        rows.append(
+            {
+                "run_date": manifest.run_date,
+                "run_id": manifest.run_id,
+                "created_at": manifest.created_at,
+                "items": manifest.counts.published,
+                "new": manifest.counts.new,
+                "users": manifest.counts.users,
+                "bytes": manifest.bytes,
+                "status": "published" if manifest.run_id == pointer.run_id else refused,
+            }
+        )
+    return {"published": pointer.run_id, "lease": pointer.lease, "snapshots": rows}
 
-    manifest = find_snapshot(root, run_id) if run_id else read_catalog(root).manifest
+
+def manifest_table(manifest: "Manifest") -> Table:
+    """Return the keys of a manifest that matter to a person."""
     table = Table("", "", show_header=False)
-    for key in (
-        "run_date",
-        "run_id",
-        "fencing_token",
-        "created_at",
-        "previous_run_id",
-        "embed_dim",
-        "num_buckets",
-        "carried_buckets",
-        "bytes",
-    ):
-        table.add_row(key, str(getattr(manifest, key)))
-    dumped = manifest.model_dump()
-    for section in ("counts", "figures", "actual", "versions"):
-        for key, value in (dumped[section] or {}).items():
-            table.add_row(f"{section}.{key}", f"{value:,}" if isinstance(value, int) else str(value))
+    values = manifest.model_dump()
+    for key in SHOWN_FIRST:
+        table.add_row(key, size(values[key]) if key == "bytes" else str(values[key]))
+    for section in SHOWN_SECTIONS:
+        for key, value in (values[section] or {}).items():
+            table.add_row(f"{section}.{key}", figure(key, value))
     for refusal in manifest.gate.refused:
-        table.add_row("refused", refusal)
-    console.print(table)
+        table.add_row("refused", escape(refusal))
+    return table
 
 
-def verify_snapshot(root: str, run_id: str | None, level: "Level") -> None:
-    """Say what is wrong, or that nothing is. Raises QualityGateError in the first case."""
-    from rebeca_ray.catalog.read import open_snapshot, read_catalog
-    from rebeca_ray.catalog.snapshots import find_snapshot
-    from rebeca_ray.catalog.verify import verify
+def manifest_json(manifest: "Manifest") -> dict[str, Any]:
+    """Return the manifest under the key names of the current version."""
+    return manifest.model_dump()
 
-    snapshot = open_snapshot(root, find_snapshot(root, run_id).path) if run_id else read_catalog(root)
-    wrong = verify(snapshot, level)
-    for line in wrong:
-        console.print(line)
-    if wrong:
-        raise QualityGateError(
-            f"catalog {root}: run {snapshot.manifest.run_id} is damaged ({len(wrong)} things, above); `rebeca catalog rollback` it, "
-            "or restore the files"
-        )
-    console.print(
-        f"run {snapshot.manifest.run_id}: nothing wrong ({level}: {snapshot.files.num_rows:,} files)"
+
+def verified(snapshot: "Snapshot", level: str, damage: Sequence[str]) -> str:
+    """Return a line per thing that is wrong with a snapshot, or that nothing is."""
+    if damage:
+        return "\n".join(escape(line) for line in damage)
+    return f"run {snapshot.run_id}: nothing wrong ({level}: {snapshot.files.num_rows:,} files)"
+
+
+def verified_json(snapshot: "Snapshot", level: str, damage: Sequence[str]) -> dict[str, Any]:
+    """Return the same; `ok` says whether the list `damage` is empty."""
+    return {
+        "run_id": snapshot.run_id,
+        "level": level,
+        "files": snapshot.files.num_rows,
+        "ok": not damage,
+        "damage": list(damage),
+    }
+
+
+def exported_images(snapshot: "Snapshot", exported: "Exported", out: str) -> str:
+    return (
+        f"run {snapshot.run_id} -> {out}: {exported.written:,} images written, {exported.removed:,} removed, "
+        f"{exported.urls:,} rows of URLs in {len(exported.files):,} files, "
+        f"named by {out.rstrip('/')}/latest.json"
     )
 
 
-def export_images(root: str, out: str, url_base: str) -> None:
-    from rebeca_ray.catalog.exports.image_objects import export_images
-    from rebeca_ray.catalog.read import read_catalog
-
-    snapshot = read_catalog(root)
-    done = export_images(snapshot, out, url_base)
-    console.print(
-        f"run {snapshot.run_id} -> {out}: {done.written:,} images written, {done.removed:,} removed, "
-        f"{done.urls:,} rows of URLs in {len(done.files):,} files, which {join(out, 'latest.json')} names"
+def exported_key_values(exported: "KeyValues") -> str:
+    return (
+        f"{exported.users:,} users to set, {exported.removed:,} to remove "
+        f"-> {len(exported.files):,} files in {exported.folder}"
     )
 
 
-def export_key_values(
-    root: str, out: str, format: "Format", *, key_prefix: str, since: str | None, images: str | None
-) -> None:
-    from rebeca_ray.catalog.exports.key_values import export_key_values
-    from rebeca_ray.catalog.read import read_catalog
-
-    done = export_key_values(
-        read_catalog(root), out, format, key_prefix=key_prefix, since=since, images=images
-    )
-    console.print(
-        f"{done.users:,} users to set, {done.removed:,} to remove -> {len(done.files):,} files in {done.folder}"
+def registered(snapshot: "Snapshot", namespace: str, changes: Mapping[str, tuple[int, int]]) -> str:
+    """Return a line per Iceberg table: files added and dropped."""
+    return "\n".join(
+        f"{namespace}.{name}: run {snapshot.run_id}, {added:,} files added, {dropped:,} dropped"
+        for name, (added, dropped) in changes.items()
     )
 
 
-def register_iceberg(root: str, catalog: str, warehouse: str, namespace: str) -> None:
-    from rebeca_ray.catalog.exports.iceberg import register_snapshot
-    from rebeca_ray.catalog.read import read_catalog
-
-    snapshot = read_catalog(root)
-    for name, (added, dropped) in register_snapshot(snapshot, catalog, warehouse, namespace).items():
-        console.print(
-            f"{namespace}.{name}: run {snapshot.run_id}, {added:,} files added, {dropped:,} dropped"
-        )
-
-
-def collect_garbage(root: str, *, keep: int, grace_hours: float, dry_run: bool) -> None:
-    from rebeca_ray.catalog.gc import collect
-
-    garbage = collect(root, keep=keep, grace_hours=grace_hours, dry_run=dry_run)
-    if dry_run:
-        for uri in (*garbage.manifests, *garbage.folders, *garbage.files):
-            console.print(uri)
-    print_garbage(garbage, "would remove" if dry_run else "removed")
-
-
-def print_garbage(garbage: "Garbage", did: str) -> None:
-    console.print(
-        f"{did} {len(garbage.manifests)} snapshots, {len(garbage.folders)} folders and {len(garbage.files)} files; "
-        f"kept {len(garbage.kept)} snapshots"
+def collected(garbage: "Garbage", *, dry_run: bool = False) -> str:
+    """Return a line on collected garbage; of a dry run also each path that would go."""
+    paths = [*garbage.manifests, *garbage.folders, *garbage.files] if dry_run else []
+    summary = (
+        f"{'would remove' if dry_run else 'removed'} {len(garbage.manifests):,} snapshots, "
+        f"{len(garbage.folders):,} folders and {len(garbage.files):,} files; "
+        f"kept {len(garbage.kept):,} snapshots"
     )
+    return "\n".join([*(escape(path) for path in paths), summary])
 
 
-def serve(
-    decoder: DecoderSettings, *, http_port: int, grpc_port: int, metrics_port: int, instances: int
-) -> None:
-    """Triton until it is interrupted, or told to stop."""
-    from rebeca_ray.decoder.triton_server import triton_server
-
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with triton_server(
-            decoder, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port, instances=instances
-        ) as process:
-            console.print(
-                f"ready: grpc 127.0.0.1:{grpc_port} (decoder.triton.url), http://127.0.0.1:{http_port}/v2/models/decoder, "
-                f"metrics http://127.0.0.1:{metrics_port}/metrics"
-            )
-            if code := process.wait():
-                raise InputError(f"tritonserver ended with code {code}; its own lines above say why")
-    except KeyboardInterrupt:
-        console.print("stopped")
+def serving(*, http_port: int, grpc_port: int, metrics_port: int) -> str:
+    return (
+        f"ready: grpc 127.0.0.1:{grpc_port} (decoder.triton.url), "
+        f"http://127.0.0.1:{http_port}/v2/models/decoder, metrics http://127.0.0.1:{metrics_port}/metrics"
+    )

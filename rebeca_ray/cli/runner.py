@@ -1,13 +1,15 @@
-"""Run one command: config in, truthful exit code out."""
+"""Run one command: options in, a log as the options say, truthful exit code out."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
+from rebeca_ray import log
 from rebeca_ray.console import console
 
 if TYPE_CHECKING:
@@ -16,36 +18,81 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound="Settings")
 
 
-def run_job(command: Callable[..., None], default: Path) -> None:
-    """Run a command of `rebeca` with the config named on the command line, or `default`. For `jobs/*.py`."""
-    sys.argv.insert(1, f"--config={default}")  # of an option that is given twice the last one counts
-    typer.run(command)
-
-
-def execute(
-    model: type[C], work: Callable[[C], Any], path: Path, overrides: list[str], *, dry_run: bool
+def log_options(
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        typer.Option(
+            envvar=log.LEVEL, case_sensitive=False, help="Least severe level of the log, on standard error."
+        ),
+    ] = "info",
+    log_json: Annotated[
+        bool,
+        typer.Option(
+            "--log-json",
+            envvar=log.JSON_LINES,
+            help="Write the log as JSON lines unless standard output is a terminal.",
+        ),
+    ] = False,
 ) -> None:
-    """Load the config and do the work; a user's mistake becomes one line and its exit code."""
+    """Set up the log. These options come before the name of a command."""
+    log.configure(log_level, json_lines=log_json and not sys.stdout.isatty())
+
+
+def run_script(command: Callable[..., None], config: Path | None = None) -> None:
+    """Run a function as the one command of a script, with the log options too.
+
+    `config` is the value of --config unless the command line gives another.
+    """
+    script = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    script.callback()(log_options)
+    script.command("script")(command)
+    group: Any = typer.main.get_command(script)
+    runnable = group.commands["script"]
+    call = runnable.callback
+
+    def configure_and_call(log_level: Any, log_json: bool, **arguments: Any) -> None:
+        log_options(log_level, log_json)
+        call(**arguments)
+
+    runnable.params += group.params
+    runnable.callback = configure_and_call
+    # The last of two values of an option counts.
+    default = [] if config is None else [f"--config={config}"]
+    runnable(args=[*default, *sys.argv[1:]], prog_name=Path(sys.argv[0]).name)
+
+
+def read_config(
+    model: type[C], path: Path, overrides: list[str] | None, *, dry_run: bool = False
+) -> C | None:
+    """Load a config. With `dry_run` print it and return None."""
     from rebeca_ray.config.load import load_config
 
-    with plain_errors():
-        config = load_config(model, path, overrides)
-        if dry_run:
-            console.print_json(config.model_dump_json())
-            return
-        work(config)
+    config = load_config(model, path, overrides)
+    if dry_run:
+        console.print_json(config.model_dump_json())
+        return None
+    return config
+
+
+def print_result(result: Any, *, as_json: bool = False) -> None:
+    """Print a result of output.py for a person, or as JSON: alone on standard output."""
+    if as_json:
+        console.print_json(json.dumps(result), sort_keys=False)
+    else:
+        console.print(result)
 
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """A UserError, also one raised inside Ray, ends the process with one line and its exit code."""
+    """End the process with one line and the exit code of a UserError, also of one raised inside Ray."""
     try:
         yield
     except Exception as error:
         from rebeca_ray.storage.failures import user_error
 
-        found = user_error(error)
-        if found is None:
+        reason = user_error(error)
+        if reason is None:
             raise
-        print(f"error: {str(found).splitlines()[0]}", file=sys.stderr)  # Ray Data appends advice on retries
-        raise SystemExit(found.exit_code) from None
+        # Ray Data appends advice on retries to the first line.
+        print(f"error: {str(reason).splitlines()[0]}", file=sys.stderr)
+        raise SystemExit(reason.exit_code) from None

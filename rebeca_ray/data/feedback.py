@@ -6,7 +6,7 @@ Ratings outlive snapshots, so an embedding stays in <root>/rated/ as long as the
 `rebeca catalog gc` leaves that folder alone.
 """
 
-import sys
+import logging
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +34,8 @@ from rebeca_ray.storage.filesystem import (
     open_filesystem,
 )
 from rebeca_ray.storage.parquet import PARQUET, ParquetInput, open_parquet, write_table
+
+log = logging.getLogger(__name__)
 
 ROWS_PER_GROUP = 2_000
 ROWS_AT_ONCE = 1_000_000  # of interactions
@@ -83,7 +85,7 @@ def find_rated(
                 raise
             # A snapshot may be collected after it was listed. Then nothing is damaged.
             if exists(join(root, manifest.path, "manifest.json")):
-                print(f"warning: {why}; ratings of its items are left out", file=sys.stderr)
+                log.warning("%s; ratings of its items are left out", why)
             continue
         if items.num_rows:
             name = f"part-{hash128(*items['item_id'].to_pylist())[:16]}.parquet"

@@ -6,6 +6,7 @@ Few interactions are one bucket, built without Ray. Many are first split by a Ra
 per bucket groups, checks and writes it, so that no process holds more than a bucket.
 """
 
+import logging
 import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -31,6 +32,8 @@ from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
 from rebeca_ray.storage.filesystem import UNREACHABLE, arrow_filesystem, delete, join, open_filesystem
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import ParquetInput, open_parquet, read_table, write_table
+
+log = logging.getLogger(__name__)
 
 ROWS_PER_BUCKET = 500_000
 ROWS_PER_BLOCK = 100_000  # of interactions, while they are split
@@ -221,10 +224,9 @@ def known_items(ratings: pa.Table, items: ItemIndex, settings: InteractionSettin
         known = pc.or_(known, pc.invert(pc.match_substring_regex(ratings["item_id"], GENERATED_ID)))
     known = pc.fill_null(known, True)  # `validate` refuses null ids
     if unknown := len(known) - (pc.sum(known).as_py() or 0):
-        print(
+        log.warning(
             f"interactions {settings.path}: {unknown:,} of {len(known):,} rate an item without an embedding "
-            "(generated long ago, for another user, or in a catalog that `catalog` does not name); left out",
-            flush=True,
+            "(generated long ago, for another user, or in a catalog that `catalog` does not name); left out"
         )
     return ratings.filter(known)
 

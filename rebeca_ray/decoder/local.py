@@ -1,6 +1,6 @@
 """The decoder in this process: draw, check, draw again what is not fit to be shown, encode."""
 
-import sys
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,6 +16,8 @@ from rebeca_ray.decoder.interface import DecodedImage, Rows
 from rebeca_ray.decoder.safety import Checker, load_checker
 from rebeca_ray.errors import InputError
 from rebeca_ray.identity import retry_seed
+
+log = logging.getLogger(__name__)
 
 
 class LocalDecoder:
@@ -109,11 +111,9 @@ class LocalDecoder:
         before, self.batch_size = self.batch_size, self.batch_size // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        print(  # not by logging: Ray Data's setup silences loggers that are there before it
-            f"decoder: {before} images at once do not fit the device's memory; going on with {self.batch_size}. "
-            f"Set decoder.batch_size={self.batch_size} to start there",
-            file=sys.stderr,
-            flush=True,
+        log.warning(
+            f"decoder: {before} images at once do not fit the device's memory; continuing with {self.batch_size}. "
+            f"Set decoder.batch_size={self.batch_size} to start there"
         )
 
     def check(self, images: Sequence[np.ndarray | str]) -> list[float | None]:

@@ -1,6 +1,7 @@
 """The main job: decide, plan, test the plan, render, assemble, judge, publish. No reader sees anything before the last step."""
 
 import datetime
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,12 +36,15 @@ from rebeca_ray.generation.progress import Progress, watchdog
 from rebeca_ray.generation.render import busy_seconds, check_renderer, render_all
 from rebeca_ray.generation.request import check_request
 from rebeca_ray.generation.runs import begin, choose_run, describe_run
-from rebeca_ray.ray_runtime import require_room, start_ray
+from rebeca_ray.log import set_run_id
+from rebeca_ray.ray_runtime import bind_run, require_room, start_ray
 from rebeca_ray.schemas import SCHEMA_VERSION
 from rebeca_ray.storage.failures import user_error
 from rebeca_ray.storage.filesystem import delete, exists
 from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.writable import require_writable
+
+log = logging.getLogger(__name__)
 
 ASSEMBLE_RESERVE = 1.5  # times the last assembling: rendering stops so long before `publish_by`
 
@@ -89,8 +93,9 @@ def generate_catalog(
         check_executors(config, in_process)
         resumed = begun is not None
         begun = begun or begin(config.catalog, run_id, config.date(), description)
+        set_run_id(run_id) if in_process else bind_run(run_id)
         if resumed:
-            print(f"resuming run {run_id}, begun at {begun.begun_at}", flush=True)
+            log.info(f"resuming run {run_id}, begun at {begun.begun_at}")
         context = RunContext(
             config=config,
             run=Run(
@@ -170,10 +175,9 @@ def make_snapshot(
         decisions = decide_all(context, histories, progress.move)
     if previous:
         expected = forecast(context, decisions)
-        print(
+        log.info(
             f"{expected.images:,} images to draw for {expected.planned_users:,} users, "
-            f"ETA {60 * expected.hours:.1f} min",
-            flush=True,
+            f"ETA {60 * expected.hours:.1f} min"
         )
     plan_items(context, histories, decisions, progress)
 

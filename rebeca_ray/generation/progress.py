@@ -2,8 +2,8 @@
 
 import faulthandler
 import io
+import logging
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -17,6 +17,8 @@ import pyarrow as pa
 from rebeca_ray.catalog.manifest import StageFigures
 from rebeca_ray.generation.parts import PartRecord
 from rebeca_ray.storage.filesystem import join, open_filesystem
+
+log = logging.getLogger(__name__)
 
 STALLED = 75  # the exit code of a run that is to be started again
 UNWATCHED = ("histories", "test")  # one step each, which says nothing on its way
@@ -93,10 +95,7 @@ class Progress:
 
 def log_progress(name: str, rows: int, total: int, seconds: float) -> None:
     remaining = (total - rows) * seconds / rows
-    print(
-        f"{name}: {rows:,} of {total:,}, {rows / seconds:.1f} per second, ETA {remaining / 60:.0f} min",
-        flush=True,
-    )
+    log.info(f"{name}: {rows:,} of {total:,}, {rows / seconds:.1f} per second, ETA {remaining / 60:.0f} min")
 
 
 @contextmanager
@@ -113,12 +112,10 @@ def watchdog(
         while not done.wait(60 * minutes / POLLS):
             if progress.current not in UNWATCHED and time.monotonic() - progress.moved_at > 60 * minutes:
                 where = dump_state(progress, dump_to)
-                told = f"no progress for {minutes:g} min while it was at {progress.current} (limits.stall_minutes)"
-                print(
-                    f"error: {told}; its state is in {where}. Start it again: it resumes",
-                    file=sys.stderr,
-                    flush=True,
+                problem = (
+                    f"no progress for {minutes:g} min in stage {progress.current} (limits.stall_minutes)"
                 )
+                log.error(f"{problem}; its state is in {where}. Start it again: it resumes")
                 on_stall()
                 os._exit(STALLED)  # whatever hangs would hang an orderly end too
 
@@ -158,6 +155,6 @@ def dump_state(progress: Progress, folder: str) -> str:
         filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
         filesystem.pipe_file(path, told.getvalue().encode())
     except Exception as error:
-        print(told.getvalue(), file=sys.stderr)
+        log.error(told.getvalue())
         return f"the lines above ({uri} cannot be written: {error})"
     return uri

@@ -6,8 +6,8 @@ A record is written after its file, the marker after all records of a shard: an 
 record. (Ray Data's own checkpoints were tried and left, see infra/docs/log.md.)
 """
 
+import logging
 import os
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +33,8 @@ from rebeca_ray.generation.progress import Progress
 from rebeca_ray.ray_runtime import ExcludeIds
 from rebeca_ray.storage.filesystem import join, list_files, open_filesystem
 from rebeca_ray.storage.objects import read_json, write_json
+
+log = logging.getLogger(__name__)
 
 ROW_GROUP = 100
 MAX_CLOCK_DIFFERENCE = 60  # seconds, between the actors' clocks and ours
@@ -267,6 +269,6 @@ class RenderImages:
         except ServerLostError as error:
             if self.in_process:
                 raise
-            print(f"render actor ends: {error}", file=sys.stderr, flush=True)
+            log.error(f"render actor ends: {error}")
             # An exception would fail the run, and Ray takes a polite exit for the actor's own wish.
             os._exit(1)

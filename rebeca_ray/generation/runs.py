@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import logging
 from typing import Any
 
 from rebeca_ray.catalog.layout import new_run_id
@@ -12,6 +13,8 @@ from rebeca_ray.errors import InputError
 from rebeca_ray.storage.filesystem import join, list_folders
 from rebeca_ray.storage.objects import read_json
 from rebeca_ray.storage.parquet import open_parquet
+
+log = logging.getLogger(__name__)
 
 Description = dict[str, Any]  # everything a run is made from, by field
 
@@ -81,7 +84,7 @@ def choose_run(
             raise InputError(
                 f"catalog {config.catalog}: {reason}; restore that, or start a new run with --resume never and another run_id"
             )
-        print(f"{reason}; a new run starts", flush=True)
+        log.warning(f"{reason}; a new run starts")
     elif must_resume:
         raise InputError(
             f"catalog {config.catalog}: no unfinished run {config.run_id or f'of {run_date}'} to go on with, "

@@ -3,7 +3,7 @@
 Shapes: G users, N samples of all of them, D embed dim.
 """
 
-import sys
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -24,6 +24,8 @@ from rebeca_ray.prior.user_blocks import UserBlock
 from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.training.selector import fit_selector
 
+log = logging.getLogger(__name__)
+
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 9.0)
 MIN_DISTINCT = 0.85  # of a user's samples, by nearest item
 NUM_USERS, SAMPLES_PER_USER, STEPS = 40, 25, 12
@@ -40,11 +42,11 @@ def calibrate_prior(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray
     if selector is None:
         return prior
     prior = replace(prior, selector=selector)
-    told = "the selector is fitted"
+    told = "selector fitted"
     if (auc := held_out_auc(selector, histories, x0_ID)) is not None:
         prior = replace(prior, metrics={**prior.metrics, "selector_auc": auc})
         told += f": {auc:.1%} of held-out likes before dislikes (area under the ROC curve)"
-    print(told, flush=True)
+    log.info(told)
     if prior.condition_dropout > 0 and prior.settings.user_encoder != "none":
         prior = choose_guidance(prior, histories, x0_ID)
     if prior.user_rows is not None:
@@ -117,9 +119,8 @@ def choose_guidance(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray
         nearest_GS = nearest_items(F.normalize(x_ND), unit_ID)[0].view(len(user_G), -1)
         distinct = float(np.mean([len(row.unique()) / len(row) for row in nearest_GS]))
         sweep.append((scale, like, distinct))
-        print(
-            f"guidance {scale:g}: like probability {like:.3f}, {distinct:.0%} of a user's samples distinct",
-            flush=True,
+        log.info(
+            f"guidance {scale:g}: like probability {like:.3f}, {distinct:.0%} of a user's samples distinct"
         )
         if distinct < MIN_DISTINCT:
             break
@@ -128,11 +129,9 @@ def choose_guidance(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray
     ]
     chosen = max(allowed, key=lambda point: point[1])
     if chosen[2] < MIN_DISTINCT:
-        print(
-            f"warning: {chosen[2]:.0%} of a user's samples are distinct without guidance, {MIN_DISTINCT:.0%} are expected: "
-            "the prior has hardly learnt yet, or there are too few items to tell samples apart",
-            file=sys.stderr,
-            flush=True,
+        log.warning(
+            f"{chosen[2]:.0%} of a user's samples are distinct without guidance, {MIN_DISTINCT:.0%} are expected: "
+            "the prior has hardly learnt yet, or there are too few items to tell samples apart"
         )
     metrics = {f"like_probability_at_guidance_{scale:g}": like for scale, like, _ in sweep}
     metrics |= {f"distinct_at_guidance_{scale:g}": distinct for scale, _, distinct in sweep}

@@ -7,6 +7,7 @@ Shapes: G users, N trajectories, S steps of the student, B samples, D embed dim,
 """
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -28,6 +29,8 @@ from rebeca_ray.prior.diffusion import Denoiser, Diffusion
 from rebeca_ray.prior.sampling import dpm_solver_pp_2m, guided_denoiser, sample_liked
 from rebeca_ray.storage.writable import require_own, require_writable
 from rebeca_ray.training.calibrate import USERS_AT_ONCE, factors_of, training_blocks
+
+log = logging.getLogger(__name__)
 
 TEACHER_STEPS = 4  # of the teacher for one of the student
 TILE = 256
@@ -175,7 +178,7 @@ def draw_trajectories(
     ends: list[torch.Tensor] = []
     for start in range(0, count, TILE):
         if start // TILE % 16 == 0:
-            print(f"{start:,} of {count:,} of the teacher's trajectories drawn", flush=True)
+            log.info(f"{start:,} of {count:,} of the teacher's trajectories drawn")
         row = torch.from_numpy(row_N[start : start + TILE]).to(users.token_GUH.device)
         own = torch.arange(len(row), device=row.device)
         guided = guided_denoiser(
@@ -245,7 +248,7 @@ def fit_student(
             decay.step()
             total += loss.detach() * len(part)
         losses.append(float(total) / (count * len(timesteps)))
-        print(f"epoch {epoch}/{config.max_epochs}  train {losses[-1]:.5f}", flush=True)
+        log.info(f"epoch {epoch}/{config.max_epochs}  train {losses[-1]:.5f}")
     return losses
 
 

@@ -32,6 +32,8 @@ from rebeca_ray.prior.users import History
 from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.training.state import DenoisingLoss, TrainState, user_tokens
 
+log = logging.getLogger(__name__)
+
 STATE = "state.pt"
 DIVERGED = 10.0  # times the best validation loss
 STEPS_PER_CHECK, NEVER = 1000, 2**62
@@ -62,9 +64,9 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
         with checkpoint.as_directory() as folder:
             fit.load_state_dict(torch.load(Path(folder) / STATE, weights_only=True, map_location=device))
         if rank == 0:
-            print(
-                f"run {config.run_name} in {config.storage} goes on after epoch {fit.epoch}/{optimization.max_epochs}",
-                flush=True,
+            log.info(
+                f"training run {config.run_name} in {config.storage} resumes "
+                f"after epoch {fit.epoch}/{optimization.max_epochs}"
             )
     diffusion = Diffusion.build(config.diffusion, device)
     loss: nn.Module = DenoisingLoss(fit.prior, diffusion, config)
@@ -103,10 +105,9 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
         for name in ("train_loss", "val_loss", "learning_rate"):
             writer.add_scalar(name, metrics[name], epoch)
         writer.flush()
-        print(
-            f"epoch {epoch}/{optimization.max_epochs}  train {train_loss:.4f}  val {val_loss:.4f}  best {fit.best_loss:.4f}  "
-            f"lr {fit.learning_rate:.1e}  {rate:,.0f} samples/s",
-            flush=True,
+        log.info(
+            f"epoch {epoch}/{optimization.max_epochs}  train {train_loss:.4f}  val {val_loss:.4f}  "
+            f"best {fit.best_loss:.4f}  lr {fit.learning_rate:.1e}  {rate:,.0f} samples/s"
         )
         with tempfile.TemporaryDirectory() as folder:
             torch.save(fit.state_dict(), Path(folder) / STATE)

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import logging
 import statistics
 import sys
 from pathlib import Path
@@ -29,6 +30,8 @@ from rebeca_ray.storage.objects import read_json
 from rebeca_ray.storage.writable import require_own, require_writable
 from rebeca_ray.training.calibrate import calibrate_prior, training_blocks
 from rebeca_ray.training.loop import STATE, is_streamed, train_loop_per_worker
+
+log = logging.getLogger(__name__)
 
 VALIDATION_SAMPLES = 8192
 
@@ -60,9 +63,9 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
 
     config = config.model_copy(update={"run_name": run_name(config, histories, items)})
     fewest = config.interactions.min_likes
-    print(
-        f"training on {histories.num_users:,} users (any with fewer than interactions.min_likes = {fewest} likes is left out)",
-        flush=True,
+    log.info(
+        f"training on {histories.num_users:,} users "
+        f"(any with fewer than interactions.min_likes = {fewest} likes is left out)"
     )
     x0_ID = scaler.scale(torch.from_numpy(items.image_embeds)).numpy()
     drop_torn_record(join(config.storage, config.run_name, "checkpoint_manager_snapshot.json"))
@@ -140,7 +143,7 @@ def drop_torn_record(uri: str) -> None:
     try:
         read_json(uri)
     except UserError:
-        print(f"{uri} is half-written, as a kill may leave it; training starts anew", flush=True)
+        log.warning(f"{uri} is half-written, as a kill may leave it; training starts anew")
         delete(uri)
 
 
@@ -175,9 +178,8 @@ def validation_batch(histories: Histories, config: TrainConfig) -> Batch:
     like_share = config.optimization.like_share
     if batch := block.held_out(max_history, VALIDATION_SAMPLES, likes_only=like_share == 1):
         return batch
-    print(
-        "nothing is held out (fewer than ten ratings a user?): validation is of what is trained on",
-        flush=True,
+    log.warning(
+        "nothing is held out (fewer than ten ratings per user?): validation uses the training interactions"
     )
     draws = block.batches(
         samples_per_user=4,

@@ -25,12 +25,12 @@ from rebeca_ray.errors import LeaseHeldError, StorageError, UserError
 from rebeca_ray.identity import bucket_of
 from rebeca_ray.storage.filesystem import list_files
 from rebeca_ray.storage.parquet import read_table
+from tests.cli.test_commands import run
 from tests.conftest import USERS, snapshot_of
 from tests.generation.test_failed_and_late import MONDAY, THURSDAY, TUESDAY, WEDNESDAY, on
 from tests.generation.test_failed_and_late import night as late_night
 from tests.generation.test_nights import change_digest, night
 from tests.seaweedfs import free_port
-from tests.test_cli import run
 
 CDN = "https://cdn.example.com/stickers"
 

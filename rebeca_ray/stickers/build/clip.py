@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from rebeca_ray.log import configure
 from rebeca_ray.stickers import CLIP, EMBED_DIM, IMAGE_SIZE
 from rebeca_ray.stickers.build.captions import (
     CONTEXT_LENGTH,
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    configure()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 

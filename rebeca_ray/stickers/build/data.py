@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from PIL import Image
 
 from rebeca_ray.stickers import ITEMS, is_held_out
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,4 +122,4 @@ class Progress:
         with self.curve.open("a", newline="") as file:
             csv.writer(file).writerow([step, *(f"{value:.5f}" for value in values)])
         named = " ".join(f"{name} {value:.4f}" for name, value in zip(self.columns, values, strict=True))
-        print(f"step {step}  {named}", flush=True)
+        log.info(f"step {step}  {named}")

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import io
 import json
+import logging
 import re
 import subprocess
 import tempfile
@@ -22,7 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from rebeca_ray.log import configure
 from rebeca_ray.stickers import ASSETS, IMAGE_SIZE
+
+log = logging.getLogger(__name__)
 
 PACKAGES = (
     "emoji-datasource-google@16.0.0",
@@ -170,6 +174,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=ASSETS / "items.parquet")
     args = parser.parse_args()
+    configure()
     with tempfile.TemporaryDirectory() as scratch:
         if args.node_modules is None:
             subprocess.run(
@@ -183,7 +188,7 @@ def main() -> None:
         row_group_size=1000,
         use_dictionary=["style", "category", "subcategory", "name"],
     )
-    print(f"{args.out}: {table.num_rows} items, {args.out.stat().st_size / 1e6:.1f} MB")
+    log.info(f"{args.out}: {table.num_rows} items, {args.out.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

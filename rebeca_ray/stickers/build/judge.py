@@ -7,6 +7,7 @@ from blurred and noisy images too: a judge that has only seen crisp ones tells a
 
 import argparse
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from rebeca_ray.log import configure
 from rebeca_ray.stickers import JUDGE
 from rebeca_ray.stickers.build.data import (
     Progress,
@@ -27,6 +29,8 @@ from rebeca_ray.stickers.build.data import (
     shift_and_flip,
 )
 from rebeca_ray.stickers.judge import Judge, JudgeNetwork
+
+log = logging.getLogger(__name__)
 
 
 def write_judge(network: JudgeNetwork, stickers: Stickers, directory: Path) -> None:
@@ -81,6 +85,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1000)
     args = parser.parse_args()
+    configure()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
@@ -130,7 +135,7 @@ def main() -> None:
             }
             progress.save({"step": step, **state})
             write_judge(network, stickers, args.out)
-            print(Judge(args.out).accuracy_line, flush=True)
+            log.info(Judge(args.out).accuracy_line)
 
 
 if __name__ == "__main__":

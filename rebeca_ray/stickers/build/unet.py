@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from rebeca_ray.log import configure
 from rebeca_ray.stickers import CLIP, DECODER, EMBED_DIM
 from rebeca_ray.stickers.build.captions import CONTEXT_LENGTH, VOCAB_SIZE, random_caption
 from rebeca_ray.stickers.build.data import (
@@ -232,6 +233,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    configure()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 

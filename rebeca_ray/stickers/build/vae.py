@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
+from rebeca_ray.log import configure
 from rebeca_ray.stickers import DECODER, IMAGE_SIZE
 from rebeca_ray.stickers.build.data import Progress, autocast, batches, load_stickers, shift_and_flip
 
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    configure()
     mode = "_decoder" if args.decoder_only else "_continued" if args.continue_shipped else ""
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

@@ -1,0 +1,218 @@
+"""`rebeca catalog`: look at published snapshots, verify, publish, collect, export them."""
+
+from typing import Annotated, Literal
+
+import typer
+
+from rebeca_ray.cli import output
+from rebeca_ray.cli.runner import plain_errors, print_result
+
+app = typer.Typer(no_args_is_help=True, help="Look at published catalogs, verify, publish and export them.")
+exports = typer.Typer(no_args_is_help=True, help="Export the published snapshot for systems without Parquet.")
+app.add_typer(exports, name="export")
+
+Catalog = Annotated[
+    str,
+    typer.Argument(
+        metavar="CATALOG", help="The catalog's folder: a local path or s3://bucket/prefix, as in the config."
+    ),
+]
+RunId = Annotated[
+    str | None, typer.Option("--run-id", help="Run of the snapshot. Default: the published one.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, with plain numbers and stable keys.")]
+
+
+@app.command(name="list")
+def list_(catalog: Catalog, as_json: AsJson = False) -> None:
+    """List all complete snapshots, oldest first."""
+    from rebeca_ray.catalog.pointer import read_pointer
+    from rebeca_ray.catalog.snapshots import list_snapshots
+    from rebeca_ray.errors import InputError
+
+    with plain_errors():
+        pointer, version = read_pointer(catalog)
+        snapshots = list_snapshots(catalog)
+        if version is None and not snapshots:
+            raise InputError(
+                f"catalog {catalog}: no catalog there (no latest.json); give the folder of a catalog"
+            )
+        form = output.snapshot_list_json if as_json else output.snapshot_list
+        print_result(form(pointer, snapshots), as_json=as_json)
+
+
+@app.command()
+def show(catalog: Catalog, run_id: RunId = None, as_json: AsJson = False) -> None:
+    """Show the manifest of a snapshot: contents, quality, versions. With --json, print all of it."""
+    from rebeca_ray.catalog.read import read_catalog
+    from rebeca_ray.catalog.snapshots import find_snapshot
+
+    with plain_errors():
+        manifest = find_snapshot(catalog, run_id) if run_id else read_catalog(catalog).manifest
+        form = output.manifest_json if as_json else output.manifest_table
+        print_result(form(manifest), as_json=as_json)
+
+
+@app.command()
+def verify(
+    catalog: Catalog,
+    run_id: RunId = None,
+    level: Annotated[
+        Literal["metadata", "sample", "full"],
+        typer.Option(
+            help="How thorough. metadata: counts and file sizes. "
+            "sample: also some files, rows and images. full: all of them."
+        ),
+    ] = "sample",
+    as_json: AsJson = False,
+) -> None:
+    """Compare a snapshot with its manifest. Prints a line per difference; the exit code is then 4."""
+    from rebeca_ray.catalog.read import open_snapshot, read_catalog
+    from rebeca_ray.catalog.snapshots import find_snapshot
+    from rebeca_ray.catalog.verify import verify as find_damage
+    from rebeca_ray.errors import QualityGateError
+
+    with plain_errors():
+        snapshot = (
+            open_snapshot(catalog, find_snapshot(catalog, run_id).path) if run_id else read_catalog(catalog)
+        )
+        damage = find_damage(snapshot, level)
+        form = output.verified_json if as_json else output.verified
+        print_result(form(snapshot, level, damage), as_json=as_json)
+        if damage:
+            raise QualityGateError(
+                f"catalog {catalog}: run {snapshot.run_id} is damaged ({len(damage)} differences, above); "
+                "`rebeca catalog rollback` it, or restore the files"
+            )
+
+
+@app.command()
+def publish(
+    catalog: Catalog,
+    run_id: Annotated[str, typer.Option("--run-id", help="Run to publish; `rebeca catalog list` shows all.")],
+) -> None:
+    """Publish a complete snapshot, even one that the quality gate refused; the catalog records that."""
+    from rebeca_ray.catalog.snapshots import publish_snapshot
+
+    with plain_errors():
+        manifest = publish_snapshot(catalog, run_id)
+        print_result(f"published run {run_id} of {manifest.run_date} in {catalog}")
+
+
+@app.command()
+def rollback(catalog: Catalog) -> None:
+    """Publish the predecessor of the published snapshot."""
+    from rebeca_ray.catalog.snapshots import roll_back
+
+    with plain_errors():
+        manifest = roll_back(catalog)
+        print_result(f"published run {manifest.run_id} of {manifest.run_date} in {catalog} again")
+
+
+@app.command()
+def gc(
+    catalog: Catalog,
+    keep: Annotated[int, typer.Option(min=1, help="Number of latest snapshots to keep.")] = 7,
+    grace_hours: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Hours to keep a snapshot after its successor was published, "
+            "and an unfinished run after its start.",
+        ),
+    ] = 48,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files to remove, and remove nothing.")
+    ] = False,
+) -> None:
+    """Remove files that no kept snapshot and no unfinished run needs."""
+    from rebeca_ray.catalog.gc import collect
+
+    with plain_errors():
+        garbage = collect(catalog, keep=keep, grace_hours=grace_hours, dry_run=dry_run)
+        print_result(output.collected(garbage, dry_run=dry_run))
+
+
+@exports.command(name="images")
+def images_command(
+    catalog: Catalog,
+    out: Annotated[
+        str,
+        typer.Argument(
+            help="Folder for the images and the tables of URLs: a local path or s3://bucket/prefix."
+        ),
+    ],
+    url_base: Annotated[
+        str,
+        typer.Option(help="URL of OUT for browsers, on a CDN. An image's URL is this, a slash, and its key."),
+    ],
+) -> None:
+    """Export images as objects with stable keys, and a table of each user's URLs.
+
+    Objects that an earlier export wrote are not written again.
+    """
+    from rebeca_ray.catalog.exports.image_objects import export_images
+    from rebeca_ray.catalog.read import read_catalog
+
+    with plain_errors():
+        snapshot = read_catalog(catalog)
+        print_result(output.exported_images(snapshot, export_images(snapshot, out, url_base), out))
+
+
+@exports.command(name="key-values")
+def key_values_command(
+    catalog: Catalog,
+    out: Annotated[
+        str, typer.Argument(help="Folder for the part files: a local path or s3://bucket/prefix.")
+    ],
+    format: Annotated[
+        Literal["jsonl", "redis"],
+        typer.Option(help="jsonl: JSON lines. redis: commands for `redis-cli --pipe`."),
+    ] = "jsonl",
+    key_prefix: Annotated[
+        str, typer.Option(help="Beginning of each key in Redis; the user_id follows.")
+    ] = "rebeca:",
+    since: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN_ID", help="Export only users whose items changed since this run's snapshot."
+        ),
+    ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Folder of `export images`; its URLs are added to the values."),
+    ] = None,
+) -> None:
+    """Export one value per user, with all items, for the bulk load of a serving store."""
+    from rebeca_ray.catalog.exports.key_values import export_key_values
+    from rebeca_ray.catalog.read import read_catalog
+
+    with plain_errors():
+        exported = export_key_values(
+            read_catalog(catalog), out, format, key_prefix=key_prefix, since=since, images=images
+        )
+        print_result(output.exported_key_values(exported))
+
+
+@exports.command(name="iceberg")
+def iceberg_command(
+    catalog: Catalog,
+    database: Annotated[
+        str,
+        typer.Option(
+            "--catalog", help="Database URL of an Iceberg SQL catalog, such as sqlite:////data/iceberg.db."
+        ),
+    ],
+    warehouse: Annotated[str, typer.Option(help="Folder for the metadata of the Iceberg tables.")],
+    namespace: Annotated[
+        str, typer.Option(help="Iceberg namespace of the tables items, images, users, errors, changes.")
+    ] = "rebeca",
+) -> None:
+    """Register the snapshot's files as Iceberg tables, without copying them."""
+    from rebeca_ray.catalog.exports.iceberg import register_snapshot
+    from rebeca_ray.catalog.read import read_catalog
+
+    with plain_errors():
+        snapshot = read_catalog(catalog)
+        changes = register_snapshot(snapshot, database, warehouse, namespace)
+        print_result(output.registered(snapshot, namespace, changes))

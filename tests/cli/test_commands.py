@@ -1,0 +1,191 @@
+"""The command line: light to import, plain help, results for people and as JSON, one-line errors."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from rebeca_ray.catalog.read import Snapshot
+from rebeca_ray.cli.commands import app
+from rebeca_ray.config.jobs import GenerateConfig
+from tests.conftest import USERS
+from tests.generation.test_nights import night
+
+REBECA = str(Path(sys.executable).parent / "rebeca")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([REBECA, *arguments], capture_output=True, text=True, timeout=120)
+
+
+def commands(group: click.Group, name: str = "rebeca") -> Iterator[tuple[str, click.Command]]:
+    for command in group.commands.values():
+        yield f"{name} {command.name}", command
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{name} {command.name}")
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("statement", ["import rebeca_ray", "import rebeca_ray.cli.commands"])
+def test_importing_loads_no_heavy_package(statement: str) -> None:
+    heavy = "('torch', 'ray', 'diffusers', 'pandas', 'pyarrow', 'pydantic')"
+    loaded = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys; {statement}; print([name for name in {heavy} if name in sys.modules])",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert loaded.stdout.strip() == "[]"
+
+
+def test_help_lists_the_commands() -> None:
+    out = run("--help")
+    assert out.returncode == 0
+    for command in ("demo", "embed", "train", "generate", "stickers", "catalog", "--log-level", "--log-json"):
+        assert command in out.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_each_option_is_a_sentence_of_its_own(name: str) -> None:
+    assert re.match(r"[A-Z].*[.]", (COMMANDS[name].help or "").split("\n")[0])
+    for parameter in COMMANDS[name].params:
+        text = getattr(parameter, "help", None)
+        if parameter.name != "help":
+            assert text, parameter.name
+            assert re.match(r"([A-Z]|jsonl:).*[.]", text), text
+    if name.startswith("rebeca catalog ") and name != "rebeca catalog export":
+        (catalog, *_) = [one for one in COMMANDS[name].params if isinstance(one, click.Argument)]
+        assert catalog.make_metavar(click.Context(COMMANDS[name])) == "CATALOG"
+
+
+def test_lazy_public_names() -> None:
+    import rebeca_ray
+    from rebeca_ray.catalog.read import read_catalog
+
+    assert rebeca_ray.read_catalog is read_catalog
+    assert {"read_catalog", "UserError", "__version__"} <= set(dir(rebeca_ray))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = rebeca_ray.no_such_name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--config", "nothing.yaml"], "cannot be read"),
+        (
+            ["generate", "--config", "jobs/configs/generate_stickers.yaml", "decoder.guidance=3"],
+            "did you mean 'decoder_guidance_scale'",
+        ),
+        (["catalog", "show", "/nothing/here"], "nothing is published there"),
+        (["catalog", "show", "gs://bucket/catalog"], "is not supported; give a local path or s3://"),
+    ],
+)
+def test_an_input_error_is_one_line_without_traceback(arguments: list[str], message: str) -> None:
+    out = run(*arguments)
+    assert out.returncode == 2
+    assert message in out.stderr
+    assert out.stderr.startswith("error: ")
+    assert out.stderr.count("\n") == 1
+    assert "Traceback" not in out.stdout + out.stderr
+
+
+def test_an_unknown_log_level_is_an_error_of_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REBECA_LOG_LEVEL", "loud")
+    out = run("catalog", "list", "/nothing/here")
+    assert out.returncode == 2
+    assert "'loud' is not one of" in out.stderr
+    assert "Traceback" not in out.stderr
+
+
+@pytest.mark.parametrize("command", [["stickers", "simulate"], ["demo"]])
+def test_an_unwritable_output_is_refused_at_once(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    out = run(*command, "--out", str(tmp_path / "file" / "out"))
+    assert out.returncode == 2
+    assert out.stderr.startswith(f"error: --out {tmp_path}/file/out: cannot be written (Not a directory)")
+    assert out.stderr.count("\n") == 1
+
+
+def test_dry_run_prints_the_resolved_config_and_starts_nothing() -> None:
+    out = run("generate", "--config", "jobs/configs/generate_stickers.yaml", "--dry-run", "num_images=9")
+    assert out.returncode == 0
+    config = json.loads(out.stdout)
+    assert config["num_images"] == 9
+    assert config["prior"].endswith("rebeca-stickers/prior")
+
+
+@pytest.mark.parametrize("command", ["list", "show", "verify", "rollback", "gc", "publish"])
+def test_a_missing_catalog_is_one_line_and_is_not_created(tmp_path: Path, command: str) -> None:
+    run_id = ["--run-id", "a"] if command == "publish" else []
+    out = run("catalog", command, str(tmp_path / "nowhere"), *run_id)
+    assert out.returncode == 2
+    assert out.stderr.startswith(f"error: catalog {tmp_path}/nowhere: ")
+    assert out.stderr.count("\n") == 1
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.fixture
+def published(config: GenerateConfig) -> Snapshot:
+    _, snapshot = night(config, USERS[:2])
+    return snapshot
+
+
+def test_catalog_commands_print_json_alone_on_standard_output(published: Snapshot) -> None:
+    root = str(published.root)
+    listed = json.loads(run("catalog", "list", root, "--json").stdout)
+    assert (listed["published"], listed["lease"]) == (published.run_id, None)
+    (row,) = listed["snapshots"]
+    assert row == {
+        "run_date": published.manifest["run_date"],
+        "run_id": published.run_id,
+        "created_at": published.manifest["created_at"],
+        "items": 6,
+        "new": 6,
+        "users": 2,
+        "bytes": published.manifest["bytes"],
+        "status": "published",
+    }
+    assert json.loads(run("catalog", "show", root, "--json").stdout) == published.manifest
+    by_id = run("catalog", "show", root, "--json", "--run-id", str(published.run_id))
+    assert json.loads(by_id.stdout) == published.manifest
+    verified = json.loads(run("catalog", "verify", root, "--json", "--level", "full").stdout)
+    assert verified == {
+        "run_id": published.run_id,
+        "level": "full",
+        "files": published.files.num_rows,
+        "ok": True,
+        "damage": [],
+    }
+
+
+def test_damage_is_printed_also_as_json_and_is_an_error(published: Snapshot) -> None:
+    root = str(published.root)
+    path = published.files.to_pylist()[0]["path"]
+    Path(root, path).unlink()
+    for form in ([], ["--json"]):
+        out = run("catalog", "verify", root, "--level", "metadata", *form)
+        assert out.returncode == 4
+        assert out.stderr.startswith(
+            f"error: catalog {root}: run {published.run_id} is damaged (1 differences"
+        )
+    assert json.loads(out.stdout)["damage"] == [f"{path}: is missing"]
+    assert json.loads(out.stdout)["ok"] is False
+
+
+def test_people_read_units(published: Snapshot) -> None:
+    out = run("catalog", "show", str(published.root))
+    assert re.search(r"│ bytes +│ [\d.]+ kB", out.stdout)
+    listed = run("catalog", "list", str(published.root))
+    assert re.search(rf"{published.run_id} +│ 6 +│ 6 +│ published", listed.stdout)

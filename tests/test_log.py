@@ -1,0 +1,126 @@
+"""The package's log: one line per record, with level, time and run id, for people or as JSON."""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from rebeca_ray import log
+
+MODULE = logging.getLogger("rebeca_ray.generation.example")
+
+
+@pytest.fixture(autouse=True)
+def _restore(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Leave the loggers, the run id and the environment as they were."""
+    package = logging.getLogger(log.PACKAGE)
+    before = package.handlers, package.level, package.propagate
+    for name in (log.LEVEL, log.JSON_LINES):
+        monkeypatch.setenv(name, "")
+    yield
+    package.handlers, package.level, package.propagate = before
+    log.RUN_ID.run_id, log.RUN_ID.in_worker = None, False
+
+
+def test_a_line_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure()
+    MODULE.info("%s of %s", 3, 4)
+    log.set_run_id("20260302T000000-abcdef")
+    MODULE.warning("half of it")
+    MODULE.debug("details")
+    out, err = capsys.readouterr()
+    assert out == ""
+    first, second = err.splitlines()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d INFO: 3 of 4", first)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d WARNING run 20260302T000000-abcdef: half of it", second)
+
+
+def test_a_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure("debug", json_lines=True)
+    log.set_run_id("20260302T000000-abcdef")
+    MODULE.debug("“two”\nlines")
+    try:
+        _ = 1 / 0
+    except ZeroDivisionError:
+        MODULE.exception("broken")
+    first, second = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", first.pop("time"))
+    assert first == {
+        "level": "debug",
+        "run_id": "20260302T000000-abcdef",
+        "logger": MODULE.name,
+        "message": "“two”\nlines",
+    }
+    assert second["level"] == "error"
+    assert "ZeroDivisionError" in second["traceback"]
+
+
+def test_a_second_configuration_replaces_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure()
+    log.configure("error")
+    MODULE.warning("not shown")
+    MODULE.error("shown once")
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_workers_take_their_settings_from_the_environment(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.configure("error", json_lines=True)
+    assert (os.environ[log.LEVEL], os.environ[log.JSON_LINES]) == ("error", "1")
+    log.configure_worker()
+    MODULE.warning("not shown")
+    MODULE.error("shown")
+    assert json.loads(capsys.readouterr().err)["message"] == "shown"
+    monkeypatch.setenv(log.LEVEL, "loud")  # no worker fails for it
+    log.configure_worker()
+    MODULE.info("info is the default")
+    assert "info is the default" in capsys.readouterr().err
+
+
+def test_disabled_loggers_are_enabled_again(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure()
+    MODULE.disabled = True  # as `logging.config.dictConfig` does by default
+    MODULE.warning("lost")
+    log.enable()
+    MODULE.warning("shown")
+    err = capsys.readouterr().err
+    assert "lost" not in err
+    assert "WARNING: shown" in err
+
+
+def test_lines_show_once_where_a_library_has_set_up_the_root_logger(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    log.configure()
+    handler = logging.StreamHandler(sys.stderr)
+    logging.root.addHandler(handler)
+    try:
+        MODULE.warning("once")
+    finally:
+        logging.root.removeHandler(handler)
+    assert capsys.readouterr().err.count("once") == 1
+
+
+def test_the_log_needs_the_standard_library_only() -> None:
+    others = "('rich', 'typer', 'ray', 'numpy')"
+    code = f"import sys, rebeca_ray.log; print([name for name in {others} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_nothing_but_the_command_line_prints() -> None:
+    """Ruff finds every `print` of the package; those into a file or in cli/ are fine."""
+    from tests.conftest import REPO
+
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "T201", "--output-format"]
+    report = subprocess.run([*command, "json", REPO / "rebeca_ray"], capture_output=True, text=True)
+    lines = [(line["filename"], line["location"]["row"]) for line in json.loads(report.stdout)]
+    outside = [(path, row) for path, row in lines if "/cli/" not in path]
+    for path, row in outside:
+        with open(path) as file:
+            assert "file=" in file.read().splitlines()[row - 1], (path, row)
