@@ -3,8 +3,9 @@
 
     python serving/build_engines.py DIR --batch-size 16
 
-The engines are strongly typed: they have the precision of the export (`decoder.dtype=float16`). A build takes minutes; the
-timing cache in DIR makes the next build shorter. Run this on the machine and in the container that will run the engines.
+The engines are strongly typed: they have the precision of the export (`decoder.dtype=float16`). A build takes
+minutes; the timing cache in DIR makes the next build shorter. Run this on the machine and in the container of
+the engines.
 """
 
 import json

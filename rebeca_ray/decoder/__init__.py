@@ -1,4 +1,4 @@
-"""Decoder: image embeddings -> encoded images, locally or through Triton, run by PyTorch, ONNX Runtime or TensorRT.
+"""Decoder: image embeddings -> encoded images, in this process or in Triton, by PyTorch, ONNX or TensorRT.
 
 May import: `config`, `storage`, `noise`, and their imports.
 Must not hold: users, catalogs, Ray.

@@ -5,7 +5,7 @@ from rebeca_ray.decoder.interface import Decoder
 
 
 def check_decoder(settings: DecoderSettings) -> None:
-    """Raise the errors of a missing server or safety checker, as `build_decoder` would, without loading weights."""
+    """Raise the errors of `build_decoder` for a missing server or safety checker, without loading weights."""
     if settings.backend == "triton":
         from rebeca_ray.decoder.triton_client import TritonDecoder
 

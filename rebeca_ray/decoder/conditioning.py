@@ -1,7 +1,7 @@
 """The conditioning of a UNet: named tensors with one row per image.
 
-A family declares the names, such as text tokens, image tokens and the weight of the image. The denoising loop passes the
-tensors on in the declared order and knows none of their names.
+A family declares the names, such as text tokens, image tokens and the weight of the image. The denoising loop
+passes the tensors on in the declared order and knows none of their names.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ class Conditioning:
         return self.tensors[name]
 
     def replace(self, **tensors: torch.Tensor) -> "Conditioning":
-        """Return a copy in which `tensors` are added, or take the place of those with the same name."""
+        """Return a copy with `tensors` added; a tensor replaces that of the same name."""
         return Conditioning({**self.tensors, **tensors})
 
     def concatenate(self, other: "Conditioning") -> "Conditioning":
@@ -37,6 +37,6 @@ class Conditioning:
         return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()})
 
     def in_order(self, names: Sequence[str]) -> tuple[torch.Tensor, ...]:
-        """Return the tensors in the order of `names`, which must be exactly the names of this conditioning."""
+        """Return the tensors in the order of `names`, which must name each tensor once."""
         assert set(names) == set(self.tensors), (names, set(self.tensors))
         return tuple(self.tensors[name] for name in names)

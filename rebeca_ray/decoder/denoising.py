@@ -1,7 +1,7 @@
-"""The denoising loop: one batch. Each row has an embedding, prompt, seed, guidance and image weight of its own.
+"""The denoising loop over a batch. Each row may have another embedding, prompt, seed, guidance and weight.
 
-`StableDiffusionPipeline` mixes the rows of a batch as soon as they have different embeddings; this loop does not. Image i of a
-batch equals the same item drawn alone.
+`StableDiffusionPipeline` mixes the rows of a batch as soon as they have different embeddings; this loop does
+not. Image i of a batch equals the same item drawn alone.
 
 Shapes: B batch, C latent channels, Y X pixels or latents.
 """
@@ -37,7 +37,8 @@ class DenoisingLoop:
     def draw(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
         """Draw one tile; return uint8 images [B, Y, X, 3], and whether each is finite [B].
 
-        Guidance is one doubled batch (Ho & Salimans 2022). A tile without a guided row is drawn in single passes.
+        Guidance is one doubled batch (Ho & Salimans 2022). A tile without a guided row needs single passes
+        only.
         """
         networks, size, channels = self.networks, self.latent_size, self.networks.latent_channels
         device, dtype = networks.device, networks.dtype
@@ -45,7 +46,7 @@ class DenoisingLoop:
         guided = bool((rows.guidance_scale_B != 1).any())
         # The conditioning is the same at every step.
         conditioning = networks.condition(rows, guided=guided).in_order(networks.family.conditioning)
-        # Each row starts from the noise of its own seed, so that its image is the same in any batch.
+        # Each row starts from the noise of its seed, so that its image is the same in any batch.
         self.scheduler.set_timesteps(self.settings.num_inference_steps, device=device)
         noise = next(item_noise(rows.seeds, channels * size * size, device)).view(-1, channels, size, size)
         latents = noise * self.scheduler.init_noise_sigma

@@ -8,18 +8,17 @@ from rebeca_ray.errors import InputError
 
 
 def find_family(name: str) -> Family:
-    """Return a family by its name. Raises InputError for an unknown name."""
+    """Return a family by its name in an export. Raises InputError for an unknown name."""
     if name == sd.FAMILY.name:
         return sd.FAMILY
     raise InputError(f"decoder family {name}: unknown; expected {sd.FAMILY.name}; export the decoder again")
 
 
 def load_networks(settings: DecoderSettings) -> Networks:
-    """Load the networks for `settings.engine`. Raises InputError if weights or engines are missing or do not fit."""
+    """Load the networks for `settings.engine`. Raises InputError if files are missing or do not fit."""
+    # A model's folder has no family name; every model is of the only family.
     if settings.engine == "torch":
-        return sd.FAMILY.load_networks(
-            settings
-        )  # a model's directory has no family name; there is one family
+        return sd.FAMILY.load_networks(settings)
     description = read_export(settings)
     family = find_family(description["family"])
     if settings.engine == "onnx":

@@ -1,8 +1,8 @@
-"""Export a decoder: each of its networks as an ONNX graph, with the other needs of the denoising loop, in one folder.
+"""Export a decoder to one folder: each network as an ONNX graph, and the other needs of the denoising loop.
 
     unet.onnx  vae_decoder.onnx  and one per encoder      any batch size; for Stable Diffusion
                                                           image_projection.onnx and text_encoder.onnx
-    tokenizer/  scheduler/                                as in the model's own folder
+    tokenizer/  scheduler/                                as in the model's folder
     decoder.json                                          family, sizes, precision, versions, origin
 
 The conditioning, with the weight of the image, is an input of the UNet: one graph serves every weight.
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.export import Dim
 
 from rebeca_ray.config.decoder import DecoderSettings
@@ -32,7 +31,7 @@ OPSET = 20
 def export_decoder(settings: DecoderSettings, out: Path) -> dict[str, Path]:
     """Write the ONNX graphs of a decoder, in the precision of `settings.dtype`; return their paths by name.
 
-    `out` appears once it is complete. Raises InputError if `out` exists, or if the packages for ONNX are missing.
+    `out` appears once it is complete. Raises InputError if `out` exists, or if a package for ONNX is missing.
     """
     try:
         import onnx
@@ -44,12 +43,13 @@ def export_decoder(settings: DecoderSettings, out: Path) -> dict[str, Path]:
         raise InputError(f"--out {out}: already exists; remove it, or give another folder")
     if settings.engine != "torch" or settings.dtype == "bfloat16":
         raise InputError(
-            f"export: engine {settings.engine}, dtype {settings.dtype}; expected engine torch with float32 or "
-            "float16; set decoder.engine=torch decoder.engine_dir=null decoder.dtype=float16"
+            f"export: engine {settings.engine}, dtype {settings.dtype}; expected engine torch with "
+            "float32 or float16; set decoder.engine=torch decoder.engine_dir=null decoder.dtype=float16"
         )
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise InputError(
-            "export: decoder.device is cuda, torch sees no GPU here; set decoder.device=cpu: the graphs are the same"
+            "export: decoder.device is cuda, torch sees no GPU here; set decoder.device=cpu: "
+            "the graphs are the same"
         )
     networks = load_networks(settings.model_copy(update={"compile": False}))
     unfinished = out.with_name(f".{out.name}.unfinished")
@@ -104,7 +104,7 @@ def example_inputs(networks: Networks) -> dict[str, Tensors]:
     }
 
 
-def export_network(network: nn.Module, inputs: Tensors, signature: Signature, path: Path) -> None:
+def export_network(network: Any, inputs: Tensors, signature: Signature, path: Path) -> None:
     """Write one ONNX file, with large weights beside it; the first axis of every input is the batch."""
     batch = Dim("batch", min=1, max=1024)
     with warnings.catch_warnings():

@@ -46,5 +46,6 @@ def check_names(path: Path, signature: Signature, inputs: Collection[str], outpu
     ):
         if set(names) != set(declared):
             raise InputError(
-                f"{path}: {kind} {', '.join(sorted(names))}; expected {', '.join(sorted(declared))}; export it again"
+                f"{path}: {kind} {', '.join(sorted(names))}; expected {', '.join(sorted(declared))}; "
+                "export it again"
             )

@@ -1,4 +1,4 @@
-"""The files of a decoder: find them on disk or fetch them from a hub, and hash them without loading. Pickles are refused."""
+"""Find the files of a decoder on disk or in a hub, and hash them without loading. Pickles are refused."""
 
 import hashlib
 import json
@@ -58,8 +58,8 @@ def find_decoder(settings: DecoderSettings) -> DecoderFiles:
         file = getattr(settings, key)
         if file and file.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")):
             raise InputError(
-                f"decoder.{key} {file}: a pickle can run code when loaded; give the .safetensors file, or convert it: "
-                f"rebeca convert {file} {file.rpartition('.')[0]}.safetensors"
+                f"decoder.{key} {file}: a pickle can run code when loaded; give the .safetensors file, "
+                f"or convert it: rebeca convert {file} {file.rpartition('.')[0]}.safetensors"
             )
     return DecoderFiles(
         model=find_model(settings),
@@ -132,7 +132,8 @@ def find_lora(settings: DecoderSettings) -> Path | None:
     name, _, file = rest.partition("/")
     if is_local(lora) or not file.endswith(".safetensors"):
         raise InputError(
-            f"decoder.lora {lora}: no such .safetensors file; give a path, or owner/name/file.safetensors of a hub"
+            f"decoder.lora {lora}: no such .safetensors file; give a path, "
+            "or owner/name/file.safetensors of a hub"
         )
     return fetched("lora", lora, f"{owner}/{name} {file}", lambda: hf_hub_download(f"{owner}/{name}", file))
 
@@ -156,7 +157,7 @@ def fetched(key: str, value: str, download: str, fetch: Callable[[], str]) -> Pa
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderIdentity:
-    """The facts about a decoder that need no loading: D of its embeddings, and the sha256 of each weight file."""
+    """D of a decoder's embeddings and the sha256 of each weight file, known without loading."""
 
     embed_dim: int
     weights: dict[str, str]
@@ -211,7 +212,7 @@ def read_export(settings: DecoderSettings) -> dict[str, Any]:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Return the `decoder.json` of an export; one without a family is of `sd`. Raises InputError if it is missing."""
+    """Return the `decoder.json` of an export; its default family is `sd`. Raises InputError without one."""
     try:
         return {"family": "sd", **json.loads((folder / "decoder.json").read_text())}
     except (OSError, ValueError, TypeError):
@@ -222,14 +223,15 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def read_embed_dim(ip_adapter: Path) -> int:
-    """Return D of an IP-Adapter from its header. Raises InputError if it is damaged, or reads other embeddings."""
+    """Return D of an IP-Adapter from its header. Raises InputError for damaged and other adapters."""
     try:
         with safe_open(ip_adapter, framework="numpy") as weights:
             return int(weights.get_slice("image_proj.proj.weight").get_shape()[1])
     except SafetensorError as error:
         raise InputError(
-            f"decoder.ip_adapter {ip_adapter}: no image_proj.proj.weight to read ({error}); give a plain adapter "
-            "such as ip-adapter_sd15.safetensors: those called plus, full or faceid read other embeddings"
+            f"decoder.ip_adapter {ip_adapter}: no image_proj.proj.weight to read ({error}); "
+            "give a plain adapter such as ip-adapter_sd15.safetensors: "
+            "those called plus, full or faceid read other embeddings"
         ) from None
 
 
@@ -257,7 +259,8 @@ def hash_weights(files: DecoderFiles) -> dict[str, str]:
 def convert_pickle(pickle: Path, out: Path) -> int:
     """Write the tensors of a `.bin` file as safetensors, with names joined by dots; return their number.
 
-    Raises InputError if it holds anything but tensors in dicts, or if `out` exists. No code in the file is run.
+    Raises InputError if it holds anything but tensors in dicts, or if `out` exists. Code in the file never
+    runs.
     """
     if out.suffix != ".safetensors":
         raise InputError(f"{out}: the output is a safetensors file; name it {out.stem}.safetensors")
@@ -272,7 +275,7 @@ def convert_pickle(pickle: Path, out: Path) -> int:
         content = torch.load(pickle, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{pickle}: cannot be read ({error.strerror}); nothing is written") from None
-    except UnpicklingError:  # its own text advises to load the file without checks
+    except UnpicklingError:  # its text advises to load the file without checks
         raise InputError(
             f"{pickle}: holds objects other than tensors, which may be code; nothing was run or written"
         ) from None
@@ -290,7 +293,8 @@ def convert_pickle(pickle: Path, out: Path) -> int:
                 collect(inner, f"{name}.{key}" if name else str(key))
         else:
             raise InputError(
-                f"{pickle}: {name or 'the file'} is a {type(value).__name__}, expected tensors; nothing is written"
+                f"{pickle}: {name or 'the file'} is a {type(value).__name__}, expected tensors; "
+                "nothing is written"
             )
 
     collect(content, "")

@@ -1,6 +1,6 @@
-"""The decoder's interface: CLIP image embeddings become encoded images. Rows are independent; one may fail alone.
+"""The decoder's interface: CLIP image embeddings become encoded images. Any row may fail alone.
 
-`local.py` implements it in this process, `triton_client.py` on Triton Inference Server. Both give the same result.
+`local.py` implements it in this process, `triton_client.py` on Triton Inference Server, with equal results.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,10 @@ from rebeca_ray.config.decoder import DecoderSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The input of a decoder, one row per image. Guidance 1 means none; `ip_adapter_scale` is the embedding's weight."""
+    """The input of a decoder, one row per image.
+
+    Guidance 1 means none; `ip_adapter_scale` is the weight of the embedding.
+    """
 
     image_embeds_BD: np.ndarray
     seeds: Sequence[int]

@@ -33,11 +33,11 @@ class LocalDecoder:
         self.encoders = ThreadPoolExecutor(max_workers=4)
 
     def decode(self, rows: Rows) -> list[DecodedImage]:
-        """Draw, check, and encode. Under the policy `regenerate`, unsafe images are drawn again with other noise."""
+        """Draw, check and encode; the policy `regenerate` draws unsafe images again with other noise."""
         safety = self.settings.safety
         outcomes = [DecodedImage(seed=seed) for seed in rows.seeds]
         todo = list(range(len(rows)))
-        # Each attempt draws the rows that are still unsafe, with a seed of its own.
+        # Each attempt draws the rows that are still unsafe, with other seeds.
         for attempt in range(safety.max_attempts if safety.policy == "regenerate" else 1):
             seeds = [retry_seed(rows.seeds[row], attempt) for row in todo]
             images = self.draw(replace(rows.take(todo), seeds=seeds))
@@ -87,7 +87,7 @@ class LocalDecoder:
         return drawn
 
     def draw_tile(self, rows: Rows) -> list[np.ndarray | str]:
-        """Draw at most `batch_size` rows, padded to it, so that the bits of a row do not depend on other rows."""
+        """Draw up to `batch_size` rows, padded to it, so that the bits of a row do not depend on others."""
         padded = rows.take([*range(len(rows)), *[0] * (self.batch_size - len(rows))])
         images, finite = self.loop.draw(padded)
         # Usually float16 overflow. Rounded, it would be a black image.
@@ -113,8 +113,8 @@ class LocalDecoder:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         print(  # not by logging: Ray Data's setup silences existing loggers
-            f"decoder: {before} images at once do not fit the device's memory; continuing with {self.batch_size}. "
-            f"Set decoder.batch_size={self.batch_size} to start there",
+            f"decoder: {before} images at once do not fit the device's memory; "
+            f"continuing with {self.batch_size}. Set decoder.batch_size={self.batch_size} to start there",
             file=sys.stderr,
             flush=True,
         )
@@ -131,7 +131,7 @@ class LocalDecoder:
         return probabilities
 
     def call_checker(self, checker: Checker, images_BYX3: np.ndarray) -> np.ndarray:
-        """Return one probability per image. Raises InputError if the checker fails: unchecked images are never shown."""
+        """Return one probability per image. Raises InputError if the checker fails."""
         name = self.settings.safety.checker
         try:
             probabilities = np.asarray(checker(images_BYX3), np.float32)
@@ -162,7 +162,7 @@ class LocalDecoder:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Return whether an engine ran out of memory. Only torch on a GPU has a type for it; the others have a text."""
+    """Return whether an engine ran out of memory. Only torch on a GPU has a type for it."""
     return (
         isinstance(error, torch.OutOfMemoryError)
         or "ALLOC_FAILED" in str(error)

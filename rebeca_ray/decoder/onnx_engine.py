@@ -57,7 +57,7 @@ class OnnxNetwork:
 
 
 def load_onnx_networks(settings: DecoderSettings, family: Family, description: dict[str, Any]) -> Networks:
-    """Load the graphs that `rebeca export` wrote to `settings.engine_dir`. Raises InputError without ONNX Runtime."""
+    """Load the graphs in `settings.engine_dir`. Raises InputError without ONNX Runtime."""
     try:
         import onnxruntime  # noqa: F401
     except ImportError:

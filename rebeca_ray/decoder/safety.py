@@ -1,7 +1,7 @@
 """Load the safety checker. The decoder calls it on every image before it encodes any.
 
-A checker is any function of uint8 images [B, Y, X, 3] that returns the probability [B] that each is unsafe: the model's own,
-or a function of the user, `module:function`.
+A checker is any function of uint8 images [B, Y, X, 3] that returns the probability [B] that each is unsafe.
+It is part of the model, or a function of the user, `module:function`.
 """
 
 import importlib

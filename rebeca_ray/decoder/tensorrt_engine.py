@@ -1,7 +1,7 @@
-"""The networks of an exported decoder as TensorRT engines. An engine fits one kind of GPU and one version of TensorRT.
+"""The networks of an exported decoder as TensorRT engines. An engine fits one kind of GPU and one TensorRT.
 
-`serving/build_engines.py` writes the engines, and `engines.json` beside them with the machine they were built for. It is
-compared with this machine before anything is loaded.
+`serving/build_engines.py` writes the engines, and `engines.json` beside them with the machine they were built
+for. That machine is compared with this one before anything is loaded.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from rebeca_ray.errors import InputError
 
 
 def this_machine() -> dict[str, str]:
-    """Return the GPU, its compute capability and TensorRT's version. Raises InputError without a GPU or TensorRT."""
+    """Return the GPU, its compute capability and TensorRT's version. Raises InputError if one is missing."""
     if not torch.cuda.is_available():
         raise InputError(
             "decoder.engine tensorrt: torch sees no GPU here; set decoder.engine to torch or onnx, "
@@ -28,7 +28,8 @@ def this_machine() -> dict[str, str]:
         import tensorrt
     except ImportError:
         raise InputError(
-            "decoder.engine tensorrt: the package tensorrt is missing; install NVIDIA's wheel of it beside torch"
+            "decoder.engine tensorrt: the package tensorrt is missing; "
+            "install NVIDIA's wheel of it beside torch"
         ) from None
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
@@ -39,7 +40,7 @@ def this_machine() -> dict[str, str]:
 
 
 def check_engines(folder: Path, machine: dict[str, str], batch_size: int) -> None:
-    """Raise InputError, with the command that rebuilds them, if the engines in `folder` do not fit this machine."""
+    """Raise InputError, with the command that rebuilds them, if the engines do not fit this machine."""
     rebuild = f"build them here: python serving/build_engines.py {folder} --batch-size {batch_size}"
     try:
         sidecar = json.loads((folder / "engines.json").read_text())
@@ -86,7 +87,7 @@ def load_tensorrt_networks(
 
 
 class TensorRTNetwork:
-    """One engine. It reads and writes torch tensors on the GPU, on torch's own stream."""
+    """One engine. It reads and writes torch tensors on the GPU, on torch's stream."""
 
     def __init__(self, path: Path, signature: Signature) -> None:
         import tensorrt as trt
@@ -108,7 +109,7 @@ class TensorRTNetwork:
         self.output_dtypes = {name: dtypes[self.engine.get_tensor_dtype(name)] for name in signature.outputs}
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
-        # Copies live until the launch: torch's allocator reuses their memory only for later work of the same stream.
+        # Copies live until the launch. Later, torch gives their memory only to work of the same stream.
         dense = [value.contiguous() for value in inputs]
         for name, value in zip(self.signature.inputs, dense, strict=True):
             self.context.set_input_shape(name, tuple(value.shape))

@@ -1,7 +1,8 @@
 """The decoder behind Triton Inference Server: a client of the server on the actor's node.
 
-Each request is one full batch of the server. `window` requests are in flight at a time, so that the next batch waits while one
-is drawn. gRPC retries requests that never reached the server. The client waits for a server that restarts.
+Each request is one full batch of the server. `window` requests are in flight at a time, so that the next
+batch waits while one is drawn. gRPC retries requests that never reached the server. The client waits for a
+server that restarts.
 """
 
 import json
@@ -40,7 +41,7 @@ RETRIES = {
 class TritonDecoder:
     """A client of the server at `settings.triton.url`.
 
-    Raises InputError if the server runs another decoder than the settings say, ServerLostError without a server.
+    Raises InputError if the server runs another decoder than the settings, ServerLostError without a server.
     """
 
     def __init__(self, settings: DecoderSettings) -> None:
@@ -84,7 +85,7 @@ class TritonDecoder:
                 return unpack(result)
 
     def wait_until_ready(self) -> None:
-        """Wait for the server. Raises ServerLostError after `ready_seconds`, InputError if it runs another decoder."""
+        """Wait for the server. Raises ServerLostError when time is up, InputError for another decoder."""
         until = time.monotonic() + self.settings.triton.ready_seconds
         reason = "it answers, but its model is not ready"
         while time.monotonic() < until:
@@ -110,8 +111,8 @@ class TritonDecoder:
             differ = sorted(name for name in names if served.get(name) != expected.get(name))
             raise InputError(
                 f"decoder.triton {self.settings.triton.url}: serves another decoder than this config says "
-                f"(they differ in {', '.join(differ) or 'the weights'}); start the server with the same `decoder:` "
-                "section: rebeca serve --config …"
+                f"(they differ in {', '.join(differ) or 'the weights'}); start the server with the same "
+                "`decoder:` section: rebeca serve --config …"
             )
 
 
@@ -152,7 +153,7 @@ def pad(values: Sequence[bytes]) -> np.ndarray:
 
 
 def pack(images: Sequence[DecodedImage]) -> dict[str, np.ndarray]:
-    """Return outcomes as the server's output tensors [B, …]: bytes padded to the longest, and their sizes."""
+    """Return outcomes as the server's output tensors: bytes padded to the longest, and their sizes."""
     tensors: dict[str, np.ndarray] = {}
     for name in BYTES:
         values = [getattr(image, name) or b"" for image in images]

@@ -1,4 +1,4 @@
-"""Run Triton Inference Server with the decoder on this machine: write its model repository, start its process."""
+"""Run Triton Inference Server with the decoder on this machine: its model repository and its process."""
 
 import importlib.util
 import os
@@ -32,8 +32,8 @@ def triton_server(
 ) -> Iterator[Any]:
     """Run `tritonserver` on 127.0.0.1. It is ready on entry and stopped on exit; yields its process.
 
-    Raises InputError if this machine has no server, if a port is taken, or if the server stops before it is ready. The
-    server's output then has the reason.
+    Raises InputError if this machine has no server, if a port is taken, or if the server stops before it is
+    ready. The server's output then has the reason.
     """
     with tempfile.TemporaryDirectory(prefix="rebeca-triton-") as folder:
         write_repository(settings, Path(folder) / "models", instances)
@@ -63,7 +63,7 @@ def triton_server(
 
 
 def require_free(ports: dict[str, int]) -> None:
-    """Raise InputError for a port that is taken: a foreign server there would look ready in place of this one."""
+    """Raise InputError for a port that is taken: its server would look like ours, and ready."""
     for name, port in ports.items():
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -85,7 +85,8 @@ def wait_until_ready(process: "subprocess.Popen[bytes]", http_port: int) -> None
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
     raise InputError(
-        f"tritonserver ended with code {process.returncode} before it was ready; its log above gives the reason"
+        f"tritonserver ended with code {process.returncode} before it was ready; "
+        "its log above gives the reason"
     )
 
 
@@ -115,9 +116,9 @@ def write_repository(settings: DecoderSettings, folder: Path, instances: int = 1
 
 
 def find_server(folder: Path) -> tuple[str, dict[str, str], list[str]]:
-    """Return `(binary, environment, options)` of the container's server, or of the one in the nvidia-pytriton wheel.
+    """Return `(binary, environment, options)` of the container's server, or of the nvidia-pytriton wheel's.
 
-    The wheel has a stub of the Python backend per version of Python; the stub for this Python is copied into `folder`.
+    The wheel has a stub of the Python backend per version of Python; this Python's is copied into `folder`.
     Raises InputError if neither is installed.
     """
     site_packages = sysconfig.get_paths()["purelib"]

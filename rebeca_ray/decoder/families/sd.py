@@ -1,12 +1,12 @@
-"""Stable Diffusion 1.x and 2.x with a plain IP-Adapter: one text encoder, one global image embedding per item.
+"""Stable Diffusion 1.x and 2.x with a plain IP-Adapter: one text encoder, one image embedding per item.
 
     text_encoder      input_ids_BL                                           -> text_BLH
     image_projection  image_embeds_BD                                        -> image_BKH
     unet              latents_BCYX, timestep_B, text_BLH, image_BKH, scale_B -> predicted_BCYX
     vae_decoder       latents_BCYX                                           -> pixels_BRYX in [-1, 1]
 
-Shapes: B batch, D embed dim, L text tokens, K image tokens, H context width, C latent channels, R red green blue,
-T tokens of either kind, Y X pixels or latents.
+Shapes: B batch, D embed dim, L text tokens, K image tokens, T tokens of any kind, H context width,
+C latent channels, R red green blue, Y X pixels or latents.
 """
 
 from collections.abc import Sequence
@@ -38,10 +38,10 @@ class TextEncoder(nn.Module):
 
 
 class ImageAttention(nn.Module):
-    """Decoupled cross-attention (IP-Adapter, Ye et al. 2023, eq. 5): a softmax each for text and image tokens.
+    """Decoupled cross-attention (IP-Adapter, Ye et al. 2023, eq. 5): text and image have a softmax each.
 
-    It differs from diffusers' processor in the weight of the image: a tensor with one row per image. Rows may therefore
-    differ, and an exported graph has the weight as an input.
+    It differs from diffusers' processor in the weight of the image: a tensor with one row per image. Rows may
+    therefore differ, and an exported graph has the weight as an input.
     """
 
     def __init__(self, to_k_ip: nn.Linear, to_v_ip: nn.Linear) -> None:
@@ -70,7 +70,7 @@ class ImageAttention(nn.Module):
 
 
 class ConditionedUNet(nn.Module):
-    """The UNet with its whole conditioning as inputs: text tokens, image tokens and the weight of the image."""
+    """The UNet with its conditioning as inputs: text tokens, image tokens and the weight of the image."""
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class ConditionedUNet(nn.Module):
             if hasattr(processor, "to_k_ip"):
                 processors[name] = ImageAttention(processor.to_k_ip[0], processor.to_v_ip[0])
         unet.set_attn_processor(processors)
-        # The projection is a network of its own, because its output is the same at every step.
+        # The projection is a separate network, because its output is the same at every step.
         unet.encoder_hid_proj = None
         self.unet = unet
 

@@ -1,4 +1,4 @@
-"""Triton's Python backend around `rebeca_ray.decoder.interface`: it joins requests to one batch and answers each."""
+"""Triton's Python backend around `LocalDecoder`: join requests to one batch, draw it, answer each request."""
 
 import json
 import os
