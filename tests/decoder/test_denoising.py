@@ -1,4 +1,4 @@
-"""The denoising loop: each row of a batch equals the same item alone, and diffusers' pipeline for that item."""
+"""The denoising loop: each row of a batch equals the same item alone, also by diffusers' pipeline."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""An exported decoder draws the same images by ONNX Runtime, at any batch size and image weight; misfits are refused."""
+"""An exported decoder draws the same images by ONNX Runtime, at any batch size and image weight."""
 
 import json
 import shutil
@@ -11,12 +11,12 @@ import pytest
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.denoising import DenoisingLoop
-from rebeca_ray.decoder.engines import load_networks
+from rebeca_ray.decoder.engines import find_family, load_networks
 from rebeca_ray.decoder.export import export_decoder
 from rebeca_ray.decoder.families.sd import FAMILY
 from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.decoder.tensorrt_engine import check_engines, hash_file
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError, UserError
 from tests.decoder.test_denoising import loop_for, psnr, rows_for
 
 
@@ -80,6 +80,25 @@ def test_an_export_of_another_decoder_is_refused(
         UserError, match=r"half: unet.onnx has 4 bytes, \d+ were exported; copy the whole folder again"
     ):
         identify_decoder(exported.model_copy(update={"engine_dir": str(tmp_path / "half")}))
+
+
+def test_an_export_of_an_unknown_family_is_refused(exported: DecoderSettings, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match="decoder family pooled: unknown; expected sd; export the decoder again"
+    ):
+        find_family("pooled")
+    shutil.copytree(str(exported.engine_dir), tmp_path / "export")
+    copied = exported.model_copy(update={"engine_dir": str(tmp_path / "export")})
+    path = tmp_path / "export" / "decoder.json"
+    description = json.loads(path.read_text())
+    assert description["family"] == "sd"
+    path.write_text(json.dumps({**description, "family": "pooled"}))
+    with pytest.raises(InputError, match="decoder family pooled: unknown"):
+        load_networks(copied)
+    # An export from before families had names is of Stable Diffusion.
+    del description["family"]
+    path.write_text(json.dumps(description))
+    assert load_networks(copied).family is FAMILY
 
 
 @pytest.fixture

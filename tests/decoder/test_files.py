@@ -1,4 +1,4 @@
-"""A decoder's files: missing files and pickles are refused with a remedy; the fingerprint follows the images."""
+"""A decoder's files: missing files and pickles are refused; the fingerprint follows the images."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The exact configuration of Stable Diffusion 1.5 with random weights loads, and draws as the pipeline does."""
+"""The exact configuration of Stable Diffusion 1.5, with random weights, draws as the pipeline does."""
 
 import shutil
 from pathlib import Path
