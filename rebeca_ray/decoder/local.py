@@ -72,9 +72,8 @@ class LocalDecoder:
             tile, todo = todo[: self.batch_size], todo[self.batch_size :]
             try:
                 results = self.draw_tile(rows.take(tile))
-            except (
-                RuntimeError
-            ) as error:  # torch and the engines raise it; any other error is a bug and stops the run
+            # Torch and the engines raise RuntimeError. Any other error is a bug and stops the run.
+            except RuntimeError as error:
                 if out_of_memory(error):
                     todo = np.concatenate([tile, todo])
                     self.halve(error)
