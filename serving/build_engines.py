@@ -27,7 +27,7 @@ def build_engine(onnx: Path, max_batch: int, timing_cache: Path, workspace_gib: 
 
     Raises InputError with the parser's reasons.
     """
-    import tensorrt as trt  # after `this_machine`, whose error for a missing package has the remedy
+    import tensorrt as trt  # `this_machine` has checked that it is installed
 
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)

@@ -12,7 +12,7 @@ Shapes: B batch, C latent channels, R red green blue, Y X pixels or latents.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -60,18 +60,6 @@ class Networks:
         return self.family.condition(self, rows, guided)
 
 
-class LoadNetworks(Protocol):
-    """Load the networks that the settings name, run by PyTorch."""
-
-    def __call__(self, settings: DecoderSettings) -> Networks: ...
-
-
-class Condition(Protocol):
-    """Encode rows; with `guided`, B conditional rows and then B unconditional ones."""
-
-    def __call__(self, networks: Networks, rows: Rows, guided: bool) -> Conditioning: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """A family of models that are loaded, conditioned and exported alike."""
@@ -79,9 +67,9 @@ class Family:
     name: str  # in `decoder.json` of an export
     encoders: Mapping[str, Signature]  # the networks that run once per batch
     conditioning: tuple[str, ...]  # the inputs of the UNet after latents and timestep, in call order
-    load_networks: LoadNetworks
+    load_networks: Callable[[DecoderSettings], Networks]  # run by PyTorch
     load_tokenizers: Callable[[Path], dict[str, Any]]  # from the folder of an export, by subfolder
-    condition: Condition
+    condition: Callable[[Networks, Rows, bool], Conditioning]  # as `Networks.condition`
     example_inputs: Callable[[Networks], dict[str, Tensors]]  # of every encoder, a batch of two
 
     @property
