@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""TensorRT engines from an exported decoder, for the GPU of this machine.
+"""Build TensorRT engines from an exported decoder, for the GPU of this machine.
 
     python serving/build_engines.py DIR --batch-size 16
 
-Strongly typed: the precision is that of the export (`decoder.dtype=float16`). Takes minutes; the timing cache in DIR makes the
-next time shorter. Run where the engines will run, in the same container.
+The engines are strongly typed: they have the precision of the export (`decoder.dtype=float16`). A build takes
+minutes; the timing cache in DIR makes the next build shorter. Run this on the machine and in the container of
+the engines.
 """
 
 import json
@@ -15,16 +16,18 @@ import typer
 
 from rebeca_ray.cli.runner import plain_errors, run_script
 from rebeca_ray.console import console
-from rebeca_ray.decoder.export import NAMES
+from rebeca_ray.decoder.engines import find_family
+from rebeca_ray.decoder.files import read_description
 from rebeca_ray.decoder.tensorrt_engine import hash_file, this_machine
 from rebeca_ray.errors import InputError
 
-GUIDED = ("unet", "image_projection")  # guidance doubles their batch
-
 
 def build_engine(onnx: Path, max_batch: int, timing_cache: Path, workspace_gib: float) -> bytes:
-    """One serialized engine for batches of 1 to `max_batch`, fastest at `max_batch`. Raises InputError with the parser's reasons."""
-    import tensorrt as trt  # here, so that where it is missing `this_machine` says so first
+    """Return a serialized engine for batches of 1 to `max_batch`, fastest at `max_batch`.
+
+    Raises InputError with the parser's reasons.
+    """
+    import tensorrt as trt  # `this_machine` has checked that it is installed
 
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
@@ -39,6 +42,7 @@ def build_engine(onnx: Path, max_batch: int, timing_cache: Path, workspace_gib: 
         config.create_timing_cache(timing_cache.read_bytes() if timing_cache.exists() else b""),
         ignore_mismatch=False,
     )
+    # Only the first axis of an input is free: it is the batch.
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
@@ -47,7 +51,7 @@ def build_engine(onnx: Path, max_batch: int, timing_cache: Path, workspace_gib: 
     config.add_optimization_profile(profile)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise InputError(f"{onnx}: TensorRT could not build an engine; its own lines above say why")
+        raise InputError(f"{onnx}: TensorRT could not build an engine; its log above gives the reason")
     timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
     return bytes(engine)
 
@@ -61,9 +65,11 @@ def main(
 ) -> None:
     with plain_errors():
         machine, plans = this_machine(), {}
-        cache = f"timing-{machine['compute_capability']}-{machine['tensorrt']}.cache"  # good for no other
-        for name in NAMES:
-            doubled = 2 if name in GUIDED else 1
+        family = find_family(read_description(folder)["family"])
+        # A timing cache fits one kind of GPU and one version of TensorRT.
+        cache = f"timing-{machine['compute_capability']}-{machine['tensorrt']}.cache"
+        for name, signature in family.signatures.items():
+            doubled = 2 if signature.doubled else 1
             engine = build_engine(
                 folder / f"{name}.onnx", doubled * batch_size, folder / cache, workspace_gib
             )

@@ -1,5 +1,5 @@
-"""Decoder: image embeddings -> encoded images, in this process or behind Triton, on PyTorch, ONNX Runtime or TensorRT.
+"""Decoder: image embeddings -> encoded images, in this process or in Triton, by PyTorch, ONNX or TensorRT.
 
-May import: `config`, `storage`, `noise`, and what they may.
+May import: `config`, `storage`, `noise`, and their imports.
 Must not hold: users, catalogs, Ray.
 """

@@ -5,7 +5,7 @@ from rebeca_ray.decoder.interface import Decoder
 
 
 def check_decoder(settings: DecoderSettings) -> None:
-    """Raise what building the decoder would raise for a server or a checker that is not there, without loading the rest."""
+    """Raise the errors of `build_decoder` for a missing server or safety checker, without loading weights."""
     if settings.backend == "triton":
         from rebeca_ray.decoder.triton_client import TritonDecoder
 
@@ -17,7 +17,7 @@ def check_decoder(settings: DecoderSettings) -> None:
 
 
 def build_decoder(settings: DecoderSettings) -> Decoder:
-    """The decoder that `settings.backend` names."""
+    """Return the decoder that `settings.backend` names."""
     if settings.backend == "triton":
         from rebeca_ray.decoder.triton_client import TritonDecoder
 

@@ -1,7 +1,7 @@
-"""Pixels become files: JPEG, WebP or PNG, thumbnails, and in every one of them the word that a machine drew it.
+"""Encode pixels as JPEG, WebP or PNG, thumbnails too. Every file states that a machine made the image.
 
-The word is IPTC's digital source type in an XMP packet, which regulators, search engines and the big platforms read. (C2PA
-would sign it too; that needs a certificate of whoever runs this, and a signature an image.)
+The statement is IPTC's digital source type in an XMP packet, which regulators, search engines and the big
+platforms read. C2PA would sign it too, but needs a certificate of the operator and one signature per image.
 """
 
 import io
@@ -23,7 +23,7 @@ def encode_image(
     quality: int,
     max_size: int | None = None,
 ) -> bytes:
-    """Encode a uint8 image; with `max_size`, shrink it first so that no side is longer. WebP at 100 is lossless."""
+    """Encode a uint8 image, shrunk to `max_size` pixels per side if set. WebP at quality 100 is lossless."""
     image = Image.fromarray(image_YX3)
     if max_size is not None:
         image.thumbnail((max_size, max_size))

@@ -1,17 +1,30 @@
-"""Load the networks with the engine that the settings name."""
+"""Choose the family and the engine that the settings name, and load the networks."""
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.decoder.networks import Networks, load_torch_networks
+from rebeca_ray.decoder.families import sd
+from rebeca_ray.decoder.files import read_export
+from rebeca_ray.decoder.networks import Family, Networks
+from rebeca_ray.errors import InputError
+
+
+def find_family(name: str) -> Family:
+    """Return a family by its name in an export. Raises InputError for an unknown name."""
+    if name == sd.FAMILY.name:
+        return sd.FAMILY
+    raise InputError(f"decoder family {name}: unknown; expected {sd.FAMILY.name}; export the decoder again")
 
 
 def load_networks(settings: DecoderSettings) -> Networks:
-    """Load what `settings.engine` runs. Raises UserError if weights or engines are missing, pickles, or made for something else."""
+    """Load the networks for `settings.engine`. Raises InputError if files are missing or do not fit."""
+    # A model's folder has no family name; every model is of the only family.
+    if settings.engine == "torch":
+        return sd.FAMILY.load_networks(settings)
+    description = read_export(settings)
+    family = find_family(description["family"])
     if settings.engine == "onnx":
         from rebeca_ray.decoder.onnx_engine import load_onnx_networks
 
-        return load_onnx_networks(settings)
-    if settings.engine == "tensorrt":
-        from rebeca_ray.decoder.tensorrt_engine import load_tensorrt_networks
+        return load_onnx_networks(settings, family, description)
+    from rebeca_ray.decoder.tensorrt_engine import load_tensorrt_networks
 
-        return load_tensorrt_networks(settings)
-    return load_torch_networks(settings)
+    return load_tensorrt_networks(settings, family, description)

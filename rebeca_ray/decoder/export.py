@@ -1,10 +1,11 @@
-"""Exporting a decoder: each of its networks as an ONNX graph, with what else the denoising loop needs, in one directory.
+"""Export a decoder to one folder: each network as an ONNX graph, and the other needs of the denoising loop.
 
-    unet.onnx  vae_decoder.onnx  image_projection.onnx  text_encoder.onnx      any batch size
-    tokenizer/  scheduler/                                                     as in the model's own directory
-    decoder.json                                                               sizes, precision, versions, where it came from
+    unet.onnx  vae_decoder.onnx  and one per encoder      any batch size; for Stable Diffusion
+                                                          image_projection.onnx and text_encoder.onnx
+    tokenizer/  scheduler/                                as in the model's folder
+    decoder.json                                          family, sizes, precision, versions, origin
 
-The image tokens and the weight of the image are inputs of the UNet: one graph serves every weight.
+The conditioning, with the weight of the image, is an input of the UNet: one graph serves every weight.
 """
 
 import json
@@ -13,28 +14,24 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
 from torch.export import Dim
 
 from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.decoder.engines import load_networks
 from rebeca_ray.decoder.files import find_decoder, hash_weights
-from rebeca_ray.decoder.networks import Networks, load_torch_networks
+from rebeca_ray.decoder.interface import Rows
+from rebeca_ray.decoder.networks import Networks, Signature, Tensors
 from rebeca_ray.errors import InputError
 
 OPSET = 20
-NAMES = {  # inputs and output of each network, in the order of `networks.py`
-    "text_encoder": (("input_ids",), "text"),
-    "image_projection": (("image_embeds",), "image"),
-    "unet": (("latents", "timestep", "text", "image", "scale"), "predicted"),
-    "vae_decoder": (("latents",), "pixels"),
-}
 
 
 def export_decoder(settings: DecoderSettings, out: Path) -> dict[str, Path]:
-    """Write the ONNX graphs of a decoder, in the precision of `settings.dtype`; returns their paths by name.
+    """Write the ONNX graphs of a decoder, in the precision of `settings.dtype`; return their paths by name.
 
-    `out` appears when all of it is there. Raises UserError if it is there already, or ONNX cannot be had.
+    `out` appears once it is complete. Raises InputError if `out` exists, or if a package for ONNX is missing.
     """
     try:
         import onnx
@@ -43,62 +40,72 @@ def export_decoder(settings: DecoderSettings, out: Path) -> dict[str, Path]:
             "export: the packages onnx and onnxscript are missing; run `pip install 'rebeca-ray[onnx]'`"
         ) from None
     if out.exists():
-        raise InputError(f"--out {out}: is there already; remove it, or give another folder")
+        raise InputError(f"--out {out}: already exists; remove it, or give another folder")
     if settings.engine != "torch" or settings.dtype == "bfloat16":
         raise InputError(
-            f"export: engine {settings.engine}, dtype {settings.dtype}; exported are torch networks in "
+            f"export: engine {settings.engine}, dtype {settings.dtype}; expected engine torch with "
             "float32 or float16; set decoder.engine=torch decoder.engine_dir=null decoder.dtype=float16"
         )
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise InputError(
-            "export: decoder.device is cuda, torch sees no GPU here; set decoder.device=cpu: the graphs are the same"
+            "export: decoder.device is cuda, torch sees no GPU here; set decoder.device=cpu: "
+            "the graphs are the same"
         )
-    networks = load_torch_networks(settings.model_copy(update={"compile": False}))
+    networks = load_networks(settings.model_copy(update={"compile": False}))
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    for name, inputs in example_inputs(networks).items():
+    # Write one checked graph per network.
+    graphs, inputs = networks.by_name(), example_inputs(networks)
+    for name, signature in networks.family.signatures.items():
         path = unfinished / f"{name}.onnx"
-        export_network(getattr(networks, name), inputs, name, path)
+        export_network(graphs[name], inputs[name], signature, path)
         onnx.checker.check_model(path, full_check=True)
-    networks.tokenizer.save_pretrained(unfinished / "tokenizer")
+    for name, tokenizer in networks.tokenizers.items():
+        tokenizer.save_pretrained(unfinished / name)
     (unfinished / "scheduler").mkdir()
     (unfinished / "scheduler" / "scheduler_config.json").write_text(
         json.dumps(networks.scheduler_config, indent=2, default=str)
     )
+    # The description lists the size of every file, so that a reader recognises a partial copy.
     files = {
         str(path.relative_to(unfinished)): path.stat().st_size
         for path in sorted(unfinished.rglob("*"))
         if path.is_file()
     }
     (unfinished / "decoder.json").write_text(
-        json.dumps({**description(settings, networks), "files": files}, indent=2)
+        json.dumps({**describe_export(settings, networks), "files": files}, indent=2)
     )
     unfinished.rename(out)
-    return {name: out / f"{name}.onnx" for name in NAMES}
+    return {name: out / f"{name}.onnx" for name in graphs}
 
 
-def example_inputs(networks: Networks) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Inputs of every network for a batch of two, by the networks themselves."""
+def example_inputs(networks: Networks) -> dict[str, Tensors]:
+    """Return inputs of every network for a batch of two; the networks themselves make the conditioning."""
     device, dtype = networks.device, networks.dtype
-    input_ids = torch.zeros((2, networks.tokenizer.model_max_length), dtype=torch.int64, device=device)
-    embeds = torch.zeros((2, networks.embed_dim), dtype=dtype, device=device)
     size = networks.image_size // networks.vae_scale_factor
     latents = torch.zeros((2, networks.latent_channels, size, size), dtype=dtype, device=device)
-    timestep, scale = torch.tensor([1, 999], device=device), torch.ones(2, dtype=dtype, device=device)
+    rows = Rows(
+        image_embeds_BD=np.zeros((2, networks.embed_dim), np.float32),
+        seeds=[0, 1],
+        prompts=["", ""],
+        negative_prompts=["", ""],
+        guidance_scale_B=np.ones(2, np.float32),
+        ip_adapter_scale_B=np.ones(2, np.float32),
+    )
     with torch.inference_mode():
-        text, image = networks.text_encoder(input_ids), networks.image_projection(embeds)
+        conditioning = networks.condition(rows).in_order(networks.family.conditioning)
+    # Clones made outside inference mode are plain tensors, as torch.export requires.
+    plain = (tensor.clone() for tensor in conditioning)
     return {
-        "text_encoder": (input_ids,),
-        "image_projection": (embeds,),
-        "unet": (latents, timestep, text.clone(), image.clone(), scale),
+        **networks.family.example_inputs(networks),
+        "unet": (latents, torch.tensor([1, 999], device=device), *plain),
         "vae_decoder": (latents,),
     }
 
 
-def export_network(network: nn.Module, inputs: tuple[torch.Tensor, ...], name: str, path: Path) -> None:
-    """One ONNX file, weights beside it where they are large; the first axis of every input is the batch."""
-    input_names, output_name = NAMES[name]
+def export_network(network: Any, inputs: Tensors, signature: Signature, path: Path) -> None:
+    """Write one ONNX file, with large weights beside it; the first axis of every input is the batch."""
     batch = Dim("batch", min=1, max=1024)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -106,8 +113,8 @@ def export_network(network: nn.Module, inputs: tuple[torch.Tensor, ...], name: s
             network,
             inputs,
             path,
-            input_names=list(input_names),
-            output_names=[output_name],
+            input_names=list(signature.inputs),
+            output_names=list(signature.outputs),
             dynamic_shapes=tuple({0: batch} for _ in inputs),
             opset_version=OPSET,
             dynamo=True,
@@ -117,9 +124,10 @@ def export_network(network: nn.Module, inputs: tuple[torch.Tensor, ...], name: s
         )
 
 
-def description(settings: DecoderSettings, networks: Networks) -> dict[str, Any]:
-    """What the graphs are of, for whoever loads them."""
+def describe_export(settings: DecoderSettings, networks: Networks) -> dict[str, Any]:
+    """Return the origin, sizes and versions of the graphs, for the loader of the export."""
     return {
+        "family": networks.family.name,
         "model": settings.model,
         "ip_adapter": settings.ip_adapter,
         "vae": settings.vae,

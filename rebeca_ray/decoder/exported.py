@@ -1,37 +1,51 @@
-"""The networks of an exported decoder, run by another engine."""
+"""The networks of an exported decoder, run by another engine than PyTorch."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.decoder.files import read_export
-from rebeca_ray.decoder.networks import DTYPES, Networks
+from rebeca_ray.decoder.networks import DTYPES, Family, Network, Networks, Signature
+from rebeca_ray.errors import InputError
 
 
 def exported_networks(
-    settings: DecoderSettings, load: Callable[[Path, str], Callable[..., torch.Tensor]]
+    settings: DecoderSettings,
+    family: Family,
+    description: dict[str, Any],
+    load: Callable[[Path, str, Signature], Network],
 ) -> Networks:
-    """The networks in `settings.engine_dir`, each loaded by `load(folder, name)`.
+    """Return the networks in `settings.engine_dir`; `load(folder, name, signature)` loads each.
 
-    Raises UserError if that is no exported decoder, or one of another model, precision or image size than the settings say.
+    `description` is the folder's `decoder.json`, as `files.read_export` returns it.
     """
-    from transformers import CLIPTokenizer
-
-    folder, told = Path(str(settings.engine_dir)), read_export(settings)
+    folder = Path(str(settings.engine_dir))
+    networks = {name: load(folder, name, signature) for name, signature in family.signatures.items()}
     return Networks(
-        text_encoder=load(folder, "text_encoder"),
-        image_projection=load(folder, "image_projection"),
-        unet=load(folder, "unet"),
-        vae_decoder=load(folder, "vae_decoder"),
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        family=family,
+        encoders={name: networks[name] for name in family.encoders},
+        unet=networks["unet"],
+        vae_decoder=networks["vae_decoder"],
+        tokenizers=family.load_tokenizers(folder),
         scheduler_config=json.loads((folder / "scheduler" / "scheduler_config.json").read_text()),
-        embed_dim=told["embed_dim"],
-        latent_channels=told["latent_channels"],
-        image_size=told["image_size"],
-        vae_scale_factor=told["vae_scale_factor"],
+        embed_dim=description["embed_dim"],
+        latent_channels=description["latent_channels"],
+        image_size=description["image_size"],
+        vae_scale_factor=description["vae_scale_factor"],
         device=settings.device,
         dtype=DTYPES[settings.dtype],
     )
+
+
+def check_names(path: Path, signature: Signature, inputs: Collection[str], outputs: Collection[str]) -> None:
+    """Raise InputError if a graph or an engine has other inputs or outputs than its network declares."""
+    for kind, names, declared in (
+        ("inputs", inputs, signature.inputs),
+        ("outputs", outputs, signature.outputs),
+    ):
+        if set(names) != set(declared):
+            raise InputError(
+                f"{path}: {kind} {', '.join(sorted(names))}; expected {', '.join(sorted(declared))}; "
+                "export it again"
+            )

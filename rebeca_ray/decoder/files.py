@@ -1,4 +1,4 @@
-"""The files of a decoder: found on disk or fetched from a hub, read without loading them, hashed. Never a pickle."""
+"""Find the files of a decoder on disk or in a hub, and hash them without loading. Pickles are refused."""
 
 import hashlib
 import json
@@ -15,7 +15,8 @@ from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.fields import Effect, fields_with
 from rebeca_ray.errors import InputError
 
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+# Folders of a model, of any family; those that exist are hashed.
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 SAFETY_PARTS = ("safety_checker", "feature_extractor")
 # A fingerprint hashes the weights at these locations instead.
 LOCATIONS = fields_with(DecoderSettings, {Effect.CONTENT})
@@ -25,7 +26,7 @@ NOT_IN_FINGERPRINT = fields_with(DecoderSettings, set(Effect) - {Effect.ITEM, Ef
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderFiles:
-    """Where everything is that a decoder is loaded from: directories in diffusers' layout, and single safetensors files."""
+    """The paths of a decoder's weights: folders in diffusers' layout, and single safetensors files."""
 
     model: Path
     ip_adapter: Path
@@ -34,16 +35,16 @@ class DecoderFiles:
 
 
 def find_decoder(settings: DecoderSettings) -> DecoderFiles:
-    """Find a decoder's files; those of a hub are fetched into its cache, once a machine.
+    """Return a decoder's files. Files of a hub are fetched into its cache, once per machine.
 
-    Raises UserError, with the command that fetches, for what is missing, and for pickles.
+    Raises InputError for pickles, and for missing files with the command that fetches them.
     """
     for key in ("ip_adapter", "lora"):
         file = getattr(settings, key)
         if file and file.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")):
             raise InputError(
-                f"decoder.{key} {file}: a pickle can run code when loaded; give the .safetensors file, or make one of it: "
-                f"rebeca convert {file} {file.rpartition('.')[0]}.safetensors"
+                f"decoder.{key} {file}: a pickle can run code when loaded; give the .safetensors file, "
+                f"or convert it: rebeca convert {file} {file.rpartition('.')[0]}.safetensors"
             )
     return DecoderFiles(
         model=find_model(settings),
@@ -54,20 +55,20 @@ def find_decoder(settings: DecoderSettings) -> DecoderFiles:
 
 
 def find_model(settings: DecoderSettings) -> Path:
-    """The folder in diffusers' layout."""
+    """Return the model's folder in diffusers' layout."""
     if is_local(settings.model):
         if not (Path(settings.model) / "model_index.json").is_file():
             raise InputError(
-                f"decoder.model {settings.model}: no model_index.json there; give a diffusers directory, or a hub id such as "
-                "stable-diffusion-v1-5/stable-diffusion-v1-5"
+                f"decoder.model {settings.model}: no model_index.json there; give a diffusers directory, "
+                "or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
             )
         return Path(settings.model)
 
     def fetch() -> str:
-        from diffusers import StableDiffusionPipeline
+        from diffusers import DiffusionPipeline
 
         without = {} if settings.safety.checker == "stable-diffusion" else {"safety_checker": None}
-        return StableDiffusionPipeline.download(
+        return DiffusionPipeline.download(
             settings.model, revision=settings.revision, use_safetensors=True, **without
         )
 
@@ -75,11 +76,13 @@ def find_model(settings: DecoderSettings) -> Path:
 
 
 def find_adapter(settings: DecoderSettings) -> Path:
+    """Return the IP-Adapter's file."""
     repo = settings.ip_adapter_repo or settings.model
     if is_local(repo):
         if not (Path(repo) / settings.ip_adapter).is_file():
             raise InputError(
-                f"decoder.ip_adapter {settings.ip_adapter}: no such file in {repo}; set decoder.ip_adapter or decoder.ip_adapter_repo"
+                f"decoder.ip_adapter {settings.ip_adapter}: no such file in {repo}; set decoder.ip_adapter "
+                "or decoder.ip_adapter_repo"
             )
         return Path(repo) / settings.ip_adapter
     return fetched(
@@ -91,6 +94,7 @@ def find_adapter(settings: DecoderSettings) -> Path:
 
 
 def fetch_vae(settings: DecoderSettings) -> Path | None:
+    """Fetch the autoencoder that replaces the model's; return its folder, or None if none is set."""
     if settings.vae is None:
         return None
     repo = settings.vae
@@ -103,6 +107,7 @@ def fetch_vae(settings: DecoderSettings) -> Path | None:
 
 
 def find_lora(settings: DecoderSettings) -> Path | None:
+    """Return the LoRA's file, or None if none is set."""
     lora = settings.lora
     if lora is None:
         return None
@@ -112,102 +117,124 @@ def find_lora(settings: DecoderSettings) -> Path | None:
     name, _, file = rest.partition("/")
     if is_local(lora) or not file.endswith(".safetensors"):
         raise InputError(
-            f"decoder.lora {lora}: no such .safetensors file; give a path, or owner/name/file.safetensors of a hub"
+            f"decoder.lora {lora}: no such .safetensors file; give a path, "
+            "or owner/name/file.safetensors of a hub"
         )
     return fetched("lora", lora, f"{owner}/{name} {file}", lambda: hf_hub_download(f"{owner}/{name}", file))
 
 
 def is_local(name: str) -> bool:
-    """Whether a model's name is a folder on this machine, there or not, rather than a hub's."""
+    """Return whether a model's name means a folder on this machine, even a missing one, and not a hub id."""
     return name.startswith(("/", ".")) or Path(name).is_dir()
 
 
 def fetched(key: str, value: str, download: str, fetch: Callable[[], str]) -> Path:
-    """The path that `fetch` gives. Raises UserError where there is no network and nothing in the cache."""
+    """Return the path from `fetch`. Raises InputError if neither the network nor the cache has the file."""
     try:
         return Path(fetch())
-    except (OSError, ValueError) as error:  # what the hub's client raises derives from one or the other
+    except (OSError, ValueError) as error:  # every error of the hub's client is one of these
         raise InputError(
-            f"decoder.{key} {value}: cannot be fetched ({' '.join(str(error).split())[:200]}); run `hf download {download}` where there "
-            f"is a network and copy the folder, then give its path; or take the bundled one, package:stickers/assets/decoder"
+            f"decoder.{key} {value}: cannot be fetched ({' '.join(str(error).split())[:200]}); "
+            f"run `hf download {download}` on a machine with a network, copy the folder and give its path; "
+            "or use the bundled decoder, package:stickers/assets/decoder"
         ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderIdentity:
-    """What must be known of a decoder before it is loaded: D of the embeddings it reads, and the sha256 of each weight file."""
+    """D of a decoder's embeddings and the sha256 of each weight file, known without loading."""
 
     embed_dim: int
     weights: dict[str, str]
 
     def fingerprint(self, settings: DecoderSettings) -> str:
-        """16 hex digits that change whenever the decoder would draw something else: settings, and weights wherever they lie."""
-        told = settings.model_dump(exclude=NOT_IN_FINGERPRINT | LOCATIONS)
-        return hashlib.sha256(json.dumps([told, self.weights], sort_keys=True).encode()).hexdigest()[:16]
+        """Return 16 hex digits that change with every setting and weight that changes an image.
+
+        The location of the weights does not matter.
+        """
+        values = settings.model_dump(exclude=NOT_IN_FINGERPRINT | LOCATIONS)
+        return hashlib.sha256(json.dumps([values, self.weights], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def identify_decoder(settings: DecoderSettings) -> DecoderIdentity:
-    """Read headers and hash files; an exported decoder remembers what it was made of. Raises UserError for what is missing or unfit."""
+    """Read headers and hash files; an exported decoder has the hashes of its origin in `decoder.json`.
+
+    Raises InputError for files that are missing or do not fit.
+    """
     if settings.engine_dir:
-        told = read_export(settings)
-        return DecoderIdentity(embed_dim=told["embed_dim"], weights=told["weights"])
+        description = read_export(settings)
+        return DecoderIdentity(embed_dim=description["embed_dim"], weights=description["weights"])
     files = find_decoder(settings)
     return DecoderIdentity(embed_dim=read_embed_dim(files.ip_adapter), weights=hash_weights(files))
 
 
 def read_export(settings: DecoderSettings) -> dict[str, Any]:
-    """The description in `settings.engine_dir`. Raises UserError if it is none, or of another model, precision or size."""
+    """Return the description in `settings.engine_dir`.
+
+    Raises InputError if it is no export, or an export of another model, precision or size.
+    """
     folder = Path(str(settings.engine_dir))
-    try:
-        told: dict[str, Any] = json.loads((folder / "decoder.json").read_text())
-    except (OSError, ValueError):
-        raise InputError(
-            f"decoder.engine_dir {folder}: no decoder.json there; write it with `rebeca export --config … --out {folder}`"
-        ) from None
+    description = read_description(folder)
     for key in ("model", "ip_adapter", "vae", "lora", "dtype", "image_size"):
-        wanted = getattr(settings, key) or (told[key] if key == "image_size" else None)
-        if (
-            Path(str(wanted)).name != Path(str(told[key])).name
-        ):  # the same folder may lie elsewhere on another machine
+        exported = description[key]
+        expected = getattr(settings, key)
+        if key == "image_size" and expected is None:
+            continue
+        # Only names are compared: the same folder may have another path on another machine.
+        if Path(str(expected)).name != Path(str(exported)).name:
             raise InputError(
-                f"decoder.engine_dir {folder}: exported with {key} {told[key]}, decoder.{key} is {wanted}; export it again"
+                f"decoder.engine_dir {folder}: exported with {key} {exported}, "
+                f"decoder.{key} is {expected}; export it again"
             )
-    for name, size in told["files"].items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else 0
-        if found != size:
+    for name, size in description["files"].items():
+        actual = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if actual != size:
             raise InputError(
-                f"decoder.engine_dir {folder}: {name} has {found} bytes, {size} were exported; copy the folder again, whole"
+                f"decoder.engine_dir {folder}: {name} has {actual} bytes, {size} were exported; "
+                "copy the whole folder again"
             )
-    return told
+    return description
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Return the `decoder.json` of an export; its default family is `sd`. Raises InputError without one."""
+    try:
+        return {"family": "sd", **json.loads((folder / "decoder.json").read_text())}
+    except (OSError, ValueError, TypeError):
+        raise InputError(
+            f"decoder.engine_dir {folder}: no decoder.json there; "
+            f"write it with `rebeca export --config … --out {folder}`"
+        ) from None
 
 
 def read_embed_dim(ip_adapter: Path) -> int:
-    """D of an IP-Adapter, read from its header. Raises UserError if it is damaged, or reads more than one global embedding."""
+    """Return D of an IP-Adapter from its header. Raises InputError for damaged and other adapters."""
     try:
         with safe_open(ip_adapter, framework="numpy") as weights:
             return int(weights.get_slice("image_proj.proj.weight").get_shape()[1])
     except SafetensorError as error:
         raise InputError(
-            f"decoder.ip_adapter {ip_adapter}: no image_proj.proj.weight to read ({error}); give a plain adapter such as "
-            "ip-adapter_sd15.safetensors: those called plus, full or faceid read other embeddings"
+            f"decoder.ip_adapter {ip_adapter}: no image_proj.proj.weight to read ({error}); "
+            "give a plain adapter such as ip-adapter_sd15.safetensors: "
+            "those called plus, full or faceid read other embeddings"
         ) from None
 
 
 def hash_weights(files: DecoderFiles) -> dict[str, str]:
-    """The sha256 of every file that decides what is drawn, by what it is for and not by where it lies."""
-    found = {
+    """Return the sha256 of every file that changes an image, by its role and not by its location."""
+    by_role = {
         f"{part}/{file.name}": file
         for part in (*PARTS, *SAFETY_PARTS)
         for file in (files.model / part).glob("*")
     }
-    found |= {
+    by_role |= {
         f"{role}/{file.name}": file
         for role, file in (("ip_adapter", files.ip_adapter), ("lora", files.lora))
         if file
     }
-    found |= {f"other_vae/{file.name}": file for file in files.vae.glob("*")} if files.vae else {}
+    by_role |= {f"other_vae/{file.name}": file for file in files.vae.glob("*")} if files.vae else {}
     weights = {}
-    for name, file in found.items():
+    for name, file in by_role.items():
         if file.suffix in (".safetensors", ".json", ".txt"):  # merges.txt is half of a tokenizer
             with file.open("rb") as opened:
                 weights[name] = hashlib.file_digest(opened, "sha256").hexdigest()
@@ -215,30 +242,31 @@ def hash_weights(files: DecoderFiles) -> dict[str, str]:
 
 
 def convert_pickle(pickle: Path, out: Path) -> int:
-    """Write the tensors of a `.bin` file as safetensors, names joined by dots; returns how many there are.
+    """Write the tensors of a `.bin` file as safetensors, with names joined by dots; return their number.
 
-    Raises UserError if it holds anything but tensors in dicts (`weights_only` runs no code of the file's), or `out` is there.
+    Raises InputError if it holds anything but tensors in dicts, or if `out` exists. Code in the file never
+    runs.
     """
     if out.suffix != ".safetensors":
-        raise InputError(f"{out}: what is written are safetensors; call it {out.stem}.safetensors")
+        raise InputError(f"{out}: the output is a safetensors file; name it {out.stem}.safetensors")
     if out.exists():
-        raise InputError(f"{out}: is there already; remove it, or give another name")
+        raise InputError(f"{out}: already exists; remove it, or give another name")
     if not out.parent.is_dir():
-        raise InputError(f"{out}: the folder {out.parent} is not there; make it first")
+        raise InputError(f"{out}: the folder {out.parent} does not exist; make it first")
     import torch
     from safetensors.torch import save_file
 
     try:
-        told = torch.load(pickle, map_location="cpu", weights_only=True)
+        content = torch.load(pickle, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{pickle}: cannot be read ({error.strerror}); nothing is written") from None
-    except UnpicklingError:  # its text advises to load the file all the same
+    except UnpicklingError:  # its text advises to load the file without checks
         raise InputError(
-            f"{pickle}: holds something else than tensors, which might be code; nothing of it was run or written"
+            f"{pickle}: holds objects other than tensors, which may be code; nothing was run or written"
         ) from None
-    except Exception as error:  # junk makes the unpickler stumble in many ways
+    except Exception as error:  # the unpickler fails on junk in many ways
         raise InputError(
-            f"{pickle}: is not a file torch saved ({type(error).__name__}); nothing is written"
+            f"{pickle}: is not a file that torch saved ({type(error).__name__}); nothing is written"
         ) from None
     tensors = {}
 
@@ -250,9 +278,10 @@ def convert_pickle(pickle: Path, out: Path) -> int:
                 collect(inner, f"{name}.{key}" if name else str(key))
         else:
             raise InputError(
-                f"{pickle}: {name or 'the file'} is a {type(value).__name__}, expected tensors; nothing is written"
+                f"{pickle}: {name or 'the file'} is a {type(value).__name__}, expected tensors; "
+                "nothing is written"
             )
 
-    collect(told, "")
+    collect(content, "")
     save_file(tensors, out)
     return len(tensors)

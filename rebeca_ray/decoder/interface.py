@@ -1,7 +1,6 @@
-"""The decoder: CLIP image embeddings become encoded images, row by row independent, whatever happens to one of them.
+"""The decoder's interface: CLIP image embeddings become encoded images. Any row may fail alone.
 
-What goes in, what comes out, and who does it: this process (`local_decoder.py`) or Triton Inference Server (`triton.py`), to the
-same result.
+`local.py` implements it in this process, `triton_client.py` on Triton Inference Server, with equal results.
 """
 
 from collections.abc import Sequence
@@ -15,7 +14,10 @@ from rebeca_ray.config.decoder import DecoderSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What is to be drawn, a row an image. Guidance 1 means without; `ip_adapter_scale` is the weight of the embedding."""
+    """The input of a decoder, one row per image.
+
+    Guidance 1 means none; `ip_adapter_scale` is the weight of the embedding.
+    """
 
     image_embeds_BD: np.ndarray
     seeds: Sequence[int]
@@ -33,7 +35,7 @@ class Rows:
         prompts: Sequence[str] | None = None,
         negative_prompts: Sequence[str] | None = None,
     ) -> Self:
-        """Rows with the guidance and image weight of the settings."""
+        """Return rows with the guidance and image weight of the settings."""
         count = len(seeds)
         return cls(
             image_embeds_BD=image_embeds_BD,
@@ -46,7 +48,7 @@ class Rows:
 
     @classmethod
     def concatenate(cls, parts: "Sequence[Rows]") -> Self:
-        """One batch of several."""
+        """Return the rows of all parts as one batch."""
         return cls(
             image_embeds_BD=np.concatenate([part.image_embeds_BD for part in parts]),
             seeds=[seed for part in parts for seed in part.seeds],
@@ -60,7 +62,7 @@ class Rows:
         return len(self.seeds)
 
     def take(self, index: Sequence[int] | np.ndarray) -> Self:
-        """Some rows, in the order of `index`."""
+        """Return some rows, in the order of `index`."""
         return type(self)(
             image_embeds_BD=self.image_embeds_BD[index],
             seeds=[self.seeds[i] for i in index],
@@ -73,20 +75,20 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedImage:
-    """One row's outcome: an image, or the reason why there is none (`error`), or neither: it was not fit to be shown."""
+    """The outcome of one row: an image, or an `error`, or neither if the safety policy dropped the image."""
 
     seed: int
     image: bytes | None = None
     thumbnail: bytes | None = None
     width: int | None = None
     height: int | None = None
-    safety_probability: float | None = None  # that it is unsafe
+    safety_probability: float | None = None  # the checker's probability that it is unsafe
     error: str | None = None
 
 
 class Decoder(Protocol):
-    """What rendering needs."""
+    """The decoder as rendering sees it."""
 
     def decode(self, rows: Rows) -> list[DecodedImage]:
-        """One outcome a row, in order. Raises only for what no row is to blame for."""
+        """Return one outcome per row, in order. Raises only errors that no row caused."""
         ...

@@ -1,4 +1,4 @@
-"""The decoder in this process: draw, check, draw again what is not fit to be shown, encode."""
+"""The decoder in this process: draw, check, draw unsafe images again, encode."""
 
 import logging
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 
 class LocalDecoder:
-    """Stable Diffusion + IP-Adapter in this process.
+    """The networks, the safety checker and the encoders in this process.
 
-    Raises UserError if weights are missing, or pickles.
+    Raises InputError if weights are missing, or are pickles.
     """
 
     def __init__(self, settings: DecoderSettings) -> None:
@@ -31,15 +31,15 @@ class LocalDecoder:
         self.loop = DenoisingLoop(load_networks(settings), settings)
         self.checker = load_checker(settings)
         self.batch_size = settings.batch_size
-        self.encoders = ThreadPoolExecutor(
-            max_workers=4
-        )  # Pillow lets go of the interpreter while it encodes
+        # Pillow releases the interpreter lock while it encodes.
+        self.encoders = ThreadPoolExecutor(max_workers=4)
 
     def decode(self, rows: Rows) -> list[DecodedImage]:
-        """Draw, check, draw again with other noise what is not fit to be shown (if that is the policy), encode."""
+        """Draw, check and encode; the policy `regenerate` draws unsafe images again with other noise."""
         safety = self.settings.safety
         outcomes = [DecodedImage(seed=seed) for seed in rows.seeds]
         todo = list(range(len(rows)))
+        # Each attempt draws the rows that are still unsafe, with other seeds.
         for attempt in range(safety.max_attempts if safety.policy == "regenerate" else 1):
             seeds = [retry_seed(rows.seeds[row], attempt) for row in todo]
             images = self.draw(replace(rows.take(todo), seeds=seeds))
@@ -51,6 +51,7 @@ class LocalDecoder:
             todo = [row for row in todo if self.is_unsafe(outcomes[row])]
             if not todo:
                 break
+        # A row that stays unsafe keeps its probability and loses its image, unless the policy only flags it.
         if safety.policy != "flag":
             for row in todo:
                 outcomes[row] = DecodedImage(
@@ -59,26 +60,27 @@ class LocalDecoder:
         return outcomes
 
     def is_unsafe(self, drawn: DecodedImage) -> bool:
-        """Also where the checker's word is no number."""
+        """Return whether an image is unsafe; a probability that is not a number counts as unsafe."""
         return (
             drawn.safety_probability is not None
             and not drawn.safety_probability <= self.settings.safety.max_probability
         )
 
     def draw(self, rows: Rows) -> list[np.ndarray | str]:
-        """uint8 [Y, X, 3], or the reason why there is none, of every row."""
+        """Return a uint8 image [Y, X, 3] per row, or the error text of that row."""
         drawn: list[np.ndarray | str] = ["image_embeds is not finite"] * len(rows)
         todo = np.flatnonzero(np.isfinite(rows.image_embeds_BD).all(axis=1))
         while len(todo):
             tile, todo = todo[: self.batch_size], todo[self.batch_size :]
             try:
                 results = self.draw_tile(rows.take(tile))
-            except RuntimeError as error:  # what torch and the engines raise; anything else is our mistake and should stop the run
+            # Torch and the engines raise RuntimeError. Any other error is a bug and stops the run.
+            except RuntimeError as error:
                 if out_of_memory(error):
                     todo = np.concatenate([tile, todo])
                     self.halve(error)
                     continue
-                if isinstance(error, torch.AcceleratorError):  # the device is lost, not the rows
+                if isinstance(error, torch.AcceleratorError):  # the device failed, not a row
                     raise
                 results = [self.draw_alone(rows.take([row])) for row in tile]
             for row, result in zip(tile, results, strict=True):
@@ -86,15 +88,15 @@ class LocalDecoder:
         return drawn
 
     def draw_tile(self, rows: Rows) -> list[np.ndarray | str]:
-        """At most `batch_size` rows, padded to it, so that bits do not depend on company."""
+        """Draw up to `batch_size` rows, padded to it, so that the bits of a row do not depend on others."""
         padded = rows.take([*range(len(rows)), *[0] * (self.batch_size - len(rows))])
         images, finite = self.loop.draw(padded)
-        # Usually float16 overflow; rounded, it would be a black image.
+        # Usually float16 overflow. Rounded, it would be a black image.
         reason = f"the decoder drew values that are not finite in {self.settings.dtype}"
         return [image if good else reason for image, good in zip(images[: len(rows)], finite, strict=False)]
 
     def draw_alone(self, row: Rows) -> np.ndarray | str:
-        """One row of a tile that failed: only the row that is to blame has no image."""
+        """Draw one row of a tile that failed, so that only the row at fault has no image."""
         try:
             return self.draw_tile(row)[0]
         except torch.AcceleratorError:
@@ -103,7 +105,7 @@ class LocalDecoder:
             return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
     def halve(self, error: RuntimeError) -> None:
-        """Go on with tiles half as large. Raises UserError if they are of one image already."""
+        """Continue with tiles of half the size. Raises InputError if a tile is one image already."""
         if self.batch_size == 1:
             raise InputError(
                 f"decoder: not even one image fits the device's memory ({' '.join(str(error).split())[:200]})"
@@ -112,40 +114,39 @@ class LocalDecoder:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         log.warning(
-            f"decoder: {before} images at once do not fit the device's memory; continuing with {self.batch_size}. "
-            f"Set decoder.batch_size={self.batch_size} to start there"
+            f"decoder: {before} images at once do not fit the device's memory; "
+            f"continuing with {self.batch_size}. Set decoder.batch_size={self.batch_size} to start there"
         )
 
     def check(self, images: Sequence[np.ndarray | str]) -> list[float | None]:
-        """The probability that each image is unsafe; None where there is no image or no checker."""
+        """Return the probability that each image is unsafe; None without an image or a checker."""
         probabilities: list[float | None] = [None] * len(images)
         drawn = [index for index, image in enumerate(images) if not isinstance(image, str)]
         if self.checker and drawn:
-            for index, probability in zip(
-                drawn, self.ask(self.checker, np.stack([images[index] for index in drawn])), strict=True
-            ):
-                probabilities[index] = float(
-                    np.float32(probability)
-                )  # as the column has it, and as a server would send it
+            checked = self.call_checker(self.checker, np.stack([images[index] for index in drawn]))
+            for index, probability in zip(drawn, checked, strict=True):
+                # float32, as in the column of the catalog and in the answer of a server
+                probabilities[index] = float(np.float32(probability))
         return probabilities
 
-    def ask(self, checker: Checker, images_BYX3: np.ndarray) -> np.ndarray:
-        """The checker's word on each image. Raises UserError if it gives none: what was not checked is not shown."""
+    def call_checker(self, checker: Checker, images_BYX3: np.ndarray) -> np.ndarray:
+        """Return one probability per image. Raises InputError if the checker fails."""
         name = self.settings.safety.checker
         try:
-            found = np.asarray(checker(images_BYX3), np.float32)
-        except Exception as error:  # it is the user's own
+            probabilities = np.asarray(checker(images_BYX3), np.float32)
+        except Exception as error:  # the checker may be any function of the user
             raise InputError(
-                f"decoder.safety.checker {name}: raised {type(error).__name__}: {error}; mend it"
+                f"decoder.safety.checker {name}: raised {type(error).__name__}: {error}; fix it"
             ) from error
-        if found.shape != (len(images_BYX3),):
+        if probabilities.shape != (len(images_BYX3),):
             raise InputError(
-                f"decoder.safety.checker {name}: gave {found.shape} for {len(images_BYX3)} images, expected one number each"
+                f"decoder.safety.checker {name}: gave {probabilities.shape} for {len(images_BYX3)} images, "
+                "expected one number each"
             )
-        return found
+        return probabilities
 
     def outcome(self, image: np.ndarray | str, seed: int, probability: float | None) -> DecodedImage:
-        """Encoded, with its thumbnail."""
+        """Return the outcome of one row: the encoded image with its thumbnail, or the error."""
         if isinstance(image, str):
             return DecodedImage(seed=seed, error=image)
         kind, quality = self.settings.image_format, self.settings.image_quality
@@ -160,7 +161,7 @@ class LocalDecoder:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an engine ran out of memory: torch says so by type on a GPU, by words on a CPU, and so does ONNX Runtime."""
+    """Return whether an engine ran out of memory. Only torch on a GPU has a type for it."""
     return (
         isinstance(error, torch.OutOfMemoryError)
         or "ALLOC_FAILED" in str(error)

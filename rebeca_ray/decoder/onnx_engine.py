@@ -6,15 +6,15 @@ from typing import Any
 import torch
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.decoder.exported import exported_networks
-from rebeca_ray.decoder.networks import Networks
+from rebeca_ray.decoder.exported import check_names, exported_networks
+from rebeca_ray.decoder.networks import Family, Networks, Signature
 from rebeca_ray.errors import InputError
 
 
 class OnnxNetwork:
-    """One graph: torch tensors in, torch tensor out, in the memory they are in."""
+    """One graph. Its torch tensors stay in the memory of their device."""
 
-    def __init__(self, path: Path, device: str) -> None:
+    def __init__(self, path: Path, signature: Signature, device: str) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -23,31 +23,41 @@ class OnnxNetwork:
         provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
         if provider not in onnxruntime.get_available_providers():
             raise InputError(
-                f"decoder.engine onnx: ONNX Runtime has no {provider} here; install onnxruntime-gpu, or set decoder.device=cpu"
+                f"decoder.engine onnx: ONNX Runtime has no {provider} here; install onnxruntime-gpu, "
+                "or set decoder.device=cpu"
             )
         self.session: Any = onnxruntime.InferenceSession(path, options, providers=[provider])
-        if self.session.get_providers()[0] != provider:  # it falls back to the CPU without a word
+        # ONNX Runtime falls back to the CPU silently.
+        if self.session.get_providers()[0] != provider:
             raise InputError(
-                f"decoder.engine onnx: {provider} does not start here; look at the GPU's driver, or set decoder.device=cpu"
+                f"decoder.engine onnx: {provider} does not start here; check the GPU's driver, "
+                "or set decoder.device=cpu"
             )
-        self.input_names = [value.name for value in self.session.get_inputs()]
-        self.output_name = self.session.get_outputs()[0].name
+        self.signature = signature
+        check_names(
+            path,
+            signature,
+            [value.name for value in self.session.get_inputs()],
+            [value.name for value in self.session.get_outputs()],
+        )
 
-    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *inputs: torch.Tensor) -> Any:
         from onnxruntime import OrtValue
 
         binding = self.session.io_binding()
-        for name, value in zip(self.input_names, inputs, strict=True):
+        for name, value in zip(self.signature.inputs, inputs, strict=True):
             binding.bind_ortvalue_input(name, OrtValue.from_dlpack(value.contiguous()))
-        binding.bind_output(self.output_name, inputs[0].device.type)
+        for name in self.signature.outputs:
+            binding.bind_output(name, inputs[0].device.type)
         if inputs[0].is_cuda:
-            torch.cuda.current_stream().synchronize()  # ONNX Runtime has a stream of its own
+            torch.cuda.current_stream().synchronize()  # ONNX Runtime runs on another stream
         self.session.run_with_iobinding(binding)
-        return torch.utils.dlpack.from_dlpack(binding.get_outputs()[0])
+        outputs = tuple(torch.utils.dlpack.from_dlpack(value) for value in binding.get_outputs())
+        return outputs[0] if len(outputs) == 1 else outputs
 
 
-def load_onnx_networks(settings: DecoderSettings) -> Networks:
-    """What `rebeca export` wrote to `settings.engine_dir`. Raises UserError if it is not that, or has another precision."""
+def load_onnx_networks(settings: DecoderSettings, family: Family, description: dict[str, Any]) -> Networks:
+    """Load the graphs in `settings.engine_dir`. Raises InputError without ONNX Runtime."""
     try:
         import onnxruntime  # noqa: F401
     except ImportError:
@@ -55,5 +65,8 @@ def load_onnx_networks(settings: DecoderSettings) -> Networks:
             "decoder.engine onnx: the package onnxruntime is missing; run `pip install 'rebeca-ray[onnx]'`"
         ) from None
     return exported_networks(
-        settings, lambda folder, name: OnnxNetwork(folder / f"{name}.onnx", settings.device)
+        settings,
+        family,
+        description,
+        lambda folder, name, signature: OnnxNetwork(folder / f"{name}.onnx", signature, settings.device),
     )

@@ -1,7 +1,7 @@
-"""Is an image fit to be shown? Asked inside the decoder, before anything is encoded.
+"""Load the safety checker. The decoder calls it on every image before it encodes any.
 
-A checker is any function of uint8 images [B, Y, X, 3] that gives the probability [B] that each is unsafe: the one diffusers ships
-with Stable Diffusion, or one of yours, `module:function`.
+A checker is any function of uint8 images [B, Y, X, 3] that returns the probability [B] that each is unsafe.
+It is part of the model, or a function of the user, `module:function`.
 """
 
 import importlib
@@ -17,7 +17,7 @@ Checker = Callable[[np.ndarray], np.ndarray]
 
 
 def load_checker(settings: DecoderSettings) -> Checker | None:
-    """The checker that `settings.safety` names. Raises UserError if it cannot be had."""
+    """Return the checker that `settings.safety` names, or None. Raises InputError if it cannot be loaded."""
     name = settings.safety.checker
     if name is None:
         return None
@@ -32,12 +32,13 @@ def load_checker(settings: DecoderSettings) -> Checker | None:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
-            f"decoder.safety.checker {name}: {error}; give stable-diffusion, or module:function of a module on every node"
+            f"decoder.safety.checker {name}: {error}; give stable-diffusion, "
+            "or module:function of a module on every node"
         ) from None
 
 
 class StableDiffusionChecker:
-    """The `safety_checker` beside the model's weights: its verdict, 0 or 1, and never the black image it would put in place."""
+    """The `safety_checker` in the model's folder. It returns 0 or 1, and leaves the images as they are."""
 
     def __init__(self, settings: DecoderSettings) -> None:
         from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
@@ -51,13 +52,14 @@ class StableDiffusionChecker:
             )
         except (OSError, ValueError) as error:
             raise InputError(
-                f"decoder.safety.checker stable-diffusion: {settings.model} has none ({' '.join(str(error).split())[:200]}); "
-                "give module:function, or set it to null"
+                f"decoder.safety.checker stable-diffusion: {settings.model} has none "
+                f"({' '.join(str(error).split())[:200]}); give module:function, or set it to null"
             ) from None
         self.model = self.model.to(settings.device).eval()
 
     def __call__(self, images_BYX3: np.ndarray) -> np.ndarray:
         pixels = self.processor(list(images_BYX3), return_tensors="pt").pixel_values
-        thrown_away = np.zeros((len(images_BYX3), 1))  # where it draws its black images
-        _, unsafe = self.model(clip_input=pixels.to(self.model.device), images=thrown_away)
+        # The model blackens unsafe images in place; it gets a dummy, so that ours stay unchanged.
+        dummy = np.zeros((len(images_BYX3), 1))
+        _, unsafe = self.model(clip_input=pixels.to(self.model.device), images=dummy)
         return np.array(unsafe, np.float32)

@@ -1,7 +1,7 @@
-"""The networks of an exported decoder as TensorRT engines, which are good for one GPU and one TensorRT alone.
+"""The networks of an exported decoder as TensorRT engines. An engine fits one kind of GPU and one TensorRT.
 
-`serving/build_engines.py` writes them, with `engines.json` beside them that says what they are for; it is compared with the machine
-before anything is loaded.
+`serving/build_engines.py` writes the engines, and `engines.json` beside them with the machine they were built
+for. That machine is compared with this one before anything is loaded.
 """
 
 import hashlib
@@ -12,22 +12,24 @@ from typing import Any
 import torch
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.decoder.exported import exported_networks
-from rebeca_ray.decoder.networks import Networks
+from rebeca_ray.decoder.exported import check_names, exported_networks
+from rebeca_ray.decoder.networks import Family, Networks, Signature
 from rebeca_ray.errors import InputError
 
 
 def this_machine() -> dict[str, str]:
-    """What an engine depends on: the GPU, its compute capability, TensorRT's version. Raises UserError without a GPU or TensorRT."""
+    """Return the GPU, its compute capability and TensorRT's version. Raises InputError if one is missing."""
     if not torch.cuda.is_available():
         raise InputError(
-            "decoder.engine tensorrt: torch sees no GPU here; set decoder.engine to torch or onnx, or go where there is one"
+            "decoder.engine tensorrt: torch sees no GPU here; set decoder.engine to torch or onnx, "
+            "or run on a machine with a GPU"
         )
     try:
         import tensorrt
     except ImportError:
         raise InputError(
-            "decoder.engine tensorrt: the package tensorrt is missing; install NVIDIA's wheel of it beside torch"
+            "decoder.engine tensorrt: the package tensorrt is missing; "
+            "install NVIDIA's wheel of it beside torch"
         ) from None
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
@@ -38,21 +40,22 @@ def this_machine() -> dict[str, str]:
 
 
 def check_engines(folder: Path, machine: dict[str, str], batch_size: int) -> None:
-    """Raise UserError, with the command that builds them anew, if the engines in `folder` are not for this machine."""
+    """Raise InputError, with the command that rebuilds them, if the engines do not fit this machine."""
     rebuild = f"build them here: python serving/build_engines.py {folder} --batch-size {batch_size}"
     try:
         sidecar = json.loads((folder / "engines.json").read_text())
     except (OSError, ValueError):
         raise InputError(f"decoder.engine_dir {folder}: no engines.json there; {rebuild}") from None
-    for name, found in machine.items():
-        if sidecar["machine"].get(name) != found:
+    for name, value in machine.items():
+        built_for = sidecar["machine"].get(name)
+        if built_for != value:
             raise InputError(
-                f"engines in {folder}: built for {name} {sidecar['machine'].get(name)}, this machine has {found}; {rebuild}"
+                f"engines in {folder}: built for {name} {built_for}, this machine has {value}; {rebuild}"
             )
     if sidecar["batch_size"] < batch_size:
-        found = sidecar["batch_size"]
         raise InputError(
-            f"engines in {folder}: built for at most {found} images, decoder.batch_size is {batch_size}; {rebuild}"
+            f"engines in {folder}: built for at most {sidecar['batch_size']} images, "
+            f"decoder.batch_size is {batch_size}; {rebuild}"
         )
     for name, sha256 in sidecar["onnx"].items():
         if not (folder / name).is_file() or hash_file(folder / name) != sha256:
@@ -65,51 +68,58 @@ def check_engines(folder: Path, machine: dict[str, str], batch_size: int) -> Non
 
 
 def hash_file(path: Path) -> str:
+    """Return the sha256 of a file as hex digits."""
     with path.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def load_tensorrt_networks(settings: DecoderSettings) -> Networks:
-    """What `rebeca export` and `serving/build_engines.py` wrote to `settings.engine_dir`."""
+def load_tensorrt_networks(
+    settings: DecoderSettings, family: Family, description: dict[str, Any]
+) -> Networks:
+    """Load the engines in `settings.engine_dir`. Raises InputError if they do not fit this machine."""
     check_engines(Path(str(settings.engine_dir)), this_machine(), settings.batch_size)
-    return exported_networks(settings, lambda folder, name: TensorRTNetwork(folder / f"{name}.plan"))
+    return exported_networks(
+        settings,
+        family,
+        description,
+        lambda folder, name, signature: TensorRTNetwork(folder / f"{name}.plan", signature),
+    )
 
 
 class TensorRTNetwork:
-    """One engine: torch tensors on the GPU in, torch tensor on the GPU out, on torch's own stream."""
+    """One engine. It reads and writes torch tensors on the GPU, on torch's stream."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, signature: Signature) -> None:
         import tensorrt as trt
 
+        self.signature = signature
         self.runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
         self.engine: Any = self.runtime.deserialize_cuda_engine(path.read_bytes())
         if self.engine is None:
-            raise InputError(f"engine {path}: TensorRT cannot load it; its own lines above say why")
+            raise InputError(f"engine {path}: TensorRT cannot load it; its log above gives the reason")
         self.context = self.engine.create_execution_context()
         if self.context is None:
             raise InputError(
                 f"engine {path}: not enough memory on the GPU to run it; build it for fewer images"
             )
         names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
-        self.input_names = [
-            name for name in names if self.engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
-        ]
-        (self.output_name,) = set(names) - set(self.input_names)
-        self.output_dtype = {trt.float32: torch.float32, trt.float16: torch.float16}[
-            self.engine.get_tensor_dtype(self.output_name)
-        ]
+        inputs = [name for name in names if self.engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        check_names(path, signature, inputs, set(names) - set(inputs))
+        dtypes = {trt.float32: torch.float32, trt.float16: torch.float16}
+        self.output_dtypes = {name: dtypes[self.engine.get_tensor_dtype(name)] for name in signature.outputs}
 
-    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        dense = [
-            value.contiguous() for value in inputs
-        ]  # torch's allocator gives their memory to later work of the same stream alone
-        for name, value in zip(self.input_names, dense, strict=True):
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        # Copies live until the launch. Later, torch gives their memory only to work of the same stream.
+        dense = [value.contiguous() for value in inputs]
+        for name, value in zip(self.signature.inputs, dense, strict=True):
             self.context.set_input_shape(name, tuple(value.shape))
             self.context.set_tensor_address(name, value.data_ptr())
-        output = torch.empty(
-            tuple(self.context.get_tensor_shape(self.output_name)), dtype=self.output_dtype, device="cuda"
-        )
-        self.context.set_tensor_address(self.output_name, output.data_ptr())
+        # Shapes of the outputs are known once every input has its shape.
+        outputs = []
+        for name, dtype in self.output_dtypes.items():
+            output = torch.empty(tuple(self.context.get_tensor_shape(name)), dtype=dtype, device="cuda")
+            self.context.set_tensor_address(name, output.data_ptr())
+            outputs.append(output)
         if not self.context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
-            raise RuntimeError("TensorRT could not run an engine; its own lines above say why")
-        return output
+            raise RuntimeError("TensorRT could not run an engine; its log above gives the reason")
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)

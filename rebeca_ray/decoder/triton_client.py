@@ -1,7 +1,8 @@
-"""The decoder behind Triton Inference Server: a client of the server on the actor's own node.
+"""The decoder behind Triton Inference Server: a client of the server on the actor's node.
 
-Each request is one full batch of the server, and `window` of them are under way at a time, so that the next batch waits while one
-is drawn. What never reached the server is gRPC's to retry; a server that is starting again is waited for.
+Each request is one full batch of the server. `window` requests are in flight at a time, so that the next
+batch waits while one is drawn. gRPC retries requests that never reached the server. The client waits for a
+server that restarts.
 """
 
 import json
@@ -39,12 +40,15 @@ RETRIES = {
 
 
 class TritonDecoder:
-    """Raises UserError if the server draws something else than these settings say, ServerLostError if there is none."""
+    """A client of the server at `settings.triton.url`.
+
+    Raises InputError if the server runs another decoder than the settings, ServerLostError without a server.
+    """
 
     def __init__(self, settings: DecoderSettings) -> None:
         self.settings = settings
         options = [("grpc.service_config", json.dumps(RETRIES)), ("grpc.max_receive_message_length", -1)]
-        options.append(("grpc.max_reconnect_backoff_ms", 2000))  # gRPC's own grows to two minutes
+        options.append(("grpc.max_reconnect_backoff_ms", 2000))  # the default grows to two minutes
         self.client = grpcclient.InferenceServerClient(settings.triton.url, channel_args=options)
         self.fingerprint = identify_decoder(settings).fingerprint(settings)
         self.wait_until_ready()
@@ -52,14 +56,15 @@ class TritonDecoder:
         self.requests = ThreadPoolExecutor(settings.triton.window)
 
     def decode(self, rows: Rows) -> list[DecodedImage]:
-        """Requests of one server batch each, answered in order."""
+        """Send requests of one server batch each; return their answers in order."""
         starts = range(0, len(rows), self.request_rows)
         parts = [rows.take(range(start, min(start + self.request_rows, len(rows)))) for start in starts]
         return [drawn for answer in self.requests.map(self.infer, parts) for drawn in answer]
 
     def infer(self, rows: Rows) -> list[DecodedImage]:
-        """One request. Raises UserError if the server refuses it, ServerLostError if it stays silent."""
+        """Send one request. Raises InputError if the server refuses it, ServerLostError without an answer."""
         until = time.monotonic() + self.settings.triton.ready_seconds + self.settings.triton.deadline_seconds
+        # A silent server may be restarting: wait until it is ready and send the request again.
         while True:
             try:
                 result = self.client.infer(
@@ -68,7 +73,8 @@ class TritonDecoder:
             except InferenceServerException as error:
                 if error.status() in ("StatusCode.INVALID_ARGUMENT", "StatusCode.NOT_FOUND"):
                     raise InputError(
-                        f"decoder.triton {self.settings.triton.url}: {' '.join(str(error.message()).split())[:300]}"
+                        f"decoder.triton {self.settings.triton.url}: "
+                        f"{' '.join(str(error.message()).split())[:300]}"
                     ) from None
                 if time.monotonic() > until:
                     raise ServerLostError(
@@ -80,7 +86,7 @@ class TritonDecoder:
                 return unpack(result)
 
     def wait_until_ready(self) -> None:
-        """The readiness gate. Raises ServerLostError when `ready_seconds` are over, UserError if another decoder is ready."""
+        """Wait for the server. Raises ServerLostError when time is up, InputError for another decoder."""
         until = time.monotonic() + self.settings.triton.ready_seconds
         reason = "it answers, but its model is not ready"
         while time.monotonic() < until:
@@ -91,37 +97,36 @@ class TritonDecoder:
                 reason = str(error.message())
             time.sleep(0.5)
         raise ServerLostError(
-            f"decoder.triton {self.settings.triton.url}: no server ready within {self.settings.triton.ready_seconds:g} s ({reason}); "
-            "start one on every node that renders (rebeca serve --config …), and give its gRPC as host:port"
+            f"decoder.triton {self.settings.triton.url}: no server ready within "
+            f"{self.settings.triton.ready_seconds:g} s ({reason}); start one on every node that renders "
+            "(rebeca serve --config …), and give its gRPC address as host:port"
         )
 
     def check_served(self) -> None:
-        """Raise UserError if the server, which may be another than before, draws something else."""
+        """Raise InputError if the server runs another decoder. It may be another server than before."""
         config = self.client.get_model_config(MODEL, as_json=True, client_timeout=5)["config"]
         served = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
         if served.pop("fingerprint", None) != self.fingerprint:
-            own = parameters(self.settings)
-            differ = sorted(
-                name
-                for name in {*served, *own} - NOT_IN_FINGERPRINT.keys()
-                if served.get(name) != own.get(name)
-            )
+            expected = parameters(self.settings)
+            names = {*served, *expected} - NOT_IN_FINGERPRINT.keys()
+            differ = sorted(name for name in names if served.get(name) != expected.get(name))
             raise InputError(
-                f"decoder.triton {self.settings.triton.url}: serves another decoder than this config says (they differ in "
-                f"{', '.join(differ) or 'the weights'}); start the server with the same `decoder:` section: rebeca serve --config …"
+                f"decoder.triton {self.settings.triton.url}: serves another decoder than this config says "
+                f"(they differ in {', '.join(differ) or 'the weights'}); start the server with the same "
+                "`decoder:` section: rebeca serve --config …"
             )
 
 
 def parameters(settings: DecoderSettings) -> dict[str, str]:
-    """What a server is told of its decoder, each setting as JSON; what is not told is the default."""
-    told = settings.model_dump(
+    """Return the settings that a server gets, each as JSON; a setting that is absent has its default."""
+    values = settings.model_dump(
         mode="json", exclude=fields_with(DecoderSettings, NOT_SERVED), exclude_defaults=True
     )
-    return {key: json.dumps(value) for key, value in told.items()}
+    return {key: json.dumps(value) for key, value in values.items()}
 
 
 def request_inputs(rows: Rows) -> list[Any]:
-    """The rows as Triton's inputs, the batch first."""
+    """Return the rows as Triton's inputs; the first axis is the batch."""
     columns: dict[str, tuple[np.ndarray, str]] = {
         "image_embeds": (rows.image_embeds_BD.astype(np.float32), "FP32"),
         "seed": (np.array(rows.seeds, np.int64)[:, None], "INT64"),
@@ -139,7 +144,7 @@ def request_inputs(rows: Rows) -> list[Any]:
 
 
 def pad(values: Sequence[bytes]) -> np.ndarray:
-    """Bytes as rows of one uint8 array, filled up with zeros."""
+    """Return bytes as rows of one uint8 array, padded with zeros."""
     longest = max(1, *(len(value) for value in values))
     return (
         np.frombuffer(b"".join(value.ljust(longest, b"\0") for value in values), np.uint8)
@@ -149,7 +154,7 @@ def pad(values: Sequence[bytes]) -> np.ndarray:
 
 
 def pack(images: Sequence[DecodedImage]) -> dict[str, np.ndarray]:
-    """Outcomes as the server's output tensors [B, …]: bytes padded to the longest, their sizes beside them."""
+    """Return outcomes as the server's output tensors: bytes padded to the longest, and their sizes."""
     tensors: dict[str, np.ndarray] = {}
     for name in BYTES:
         values = [getattr(image, name) or b"" for image in images]
@@ -165,7 +170,7 @@ def pack(images: Sequence[DecodedImage]) -> dict[str, np.ndarray]:
 
 
 def unpack(result: grpcclient.InferResult) -> list[DecodedImage]:
-    """What `pack` packed."""
+    """Return the outcomes in an answer; the inverse of `pack`."""
     sizes = {name: result.as_numpy(f"{name}_size")[:, 0] for name in BYTES}
     texts = {name: result.as_numpy(name) for name in BYTES}
     width, height, probability, seed = (

@@ -1,4 +1,4 @@
-"""Triton Inference Server with the decoder: its model repository, its process, on this machine alone."""
+"""Run Triton Inference Server with the decoder on this machine: its model repository and its process."""
 
 import importlib.util
 import os
@@ -30,10 +30,10 @@ from rebeca_ray.errors import InputError
 def triton_server(
     settings: DecoderSettings, *, http_port: int, grpc_port: int, metrics_port: int, instances: int
 ) -> Iterator[Any]:
-    """The real `tritonserver` on 127.0.0.1, ready when this is entered, stopped when it is left; yields its process.
+    """Run `tritonserver` on 127.0.0.1. It is ready on entry and stopped on exit; yields its process.
 
-    Raises UserError if there is no server on this machine, a port is taken, or it stops before it is ready (the reason is in its own
-    output).
+    Raises InputError if this machine has no server, if a port is taken, or if the server stops before it is
+    ready. The server's output then has the reason.
     """
     with tempfile.TemporaryDirectory(prefix="rebeca-triton-") as folder:
         write_repository(settings, Path(folder) / "models", instances)
@@ -63,7 +63,7 @@ def triton_server(
 
 
 def require_free(ports: dict[str, int]) -> None:
-    """Raise UserError for a port that is taken: another server would be found ready in place of this one."""
+    """Raise InputError for a port that is taken: its server would look like ours, and ready."""
     for name, port in ports.items():
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -76,7 +76,7 @@ def require_free(ports: dict[str, int]) -> None:
 
 
 def wait_until_ready(process: "subprocess.Popen[bytes]", http_port: int) -> None:
-    """Return when every model is loaded and warm. Raises UserError if the process ends before."""
+    """Return once every model is loaded and warm. Raises InputError if the process ends earlier."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while process.poll() is None:
         try:
@@ -85,12 +85,13 @@ def wait_until_ready(process: "subprocess.Popen[bytes]", http_port: int) -> None
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
     raise InputError(
-        f"tritonserver ended with code {process.returncode} before it was ready; its own lines above say why"
+        f"tritonserver ended with code {process.returncode} before it was ready; "
+        "its log above gives the reason"
     )
 
 
 def write_repository(settings: DecoderSettings, folder: Path, instances: int = 1) -> None:
-    """Copy the model repository into `folder`, with this decoder's settings and sizes in its config."""
+    """Copy the model repository into `folder`, with the settings and sizes of this decoder in its config."""
     template = next(
         path
         for path in (PACKAGE / "model_repository", PACKAGE.parent / "serving" / "model_repository")
@@ -115,10 +116,10 @@ def write_repository(settings: DecoderSettings, folder: Path, instances: int = 1
 
 
 def find_server(folder: Path) -> tuple[str, dict[str, str], list[str]]:
-    """`(binary, environment, options)`: the container's server, or the one inside the nvidia-pytriton wheel.
+    """Return `(binary, environment, options)` of the container's server, or of the nvidia-pytriton wheel's.
 
-    The wheel has a stub of the Python backend for each version of Python; the one of this Python is laid into `folder`.
-    Raises UserError if there is neither.
+    The wheel has a stub of the Python backend per version of Python; this Python's is copied into `folder`.
+    Raises InputError if neither is installed.
     """
     site_packages = sysconfig.get_paths()["purelib"]
     environment = {
@@ -126,13 +127,13 @@ def find_server(folder: Path) -> tuple[str, dict[str, str], list[str]]:
     }
     if binary := shutil.which("tritonserver", path=f"{os.environ['PATH']}{os.pathsep}/opt/tritonserver/bin"):
         return binary, environment, []
-    found = importlib.util.find_spec("pytriton")
-    if found is None or found.submodule_search_locations is None:
+    package = importlib.util.find_spec("pytriton")
+    if package is None or package.submodule_search_locations is None:
         raise InputError(
-            "serve: no tritonserver on PATH or in /opt/tritonserver; run this in NVIDIA's Triton container (26.07 or newer), or, to try "
-            "it out, `pip install --no-deps nvidia-pytriton`"
+            "serve: no tritonserver on PATH or in /opt/tritonserver; run this in NVIDIA's Triton container "
+            "(26.07 or newer), or, to try it out, `pip install --no-deps nvidia-pytriton`"
         )
-    wheel = Path(next(iter(found.submodule_search_locations))) / "tritonserver"
+    wheel = Path(next(iter(package.submodule_search_locations))) / "tritonserver"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     backend = folder / "backends" / "python"
     shutil.copytree(wheel / "backends" / "python", backend)

@@ -1,10 +1,11 @@
 """How fast images are decoded, and how good they are, with the bundled decoder on this machine's CPU.
 
-Speed, in turn in each of several rounds, medians: the reference way (float32, one image at a time, 50 steps), its parts one after
-the other (fewer steps, batches, ONNX Runtime), and `StableDiffusionPipeline` with one embedding shared by a batch.
-Quality: held-out items decoded from their own embeddings, by scheduler and number of steps: style and category as the judge reads
-them, cosine to the wanted embedding; and a strip of pictures.
-Parity: what ONNX Runtime draws against what torch draws (18 GB of memory, for Stable Diffusion 1.5's UNet).
+Speed, medians of rounds that take all variants in turn: the reference (float32, one image at a time, 50
+steps), its improvements one by one (fewer steps, batches, ONNX Runtime), and `StableDiffusionPipeline` with
+one embedding per batch.
+Quality: held-out items decoded from their embeddings, by scheduler and number of steps: style and category
+by the judge, cosine to the given embedding, and a strip of images.
+Parity: ONNX Runtime against torch. The UNet of Stable Diffusion 1.5 takes 18 GB of memory.
 
     python -m tests.bench.decoding [speed] [quality] [parity] [--rounds 3] [--threads 2]
 """
@@ -29,9 +30,9 @@ from rich.table import Table
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.export import example_inputs, export_decoder, export_network
+from rebeca_ray.decoder.families import sd
 from rebeca_ray.decoder.interface import Rows
 from rebeca_ray.decoder.local import LocalDecoder
-from rebeca_ray.decoder.networks import load_torch_networks
 from rebeca_ray.decoder.onnx_engine import OnnxNetwork
 from rebeca_ray.stickers import CLIP, DECODER
 from rebeca_ray.stickers.build.data import Stickers, load_stickers
@@ -53,7 +54,7 @@ SCHEDULERS = {"ddim": (50,), "dpm_solver": (5, 9, 20), "unipc": (5, 9)}
 
 
 class World:
-    """Held-out stickers, their embeddings, and who looks at what is drawn."""
+    """Held-out stickers, their embeddings, and the judge of the images."""
 
     def __init__(self) -> None:
         self.stickers: Stickers = load_stickers()
@@ -72,11 +73,11 @@ class World:
         cosine = (
             (again * self.embeds).sum(1) / np.linalg.norm(again, axis=1) / np.linalg.norm(self.embeds, axis=1)
         )
-        found = {"style": self.judge.style(judged), "category": self.judge.category(judged)}
-        wanted = {"style": self.stickers.style, "category": self.stickers.category}
+        judgements = {"style": self.judge.style(judged), "category": self.judge.category(judged)}
+        truth = {"style": self.stickers.style, "category": self.stickers.category}
         shares = {
-            name: np.mean([one == wanted[name][row] for one, row in zip(found[name], self.rows, strict=True)])
-            for name in found
+            name: np.mean([one == truth[name][row] for one, row in zip(values, self.rows, strict=True)])
+            for name, values in judgements.items()
         }
         return {**{name: float(share) for name, share in shares.items()}, "cosine": float(cosine.mean())}
 
@@ -86,7 +87,7 @@ def drawn(settings: DecoderSettings, embeds: np.ndarray) -> np.ndarray:
 
 
 def shared_embedding(embeds: np.ndarray) -> Callable[[], int]:
-    """`StableDiffusionPipeline`, a batch as large as ours and the same steps, all rows with one embedding, which it can do."""
+    """Return a run of `StableDiffusionPipeline` with our batch and steps, and one embedding for all rows."""
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
         str(DECODER), safety_checker=None, dtype=torch.float32
     )
@@ -121,44 +122,47 @@ def ours(settings: DecoderSettings, embeds: np.ndarray, count: int) -> Callable[
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
-    """Decibels between two sets of images, of values up to 255."""
+    """Return decibels between two sets of images with values up to 255."""
     return float(-10 * np.log10(np.mean((one.astype(float) - other) ** 2) / 255**2 + 1e-12))
 
 
 def parity(world: World) -> dict[str, float]:
-    """ONNX Runtime against torch, in decibels: images of the bundled decoder, and the UNet of Stable Diffusion 1.5 at two image weights."""
-    embeds, found = world.embeds[:8], {}
+    """Compare ONNX Runtime with torch, in decibels: bundled decoder, and UNet of Stable Diffusion 1.5."""
+    embeds, decibels = world.embeds[:8], {}
     with tempfile.TemporaryDirectory() as folder:
         for dtype in ("float32", "float16"):
             settings = DEFAULT.model_copy(update={"batch_size": 8, "dtype": dtype})
             export_decoder(settings, Path(folder) / dtype)
             onnx = settings.model_copy(update={"engine": "onnx", "engine_dir": f"{folder}/{dtype}"})
             exact = drawn(settings.model_copy(update={"dtype": "float32"}), embeds)
-            found[f"bundled decoder, ONNX {dtype} against torch float32"] = psnr(drawn(onnx, embeds), exact)
+            decibels[f"bundled decoder, ONNX {dtype} against torch float32"] = psnr(
+                drawn(onnx, embeds), exact
+            )
     with tempfile.TemporaryDirectory() as folder:
         settings = DecoderSettings(model=str(write_sd15(Path(folder))), image_size=64, dtype="float32")
-        networks = load_torch_networks(settings)
+        networks = sd.load_networks(settings)
+        signature = networks.family.signatures["unet"]
         inputs = example_inputs(networks)["unet"]
-        export_network(networks.unet, inputs, "unet", Path(folder) / "unet.onnx")
-        session = OnnxNetwork(Path(folder) / "unet.onnx", "cpu")
+        export_network(networks.unet, inputs, signature, Path(folder) / "unet.onnx")
+        session = OnnxNetwork(Path(folder) / "unet.onnx", signature, "cpu")
         latents, timestep, text, image, _ = inputs
         latents, image = torch.randn_like(latents), torch.randn_like(image)
         drawn_at = {}
         for weight in (0.4, 1.0):
-            told = (latents, timestep, text, image, torch.full((2,), weight))
+            weighted = (latents, timestep, text, image, torch.full((2,), weight))
             with torch.inference_mode():
-                exact, ran = networks.unet(*told), session(*told)
+                exact, ran = networks.unet(*weighted), session(*weighted)
             drawn_at[weight] = ran
             error, peak = float((exact - ran).square().mean()), float(exact.max() - exact.min())
-            found[f"UNet of Stable Diffusion 1.5, image weight {weight}"] = 10 * np.log10(peak**2 / error)
-        found["the same, one image weight against the other"] = psnr(
+            decibels[f"UNet of Stable Diffusion 1.5, image weight {weight}"] = 10 * np.log10(peak**2 / error)
+        decibels["the same, one image weight against the other"] = psnr(
             drawn_at[0.4].numpy() * 64, drawn_at[1.0].numpy() * 64
         )
-    return found
+    return decibels
 
 
 def speed(world: World, rounds: int) -> dict[str, float]:
-    """Images a second of each way: medians over the rounds."""
+    """Return images per second of each variant: medians over the rounds."""
     with tempfile.TemporaryDirectory() as folder:
         export_decoder(DEFAULT, Path(folder) / "onnx")
         onnx = DEFAULT.model_copy(update={"engine": "onnx", "engine_dir": f"{folder}/onnx"})
@@ -181,19 +185,19 @@ def speed(world: World, rounds: int) -> dict[str, float]:
 
 
 def quality(world: World) -> dict[str, dict[str, float]]:
-    """By scheduler and steps, and the strip: real stickers, then a row a way."""
-    found, strip = {"real images": world.quality(world.images)}, [world.images[:12]]
+    """Return quality by scheduler and steps; write the strip: real stickers, then one row per variant."""
+    figures, strip = {"real images": world.quality(world.images)}, [world.images[:12]]
     for scheduler, all_steps in SCHEDULERS.items():
         for steps in all_steps:
             settings = DEFAULT.model_copy(update={"scheduler": scheduler, "num_inference_steps": steps})
             images = drawn(settings, world.embeds)
-            found[f"{scheduler}, {steps} steps"] = world.quality(images)
+            figures[f"{scheduler}, {steps} steps"] = world.quality(images)
             strip.append(images[:12])
-            Console().print(f"{scheduler}, {steps} steps", found[f"{scheduler}, {steps} steps"])
+            Console().print(f"{scheduler}, {steps} steps", figures[f"{scheduler}, {steps} steps"])
     Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in strip])).save(
         RESULTS / "decoding-steps.png"
     )
-    return found
+    return figures
 
 
 def main() -> None:
@@ -206,32 +210,32 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     path = RESULTS / f"decoding-{'avx512' if 'avx512f' in Path('/proc/cpuinfo').read_text() else 'avx2'}.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     world = World()
     if "speed" in arguments.parts:
-        found |= {
+        results |= {
             "machine": platform.processor() or platform.machine(),
             "threads": arguments.threads,
             "torch": torch.__version__,
         }
-        found["images_per_second"] = speed(world, arguments.rounds)
+        results["images_per_second"] = speed(world, arguments.rounds)
         table = Table("", "images/s", "times the reference")
-        reference = next(iter(found["images_per_second"].values()))
-        for name, rate in found["images_per_second"].items():
+        reference = next(iter(results["images_per_second"].values()))
+        for name, rate in results["images_per_second"].items():
             table.add_row(name, f"{rate:.2f}", f"{rate / reference:.1f}")
         Console().print(table)
     if "parity" in arguments.parts:
-        found["parity_db"] = parity(world)
-        Console().print(found["parity_db"])
+        results["parity_db"] = parity(world)
+        Console().print(results["parity_db"])
     if "quality" in arguments.parts:
-        found["quality"] = quality(world)
-        table = Table("", "style", "category", "cosine to the wanted embedding")
-        for name, figures in found["quality"].items():
+        results["quality"] = quality(world)
+        table = Table("", "style", "category", "cosine to the given embedding")
+        for name, figures in results["quality"].items():
             table.add_row(
                 name, f"{figures['style']:.1%}", f"{figures['category']:.1%}", f"{figures['cosine']:.3f}"
             )
         Console().print(table)
-    path.write_text(json.dumps(found, indent=2) + "\n")
+    path.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

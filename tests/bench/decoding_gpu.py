@@ -1,11 +1,12 @@
-"""Images a second of Stable Diffusion 1.5 at 512 pixels on one NVIDIA GPU, by engine and batch, against what the GPU can do.
+"""Images and TFLOP per second of Stable Diffusion 1.5 at 512 pixels on one NVIDIA GPU, by engine and batch.
 
-Random weights in its exact configuration, float16, 25 guided steps, as `decoder:` runs them: torch as it is (channels last), compiled with
-CUDA graphs (`decoder.compile`), TensorRT where it is installed; and the reference way, one image at a time in float32 with 50 steps.
+The weights are random, in its exact configuration: float16, 25 guided steps, as `decoder:` runs them. The
+variants are torch (channels last), torch compiled with CUDA graphs (`decoder.compile`), TensorRT if it is
+installed, and the reference: one image at a time in float32 with 50 steps.
 
-    python -m tests.bench.decoding_gpu [--batch-sizes 1 8 16 32] [--image-size 512] [--steps 25] [--device cuda]
+    python -m tests.bench.decoding_gpu [--batch-sizes 1 8 16 32] [--image-size 512] [--steps 25] [--device …]
 
-`--device cpu --image-size 64 --steps 2 --batch-sizes 1` tries the script itself where there is no GPU.
+`--device cpu --image-size 64 --steps 2 --batch-sizes 1` tries the script on a machine without a GPU.
 """
 
 import argparse
@@ -33,22 +34,20 @@ from tests.gpu.sd15 import EMBED_DIM, write_sd15
 
 RESULTS = Path(__file__).parent / "results"
 BUILD_ENGINES = Path(__file__).parents[2] / "serving" / "build_engines.py"
-UNET_TFLOP, VAE_TFLOP = (
-    0.803,
-    2.515,
-)  # of one 512-pixel image: a pass of the UNet, and the autoencoder's decoder
+# One 512-pixel image: a pass of the UNet, and of the autoencoder's decoder.
+UNET_TFLOP, VAE_TFLOP = 0.803, 2.515
 ROUNDS = 3
 
 
-def images_a_second(settings: DecoderSettings, batch_size: int) -> float:
-    """The median of some rounds, after one that compiles, captures and warms up."""
+def images_per_second(settings: DecoderSettings, batch_size: int) -> float:
+    """Return the median of some rounds, after one that compiles, captures and warms up."""
     loop = DenoisingLoop(load_networks(settings), settings)
     embeds = np.random.default_rng(0).standard_normal((batch_size, EMBED_DIM)).astype(np.float32)
     rows = Rows.of(settings, embeds, range(batch_size))
     rates = []
     for _ in range(1 + ROUNDS):
         started = time.perf_counter()
-        loop.draw(rows)  # ends with a copy to the host, so nothing is left to wait for
+        loop.draw(rows)  # ends with a copy to the host, which waits for the GPU
         rates.append(batch_size / (time.perf_counter() - started))
     return statistics.median(rates[1:])
 
@@ -56,7 +55,7 @@ def images_a_second(settings: DecoderSettings, batch_size: int) -> float:
 def ways(
     half: DecoderSettings, folder: Path, batch_sizes: list[int]
 ) -> Iterator[tuple[str, DecoderSettings, list[int]]]:
-    """What is measured: its name, its settings, and for which batches."""
+    """Yield each variant: its name, its settings and its batch sizes."""
     reference = {"dtype": "float32", "num_inference_steps": 2 * half.num_inference_steps, "scheduler": "ddim"}
     yield "reference: float32, twice the steps", half.model_copy(update=reference), [1]
     yield "torch, channels last", half, batch_sizes
@@ -91,7 +90,7 @@ def main() -> None:
         return
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
     tflop = (2 * UNET_TFLOP * arguments.steps + VAE_TFLOP) * (arguments.image_size / 512) ** 2
-    found: dict[str, dict[str, float]] = {}
+    rates: dict[str, dict[str, float]] = {}
     table = Table(f"{name}, {arguments.image_size} pixels", "batch", "images/s", "TFLOP/s")
     with tempfile.TemporaryDirectory() as folder:
         half = DecoderSettings(
@@ -105,15 +104,15 @@ def main() -> None:
         )
         for way, settings, batch_sizes in ways(half, Path(folder), arguments.batch_sizes):
             for batch_size in batch_sizes:
-                rate = images_a_second(settings, batch_size)
+                rate = images_per_second(settings, batch_size)
                 passes = settings.num_inference_steps / arguments.steps
-                found.setdefault(way, {})[str(batch_size)] = rate
+                rates.setdefault(way, {})[str(batch_size)] = rate
                 table.add_row(way, str(batch_size), f"{rate:.2f}", f"{rate * tflop * passes:.1f}")
     Console().print(table)
     if arguments.device == "cuda":
         path = RESULTS / f"decoding-{name.lower().replace(' ', '-')}.json"
         path.write_text(
-            json.dumps({"device": name, "steps": arguments.steps, "images_per_second": found}, indent=2)
+            json.dumps({"device": name, "steps": arguments.steps, "images_per_second": rates}, indent=2)
             + "\n"
         )
 

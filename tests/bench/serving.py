@@ -1,4 +1,4 @@
-"""Triton against the decoder in process: the same rows, in turn, each with all of the machine's threads.
+"""Compare Triton with the decoder in this process: the same rows, in turn, each with all threads.
 
 python tests/bench/serving.py [--rounds 3] [--batch-sizes 16 40]
 """
@@ -36,7 +36,7 @@ def rate(decoder: Decoder, rows: Rows) -> float:
 
 
 def measure(batch_size: int, rounds: int) -> dict[str, float]:
-    """Images a second of both ways, four batches at a time, and the server's mean batch."""
+    """Return images per second of both, four batches at a time, and the server's mean batch."""
     settings = DecoderSettings(
         model=str(DECODER),
         num_inference_steps=9,
@@ -56,12 +56,12 @@ def measure(batch_size: int, rounds: int) -> dict[str, float]:
         for _ in range(rounds):
             rates["in process"].append(rate(local, rows))
             rates["Triton"].append(rate(remote, rows))
-        (told,) = remote.client.get_inference_statistics("decoder", as_json=True)["model_stats"]
-    found = {name: statistics.median(values) for name, values in rates.items()}
+        (model,) = remote.client.get_inference_statistics("decoder", as_json=True)["model_stats"]
+    medians = {name: statistics.median(values) for name, values in rates.items()}
     return {
-        **found,
-        "share": found["Triton"] / found["in process"],
-        "mean_batch": int(told["inference_count"]) / int(told["execution_count"]),
+        **medians,
+        "share": medians["Triton"] / medians["in process"],
+        "mean_batch": int(model["inference_count"]) / int(model["execution_count"]),
     }
 
 
@@ -73,9 +73,9 @@ def main() -> None:
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # the server's
-    found = {str(size): measure(size, arguments.rounds) for size in arguments.batch_sizes}
+    results = {str(size): measure(size, arguments.rounds) for size in arguments.batch_sizes}
     table = Table("batch", "in process, images/s", "Triton, images/s", "share", "mean batch of the server")
-    for size, figures in found.items():
+    for size, figures in results.items():
         table.add_row(
             size,
             f"{figures['in process']:.2f}",
@@ -84,7 +84,7 @@ def main() -> None:
             f"{figures['mean_batch']:.1f}",
         )
     Console().print(table)
-    (RESULTS / "serving.json").write_text(json.dumps({"threads": threads, "batch": found}, indent=2) + "\n")
+    (RESULTS / "serving.json").write_text(json.dumps({"threads": threads, "batch": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The denoising loop: each row of a batch equals that item alone, and equals StableDiffusionPipeline called for it alone."""
+"""The denoising loop: each row of a batch equals the same item alone, also by diffusers' pipeline."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -46,14 +46,13 @@ def loop_for(settings: DecoderSettings) -> DenoisingLoop:
 def pipeline_image(
     settings: DecoderSettings, rows: Rows, row: int, ip_adapter_scale: float = 1.0
 ) -> np.ndarray:
-    """What diffusers' own pipeline draws for one item from the same latents and with the same later noise."""
+    """Draw one item with diffusers' pipeline, from the same latents and with the same later noise."""
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
         settings.model, safety_checker=None, dtype=torch.float32
     )
-    told = (
-        {"clip_sample": False} if settings.scheduler == "ddim" else {}
-    )  # as Stable Diffusion's own DDIM configuration has it
-    pipeline.scheduler = SCHEDULERS[settings.scheduler].from_config(pipeline.scheduler.config, **told)
+    # Stable Diffusion's configuration of DDIM does not clip.
+    changes = {"clip_sample": False} if settings.scheduler == "ddim" else {}
+    pipeline.scheduler = SCHEDULERS[settings.scheduler].from_config(pipeline.scheduler.config, **changes)
     pipeline.load_ip_adapter(
         settings.model,
         subfolder="ip_adapter",
@@ -81,7 +80,9 @@ def pipeline_image(
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_every_row_of_a_batch_equals_that_item_alone(tiny_decoder: DecoderSettings, scheduler: str) -> None:
+def test_each_row_of_a_batch_equals_the_same_item_alone(
+    tiny_decoder: DecoderSettings, scheduler: str
+) -> None:
     settings = tiny_decoder.model_copy(update={"scheduler": scheduler})
     loop, rows = loop_for(settings), rows_for(settings)
     together, finite = loop.draw(rows)
@@ -97,7 +98,7 @@ def test_every_row_of_a_batch_equals_that_item_alone(tiny_decoder: DecoderSettin
 @pytest.mark.parametrize(
     ("scheduler", "guidance"), [("dpm_solver", 1.0), *((scheduler, 4.0) for scheduler in SCHEDULERS)]
 )
-def test_it_equals_the_pipeline_called_for_one_item(
+def test_each_row_equals_the_pipeline_called_for_that_item(
     tiny_decoder: DecoderSettings, scheduler: str, guidance: float
 ) -> None:
     settings = tiny_decoder.model_copy(update={"scheduler": scheduler, "decoder_guidance_scale": guidance})
@@ -107,7 +108,7 @@ def test_it_equals_the_pipeline_called_for_one_item(
         assert psnr(ours[row] / 255.0, pipeline_image(settings, rows, row)) >= 45
 
 
-def test_it_equals_the_pipeline_for_the_bundled_decoder() -> None:
+def test_the_bundled_decoder_equals_the_pipeline() -> None:
     settings = DecoderSettings(model=str(DECODER), num_inference_steps=4, decoder_guidance_scale=3.0)
     rows = rows_for(settings, 256).take([1, 2])
     ours, _ = loop_for(settings).draw(rows)
@@ -115,23 +116,22 @@ def test_it_equals_the_pipeline_for_the_bundled_decoder() -> None:
         assert psnr(ours[row] / 255.0, pipeline_image(settings, rows, row)) >= 45
 
 
-def test_more_steps_than_a_scheduler_has_are_refused_at_once(tiny_decoder: DecoderSettings) -> None:
+def test_too_many_steps_for_a_scheduler_are_refused_at_load(tiny_decoder: DecoderSettings) -> None:
     for scheduler, steps in (("lcm", 51), ("ddim", 1001)):
         with pytest.raises(UserError, match=f"decoder.num_inference_steps {steps}: "):
             loop_for(tiny_decoder.model_copy(update={"scheduler": scheduler, "num_inference_steps": steps}))
 
 
-def test_guidance_and_image_weight_are_each_rows_own(tiny_decoder: DecoderSettings) -> None:
+def test_guidance_and_image_weight_may_differ_per_row(tiny_decoder: DecoderSettings) -> None:
     loop, rows = loop_for(tiny_decoder), rows_for(tiny_decoder)
     guidance, scale = np.array([1, 2, 3, 4, 5], np.float32), np.array([1.0, 0.0, 0.5, 0.2, 1.0], np.float32)
     mixed, _ = loop.draw(replace(rows, guidance_scale_B=guidance, ip_adapter_scale_B=scale))
     for row in range(5):
-        own = replace(
+        alone = replace(
             rows.take([row] * 5), guidance_scale_B=guidance[[row] * 5], ip_adapter_scale_B=scale[[row] * 5]
         )
-        assert (
-            psnr(mixed[row] / 255.0, loop.draw(own)[0][0] / 255.0) >= 60
-        )  # a guidance of 1 is drawn in single passes when alone
+        # Alone, a row with guidance 1 is drawn in single passes, which round differently.
+        assert psnr(mixed[row] / 255.0, loop.draw(alone)[0][0] / 255.0) >= 60
         expected = pipeline_image(
             tiny_decoder, replace(rows, guidance_scale_B=guidance), row, float(scale[row])
         )
@@ -163,15 +163,13 @@ def test_a_lora_is_merged_at_load(tiny_decoder: DecoderSettings, tmp_path: Path)
     merged = loop_for(tiny_decoder.model_copy(update={"lora": str(tmp_path / "fast.safetensors")}))
     by_hand = loop_for(tiny_decoder)
     with torch.no_grad():
-        by_hand.networks.unet.get_submodule(name.replace("unet.", "unet.", 1)).weight += high @ low  # type: ignore[attr-defined]
+        by_hand.networks.unet.get_submodule(name).weight += high @ low  # type: ignore[attr-defined]
     drawn, _ = merged.draw(rows)
     assert not np.array_equal(drawn, plain)
     assert psnr(drawn / 255.0, by_hand.draw(rows)[0] / 255.0) >= 60
 
 
-def test_a_tiny_autoencoder_takes_the_place_of_the_full_one(
-    tiny_decoder: DecoderSettings, tmp_path: Path
-) -> None:
+def test_a_tiny_autoencoder_replaces_the_full_one(tiny_decoder: DecoderSettings, tmp_path: Path) -> None:
     torch.manual_seed(0)
     diffusers.AutoencoderTiny(
         encoder_block_out_channels=(8, 8),

@@ -1,4 +1,4 @@
-"""An exported decoder draws the same pictures by ONNX Runtime, takes any batch and any image weight, and is checked before use."""
+"""An exported decoder draws the same images by ONNX Runtime, at any batch size and image weight."""
 
 import json
 import shutil
@@ -11,11 +11,12 @@ import pytest
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.denoising import DenoisingLoop
-from rebeca_ray.decoder.engines import load_networks
-from rebeca_ray.decoder.export import NAMES, export_decoder
+from rebeca_ray.decoder.engines import find_family, load_networks
+from rebeca_ray.decoder.export import export_decoder
+from rebeca_ray.decoder.families.sd import FAMILY
 from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.decoder.tensorrt_engine import check_engines, hash_file
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError, UserError
 from tests.decoder.test_denoising import loop_for, psnr, rows_for
 
 
@@ -26,11 +27,12 @@ def exported(tiny_decoder: DecoderSettings, tmp_path_factory: pytest.TempPathFac
     return tiny_decoder.model_copy(update={"engine": "onnx", "engine_dir": str(folder)})
 
 
-def test_every_network_is_a_checked_graph_with_a_free_batch(exported: DecoderSettings) -> None:
-    for name, (inputs, output) in NAMES.items():
+def test_every_network_is_a_graph_with_the_declared_names_and_a_free_batch(exported: DecoderSettings) -> None:
+    assert list(FAMILY.signatures) == ["text_encoder", "image_projection", "unet", "vae_decoder"]
+    for name, signature in FAMILY.signatures.items():
         graph = onnx.load(Path(str(exported.engine_dir)) / f"{name}.onnx", load_external_data=False).graph
-        assert [value.name for value in graph.input] == list(inputs)
-        assert [value.name for value in graph.output] == [output]
+        assert [value.name for value in graph.input] == list(signature.inputs)
+        assert [value.name for value in graph.output] == list(signature.outputs)
         assert all(value.type.tensor_type.shape.dim[0].dim_param for value in [*graph.input, *graph.output])
 
 
@@ -58,7 +60,7 @@ def test_one_graph_serves_every_image_weight(
     assert not np.array_equal(drawn[0], onnx_loop.draw(rows)[0][0])
 
 
-def test_an_export_knows_what_it_is_of(
+def test_an_export_of_another_decoder_is_refused(
     exported: DecoderSettings, tiny_decoder: DecoderSettings, tmp_path: Path
 ) -> None:
     assert identify_decoder(exported) == identify_decoder(tiny_decoder)
@@ -70,28 +72,47 @@ def test_an_export_knows_what_it_is_of(
     ):
         with pytest.raises(UserError, match=message):
             load_networks(exported.model_copy(update=values))
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists; remove it"):
         export_decoder(tiny_decoder, Path(str(exported.engine_dir)))
     shutil.copytree(str(exported.engine_dir), tmp_path / "half")
     (tmp_path / "half" / "unet.onnx").write_bytes(b"half")
     with pytest.raises(
-        UserError, match=r"half: unet.onnx has 4 bytes, \d+ were exported; copy the folder again"
+        UserError, match=r"half: unet.onnx has 4 bytes, \d+ were exported; copy the whole folder again"
     ):
         identify_decoder(exported.model_copy(update={"engine_dir": str(tmp_path / "half")}))
 
 
+def test_an_export_of_an_unknown_family_is_refused(exported: DecoderSettings, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match="decoder family pooled: unknown; expected sd; export the decoder again"
+    ):
+        find_family("pooled")
+    shutil.copytree(str(exported.engine_dir), tmp_path / "export")
+    copied = exported.model_copy(update={"engine_dir": str(tmp_path / "export")})
+    path = tmp_path / "export" / "decoder.json"
+    description = json.loads(path.read_text())
+    assert description["family"] == "sd"
+    path.write_text(json.dumps({**description, "family": "pooled"}))
+    with pytest.raises(InputError, match="decoder family pooled: unknown"):
+        load_networks(copied)
+    # An export from before families had names is of Stable Diffusion.
+    del description["family"]
+    path.write_text(json.dumps(description))
+    assert load_networks(copied).family is FAMILY
+
+
 @pytest.fixture
 def engines(exported: DecoderSettings, tmp_path: Path) -> Path:
-    """A folder as `serving/build_engines.py` leaves it, but for what is in the plans."""
+    """A folder as `serving/build_engines.py` writes it, with other bytes in the plans."""
     folder = tmp_path / "engines"
     shutil.copytree(str(exported.engine_dir), folder)
-    for name in NAMES:
+    for name in FAMILY.signatures:
         (folder / f"{name}.plan").write_bytes(name.encode())
     sidecar = {
         "machine": {"gpu": "NVIDIA H100 80GB HBM3", "compute_capability": "9.0", "tensorrt": "10.14.1"},
         "batch_size": 16,
         "onnx": {"unet.onnx": hash_file(folder / "unet.onnx")},
-        "plans": {f"{name}.plan": hash_file(folder / f"{name}.plan") for name in NAMES},
+        "plans": {f"{name}.plan": hash_file(folder / f"{name}.plan") for name in FAMILY.signatures},
     }
     (folder / "engines.json").write_text(json.dumps(sidecar))
     return folder
@@ -100,7 +121,7 @@ def engines(exported: DecoderSettings, tmp_path: Path) -> Path:
 H100 = {"gpu": "NVIDIA H100 80GB HBM3", "compute_capability": "9.0", "tensorrt": "10.14.1"}
 
 
-def test_engines_are_compared_with_the_machine_before_they_are_loaded(engines: Path) -> None:
+def test_engines_of_another_machine_are_refused_before_they_are_loaded(engines: Path) -> None:
     rebuild = "build them here: python serving/build_engines.py .* --batch-size 16"
     check_engines(engines, H100, 16)
     for machine, message in (
@@ -123,10 +144,10 @@ def test_engines_are_compared_with_the_machine_before_they_are_loaded(engines: P
         check_engines(engines, H100, 16)
 
 
-def test_tensorrt_without_a_gpu_is_one_line(exported: DecoderSettings) -> None:
+def test_tensorrt_without_a_gpu_is_refused(exported: DecoderSettings) -> None:
     import torch
 
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
+        pytest.skip("this machine has a GPU")
     with pytest.raises(UserError, match=r"torch sees no GPU here; set decoder.engine to torch or onnx"):
         load_networks(exported.model_copy(update={"engine": "tensorrt", "device": "cuda"}))

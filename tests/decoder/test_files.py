@@ -1,4 +1,4 @@
-"""A decoder's files: what is missing is said with its remedy, pickles are refused, the fingerprint follows what is drawn."""
+"""A decoder's files: missing files and pickles are refused; the fingerprint follows the images."""
 
 import shutil
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_embed_dim_and_hashes_are_read_without_loading(tiny_decoder: DecoderSett
     assert all(len(sha256) == 64 for sha256 in identity.weights.values())
 
 
-def test_adapters_that_read_something_else_are_refused(tiny_decoder: DecoderSettings, tmp_path: Path) -> None:
+def test_adapters_for_other_embeddings_are_refused(tiny_decoder: DecoderSettings, tmp_path: Path) -> None:
     save_file({"image_proj.latents": torch.zeros(1, 16, 768)}, tmp_path / "ip-adapter-plus_sd15.safetensors")
     plus = change(tiny_decoder, ip_adapter_repo=str(tmp_path), ip_adapter="ip-adapter-plus_sd15.safetensors")
     with pytest.raises(
@@ -58,19 +58,19 @@ def test_adapters_that_read_something_else_are_refused(tiny_decoder: DecoderSett
         ),
     ],
 )
-def test_a_hub_that_cannot_be_reached_is_one_line(
+def test_an_unreachable_hub_gives_one_line_with_the_download_command(
     tiny_decoder: DecoderSettings, monkeypatch: pytest.MonkeyPatch, values: dict[str, str], download: str
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        UserError, match=f"cannot be fetched .*run `hf download {download}.*where there is a network"
+        UserError, match=f"cannot be fetched .*run `hf download {download}.*on a machine with a network"
     ) as caught:
         find_decoder(change(tiny_decoder, **{"ip_adapter_repo": tiny_decoder.model, **values}))
     assert "\n" not in str(caught.value)
     assert "package:stickers/assets/decoder" in str(caught.value)
 
 
-def test_a_model_in_the_hubs_cache_is_found_by_its_id_and_revision(
+def test_a_model_in_the_cache_is_loaded_by_its_id_and_revision(
     tiny_decoder: DecoderSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -86,7 +86,7 @@ def test_a_model_in_the_hubs_cache_is_found_by_its_id_and_revision(
     assert local.fingerprint(tiny_decoder) == cached.fingerprint(hub)
 
 
-def test_fingerprint_follows_what_is_drawn(tiny_decoder: DecoderSettings, tmp_path: Path) -> None:
+def test_the_fingerprint_changes_with_the_images_only(tiny_decoder: DecoderSettings, tmp_path: Path) -> None:
     identity = identify_decoder(tiny_decoder)
     same = identity.fingerprint(tiny_decoder)
     for unseen in (
@@ -145,9 +145,9 @@ def test_a_pickle_of_tensors_becomes_safetensors(tmp_path: Path) -> None:
     }
     torch.save(weights, tmp_path / "ip-adapter.bin")
     assert convert_pickle(tmp_path / "ip-adapter.bin", tmp_path / "ip-adapter.safetensors") == 2
-    found = load_file(tmp_path / "ip-adapter.safetensors")
-    assert torch.equal(found["image_proj.proj.weight"], weights["image_proj"]["proj.weight"])
-    assert torch.equal(found["ip_adapter.1.to_k_ip.weight"], weights["ip_adapter"]["1.to_k_ip.weight"])
+    converted = load_file(tmp_path / "ip-adapter.safetensors")
+    assert torch.equal(converted["image_proj.proj.weight"], weights["image_proj"]["proj.weight"])
+    assert torch.equal(converted["ip_adapter.1.to_k_ip.weight"], weights["ip_adapter"]["1.to_k_ip.weight"])
 
 
 class Explosive:
@@ -155,21 +155,21 @@ class Explosive:
         return Path.touch, (Path("/tmp/rebeca-exploded"),)  # type: ignore[return-value]
 
 
-def test_a_pickle_of_anything_else_is_refused_and_not_run(tmp_path: Path) -> None:
+def test_a_pickle_of_other_objects_is_refused_and_not_run(tmp_path: Path) -> None:
     torch.save(Explosive(), tmp_path / "code.bin")
     torch.save({"a": "text"}, tmp_path / "words.bin")
     (tmp_path / "junk.bin").write_bytes(b"\x80junk")
     for name, message in (
-        ("code", "holds something else than tensors, which might be code; nothing of it was run or written$"),
+        ("code", "holds objects other than tensors, which may be code; nothing was run or written$"),
         ("words", "a is a str, expected tensors; nothing is written"),
-        ("junk", "is not a file torch saved|holds something else than tensors"),
+        ("junk", "is not a file that torch saved|holds objects other than tensors"),
         ("absent", "cannot be read .*; nothing is written"),
     ):
         with pytest.raises(UserError, match=message):
             convert_pickle(tmp_path / f"{name}.bin", tmp_path / "out.safetensors")
-    with pytest.raises(UserError, match=r"what is written are safetensors; call it out.safetensors"):
+    with pytest.raises(UserError, match=r"the output is a safetensors file; name it out.safetensors"):
         convert_pickle(tmp_path / "words.bin", tmp_path / "out.bin")
-    with pytest.raises(UserError, match=r"the folder .*nowhere is not there"):
+    with pytest.raises(UserError, match=r"the folder .*nowhere does not exist; make it first"):
         convert_pickle(tmp_path / "words.bin", tmp_path / "nowhere" / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
     assert not Path("/tmp/rebeca-exploded").exists()

@@ -1,4 +1,4 @@
-"""The decoder in process: what fails costs its own row alone, what is unsafe is never shown, and never a black image."""
+"""The decoder in this process: a failure costs its row alone, and no unsafe or black image is returned."""
 
 import io
 import shutil
@@ -37,7 +37,7 @@ def pixels(image: bytes | None) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(image)))
 
 
-def test_images_do_not_depend_on_company_or_tile(decoder: LocalDecoder) -> None:
+def test_an_image_does_not_depend_on_other_rows_or_the_tile(decoder: LocalDecoder) -> None:
     rows = rows_for(decoder.settings)
     together = decoder.decode(rows)
     assert [drawn.seed for drawn in together] == list(rows.seeds)
@@ -47,7 +47,7 @@ def test_images_do_not_depend_on_company_or_tile(decoder: LocalDecoder) -> None:
         assert decoder.decode(rows.take([row])) == [together[row]]
 
 
-def test_embeddings_that_are_not_finite_are_named(decoder: LocalDecoder) -> None:
+def test_embeddings_that_are_not_finite_get_an_error(decoder: LocalDecoder) -> None:
     rows = rows_for(decoder.settings)
     rows.image_embeds_BD[2, 3] = np.nan
     drawn = decoder.decode(rows)
@@ -86,7 +86,8 @@ def test_an_overflow_draws_no_black_image_and_nothing_twice(decoder: LocalDecode
         tiles.append(len(drawn))
         drawn[1, 0, 3, 3] = torch.inf
 
-    decoder.loop.networks.vae_decoder.vae.decoder.conv_out.register_forward_hook(overflow_in_the_second_row)  # type: ignore[attr-defined]
+    vae = decoder.loop.networks.vae_decoder.vae  # type: ignore[attr-defined]
+    vae.decoder.conv_out.register_forward_hook(overflow_in_the_second_row)
     drawn = decoder.decode(rows_for(decoder.settings, 3))
     assert [image.error for image in drawn] == [
         None,
@@ -104,7 +105,7 @@ def test_an_overflow_draws_no_black_image_and_nothing_twice(decoder: LocalDecode
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
     ],
 )
-def test_out_of_memory_halves_the_tile_goes_on_and_says_so(
+def test_out_of_memory_halves_the_tile_and_reports_it(
     decoder: LocalDecoder,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -122,7 +123,7 @@ def test_out_of_memory_halves_the_tile_goes_on_and_says_so(
     drawn = decoder.decode(rows_for(decoder.settings))
     assert tiles == [4, 2, 1, 1, 1, 1, 1, 1]
     assert [image.error for image in drawn] == [None] * 6
-    for one, other in zip(drawn, expected, strict=True):  # other tiles round otherwise
+    for one, other in zip(drawn, expected, strict=True):  # tiles of another size round differently
         assert np.abs(pixels(one.image).astype(int) - pixels(other.image)).max() <= 1
     assert caplog.messages[-1] == (
         "decoder: 2 images at once do not fit the device's memory; continuing with 1. "
@@ -143,7 +144,7 @@ def test_a_lost_device_stops_the_run(decoder: LocalDecoder, monkeypatch: pytest.
 
 
 def checked(settings: DecoderSettings, **safety: object) -> LocalDecoder:
-    """A decoder whose checker dislikes what each of the first two rows draws first, and whatever the third draws."""
+    """A decoder whose checker rejects the first image of rows 0 and 1, and every image of row 2."""
     decoder = LocalDecoder(settings.model_copy(update={"safety": SafetySettings(**safety)}))
     plain = LocalDecoder(settings)
     first = plain.draw(rows_for(settings))[:2]
@@ -161,7 +162,9 @@ def checked(settings: DecoderSettings, **safety: object) -> LocalDecoder:
     return decoder
 
 
-def test_what_is_unsafe_is_drawn_again_with_the_next_attempts_seed(tiny_decoder: DecoderSettings) -> None:
+def test_an_unsafe_image_is_drawn_again_with_the_seed_of_the_next_attempt(
+    tiny_decoder: DecoderSettings,
+) -> None:
     decoder = checked(tiny_decoder, policy="regenerate", max_attempts=3)
     drawn = decoder.decode(rows_for(tiny_decoder))
     assert [image.seed for image in drawn] == [retry_seed(0, 1), retry_seed(1, 1), retry_seed(2, 2), 3, 4, 5]
@@ -185,7 +188,7 @@ def test_unsafe_images_are_dropped_or_flagged(tiny_decoder: DecoderSettings) -> 
     assert min(pixels(image.image).max() for image in flagged) > 0
 
 
-def test_a_checker_whose_word_is_no_number_counts_as_a_no(tiny_decoder: DecoderSettings) -> None:
+def test_a_probability_that_is_not_a_number_counts_as_unsafe(tiny_decoder: DecoderSettings) -> None:
     decoder = LocalDecoder(tiny_decoder.model_copy(update={"safety": SafetySettings(policy="drop")}))
     decoder.checker = lambda images: np.array([np.nan, *[0.1] * (len(images) - 1)])
     assert [image.image is None for image in decoder.decode(rows_for(tiny_decoder))] == [True, *[False] * 5]
@@ -206,20 +209,18 @@ def short(images: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("broken", "raised KeyError: 'weights'; mend it"),
+        ("broken", "raised KeyError: 'weights'; fix it"),
         ("short", r"gave \(1,\) for 3 images, expected one number each"),
     ],
 )
-def test_a_checker_that_fails_stops_the_run_and_shows_nothing(
-    tiny_decoder: DecoderSettings, name: str, message: str
-) -> None:
+def test_a_checker_that_fails_stops_the_run(tiny_decoder: DecoderSettings, name: str, message: str) -> None:
     checker = f"tests.decoder.test_local:{name}"
     decoder = LocalDecoder(tiny_decoder.model_copy(update={"safety": SafetySettings(checker=checker)}))
     with pytest.raises(UserError, match=f"decoder.safety.checker {checker}: {message}"):
         decoder.decode(Rows.of(tiny_decoder, np.ones((3, D), np.float32), range(3)))
 
 
-def test_a_checker_of_ones_own_is_named_by_module_and_function(tiny_decoder: DecoderSettings) -> None:
+def test_a_custom_checker_is_named_by_module_and_function(tiny_decoder: DecoderSettings) -> None:
     settings = tiny_decoder.model_copy(
         update={"safety": SafetySettings(checker="tests.decoder.test_local:dark")}
     )
@@ -231,7 +232,7 @@ def test_a_checker_of_ones_own_is_named_by_module_and_function(tiny_decoder: Dec
             load_checker(tiny_decoder.model_copy(update={"safety": SafetySettings(checker=name)}))
 
 
-def test_the_models_own_checker_gives_its_verdict_and_leaves_the_image(
+def test_the_checker_of_the_model_leaves_the_images_unchanged(
     tiny_decoder: DecoderSettings, tmp_path: Path
 ) -> None:
     folder = tmp_path / "sd"
@@ -251,7 +252,7 @@ def test_the_models_own_checker_gives_its_verdict_and_leaves_the_image(
     )
     images = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), dtype=np.uint8)
     before = images.copy()
-    for threshold, verdict in ((2.0, 0.0), (-2.0, 1.0)):  # cosines are below the one and above the other
+    for threshold, verdict in ((2.0, 0.0), (-2.0, 1.0)):  # cosines lie between the two
         torch.nn.init.constant_(model.concept_embeds_weights, threshold)
         model.save_pretrained(folder / "safety_checker")
         checker = load_checker(settings)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5's exact configuration with random weights: its files load, and its images equal the pipeline's."""
+"""The exact configuration of Stable Diffusion 1.5, with random weights, draws as the pipeline does."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,7 @@ from tests.decoder.test_denoising import loop_for, pipeline_image, psnr, rows_fo
 from tests.gpu.sd15 import EMBED_DIM, write_sd15
 
 
-def test_an_image_of_a_batch_equals_the_pipelines(tmp_path: Path) -> None:
+def test_a_row_of_a_batch_equals_the_pipeline(tmp_path: Path) -> None:
     sd15 = DecoderSettings(
         model=str(write_sd15(tmp_path)), num_inference_steps=2, image_size=64, decoder_guidance_scale=5.0
     )

@@ -1,4 +1,4 @@
-"""The decoder behind a real Triton server: the same images as in process, and what happens when the server is not well."""
+"""The decoder behind a real Triton server draws the same images; slow, lost and wrong servers are handled."""
 
 import os
 import signal
@@ -37,10 +37,10 @@ PORTS = ("http_port", "grpc_port", "metrics_port")
 
 
 def served(settings: DecoderSettings, grpc_port: int, **triton: float) -> DecoderSettings:
-    told = TritonSettings(
+    values = TritonSettings(
         url=f"127.0.0.1:{grpc_port}", **{"deadline_seconds": 60, "ready_seconds": 60, **triton}
     )
-    return settings.model_copy(update={"backend": "triton", "triton": told})
+    return settings.model_copy(update={"backend": "triton", "triton": values})
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def ports() -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def process(tiny_decoder: DecoderSettings, ports: dict[str, int]) -> Iterator["subprocess.Popen[bytes]"]:
-    """A server of the tiny decoder."""
+    """Run a server with the tiny decoder."""
     with triton_server(tiny_decoder, **ports, instances=1) as process:
         yield process
 
@@ -59,7 +59,7 @@ def process(tiny_decoder: DecoderSettings, ports: dict[str, int]) -> Iterator["s
 def server(
     process: "subprocess.Popen[bytes]", tiny_decoder: DecoderSettings, ports: dict[str, int]
 ) -> DecoderSettings:
-    """The settings that reach it."""
+    """Return settings for a client of that server."""
     return served(tiny_decoder, ports["grpc_port"])
 
 
@@ -70,7 +70,7 @@ def rows(tiny_decoder: DecoderSettings) -> Rows:
     return Rows.of(tiny_decoder, embeds, range(11), words, words[::-1])
 
 
-def test_it_draws_the_same_images_as_the_decoder_in_process(
+def test_the_server_draws_the_same_images_as_this_process(
     server: DecoderSettings, tiny_decoder: DecoderSettings, rows: Rows
 ) -> None:
     rows.image_embeds_BD[4, 0] = np.nan
@@ -81,7 +81,7 @@ def test_it_draws_the_same_images_as_the_decoder_in_process(
     assert drawn[4].image is None
 
 
-def test_requests_of_several_clients_share_batches_and_mix_nothing(
+def test_requests_of_several_clients_share_batches_without_mixing(
     server: DecoderSettings, tiny_decoder: DecoderSettings, rows: Rows
 ) -> None:
     expected = LocalDecoder(tiny_decoder).decode(rows)
@@ -98,7 +98,7 @@ def test_requests_of_several_clients_share_batches_and_mix_nothing(
     for thread in threads:
         thread.join()
     assert [answers[row] for row in range(11)] == expected
-    until = time.monotonic() + 10  # answers leave before they are counted
+    until = time.monotonic() + 10  # the server counts an answer after it is sent
     while (counted := statistics(clients[0]))[0] < before[0] + 11 and time.monotonic() < until:
         time.sleep(0.05)
     images, batches = (after - first for after, first in zip(counted, before, strict=True))
@@ -107,9 +107,9 @@ def test_requests_of_several_clients_share_batches_and_mix_nothing(
 
 
 def statistics(decoder: TritonDecoder) -> tuple[int, int]:
-    """Images drawn so far, and in how many batches."""
-    (told,) = decoder.client.get_inference_statistics(MODEL, as_json=True)["model_stats"]
-    return int(told["inference_count"]), int(told["execution_count"])
+    """Return the number of images and of batches so far."""
+    (model,) = decoder.client.get_inference_statistics(MODEL, as_json=True)["model_stats"]
+    return int(model["inference_count"]), int(model["execution_count"])
 
 
 def test_a_malformed_request_is_refused_alone(server: DecoderSettings, rows: Rows) -> None:
@@ -137,7 +137,7 @@ def test_a_malformed_request_is_refused_alone(server: DecoderSettings, rows: Row
     assert short.as_numpy("image_size")[0, 0] > 0
 
 
-def test_a_refused_request_is_the_users_mistake(server: DecoderSettings, rows: Rows) -> None:
+def test_a_refused_request_raises_an_input_error(server: DecoderSettings, rows: Rows) -> None:
     with pytest.raises(
         UserError, match=r"decoder.triton 127.0.0.1:\d+: .*unexpected shape for input 'image_embeds'"
     ):
@@ -147,20 +147,22 @@ def test_a_refused_request_is_the_users_mistake(server: DecoderSettings, rows: R
 def test_a_server_of_another_decoder_is_refused(server: DecoderSettings) -> None:
     with pytest.raises(
         UserError,
-        match=r"serves another decoder than this config says \(they differ in num_inference_steps\); start the server with the same",
+        match=r"serves another decoder than this config says \(they differ in num_inference_steps\); "
+        "start the server with the same",
     ):
         TritonDecoder(server.model_copy(update={"num_inference_steps": 7}))
 
 
-def test_a_server_that_is_down_is_said_with_the_remedy(tiny_decoder: DecoderSettings) -> None:
+def test_a_missing_server_is_reported_with_the_remedy(tiny_decoder: DecoderSettings) -> None:
     with pytest.raises(
         ServerLostError,
-        match=r"no server ready within 1 s \(.*refused.*\); start one on every node that renders \(rebeca serve",
+        match=r"no server ready within 1 s \(.*refused.*\); "
+        r"start one on every node that renders \(rebeca serve",
     ):
         TritonDecoder(served(tiny_decoder, free_port(), ready_seconds=1))
 
 
-def test_a_server_slow_beyond_the_deadline_is_waited_for_and_then_given_up(
+def test_the_client_waits_for_a_slow_server_and_then_gives_up(
     process: "subprocess.Popen[bytes]", server: DecoderSettings, rows: Rows
 ) -> None:
     port = int(server.triton.url.rpartition(":")[2])
@@ -169,7 +171,7 @@ def test_a_server_slow_beyond_the_deadline_is_waited_for_and_then_given_up(
     expected = patient.decode(rows)
     os.kill(process.pid, signal.SIGSTOP)
     threading.Timer(7, os.kill, (process.pid, signal.SIGCONT)).start()
-    assert patient.decode(rows) == expected  # past its deadline once, then asked again
+    assert patient.decode(rows) == expected  # misses one deadline, then sends again
     os.kill(process.pid, signal.SIGSTOP)
     try:
         with pytest.raises(ServerLostError, match="Deadline Exceeded"):
@@ -178,16 +180,16 @@ def test_a_server_slow_beyond_the_deadline_is_waited_for_and_then_given_up(
         os.kill(process.pid, signal.SIGCONT)
 
 
-def test_a_server_killed_in_the_middle_and_started_again_loses_and_doubles_nothing(
+def test_a_server_that_is_killed_and_restarted_loses_and_repeats_nothing(
     tiny_decoder: DecoderSettings, rows: Rows
 ) -> None:
-    own = {name: free_port() for name in PORTS}
+    ports = {name: free_port() for name in PORTS}
     many = Rows.concatenate([rows] * 20)
     expected = LocalDecoder(tiny_decoder).decode(rows) * 20
     answers: list[object] = []
     with ExitStack() as stack:
-        first = stack.enter_context(triton_server(tiny_decoder, **own, instances=1))
-        decoder = TritonDecoder(served(tiny_decoder, own["grpc_port"]))
+        first = stack.enter_context(triton_server(tiny_decoder, **ports, instances=1))
+        decoder = TritonDecoder(served(tiny_decoder, ports["grpc_port"]))
         thread = threading.Thread(target=lambda: answers.extend(decoder.decode(many)))
         thread.start()
         while statistics(decoder)[1] < 5:
@@ -195,18 +197,18 @@ def test_a_server_killed_in_the_middle_and_started_again_loses_and_doubles_nothi
         backends = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
         first.kill()
         first.wait()
-        for backend in backends:  # which outlives its server, with a gigabyte
+        for backend in backends:  # it outlives its server and holds a gigabyte
             with suppress(ProcessLookupError):
                 os.kill(int(backend), signal.SIGKILL)
         assert thread.is_alive()
-        stack.enter_context(triton_server(tiny_decoder, **own, instances=1))
+        stack.enter_context(triton_server(tiny_decoder, **ports, instances=1))
         thread.join(60)
     assert answers == expected
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_the_catalog_is_the_same_by_either_backend(server: DecoderSettings, config: GenerateConfig) -> None:
-    run = prepare(config).run  # plans and renders in this process
+def test_both_backends_write_the_same_catalog(server: DecoderSettings, config: GenerateConfig) -> None:
+    run = prepare(config).run  # plans and renders locally
     local = {
         row["item_id"]: row["image"]["bytes"] for row in pq.read_table(f"{run.root}/{run.images}").to_pylist()
     }
@@ -219,10 +221,10 @@ def test_the_catalog_is_the_same_by_either_backend(server: DecoderSettings, conf
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_a_render_actor_whose_server_is_lost_is_started_again(
+def test_a_render_actor_that_lost_its_server_is_restarted(
     process: "subprocess.Popen[bytes]", server: DecoderSettings, config: GenerateConfig
 ) -> None:
-    """As Ray Data keeps its actors: they restart, and what they were at is tried again."""
+    """The options are those of Ray Data: an actor restarts, and its task is retried."""
     import ray
 
     planned = plan(config, pq.read_table(config.request)).select(
@@ -242,25 +244,23 @@ def test_a_render_actor_whose_server_is_lost_is_started_again(
     ray.kill(actor)
 
 
-def test_out_of_memory_on_the_server_halves_its_batch_and_goes_on(
-    tiny_decoder: DecoderSettings, rows: Rows
-) -> None:
+def test_out_of_memory_on_the_server_halves_its_batch(tiny_decoder: DecoderSettings, rows: Rows) -> None:
     small = tiny_decoder.model_copy(update={"safety": SafetySettings(checker="tests.small_memory:checker")})
-    own = {name: free_port() for name in PORTS}
-    with triton_server(small, **own, instances=1):
-        drawn = TritonDecoder(served(small, own["grpc_port"])).decode(rows)
+    ports = {name: free_port() for name in PORTS}
+    with triton_server(small, **ports, instances=1):
+        drawn = TritonDecoder(served(small, ports["grpc_port"])).decode(rows)
     assert [image.error for image in drawn] == [None] * 11
     assert all(image.image for image in drawn)
 
 
-def test_an_unknown_engine_stops_the_server_with_the_reason(
+def test_an_unknown_engine_stops_the_server_and_names_the_reason(
     tiny_decoder: DecoderSettings, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    own = {name: free_port() for name in PORTS}
+    ports = {name: free_port() for name in PORTS}
     unknown = tiny_decoder.model_copy(update={"engine": "steam"})
     with (
         pytest.raises(UserError, match="tritonserver ended with code 1 before it was ready"),
-        triton_server(unknown, **own, instances=1),
+        triton_server(unknown, **ports, instances=1),
     ):
         pass
     assert (
@@ -270,31 +270,33 @@ def test_an_unknown_engine_stops_the_server_with_the_reason(
 
 
 @pytest.mark.usefixtures("process")
-def test_a_port_that_is_taken_is_said_at_once(tiny_decoder: DecoderSettings, ports: dict[str, int]) -> None:
-    """Else the server that has it would be found ready in place of ours."""
-    own = {**{name: free_port() for name in PORTS}, "http_port": ports["http_port"]}
-    taken = pytest.raises(UserError, match=rf"--http-port {own['http_port']}: another process listens there")
-    with taken, triton_server(tiny_decoder, **own, instances=1):
+def test_a_taken_port_is_refused_at_start(tiny_decoder: DecoderSettings, ports: dict[str, int]) -> None:
+    """Otherwise the server on that port would look like ours, and ready."""
+    taken = {**{name: free_port() for name in PORTS}, "http_port": ports["http_port"]}
+    refused = pytest.raises(
+        UserError, match=rf"--http-port {ports['http_port']}: another process listens there"
+    )
+    with refused, triton_server(tiny_decoder, **taken, instances=1):
         pass
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_a_server_that_is_not_there_is_missed_before_anything_is_planned(config: GenerateConfig) -> None:
+def test_a_missing_server_ends_the_run_before_planning(config: GenerateConfig) -> None:
     nowhere = served(config.decoder, free_port(), ready_seconds=1)
     with pytest.raises(ServerLostError, match="no server ready within 1 s"):
         generate_catalog(config.model_copy(update={"decoder": nowhere}))
     assert not (Path(config.catalog) / "work").exists()
 
 
-def test_rebeca_serve_says_where_it_listens_and_stops_cleanly(
+def test_rebeca_serve_prints_its_address_and_stops_cleanly(
     tiny_decoder: DecoderSettings, rows: Rows, tmp_path: Path
 ) -> None:
-    own = {name: free_port() for name in PORTS}
+    ports = {name: free_port() for name in PORTS}
     decoder = tiny_decoder.model_dump(mode="json", exclude_defaults=True)
     (tmp_path / "c.yaml").write_text(
         yaml.safe_dump({"prior": "p", "request": "r", "catalog": "c", "decoder": decoder})
     )
-    options = [part for name, port in own.items() for part in (f"--{name.replace('_', '-')}", str(port))]
+    options = [part for name, port in ports.items() for part in (f"--{name.replace('_', '-')}", str(port))]
     command = [
         str(Path(sys.executable).parent / "rebeca"),
         "serve",
@@ -304,10 +306,10 @@ def test_rebeca_serve_says_where_it_listens_and_stops_cleanly(
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
-    told = process.stdout.readline()  # one line, for scripts that wait for it
-    assert f"ready: grpc 127.0.0.1:{own['grpc_port']}" in told
-    assert TritonDecoder(served(tiny_decoder, own["grpc_port"])).decode(rows.take([0]))[0].image
+    line = process.stdout.readline()  # a single line, for scripts that wait for it
+    assert f"ready: grpc 127.0.0.1:{ports['grpc_port']}" in line
+    assert TritonDecoder(served(tiny_decoder, ports["grpc_port"])).decode(rows.take([0]))[0].image
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
     with pytest.raises(ServerLostError):
-        TritonDecoder(served(tiny_decoder, own["grpc_port"], ready_seconds=1))
+        TritonDecoder(served(tiny_decoder, ports["grpc_port"], ready_seconds=1))

@@ -1,4 +1,7 @@
-"""Stable Diffusion 1.5's exact configuration with random weights, in its own files: what is fast or equal with them is so with the real."""
+"""Write the exact configuration of Stable Diffusion 1.5 with random weights, in the layout of its files.
+
+Speed and equality with these weights hold for the real ones too.
+"""
 
 from pathlib import Path
 
@@ -13,7 +16,7 @@ EMBED_DIM, IMAGE_TOKENS, CONTEXT = 1024, 4, 768  # ViT-H/14 and ip-adapter_sd15.
 
 
 def write_sd15(folder: Path, dtype: torch.dtype = torch.float16) -> Path:
-    """Write the pipeline and its IP-Adapter to `folder`. Only the words of the tokenizer are others."""
+    """Write the pipeline and its IP-Adapter to `folder`; return its folder. Only the tokenizer differs."""
     train_tokenizer(["a photo of a cat", "a painting of a tree"], folder / "words")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "words", model_max_length=77)
     with torch.device("meta"):  # the usual initialisation takes half a minute

@@ -1,13 +1,12 @@
-"""Triton's Python backend around `rebeca_ray.decoder.interface`: requests in, one batch of rows, one answer a request."""
+"""Triton's Python backend around `LocalDecoder`: join requests to one batch, draw it, answer each request."""
 
 import json
 import os
 import sys
 from dataclasses import replace
 
-sys.path[:0] = os.environ.get("PYTHONPATH", "").split(
-    os.pathsep
-)  # not every stub's interpreter reads it by itself
+# Some stubs of the backend ignore PYTHONPATH.
+sys.path[:0] = os.environ.get("PYTHONPATH", "").split(os.pathsep)
 
 import numpy as np
 import torch
@@ -26,24 +25,26 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         if args["model_instance_kind"] == "GPU":
             torch.cuda.set_device(int(args["model_instance_device_id"]))
-        told: dict = {}
+        values: dict = {}
         parameters = {
             key: value["string_value"]
             for key, value in json.loads(args["model_config"])["parameters"].items()
         }
-        expected = parameters.pop("fingerprint", None)  # clients compare it with their own config's
+        # Clients compare the fingerprint with that of their config.
+        expected = parameters.pop("fingerprint", None)
         for key, value in parameters.items():
-            apply_override(told, f"{key}={value}")
-        self.settings = parse_config(DecoderSettings, told, where="config.pbtxt: parameters")
-        found = identify_decoder(self.settings).fingerprint(self.settings)
-        if expected not in (None, found):
+            apply_override(values, f"{key}={value}")
+        self.settings = parse_config(DecoderSettings, values, where="config.pbtxt: parameters")
+        fingerprint = identify_decoder(self.settings).fingerprint(self.settings)
+        if expected not in (None, fingerprint):
             raise InputError(
-                f"config.pbtxt: written for decoder {expected}, found {found}: weights have changed; run `rebeca serve` again"
+                f"config.pbtxt: decoder {fingerprint}; expected {expected}: weights have changed; "
+                "run `rebeca serve` again"
             )
         self.decoder = LocalDecoder(self.settings)
 
     def execute(self, requests: list) -> list:
-        """Rows of all requests drawn together; a request that cannot be read fails alone."""
+        """Draw the rows of all requests together; a request that cannot be read fails alone."""
         readable, answers = [], [None] * len(requests)
         for index, request in enumerate(requests):
             try:
@@ -52,17 +53,20 @@ class TritonPythonModel:
                 refusal = pb_utils.TritonError(f"decoder: {error}", pb_utils.TritonError.INVALID_ARG)
                 answers[index] = pb_utils.InferenceResponse(error=refusal)
         if readable:
-            drawn = self.decoder.decode(Rows.concatenate([rows for _, rows in readable]))
+            outcomes = self.decoder.decode(Rows.concatenate([rows for _, rows in readable]))
+            # Outcomes have the order of the requests: each request takes its rows from the front.
             for index, rows in readable:
-                own, drawn = drawn[: len(rows)], drawn[len(rows) :]
+                answered, outcomes = outcomes[: len(rows)], outcomes[len(rows) :]
                 tensors = [
                     pb_utils.Tensor.from_dlpack(name, torch.from_numpy(value))
-                    for name, value in pack(own).items()
+                    for name, value in pack(answered).items()
                 ]
                 answers[index] = pb_utils.InferenceResponse(output_tensors=tensors)
         return answers
 
     def read(self, request) -> Rows:
+        """Return the rows of a request. Raises ValueError for one that cannot be drawn."""
+
         def numbers(name: str) -> np.ndarray | None:
             tensor = pb_utils.get_input_tensor_by_name(request, name)
             return None if tensor is None else torch.from_dlpack(tensor.to_dlpack()).numpy().copy()
@@ -73,9 +77,8 @@ class TritonPythonModel:
 
         embeds, seeds = numbers("image_embeds"), numbers("seed")
         if embeds is None or seeds is None:
-            raise ValueError(
-                "inputs image_embeds and seed are needed"
-            )  # where some are optional, Triton does not check the others
+            # Triton does not check required inputs of a model that has optional ones.
+            raise ValueError("inputs image_embeds and seed are needed")
         if (seeds < 0).any():
             raise ValueError(f"seed {seeds.min()} is negative")
         rows = Rows.of(self.settings, embeds, seeds[:, 0].tolist(), words("prompt"), words("negative_prompt"))

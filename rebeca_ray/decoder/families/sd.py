@@ -1,0 +1,231 @@
+"""Stable Diffusion 1.x and 2.x with a plain IP-Adapter: one text encoder, one image embedding per item.
+
+    text_encoder      input_ids_BL                                           -> text_BLH
+    image_projection  image_embeds_BD                                        -> image_BKH
+    unet              latents_BCYX, timestep_B, text_BLH, image_BKH, scale_B -> predicted_BCYX
+    vae_decoder       latents_BCYX                                           -> pixels_BRYX in [-1, 1]
+
+Shapes: B batch, D embed dim, L text tokens, K image tokens, T tokens of any kind, H context width,
+C latent channels, R red green blue, Y X pixels or latents.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.decoder.conditioning import Conditioning
+from rebeca_ray.decoder.files import DecoderFiles, find_decoder
+from rebeca_ray.decoder.interface import Rows
+from rebeca_ray.decoder.networks import DTYPES, Family, Networks, Signature, Tensors
+from rebeca_ray.errors import InputError
+
+
+class TextEncoder(nn.Module):
+    """CLIP's text model; returns the last hidden state of every token."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids_BL: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids_BL, return_dict=False)[0]
+
+
+class ImageAttention(nn.Module):
+    """Decoupled cross-attention (IP-Adapter, Ye et al. 2023, eq. 5): text and image have a softmax each.
+
+    It differs from diffusers' processor in the weight of the image: a tensor with one row per image. Rows may
+    therefore differ, and an exported graph has the weight as an input.
+    """
+
+    def __init__(self, to_k_ip: nn.Linear, to_v_ip: nn.Linear) -> None:
+        super().__init__()
+        self.to_k_ip, self.to_v_ip = to_k_ip, to_v_ip
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        attention_mask: None = None,
+    ) -> torch.Tensor:
+        text_BLH, image_BKH, scale_B = encoder_hidden_states
+
+        def heads(x_BTH: torch.Tensor) -> torch.Tensor:
+            return x_BTH.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        query = heads(attn.to_q(hidden_states))
+        text = F.scaled_dot_product_attention(query, heads(attn.to_k(text_BLH)), heads(attn.to_v(text_BLH)))
+        image = F.scaled_dot_product_attention(
+            query, heads(self.to_k_ip(image_BKH)), heads(self.to_v_ip(image_BKH))
+        )
+        mixed = text + scale_B[:, None, None, None] * image
+        return attn.to_out[0](mixed.transpose(1, 2).flatten(-2))
+
+
+class ConditionedUNet(nn.Module):
+    """The UNet with its conditioning as inputs: text tokens, image tokens and the weight of the image."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        processors = dict(unet.attn_processors)
+        for name, processor in processors.items():
+            if hasattr(processor, "to_k_ip"):
+                processors[name] = ImageAttention(processor.to_k_ip[0], processor.to_v_ip[0])
+        unet.set_attn_processor(processors)
+        # The projection is a separate network, because its output is the same at every step.
+        unet.encoder_hid_proj = None
+        self.unet = unet
+
+    def forward(
+        self,
+        latents_BCYX: torch.Tensor,
+        timestep_B: torch.Tensor,
+        text_BLH: torch.Tensor,
+        image_BKH: torch.Tensor,
+        scale_B: torch.Tensor,
+    ) -> torch.Tensor:
+        return self.unet(latents_BCYX, timestep_B, (text_BLH, image_BKH, scale_B), return_dict=False)[0]
+
+
+class VaeDecoder(nn.Module):
+    """The decoder of the autoencoder; it takes latents in the UNet's scale."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents_BCYX: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode(latents_BCYX / self.vae.config.scaling_factor, return_dict=False)[0]
+
+
+def load_networks(settings: DecoderSettings) -> Networks:
+    """Load a diffusers directory or hub id and its IP-Adapter. Raises InputError if they do not load."""
+    dtype = DTYPES[settings.dtype]
+    pipeline = load_pipeline(settings, find_decoder(settings), dtype)
+    (projection,) = pipeline.unet.encoder_hid_proj.image_projection_layers
+
+    def ready(module: nn.Module) -> Any:
+        module = module.to(settings.device, dtype).eval().requires_grad_(False)
+        return module.to(memory_format=torch.channels_last) if settings.device == "cuda" else module
+
+    unet = ready(ConditionedUNet(pipeline.unet))
+    return Networks(
+        family=FAMILY,
+        encoders={
+            "text_encoder": ready(TextEncoder(pipeline.text_encoder)),
+            "image_projection": ready(projection),
+        },
+        unet=torch.compile(unet, mode="reduce-overhead") if settings.compile else unet,
+        vae_decoder=ready(VaeDecoder(pipeline.vae)),
+        tokenizers={"tokenizer": pipeline.tokenizer},
+        scheduler_config=dict(pipeline.scheduler.config),
+        embed_dim=projection.image_embeds.in_features,
+        latent_channels=pipeline.unet.config.in_channels,
+        image_size=settings.image_size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
+        vae_scale_factor=pipeline.vae_scale_factor,
+        device=settings.device,
+        dtype=dtype,
+    )
+
+
+def load_pipeline(settings: DecoderSettings, files: DecoderFiles, dtype: torch.dtype) -> Any:
+    """Return diffusers' pipeline with its LoRA merged and its IP-Adapter loaded."""
+    from diffusers import AutoModel, StableDiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    # Both libraries warn about the missing safety checker and show bars in every actor.
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    parts: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+    try:
+        if files.vae:
+            parts["vae"] = AutoModel.from_pretrained(str(files.vae), dtype=dtype, use_safetensors=True)
+        pipeline: Any = StableDiffusionPipeline.from_pretrained(
+            files.model, dtype=dtype, use_safetensors=True, **parts
+        )
+        # The LoRA is merged before the adapter replaces the attention processors.
+        if files.lora:
+            pipeline.load_lora_weights(str(files.lora.parent), weight_name=files.lora.name)
+            pipeline.fuse_lora()
+            pipeline.unload_lora_weights()
+        adapter = files.ip_adapter
+        pipeline.load_ip_adapter(
+            str(adapter.parent), subfolder="", weight_name=adapter.name, image_encoder_folder=None
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"decoder {settings.model}: cannot be loaded ({' '.join(str(error).split())[:300]})"
+        ) from None
+    return pipeline
+
+
+def load_tokenizers(folder: Path) -> dict[str, Any]:
+    """Return the tokenizer of an export."""
+    from transformers import CLIPTokenizer
+
+    return {"tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer")}
+
+
+def condition(networks: Networks, rows: Rows, guided: bool) -> Conditioning:
+    """Return `text`, `image` and `scale` of the rows; with `guided`, of their unconditional twins too."""
+    device, dtype = networks.device, networks.dtype
+    embeds_BD = torch.from_numpy(np.ascontiguousarray(rows.image_embeds_BD)).to(device, dtype)
+    scale_B = torch.from_numpy(rows.ip_adapter_scale_B).to(device, dtype)
+    conditioning = encode_prompts(networks, rows.prompts).replace(image=embeds_BD, scale=scale_B)
+    if guided:
+        # An unconditional row has a zero embedding, as published, and the negative prompt.
+        unconditional = encode_prompts(networks, rows.negative_prompts)
+        conditioning = conditioning.concatenate(
+            unconditional.replace(image=torch.zeros_like(embeds_BD), scale=scale_B)
+        )
+    # Both halves are projected together: with another batch size the projection may round otherwise.
+    return conditioning.replace(image=networks.encoders["image_projection"](conditioning["image"]))
+
+
+def encode_prompts(networks: Networks, prompts: Sequence[str]) -> Conditioning:
+    """Return the `text` of each prompt; a prompt that recurs is encoded once."""
+    distinct = sorted(set(prompts))
+    tokenizer = networks.tokenizers["tokenizer"]
+    tokens = tokenizer(
+        distinct,
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    text_BLH = networks.encoders["text_encoder"](tokens.input_ids.to(networks.device))
+    return Conditioning({"text": text_BLH}).take([distinct.index(prompt) for prompt in prompts])
+
+
+def example_inputs(networks: Networks) -> dict[str, Tensors]:
+    """Return the inputs of both encoders for a batch of two."""
+    tokens = (2, networks.tokenizers["tokenizer"].model_max_length)
+    return {
+        "text_encoder": (torch.zeros(tokens, dtype=torch.int64, device=networks.device),),
+        "image_projection": (
+            torch.zeros((2, networks.embed_dim), dtype=networks.dtype, device=networks.device),
+        ),
+    }
+
+
+FAMILY = Family(
+    name="sd",
+    encoders={
+        "text_encoder": Signature(inputs=("input_ids",), outputs=("text",)),
+        "image_projection": Signature(inputs=("image_embeds",), outputs=("image",), doubled=True),
+    },
+    conditioning=("text", "image", "scale"),
+    load_networks=load_networks,
+    load_tokenizers=load_tokenizers,
+    condition=condition,
+    example_inputs=example_inputs,
+)
