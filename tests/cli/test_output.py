@@ -1,17 +1,18 @@
 """How results look: units for people, plain numbers for JSON."""
 
 import json
-from typing import Any
 
 import pytest
 from rich.console import Console, RenderableType
 
 from rebeca_ray.catalog.gc import Garbage
+from rebeca_ray.catalog.layout import Run
+from rebeca_ray.catalog.manifest import Cost, Counts, FileList, GateOutcome, Manifest
 from rebeca_ray.catalog.pointer import Pointer
 from rebeca_ray.cli import output
-from rebeca_ray.generation.estimate import Estimate
+from tests.conftest import synthetic_manifest
 
-FORECAST = Estimate(
+FORECAST = Cost(
     requested_items=48000,
     planned_users=1200,
     images=3600,
@@ -81,13 +82,13 @@ def test_the_name_of_a_figure_tells_its_unit(name: str, value: object, text: str
 
 
 def test_an_estimate_is_shown_beside_the_last_run() -> None:
-    last = {"images": 1800, "render_seconds": 3600.0, "bytes_written": 900}
+    last = FORECAST.model_copy(update={"images": 1800, "render_seconds": 3600.0, "bytes_written": 900})
     rows = cells(output.estimate_table(FORECAST, last))
     assert rows["images to draw"] == ["3,600", "1,800"]
     assert rows["time to render"] == ["2.0 h", "1.0 h"]
-    assert rows["GPU time"] == ["2.0 h", ""]
+    assert rows["GPU time"] == ["2.0 h", "2.0 h"]
     assert rows["data written"] == ["3.3 MB", "900 B"]
-    assert rows["cost, in the currency of `prices`"] == ["5.50", ""]
+    assert rows["cost, in the currency of `prices`"] == ["5.50", "5.50"]
     assert cells(output.estimate_table(FORECAST, None))["images to draw"] == ["3,600", ""]
 
 
@@ -99,16 +100,20 @@ def test_the_json_of_an_estimate_has_plain_numbers() -> None:
     assert set(forecast["tonight"]) == set(output.ESTIMATE_LABELS)
 
 
-def manifest(run_id: str, *, refused: list[str]) -> dict[str, Any]:
-    counts = {"new": 1000, "carried": 200, "population": 34, "users": 400}
-    return {
-        "run_date": "2026-03-02",
-        "run_id": run_id,
-        "created_at": "2026-03-02T03:00:00+00:00",
-        "counts": counts,
-        "bytes": 1,
-        "gate": {"refused": refused},
+def manifest(run_id: str, *, refused: list[str]) -> Manifest:
+    counts = {
+        **dict.fromkeys(Counts.model_fields, 0),
+        "new": 1000,
+        "carried": 200,
+        "population": 34,
+        "users": 400,
     }
+    return synthetic_manifest(
+        Run(root="c", run_date="2026-03-02", run_id=run_id, fencing_token=1),
+        FileList(path="files.parquet", rows=0, bytes=0, sha256=""),
+        counts=Counts(**counts),
+        gate=GateOutcome(refused=refused),
+    )
 
 
 def test_a_list_tells_published_refused_and_running() -> None:
