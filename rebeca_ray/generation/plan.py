@@ -8,7 +8,6 @@ Shapes: G users, N candidates of all of them, K planned items, D embed dim, F fa
 import hashlib
 import time
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -29,8 +28,8 @@ from rebeca_ray.generation.decide import PLAN, RESCORE, Decisions
 from rebeca_ray.generation.parts import WRITER_CPUS, WriteParts, with_busy_seconds
 from rebeca_ray.generation.progress import Progress
 from rebeca_ray.generation.shards import draw_keys, shards_of
+from rebeca_ray.generation.user_loader import UserLoader
 from rebeca_ray.prior.candidates import (
-    UserVectors,
     choose_candidates,
     judge_candidates,
     rescore_items,
@@ -38,12 +37,9 @@ from rebeca_ray.prior.candidates import (
 )
 from rebeca_ray.prior.checkpoint import load_prior
 from rebeca_ray.prior.diffusion import Diffusion
-from rebeca_ray.prior.sampling import USERS_PADDED_TO
-from rebeca_ray.prior.selector import MAX_HISTORY
-from rebeca_ray.prior.user_blocks import Rated, UserBlock
 from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, list_files, open_filesystem
 from rebeca_ray.storage.objects import read_json, write_json
-from rebeca_ray.storage.parquet import read_table, write_table
+from rebeca_ray.storage.parquet import write_table
 
 ITEMS_PER_FILE = 20_000
 TILES_PER_BATCH = 4  # several tiles of the sampler per batch, so that padding costs little
@@ -138,7 +134,7 @@ class PlanUsers:
         decisions: Decisions,
     ) -> None:
         self.config, self.versions, self.decisions = config, versions, decisions
-        self.histories, self.previous = histories, previous
+        self.previous = previous
         self.cached_items: tuple[int, pa.Table] | None = None
         self.prior = load_prior(config.prior, config.sampler.device)
         if self.prior.fingerprint != versions["prior"]:
@@ -151,17 +147,15 @@ class PlanUsers:
         self.settings = hashlib.sha256((sampler + config.selection.model_dump_json()).encode()).hexdigest()
         self.real_item_id: pa.Array | None = None
         self.real_unit_ID: torch.Tensor | None = None
-        self.rated_ID: np.ndarray | None = None  # embeddings of all items that may have been rated
+        rated_ID: np.ndarray | None = None
         if config.items:
             items = read_image_embeds(config.items)
             self.real_item_id = pa.array(items.item_id, pa.string())
             self.real_unit_ID = F.normalize(torch.from_numpy(items.image_embeds)).to(config.sampler.device)
-            self.rated_ID = items.image_embeds
+            rated_ID = items.image_embeds
             if histories is not None and histories.rated:
-                generated_ID = read_image_embeds(histories.rated).image_embeds
-                self.rated_ID = np.concatenate([self.rated_ID, generated_ID])
-        user_ids = [] if self.prior.users is None else self.prior.users["user_id"].to_pylist()
-        self.user_index = {user: index for index, user in enumerate(user_ids)}
+                rated_ID = np.concatenate([rated_ID, read_image_embeds(histories.rated).image_embeds])
+        self.users = UserLoader(self.prior, histories, rated_ID, config.sampler.device)
 
     @torch.inference_mode()
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -178,7 +172,7 @@ class PlanUsers:
         embed_dim = self.prior.scaler.embed_dim
         if not users.num_rows:
             return schemas.plan(embed_dim).empty_table()
-        vectors = self.load_users(users)
+        vectors = self.users.load(users)
         keys = [
             identity.plan_key(
                 prior=self.versions["prior"],
@@ -211,7 +205,9 @@ class PlanUsers:
         user_K = chosen.user_K
         shard_G = shards_of(draw_keys(users, self.decisions.by_urgency), self.decisions.boundaries)
         cold_start_G = users["stranger"].to_numpy(zero_copy_only=False)
-        nearest_item_id = None
+        user_factor_KF, nearest_item_id = None, None
+        if vectors.factor_GF is not None:
+            user_factor_KF = vectors.factor_GF.cpu().numpy()[user_K]
         if self.real_item_id is not None:
             nearest_item_id = self.real_item_id.take(pa.array(chosen.nearest_K))
         user_columns = users.select(["user_id", "bucket", "prompt", "negative_prompt"]).take(user_K)
@@ -230,14 +226,10 @@ class PlanUsers:
                     )
                 ],
                 "rank": chosen.rank_K,
-                "image_embeds": embeds_column(chosen.embeds_KD),
+                "image_embeds": chosen.embeds_KD,
                 "like_probability": chosen.like_K,
-                "user_factors": None
-                if vectors.factor_GF is None
-                else lists_column(vectors.factor_GF.cpu().numpy()[user_K]),
-                "drawn_factors": None
-                if chosen.sampled_factor_KF is None
-                else lists_column(chosen.sampled_factor_KF),
+                "user_factors": user_factor_KF,
+                "drawn_factors": chosen.sampled_factor_KF,
                 "nearest_item_id": nearest_item_id,
                 "nearest_similarity": chosen.similarity_K,
                 "origin": np.where(cold_start_G[user_K], schemas.POPULATION, schemas.NEW),
@@ -257,7 +249,7 @@ class PlanUsers:
         items = items.combine_chunks()
         user_K = pc.index_in(items["user_id"], value_set=users["user_id"].combine_chunks()).to_numpy()
         embeds_KD = items["image_embeds"].combine_chunks().flatten().to_numpy().reshape(-1, embed_dim)
-        factor_GF = self.load_users(users).factor_GF
+        factor_GF = self.users.load(users).factor_GF
         rescored = rescore_items(self.prior, factor_GF, embeds_KD, user_K, self.sampler.batch_size)
         item_columns = items.select(["item_id", "user_id", "nearest_item_id", "nearest_similarity"])
         user_columns = users.select(["bucket", "prompt", "negative_prompt"])
@@ -267,7 +259,7 @@ class PlanUsers:
             {
                 **{name: part[name] for part in taken for name in part.column_names},
                 "rank": rescored.rank_K,
-                "image_embeds": embeds_column(embeds_KD[rescored.row_K]),
+                "image_embeds": embeds_KD[rescored.row_K],
                 "like_probability": rescored.like_K,
                 "user_factors": None,
                 "drawn_factors": None,
@@ -285,71 +277,27 @@ class PlanUsers:
             self.cached_items = (bucket, self.previous.bucket("items", bucket, num_buckets))
         return self.cached_items[1]
 
-    def load_users(self, users: pa.Table) -> UserVectors:
-        """Return the vectors of the rows of `users`: from their histories, or from the prior's table of users."""
-        # Rows of padding, because matrix products of a few rows round differently.
-        padding = -users.num_rows % USERS_PADDED_TO
-        user_ids = users["user_id"].to_pylist()
-        index_G = np.array([self.user_index.get(user, -1) for user in user_ids] + [-1] * padding)
-        history = None
-        if self.histories is not None and self.rated_ID is not None:
-            rated = self.load_ratings(users, padding)
-            history = rated.look_up(self.rated_ID, self.config.sampler.device)
-            history = history._replace(item_BLD=self.prior.scaler.scale(history.item_BLD))
-        latest = None if history is None else history.latest(self.prior.settings.max_history)
-        selector, factor_GF = self.prior.selector, None
-        if selector is not None and history is not None:
-            factor_GF = selector.user_factors(history.latest(MAX_HISTORY))
-        elif selector is not None and selector.rows_VF is not None:
-            is_known_G1 = torch.from_numpy(index_G >= 0)[:, None].to(selector.rows_VF.device)
-            factor_GF = selector.rows_VF[index_G.clip(min=0)] * is_known_G1
-        return UserVectors(token_GUH=self.prior.user_tokens(index_G, latest), factor_GF=factor_GF)
-
-    def load_ratings(self, users: pa.Table, padding: int) -> Rated:
-        """Return the histories of the rows of `users`, and empty ones for cold-start users and padding."""
-        assert self.histories is not None
-        max_history = max(self.prior.settings.max_history, MAX_HISTORY)
-        rated = Rated.nothing(users.num_rows + padding, max_history)
-        user_ids, bucket_G = users["user_id"].to_pylist(), users["histories_bucket"].to_numpy()
-        for bucket in np.unique(bucket_G).tolist():
-            block, position_of = read_bucket(self.histories.file(bucket))
-            rows = [row for row in np.flatnonzero(bucket_G == bucket) if user_ids[row] in position_of]
-            if not rows:
-                continue
-            positions = np.array([position_of[user_ids[row]] for row in rows])
-            for column, values in zip(rated, block.history(positions, max_history), strict=True):
-                column[rows] = values
-        return rated
-
-
-@lru_cache(maxsize=2)
-def read_bucket(uri: str) -> tuple[UserBlock, dict[str, int]]:
-    """Return the histories of one bucket, and the position of each of its users."""
-    table = read_table(uri, "histories")
-    first = np.zeros(table["bucket"][0].as_py() + 1 if table.num_rows else 1, int)
-    positions = {user: position for position, user in enumerate(table["user_id"].to_pylist())}
-    return UserBlock(table, first, training_only=False), positions
-
 
 def planned_table(columns: dict[str, Any], embed_dim: int) -> pa.Table:
-    """Return a table of `schemas.plan` from its columns: arrays of any kind, or None for a column of nulls."""
+    """Return a table of `schemas.plan` from its columns: arrays, lists, matrices, or None for nulls."""
     schema = schemas.plan(embed_dim)
     assert set(columns) == set(schema.names), set(columns) ^ set(schema.names)
     num_items = len(columns["item_id"])
-    arrays = []
-    for field in schema:
-        column = columns[field.name]
-        arrays.append(pa.nulls(num_items, field.type) if column is None else pa.array(column, field.type))
-    return pa.table(arrays, schema=schema)
+    return pa.table(
+        [arrow_column(columns[field.name], field.type, num_items) for field in schema], schema=schema
+    )
 
 
-def embeds_column(embeds_KD: np.ndarray) -> pa.Array:
-    """Return embeddings as a column of fixed-size lists."""
-    embed_type = schemas.image_embeds(embeds_KD.shape[1])
-    return pa.FixedSizeListArray.from_arrays(pa.array(embeds_KD.ravel()), type=embed_type)
-
-
-def lists_column(values_KF: np.ndarray) -> pa.Array:
-    """Return the rows of a matrix as a column of lists."""
-    offsets = np.arange(len(values_KF) + 1, dtype=np.int32) * values_KF.shape[1]
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values_KF.ravel()))
+def arrow_column(values: Any, kind: pa.DataType, num_rows: int) -> pa.Array | pa.ChunkedArray:
+    """Return `values` as an Arrow column; a matrix becomes a column of lists without a copy."""
+    if values is None:
+        return pa.nulls(num_rows, kind)
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        return values
+    if not isinstance(values, np.ndarray) or values.ndim == 1:
+        return pa.array(values, kind)
+    flat = pa.array(values.ravel())
+    if pa.types.is_fixed_size_list(kind):
+        return pa.FixedSizeListArray.from_arrays(flat, type=kind)
+    offsets = np.arange(num_rows + 1, dtype=np.int32) * values.shape[1]
+    return pa.ListArray.from_arrays(pa.array(offsets), flat)

@@ -23,7 +23,7 @@ from rebeca_ray.prior.checkpoint import TrainedPrior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked
 from rebeca_ray.prior.selection import choose, nearest_items
-from rebeca_ray.prior.selector import Selector
+from rebeca_ray.prior.selector import Selector, match
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +104,14 @@ def judge_candidates(
 ) -> Candidates:
     """Return the columns of candidates `x_ND`: judged by the selector, compared with the real items if there are any."""
     like_N, factor_NF = judge(prior.selector, factor_GF, x_ND, user_N)
-    embeds_ND = round_to_half(prior.scaler.unscale(x_ND).numpy())
-    unit_ND = F.normalize(torch.from_numpy(embeds_ND))
+    embeds_ND = prior.scaler.unscale(x_ND).half().float()  # as the catalog keeps them
+    unit_ND = F.normalize(embeds_ND)
     nearest_N, similarity_N = None, None
     if real_unit_ID is not None:
         nearest, similarity = nearest_items(unit_ND.to(real_unit_ID.device), real_unit_ID)
         nearest_N, similarity_N = nearest.cpu().numpy(), similarity.cpu().numpy()
     return Candidates(
-        embeds_ND=embeds_ND,
+        embeds_ND=embeds_ND.numpy(),
         unit_ND=unit_ND.numpy(),
         like_N=like_N,
         factor_NF=factor_NF,
@@ -126,9 +126,9 @@ def judge(
     """Return like probabilities [N] and item factors [N, F+1] by the selector; None without selector or user factors."""
     if selector is None or factor_GF is None:
         return None, None
-    x_ND = x_ND.to(factor_GF.device)
-    like_N = selector.like_probability(x_ND, factor_GF[torch.from_numpy(user_N).to(factor_GF.device)])
-    return like_N.cpu().numpy(), selector.item_factors(x_ND).cpu().numpy()
+    factor_NF = selector.item_factors(x_ND.to(factor_GF.device))
+    like_N = torch.sigmoid(match(factor_NF, factor_GF[torch.from_numpy(user_N).to(factor_GF.device)]))
+    return like_N.cpu().numpy(), factor_NF.cpu().numpy()
 
 
 def choose_candidates(
@@ -196,8 +196,3 @@ def ranks(user_K: np.ndarray) -> np.ndarray:
 
 def take(column: np.ndarray | None, row_K: np.ndarray) -> np.ndarray | None:
     return None if column is None else column[row_K]
-
-
-def round_to_half(embeds_ND: np.ndarray) -> np.ndarray:
-    """Return embeddings rounded to half precision, as the catalog keeps them."""
-    return embeds_ND.astype(np.float16).astype(np.float32)

@@ -51,14 +51,20 @@ class Selector(nn.Module):
         told = torch.cat([theta_GF, torch.log1p(count_G1) / 5, (num_likes_G1 + 1) / (count_G1 + 4)], dim=1)
         return torch.cat([theta_GF, self.generosity(told)], dim=1)
 
-    def logit(self, x_ND: torch.Tensor, user_NF: torch.Tensor) -> torch.Tensor:
-        return (self.factors(x_ND) * user_NF[:, :-1]).sum(1) + user_NF[:, -1] + self.popularity(x_ND)[:, 0]
-
     def item_factors(self, x_ND: torch.Tensor) -> torch.Tensor:
-        """[N, F+1] of embeddings: what `logit` makes of them, and of the user's factors."""
+        """Return the factors [N, F+1] of embeddings; the last one is their popularity."""
         return torch.cat([self.factors(x_ND), self.popularity(x_ND)], dim=1)
+
+    def logit(self, x_ND: torch.Tensor, user_NF: torch.Tensor) -> torch.Tensor:
+        """Return the logit [N] for each embedding and the factors of the user beside it."""
+        return match(self.item_factors(x_ND), user_NF)
 
     @torch.inference_mode()
     def like_probability(self, x_ND: torch.Tensor, user_NF: torch.Tensor) -> torch.Tensor:
-        """[N] for each embedding and the factors of the user beside it."""
+        """Return the like probability [N] for each embedding and the factors of the user beside it."""
         return torch.sigmoid(self.logit(x_ND, user_NF))
+
+
+def match(item_NF: torch.Tensor, user_NF: torch.Tensor) -> torch.Tensor:
+    """Return the logit [N] of `item_factors` and `user_factors`, row by row."""
+    return (item_NF[:, :-1] * user_NF[:, :-1]).sum(1) + user_NF[:, -1] + item_NF[:, -1]
