@@ -133,18 +133,18 @@ class PlanUsers:
         previous: Snapshot | None,
         decisions: Decisions,
     ) -> None:
-        self.config, self.versions, self.decisions = config, versions, decisions
-        self.previous = previous
+        self.config, self.versions, self.previous, self.decisions = config, versions, previous, decisions
         self.cached_items: tuple[int, pa.Table] | None = None
         self.prior = load_prior(config.prior, config.sampler.device)
         if self.prior.fingerprint != versions["prior"]:
             raise InputError(f"prior {config.prior}: was replaced while this run was planning; run again")
         self.diffusion = Diffusion.build(self.prior.diffusion, config.sampler.device)
         self.sampler = config.sampler.resolve(self.prior.sampling, self.prior.diffusion.num_train_timesteps)
-        sampler = self.sampler.model_dump_json(
+        settings = self.sampler.model_dump_json(
             exclude={"batch_size", "num_actors", "cpus_per_actor", "device"}
         )
-        self.settings = hashlib.sha256((sampler + config.selection.model_dump_json()).encode()).hexdigest()
+        settings += config.selection.model_dump_json()
+        self.settings = hashlib.sha256(settings.encode()).hexdigest()  # a part of every item's identity
         self.real_item_id: pa.Array | None = None
         self.real_unit_ID: torch.Tensor | None = None
         rated_ID: np.ndarray | None = None
@@ -187,21 +187,17 @@ class PlanUsers:
             )
         ]
 
-        # More candidates than items, of which the selector, the nearest real item and diversity choose.
+        # Sample more candidates than items. Like probability, real items and diversity choose among them.
         selection = self.config.selection
         count_G = users["num_images"].to_numpy().astype(np.int64)
+        sampled_G = count_G * selection.candidates_per_item
         x_ND, user_N = sample_candidates(
-            self.prior,
-            self.diffusion,
-            self.sampler,
-            vectors.token_GUH,
-            keys,
-            count_G * selection.candidates_per_item,
+            self.prior, self.diffusion, self.sampler, vectors.token_GUH, keys, sampled_G
         )
         candidates = judge_candidates(self.prior, vectors.factor_GF, x_ND, user_N, self.real_unit_ID)
         chosen = choose_candidates(candidates, count_G, selection)
 
-        # Columns of users are repeated per item; an item's id follows from its user's key and prompts.
+        # Repeat the users' columns per item. An item's id follows from its user's key and prompts.
         user_K = chosen.user_K
         shard_G = shards_of(draw_keys(users, self.decisions.by_urgency), self.decisions.boundaries)
         cold_start_G = users["stranger"].to_numpy(zero_copy_only=False)
@@ -210,20 +206,16 @@ class PlanUsers:
             user_factor_KF = vectors.factor_GF.cpu().numpy()[user_K]
         if self.real_item_id is not None:
             nearest_item_id = self.real_item_id.take(pa.array(chosen.nearest_K))
-        user_columns = users.select(["user_id", "bucket", "prompt", "negative_prompt"]).take(user_K)
-        columns = dict(zip(user_columns.column_names, user_columns.columns, strict=True))
+        per_item = users.select(["user_id", "bucket", "prompt", "negative_prompt"]).take(user_K)
+        prompts = (per_item[name].to_pylist() for name in ("prompt", "negative_prompt"))
+        rows = zip(user_K.tolist(), chosen.candidate_K.tolist(), *prompts, strict=True)
+        decoder = self.versions["decoder"]
         return planned_table(
             {
-                **columns,
+                **{name: per_item[name] for name in per_item.column_names},
                 "item_id": [
-                    identity.item_id(keys[user], candidate, self.versions["decoder"], prompt, negative_prompt)
-                    for user, candidate, prompt, negative_prompt in zip(
-                        user_K.tolist(),
-                        chosen.candidate_K.tolist(),
-                        columns["prompt"].to_pylist(),
-                        columns["negative_prompt"].to_pylist(),
-                        strict=True,
-                    )
+                    identity.item_id(keys[user], candidate, decoder, prompt, negative_prompt)
+                    for user, candidate, prompt, negative_prompt in rows
                 ],
                 "rank": chosen.rank_K,
                 "image_embeds": chosen.embeds_KD,
@@ -245,12 +237,14 @@ class PlanUsers:
             return schemas.plan(embed_dim).empty_table()
         buckets = users["bucket"].unique().to_pylist()
         items = pa.concat_tables([self.previous_items(bucket) for bucket in buckets])
-        items = items.filter(pc.is_in(items["user_id"], value_set=users["user_id"].combine_chunks()))
-        items = items.combine_chunks()
-        user_K = pc.index_in(items["user_id"], value_set=users["user_id"].combine_chunks()).to_numpy()
+        user_ids = users["user_id"].combine_chunks()
+        items = items.filter(pc.is_in(items["user_id"], value_set=user_ids)).combine_chunks()
+        user_K = pc.index_in(items["user_id"], value_set=user_ids).to_numpy()
         embeds_KD = items["image_embeds"].combine_chunks().flatten().to_numpy().reshape(-1, embed_dim)
         factor_GF = self.users.load(users).factor_GF
         rescored = rescore_items(self.prior, factor_GF, embeds_KD, user_K, self.sampler.batch_size)
+
+        # Keep the items' columns in their new order, beside the columns of their users.
         item_columns = items.select(["item_id", "user_id", "nearest_item_id", "nearest_similarity"])
         user_columns = users.select(["bucket", "prompt", "negative_prompt"])
         taken = (item_columns.take(rescored.row_K), user_columns.take(rescored.user_K))
@@ -283,9 +277,8 @@ def planned_table(columns: dict[str, Any], embed_dim: int) -> pa.Table:
     schema = schemas.plan(embed_dim)
     assert set(columns) == set(schema.names), set(columns) ^ set(schema.names)
     num_items = len(columns["item_id"])
-    return pa.table(
-        [arrow_column(columns[field.name], field.type, num_items) for field in schema], schema=schema
-    )
+    arrays = [arrow_column(columns[field.name], field.type, num_items) for field in schema]
+    return pa.table(arrays, schema=schema)
 
 
 def arrow_column(values: Any, kind: pa.DataType, num_rows: int) -> pa.Array | pa.ChunkedArray:

@@ -151,6 +151,15 @@ def test_an_items_noise_does_not_depend_on_its_company(seeds: list[int], draws: 
             assert (whole[place] == alone[0]).all()
 
 
+def test_noise_is_that_of_a_generator_per_seed() -> None:
+    """Re-keying one generator for the first draw changes no bit of it, nor of the draws that follow."""
+    seeds = [0, 7, 2**63 - 1, 2**64 - 1]
+    generators = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds]
+    for noise in islice(item_noise(seeds, D), 3):
+        expected = np.stack([generator.standard_normal(D, np.float32) for generator in generators])
+        np.testing.assert_array_equal(noise.numpy(), expected)
+
+
 def test_noise_is_standard_normal() -> None:
     first, second = (draw.numpy() for draw in islice(item_noise(range(200), 64), 2))
     assert abs(first.mean()) < 0.02
