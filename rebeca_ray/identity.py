@@ -12,7 +12,7 @@ def hash128(*parts: str | int) -> str:
 
 
 def plan_key(*, prior: str, settings: str, user_id: str, history_digest: str, generation: int) -> str:
-    """Return the key of a user's candidates: models, settings, the user's history, and the number of rotations."""
+    """Return the key of a user's candidates: models, settings, history, and number of rotations."""
     return hash128("plan", prior, settings, user_id, history_digest, generation)
 
 
@@ -48,5 +48,5 @@ def bucket_of(user_id: str, num_buckets: int) -> int:
 
 
 def retry_seed(seed: int, attempt: int) -> int:
-    """Return the seed of another attempt at an image that the safety checker refused; attempt 0 is the first."""
+    """Return the seed of another attempt at an image that was found unsafe; attempt 0 is the first."""
     return int(hash128("attempt", seed, attempt)[:16], 16) >> 1 if attempt else seed

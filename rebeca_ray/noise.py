@@ -11,7 +11,8 @@ def item_noise(
 ) -> Iterator[torch.Tensor]:
     """Yield one standard normal [B, D] after another; row i depends on `seeds[i]` alone (64 bits).
 
-    Philox is counter-based and keyed by the seed. An item's noise is therefore the same in any batch, order or process.
+    Philox is counter-based and keyed by the seed. An item's noise is therefore the same in any batch, order
+    or process.
     """
     yield torch.from_numpy(first_noise(seeds, embed_dim)).to(device)
     # Most samplers never come here. An ancestral one needs a generator per item, past its first draw.
@@ -29,7 +30,8 @@ def item_noise(
 def first_noise(seeds: Sequence[int], embed_dim: int) -> np.ndarray:
     """Return the first draw [B, D] of each seed's generator.
 
-    One generator is re-keyed per row: making a new one reads the system's entropy and costs more than the draw.
+    One generator is re-keyed per row: making a new one reads the system's entropy and costs more than the
+    draw.
     """
     philox = np.random.Philox(key=0)
     generator = np.random.Generator(philox)

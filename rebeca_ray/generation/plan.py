@@ -1,8 +1,10 @@
 """Plan: users become planned items, each with the embedding to decode. One Ray Data graph.
 
-decisions, bucket by bucket -> candidates from the prior -> selector, nearest real item -> the best -> work/…/plan
+decisions, bucket by bucket -> candidates from the prior -> selector, nearest real item -> the best ->
+work/…/plan
 
-Shapes: G users, N candidates of all of them, K planned items, D embed dim, F factors of the selector, I real items.
+Shapes: G users, N candidates of all of them, K planned items, D embed dim, F factors of the selector, I real
+items.
 """
 
 import hashlib
@@ -55,10 +57,10 @@ def plan_items(
     decisions: Decisions,
     progress: Progress,
 ) -> None:
-    """Write the run's plan, `unit=<shard>/bucket=<bucket>/`. Every item of a planned user becomes exactly one row.
+    """Write the run's plan, `unit=<shard>/bucket=<bucket>/`: exactly one row per item of a planned user.
 
-    A resumed run reads a complete plan and never makes it again. Raises InputError if the prior is no longer the one
-    of `versions`.
+    A resumed run reads a complete plan and never makes it again. Raises InputError if the prior is no longer
+    the one of `versions`.
     """
     marker = join(run.work, "plan.json")
     if read_json(marker):
@@ -100,7 +102,8 @@ def users_per_batch(config: GenerateConfig) -> int:
 def request_histories(config: GenerateConfig, run: Run) -> Histories | None:
     """Return all ratings of the users, hold-out included, in parts of the catalog's buckets.
 
-    Returns None if the config gives no interactions. Generated items that were rated are numbered after the real ones.
+    Returns None if the config gives no interactions. Generated items that were rated are numbered after the
+    real ones.
     """
     if config.interactions is None or config.items is None:
         return None
@@ -120,9 +123,9 @@ def request_histories(config: GenerateConfig, run: Run) -> Histories | None:
 class PlanUsers:
     """Ray Data actor: one row of `schemas.DECISIONS` in, that user's planned items out.
 
-    A user to plan gets new items: the best of the candidates that the prior samples. A user to rescore keeps the
-    items of the previous snapshot, ranked anew by the selector of today. `prior/candidates.py` holds the mathematics;
-    the actor loads what it needs and maps its columns.
+    A user to plan gets new items: the best of the candidates that the prior samples. A user to rescore keeps
+    the items of the previous snapshot, ranked anew by the selector of today. `prior/candidates.py` holds the
+    mathematics; the actor loads what it needs and maps its columns.
     """
 
     def __init__(
@@ -231,7 +234,7 @@ class PlanUsers:
         )
 
     def rescore(self, users: pa.Table) -> pa.Table:
-        """Return the previous items of `users`, with the like probability of today's selector, in its order."""
+        """Return the previous items of `users`, ranked by the like probability of today's selector."""
         embed_dim = self.prior.scaler.embed_dim
         if not users.num_rows or self.previous is None:
             return schemas.plan(embed_dim).empty_table()
@@ -264,7 +267,7 @@ class PlanUsers:
         )
 
     def previous_items(self, bucket: int) -> pa.Table:
-        """Return the previous items of a bucket. The last bucket is cached, because users arrive bucket by bucket."""
+        """Return the previous items of a bucket; caches the last one, because users arrive by bucket."""
         if self.cached_items is None or self.cached_items[0] != bucket:
             assert self.previous is not None
             num_buckets = self.config.layout.num_buckets

@@ -31,5 +31,5 @@ def draw_keys(decisions: pa.Table, by_urgency: bool) -> np.ndarray:
 
 
 def shards_of(keys: np.ndarray, boundaries: Sequence[tuple[float, float, float]]) -> np.ndarray:
-    """Return the shard [G] of each key. `boundaries` are the first keys of all shards but the first, in order."""
+    """Return the shard [G] of each key; `boundaries` are the first keys of all shards but the first."""
     return np.searchsorted(np.array([tuple(key) for key in boundaries], DRAW_KEY), keys, side="right")

@@ -22,7 +22,10 @@ from rebeca_ray.storage.parquet import read_table
 
 
 class UserLoader:
-    """Loads the vectors of some users at a time. `rated_ID` are the embeddings of all items that may have been rated."""
+    """Loads the vectors of some users at a time.
+
+    `rated_ID` are the embeddings of all items that may have been rated: real ones, then generated ones.
+    """
 
     def __init__(
         self, prior: TrainedPrior, histories: Histories | None, rated_ID: np.ndarray | None, device: str
@@ -43,7 +46,7 @@ class UserLoader:
         return UserVectors(token_GUH=token_GUH, factor_GF=self.selector_factors(index_G, history))
 
     def selector_factors(self, index_G: np.ndarray, history: History | None) -> torch.Tensor | None:
-        """Return the selector's factors [G, F+1]: of the histories if there are any, else of the table; 0 for unknown users."""
+        """Return the selector's factors [G, F+1], from histories or the table; 0 for users without a row."""
         selector = self.prior.selector
         if selector is None:
             return None
@@ -55,7 +58,7 @@ class UserLoader:
         return selector.rows_VF[index_G.clip(min=0)] * is_known_G1
 
     def load_history(self, users: pa.Table, padding: int) -> History | None:
-        """Return the histories of `users` in the prior's space; those of cold-start users and padding are empty."""
+        """Return the histories of `users` in the prior's space; cold-start users have empty ones."""
         if self.histories is None or self.rated_ID is None:
             return None
         max_history = max(self.prior.settings.max_history, MAX_HISTORY)

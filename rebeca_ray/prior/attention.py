@@ -26,7 +26,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `x_BKH` to keys and values [B, N, C, h]; `keys_values` makes them from a context."""
+    """Multi-head attention of `x_BKH` to keys and values [B, N, C, h], made by `keys_values`."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()

@@ -3,8 +3,8 @@
 keys, user tokens -> sample_candidates -> judge_candidates -> choose_candidates -> columns of the chosen ones
 embeddings of earlier items -> rescore_items -> their order and like probabilities
 
-In float32, matrix products of a few rows round differently from those of many. Candidates therefore stay in whole
-tiles until they are chosen: an item's bits then depend on the item alone.
+In float32, matrix products of a few rows round differently from those of many. Candidates therefore stay in
+whole tiles until they are chosen: an item's bits then depend on the item alone.
 
 Shapes: G users, N candidates padded to whole tiles, K planned items, D embed dim, U user tokens, H width,
 F factors of the selector, I real items.
@@ -80,7 +80,7 @@ def sample_candidates(
     keys: Sequence[str],
     count_G: np.ndarray,
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """Return `count_G[g]` candidates of each user in the prior's space [N, D], and the user's row of each [N].
+    """Return `count_G[g]` candidates of each user in the prior's space [N, D], and their users' rows [N].
 
     `keys` are the users' plan keys: they seed the noise. `sampler` is a resolved one.
     """
@@ -102,7 +102,7 @@ def judge_candidates(
     user_N: np.ndarray,
     real_unit_ID: torch.Tensor | None,
 ) -> Candidates:
-    """Return the columns of candidates `x_ND`: judged by the selector, compared with the real items if there are any."""
+    """Return the columns of candidates `x_ND`: the selector's verdict, and the nearest real items if any."""
     like_N, factor_NF = judge(prior.selector, factor_GF, x_ND, user_N)
     embeds_ND = prior.scaler.unscale(x_ND).half().float()  # as the catalog keeps them
     unit_ND = F.normalize(embeds_ND)
@@ -123,7 +123,7 @@ def judge_candidates(
 def judge(
     selector: Selector | None, factor_GF: torch.Tensor | None, x_ND: torch.Tensor, user_N: np.ndarray
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Return like probabilities [N] and item factors [N, F+1] by the selector; None without selector or user factors."""
+    """Return like probabilities [N] and item factors [N, F+1]; None without selector or user factors."""
     if selector is None or factor_GF is None:
         return None, None
     factor_NF = selector.item_factors(x_ND.to(factor_GF.device))

@@ -72,7 +72,7 @@ class PriorConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedPrior:
-    """A prior ready to sample: the network in eval mode, its process, its scaler, and the users of an `id` prior."""
+    """A prior ready to sample: network in eval mode, process, scaler, and the users of an `id` prior."""
 
     network: Prior
     settings: NetworkSettings
@@ -89,10 +89,10 @@ class TrainedPrior:
     fingerprint: str = ""  # covers config, weights, selector and users; set by load_prior
 
     def user_tokens(self, user_index_G: np.ndarray, history: History | None) -> torch.Tensor:
-        """Return user tokens [G, U, H]: from `history` for a `history` prior, from the index for an `id` prior.
+        """Return user tokens [G, U, H]: from the history or from the index, as the prior encodes users.
 
-        An index below 0, an empty history, and a prior without users give the tokens of the null user, who stands for
-        the population.
+        An index below 0, an empty history, and a prior without users give the tokens of the null user, who
+        stands for the population.
         """
         import torch
 
@@ -108,7 +108,7 @@ class TrainedPrior:
 
 
 def save_prior(prior: TrainedPrior, out: str) -> None:
-    """Write the directory `out` (local or `s3://`). `config.json` comes last: a half-written prior cannot be loaded."""
+    """Write the directory `out` (local or `s3://`); `config.json` comes last, so that no half of it loads."""
     from safetensors.torch import save
 
     require_writable(out, "prior")
@@ -153,8 +153,8 @@ def save_prior(prior: TrainedPrior, out: str) -> None:
 def with_sorted_metadata(safetensors: bytes) -> bytes:
     """Return the same file with its metadata in order of its keys.
 
-    The library writes them in random order. A prior's fingerprint includes the file's hash, so the same weights would
-    get another fingerprint each time.
+    The library writes them in random order. A prior's fingerprint includes the file's hash, so the same
+    weights would get another fingerprint each time.
     """
     size = int.from_bytes(safetensors[:8], "little")
     header = json.loads(safetensors[8 : 8 + size])
@@ -170,7 +170,7 @@ def trained_with(scaler: dict[str, float], clip: str | None) -> dict[str, str]:
 
 
 def load_prior(uri: str, device: str = "cpu") -> TrainedPrior:
-    """Load a prior directory. Raises InputError if it is missing, incomplete, altered, or has another format."""
+    """Load a prior directory. Raises InputError if it is missing, incomplete, altered, or another format."""
     from safetensors.torch import load
 
     from rebeca_ray.prior.denoisers import Prior
@@ -230,7 +230,7 @@ def read_prior_users(uri: str, config: dict[str, Any]) -> pa.Table:
 
 
 def verified_file(uri: str, name: str, config: dict[str, Any]) -> bytes:
-    """Return the bytes of one file of a prior. Raises InputError if it is missing, or if its hash is not in `config`."""
+    """Return the bytes of one file of a prior. Raises InputError if it is missing or has another hash."""
     filesystem, path = open_filesystem(uri)
     try:
         data: bytes = filesystem.cat_file(f"{path}/{name}")
@@ -250,7 +250,9 @@ def read_prior_config(uri: str) -> dict[str, Any]:
     """Return the `config.json` of a prior. Raises InputError if it is missing or has another format."""
     config = read_json(join(uri, "config.json"))
     if config is None:
-        raise InputError(f"prior {uri}: no config.json; train one with `rebeca train`, or give its directory")
+        raise InputError(
+            f"prior {uri}: no config.json there; train one with `rebeca train`, or give its directory"
+        )
     if config.get("format") == UNFINISHED:
         raise InputError(f"prior {uri}: was not written completely; train it again")
     if config.get("format") != FORMAT:
@@ -293,6 +295,6 @@ sampling {json.dumps(config["sampling"])}.
 |---|---|
 {rows}
 
-Load it with `rebeca_ray.prior.checkpoint.load_prior(directory)`. A users table holds outside user ids and tastes:
-treat such a directory as personal data.
+Load it with `rebeca_ray.prior.checkpoint.load_prior(directory)`. A users table holds outside user ids and
+tastes: treat such a directory as personal data.
 """

@@ -2,7 +2,8 @@
 
 A `Condition` depends on user and rating alone. It is computed once and used at every timestep.
 
-Shapes: B batch, C distinct conditions, K tokens of an embedding, D embed dim, R token dim, U user tokens, H width, N heads.
+Shapes: B batch, C distinct conditions, K tokens of an embedding, D embed dim, R token dim, U user tokens, H
+width, N heads.
 """
 
 import math
@@ -19,14 +20,17 @@ DISLIKE, LIKE, NULL_RATING = 0, 1, 2
 
 
 class Condition(NamedTuple):
-    """The part of a denoiser's work that depends on (user, rating) alone: keys and values per layer, pooled tokens."""
+    """The work that depends on (user, rating) alone: keys and values per layer, and pooled tokens."""
 
     pooled_CH: torch.Tensor
     keys_values: list[tuple[torch.Tensor, torch.Tensor]]  # per layer: [B, N, U+1, h] each
     row_B: torch.Tensor | None = None  # the condition of each row; None: row i has condition i
 
     def expand(self, row_B: torch.Tensor) -> Self:
-        """Return the same for a batch with condition `row_B[i]` in row i; small tensors keep one row per condition."""
+        """Return the same for a batch with condition `row_B[i]` in row i.
+
+        Small tensors keep one row per condition.
+        """
         return self._replace(
             keys_values=[(keys[row_B], values[row_B]) for keys, values in self.keys_values], row_B=row_B
         )
@@ -68,9 +72,9 @@ class CrossAttentionBlock(nn.Module):
 class CrossAttentionDenoiser(nn.Module):
     """The authors' later network.
 
-    A learned linear map cuts the embedding into K tokens of R = ceil(D/K) numbers, each lifted to width H. Blocks see
-    the pooled condition through AdaLN-zero, and its tokens (user, rating, time) through cross-attention. The inverse
-    maps lead back to D.
+    A learned linear map cuts the embedding into K tokens of R = ceil(D/K) numbers, each lifted to width H.
+    Blocks see the pooled condition through AdaLN-zero, and its tokens (user, rating, time) through
+    cross-attention. The inverse maps lead back to D.
     """
 
     def __init__(self, settings: NetworkSettings, embed_dim: int) -> None:
@@ -164,8 +168,8 @@ class CausalBlock(nn.Module):
 class DecoderOnlyDenoiser(nn.Module):
     """The paper's first network: one causal sequence of user, rating, time and K image tokens.
 
-    The prediction is read from the image tokens. User and rating come first, so that their keys and values hold at
-    every timestep.
+    The prediction is read from the image tokens. User and rating come first, so that their keys and values
+    hold at every timestep.
     """
 
     def __init__(self, settings: NetworkSettings, embed_dim: int) -> None:
@@ -208,11 +212,11 @@ class DecoderOnlyDenoiser(nn.Module):
 
 
 class Prior(nn.Module):
-    """REBECA's denoiser `(x_t, t, user, rating) -> prediction`, with the encoder of histories if users have them.
+    """REBECA's denoiser `(x_t, t, user, rating) -> prediction`, with an encoder of histories where needed.
 
-    `null_user_UH` and `NULL_RATING` stand for an absent condition. Condition dropout teaches them, and classifier-free
-    guidance needs them. The null user with a like gives the taste of the population. The table of an `id` prior is
-    separate (`UserTable`).
+    `null_user_UH` and `NULL_RATING` stand for an absent condition. Condition dropout teaches them, and
+    classifier-free guidance needs them. The null user with a like gives the taste of the population. The
+    table of an `id` prior is separate (`UserTable`).
     """
 
     def __init__(self, settings: NetworkSettings, embed_dim: int) -> None:
@@ -237,7 +241,7 @@ class Prior(nn.Module):
         return torch.where(known_B[:, None, None], self.history_encoder(history), self.null_user_UH)
 
     def condition(self, user_CUH: torch.Tensor, rating_C: torch.Tensor) -> Condition:
-        """Return the condition of these users and ratings (0 dislike, 1 like, 2 absent), for every timestep."""
+        """Return the condition of users and ratings (0 dislike, 1 like, 2 absent), for every timestep."""
         return self.denoiser.condition(user_CUH, rating_C)
 
     def forward(self, x_BD: torch.Tensor, timestep_T: torch.Tensor, condition: Condition) -> torch.Tensor:

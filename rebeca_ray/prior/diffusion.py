@@ -18,9 +18,10 @@ Denoiser = Callable[[torch.Tensor, int], torch.Tensor]  # (x_BD, timestep) -> de
 def alphas_cumprod(settings: DiffusionSettings) -> torch.Tensor:
     """Return the signal power at every training timestep, [T] in float64.
 
-    `linear`: Ho et al. 2020, betas from 1e-4 to 0.02. `squaredcos_cap_v2`: Nichol & Dhariwal 2021, eq. 17. `laplace`:
-    Hang et al. 2024, log-SNR at the quantiles of a Laplace law. The paper's authors used diffusers' form of it
-    (the square root, the 1e-6), and so does this function. The latter two cap betas at 0.999.
+    `linear`: Ho et al. 2020, betas from 1e-4 to 0.02. `squaredcos_cap_v2`: Nichol & Dhariwal 2021, eq. 17.
+    `laplace`: Hang et al. 2024, log-SNR at the quantiles of a Laplace law. The paper's authors used
+    diffusers' form of it (the square root, the 1e-6), and so does this function. The latter two cap betas at
+    0.999.
     """
     steps = settings.num_train_timesteps
     if settings.schedule == "linear":
@@ -39,7 +40,7 @@ def alphas_cumprod(settings: DiffusionSettings) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Diffusion:
-    """A variance-preserving process `x_t = alpha_t x_0 + sigma_t noise`, and the meaning of a network's prediction."""
+    """A variance-preserving process `x_t = alpha_t x_0 + sigma_t noise`, and the reading of predictions."""
 
     settings: DiffusionSettings
     alpha: torch.Tensor  # [T]
@@ -90,7 +91,7 @@ class Diffusion:
         return F.mse_loss(prediction_BD, target_BD)
 
     def log_snr_step(self, timestep: int, following: int) -> float:
-        """Return the change of half the log signal-to-noise ratio between two timesteps (lambda in Lu et al. 2022)."""
+        """Return the change of half the log-SNR between two timesteps (lambda in Lu et al. 2022)."""
         return float(self.half_log_snr[following] - self.half_log_snr[timestep])
 
     def inference_timesteps(self, num_inference_steps: int) -> list[int]:

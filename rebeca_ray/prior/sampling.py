@@ -1,4 +1,4 @@
-"""Sample embeddings. Each sampler is one function: `(denoise, noise, timesteps, diffusion) -> denoised embeddings`.
+"""Sample embeddings. A sampler is one function: `(denoise, noise, timesteps, diffusion) -> denoised`.
 
 Shapes: N items, B items of a tile, G users, C users of a tile, D embed dim, U user tokens, H width.
 """
@@ -19,12 +19,12 @@ USERS_PADDED_TO = 64
 def guided_denoiser(
     prior: Prior, diffusion: Diffusion, user_CUH: torch.Tensor, row_B: torch.Tensor, guidance_scale: float
 ) -> Denoiser:
-    """Return a denoiser with classifier-free guidance (Ho & Salimans 2022, eq. 6) towards the likes of user `row_B[i]`.
+    """Return a denoiser with classifier-free guidance towards the likes of user `row_B[i]`.
 
-    Both halves are one doubled batch. The unconditional half has neither user nor rating: one condition for all its
-    rows. At scale 1 it is left out. Guidance acts on the network's prediction. `denoised` is affine in the prediction
-    with weights that sum to one, so acting on `denoised` would be the same. The condition holds at every timestep and
-    is computed once, here.
+    The method is Ho & Salimans 2022, eq. 6. Both halves are one doubled batch. The unconditional half has
+    neither user nor rating: one condition for all its rows. At scale 1 it is left out. Guidance acts on the
+    network's prediction. `denoised` is affine in the prediction with weights that sum to one, so acting on
+    `denoised` would be the same. The condition holds at every timestep and is computed once, here.
     """
     users, device = len(user_CUH), user_CUH.device
     rating_C = torch.full((users,), LIKE, device=device)
@@ -54,7 +54,8 @@ def ddpm(
 ) -> torch.Tensor:
     """Return [B, D] by ancestral sampling (Ho et al. 2020, algorithm 2), the paper's sampler.
 
-    `noise` gives x_T and every step's noise. `denoised` is clipped to ±`clip`, the range of the scaled embeddings.
+    `noise` gives x_T and every step's noise. `denoised` is clipped to ±`clip`, the range of the scaled
+    embeddings.
     """
     x = next(noise)
     for index, timestep in enumerate(timesteps):
@@ -126,8 +127,8 @@ def unipc(
 ) -> torch.Tensor:
     """Return [B, D] by UniPC of second order, B(h) = exp(h) - 1 (Zhao et al. 2023, algorithms 1 and 2).
 
-    It predicts as DPM-Solver++(2M) does. Then it corrects each point with the network's answer at that point, which
-    costs no further passes.
+    It predicts as DPM-Solver++(2M) does. Then it corrects each point with the network's answer at that point,
+    which costs no further passes.
     """
     x = next(noise)
     x_before, x0_before, x0_before_that, step_before = x, x, x, 0.0
@@ -154,7 +155,7 @@ def unipc(
 
 
 def corrector_weights(ratio: float, step: float) -> tuple[float, float]:
-    """Return UniPC's weights for the older and the newer difference (Zhao et al. 2023, eq. 5 with two points)."""
+    """Return UniPC's weights for the older and newer difference (Zhao et al. 2023, eq. 5, two points)."""
     growth = float(np.expm1(-step))
     phi_2 = growth / -step - 1
     phi_3 = phi_2 / -step - 0.5
@@ -183,11 +184,11 @@ def sample_liked(
     seeds: Sequence[int],
     sampler: SamplerSettings,
 ) -> torch.Tensor:
-    """Sample one embedding per row that user `row_N[i]` would like; return [N, D] in the prior's space, on the CPU.
+    """Sample one embedding per row that user `row_N[i]` would like: [N, D] in the prior's space, on the CPU.
 
-    `sampler` is a resolved one. Rows go in tiles of `sampler.batch_size`, and copies of a row fill the last tile. In
-    float32 on a CPU a row's bits then depend on its user and seed alone: matrix products round all rows alike from a
-    dozen rows on, but not below.
+    `sampler` is a resolved one. Rows go in tiles of `sampler.batch_size`, and copies of a row fill the last
+    tile. In float32 on a CPU a row's bits then depend on its user and seed alone: matrix products round all
+    rows alike from a dozen rows on, but not below.
     """
     assert sampler.name
     assert sampler.num_inference_steps

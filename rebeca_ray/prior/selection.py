@@ -1,4 +1,4 @@
-"""Choose before decoding: the candidates that a user likes, that differ from each other, and that copy no item.
+"""Choose candidates before decoding: those that a user likes, that differ, and that copy no item.
 
 Shapes: B embeddings, C candidates of one user, K chosen, D embed dim, I items.
 """
@@ -11,11 +11,12 @@ COPY_PENALTY = 10.0  # no copy outranks an original
 
 
 def nearest_items(unit_BD: torch.Tensor, unit_ID: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return row and cosine similarity of the nearest item of each embedding, by brute force in chunks of the items.
+    """Return row and cosine similarity of the nearest item of each embedding.
 
-    The cost is B·I·D multiply-adds: at 10 million items and D = 1024, 10^10 per candidate. Four candidates for each of
-    10 million images are 8·10^17 floating-point operations. One H100 needs 3.4 hours for them in plain float32
-    (67 TFLOP/s), beside some 140 hours of decoding at 20 images per second. An index would be faster and miss copies.
+    Brute force goes through the items in chunks. The cost is B·I·D multiply-adds: at 10 million items and D =
+    1024, 10^10 per candidate. Four candidates for each of 10 million images are 8·10^17 floating-point
+    operations. One H100 needs 3.4 hours for them in plain float32 (67 TFLOP/s), beside some 140 hours of
+    decoding at 20 images per second. An index would be faster and miss copies.
     """
     rows, best = [], []
     for part_BD in unit_BD.split(ROWS_PER_CHUNK):
@@ -33,10 +34,11 @@ def nearest_items(unit_BD: torch.Tensor, unit_ID: torch.Tensor) -> tuple[torch.T
 def choose(
     unit_CD: np.ndarray, like_C: np.ndarray, copy_C: np.ndarray, num_chosen: int, diversity: float
 ) -> np.ndarray:
-    """Return K of one user's candidates, best first, by maximal marginal relevance (Carbonell & Goldstein 1998).
+    """Return K candidates of a user, best first, by maximal marginal relevance (Carbonell & Goldstein 1998).
 
-    Each choice maximises `(1 - diversity) · like - diversity · greatest cosine to those chosen`. Candidates marked as
-    copies come last, so that K are always chosen. If K equals C, all are kept in their order: plain sampling.
+    Each choice maximises `(1 - diversity) · like - diversity · greatest cosine to those chosen`. Candidates
+    marked as copies come last, so that K are always chosen. If K equals C, all are kept in their order: plain
+    sampling.
     """
     if len(unit_CD) == num_chosen:
         return np.arange(num_chosen)

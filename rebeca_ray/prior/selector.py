@@ -1,7 +1,8 @@
 """Predict whether a user likes an embedding, by a small logistic matrix factorisation over embeddings.
 
-`P(like | u, x) = sigmoid(theta_u · (W x + w) + b_u + b · x + c)`, x in the prior's space. The selector chooses among
-candidates before decoding. The evaluation's verifier is another model, from other ratings and another seed.
+`P(like | u, x) = sigmoid(theta_u · (W x + w) + b_u + b · x + c)`, x in the prior's space. The selector
+chooses among candidates before decoding. The evaluation's verifier is another model, from other ratings and
+another seed.
 
 Shapes: G users, N embeddings, L interactions of a history, D embed dim, I items, F factors (F+1: with b_u).
 """
@@ -19,9 +20,10 @@ MAX_HISTORY = 128  # a user's factors are made from at most so many interactions
 class Selector(nn.Module):
     """Matrix factorisation whose user factors come from the history (asymmetric SVD: Koren 2008, section 4).
 
-    `theta_u` sums a vector of the liked items and one of the disliked items, each a mean with a learned shrinkage. A
-    user with a new history therefore has factors without training; an empty history gives those of an average user.
-    `rows_VF` are the factors of an `id` prior's users, because such a prior is sampled without histories.
+    `theta_u` sums a vector of the liked items and one of the disliked items, each a mean with a learned
+    shrinkage. A user with a new history therefore has factors without training; an empty history gives those
+    of an average user. `rows_VF` are the factors of an `id` prior's users, because such a prior is sampled
+    without histories.
     """
 
     rows_VF: torch.Tensor | None

@@ -1,6 +1,7 @@
 """Draw training samples from users' histories, the same number for every user.
 
-Shapes: V users of a block, N their interactions, G draws of a batch, m targets a draw, B = G·m samples, L history.
+Shapes: V users of a block, N their interactions, G draws of a batch, m targets a draw, B = G·m samples, L
+history.
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ MICROSECONDS_PER_DAY = 86_400_000_000
 
 
 class Rated(NamedTuple):
-    """The histories of G users as row numbers of items, at most L each: small until the embeddings are looked up."""
+    """The histories of G users as row numbers of items, at most L each; `look_up` adds the embeddings."""
 
     item_index_GL: np.ndarray  # arbitrary where absent
     like_GL: np.ndarray
@@ -92,7 +93,7 @@ class UserBlock:
         )
 
     def history(self, user_G: np.ndarray, max_history: int, but_Gm: np.ndarray | None = None) -> Rated:
-        """Return the latest `max_history` interactions of each user, without those of row numbers `but_Gm`."""
+        """Return the latest `max_history` interactions of each user, without rows `but_Gm`."""
         row_GL = (self.starts_V + self.counts_V)[user_G, None] - 1 - np.arange(max_history)
         present_GL = row_GL >= self.starts_V[user_G, None]
         if but_Gm is not None:
@@ -113,11 +114,12 @@ class UserBlock:
         max_history: int,
         seed: tuple[int, ...],
     ) -> Iterator[Batch]:
-        """Yield `samples_per_user` samples of every user in random order (balanced sampling: paper, appendix A.1).
+        """Yield `samples_per_user` samples of every user in random order (paper, appendix A.1).
 
-        Numbers are rounded up to whole draws. Samples are drawn with replacement, so that users with few interactions
-        count as much as others. For a user with both likes and dislikes, a fraction `like_share` of the samples are
-        likes; None draws from all interactions alike. The result is a pure function of block and seed.
+        Numbers are rounded up to whole draws. Samples are drawn with replacement, so that users with few
+        interactions count as much as others. For a user with both likes and dislikes, a fraction `like_share`
+        of the samples are likes; None draws from all interactions alike. The result is a pure function of
+        block and seed.
         """
         random = np.random.default_rng((*seed, int(self.user_index_V[0])))
         draws_per_user = -(-samples_per_user // targets)
@@ -131,8 +133,8 @@ class UserBlock:
             target_Gm, pool_Gm = self.targets_by_like(
                 user_Gm, random.random(user_Gm.shape) < like_share, position_Gm
             )
-        # A history lacks its draw's targets. Users with few interactions get few targets; else training would never
-        # see a short history.
+        # A history lacks its draw's targets. Users with few interactions get few targets; else training would
+        # never see a short history.
         distinct_G = (pool_Gm.min(1) // POOL_PER_TARGET).clip(1, targets)
         target_Gm = np.take_along_axis(target_Gm, np.arange(targets) % distinct_G[:, None], axis=1)
         order = random.permutation(len(user_G))
@@ -142,7 +144,7 @@ class UserBlock:
     def targets_by_like(
         self, user_Gm: np.ndarray, like_Gm: np.ndarray, position_Gm: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return row numbers of likes or dislikes, as `like_Gm` says, and the number of the user's rows of that kind.
+        """Return rows of likes or dislikes, as `like_Gm` says, and the number of the user's rows of that kind.
 
         `position_Gm` (0 to 1) is the relative position among the user's rows of that kind.
         """
@@ -169,7 +171,7 @@ class UserBlock:
         )
 
     def held_out(self, max_history: int, limit: int, *, likes_only: bool = False) -> Batch | None:
-        """Return at most `limit` held-out interactions, evenly spaced, each with its user's training history."""
+        """Return at most `limit` held-out interactions, evenly spaced, with their users' training histories."""
         chosen = np.flatnonzero(self.held_like) if likes_only else np.arange(len(self.held_user))
         chosen = chosen[:: max(1, -(-len(chosen) // limit))]
         if not len(chosen):

@@ -13,7 +13,7 @@ from rebeca_ray.prior.attention import Attention
 
 
 class History(NamedTuple):
-    """The ratings of B users: at most L interactions each, the latest first; `present_BL` marks the real ones."""
+    """The ratings of B users: at most L each, the latest first; `present_BL` marks the real ones."""
 
     item_BLD: torch.Tensor  # embeddings in the prior's space
     like_BL: torch.Tensor  # 0 or 1
@@ -26,10 +26,10 @@ class History(NamedTuple):
 
 
 class HistoryEncoder(nn.Module):
-    """Attention pooling over rated item embeddings, with their rating and recency: `History` -> user tokens [B, U, H].
+    """Attention pooling over rated items, with rating and recency: `History` -> user tokens [B, U, H].
 
-    It knows no user by name. A user unseen in training is served all the same, and taste follows the history without
-    another training. Learned queries pool (Lee et al. 2019, Set Transformer, section 3.2).
+    It knows no user by name. A user unseen in training is served all the same, and taste follows the history
+    without another training. Learned queries pool (Lee et al. 2019, Set Transformer, section 3.2).
     """
 
     def __init__(self, *, embed_dim: int, width: int, num_heads: int, num_user_tokens: int) -> None:
@@ -54,7 +54,8 @@ class HistoryEncoder(nn.Module):
         x_BLH = torch.where(history.like_BL[..., None] == 1, liked_BLH, disliked_BLH) + self.recency(
             recency_BL2
         )
-        # A softmax needs at least one position. An empty history keeps the first; `Prior.encode` discards the result.
+        # A softmax needs at least one position. An empty history keeps the first; `Prior.encode` discards the
+        # result.
         nobody_B1 = ~history.present_BL.any(1, keepdim=True)
         mask_BL = history.present_BL | (nobody_B1 & (torch.arange(x_BLH.shape[1], device=x_BLH.device) == 0))
         query_BUH = self.query_UH.expand(len(x_BLH), -1, -1)
@@ -67,10 +68,11 @@ class HistoryEncoder(nn.Module):
 class UserTable:
     """One row of user tokens per user of the training set, as published; updated row by row.
 
-    The table is no module parameter. Its gradient, an optimizer's state over it, and a running average of it would each
-    cost O(users) per step. A step touches the rows of its batch alone. Row-wise AdaGrad (Duchi et al. 2011, with one
-    number per row) keeps 4 bytes of state per user. Every data-parallel worker holds the whole table. Workers exchange
-    the gradients of touched rows by all-gather, so that all make the same update.
+    The table is no module parameter. Its gradient, an optimizer's state over it, and a running average of it
+    would each cost O(users) per step. A step touches the rows of its batch alone. Row-wise AdaGrad (Duchi et
+    al. 2011, with one number per row) keeps 4 bytes of state per user. Every data-parallel worker holds the
+    whole table. Workers exchange the gradients of touched rows by all-gather, so that all make the same
+    update.
     """
 
     def __init__(

@@ -1,9 +1,7 @@
 """Rows planned per second with a stand-in network, so that the code around the network is measured.
 
-    PYTHONPATH=. python tests/bench/planning.py [--rounds 5] [--against PATH]
-
-Each measurement runs in a process of its own with one thread. With `--against`, the checkout of another commit,
-both run in turn.
+`PYTHONPATH=. python tests/bench/planning.py [--rounds 5] [--against PATH]` writes results/planning.json.
+Each measurement is a process with one thread. Those of the checkout PATH, another commit, alternate with ours.
 """
 
 import argparse
@@ -35,8 +33,14 @@ from rebeca_ray.prior.selector import Selector
 from tests.conftest import prior_users, write_tiny_prior
 
 REPO = Path(__file__).parents[2]
-NUM_USERS, NUM_IMAGES, CANDIDATES, NUM_REAL_ITEMS, NUM_SHARDS = 2_000, 10, 4, 100, 200
-EMBED_DIMS = (256, 1024)
+EMBED_DIMS, NUM_USERS, NUM_IMAGES, CANDIDATES, NUM_REAL_ITEMS, NUM_SHARDS = (
+    (256, 1024),
+    2_000,
+    10,
+    4,
+    100,
+    200,
+)
 
 
 class StandIn(SimpleNamespace):
@@ -55,21 +59,20 @@ def measure(embed_dim: int, folder: Path) -> float:
     """Return the rows planned per second, with `rebeca_ray` as Python finds it."""
     # Write a prior and some real items. The stand-in replaces the network later.
     users = [f"user-{number:08d}" for number in range(NUM_USERS)]
-    selector = Selector(embed_dim)
-    prior = write_tiny_prior(folder, users=prior_users(users), embed_dim=embed_dim, selector=selector)
+    known, selector = prior_users(users), Selector(embed_dim)
+    prior = write_tiny_prior(folder, users=known, embed_dim=embed_dim, selector=selector)
     save_prior(replace(load_prior(prior), diffusion=DiffusionSettings(prediction_type="sample")), prior)
     embeds = np.random.default_rng(0).standard_normal(NUM_REAL_ITEMS * embed_dim, np.float32)
     column = pa.FixedSizeListArray.from_arrays(pa.array(embeds), type=schemas.image_embeds(embed_dim))
-    item_id = [f"item-{row}" for row in range(NUM_REAL_ITEMS)]
-    pq.write_table(pa.table({"item_id": item_id, "image_embeds": column}), folder / "items.parquet")
+    items = pa.table({"item_id": [f"item-{row}" for row in range(NUM_REAL_ITEMS)], "image_embeds": column})
+    pq.write_table(items, folder / "items.parquet")
+    sampler = {"name": "ddim", "num_inference_steps": 1, "prior_guidance_scale": 1.0}
     settings = {"prior": prior, "decoder": {"model": "any"}, "request": "any", "catalog": "any"}
-    settings |= {"items": str(folder / "items.parquet"), "num_images": NUM_IMAGES}
-    settings |= {"selection": {"candidates_per_item": CANDIDATES}}
-    settings |= {"sampler": {"name": "ddim", "num_inference_steps": 1, "prior_guidance_scale": 1.0}}
-    config = GenerateConfig.model_validate(settings)
+    settings |= {"items": str(folder / "items.parquet"), "num_images": NUM_IMAGES, "sampler": sampler}
+    config = GenerateConfig.model_validate(settings | {"selection": {"candidates_per_item": CANDIDATES}})
 
     boundaries = [(0.0, -500 + 500 * shard // NUM_SHARDS, 0) for shard in range(1, NUM_SHARDS)]
-    counts = dict.fromkeys(("planned_users", "planned_items", "units"), 0)
+    counts = {"planned_users": 0, "planned_items": 0, "units": 0}
     decisions = Decisions(pool=None, by_urgency=True, boundaries=boundaries, **counts)
     versions = {"prior": load_prior(prior).fingerprint, "decoder": "any"}
     stage: Any = PlanUsers(config, versions, None, None, decisions)
@@ -80,23 +83,21 @@ def measure(embed_dim: int, folder: Path) -> float:
     row |= dict.fromkeys(("bucket", "histories_bucket", "generation", "priority"), 0)
     row |= {"num_images": NUM_IMAGES, "stranger": False, "decision": "plan"}
     rows = [row | {"user_id": user, "activity": number % 500} for number, user in enumerate(users)]
-    table = pa.Table.from_pylist(rows, schema=schemas.DECISIONS)
-    size = users_per_batch(config)
+    table, size = pa.Table.from_pylist(rows, schema=schemas.DECISIONS), users_per_batch(config)
     stage(table.slice(0, size))  # warm
     started = time.perf_counter()
     planned = sum(stage(table.slice(start, size)).num_rows for start in range(0, NUM_USERS, size))
-    assert planned == NUM_USERS * NUM_IMAGES
     return planned / (time.perf_counter() - started)
 
 
 def measure_in_process(checkout: Path, embed_dim: int) -> float:
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--measure", str(embed_dim)]
-    return float(subprocess.check_output(command, env=environment, cwd=checkout, text=True).split()[-1])
+    return float(subprocess.check_output(command, env=environment, cwd=checkout))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--against", type=Path)
     parser.add_argument("--measure", type=int, metavar="D", help="print one measurement")
@@ -106,14 +107,14 @@ def main() -> None:
             print(measure(arguments.measure, Path(folder)))
         return
     checkouts = {"after": REPO} | ({"before": arguments.against} if arguments.against else {})
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    result: dict[str, Any] = {"processor": cpu[0].split(": ")[1], "threads": 1, "rounds": arguments.rounds}
+    cpu = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
+    result: dict[str, Any] = {"processor": cpu, "threads": 1, "rounds": arguments.rounds}
     table = Table("rows per second", *checkouts, "after / before")
     for embed_dim in EMBED_DIMS:
         rates: dict[str, list[float]] = {name: [] for name in checkouts}
         for _ in range(arguments.rounds):
-            for name, checkout in checkouts.items():
-                rates[name].append(measure_in_process(checkout, embed_dim))
+            for name in checkouts:
+                rates[name].append(measure_in_process(checkouts[name], embed_dim))
         median = {name: round(statistics.median(values)) for name, values in rates.items()}
         ratio = f"{median['after'] / median['before']:.2f}" if "before" in median else ""
         result[f"rows_per_second at D = {embed_dim}"] = median

@@ -57,7 +57,7 @@ def test_the_same_prior_has_the_same_fingerprint_each_time_it_is_saved(
 
 
 def test_missing_directory(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no config.json; train one with `rebeca train`"):
+    with pytest.raises(UserError, match="no config.json there; train one with `rebeca train`"):
         load_prior(str(tmp_path / "nothing"))
 
 
@@ -77,7 +77,7 @@ def test_missing_and_damaged_files(tiny_prior: str) -> None:
     (Path(tiny_prior) / "model.safetensors").unlink()
     with pytest.raises(
         UserError,
-        match=r"model.safetensors cannot be read \(No such file or directory\); copy the whole directory again",
+        match=r"model.safetensors cannot be read \(No such file or directory\); copy the whole directory",
     ):
         load_prior(tiny_prior)
 
