@@ -144,7 +144,7 @@ class UserBlock:
     def targets_by_like(
         self, user_Gm: np.ndarray, like_Gm: np.ndarray, position_Gm: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return rows of likes or dislikes, as `like_Gm` says, and the number of the user's rows of that kind.
+        """Return rows of likes or dislikes, as `like_Gm` says, and the user's number of rows of that kind.
 
         `position_Gm` (0 to 1) is the relative position among the user's rows of that kind.
         """
@@ -171,7 +171,7 @@ class UserBlock:
         )
 
     def held_out(self, max_history: int, limit: int, *, likes_only: bool = False) -> Batch | None:
-        """Return at most `limit` held-out interactions, evenly spaced, with their users' training histories."""
+        """Return at most `limit` held-out interactions, evenly spaced, with training histories."""
         chosen = np.flatnonzero(self.held_like) if likes_only else np.arange(len(self.held_user))
         chosen = chosen[:: max(1, -(-len(chosen) // limit))]
         if not len(chosen):
