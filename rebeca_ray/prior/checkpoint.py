@@ -91,8 +91,8 @@ class TrainedPrior:
     def user_tokens(self, user_index_G: np.ndarray, history: History | None) -> torch.Tensor:
         """Return user tokens [G, U, H]: from the history or from the index, as the prior encodes users.
 
-        An index below 0, an empty history, and a prior without users give the tokens of the null user, who
-        stands for the population.
+        An index below 0, an empty history, and a prior without users give the tokens of the null user: the
+        population.
         """
         import torch
 

@@ -18,7 +18,7 @@ MAX_HISTORY = 128  # a user's factors are made from at most so many interactions
 
 
 class Selector(nn.Module):
-    """Matrix factorisation whose user factors come from the history (asymmetric SVD: Koren 2008, section 4).
+    """Matrix factorisation with user factors from the history (asymmetric SVD: Koren 2008, section 4).
 
     `theta_u` sums a vector of the liked items and one of the disliked items, each a mean with a learned
     shrinkage. A user with a new history therefore has factors without training; an empty history gives those

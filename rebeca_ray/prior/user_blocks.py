@@ -1,6 +1,6 @@
 """Draw training samples from users' histories, the same number for every user.
 
-Shapes: V users of a block, N their interactions, G draws of a batch, m targets a draw, B = G·m samples, L
+Shapes: V users of a block, N their interactions, G draws of a batch, m targets per draw, B = G·m samples, L
 history.
 """
 

@@ -103,8 +103,8 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
         state = torch.load(Path(folder) / STATE, weights_only=True)
         last = torch.load(Path(last_folder) / STATE, weights_only=True)
     if last["diverged"]:
-        kept = f"The best epoch ({state['epoch']}, validation loss {state['best_loss']:.4f}) "
-            f"is kept in {best.path}"
+        best_loss = f"validation loss {state['best_loss']:.4f}"
+        kept = f"The best epoch ({state['epoch']}, {best_loss}) is kept in {best.path}"
         if state["diverged"]:
             kept = "No epoch before it ended well, so nothing is kept"
         raise InputError(
