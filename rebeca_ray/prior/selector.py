@@ -61,7 +61,7 @@ class Selector(nn.Module):
 
     def logit(self, x_ND: torch.Tensor, user_NF: torch.Tensor) -> torch.Tensor:
         """Return the logit [N] for each embedding and the factors of the user beside it."""
-        return match(self.item_factors(x_ND), user_NF)
+        return (self.factors(x_ND) * user_NF[:, :-1]).sum(1) + user_NF[:, -1] + self.popularity(x_ND)[:, 0]
 
     @torch.inference_mode()
     def like_probability(self, x_ND: torch.Tensor, user_NF: torch.Tensor) -> torch.Tensor:
@@ -70,5 +70,5 @@ class Selector(nn.Module):
 
 
 def match(item_NF: torch.Tensor, user_NF: torch.Tensor) -> torch.Tensor:
-    """Return the logit [N] of `item_factors` and `user_factors`, row by row."""
+    """Return the logit [N] of `item_factors` and `user_factors`, row by row, with the bits of `Selector.logit`."""
     return (item_NF[:, :-1] * user_NF[:, :-1]).sum(1) + user_NF[:, -1] + item_NF[:, -1]

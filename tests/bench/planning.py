@@ -1,7 +1,7 @@
 """Rows planned per second with a stand-in network, so that the code around the network is measured.
 
 `PYTHONPATH=. python tests/bench/planning.py [--rounds 5] [--against PATH]` writes results/planning.json.
-Each measurement is a process with one thread. Those of PATH, another commit's checkout, alternate with ours.
+Each measurement is a process with one thread, by CPU time. Those of PATH, another checkout, alternate with ours.
 """
 
 import argparse
@@ -77,9 +77,9 @@ def measure(embed_dim: int, folder: Path) -> float:
     rows = [row | {"user_id": user, "activity": number % 500} for number, user in enumerate(users)]
     table, size = pa.Table.from_pylist(rows, schema=schemas.DECISIONS), users_per_batch(config)
     stage(table.slice(0, size))  # warm
-    started = time.perf_counter()
+    started = time.process_time()
     planned = sum(stage(table.slice(start, size)).num_rows for start in range(0, NUM_USERS, size))
-    return planned / (time.perf_counter() - started)
+    return planned / (time.process_time() - started)
 
 
 def measure_in_process(checkout: Path, embed_dim: int) -> float:

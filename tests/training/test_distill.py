@@ -125,9 +125,8 @@ def test_the_student_comes_near_its_teacher_in_a_few_passes(teacher: str) -> Non
 
 def test_below_the_bar_nothing_is_written(teacher: str) -> None:
     config = configure(teacher, min_quality=1.01, max_epochs=1)
-    with pytest.raises(QualityGateError, match=r"of the teacher's quality, min_quality is 101.0%") as caught:
+    with pytest.raises(QualityGateError, match=r"of the teacher's quality, min_quality is 101.0%"):
         distill_prior(config)
-    assert caught.value.exit_code == 4
     assert not (Path(config.out) / "config.json").exists()
 
 
