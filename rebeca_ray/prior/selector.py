@@ -70,5 +70,5 @@ class Selector(nn.Module):
 
 
 def match(item_NF: torch.Tensor, user_NF: torch.Tensor) -> torch.Tensor:
-    """Return the logit [N] of `item_factors` and `user_factors`, row by row, with the bits of `Selector.logit`."""
+    """Return the logit [N] of `item_factors` and `user_factors`, row by row; equal to `Selector.logit`."""
     return (item_NF[:, :-1] * user_NF[:, :-1]).sum(1) + user_NF[:, -1] + item_NF[:, -1]

@@ -1,7 +1,7 @@
 """Rows planned per second with a stand-in network, so that the code around the network is measured.
 
 `PYTHONPATH=. python tests/bench/planning.py [--rounds 5] [--against PATH]` writes results/planning.json.
-Each measurement is a process with one thread, by CPU time. Those of PATH, another checkout, alternate with ours.
+Each measurement is a process with one thread, by CPU time; those of PATH, another checkout, alternate.
 """
 
 import argparse
