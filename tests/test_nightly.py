@@ -1,4 +1,4 @@
-"""The nightly job: dates due, training due, `{run_date}` in paths, and nights that fail."""
+"""Which dates are due, when training is, what `{run_date}` means, and nights that go wrong."""
 
 import datetime
 from pathlib import Path
@@ -14,7 +14,7 @@ from rebeca_ray.catalog.gc import Garbage
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.config.jobs import GenerateConfig, NightlyConfig, dated
 from rebeca_ray.config.load import load_config
-from rebeca_ray.errors import InputError, QualityGateError, ResumableError
+from rebeca_ray.errors import InputError, QualityGateError, ResumableError, UserError
 from rebeca_ray.nightly import dates_due, run_nightly, training_is_due
 from rebeca_ray.storage.objects import write_json
 from tests.conftest import REPO, publish
@@ -47,22 +47,22 @@ def test_training_is_due_when_the_prior_is_missing_or_old(tmp_path: Path) -> Non
 
 
 def test_the_date_is_filled_into_paths_and_sections_come_from_files(tmp_path: Path) -> None:
-    settings = yaml.safe_load((REPO / "jobs" / "configs" / "generate_stickers.yaml").read_text())
-    settings["request"] = "s3://bucket/requests/{run_date}.parquet"
-    (tmp_path / "generate.yaml").write_text(yaml.safe_dump(settings))
+    told = yaml.safe_load((REPO / "jobs" / "configs" / "generate_stickers.yaml").read_text())
+    told["request"] = "s3://bucket/requests/{run_date}.parquet"
+    (tmp_path / "generate.yaml").write_text(yaml.safe_dump(told))
     (tmp_path / "night.yaml").write_text("generate: generate.yaml\ncatch_up: 0\n")
     config = load_config(NightlyConfig, tmp_path / "night.yaml", ["generate.num_images=2"])
     assert config.generate.num_images == 2
-    filled = dated(config.generate, datetime.date(2026, 3, 1))
-    assert filled.request == "s3://bucket/requests/2026-03-01.parquet"
-    assert filled.model_copy(update={"request": config.generate.request}) == config.generate
+    found = dated(config.generate, datetime.date(2026, 3, 1))
+    assert found.request == "s3://bucket/requests/2026-03-01.parquet"
+    assert found.model_copy(update={"request": config.generate.request}) == config.generate
     (tmp_path / "night.yaml").write_text("generate: nothing.yaml\n")
-    with pytest.raises(InputError, match=rf"config {tmp_path}/nothing.yaml: cannot be read"):
+    with pytest.raises(UserError, match=rf"config {tmp_path}/nothing.yaml: cannot be read"):
         load_config(NightlyConfig, tmp_path / "night.yaml")
 
 
 class Nights:
-    """Replace the stages of a night: a published one moves the pointer, some dates fail."""
+    """Stands in for the stages of a night: each published one moves the pointer, some dates fail."""
 
     def __init__(self, failing: dict[str, Exception]) -> None:
         self.failing, self.dates = failing, list[str]()
@@ -91,7 +91,7 @@ def stub(monkeypatch: pytest.MonkeyPatch, **failing: Exception) -> Nights:
     return nights
 
 
-def test_missed_dates_are_backfilled_in_order_and_done_once(
+def test_missed_dates_are_made_up_for_in_order_and_done_once(
     config: NightlyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nights = stub(monkeypatch)
@@ -99,17 +99,17 @@ def test_missed_dates_are_backfilled_in_order_and_done_once(
         config.generate.catalog,
         Run(root=config.generate.catalog, run_date="2026-03-01", run_id="first", epoch=1),
     )
-    published_nights, garbage = run_nightly(config)
+    found, garbage = run_nightly(config)
     assert (
         nights.dates
-        == [night.run_date.isoformat() for night in published_nights]
+        == [night.run_date.isoformat() for night in found]
         == ["2026-03-03", "2026-03-04", "2026-03-05"]
     )
     assert garbage is not None
     assert run_nightly(config) == ([], None)
 
 
-def test_a_missed_date_that_fails_costs_no_later_one_but_is_raised(
+def test_a_missed_date_that_fails_costs_no_later_one_but_is_told(
     config: NightlyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nights = stub(monkeypatch, day03=QualityGateError("too few users"))
@@ -125,8 +125,8 @@ def test_a_missed_date_that_fails_costs_no_later_one_but_is_raised(
 def test_a_night_that_fails_is_an_error_and_an_unexpected_one_stops_at_once(
     config: NightlyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stub(monkeypatch, day05=InputError("no request"))
-    with pytest.raises(InputError, match="no request"):
+    stub(monkeypatch, day05=UserError("no request"))
+    with pytest.raises(UserError, match="no request"):
         run_nightly(config)
     nights = stub(monkeypatch, day04=RuntimeError("a bug"))
     publish(
@@ -149,22 +149,22 @@ def test_a_training_that_fails_does_not_cost_the_catalog(
     monkeypatch.setattr(nightly, "train_prior", diverges)
     train = load_config(NightlyConfig, REPO / "jobs" / "configs" / "nightly_stickers.yaml").train
     assert train is not None
-    with_training = config.model_copy(update={"train": train.model_copy(update={"out": config.generate.prior})})
-    with pytest.raises(InputError, match="training diverged"):
-        run_nightly(with_training)
+    there = config.model_copy(update={"train": train.model_copy(update={"out": config.generate.prior})})
+    with pytest.raises(UserError, match="training diverged"):
+        run_nightly(there)
     assert nights.dates == ["2026-03-05"]
-    missing = with_training.model_copy(
+    missing = there.model_copy(
         update={
             "run_date": datetime.date(2026, 3, 6),
             "train": train.model_copy(update={"out": str(tmp_path / "none")}),
         }
     )
-    with pytest.raises(InputError, match="training diverged"):
+    with pytest.raises(UserError, match="training diverged"):
         run_nightly(missing)
-    assert nights.dates == ["2026-03-05"]  # without a prior nothing can be drawn
+    assert nights.dates == ["2026-03-05"]  # without any prior there is nothing to draw with
 
 
-def test_a_resumable_night_is_never_skipped(
+def test_a_night_that_can_be_gone_on_with_is_never_left_out(
     config: NightlyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nights = stub(monkeypatch, day04=ResumableError("storage went away"))
@@ -172,8 +172,9 @@ def test_a_resumable_night_is_never_skipped(
         config.generate.catalog,
         Run(root=config.generate.catalog, run_date="2026-03-03", run_id="first", epoch=1),
     )
-    with pytest.raises(ResumableError, match="storage went away"):
+    with pytest.raises(ResumableError, match="storage went away") as caught:
         run_nightly(config)
+    assert caught.value.exit_code == 75
     assert nights.dates == []  # a later date would keep this one from ever being resumed
 
 
@@ -186,7 +187,7 @@ def test_a_night_before_the_published_one_is_refused(
         Run(root=config.generate.catalog, run_date="2026-03-06", run_id="later", epoch=1),
     )
     with pytest.raises(
-        InputError,
+        UserError,
         match="run_date 2026-03-05 is before 2026-03-06, which is published; a night only goes forward",
     ):
         run_nightly(config)

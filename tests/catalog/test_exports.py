@@ -30,7 +30,7 @@ from tests.generation.test_failed_and_late import MONDAY, THURSDAY, TUESDAY, WED
 from tests.generation.test_failed_and_late import night as late_night
 from tests.generation.test_nights import change_digest, night
 from tests.seaweedfs import free_port
-from tests.cli.test_commands import run
+from tests.test_cli import run
 
 CDN = "https://cdn.example.com/stickers"
 

@@ -13,11 +13,11 @@ from rebeca_ray.catalog.pointer import Left, Pointer, read_pointer
 from rebeca_ray.catalog.read import open_snapshot, read_catalog
 from rebeca_ray.catalog.snapshots import find_snapshot, list_snapshots, publish_snapshot, roll_back
 from rebeca_ray.catalog.verify import verify
+from rebeca_ray.cli.output import list_catalog
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.errors import LeaseHeldError, QualityGateError, UserError
 from rebeca_ray.generation.runs import begin
 from rebeca_ray.storage.filesystem import list_files
-from tests.cli.test_commands import run
 from tests.conftest import USERS, prepare
 from tests.generation.test_nights import change_digest, night
 
@@ -182,13 +182,14 @@ def test_publishing_by_hand_and_back_again(four_nights: GenerateConfig) -> None:
 
 
 def test_a_lost_pointer_is_mended_by_what_is_listed(
-    config: GenerateConfig,
+    config: GenerateConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, snapshot = night(config, USERS[:2])
     Path(config.catalog, "latest.json").unlink()
-    told = run("catalog", "list", config.catalog).stdout
+    list_catalog(config.catalog)
+    told = capsys.readouterr().out
     assert snapshot.run_id in told
-    assert "no snapshot is published: `rebeca catalog publish --run-id ID` publishes one" in told
+    assert "none of them is published: `rebeca catalog publish --run-id` one of them" in told
     publish_snapshot(config.catalog, snapshot.run_id)
     assert read_catalog(config.catalog).for_user(USERS[0]).equals(snapshot.for_user(USERS[0]))
 

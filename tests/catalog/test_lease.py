@@ -106,8 +106,11 @@ def test_a_killed_holder_is_taken_over_by_one_after_its_time_whatever_their_cloc
     begin(holder)
     assert heard(holder) == "holds 1"
     for _ in range(2):  # it lives, and whoever comes is sent away as often as they come
-        with pytest.raises(LeaseHeldError, match=rf"^catalog {root}: run holder \(epoch 1\) {AT_WORK}$"):
+        with pytest.raises(
+            LeaseHeldError, match=rf"^catalog {root}: run holder \(epoch 1\) {AT_WORK}$"
+        ) as error:
             Lease(root, "early", SECONDS)
+        assert error.value.exit_code == 5
 
     await_beat(root)
     holder.kill()

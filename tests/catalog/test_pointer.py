@@ -11,7 +11,7 @@ from s3fs import S3FileSystem
 
 from rebeca_ray.catalog import pointer as module
 from rebeca_ray.catalog.pointer import TRIES, Pointer, change_pointer, read_pointer, swap
-from rebeca_ray.errors import InputError, LeaseHeldError, StorageError, UserError
+from rebeca_ray.errors import LeaseHeldError, UserError
 from rebeca_ray.storage.filesystem import join, open_filesystem
 from tests.catalog.conftest import Start, begin
 from tests.catalog.worker import COUNT
@@ -74,9 +74,10 @@ def test_what_a_change_raises_is_raised_and_nothing_is_written(root: str) -> Non
 def test_a_damaged_pointer_is_one_line_and_never_an_empty_catalog(root: str, data: bytes) -> None:
     put(root, data)
     expected = rf"^catalog {root}: latest.json is damaged; remove it, and publish one of the snapshots that `rebeca catalog list` shows$"
-    with pytest.raises(InputError, match=expected):
+    with pytest.raises(UserError, match=expected) as error:
         read_pointer(root)
-    with pytest.raises(InputError, match=expected):
+    assert error.value.exit_code == 2
+    with pytest.raises(UserError, match=expected):
         change_pointer(root, lambda _: PUBLISHED)
     filesystem, path = open_filesystem(join(root, "latest.json"))
     assert filesystem.cat_file(path) == data
@@ -122,8 +123,9 @@ def test_a_change_that_is_never_let_through_ends(s3_root: str) -> None:
 
     with pytest.raises(
         LeaseHeldError, match=rf"^catalog {s3_root}: latest.json was changed by others {TRIES} times in a row"
-    ):
+    ) as error:
         change_pointer(s3_root, always_late)
+    assert error.value.exit_code == 5
     assert read_pointer(s3_root)[0] == Pointer(epoch=TRIES)
 
 
@@ -177,10 +179,10 @@ def test_a_write_that_is_denied_is_no_lost_race(s3_root: str, monkeypatch: pytes
     denied = Refusing(filesystem)
     monkeypatch.setattr(module, "open_filesystem", lambda uri: (denied, path))
     with pytest.raises(
-        (InputError, StorageError),
-        match=rf"^{s3_root}/latest.json: cannot be written \(Access Denied. Request 4127409\)",
-    ):
+        UserError, match=rf"^{s3_root}/latest.json: cannot be written \(Access Denied. Request 4127409\)"
+    ) as error:
         change_pointer(s3_root, lambda _: PUBLISHED)
+    assert error.value.exit_code == 2
     assert denied.written == 1
 
 

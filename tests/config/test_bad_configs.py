@@ -16,7 +16,7 @@ from rebeca_ray.config.fields import Settings, as_typed
 from rebeca_ray.config.jobs import GenerateConfig, TrainConfig
 from rebeca_ray.config.load import load_config, parse_config
 from rebeca_ray.config.presets import PRESETS
-from rebeca_ray.errors import InputError, UserError
+from rebeca_ray.errors import UserError
 
 JOBS = [
     member
@@ -161,7 +161,7 @@ def yaml_of(values: Any, twice: Key) -> str:
 
 def assert_told(caught: pytest.ExceptionInfo[UserError], beginning: str) -> str:
     message = str(caught.value)
-    assert isinstance(caught.value, InputError)
+    assert caught.value.exit_code == 2
     assert message.startswith(beginning), message[:500]
     assert len(message) < 500
     assert message.splitlines() == [message]

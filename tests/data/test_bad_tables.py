@@ -23,7 +23,7 @@ from rebeca_ray.data.histories import build_histories
 from rebeca_ray.data.interactions import read_interactions
 from rebeca_ray.data.items import embed_items, read_image_embeds
 from rebeca_ray.decoder.files import DecoderIdentity, identify_decoder
-from rebeca_ray.errors import InputError, UserError
+from rebeca_ray.errors import UserError
 from rebeca_ray.generation.pipeline import generate_catalog
 from rebeca_ray.generation.request import check_request
 from rebeca_ray.storage.parquet import read_table
@@ -203,9 +203,10 @@ def bad_columns(field: pa.Field) -> Iterator[pa.Array]:
 
 
 def assert_told(table: Input, path: Path, *words: str) -> None:
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(UserError) as caught:
         table.read(str(path))
     message = str(caught.value)
+    assert caught.value.exit_code == 2
     assert message.startswith(f"{table.what} {path}: "), message[:300]
     for word in words:
         assert word in message, message[:300]

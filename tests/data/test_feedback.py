@@ -109,7 +109,7 @@ def test_rated_items_are_found_once_and_outlive_their_snapshot(
 
 
 def test_a_rating_of_what_is_nowhere_is_refused_of_real_items_and_dropped_of_generated_ones(
-    config: GenerateConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    config: GenerateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     night(config, USERS[:2])
     rows = [(USERS[0], "real-0", 5.0, None), (USERS[0], "f" * 32, 5.0, None)]
@@ -117,7 +117,7 @@ def test_a_rating_of_what_is_nowhere_is_refused_of_real_items_and_dropped_of_gen
     assert find_rated(config.catalog, settings.path, REAL, D, None).num_rows == 0
     histories = build_histories(settings, REAL, str(tmp_path / "storage"))
     assert pq.read_table(histories.file(0))["item_index"].to_pylist() == [[0]]
-    assert "1 of 2 rate an item whose embedding is nowhere (generated long ago" in caplog.text
+    assert "1 of 2 rate an item whose embedding is nowhere (generated long ago" in capsys.readouterr().out
     rate(Path(settings.path), [*rows, (USERS[0], "reel-1", 1.0, None)])
     with pytest.raises(
         UserError,
@@ -131,7 +131,7 @@ def test_a_rating_of_what_is_nowhere_is_refused_of_real_items_and_dropped_of_gen
 
 
 def test_what_is_damaged_is_told_and_stops_the_night_only_where_it_was_kept(
-    config: GenerateConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    config: GenerateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, monday = night(config, USERS[:2])
     change_digest(config, USERS[1])
@@ -143,7 +143,7 @@ def test_what_is_damaged_is_told_and_stops_the_night_only_where_it_was_kept(
     )
     Path(config.catalog, monday.manifest["files"]["path"]).write_bytes(b"damaged")
     assert find_rated(config.catalog, interactions, REAL, D, None)["item_id"].to_pylist() == [one["item_id"]]
-    assert f"{monday.path}/manifest.json; ratings of its items are left out" in caplog.text
+    assert f"{monday.path}/manifest.json; ratings of its items are left out" in capsys.readouterr().err
     Path(list_files(f"{config.catalog}/rated")[0]).write_bytes(b"damaged")
     with pytest.raises(
         UserError, match=r"rated items .*: not readable \(.*\); restore what is damaged, or remove it"
@@ -228,7 +228,7 @@ def trained(tmp_path: Path) -> TrainConfig:
 
 @pytest.mark.usefixtures("ray_local")
 def test_liked_generated_items_draw_the_next_night_towards_them(
-    trained: TrainConfig, config: GenerateConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    trained: TrainConfig, config: GenerateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two nights. In between the newcomer likes the kind of which less was generated and not the other; the twin only saw theirs."""
     pq.write_table(pa.table({"user_id": ["newcomer", "twin"]}), config.request)
@@ -280,9 +280,9 @@ def test_liked_generated_items_draw_the_next_night_towards_them(
             "optimization": trained.optimization.model_copy(update={"max_epochs": 1}),
         }
     )
-    caplog.clear()
+    capsys.readouterr()
     assert train_prior(again)["best_epoch"] == 1
-    assert "left out" not in caplog.text
+    assert "left out" not in capsys.readouterr().out.replace("is left out)", "")
 
 
 def closeness(items: pa.Table, centre: np.ndarray) -> float:

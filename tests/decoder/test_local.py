@@ -107,7 +107,7 @@ def test_an_overflow_draws_no_black_image_and_nothing_twice(decoder: LocalDecode
 def test_out_of_memory_halves_the_tile_goes_on_and_says_so(
     decoder: LocalDecoder,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
     memory: RuntimeError,
 ) -> None:
     expected, whole, tiles = decoder.decode(rows_for(decoder.settings)), decoder.loop.draw, []
@@ -124,9 +124,8 @@ def test_out_of_memory_halves_the_tile_goes_on_and_says_so(
     assert [image.error for image in drawn] == [None] * 6
     for one, other in zip(drawn, expected, strict=True):  # other tiles round otherwise
         assert np.abs(pixels(one.image).astype(int) - pixels(other.image)).max() <= 1
-    assert caplog.messages[-1] == (
-        "decoder: 2 images at once do not fit the device's memory; continuing with 1. "
-        "Set decoder.batch_size=1 to start there"
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "decoder: 2 images at once do not fit the device's memory; going on with 1. Set decoder.batch_size=1 to start there"
     )
     monkeypatch.setattr(decoder.loop, "draw", lambda rows: (_ for _ in ()).throw(memory))
     with pytest.raises(UserError, match="not even one image fits the device's memory"):

@@ -150,8 +150,9 @@ def test_failed_rows_are_kept_apart_and_the_budget_decides(config: GenerateConfi
     run = prepared.run
     with pytest.raises(
         ErrorBudgetExceededError, match=r"1 of 16 items failed \(image_embeds is not finite\)"
-    ):
+    ) as caught:
         assembled(config, prepared, requested=16, error_budget=0.01)
+    assert caught.value.exit_code == 3
     assert published(config.catalog) is None
     manifest = assembled(config, prepared, requested=16, error_budget=0.1)
     assert (manifest["counts"]["new"], manifest["counts"]["failed"]) == (15, 1)
@@ -170,8 +171,9 @@ def test_a_partial_run_is_not_published(config: GenerateConfig) -> None:
     prepared = prepare(config)
     with pytest.raises(
         ResumableError, match=r"17 items requested, 16 accounted for .*nothing is published"
-    ):
+    ) as caught:
         assembled(config, prepared, requested=17)
+    assert caught.value.exit_code == 75
     for record in Path(prepared.run.records(0)).glob("*.json"):
         record.unlink()  # what a kill in the middle of a write leaves: a file without its record
     assert read_records(prepared.run, 0) == []

@@ -38,8 +38,7 @@ import os, sys, time
 from rebeca_ray.generation import pipeline, plan, render
 from rebeca_ray.catalog.lease import Lease
 from rebeca_ray.config import GenerateConfig
-from rebeca_ray.cli.runner import plain_errors
-from rebeca_ray.log import configure
+from rebeca_ray.console import plain_errors
 
 class HangsLater(render.RenderImages):
     calls = 0
@@ -50,7 +49,6 @@ class HangsLater(render.RenderImages):
         return super().__call__(batch)
 
 {sabotage}
-configure()
 with plain_errors():
     pipeline.generate_catalog(GenerateConfig.model_validate_json(sys.argv[1]))
 """
@@ -144,7 +142,7 @@ def test_a_run_that_is_killed_while_rendering_draws_the_rest(
     config: GenerateConfig,
     ray_local: str,
     place: Callable[[GenerateConfig], GenerateConfig],
-    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = place(to_resume(config))
     run_id = planned(config)
@@ -156,7 +154,7 @@ def test_a_run_that_is_killed_while_rendering_draws_the_rest(
     assert published(config.catalog) is None
 
     manifest = generate_catalog(config, resume="require")
-    assert f"resuming run {run_id}, begun at 20" in caplog.text
+    assert f"resuming run {run_id}, begun at 20" in capsys.readouterr().out
     assert (manifest["run_id"], manifest["epoch"]) == (run_id, 2)
     snapshot = read_catalog(config.catalog)
     assert_everything_once(snapshot)
@@ -173,7 +171,7 @@ def test_a_run_that_is_killed_while_rendering_draws_the_rest(
 
 
 def test_a_run_that_dies_while_planning_and_again_before_publishing(
-    config: GenerateConfig, ray_local: str, caplog: pytest.LogCaptureFixture
+    config: GenerateConfig, ray_local: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = to_resume(config)
     process = start(config, DIE_PLANNING, ray_local)
@@ -198,7 +196,7 @@ def test_a_run_that_dies_while_planning_and_again_before_publishing(
     assert published(config.catalog) is None
 
     manifest = generate_catalog(config)
-    assert f"resuming run {run_id}" in caplog.text
+    assert f"resuming run {run_id}" in capsys.readouterr().out
     assert (manifest["run_id"], manifest["epoch"]) == (run_id, 3)
     assert not {"plan", "render"} & set(manifest["measured"]["stages"])  # neither was done again
     snapshot = read_catalog(config.catalog)
@@ -215,8 +213,8 @@ def test_a_run_that_hangs_ends_itself_and_is_gone_on_with(config: GenerateConfig
     assert process.returncode == 75, output
     assert f"resuming run {run_id}" in output
     (dump,) = Path(work_folder(config.catalog, run_id)).glob("stalled-*.txt")
-    told = f"ERROR run {run_id}: no progress for 0.15 min while it was at render (limits.stall_minutes); its state is in {dump}. Start it again: it resumes"
-    assert [line.partition(" ")[2] for line in output.splitlines() if " ERROR " in line] == [told]
+    told = f"error: no progress for 0.15 min while it was at render (limits.stall_minutes); its state is in {dump}. Start it again: it resumes"
+    assert [line for line in output.splitlines() if line.startswith("error:")] == [told]
     state = dump.read_text()
     assert state.startswith("stage render; stages so far: {'histories': ")
     assert "rebeca_ray/generation/render.py" in state

@@ -17,7 +17,7 @@ from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.config.load import apply_override
 from rebeca_ray.config.sections import SamplerSettings
-from rebeca_ray.errors import InputError, ResumableError, StorageError, UserError
+from rebeca_ray.errors import StorageError, UserError
 from rebeca_ray.generation.pipeline import forgotten_if_refused
 from rebeca_ray.generation.runs import begin, choose_run, describe_run, difference
 from rebeca_ray.storage.failures import user_error
@@ -80,10 +80,10 @@ def test_the_same_things_are_gone_on_with(asked: GenerateConfig, resume: Resume)
     assert begun["run_date"] == "2026-03-02"
 
 
-def test_never_starts_anew(asked: GenerateConfig, caplog: pytest.LogCaptureFixture) -> None:
+def test_never_starts_anew(asked: GenerateConfig, capsys: pytest.CaptureFixture[str]) -> None:
     begin(asked.catalog, "first", TODAY, described(asked))
     assert starts_anew(choose(asked, resume="never"))
-    assert caplog.messages == []
+    assert capsys.readouterr().out == ""
 
 
 def test_of_several_the_latest_that_is_the_same(asked: GenerateConfig) -> None:
@@ -118,7 +118,7 @@ def test_of_several_the_latest_that_is_the_same(asked: GenerateConfig) -> None:
 )
 def test_a_changed_setting_is_named_with_both_values(
     asked: GenerateConfig,
-    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
     override: str,
     field: str,
     before: Any,
@@ -132,12 +132,13 @@ def test_a_changed_setting_is_named_with_both_values(
     assert difference(described(asked), described(other)) == f"{field} was {before!r}, is {now!r}"
     told = f"run first of 2026-03-02 cannot be resumed: {field} was {before!r}, is {now!r}"
     assert starts_anew(choose(other))
-    assert caplog.messages == [f"{told}; a new run starts"]
+    assert capsys.readouterr().out == f"{told}; a new run starts\n"
     for how in ({"resume": "require"}, {"retry_failed": True}):
         with pytest.raises(
-            InputError, match=re.escape(f"root {asked.catalog}: {told}; restore that, or start a new run")
-        ):
+            UserError, match=re.escape(f"root {asked.catalog}: {told}; restore that, or start a new run")
+        ) as caught:
             choose(other, **how)  # type: ignore[arg-type]
+        assert caught.value.exit_code == 2
     assert starts_anew(choose(other, resume="never"))
 
 
@@ -167,12 +168,12 @@ def test_interactions_that_come_in_are_named(asked: GenerateConfig, tmp_path: Pa
     assert re.fullmatch(r"config\.interactions\.\w+ was None, is .*", found)
 
 
-def test_another_snapshot_before_is_named(asked: GenerateConfig, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_snapshot_before_is_named(asked: GenerateConfig, capsys: pytest.CaptureFixture[str]) -> None:
     begin(asked.catalog, "first", TODAY, described(asked, before=None))
     assert starts_anew(choose(asked))
     assert (
         f"cannot be resumed: snapshot before was None, is {BEFORE!r}; a new run starts"
-        in caplog.text
+        in capsys.readouterr().out
     )
 
 
@@ -212,20 +213,21 @@ def test_nothing_to_go_on_with(asked: GenerateConfig, run_id: str | None) -> Non
     config = asked.model_copy(update={"run_id": run_id})
     for how in ({"resume": "require"}, {"retry_failed": True}):
         with pytest.raises(
-            InputError, match=f"no unfinished run {run_id or 'of 2026-03-02'} to go on with"
-        ):
+            UserError, match=f"no unfinished run {run_id or 'of 2026-03-02'} to go on with"
+        ) as caught:
             choose(config, **how)  # type: ignore[arg-type]
+        assert caught.value.exit_code == 2
     for resume in ("auto", "never"):
         chosen = choose(config, resume=resume)
         assert chosen == ("first", None) if run_id else starts_anew(chosen)
 
 
 def test_a_run_of_another_date_is_left_alone(
-    asked: GenerateConfig, caplog: pytest.LogCaptureFixture
+    asked: GenerateConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begin(asked.catalog, "first", YESTERDAY, described(asked))
     assert starts_anew(choose(asked))
-    assert caplog.messages == []
+    assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match="no unfinished run of 2026-03-02"):
         choose(asked, resume="require")
 
@@ -309,9 +311,9 @@ def test_bad_input_leaves_nothing_of_a_new_run_and_a_lost_store_everything(tmp_p
         return found, there
 
     found, there = end_with(StorageError("s3://bucket/a: cannot be written (time-out)"))
-    assert (type(user_error(found)), there) == (ResumableError, True)
+    assert (user_error(found).exit_code, there) == (75, True)  # type: ignore[union-attr]
     assert str(found).endswith("cannot be written (time-out). Start run run again: it resumes")
-    assert end_with(InputError("a rating is null")) == (ANY, False)
-    assert end_with(InputError("the prior was replaced"), planned=True) == (ANY, True)
-    assert end_with(InputError("a rating is null"), resumed=True) == (ANY, True)
+    assert end_with(UserError("a rating is null")) == (ANY, False)
+    assert end_with(UserError("the prior was replaced"), planned=True) == (ANY, True)
+    assert end_with(UserError("a rating is null"), resumed=True) == (ANY, True)
     assert end_with(RuntimeError("a bug")) == (ANY, True)

@@ -1,4 +1,4 @@
-"""Distillation: targets on the teacher's trajectory, a student near its teacher, and the quality gate."""
+"""Distillation: targets that land on the teacher's trajectory, a student near its teacher, and a bar below which nothing is written."""
 
 import json
 from dataclasses import replace
@@ -70,7 +70,7 @@ def history_world(folder: Path) -> DistillConfig:
 
 
 def configure(teacher: str, **changes: object) -> DistillConfig:
-    defaults = {
+    told = {
         "prior": teacher,
         "out": f"{teacher}-distilled",
         "num_trajectories": 512,
@@ -78,7 +78,7 @@ def configure(teacher: str, **changes: object) -> DistillConfig:
         "learning_rate": 2e-3,
         "batch_size": 128,
     }
-    return DistillConfig.model_validate({**defaults, "min_quality": 0.9, "min_diversity": 0.5, **changes})
+    return DistillConfig.model_validate({**told, "min_quality": 0.9, "min_diversity": 0.5, **changes})
 
 
 def test_the_targets_lead_from_point_to_point_of_a_trajectory(teacher: str) -> None:
@@ -125,8 +125,9 @@ def test_the_student_comes_near_its_teacher_in_a_few_passes(teacher: str) -> Non
 
 def test_below_the_bar_nothing_is_written(teacher: str) -> None:
     config = configure(teacher, min_quality=1.01, max_epochs=1)
-    with pytest.raises(QualityGateError, match=r"of the teacher's quality, min_quality is 101.0%"):
+    with pytest.raises(QualityGateError, match=r"of the teacher's quality, min_quality is 101.0%") as caught:
         distill_prior(config)
+    assert caught.value.exit_code == 4
     assert not (Path(config.out) / "config.json").exists()
 
 
@@ -185,12 +186,12 @@ def test_items_of_another_clip_are_refused(tmp_path: Path) -> None:
     [
         (
             {"num_inference_steps": 26},
-            "num_inference_steps is 26; the teacher was trained on 100 timesteps .* at most 25",
+            "num_inference_steps is 26; the teacher, which was trained on 100 timesteps, .* at most 25",
         ),
         ({"out": "PRIOR"}, "is the teacher's own folder; give another"),
     ],
 )
-def test_impossible_settings_are_refused(teacher: str, changes: dict[str, object], message: str) -> None:
+def test_what_cannot_be_is_refused(teacher: str, changes: dict[str, object], message: str) -> None:
     changes = {name: teacher if value == "PRIOR" else value for name, value in changes.items()}
     with pytest.raises(UserError, match=message):
         distill_prior(configure(teacher, **changes))
