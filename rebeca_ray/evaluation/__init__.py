@@ -1,5 +1,5 @@
 """Evaluation: does it recommend? Measures as pure functions of arrays.
 
-May import: `prior`, `decoder`, `data`, `catalog`, and what they may.
+May import: `prior`, `decoder`, `data`, `catalog`, and all that they may import.
 Must not hold: files, Ray, or anything that trains the prior.
 """

@@ -1,4 +1,4 @@
-"""The permutation test: do generated items please their own users more than others? (paper, algorithm 1)
+"""The permutation test: do users like the items made for them more than others' items? (paper, algorithm 1)
 
 Shapes: U users, B permutations.
 """
@@ -14,29 +14,32 @@ PERMUTATIONS_PER_CHUNK = 256
 
 @dataclass(frozen=True, kw_only=True)
 class PermutationTest:
-    """Mean like probability of items with their own users, and the same with users dealt anew `num_permutations` times."""
+    """Mean like probability of users for the items made for them, and under random pairings."""
 
-    own: float
+    matched_mean: float
     null_mean: float
     null_std: float
-    p_value: float  # (1 + #{null >= own}) / (1 + permutations)
+    p_value: float  # (1 + #{null >= matched}) / (1 + permutations)
     num_users: int
     num_permutations: int
 
     @property
     def effect(self) -> float:
-        """How much more the own user likes an item: a difference of probabilities, the same for any number of users."""
-        return self.own - self.null_mean
+        """Return the difference of mean probabilities; it does not depend on the number of users."""
+        return self.matched_mean - self.null_mean
 
     @property
     def z(self) -> float:
-        """The effect in null standard deviations; it grows with the root of the number of users."""
+        """Return the effect in null standard deviations; it grows with the root of the number of users."""
         return self.effect / self.null_std if self.null_std else 0.0
 
     def figures(self) -> dict[str, float]:
-        """What to report of it: z at the paper's 210 users beside z at the users there are, for it alone depends on them."""
+        """Return the figures to report, with z also at the paper's 210 users.
+
+        Of all figures, z alone depends on the number of users.
+        """
         return {
-            "own": round(self.own, 4),
+            "own": round(self.matched_mean, 4),
             "dealt": round(self.null_mean, 4),
             "effect": round(self.effect, 4),
             "p_value": self.p_value,
@@ -46,15 +49,15 @@ class PermutationTest:
         }
 
     def z_at(self, num_users: int) -> float:
-        """z as it would be with `num_users`, to compare with the paper's 210: the null's deviation falls as 1/sqrt(U - 1)."""
+        """Return z scaled to `num_users`: the null's deviation falls as 1/sqrt(U - 1)."""
         return self.z * ((num_users - 1) / (self.num_users - 1)) ** 0.5
 
 
 def permutation_test(like_UU: np.ndarray, num_permutations: int = 10_000, seed: int = 0) -> PermutationTest:
-    """Test `like_UU[u, v]`, the mean like probability that user u has for the items made for user v.
+    """Test `like_UU[u, v]`, the mean like probability of user u for the items made for user v.
 
-    Dealing the users anew permutes rows against columns, so every permutation costs U look-ups. Raises ValueError for fewer than
-    two users or a matrix that is not square and finite.
+    A random pairing permutes rows against columns, so it costs U look-ups. Raises ValueError for fewer than
+    two users, and for a matrix that is not square and finite.
     """
     users = len(like_UU)
     if like_UU.shape != (users, users) or users < 2 or not np.isfinite(like_UU).all():
@@ -62,27 +65,28 @@ def permutation_test(like_UU: np.ndarray, num_permutations: int = 10_000, seed: 
             f"like_UU: found shape {like_UU.shape}; expected a square, finite matrix of at least two users"
         )
     random = np.random.default_rng(seed)
-    own = float(np.diagonal(like_UU).mean(dtype=np.float64))
+    matched = float(np.diagonal(like_UU).mean(dtype=np.float64))
     flat = np.ascontiguousarray(like_UU).ravel()
     start_U = np.arange(users) * users
     null = np.empty(num_permutations)
     for first in range(0, num_permutations, PERMUTATIONS_PER_CHUNK):
         count = min(PERMUTATIONS_PER_CHUNK, num_permutations - first)
-        dealt_BU = random.permuted(np.broadcast_to(np.arange(users), (count, users)), axis=1)
-        null[first : first + count] = flat[start_U + dealt_BU].mean(1, dtype=np.float64)
+        pairing_BU = random.permuted(np.broadcast_to(np.arange(users), (count, users)), axis=1)
+        null[first : first + count] = flat[start_U + pairing_BU].mean(1, dtype=np.float64)
     return PermutationTest(
-        own=own,
+        matched_mean=matched,
         null_mean=float(null.mean()),
         null_std=float(null.std()),
-        p_value=float((1 + (null >= own - 1e-12).sum()) / (1 + num_permutations)),
+        p_value=float((1 + (null >= matched - 1e-12).sum()) / (1 + num_permutations)),
         num_users=users,
         num_permutations=num_permutations,
     )
 
 
 def personality_line(figures: PermutationFigures) -> str:
-    """One line for people on the figures of a permutation test, as a manifest keeps them."""
+    """Return one line about the figures of a permutation test, as a manifest keeps them."""
     return (
         f"before any was chosen, candidates please their own users with {figures.own:.3f}, others with "
-        f"{figures.dealt:.3f} (permutation test by the selector: z = {figures.z:.0f}, p = {figures.p_value:.4f})"
+        f"{figures.dealt:.3f} "
+        f"(permutation test by the selector: z = {figures.z:.0f}, p = {figures.p_value:.4f})"
     )

@@ -28,6 +28,7 @@ from rebeca_ray.generation.decisions import (
     decisions_table,
     published_users,
 )
+from rebeca_ray.generation.shards import RENDER_KEY, render_keys
 from rebeca_ray.identity import bucket_of, hash128
 from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.storage.filesystem import join
@@ -102,9 +103,10 @@ def cut(planned_G4: np.ndarray, items_per_shard: int) -> list[RenderKey]:
 
 
 def keys_and_sizes(decisions: list[Decision], by_urgency: bool) -> np.ndarray:
-    """Return [G, 4]: the three parts of each user's render key, and their images. (Doubles hold 48 bits of a hash.)"""
-    rows = [(*decision.render_key(by_urgency), decision.num_images) for decision in decisions]
-    return np.array(rows, np.float64).reshape(-1, 4)
+    """Return [G, 4]: the three parts of each user's render key, and their images."""
+    keys = render_keys(decisions_table(decisions), by_urgency)
+    sizes = np.array([decision.num_images for decision in decisions], np.float64)
+    return np.stack([*(keys[name] for name in RENDER_KEY.names or ()), sizes], axis=1)
 
 
 def split_request(context: RunContext) -> None:

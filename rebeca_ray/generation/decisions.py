@@ -11,7 +11,6 @@ from typing import Any, Self
 import pyarrow as pa
 
 from rebeca_ray import schemas
-from rebeca_ray.identity import hash128
 
 RenderKey = tuple[float, int, int]  # the smaller is rendered earlier
 
@@ -46,11 +45,6 @@ class Decision:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         return cls(**{**values, "action": Action(values["action"])})
-
-    def render_key(self, by_urgency: bool) -> RenderKey:
-        """Order users by priority, then by activity; or by bucket. A hash decides between equals, so the order is total."""
-        first, second = (-self.priority, -self.activity) if by_urgency else (float(self.bucket), 0)
-        return first, second, int(hash128("order", self.user_id)[:12], 16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +85,6 @@ class Decisions:
             (float(first), int(second), int(third)) for first, second, third in values["boundaries"]
         ]
         return cls(**{**values, "pool": pool, "boundaries": boundaries})
-
-    def shard_of(self, decision: Decision) -> int:
-        key = decision.render_key(self.by_urgency)
-        return sum(key >= boundary for boundary in self.boundaries)
 
 
 def decisions_table(decisions: list[Decision]) -> pa.Table:

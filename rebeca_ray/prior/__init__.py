@@ -1,5 +1,5 @@
-"""Prior: the mathematics that draws CLIP embeddings a user would like, and the directory a trained prior is kept in.
+"""Prior: the mathematics that samples embeddings a user would like, and the directory of a trained prior.
 
-May import: `config`, `storage`, and what they may.
-Must not hold: Ray, catalogs, images; everything here is a function of arrays and tensors, but for the checkpoint's files.
+May import: `config`, `storage`, and all that they may import.
+Must not hold: Ray, catalogs, images. All but the checkpoint are functions of arrays and tensors.
 """

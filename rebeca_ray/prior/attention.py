@@ -1,4 +1,4 @@
-"""Multi-head attention whose keys and values can be kept, and the sinusoids of a timestep.
+"""Multi-head attention with reusable keys and values, and the sinusoids of a timestep.
 
 Shapes: B batch, K tokens, C context tokens, N heads, h width of a head, H width.
 """
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class TimestepEmbedding(nn.Module):
-    """Sinusoids of the timestep, then a two-layer perceptron: [B] -> [B, H]."""
+    """Encode timesteps [B] as [B, H]: sinusoids, then a two-layer perceptron."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `x_BKH` to keys and values [B, N, C, h], which `keys_values` makes of a context."""
+    """Multi-head attention of `x_BKH` to keys and values [B, N, C, h], made by `keys_values`."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -36,6 +36,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def keys_values(self, context_BCH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values [B, N, C, h] of a context."""
         keys, values = (self.split(part) for part in self.key_value(context_BCH).chunk(2, dim=-1))
         return keys, values
 

@@ -1,13 +1,13 @@
-"""A prior directory: everything needed to sample, described by itself, in safetensors, JSON and Parquet.
+"""Write and read a prior directory: self-describing, and complete for sampling.
 
 config.json            network, diffusion, scaler, sampling, versions, sha256 of the other files
-model.safetensors      the averaged weights; of an `id` prior the user table too
+model.safetensors      the averaged weights, and the user table of an `id` prior
 selector.safetensors   the selector, if the ratings had both likes and dislikes
-users.parquet          of an `id` prior: user_id, user_index, num_likes, history_digest
+users.parquet          only for an `id` prior: user_id, user_index, num_likes, history_digest
 training.csv           the loss curve
 README.md              the model card
 
-torch loads with the first network, not with this module: processes that only read its tables start in half the time.
+This module imports torch late: a process that only reads a prior's tables starts in half the time.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ USER_ROWS = "user_rows"  # the table's name among the weights
 
 
 class ScalerSettings(Settings):
-    """An EmbedScaler as it is written."""
+    """An EmbedScaler in config.json."""
 
     embed_dim: Size
     norm: Annotated[float, Field(gt=0, le=1e6)]
@@ -56,9 +56,9 @@ class ScalerSettings(Settings):
 
 
 class PriorConfig(Settings):
-    """What must stand in a prior's config.json."""
+    """The required part of a prior's config.json."""
 
-    model_config = ConfigDict(extra="ignore")  # it says more than is read
+    model_config = ConfigDict(extra="ignore")  # the file holds more than is read
 
     network: NetworkSettings
     diffusion: DiffusionSettings
@@ -72,26 +72,27 @@ class PriorConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedPrior:
-    """A prior ready to sample: the network in eval mode, its process, its scaler and, if it knows users by id, its users."""
+    """A prior ready to sample: network in eval mode, process, scaler, and the users of an `id` prior."""
 
     network: Prior
     settings: NetworkSettings
     diffusion: DiffusionSettings
     scaler: EmbedScaler
     sampling: PriorSampling
-    condition_dropout: float  # the smaller of the user's and the rating's in training: at 0 there is nothing to guide away from
-    clip: str | None  # fingerprint of the CLIP that made the training embeddings, if the items told
+    condition_dropout: float  # the smaller of the user's and the rating's; guidance needs it above 0
+    clip: str | None  # fingerprint of the CLIP that made the training embeddings, if known
     user_rows: torch.Tensor | None = None  # [V, U, H]
     users: pa.Table | None = None
     selector: Selector | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     curve: str = ""
-    fingerprint: str = ""  # of config, weights, selector and users; set by loading
+    fingerprint: str = ""  # covers config, weights, selector and users; set by load_prior
 
     def user_tokens(self, user_index_G: np.ndarray, history: History | None) -> torch.Tensor:
-        """User tokens [G, U, H], from whichever of the two this prior knows a user by.
+        """Return user tokens [G, U, H]: from the history or from the index, as the prior encodes users.
 
-        The null user's, who stands for people at large, for an index below 0, an empty history, and in a prior without users.
+        An index below 0, an empty history, and a prior without users give the tokens of the null user: the
+        population.
         """
         import torch
 
@@ -107,7 +108,7 @@ class TrainedPrior:
 
 
 def save_prior(prior: TrainedPrior, out: str) -> None:
-    """Write the directory `out` (local or `s3://`); `config.json` goes last, so a half-written prior cannot be loaded."""
+    """Write the directory `out` (local or `s3://`); `config.json` comes last, so that no half of it loads."""
     from safetensors.torch import save
 
     require_writable(out, "prior")
@@ -117,7 +118,7 @@ def save_prior(prior: TrainedPrior, out: str) -> None:
         weights = {name: tensor.contiguous() for name, tensor in prior.network.state_dict().items()}
         if prior.user_rows is not None:
             weights[USER_ROWS] = prior.user_rows.contiguous()
-        # The weights themselves say what they were trained with: config.json beside them could be another's.
+        # The weights' metadata repeat scaler and CLIP, because a wrong config.json could lie beside them.
         data = save(weights, metadata=trained_with(prior.scaler.to_dict(), prior.clip))
         (folder / "model.safetensors").write_bytes(with_sorted_metadata(data))
         if prior.selector is not None:
@@ -152,8 +153,8 @@ def save_prior(prior: TrainedPrior, out: str) -> None:
 def with_sorted_metadata(safetensors: bytes) -> bytes:
     """Return the same file with its metadata in order of its keys.
 
-    The library writes them in an order of chance, and a prior's fingerprint is made of the file's hash: the same weights would
-    get another fingerprint each time they are saved.
+    The library writes them in random order. A prior's fingerprint includes the file's hash, so the same
+    weights would get another fingerprint each time.
     """
     size = int.from_bytes(safetensors[:8], "little")
     header = json.loads(safetensors[8 : 8 + size])
@@ -164,11 +165,12 @@ def with_sorted_metadata(safetensors: bytes) -> bytes:
 
 
 def trained_with(scaler: dict[str, float], clip: str | None) -> dict[str, str]:
+    """Return the metadata of the weights."""
     return {"scaler": json.dumps(scaler, sort_keys=True), "clip": json.dumps(clip)}
 
 
 def load_prior(uri: str, device: str = "cpu") -> TrainedPrior:
-    """Load a prior directory. Raises UserError if it is missing, incomplete, of another format, or altered."""
+    """Load a prior directory. Raises InputError if it is missing, incomplete, altered, or another format."""
     from safetensors.torch import load
 
     from rebeca_ray.prior.denoisers import Prior
@@ -177,12 +179,12 @@ def load_prior(uri: str, device: str = "cpu") -> TrainedPrior:
 
     config = read_prior_config(uri)
     data = verified_file(uri, "model.safetensors", config)
-    told = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
     for name, expected in trained_with(config["scaler"], config["clip"]).items():
-        if told[name] != expected:
+        if metadata[name] != expected:
             raise InputError(
-                f"prior {uri}: config.json has {name} {expected}, its weights were trained with {told[name]}; "
-                "copy the whole directory again"
+                f"prior {uri}: config.json has {name} {expected}, its weights were trained with "
+                f"{metadata[name]}; copy the whole directory again"
             )
     weights = load(data)
     scaler = EmbedScaler(**config["scaler"])
@@ -197,9 +199,9 @@ def load_prior(uri: str, device: str = "cpu") -> TrainedPrior:
         ) from None
     selector = None
     if "selector.safetensors" in config["sha256"]:
-        found = load(verified_file(uri, "selector.safetensors", config))
-        selector = Selector(scaler.embed_dim, len(found["factors.weight"]), found.get("rows_VF"))
-        selector.load_state_dict(found)
+        tensors = load(verified_file(uri, "selector.safetensors", config))
+        selector = Selector(scaler.embed_dim, len(tensors["factors.weight"]), tensors.get("rows_VF"))
+        selector.load_state_dict(tensors)
         selector = selector.eval().to(device)
     return TrainedPrior(
         network=network.eval().to(device),
@@ -220,12 +222,15 @@ def load_prior(uri: str, device: str = "cpu") -> TrainedPrior:
 
 
 def read_prior_users(uri: str, config: dict[str, Any]) -> pa.Table:
-    """The `users.parquet` that belongs to the weights of `config`: another night's would give users each other's taste."""
+    """Return the `users.parquet` that belongs to the weights of `config`.
+
+    Raises InputError for another run's file, which would give users each other's taste.
+    """
     return pq.read_table(pa.BufferReader(verified_file(uri, "users.parquet", config)))
 
 
 def verified_file(uri: str, name: str, config: dict[str, Any]) -> bytes:
-    """The bytes of one file of a prior. Raises UserError if it is missing or not the one `config` describes."""
+    """Return the bytes of one file of a prior. Raises InputError if it is missing or has another hash."""
     filesystem, path = open_filesystem(uri)
     try:
         data: bytes = filesystem.cat_file(f"{path}/{name}")
@@ -235,50 +240,54 @@ def verified_file(uri: str, name: str, config: dict[str, Any]) -> bytes:
         ) from None
     if hashlib.sha256(data).hexdigest() != config["sha256"].get(name):
         raise InputError(
-            f"prior {uri}: {name} is not the file config.json describes (sha256 differs); copy the whole directory again"
+            f"prior {uri}: {name} is not the file config.json describes (sha256 differs); "
+            "copy the whole directory again"
         )
     return data
 
 
 def read_prior_config(uri: str) -> dict[str, Any]:
-    """The `config.json` of a prior. Raises UserError if there is none or it is of another format."""
+    """Return the `config.json` of a prior. Raises InputError if it is missing or has another format."""
     config = read_json(join(uri, "config.json"))
     if config is None:
         raise InputError(
             f"prior {uri}: no config.json there; train one with `rebeca train`, or give its directory"
         )
     if config.get("format") == UNFINISHED:
-        raise InputError(f"prior {uri}: was not written to its end; train it again")
+        raise InputError(f"prior {uri}: was not written completely; train it again")
     if config.get("format") != FORMAT:
         raise InputError(
-            f"prior {uri}: format {config.get('format')!r}, this version reads {FORMAT}; upgrade rebeca-ray or train again"
+            f"prior {uri}: format {config.get('format')!r}, this version reads {FORMAT}; "
+            "upgrade rebeca-ray or train again"
         )
     try:
         parse_config(PriorConfig, config, where=f"prior {uri}: config.json")
     except UserError as error:
-        raise InputError(f"{error}; it was changed: copy the whole directory again, or train again") from None
+        raise InputError(
+            f"{error}; the file was changed: copy the whole directory again, or train again"
+        ) from None
     return config
 
 
 def fingerprint(config: dict[str, Any]) -> str:
-    """16 hex digits that change whenever the prior would sample something else."""
-    told = {name: config[name] for name in ("network", "diffusion", "sampling", "scaler", "sha256")}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    """Return 16 hex digits that change whenever the prior would sample something else."""
+    sampled_from = {name: config[name] for name in ("network", "diffusion", "sampling", "scaler", "sha256")}
+    return hashlib.sha256(json.dumps(sampled_from, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def model_card(config: dict[str, Any]) -> str:
-    """A short README for the directory."""
+    """Return a short README for the directory."""
     rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in config["metrics"].items())
-    whom = {
+    users = {
         "history": "anyone with a history",
         "id": f"{config['num_users']} users by id",
         "none": "no users (NoUE)",
     }[config["network"]["user_encoder"]]
     return f"""# REBECA prior
 
-Draws CLIP image embeddings a user would like, from the user's past ratings alone.
+Samples CLIP image embeddings that a user would like, from the user's past ratings alone.
 
-Made by rebeca-ray {config["rebeca_ray"]}: {whom}, D = {config["scaler"]["embed_dim"]},
+Made by rebeca-ray {config["rebeca_ray"]}: {users}, D = {config["scaler"]["embed_dim"]},
 network {json.dumps(config["network"])}, diffusion {json.dumps(config["diffusion"])},
 sampling {json.dumps(config["sampling"])}.
 
@@ -286,6 +295,6 @@ sampling {json.dumps(config["sampling"])}.
 |---|---|
 {rows}
 
-Load it with `rebeca_ray.prior.checkpoint.load_prior(directory)`. A users table holds outside user ids and tastes: treat such a
-directory as personal data.
+Load it with `rebeca_ray.prior.checkpoint.load_prior(directory)`. A users table holds outside user ids and
+tastes: treat such a directory as personal data.
 """

@@ -1,8 +1,9 @@
-"""The prior network: a small transformer that denoises one CLIP embedding, given who rates and how.
+"""Denoise one CLIP embedding with a small transformer, given a user and a rating.
 
-What depends on user and rating alone is a `Condition`, computed once and used at every timestep.
+A `Condition` depends on user and rating alone. It is computed once and used at every timestep.
 
-Shapes: B batch, C distinct conditions, K tokens of an embedding, D embed dim, R token dim, U user tokens, H width, N heads.
+Shapes: B batch, C distinct conditions, K tokens of an embedding, D embed dim, R token dim, U user tokens, H
+width, N heads.
 """
 
 import math
@@ -19,14 +20,17 @@ DISLIKE, LIKE, NULL_RATING = 0, 1, 2
 
 
 class Condition(NamedTuple):
-    """What a denoiser keeps of (user, rating) over all timesteps: keys and values a layer, and the pooled tokens."""
+    """The work that depends on (user, rating) alone: keys and values per layer, and pooled tokens."""
 
     pooled_CH: torch.Tensor
-    keys_values: list[tuple[torch.Tensor, torch.Tensor]]  # a layer: [B, N, U+1, h] each
-    row_B: torch.Tensor | None = None  # which condition each row of a batch has; None: row i has condition i
+    keys_values: list[tuple[torch.Tensor, torch.Tensor]]  # per layer: [B, N, U+1, h] each
+    row_B: torch.Tensor | None = None  # the condition of each row; None: row i has condition i
 
     def expand(self, row_B: torch.Tensor) -> Self:
-        """The same for a batch whose row i has condition `row_B[i]`; what is small stays one a condition."""
+        """Return the same for a batch with condition `row_B[i]` in row i.
+
+        Small tensors keep one row per condition.
+        """
         return self._replace(
             keys_values=[(keys[row_B], values[row_B]) for keys, values in self.keys_values], row_B=row_B
         )
@@ -66,9 +70,11 @@ class CrossAttentionBlock(nn.Module):
 
 
 class CrossAttentionDenoiser(nn.Module):
-    """The authors' later network: a learned linear map cuts the embedding into K tokens of R = ceil(D/K) numbers, each lifted
-    to width H; blocks see the pooled condition through AdaLN-zero and its tokens (user, rating, time) through
-    cross-attention; the inverse maps lead back to D.
+    """The authors' later network.
+
+    A learned linear map cuts the embedding into K tokens of R = ceil(D/K) numbers, each lifted to width H.
+    Blocks see the pooled condition through AdaLN-zero, and its tokens (user, rating, time) through
+    cross-attention. The inverse maps lead back to D.
     """
 
     def __init__(self, settings: NetworkSettings, embed_dim: int) -> None:
@@ -76,9 +82,8 @@ class CrossAttentionDenoiser(nn.Module):
         width = settings.width
         self.num_tokens = settings.num_tokens
         token_dim = math.ceil(embed_dim / self.num_tokens)
-        while (
-            self.num_tokens * token_dim % 8
-        ):  # whole vector registers: a row's last bits then do not depend on its place in a batch
+        # Fill whole vector registers: a row's last bits then do not depend on its position in a batch.
+        while self.num_tokens * token_dim % 8:
             token_dim += 1
         self.tokenizer = nn.Linear(embed_dim, self.num_tokens * token_dim)
         self.lift = nn.Linear(token_dim, width)
@@ -86,7 +91,7 @@ class CrossAttentionDenoiser(nn.Module):
         self.time = TimestepEmbedding(width)
         self.rating = nn.Embedding(3, width)
         nn.init.normal_(self.rating.weight, std=0.02)
-        modulation = nn.Linear(width, settings.num_layers * 6 * width)  # of all layers at once
+        modulation = nn.Linear(width, settings.num_layers * 6 * width)  # all layers at once
         nn.init.zeros_(modulation.weight)
         nn.init.zeros_(modulation.bias)
         self.modulation = nn.Sequential(nn.SiLU(), modulation)
@@ -100,6 +105,7 @@ class CrossAttentionDenoiser(nn.Module):
         nn.init.zeros_(self.detokenizer.bias)
 
     def condition(self, user_CUH: torch.Tensor, rating_C: torch.Tensor) -> Condition:
+        """Return the condition of C users and ratings."""
         rating_CH = self.rating(rating_C)
         tokens = torch.cat([user_CUH, rating_CH[:, None]], dim=1)
         blocks = cast(list[CrossAttentionBlock], self.blocks)
@@ -146,23 +152,24 @@ class CausalBlock(nn.Module):
     def forward(
         self, x_BKH: torch.Tensor, prefix: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """The tokens one layer on, and their own keys and values for tokens that follow."""
+        """Return the tokens after this layer, and their keys and values for tokens that follow."""
         normed = self.norm_self(x_BKH)
-        own = self.self_attention.keys_values(normed)
-        keys, values = (
-            own if prefix is None else (torch.cat(pair, dim=2) for pair in zip(prefix, own, strict=True))
-        )
+        keys_values = self.self_attention.keys_values(normed)
+        keys, values = keys_values
+        if prefix is not None:
+            keys, values = (torch.cat(pair, dim=2) for pair in zip(prefix, keys_values, strict=True))
         seen = torch.ones(x_BKH.shape[1], keys.shape[2], dtype=torch.bool, device=x_BKH.device).tril(
             keys.shape[2] - x_BKH.shape[1]
         )
         x_BKH = x_BKH + self.self_attention(normed, keys, values, mask=seen)
-        return x_BKH + self.mlp(self.norm_mlp(x_BKH)), own
+        return x_BKH + self.mlp(self.norm_mlp(x_BKH)), keys_values
 
 
 class DecoderOnlyDenoiser(nn.Module):
-    """The paper's first network: one causal sequence of user, rating, time and K image tokens; the latter are read out.
+    """The paper's first network: one causal sequence of user, rating, time and K image tokens.
 
-    User and rating come first, so that their keys and values hold at every timestep.
+    The prediction is read from the image tokens. User and rating come first, so that their keys and values
+    hold at every timestep.
     """
 
     def __init__(self, settings: NetworkSettings, embed_dim: int) -> None:
@@ -185,6 +192,7 @@ class DecoderOnlyDenoiser(nn.Module):
         nn.init.zeros_(self.detokenizer.bias)
 
     def condition(self, user_CUH: torch.Tensor, rating_C: torch.Tensor) -> Condition:
+        """Return the condition of C users and ratings."""
         x_CPH = torch.cat([user_CUH, self.rating(rating_C)[:, None]], dim=1)
         x_CPH = x_CPH + self.position_SH[: x_CPH.shape[1]]
         kept = []
@@ -204,10 +212,11 @@ class DecoderOnlyDenoiser(nn.Module):
 
 
 class Prior(nn.Module):
-    """REBECA's denoiser `(x_t, t, user, rating) -> prediction`, with the encoder of histories if its users have them.
+    """REBECA's denoiser `(x_t, t, user, rating) -> prediction`, with an encoder of histories where needed.
 
-    `null_user_UH` and `NULL_RATING` stand for "not told", which condition dropout teaches and classifier-free guidance
-    needs; with the null user and a like it draws what people like at large. The table of an `id` prior is apart (`UserTable`).
+    `null_user_UH` and `NULL_RATING` stand for an absent condition. Condition dropout teaches them, and
+    classifier-free guidance needs them. The null user with a like gives the taste of the population. The
+    table of an `id` prior is separate (`UserTable`).
     """
 
     def __init__(self, settings: NetworkSettings, embed_dim: int) -> None:
@@ -226,17 +235,17 @@ class Prior(nn.Module):
             )
 
     def encode(self, history: History) -> torch.Tensor:
-        """User tokens [B, U, H] of histories; the null user's where one is empty."""
+        """Return user tokens [B, U, H] of histories; an empty history gives the null user's."""
         assert self.history_encoder is not None
         known_B = history.present_BL.any(1)
         return torch.where(known_B[:, None, None], self.history_encoder(history), self.null_user_UH)
 
     def condition(self, user_CUH: torch.Tensor, rating_C: torch.Tensor) -> Condition:
-        """What holds at every timestep for these users and ratings: 0 dislike, 1 like, 2 not told."""
+        """Return the condition of users and ratings (0 dislike, 1 like, 2 absent), for every timestep."""
         return self.denoiser.condition(user_CUH, rating_C)
 
     def forward(self, x_BD: torch.Tensor, timestep_T: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """Prediction for noisy `x_BD` at `timestep_T` (one for all, or one a row).
+        """Return the prediction for noisy `x_BD` at `timestep_T` (one for all, or one per row).
 
         A condition expanded to n·B rows gives n·B predictions, B for each n-th of it.
         """

@@ -1,4 +1,4 @@
-"""The forward process: noise schedules, the training loss, and `prediction_type` -> `denoised`, resolved once here.
+"""Define the forward process: noise schedules, the training loss, and `denoised` from any `prediction_type`.
 
 Shapes: B batch, D embed dim, T training timesteps.
 """
@@ -16,11 +16,12 @@ Denoiser = Callable[[torch.Tensor, int], torch.Tensor]  # (x_BD, timestep) -> de
 
 
 def alphas_cumprod(settings: DiffusionSettings) -> torch.Tensor:
-    """Signal power at every training timestep, [T] in float64.
+    """Return the signal power at every training timestep, [T] in float64.
 
-    `linear`: Ho et al. 2020, betas from 1e-4 to 0.02. `squaredcos_cap_v2`: Nichol & Dhariwal 2021, eq. 17. `laplace`: Hang
-    et al. 2024, log-SNR at the quantiles of a Laplace law, in diffusers' form (the square root, the 1e-6), which the paper's
-    authors used. The latter two cap betas at 0.999.
+    `linear`: Ho et al. 2020, betas from 1e-4 to 0.02. `squaredcos_cap_v2`: Nichol & Dhariwal 2021, eq. 17.
+    `laplace`: Hang et al. 2024, log-SNR at the quantiles of a Laplace law. The paper's authors used
+    diffusers' form of it (the square root, the 1e-6), and so does this function. The latter two cap betas at
+    0.999.
     """
     steps = settings.num_train_timesteps
     if settings.schedule == "linear":
@@ -28,7 +29,7 @@ def alphas_cumprod(settings: DiffusionSettings) -> torch.Tensor:
     share = torch.arange(steps + 1, dtype=torch.float64) / steps
     if settings.schedule == "laplace":
         half = 0.5 - share
-        sign = torch.where(half >= 0, 1.0, -1.0)  # of zero too, as copysign has it
+        sign = torch.where(half >= 0, 1.0, -1.0)  # 1 for zero, as copysign has it
         snr = torch.exp(-0.5 * sign * torch.log(1 - 2 * half.abs() + 1e-6))
         bar = torch.sqrt(snr / (1 + snr))
     else:
@@ -39,7 +40,7 @@ def alphas_cumprod(settings: DiffusionSettings) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Diffusion:
-    """A variance-preserving process `x_t = alpha_t x_0 + sigma_t noise` and how to read a network's prediction."""
+    """A variance-preserving process `x_t = alpha_t x_0 + sigma_t noise`, and the reading of predictions."""
 
     settings: DiffusionSettings
     alpha: torch.Tensor  # [T]
@@ -55,18 +56,18 @@ class Diffusion:
         )
 
     def coefficients(self, timestep_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """alpha and sigma at `timestep_T` (one a row, or one for all), each [T, 1]."""
+        """Return alpha and sigma at `timestep_T` (one per row, or one for all), each [T, 1]."""
         return self.alpha[timestep_T][:, None], self.sigma[timestep_T][:, None]
 
     def add_noise(
         self, x0_BD: torch.Tensor, noise_BD: torch.Tensor, timestep_T: torch.Tensor
     ) -> torch.Tensor:
-        """`x_t` [B, D] (Ho et al. 2020, eq. 4)."""
+        """Return `x_t` [B, D] (Ho et al. 2020, eq. 4)."""
         alpha, sigma = self.coefficients(timestep_T)
         return alpha * x0_BD + sigma * noise_BD
 
     def target(self, x0_BD: torch.Tensor, noise_BD: torch.Tensor, timestep_T: torch.Tensor) -> torch.Tensor:
-        """What the network is asked to predict: the noise, the sample, or v (Salimans & Ho 2022)."""
+        """Return the training target of the network: the noise, the sample, or v (Salimans & Ho 2022)."""
         if self.settings.prediction_type == "epsilon":
             return noise_BD
         if self.settings.prediction_type == "sample":
@@ -77,7 +78,7 @@ class Diffusion:
     def denoised(
         self, prediction_BD: torch.Tensor, x_BD: torch.Tensor, timestep_T: torch.Tensor
     ) -> torch.Tensor:
-        """The estimate of `x_0` that a prediction stands for, [B, D]."""
+        """Return the estimate of `x_0` [B, D] that a prediction stands for."""
         if self.settings.prediction_type == "sample":
             return prediction_BD
         alpha, sigma = self.coefficients(timestep_T)
@@ -86,15 +87,15 @@ class Diffusion:
         return alpha * x_BD - sigma * prediction_BD
 
     def loss(self, prediction_BD: torch.Tensor, target_BD: torch.Tensor) -> torch.Tensor:
-        """Simplified mean squared error (Ho et al. 2020, eq. 14), a scalar."""
+        """Return the simplified mean squared error (Ho et al. 2020, eq. 14), a scalar."""
         return F.mse_loss(prediction_BD, target_BD)
 
     def log_snr_step(self, timestep: int, following: int) -> float:
-        """How far half the log signal-to-noise ratio moves between two timesteps (lambda in Lu et al. 2022)."""
+        """Return the change of half the log-SNR between two timesteps (lambda in Lu et al. 2022)."""
         return float(self.half_log_snr[following] - self.half_log_snr[timestep])
 
     def inference_timesteps(self, num_inference_steps: int) -> list[int]:
-        """`num_inference_steps` timesteps from T-1 downwards, evenly spaced ("trailing")."""
+        """Return `num_inference_steps` timesteps from T-1 downwards, evenly spaced ("trailing")."""
         steps = self.settings.num_train_timesteps
         return [
             round(steps - index * steps / num_inference_steps) - 1 for index in range(num_inference_steps)

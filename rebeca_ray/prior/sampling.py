@@ -1,4 +1,4 @@
-"""Samplers: one function each, `(denoise, noise, timesteps, diffusion) -> denoised embeddings`, and what they are given.
+"""Sample embeddings. A sampler is one function: `(denoise, noise, timesteps, diffusion) -> denoised`.
 
 Shapes: N items, B items of a tile, G users, C users of a tile, D embed dim, U user tokens, H width.
 """
@@ -19,11 +19,12 @@ USERS_PADDED_TO = 64
 def guided_denoiser(
     prior: Prior, diffusion: Diffusion, user_CUH: torch.Tensor, row_B: torch.Tensor, guidance_scale: float
 ) -> Denoiser:
-    """Classifier-free guidance (Ho & Salimans 2022, eq. 6) to what user `row_B[i]` likes, as one doubled batch.
+    """Return a denoiser with classifier-free guidance towards the likes of user `row_B[i]`.
 
-    The unconditional half has neither user nor rating: one condition for all its rows. At scale 1 it is left out. Guidance
-    acts on the network's prediction; since `denoised` is affine in it with weights that sum to one, acting on
-    `denoised` is the same. What holds at every timestep is computed here, once.
+    The method is Ho & Salimans 2022, eq. 6. Both halves are one doubled batch. The unconditional half has
+    neither user nor rating: one condition for all its rows. At scale 1 it is left out. Guidance acts on the
+    network's prediction. `denoised` is affine in the prediction with weights that sum to one, so acting on
+    `denoised` would be the same. The condition holds at every timestep and is computed once, here.
     """
     users, device = len(user_CUH), user_CUH.device
     rating_C = torch.full((users,), LIKE, device=device)
@@ -51,9 +52,10 @@ def ddpm(
     diffusion: Diffusion,
     clip: float = 1.0,
 ) -> torch.Tensor:
-    """Ancestral sampling (Ho et al. 2020, algorithm 2), the paper's sampler: `noise` gives x_T and every step's noise.
+    """Return [B, D] by ancestral sampling (Ho et al. 2020, algorithm 2), the paper's sampler.
 
-    `denoised` is clipped to ±`clip`, the range of the scaled embeddings. Returns [B, D].
+    `noise` gives x_T and every step's noise. `denoised` is clipped to ±`clip`, the range of the scaled
+    embeddings.
     """
     x = next(noise)
     for index, timestep in enumerate(timesteps):
@@ -78,9 +80,9 @@ def ddim(
     diffusion: Diffusion,
     clip: float = 1.0,
 ) -> torch.Tensor:
-    """DDIM without noise of its own (Song et al. 2021, eq. 12, eta = 0). Returns [B, D].
+    """Return [B, D] by DDIM without added noise (Song et al. 2021, eq. 12, eta = 0).
 
-    The noise is read from the clipped `denoised`, so that x stays on the way the clip allows.
+    The noise is computed from the clipped `denoised`, so that x stays within the clip.
     """
     x = next(noise)
     for index, timestep in enumerate(timesteps):
@@ -99,9 +101,9 @@ def dpm_solver_pp_2m(
     diffusion: Diffusion,
     clip: float = 1.0,
 ) -> torch.Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), ending at zero noise. Returns [B, D].
+    """Return [B, D] by DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), ending at zero noise.
 
-    The first and the last step are first-order, the last because log-SNR is infinite there.
+    The first and the last step are first-order: at the last, log-SNR is infinite.
     """
     x = next(noise)
     x0_before, step_before = x, 0.0
@@ -123,21 +125,22 @@ def unipc(
     diffusion: Diffusion,
     clip: float = 1.0,
 ) -> torch.Tensor:
-    """UniPC of second order, B(h) = exp(h) - 1 (Zhao et al. 2023, algorithms 1 and 2). Returns [B, D].
+    """Return [B, D] by UniPC of second order, B(h) = exp(h) - 1 (Zhao et al. 2023, algorithms 1 and 2).
 
-    Predicts as DPM-Solver++(2M) does, then corrects each point with the network's answer there: no further passes.
+    It predicts as DPM-Solver++(2M) does. Then it corrects each point with the network's answer at that point,
+    which costs no further passes.
     """
     x = next(noise)
     x_before, x0_before, x0_before_that, step_before = x, x, x, 0.0
     for index, timestep in enumerate(timesteps):
         x0 = denoise(x, timestep).clamp(-clip, clip)
-        if index:  # correct the point that the predictor found
+        if index:  # correct the predictor's point
             step = diffusion.log_snr_step(timesteps[index - 1], timestep)
             change = x0 - x0_before
             if index == 1:
                 slope = 0.5 * change
             else:
-                ratio = -step_before / step  # of the older point's distance to the newer's
+                ratio = -step_before / step  # the older point's distance per the newer's
                 rho_old, rho_new = corrector_weights(ratio, step)
                 slope = rho_old * (x0_before_that - x0_before) / ratio + rho_new * change
             x = first_order(x_before, x0_before + slope, timesteps[index - 1], timestep, diffusion)
@@ -152,7 +155,7 @@ def unipc(
 
 
 def corrector_weights(ratio: float, step: float) -> tuple[float, float]:
-    """UniPC's weights for the older and the newer difference (Zhao et al. 2023, eq. 5 with two points)."""
+    """Return UniPC's weights for the older and newer difference (Zhao et al. 2023, eq. 5, two points)."""
     growth = float(np.expm1(-step))
     phi_2 = growth / -step - 1
     phi_3 = phi_2 / -step - 0.5
@@ -163,7 +166,7 @@ def corrector_weights(ratio: float, step: float) -> tuple[float, float]:
 def first_order(
     x: torch.Tensor, x0: torch.Tensor, timestep: int, following: int, diffusion: Diffusion
 ) -> torch.Tensor:
-    """The exact solution from `timestep` to `following` if the network answered `x0` all along the way."""
+    """Return the exact solution from `timestep` to `following` for a network that always answers `x0`."""
     ratio = diffusion.sigma[following] / diffusion.sigma[timestep]
     growth = np.expm1(-diffusion.log_snr_step(timestep, following))
     return ratio * x - diffusion.alpha[following] * float(growth) * x0
@@ -181,10 +184,11 @@ def sample_liked(
     seeds: Sequence[int],
     sampler: SamplerSettings,
 ) -> torch.Tensor:
-    """Draw one embedding a row that user `row_N[i]` would like, in the prior's space, [N, D] on the CPU.
+    """Sample one embedding per row that user `row_N[i]` would like: [N, D] in the prior's space, on the CPU.
 
-    `sampler` is a resolved one. Rows go in tiles of `sampler.batch_size`, padded with their first, so that in float32 on a CPU
-    a row's bits depend on its user and seed alone: matrix products round alike from a dozen rows on, not below.
+    `sampler` is a resolved one. Rows go in tiles of `sampler.batch_size`, and copies of a row fill the last
+    tile. In float32 on a CPU a row's bits then depend on its user and seed alone: matrix products round all
+    rows alike from a dozen rows on, but not below.
     """
     assert sampler.name
     assert sampler.num_inference_steps
@@ -192,10 +196,9 @@ def sample_liked(
     timesteps = diffusion.inference_timesteps(sampler.num_inference_steps)
     tiles = []
     for start in range(0, len(row_N), sampler.batch_size):
-        rows, tile_seeds = (
-            row_N[start : start + sampler.batch_size],
-            list(seeds[start : start + sampler.batch_size]),
-        )
+        # Fill the tile, and the users of the tile, so that every matrix product has many rows.
+        rows = row_N[start : start + sampler.batch_size]
+        tile_seeds = list(seeds[start : start + sampler.batch_size])
         padding = sampler.batch_size - len(rows)
         rows, tile_seeds = np.pad(rows, (0, padding), mode="edge"), [*tile_seeds, *tile_seeds[:1] * padding]
         users, row_B = np.unique(rows, return_inverse=True)

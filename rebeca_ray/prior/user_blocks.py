@@ -1,6 +1,7 @@
-"""What the prior trains on: draws from users' histories, the same number for every user.
+"""Draw training samples from users' histories, the same number for every user.
 
-Shapes: V users of a block, N their interactions, G draws of a batch, m targets a draw, B = G·m samples, L history.
+Shapes: V users of a block, N their interactions, G draws of a batch, m targets per draw, B = G·m samples, L
+history.
 """
 
 from collections.abc import Iterator
@@ -20,20 +21,21 @@ MICROSECONDS_PER_DAY = 86_400_000_000
 
 
 class Rated(NamedTuple):
-    """The histories of G users as row numbers of items, at most L each: small until the embeddings are looked up."""
+    """The histories of G users as row numbers of items, at most L each; `look_up` adds the embeddings."""
 
-    item_index_GL: np.ndarray  # anything where absent
+    item_index_GL: np.ndarray  # arbitrary where absent
     like_GL: np.ndarray
-    age_GL: np.ndarray  # days before the user's own last interaction
+    age_GL: np.ndarray  # days before the user's last interaction
     present_GL: np.ndarray
 
     @classmethod
     def nothing(cls, num_users: int, max_history: int) -> Self:
-        """Empty histories."""
+        """Return empty histories."""
         kinds = (np.int32, np.int8, np.float32, bool)
         return cls(*(np.zeros((num_users, max_history), kind) for kind in kinds))
 
     def look_up(self, x0_ID: np.ndarray, device: torch.device | str = "cpu") -> History:
+        """Return the histories with their items' embeddings."""
         return History(
             torch.from_numpy(x0_ID[self.item_index_GL]).to(device),
             torch.from_numpy(self.like_GL).long().to(device),
@@ -44,16 +46,16 @@ class Rated(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """G draws of m interactions each: B = G·m samples, and whose they are."""
+    """G draws of m interactions each: B = G·m samples, and their users."""
 
     user_index_G: np.ndarray
     item_index_B: np.ndarray
     like_B: np.ndarray
-    row_B: np.ndarray  # which draw each sample belongs to
-    history: Rated  # of each draw, without its samples
+    row_B: np.ndarray  # the draw of each sample
+    history: Rated  # one per draw, without its samples
 
     def take(self, sample: np.ndarray) -> Self:
-        """Some of the samples of a batch that has one a draw."""
+        """Return some samples of a batch that has one sample per draw."""
         assert len(self.user_index_G) == len(self.item_index_B)
         return replace(
             self,
@@ -66,7 +68,7 @@ class Batch:
 
 
 class UserBlock:
-    """The interactions of V users, cut from a table of histories: those to train on, and those held out."""
+    """The interactions of V users, cut from a table of histories: those for training, and those held out."""
 
     def __init__(self, table: pa.Table, first_user_index: np.ndarray, *, training_only: bool = True) -> None:
         table = table.combine_chunks()
@@ -91,7 +93,7 @@ class UserBlock:
         )
 
     def history(self, user_G: np.ndarray, max_history: int, but_Gm: np.ndarray | None = None) -> Rated:
-        """The latest `max_history` interactions of each user, those of row numbers `but_Gm` left out."""
+        """Return the latest `max_history` interactions of each user, without rows `but_Gm`."""
         row_GL = (self.starts_V + self.counts_V)[user_G, None] - 1 - np.arange(max_history)
         present_GL = row_GL >= self.starts_V[user_G, None]
         if but_Gm is not None:
@@ -112,24 +114,27 @@ class UserBlock:
         max_history: int,
         seed: tuple[int, ...],
     ) -> Iterator[Batch]:
-        """`samples_per_user` samples of every user (rounded up to whole draws), with replacement so that users with few rows have
-        as much say, in random order (balanced sampling: paper, appendix A.1). A pure function of block and seed.
+        """Yield `samples_per_user` samples of every user in random order (paper, appendix A.1).
 
-        `like_share` of them are likes, where a user has both likes and dislikes; None takes them as they come.
+        Numbers are rounded up to whole draws. Samples are drawn with replacement, so that users with few
+        interactions count as much as others. For a user with both likes and dislikes, a fraction `like_share`
+        of the samples are likes; None draws from all interactions alike. The result is a pure function of
+        block and seed.
         """
         random = np.random.default_rng((*seed, int(self.user_index_V[0])))
-        draws_a_user = -(-samples_per_user // targets)
-        user_G = np.repeat(np.flatnonzero(self.counts_V), draws_a_user)
+        draws_per_user = -(-samples_per_user // targets)
+        user_G = np.repeat(np.flatnonzero(self.counts_V), draws_per_user)
         user_Gm = np.repeat(user_G[:, None], targets, axis=1)
-        place_Gm = random.random(user_Gm.shape)
+        position_Gm = random.random(user_Gm.shape)
         if like_share is None:
             pool_Gm = self.counts_V[user_Gm]
-            target_Gm = self.starts_V[user_Gm] + (place_Gm * pool_Gm).astype(np.int64)
+            target_Gm = self.starts_V[user_Gm] + (position_Gm * pool_Gm).astype(np.int64)
         else:
             target_Gm, pool_Gm = self.targets_by_like(
-                user_Gm, random.random(user_Gm.shape) < like_share, place_Gm
+                user_Gm, random.random(user_Gm.shape) < like_share, position_Gm
             )
-        # A history lacks its draw's targets: few of them where there are few to draw from, or short histories were never met.
+        # A history lacks its draw's targets. Users with few interactions get few targets; else training would
+        # never see a short history.
         distinct_G = (pool_Gm.min(1) // POOL_PER_TARGET).clip(1, targets)
         target_Gm = np.take_along_axis(target_Gm, np.arange(targets) % distinct_G[:, None], axis=1)
         order = random.permutation(len(user_G))
@@ -137,10 +142,11 @@ class UserBlock:
             yield self.batch(user_G[part], target_Gm[part], max_history)
 
     def targets_by_like(
-        self, user_Gm: np.ndarray, like_Gm: np.ndarray, place_Gm: np.ndarray
+        self, user_Gm: np.ndarray, like_Gm: np.ndarray, position_Gm: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Row numbers of likes or dislikes as `like_Gm` says, at `place_Gm` (0 to 1) among the user's own of that kind, and how
-        many of that kind there are.
+        """Return rows of likes or dislikes, as `like_Gm` says, and the user's number of rows of that kind.
+
+        `position_Gm` (0 to 1) is the relative position among the user's rows of that kind.
         """
         user_N = np.repeat(np.arange(len(self.counts_V)), self.counts_V)
         by_like = np.lexsort((self.like_N, user_N))  # within a user: dislikes, then likes
@@ -151,9 +157,10 @@ class UserBlock:
         )
         count_Gm = np.where(like_Gm, num_likes_V[user_Gm], num_dislikes_V[user_Gm])
         start_Gm = self.starts_V[user_Gm] + np.where(like_Gm, num_dislikes_V[user_Gm], 0)
-        return by_like[start_Gm + (place_Gm * count_Gm).astype(np.int64)], count_Gm
+        return by_like[start_Gm + (position_Gm * count_Gm).astype(np.int64)], count_Gm
 
     def batch(self, user_G: np.ndarray, target_Gm: np.ndarray, max_history: int) -> Batch:
+        """Return the draws of some users with these targets."""
         rows = target_Gm.ravel()
         return Batch(
             user_index_G=self.user_index_V[user_G],
@@ -164,7 +171,7 @@ class UserBlock:
         )
 
     def held_out(self, max_history: int, limit: int, *, likes_only: bool = False) -> Batch | None:
-        """At most `limit` of the held-out interactions, evenly spaced, each told by its user's training interactions."""
+        """Return at most `limit` held-out interactions, evenly spaced, with training histories."""
         chosen = np.flatnonzero(self.held_like) if likes_only else np.arange(len(self.held_user))
         chosen = chosen[:: max(1, -(-len(chosen) // limit))]
         if not len(chosen):

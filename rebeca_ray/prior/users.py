@@ -1,4 +1,4 @@
-"""Who a user is to the prior: a row of a table (`id`), or what they rated (`history`). Both give *user tokens*.
+"""Encode users as *user tokens*: from a row of a table (`id`), or from their ratings (`history`).
 
 Shapes: B batch, L interactions of a history, D embed dim, U user tokens, H width.
 """
@@ -13,29 +13,29 @@ from rebeca_ray.prior.attention import Attention
 
 
 class History(NamedTuple):
-    """What B users rated, at most L interactions each, the latest first; absent ones are told by `present_BL`."""
+    """The ratings of B users: at most L each, the latest first; `present_BL` marks the real ones."""
 
     item_BLD: torch.Tensor  # embeddings in the prior's space
     like_BL: torch.Tensor  # 0 or 1
-    age_BL: torch.Tensor  # days before the user's own last interaction
+    age_BL: torch.Tensor  # days before the user's last interaction
     present_BL: torch.Tensor  # bool
 
     def latest(self, max_history: int) -> "History":
-        """The first `max_history` places, where the latest are."""
+        """Return the latest `max_history` interactions: the first columns."""
         return History(*(column[:, :max_history] for column in self))
 
 
 class HistoryEncoder(nn.Module):
-    """Attention pooling over rated item embeddings, with their rating and recency: `History` -> user tokens [B, U, H].
+    """Attention pooling over rated items, with rating and recency: `History` -> user tokens [B, U, H].
 
-    It knows no user by name: who was never seen in training is served all the same, and taste follows the history without
-    training again. (Pooling by learned queries: Lee et al. 2019, Set Transformer, section 3.2.)
+    It knows no user by name. A user unseen in training is served all the same, and taste follows the history
+    without another training. Learned queries pool (Lee et al. 2019, Set Transformer, section 3.2).
     """
 
     def __init__(self, *, embed_dim: int, width: int, num_heads: int, num_user_tokens: int) -> None:
         super().__init__()
         self.norm_item = nn.LayerNorm(embed_dim, elementwise_affine=False)
-        self.item = nn.Linear(embed_dim, 2 * width)  # what it says when disliked, and when liked
+        self.item = nn.Linear(embed_dim, 2 * width)  # one half if disliked, one if liked
         self.recency = nn.Linear(2, width)
         self.norm = nn.LayerNorm(width)
         self.query_UH = nn.Parameter(torch.randn(num_user_tokens, width))
@@ -49,13 +49,13 @@ class HistoryEncoder(nn.Module):
 
     def forward(self, history: History) -> torch.Tensor:
         disliked_BLH, liked_BLH = self.item(self.norm_item(history.item_BLD)).chunk(2, dim=-1)
-        recency_BL2 = torch.stack(
-            [torch.log1p(history.age_BL) / 6, torch.exp(-history.age_BL / 30)], dim=-1
-        )  # over a year; over a month
+        # Two scales of recency: over a year, and over a month.
+        recency_BL2 = torch.stack([torch.log1p(history.age_BL) / 6, torch.exp(-history.age_BL / 30)], dim=-1)
         x_BLH = torch.where(history.like_BL[..., None] == 1, liked_BLH, disliked_BLH) + self.recency(
             recency_BL2
         )
-        # A softmax needs something to look at: with an empty history the first place, which `Prior.encode` throws away.
+        # A softmax needs at least one position. An empty history keeps the first; `Prior.encode` discards the
+        # result.
         nobody_B1 = ~history.present_BL.any(1, keepdim=True)
         mask_BL = history.present_BL | (nobody_B1 & (torch.arange(x_BLH.shape[1], device=x_BLH.device) == 0))
         query_BUH = self.query_UH.expand(len(x_BLH), -1, -1)
@@ -66,12 +66,13 @@ class HistoryEncoder(nn.Module):
 
 
 class UserTable:
-    """One row of user tokens for each user of the training set, as published; updated row by row.
+    """One row of user tokens per user of the training set, as published; updated row by row.
 
-    The table is no module parameter: its gradient, an optimizer's state over it, or a running average of it would each cost a
-    step as much as there are users. A step touches the rows of its batch alone. Row-wise AdaGrad (Duchi et al. 2011, with one
-    number a row, as recommenders use it) keeps 4 bytes of state a user. Data-parallel workers hold the whole table each
-    and exchange the touched rows' gradients, by all-gather, so that all make the same update.
+    The table is no module parameter. Its gradient, an optimizer's state over it, and a running average of it
+    would each cost O(users) per step. A step touches the rows of its batch alone. Row-wise AdaGrad (Duchi et
+    al. 2011, with one number per row) keeps 4 bytes of state per user. Every data-parallel worker holds the
+    whole table. Workers exchange the gradients of touched rows by all-gather, so that all make the same
+    update.
     """
 
     def __init__(
@@ -89,21 +90,21 @@ class UserTable:
         self.squares_V = torch.zeros(num_users, device=device)
 
     def __call__(self, user_index_B: torch.Tensor) -> torch.Tensor:
-        """User tokens [B, U, H]."""
+        """Return user tokens [B, U, H]."""
         return self.rows_VUH[user_index_B]
 
     @torch.no_grad()
     def update(self, user_index_B: torch.Tensor, gradient_BUH: torch.Tensor, learning_rate: float) -> None:
-        """One step on the rows of `user_index_B`; a row that stands there often gets the sum of its gradients."""
+        """Make one step on the rows of `user_index_B`; a repeated row gets the sum of its gradients."""
         if dist.is_initialized() and (workers := dist.get_world_size()) > 1:
             indices = [torch.empty_like(user_index_B) for _ in range(workers)]
             gradients = [torch.empty_like(gradient_BUH) for _ in range(workers)]
             dist.all_gather(indices, user_index_B)
             dist.all_gather(gradients, gradient_BUH)
             user_index_B, gradient_BUH = torch.cat(indices), torch.cat(gradients) / workers
-        touched, place = user_index_B.unique(return_inverse=True)
+        touched, row_B = user_index_B.unique(return_inverse=True)
         gradient = torch.zeros(len(touched), *gradient_BUH.shape[1:], device=gradient_BUH.device)
-        gradient.index_add_(0, place, gradient_BUH)
+        gradient.index_add_(0, row_B, gradient_BUH)
         self.squares_V[touched] += gradient.square().mean((1, 2))
         scale = learning_rate / (self.squares_V[touched].sqrt() + 1e-10)
         self.rows_VUH[touched] -= scale[:, None, None] * gradient

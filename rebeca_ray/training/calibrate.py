@@ -1,4 +1,4 @@
-"""After training: the selector is fitted, and validation chooses how hard the prior is guided.
+"""Calibrate a trained prior: fit the selector, and choose the default guidance on validation.
 
 Shapes: G users, N samples of all of them, D embed dim.
 """
@@ -27,26 +27,26 @@ from rebeca_ray.training.selector import fit_selector
 log = logging.getLogger(__name__)
 
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 9.0)
-MIN_DISTINCT = 0.85  # of a user's samples, by nearest item
+MIN_DISTINCT = 0.85  # fraction of a user's samples with distinct nearest items
 NUM_USERS, SAMPLES_PER_USER, STEPS = 40, 25, 12
 USERS_AT_ONCE = 512
-SELECTOR_BUCKETS = 4  # some two million ratings are enough for so few numbers
+SELECTOR_BUCKETS = 4  # some two million ratings are enough for the selector's few weights
 
 
 def calibrate_prior(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray, seed: int) -> TrainedPrior:
-    """The prior with its selector and its default guidance, and what was found of both among its metrics.
+    """Return the prior with its selector and its default guidance, and the figures of both in its metrics.
 
-    Without dislikes there is no selector, and without a selector, users or condition dropout the guidance is 1.
+    Without dislikes it has no selector. Without selector, users or condition dropout its guidance is 1.
     """
     selector = fit_selector(islice(training_blocks(histories), SELECTOR_BUCKETS), x0_ID, seed + 1)
     if selector is None:
         return prior
     prior = replace(prior, selector=selector)
-    told = "selector fitted"
+    message = "the selector is fitted"
     if (auc := held_out_auc(selector, histories, x0_ID)) is not None:
         prior = replace(prior, metrics={**prior.metrics, "selector_auc": auc})
-        told += f": {auc:.1%} of held-out likes before dislikes (area under the ROC curve)"
-    log.info(told)
+        message += f": {auc:.1%} of held-out likes before dislikes (area under the ROC curve)"
+    log.info(message)
     if prior.condition_dropout > 0 and prior.settings.user_encoder != "none":
         prior = choose_guidance(prior, histories, x0_ID)
     if prior.user_rows is not None:
@@ -55,7 +55,7 @@ def calibrate_prior(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray
 
 
 def training_blocks(histories: Histories) -> Iterator[UserBlock]:
-    """One bucket after another, without what is held out."""
+    """Yield one bucket after another, without the hold-out."""
     for bucket, users in enumerate(histories.users_of_bucket):
         if users:
             yield UserBlock(read_table(histories.file(bucket), "histories"), histories.first_user_index)
@@ -63,7 +63,7 @@ def training_blocks(histories: Histories) -> Iterator[UserBlock]:
 
 @torch.inference_mode()
 def factors_of(selector: Selector, block: UserBlock, user_G: np.ndarray, x0_ID: np.ndarray) -> torch.Tensor:
-    """The selector's factors [G, F+1] of some users of a block."""
+    """Return the selector's factors [G, F+1] of some users of a block."""
     parts = [user_G[start : start + USERS_AT_ONCE] for start in range(0, len(user_G), USERS_AT_ONCE)]
     device = selector.popularity.weight.device
     return torch.cat(
@@ -72,7 +72,7 @@ def factors_of(selector: Selector, block: UserBlock, user_G: np.ndarray, x0_ID: 
 
 
 def factors_of_all(selector: Selector, histories: Histories, x0_ID: np.ndarray) -> torch.Tensor:
-    """The selector's factors [V, F+1] of every user, in the order of user_index."""
+    """Return the selector's factors [V, F+1] of every user, in the order of user_index."""
     return torch.cat(
         [
             factors_of(selector, block, np.arange(len(block.counts_V)), x0_ID)
@@ -82,21 +82,21 @@ def factors_of_all(selector: Selector, histories: Histories, x0_ID: np.ndarray) 
 
 
 def held_out_auc(selector: Selector, histories: Histories, x0_ID: np.ndarray) -> float | None:
-    """Area under the ROC curve on the held-out ratings of the first bucket's users; None if there are none to tell apart."""
+    """Return the area under the ROC curve on the first bucket's hold-out; None unless it has both ratings."""
     block = next(training_blocks(histories))
-    rated, place = np.unique(block.held_user, return_inverse=True)
+    user_G, row_N = np.unique(block.held_user, return_inverse=True)
     if len(np.unique(block.held_like)) < 2:
         return None
-    factors = factors_of(selector, block, rated, x0_ID)[torch.from_numpy(place)]
+    factors = factors_of(selector, block, user_G, x0_ID)[torch.from_numpy(row_N)]
     probability = selector.like_probability(torch.from_numpy(x0_ID[block.held_item_index]), factors)
     return float(binary_auroc(probability, torch.from_numpy(block.held_like).long()))
 
 
 def choose_guidance(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray) -> TrainedPrior:
-    """The prior with the guidance whose samples the selector likes best, as long as a user's samples stay different.
+    """Return the prior with the guidance that the selector likes best, while a user's samples stay distinct.
 
-    Different means that at least 85% of a user's 25 samples have a nearest item of their own. Harder guidance leaves fewer, so the
-    sweep ends at the first scale with too few. The metrics keep the sweep.
+    Samples are distinct if at least 85% of a user's 25 samples have different nearest items. Harder guidance
+    leaves fewer, so the sweep ends at the first scale with too few. The metrics keep the sweep.
     """
     assert prior.selector is not None
     block = next(training_blocks(histories))
@@ -130,8 +130,9 @@ def choose_guidance(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray
     chosen = max(allowed, key=lambda point: point[1])
     if chosen[2] < MIN_DISTINCT:
         log.warning(
-            f"{chosen[2]:.0%} of a user's samples are distinct without guidance, {MIN_DISTINCT:.0%} are expected: "
-            "the prior has hardly learnt yet, or there are too few items to tell samples apart"
+            f"{chosen[2]:.0%} of a user's samples are distinct without guidance, "
+            f"{MIN_DISTINCT:.0%} are expected: the prior has hardly learnt yet, "
+            "or the items are too few to distinguish samples"
         )
     metrics = {f"like_probability_at_guidance_{scale:g}": like for scale, like, _ in sweep}
     metrics |= {f"distinct_at_guidance_{scale:g}": distinct for scale, _, distinct in sweep}

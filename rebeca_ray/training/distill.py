@@ -1,7 +1,8 @@
-"""Distillation: a student that draws in a few passes what its teacher draws in dozens.
+"""Distill a prior: train a student that samples in a few passes like its teacher in dozens.
 
-The teacher's guided trajectories are drawn once, for many users; the student learns to jump from each of a few points of a
-trajectory to the next in one unguided pass. It needs no ratings but the users' own, and no embeddings but the teacher's.
+The teacher's guided trajectories are solved once, for many users. The student learns to jump from each of a
+few points of a trajectory to the next in one unguided pass. It needs the users' histories, and no embeddings
+but the teacher's.
 
 Shapes: G users, N trajectories, S steps of the student, B samples, D embed dim, U user tokens, H width.
 """
@@ -32,15 +33,15 @@ from rebeca_ray.training.calibrate import USERS_AT_ONCE, factors_of, training_bl
 
 log = logging.getLogger(__name__)
 
-TEACHER_STEPS = 4  # of the teacher for one of the student
+TEACHER_STEPS = 4  # steps of the teacher per step of the student
 TILE = 256
 CHECKED_USERS, CHECKED_SAMPLES = 100, 10
-MIN_USERS = 5  # of a `history` prior: four to learn on, one to judge by
+MIN_USERS = 5  # for a `history` prior: four to learn on, one to judge by
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnownUsers:
-    """G users the student learns on: their tokens, and the selector's factors if there is a selector."""
+    """Tokens of G users, and the selector's factors if there is a selector."""
 
     token_GUH: torch.Tensor
     factor_GF: torch.Tensor | None
@@ -50,17 +51,18 @@ class KnownUsers:
 class Trajectories:
     """N trajectories of the teacher, at the S timesteps of the student and at their end."""
 
-    row_N: np.ndarray  # whose
+    row_N: np.ndarray  # row of the user
     x_SND: torch.Tensor
     x0_ND: torch.Tensor
 
 
 def distill_prior(config: DistillConfig) -> dict[str, float]:
-    """Distill `config.prior` into `config.out`; returns the figures of student and teacher.
+    """Distill `config.prior` into `config.out`; return the figures of student and teacher.
 
-    Raises UserError for a teacher that cannot be distilled, QualityGateError, and writes nothing, if the student's samples are
-    liked less than `config.min_quality` times as much as the teacher's (by the selector), or differ less than
-    `config.min_diversity` times as much. A `history` prior is judged on users the student did not learn on.
+    Raises InputError for a teacher that cannot be distilled. Raises QualityGateError and writes nothing in
+    two cases: the selector likes the student's samples less than `config.min_quality` times as much as the
+    teacher's, or they differ less than `config.min_diversity` times as much. A `history` prior is judged on
+    users that the student did not learn on.
     """
     teacher = load_prior(config.prior, config.device)
     check_teacher(teacher, config)
@@ -83,10 +85,11 @@ def distill_prior(config: DistillConfig) -> dict[str, float]:
         curve="epoch,train_loss\n" + "".join(f"{epoch},{loss:.6g}\n" for epoch, loss in enumerate(losses, 1)),
     )
     figures = compare(teacher, student, diffusion, judged)
-    for what, least in (("quality", config.min_quality), ("diversity", config.min_diversity)):
-        if figures[f"student_{what}"] < least:
+    for figure, least in (("quality", config.min_quality), ("diversity", config.min_diversity)):
+        if figures[f"student_{figure}"] < least:
             raise QualityGateError(
-                f"distilled prior: {figures[f'student_{what}']:.1%} of the teacher's {what}, min_{what} is {least:.1%}; "
+                f"distilled prior: {figures[f'student_{figure}']:.1%} of the teacher's {figure}, "
+                f"min_{figure} is {least:.1%}; "
                 "raise num_trajectories, max_epochs or num_inference_steps"
             )
     save_prior(replace(student, metrics={**teacher.metrics, **figures}), config.out)
@@ -94,19 +97,20 @@ def distill_prior(config: DistillConfig) -> dict[str, float]:
 
 
 def check_teacher(teacher: TrainedPrior, config: DistillConfig) -> None:
+    """Raise InputError for a teacher that cannot be distilled with this config."""
     if config.out.rstrip("/") == config.prior.rstrip("/"):
         raise InputError(f"out {config.out}: is the teacher's own folder; give another")
     if teacher.sampling.distilled_steps is not None:
         raise InputError(f"prior {config.prior}: is distilled already; give the prior it was made from")
     if teacher.diffusion.prediction_type == "epsilon":
         raise InputError(
-            f"prior {config.prior}: predicts epsilon, from which a single pass at the first timestep cannot tell the sample; "
+            f"prior {config.prior}: predicts epsilon, which does not determine the sample in a single pass; "
             "train it with diffusion.prediction_type sample or v_prediction"
         )
     if config.num_inference_steps * TEACHER_STEPS > (timesteps := teacher.diffusion.num_train_timesteps):
         raise InputError(
-            f"num_inference_steps is {config.num_inference_steps}; the teacher, which was trained on {timesteps} timesteps, "
-            f"needs {TEACHER_STEPS} for each: ask for at most {timesteps // TEACHER_STEPS}"
+            f"num_inference_steps is {config.num_inference_steps}; the teacher was trained on {timesteps} "
+            f"timesteps and needs {TEACHER_STEPS} per step: set at most {timesteps // TEACHER_STEPS}"
         )
     if teacher.settings.user_encoder == "history":
         if config.interactions is None or config.items is None:
@@ -117,10 +121,10 @@ def check_teacher(teacher: TrainedPrior, config: DistillConfig) -> None:
 
 
 def known_users(teacher: TrainedPrior, config: DistillConfig) -> tuple[KnownUsers, KnownUsers]:
-    """Up to `config.num_users` users to learn on, evenly spaced, and those to judge by.
+    """Return up to `config.num_users` users to learn on, evenly spaced, and the users to judge by.
 
-    Of a `history` prior every fifth is set apart to judge by, without what was held out from the teacher; of others, which know
-    nobody else, the same users do for both.
+    For a `history` prior every fifth user is set apart to judge by, without the teacher's hold-out. Other
+    priors know no other users, so the same users serve for both.
     """
     selector = teacher.selector
     if teacher.settings.user_encoder != "history" or config.interactions is None or config.items is None:
@@ -141,11 +145,12 @@ def known_users(teacher: TrainedPrior, config: DistillConfig) -> tuple[KnownUser
     chosen = np.linspace(0, len(block.counts_V) - 1, min(config.num_users, len(block.counts_V))).astype(int)
     if len(chosen) < MIN_USERS:
         raise InputError(
-            f"interactions {config.interactions.path}: {len(chosen)} users; give at least {MIN_USERS} to learn and judge on"
+            f"interactions {config.interactions.path}: {len(chosen)} users; "
+            f"give at least {MIN_USERS} to learn and judge on"
         )
     apart = np.arange(len(chosen)) % 5 == 0
 
-    def meet(user_G: np.ndarray) -> KnownUsers:
+    def load_users(user_G: np.ndarray) -> KnownUsers:
         parts = [user_G[start : start + USERS_AT_ONCE] for start in range(0, len(user_G), USERS_AT_ONCE)]
         histories = (
             block.history(part, teacher.settings.max_history).look_up(x0_ID, config.device) for part in parts
@@ -159,7 +164,7 @@ def known_users(teacher: TrainedPrior, config: DistillConfig) -> tuple[KnownUser
             factor_GF=None if selector is None else factors_of(selector, block, user_G, x0_ID),
         )
 
-    return meet(chosen[~apart]), meet(chosen[apart])
+    return load_users(chosen[~apart]), load_users(chosen[apart])
 
 
 @torch.inference_mode()
@@ -178,11 +183,11 @@ def draw_trajectories(
     ends: list[torch.Tensor] = []
     for start in range(0, count, TILE):
         if start // TILE % 16 == 0:
-            log.info(f"{start:,} of {count:,} of the teacher's trajectories drawn")
+            log.info(f"{start:,} of {count:,} of the teacher's trajectories solved")
         row = torch.from_numpy(row_N[start : start + TILE]).to(users.token_GUH.device)
-        own = torch.arange(len(row), device=row.device)
+        index = torch.arange(len(row), device=row.device)
         guided = guided_denoiser(
-            teacher.network, diffusion, users.token_GUH[row], own, teacher.sampling.prior_guidance_scale
+            teacher.network, diffusion, users.token_GUH[row], index, teacher.sampling.prior_guidance_scale
         )
         passed: list[torch.Tensor] = []
 
@@ -204,15 +209,17 @@ def draw_trajectories(
 
 
 def targets(drawn: Trajectories, timesteps: Sequence[int], diffusion: Diffusion) -> torch.Tensor:
-    """[S, N, D]: the `denoised` that takes a DDIM step from each point of a trajectory exactly to the next (Salimans & Ho
-    2022, appendix G); from the last one to its end.
+    """Return the targets [S, N, D] of the student (Salimans & Ho 2022, appendix G).
+
+    With a target as `denoised`, a DDIM step leads from a point of a trajectory exactly to the next, and from
+    the last point to the end.
     """
-    found = []
+    goals = []
     for step, (timestep, following) in enumerate(pairwise(timesteps)):
         ratio = diffusion.sigma[following] / diffusion.sigma[timestep]
         weight = diffusion.alpha[following] - ratio * diffusion.alpha[timestep]
-        found.append((drawn.x_SND[step + 1] - ratio * drawn.x_SND[step]) / weight)
-    return torch.stack([*found, drawn.x0_ND])
+        goals.append((drawn.x_SND[step + 1] - ratio * drawn.x_SND[step]) / weight)
+    return torch.stack([*goals, drawn.x0_ND])
 
 
 def fit_student(
@@ -223,7 +230,7 @@ def fit_student(
     timesteps: Sequence[int],
     config: DistillConfig,
 ) -> list[float]:
-    """Train the denoiser in place, users' tokens as they are; returns the mean loss of each epoch."""
+    """Train the denoiser in place, with fixed user tokens; return the mean loss of each epoch."""
     goal_SND, device = targets(drawn, timesteps, diffusion), drawn.x0_ND.device
     count, token_GUH = len(drawn.row_N), users.token_GUH.clone()
     optimizer = torch.optim.AdamW(
@@ -255,10 +262,11 @@ def fit_student(
 def compare(
     teacher: TrainedPrior, student: TrainedPrior, diffusion: Diffusion, users: KnownUsers
 ) -> dict[str, float]:
-    """How close the student comes with the same users and noise, drawn for neither's training.
+    """Return the figures of the student against its teacher, with the same users and new noise.
 
-    `student_quality` is the ratio of the selector's mean like probabilities; without a selector, the mean cosine of the two.
-    `student_diversity` is the ratio of the mean cosine distances between a user's samples.
+    `student_quality` is the ratio of the selector's mean like probabilities. Without a selector it is the
+    mean cosine of the two. `student_diversity` is the ratio of the mean cosine distances between a user's
+    samples.
     """
     chosen = np.linspace(0, len(users.token_GUH) - 1, min(CHECKED_USERS, len(users.token_GUH))).astype(int)
     row_N = np.repeat(chosen, CHECKED_SAMPLES)
@@ -276,12 +284,12 @@ def compare(
     for x_ND in drawn:
         unit_GSD = F.normalize(x_ND).view(len(chosen), CHECKED_SAMPLES, -1)
         spread.append(float(1 - (unit_GSD @ unit_GSD.mT).mean()))
-    found = {"cosine_to_teacher": cosine, "student_diversity": spread[1] / spread[0]}
+    figures = {"cosine_to_teacher": cosine, "student_diversity": spread[1] / spread[0]}
     if teacher.selector is None or users.factor_GF is None:
-        return {**found, "student_quality": cosine}
+        return {**figures, "student_quality": cosine}
     factor_NF = users.factor_GF[row_N]
     like = [
         float(teacher.selector.like_probability(x_ND.to(factor_NF.device), factor_NF).mean())
         for x_ND in drawn
     ]
-    return {**found, "teacher_like": like[0], "student_like": like[1], "student_quality": like[1] / like[0]}
+    return {**figures, "teacher_like": like[0], "student_like": like[1], "student_quality": like[1] / like[0]}

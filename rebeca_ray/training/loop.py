@@ -1,4 +1,4 @@
-"""The loop that every Ray Train worker runs: epochs of a streamed share of the users, validation, a checkpoint each.
+"""The loop of every Ray Train worker: epochs over its share of the users, validation, checkpoints.
 
 Shapes: B samples, D embed dim, I items, U user tokens, H width.
 """
@@ -40,15 +40,16 @@ STEPS_PER_CHECK, NEVER = 1000, 2**62
 
 
 def users_of(
-    fit: TrainState, batch: Batch, x0_ID: np.ndarray, device: torch.device
+    state: TrainState, batch: Batch, x0_ID: np.ndarray, device: torch.device
 ) -> History | torch.Tensor | None:
-    if fit.table:
-        return fit.table(torch.from_numpy(batch.user_index_G).to(device))
-    return batch.history.look_up(x0_ID, device) if fit.prior.history_encoder else None
+    """Return histories, rows of the user table, or None, as the prior encodes users."""
+    if state.table:
+        return state.table(torch.from_numpy(batch.user_index_G).to(device))
+    return batch.history.look_up(x0_ID, device) if state.prior.history_encoder else None
 
 
 def train_loop_per_worker(settings: dict[str, Any]) -> None:
-    """Ray Train's loop: one epoch, one validation, one report with a checkpoint, until it stops improving."""
+    """Repeat epoch, validation, and report with a checkpoint, until the loss stops improving."""
     logging.getLogger().setLevel(logging.WARNING)  # else Ray Train prints every report in full
     config = TrainConfig.model_validate(settings["config"])
     histories: Histories = settings["histories"]
@@ -59,45 +60,48 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     torch.set_num_threads(config.workers.threads_per_worker)
     optimization = config.optimization
 
-    fit = TrainState(config, x0_ID.shape[1], histories.num_users, device)
+    state = TrainState(config, x0_ID.shape[1], histories.num_users, device)
     if checkpoint := train.get_checkpoint():
         with checkpoint.as_directory() as folder:
-            fit.load_state_dict(torch.load(Path(folder) / STATE, weights_only=True, map_location=device))
+            state.load_state_dict(torch.load(Path(folder) / STATE, weights_only=True, map_location=device))
         if rank == 0:
             log.info(
-                f"training run {config.run_name} in {config.storage} resumes "
-                f"after epoch {fit.epoch}/{optimization.max_epochs}"
+                f"training run {config.run_name} in {config.storage} resumes after epoch "
+                f"{state.epoch}/{optimization.max_epochs}"
             )
     diffusion = Diffusion.build(config.diffusion, device)
-    loss: nn.Module = DenoisingLoss(fit.prior, diffusion, config)
+    loss: nn.Module = DenoisingLoss(state.prior, diffusion, config)
     loss = DistributedDataParallel(loss) if world_size > 1 else loss
     users = UserShare(histories, rank, world_size)
     writer = SummaryWriter(f"{config.storage}/{config.run_name}/tensorboard") if rank == 0 else None
     while (
-        fit.epoch < optimization.max_epochs
-        and fit.stale_epochs < optimization.early_stopping_patience
-        and not fit.diverged
+        state.epoch < optimization.max_epochs
+        and state.stale_epochs < optimization.early_stopping_patience
+        and not state.diverged
     ):
-        started, epoch = time.perf_counter(), fit.epoch + 1
+        started, epoch = time.perf_counter(), state.epoch + 1
         generator = torch.Generator(device).manual_seed(hash((optimization.seed, epoch, rank)) % 2**63)
         batches = islice(epoch_batches(users, config, epoch), optimization.steps_per_epoch)
         with progress_bar(
             num_steps(histories, config), f"epoch {epoch}", settings["live"] and rank == 0
         ) as bar:
-            train_loss, samples = train_epoch(loss, fit, batches, x0_ID, generator, config, bar)
-        val_loss = validation_loss(fit, diffusion, validation, x0_ID, rank, world_size, device)
-        if not fit.diverged and not val_loss < DIVERGED * fit.best_loss:
+            train_loss, samples = train_epoch(loss, state, batches, x0_ID, generator, config, bar)
+        val_loss = validation_loss(state, diffusion, validation, x0_ID, rank, world_size, device)
+        if not state.diverged and not val_loss < DIVERGED * state.best_loss:
             steps = epoch * num_steps(histories, config)
-            fit.diverged = f"validation loss {val_loss:.4g} after epoch {epoch} (step {steps}) at learning rate {fit.learning_rate:.3g}"
-        if fit.diverged:
+            state.diverged = (
+                f"validation loss {val_loss:.4g} after epoch {epoch} (step {steps}) "
+                f"at learning rate {state.learning_rate:.3g}"
+            )
+        if state.diverged:
             train_loss = val_loss = sys.float_info.max  # Ray's checkpoint list keeps no infinity
         rate = samples * world_size / (time.perf_counter() - started)
-        fit.end_epoch(train_loss, val_loss, rate)
+        state.end_epoch(train_loss, val_loss, rate)
         metrics = {
             "epoch": epoch,
             "train_loss": train_loss,
             "val_loss": val_loss,
-            "learning_rate": fit.learning_rate,
+            "learning_rate": state.learning_rate,
         }
         if writer is None:
             train.report(metrics)
@@ -107,19 +111,20 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
         writer.flush()
         log.info(
             f"epoch {epoch}/{optimization.max_epochs}  train {train_loss:.4f}  val {val_loss:.4f}  "
-            f"best {fit.best_loss:.4f}  lr {fit.learning_rate:.1e}  {rate:,.0f} samples/s"
+            f"best {state.best_loss:.4f}  lr {state.learning_rate:.1e}  {rate:,.0f} samples/s"
         )
         with tempfile.TemporaryDirectory() as folder:
-            torch.save(fit.state_dict(), Path(folder) / STATE)
+            torch.save(state.state_dict(), Path(folder) / STATE)
             train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
 
 
 class UserShare:
-    """One worker's share of the users, block by block, anew every epoch. Every worker gets as many users, so as many batches.
+    """One worker's share of the users, block by block, every epoch; all workers get equally many.
 
-    Ray Data streams them, in another order of files every epoch. So few that they fit one block are read once instead:
-    starting a stream takes longer than training on them. A share then wraps around, so that nobody is left out; of a stream
-    that does not divide evenly, up to one user fewer than there are workers sits an epoch out.
+    Ray Data streams them, with the files in another order every epoch. Users that state one block are read
+    once instead, because starting a stream takes longer than training on them. Such a share wraps around, so
+    that nobody is left out. A stream that does not divide evenly leaves out at most one user fewer than there
+    are workers, per epoch.
     """
 
     def __init__(self, histories: Histories, rank: int, world_size: int) -> None:
@@ -129,9 +134,9 @@ class UserShare:
             self.stream = train.get_dataset_shard("users")
             return
         table = read_table(histories.uri, "histories")
-        each = -(-table.num_rows // world_size)
+        size = -(-table.num_rows // world_size)
         self.few = UserBlock(
-            table.take(np.arange(rank * each, (rank + 1) * each) % table.num_rows), self.first_user_index
+            table.take(np.arange(rank * size, (rank + 1) * size) % table.num_rows), self.first_user_index
         )
 
     def __iter__(self) -> Iterator[UserBlock]:
@@ -149,6 +154,7 @@ def is_streamed(histories: Histories) -> bool:
 
 
 def epoch_batches(users: UserShare, config: TrainConfig, epoch: int) -> Iterator[Batch]:
+    """Yield the batches of one epoch on this worker."""
     optimization = config.optimization
     for block in users:
         yield from block.batches(
@@ -166,30 +172,28 @@ def targets_per_draw(config: TrainConfig) -> int:
 
 
 def num_steps(histories: Histories, config: TrainConfig) -> int:
-    """Optimizer steps an epoch, as far as every user has interactions."""
+    """Return the optimizer steps per epoch, if every user has interactions."""
     targets, users = targets_per_draw(config), -(-histories.num_users // config.workers.num_workers)
     sizes = [USERS_PER_BLOCK] * (users // USERS_PER_BLOCK) + [users % USERS_PER_BLOCK]
-    draws_a_user, batch_size = (
-        -(-config.optimization.samples_per_user // targets),
-        config.optimization.batch_size // config.workers.num_workers,
-    )
-    steps = sum(num_batches(size * draws_a_user, targets, max(1, batch_size)) for size in sizes if size)
+    draws_per_user = -(-config.optimization.samples_per_user // targets)
+    batch_size = config.optimization.batch_size // config.workers.num_workers
+    steps = sum(num_batches(size * draws_per_user, targets, max(1, batch_size)) for size in sizes if size)
     return min(steps, config.optimization.steps_per_epoch or steps)
 
 
 def train_epoch(
     loss_of: nn.Module,
-    fit: TrainState,
+    state: TrainState,
     batches: Iterator[Batch],
     x0_ID: np.ndarray,
     generator: torch.Generator,
     config: TrainConfig,
     bar: Any,
 ) -> tuple[float, int]:
-    """One optimizer step a batch; returns the mean loss over all workers and this worker's samples.
+    """Make one optimizer step per batch; return the mean loss over all workers, and this worker's samples.
 
-    Notes the first step whose loss is not finite in `fit.diverged`, and ends soon after it. Raises RuntimeError if the workers
-    drift apart.
+    Ends soon after the first step with a loss that is not finite, and names the step in `state.diverged`.
+    Raises RuntimeError if the workers' weights differ.
     """
     device = generator.device
     step, samples = 0, 0
@@ -200,21 +204,21 @@ def train_epoch(
             torch.from_numpy(batch.row_B).to(device),
             torch.from_numpy(batch.like_B).long().to(device),
         )
-        users = users_of(fit, batch, x0_ID, device)
-        if fit.table:
+        users = users_of(state, batch, x0_ID, device)
+        if state.table:
             users = cast(torch.Tensor, users).requires_grad_()
         loss = loss_of(x0_BD, users, row_B, like_B, generator)
-        fit.optimizer.zero_grad()
+        state.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(fit.prior.parameters(), config.optimization.gradient_clip)
-        fit.optimizer.step()
-        fit.average.update_parameters(fit.prior)
-        if fit.table:
+        nn.utils.clip_grad_norm_(state.prior.parameters(), config.optimization.gradient_clip)
+        state.optimizer.step()
+        state.average.update_parameters(state.prior)
+        if state.table:
             gradient = cast(torch.Tensor, cast(torch.Tensor, users).grad)
-            fit.table.update(
+            state.table.update(
                 torch.from_numpy(batch.user_index_G).to(device),
                 gradient,
-                fit.learning_rate * fit.user_learning_rate_per_step,
+                state.learning_rate * state.user_learning_rate_per_step,
             )
         total += loss.detach()
         diverged = torch.where(loss.isfinite(), diverged, diverged.clamp(max=step))
@@ -223,19 +227,21 @@ def train_epoch(
             bar.update(1)
         if step % STEPS_PER_CHECK == 0 and first_of_workers(diverged) < NEVER:
             break
-    weight = torch.stack([parameter.detach().double().sum() for parameter in fit.prior.parameters()]).sum()
+    weight = torch.stack([parameter.detach().double().sum() for parameter in state.prior.parameters()]).sum()
     if abs(mean_over_workers(weight.clone()) - float(weight)) > 1e-9 * (1 + abs(float(weight))):
-        raise RuntimeError(
-            "the workers' weights differ: gradients are not shared"
-        )  # rank 0 would save a part of the training
+        # Rank 0 would save a part of the training only.
+        raise RuntimeError("the workers' weights differ: gradients are not shared")
     if (first := first_of_workers(diverged)) < NEVER:
-        fit.diverged = f"the loss is not finite in epoch {fit.epoch + 1}, step {first}, at learning rate {fit.learning_rate:.3g}"
+        state.diverged = (
+            f"the loss is not finite in epoch {state.epoch + 1}, step {first}, "
+            f"at learning rate {state.learning_rate:.3g}"
+        )
     return mean_over_workers(total / max(1, step)), samples
 
 
 @torch.no_grad()
 def validation_loss(
-    fit: TrainState,
+    state: TrainState,
     diffusion: Diffusion,
     batch: Batch,
     x0_ID: np.ndarray,
@@ -243,12 +249,12 @@ def validation_loss(
     world_size: int,
     device: torch.device,
 ) -> float:
-    """The loss on held-out interactions, with the same noise and timesteps every epoch, over all workers."""
+    """Return the loss on held-out interactions over all workers; noise and timesteps never change."""
     generator = torch.Generator().manual_seed(0)
     rows = len(batch.item_index_B)
     timestep_B = torch.randint(0, diffusion.settings.num_train_timesteps, (rows,), generator=generator)
     noise_BD = torch.randn(rows, x0_ID.shape[1], generator=generator)
-    prior = cast(Prior, fit.average.module)
+    prior = cast(Prior, state.average.module)
     total, count = torch.zeros((), device=device), torch.zeros((), device=device)
     for chunk in np.array_split(np.arange(rows)[rank::world_size], max(1, rows // (world_size * 1024))):
         if len(chunk) == 0:
@@ -256,7 +262,7 @@ def validation_loss(
         part = batch.take(chunk)
         x0_BD = torch.from_numpy(x0_ID[part.item_index_B]).to(device)
         user_BUH = user_tokens(
-            prior, users_of(fit, part, x0_ID, device), torch.from_numpy(part.row_B).to(device)
+            prior, users_of(state, part, x0_ID, device), torch.from_numpy(part.row_B).to(device)
         )
         condition = prior.condition(user_BUH, torch.from_numpy(part.like_B).long().to(device))
         timestep, noise = timestep_B[chunk].to(device), noise_BD[chunk].to(device)
@@ -283,12 +289,12 @@ def first_of_workers(step: torch.Tensor) -> int:
     return int(step)
 
 
-def progress_bar(total: int, what: str, live: bool) -> AbstractContextManager[Any]:
-    """A bar on the driver's terminal through Ray, or nothing where nobody watches."""
+def progress_bar(total: int, label: str, live: bool) -> AbstractContextManager[Any]:
+    """Return a bar on the driver's terminal through Ray; without a terminal, nothing."""
     if not live:
         return nullcontext()
     from contextlib import closing
 
     from ray.experimental import tqdm_ray
 
-    return closing(tqdm_ray.tqdm(total=total, desc=what))
+    return closing(tqdm_ray.tqdm(total=total, desc=label))

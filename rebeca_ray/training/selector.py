@@ -1,4 +1,4 @@
-"""TrainState the selector to training ratings."""
+"""Fit the selector to training ratings."""
 
 from collections.abc import Iterable
 
@@ -15,7 +15,7 @@ EPOCHS, SAMPLES_PER_USER, BATCH_SIZE, TARGETS, LEARNING_RATE, WEIGHT_DECAY = 5, 
 
 
 def fit_selector(blocks: Iterable[UserBlock], x0_ID: np.ndarray, seed: int) -> Selector | None:
-    """TrainState a selector to the training ratings of some blocks of users; None if all of them are likes, or none is."""
+    """Return a selector fitted to the training ratings of some blocks; None unless they have both ratings."""
     torch.manual_seed(seed)
     blocks = list(blocks)
     share = np.concatenate([block.like_N for block in blocks]).mean()
@@ -51,7 +51,8 @@ def fit_selector(blocks: Iterable[UserBlock], x0_ID: np.ndarray, seed: int) -> S
                 F.binary_cross_entropy_with_logits(logit_N, torch.from_numpy(batch.like_B).float()).backward()
                 optimizer.step()
         decay.step()
-    with torch.no_grad():  # from standardised embeddings back to the prior's space
+    # Map the weights from standardised embeddings back to the prior's space.
+    with torch.no_grad():
         for layer in (selector.said, selector.factors, selector.popularity):
             layer.weight.div_(scale)
             layer.bias.sub_(layer.weight @ mean_D)
@@ -60,9 +61,10 @@ def fit_selector(blocks: Iterable[UserBlock], x0_ID: np.ndarray, seed: int) -> S
 
 @torch.no_grad()
 def start_from_similarity(selector: Selector, standard_ID: torch.Tensor, like_share: float) -> None:
-    """Begin with users who like what resembles what they liked: the embeddings' first principal directions, twice.
+    """Start from similarity: users like items that resemble their liked items.
 
-    This is most of what there is to know; a learning rate that leads far away from it (3e-3) forgets more than it learns.
+    Item factors and user factors both begin as the embeddings' first principal directions. This start is most
+    of the result: a learning rate that leads far away from it (3e-3) forgets more than it learns.
     """
     directions_FD = torch.linalg.eigh(standard_ID.T @ standard_ID).eigenvectors.T.flip(0)[
         : selector.factors.out_features

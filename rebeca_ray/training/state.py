@@ -1,4 +1,4 @@
-"""What is fitted, and what a killed run needs to go on with it.
+"""The state of a training, complete enough to resume it, and its loss.
 
 Shapes: B samples, D embed dim, U user tokens, H width, G draws that share a history.
 """
@@ -18,7 +18,7 @@ from rebeca_ray.prior.users import History, UserTable
 
 
 class TrainState:
-    """All that a killed run needs to go on: network, user table, running average, optimizer, learning rates, curve so far."""
+    """The state that resumes a killed run: network, user table, running average, optimizer, rates, curve."""
 
     def __init__(self, config: TrainConfig, embed_dim: int, num_users: int, device: torch.device) -> None:
         optimization, network = config.optimization, config.network
@@ -104,7 +104,7 @@ class TrainState:
 
 
 class DenoisingLoss(nn.Module):
-    """The loss of one batch as a module, so that data-parallel training can wrap all of it."""
+    """The loss of one batch, as a module that data-parallel training can wrap."""
 
     def __init__(self, prior: Prior, diffusion: Diffusion, config: TrainConfig) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class DenoisingLoss(nn.Module):
         like_B: torch.Tensor,
         generator: torch.Generator,
     ) -> torch.Tensor:
-        """User and rating are dropped independently (Ho & Salimans 2022, algorithm 1)."""
+        """Return the loss; user and rating are dropped independently (Ho & Salimans 2022, algorithm 1)."""
         device = x0_BD.device
         drop = torch.rand(2, len(x0_BD), device=device, generator=generator)
         user_BUH = user_tokens(self.prior, users, row_B)
@@ -139,7 +139,7 @@ class DenoisingLoss(nn.Module):
 
 
 def user_tokens(prior: Prior, users: History | torch.Tensor | None, row_B: torch.Tensor) -> torch.Tensor:
-    """User tokens [B, U, H] of histories, of rows of the user table, or of nobody."""
+    """Return user tokens [B, U, H]: from histories, from rows of the user table, or the null user's."""
     if users is None:
         return prior.null_user_UH.expand(len(row_B), -1, -1)
     return (prior.encode(users) if isinstance(users, History) else users)[row_B]

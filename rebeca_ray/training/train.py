@@ -1,4 +1,4 @@
-"""Training the prior with Ray Train: from interactions and embedded items to a prior directory."""
+"""Train the prior with Ray Train: from interactions and embedded items to a prior directory."""
 
 import csv
 import hashlib
@@ -37,11 +37,12 @@ VALIDATION_SAMPLES = 8192
 
 
 def train_prior(config: TrainConfig) -> dict[str, float]:
-    """TrainState a prior as `config` says and write its directory; returns the metrics of the best epoch.
+    """Train a prior by `config` and write its directory; return the metrics of the best epoch.
 
-    Interactions stream to the workers through Ray Data, one row a user; item embeddings are in Ray's object store, once a node.
-    A run that was killed goes on from its last epoch when started again with the same storage and run name. Raises
-    UserError if the loss diverges; the best epoch's checkpoint stays in the storage.
+    Interactions stream to the workers through Ray Data, one row per user. Item embeddings are in Ray's object
+    store, once per node. A killed run resumes from its last epoch if it is started again with the same
+    storage and run name. Raises InputError if the loss diverges; the best epoch's checkpoint stays in the
+    storage.
     """
     items = read_image_embeds(config.items)
     scaler = EmbedScaler.fit(torch.from_numpy(items.image_embeds), clamp=config.embed_clamp)
@@ -104,11 +105,13 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
         state = torch.load(Path(folder) / STATE, weights_only=True)
         last = torch.load(Path(last_folder) / STATE, weights_only=True)
     if last["diverged"]:
-        kept = f"The best epoch ({state['epoch']}, validation loss {state['best_loss']:.4f}) is kept in {best.path}"
+        best_loss = f"validation loss {state['best_loss']:.4f}"
+        kept = f"The best epoch ({state['epoch']}, {best_loss}) is kept in {best.path}"
         if state["diverged"]:
             kept = "No epoch before it ended well, so nothing is kept"
         raise InputError(
-            f"training diverged: {last['diverged']}; lower optimization.learning_rate or user_learning_rate. {kept}"
+            f"training diverged: {last['diverged']}; "
+            f"lower optimization.learning_rate or user_learning_rate. {kept}"
         )
     network = Prior(config.network, items.image_embeds.shape[1])
     network.load_state_dict(state["average"])
@@ -136,9 +139,9 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
 
 
 def drop_torn_record(uri: str) -> None:
-    """Remove Ray Train's record of its checkpoints if it is half-written, as a kill may leave it: it would refuse to start.
+    """Remove Ray Train's record of its checkpoints if a kill left it half-written.
 
-    The run then starts anew; the checkpoints themselves stay where they are.
+    Ray Train would refuse to start with it. The run then starts anew; the checkpoints themselves stay.
     """
     try:
         read_json(uri)
@@ -148,7 +151,7 @@ def drop_torn_record(uri: str) -> None:
 
 
 def stream_of(histories: Histories, config: TrainConfig) -> ray.data.Dataset:
-    """The users of all buckets, their files in another order each epoch."""
+    """Return the users of all buckets, with their files in another order each epoch."""
     filesystem, _ = open_filesystem(histories.uri)
     files = [
         open_filesystem(histories.file(bucket))[1]
@@ -162,14 +165,14 @@ def stream_of(histories: Histories, config: TrainConfig) -> ray.data.Dataset:
 
 
 def run_name(config: TrainConfig, histories: Histories, items: EmbeddedItems) -> str:
-    """The same for the same settings, ratings and embeddings, so that a rerun resumes; another for anything new."""
-    told = config.identity_json()
+    """Return a name that follows from settings, ratings and embeddings, so that a rerun resumes."""
+    settings = config.identity_json()
     embeds = hashlib.sha256(items.image_embeds.tobytes()).hexdigest()
-    return f"{config.run_name}-{identity.hash128(told, embeds, *items.item_id, histories.digest)[:12]}"
+    return f"{config.run_name}-{identity.hash128(settings, embeds, *items.item_id, histories.digest)[:12]}"
 
 
 def validation_batch(histories: Histories, config: TrainConfig) -> Batch:
-    """Held-out interactions of the first bucket's users, who are as good as any: a hash chose them.
+    """Return held-out interactions of the first bucket's users, a random sample by hash.
 
     Without a hold-out, training interactions stand in.
     """
@@ -179,7 +182,7 @@ def validation_batch(histories: Histories, config: TrainConfig) -> Batch:
     if batch := block.held_out(max_history, VALIDATION_SAMPLES, likes_only=like_share == 1):
         return batch
     log.warning(
-        "nothing is held out (fewer than ten ratings per user?): validation uses the training interactions"
+        "nothing is held out (fewer than ten ratings per user?): validation uses training interactions"
     )
     draws = block.batches(
         samples_per_user=4,

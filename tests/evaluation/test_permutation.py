@@ -1,4 +1,4 @@
-"""The permutation test: exact on a case counted by hand, uniform under the null, certain when items are personal."""
+"""The permutation test: exact on an enumerated case, uniform under the null, certain for personal items."""
 
 from itertools import permutations
 
@@ -10,17 +10,17 @@ from rebeca_ray.evaluation.permutation import permutation_test
 
 def test_p_value_and_null_equal_the_enumeration_of_all_permutations() -> None:
     like = np.random.default_rng(0).random((5, 5))
-    dealt = np.array([like[np.arange(5), list(order)].mean() for order in permutations(range(5))])
-    found = permutation_test(like, num_permutations=20_000)
-    assert found.own == pytest.approx(np.diagonal(like).mean())
-    assert found.null_mean == pytest.approx(dealt.mean(), abs=0.003)
-    assert found.null_std == pytest.approx(dealt.std(), rel=0.03)
-    assert found.p_value == pytest.approx((dealt >= found.own - 1e-12).mean(), abs=0.01)
-    assert found.z == pytest.approx(found.effect / found.null_std)
+    shuffled = np.array([like[np.arange(5), list(order)].mean() for order in permutations(range(5))])
+    test = permutation_test(like, num_permutations=20_000)
+    assert test.matched_mean == pytest.approx(np.diagonal(like).mean())
+    assert test.null_mean == pytest.approx(shuffled.mean(), abs=0.003)
+    assert test.null_std == pytest.approx(shuffled.std(), rel=0.03)
+    assert test.p_value == pytest.approx((shuffled >= test.matched_mean - 1e-12).mean(), abs=0.01)
+    assert test.z == pytest.approx(test.effect / test.null_std)
 
 
 def test_p_values_are_uniform_under_the_null() -> None:
-    """Items that please everyone alike: 300 tests, compared with the uniform law by Kolmogorov's statistic."""
+    """All users like all items alike: 300 tests against the uniform law by Kolmogorov's statistic."""
     random = np.random.default_rng(1)
     p = np.sort(
         [
@@ -47,6 +47,6 @@ def test_personal_items_are_found_and_z_grows_with_the_users() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.ones((3, 4)), np.ones((1, 1)), np.full((3, 3), np.nan)])
-def test_what_is_no_square_finite_matrix_is_refused(bad: np.ndarray) -> None:
+def test_any_but_a_square_finite_matrix_is_refused(bad: np.ndarray) -> None:
     with pytest.raises(ValueError, match="expected a square, finite matrix of at least two users"):
         permutation_test(bad)

@@ -108,7 +108,7 @@ def test_a_prior_that_ignores_its_users_does_not_pass_by_what_the_selector_chose
     test = plan_test(read_sample(run.plan))
     assert test is not None
     assert (
-        np.mean(chosen) > test.own + 3 * test.null_std
+        np.mean(chosen) > test.matched_mean + 3 * test.null_std
     )  # what the selector chose pleases it, whoever it was drawn for
 
 

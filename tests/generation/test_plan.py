@@ -1,4 +1,4 @@
-"""Planning: every item of any request, whatever the batches; histories, strangers, and the choice among candidates."""
+"""Planning: any request in any batches; histories, cold-start users, and the choice among candidates."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +43,7 @@ NOBODY = Decisions(pool=None, by_urgency=True, boundaries=[], planned_users=0, p
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    asked=st.lists(
+    request_rows=st.lists(
         st.tuples(st.sampled_from(USERS), st.none() | st.integers(1, 5)),
         min_size=1,
         unique_by=lambda row: row[0],
@@ -51,15 +51,15 @@ NOBODY = Decisions(pool=None, by_urgency=True, boundaries=[], planned_users=0, p
     cut=st.integers(0, len(USERS)),
 )
 def test_any_request_is_planned_item_by_item_whatever_the_batches(
-    config: GenerateConfig, asked: list[tuple[str, int | None]], cut: int
+    config: GenerateConfig, request_rows: list[tuple[str, int | None]], cut: int
 ) -> None:
-    """Every user gets their count, ranks without a gap, and the very same items however the request is cut."""
-    users, counts = (list(column) for column in zip(*asked, strict=True))
+    """Every user gets their count, ranks without a gap, and the same items however the request is cut."""
+    users, counts = (list(column) for column in zip(*request_rows, strict=True))
     request = pa.table({"user_id": users, "num_images": pa.array(counts, pa.int32())})
     whole = plan(config, request)
-    wanted = {user: count or config.num_images for user, count in asked}
+    expected = {user: count or config.num_images for user, count in request_rows}
     assert [(row["user_id"], row["rank"]) for row in whole.to_pylist()] == [
-        (u, rank) for u in sorted(users) for rank in range(wanted[u])
+        (u, rank) for u in sorted(users) for rank in range(expected[u])
     ]
     assert len(set(whole["item_id"].to_pylist())) == whole.num_rows
     parts = [plan(config, part) for part in (request.slice(0, cut), request.slice(cut)) if part.num_rows]
@@ -75,7 +75,7 @@ def test_a_prior_replaced_while_planning_is_noticed(config: GenerateConfig) -> N
 
 
 def write_history_prior(folder: Path, user_encoder: str) -> str:
-    """A prior with random weights that knows users by their history, or not at all."""
+    """Write a prior with random weights that knows users by their history, or not at all."""
     settings = TINY_NETWORK.model_copy(update={"user_encoder": user_encoder, "max_history": 4})
     save_prior(
         replace(untrained_prior(settings), selector=Selector(D, num_factors=4)), str(folder / user_encoder)
@@ -99,7 +99,7 @@ def plan_with_histories(config: GenerateConfig, users: list[str]) -> list[dict[s
     return plan(config, pa.table({"user_id": users}), request_histories(config, run_of(config))).to_pylist()
 
 
-def test_who_has_rated_anything_is_served_and_who_has_not_gets_the_population(
+def test_users_with_ratings_are_served_and_others_get_the_population(
     config: GenerateConfig, tmp_path: Path
 ) -> None:
     interactions = write_histories(
@@ -132,7 +132,7 @@ def test_who_has_rated_anything_is_served_and_who_has_not_gets_the_population(
     )
 
 
-def test_a_prior_by_id_gives_strangers_the_population(config: GenerateConfig) -> None:
+def test_a_prior_by_id_gives_cold_start_users_the_population(config: GenerateConfig) -> None:
     rows = plan(config, pa.table({"user_id": ["user-1", "stranger"]})).to_pylist()
     assert [(row["user_id"], row["origin"]) for row in rows[::3]] == [
         ("user-1", "new"),
@@ -147,7 +147,7 @@ def test_a_prior_without_users_is_the_populations(config: GenerateConfig, tmp_pa
     }
 
 
-def test_a_history_prior_says_what_it_needs(config: GenerateConfig, tmp_path: Path) -> None:
+def test_a_history_prior_names_its_missing_inputs(config: GenerateConfig, tmp_path: Path) -> None:
     config = config.model_copy(update={"prior": write_history_prior(tmp_path, "history")})
     with pytest.raises(UserError, match="knows users by their history; set `interactions`"):
         check_request(config, identify_decoder(config.decoder))
@@ -206,7 +206,7 @@ def test_population_items_are_counted_apart(config: GenerateConfig) -> None:
     ]  # fmt: skip
 
 
-def test_a_history_means_the_same_in_any_company(config: GenerateConfig, tmp_path: Path) -> None:
+def test_a_history_means_the_same_in_any_batch(config: GenerateConfig, tmp_path: Path) -> None:
     interactions = write_histories(
         tmp_path, **{f"user_{number}": [(number, 5.0), (number + 7, 1.0)] for number in range(7)}
     )

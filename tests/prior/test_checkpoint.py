@@ -1,4 +1,4 @@
-"""Prior directories: what is written is what is read, and anything altered is refused by name."""
+"""Prior directories: reading returns the written prior, and names any altered file."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_round_trip(tiny_prior: str) -> None:
 def test_the_same_prior_has_the_same_fingerprint_each_time_it_is_saved(
     tiny_prior: str, tmp_path: Path
 ) -> None:
-    """The safetensors library orders metadata by chance; with two keys, eight saves would agree once in 128 times."""
+    """The safetensors library writes metadata in random order: eight saves would agree once per 128 tries."""
     prior = load_prior(tiny_prior)
     for number in range(8):
         save_prior(prior, str(tmp_path / f"copy-{number}"))
@@ -77,7 +77,7 @@ def test_missing_and_damaged_files(tiny_prior: str) -> None:
     (Path(tiny_prior) / "model.safetensors").unlink()
     with pytest.raises(
         UserError,
-        match=r"model.safetensors cannot be read \(No such file or directory\); copy the whole directory again",
+        match=r"model.safetensors cannot be read \(No such file or directory\); copy the whole directory",
     ):
         load_prior(tiny_prior)
 
@@ -103,9 +103,9 @@ def test_another_format_and_another_network(tiny_prior: str) -> None:
         load_prior(tiny_prior)
 
 
-def test_a_prior_that_was_not_written_to_its_end_is_named(tiny_prior: str) -> None:
+def test_a_half_written_prior_is_named(tiny_prior: str) -> None:
     (Path(tiny_prior) / "config.json").write_text('{"format": "unfinished"}')
-    with pytest.raises(UserError, match="was not written to its end; train it again"):
+    with pytest.raises(UserError, match="was not written completely; train it again"):
         load_prior(tiny_prior)
 
 

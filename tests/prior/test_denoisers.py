@@ -1,4 +1,4 @@
-"""The prior networks: size, zero initialisation, conditioning, any embedding size, and what is kept over timesteps."""
+"""The prior networks: size, zero initialisation, conditioning, embedding sizes, and reused conditions."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ ARCHITECTURES = ["cross_attention", "decoder_only"]
 
 
 def settings(architecture: str = "cross_attention", **changes: Any) -> NetworkSettings:
-    told = {
+    defaults = {
         "num_layers": 2,
         "num_heads": 2,
         "width": 16,
@@ -24,7 +24,7 @@ def settings(architecture: str = "cross_attention", **changes: Any) -> NetworkSe
         "num_user_tokens": 3,
         "user_encoder": "id",
     }
-    return NetworkSettings.model_validate({"architecture": architecture, **told, **changes})
+    return NetworkSettings.model_validate({"architecture": architecture, **defaults, **changes})
 
 
 def parameters(preset: str, embed_dim: int, num_users: int) -> int:
@@ -41,7 +41,8 @@ def parameters(preset: str, embed_dim: int, num_users: int) -> int:
 def test_the_published_networks_have_their_size() -> None:
     assert set(PRESETS) == {"paper-v1", "paper-v2", "stickers"}
     assert parameters("paper-v2", 1024, 210) == pytest.approx(4.4e6, rel=0.02)
-    # 8 layers of 12 · 1024² numbers, two maps of an embedding, three of a timestep, 4 tokens for each of 210 users
+    # 8 layers of 12 · 1024² numbers, two maps of an embedding, three of a timestep, 4 tokens for each of 210
+    # users
     assert parameters("paper-v1", 1024, 210) == pytest.approx(
         (8 * 12 + 2 + 2) * 1024**2 + 210 * 4 * 1024, rel=0.01
     )
@@ -109,7 +110,8 @@ def test_image_tokens_are_causal_after_user_rating_and_time() -> None:
     denoiser = prior.denoiser
     condition = prior.condition(torch.randn(1, 3, 16), torch.tensor([LIKE]))
     seen: list[torch.Tensor] = []
-    denoiser.norm_out.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))  # type: ignore[union-attr]
+    norm_out = denoiser.norm_out
+    norm_out.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))  # type: ignore[union-attr]
     with torch.no_grad():
         prior(torch.zeros(1, 8), torch.tensor([5]), condition)
         denoiser.tokenizer.bias[16:] += 1.0  # type: ignore[union-attr, index]  # the second image token

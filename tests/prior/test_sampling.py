@@ -1,4 +1,4 @@
-"""Samplers step by step against diffusers; noise that depends on an item's seed alone; guidance; bits that no company changes."""
+"""Samplers step by step against diffusers; noise by seed; guidance; bits that no batch changes."""
 
 from itertools import islice
 from typing import Any
@@ -67,11 +67,11 @@ def test_every_step_equals_diffusers(
     prediction_type: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What the network is asked at each step, and the result, with the same noise and the same predictions."""
-    told = DiffusionSettings.model_validate(
+    """The network's input at each step, and the result, with the same noise and predictions."""
+    schedule_settings = DiffusionSettings.model_validate(
         {"num_train_timesteps": 80, "schedule": schedule, "prediction_type": prediction_type}
     )
-    diffusion = Diffusion.build(told)
+    diffusion = Diffusion.build(schedule_settings)
     num_steps = 20 if sampler == "ddpm" else 8
     timesteps = diffusion.inference_timesteps(num_steps)
     condition = prior.condition(tokens[:3], torch.full((3,), LIKE))
@@ -79,27 +79,28 @@ def test_every_step_equals_diffusers(
     def predict(x: torch.Tensor, timestep: int) -> torch.Tensor:
         return prior(x, torch.tensor([timestep]), condition)
 
-    asked: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []
 
     def denoise(x: torch.Tensor, timestep: int) -> torch.Tensor:
-        asked.append(x)
+        inputs.append(x)
         return diffusion.denoised(predict(x, timestep), x, torch.tensor([timestep]))
 
     ours = SAMPLERS[sampler](denoise, item_noise([1, 2, 3], D), timesteps, diffusion, clip=NO_CLIP)
 
-    scheduler = scheduler_of(sampler, told)
+    scheduler = scheduler_of(sampler, schedule_settings)
     scheduler.set_timesteps(num_steps)
     assert scheduler.timesteps.tolist() == timesteps
     noise = item_noise([1, 2, 3], D)
     x = next(noise)
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(noise))
     for step, timestep in enumerate(timesteps):
-        # A rounding error in the prediction of noise is divided by the signal's share, which is next to nothing at first.
+        # A rounding error in the prediction of noise is divided by the signal's share, which is next to
+        # nothing at first.
         scale = float(x.abs().max())
         torch.testing.assert_close(
-            asked[step], x, atol=2e-4 * scale, rtol=1e-3, msg=lambda text, at=step: f"step {at}: {text}"
+            inputs[step], x, atol=2e-4 * scale, rtol=1e-3, msg=lambda text, at=step: f"step {at}: {text}"
         )
-        x = scheduler.step(predict(asked[step], timestep), timestep, x).prev_sample
+        x = scheduler.step(predict(inputs[step], timestep), timestep, x).prev_sample
     torch.testing.assert_close(ours, x, atol=2e-4 * float(x.abs().max()), rtol=1e-3)
 
 
@@ -107,8 +108,7 @@ def test_every_step_equals_diffusers(
 def test_the_reference_clips_as_diffusers_does(
     prior: Prior, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = DiffusionSettings(num_train_timesteps=50)
-    diffusion = Diffusion.build(told)
+    diffusion = Diffusion.build(DiffusionSettings(num_train_timesteps=50))
     denoise = guided_denoiser(prior, diffusion, tokens, torch.tensor([0, 3, 4]), 5.0)
     ours = SAMPLERS["ddpm"](denoise, item_noise([1, 2, 3], D), range(49, -1, -1), diffusion)
     scheduler = DDPMScheduler(
@@ -146,9 +146,18 @@ def test_guidance_is_linear_in_its_scale_and_one_at_scale_one(prior: Prior, toke
 @given(st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=6, unique=True), st.integers(1, 4))
 def test_an_items_noise_does_not_depend_on_its_company(seeds: list[int], draws: int) -> None:
     together = list(islice(item_noise(seeds, D), draws))
-    for place, seed in enumerate(seeds):
+    for row, seed in enumerate(seeds):
         for whole, alone in zip(together, islice(item_noise([seed], D), draws), strict=True):
-            assert (whole[place] == alone[0]).all()
+            assert (whole[row] == alone[0]).all()
+
+
+def test_noise_is_that_of_a_generator_per_seed() -> None:
+    """Re-keying one generator for the first draw changes no bit of it, nor of the draws that follow."""
+    seeds = [0, 7, 2**63 - 1, 2**64 - 1]
+    generators = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds]
+    for noise in islice(item_noise(seeds, D), 3):
+        expected = np.stack([generator.standard_normal(D, np.float32) for generator in generators])
+        np.testing.assert_array_equal(noise.numpy(), expected)
 
 
 def test_noise_is_standard_normal() -> None:
@@ -173,7 +182,7 @@ def test_company_order_and_tiles_change_no_bit(
     architecture: str, tokens: torch.Tensor, data: st.DataObject
 ) -> None:
     torch.manual_seed(1)
-    told = {
+    network = {
         "num_layers": 2,
         "num_heads": 2,
         "width": 16,
@@ -181,7 +190,7 @@ def test_company_order_and_tiles_change_no_bit(
         "user_encoder": "id",
         "architecture": architecture,
     }
-    prior = wake(Prior(NetworkSettings.model_validate(told), D))
+    prior = wake(Prior(NetworkSettings.model_validate(network), D))
     items = data.draw(
         st.lists(
             st.tuples(st.integers(0, USERS - 1), st.integers(0, 2**40)), min_size=1, max_size=70, unique=True
@@ -189,7 +198,7 @@ def test_company_order_and_tiles_change_no_bit(
     )
     order = data.draw(st.permutations(range(len(items))))
     together = draw(prior, tokens, items, 32)
-    assert torch.equal(draw(prior, tokens, [items[place] for place in order], 32), together[order])
+    assert torch.equal(draw(prior, tokens, [items[row] for row in order], 32), together[order])
     assert torch.equal(draw(prior, tokens, items, 64), together)
     assert torch.equal(draw(prior, tokens, items[:1], 32), together[:1])
 
@@ -203,18 +212,18 @@ def test_more_users_than_are_padded_to_change_no_bit(prior: Prior) -> None:
         )
 
 
-def test_what_a_config_leaves_open_is_the_priors_own() -> None:
-    own = PriorSampling(prior_guidance_scale=2.5)
-    resolved = SamplerSettings().resolve(own, 1000)
+def test_the_prior_sets_the_defaults_of_the_sampler() -> None:
+    trained = PriorSampling(prior_guidance_scale=2.5)
+    resolved = SamplerSettings().resolve(trained, 1000)
     assert (resolved.name, resolved.num_inference_steps, resolved.prior_guidance_scale) == (
         "dpm_solver",
         16,
         2.5,
     )
-    told = SamplerSettings(name="ddpm", num_inference_steps=1000, prior_guidance_scale=7.0)
-    assert told.resolve(own, 1000) == told
+    complete = SamplerSettings(name="ddpm", num_inference_steps=1000, prior_guidance_scale=7.0)
+    assert complete.resolve(trained, 1000) == complete
     with pytest.raises(ValueError, match=r"sampler.num_inference_steps is 1000, it was trained on 100"):
-        told.resolve(own, 100)
+        complete.resolve(trained, 100)
     distilled = PriorSampling(prior_guidance_scale=2.5, distilled_steps=4)
     resolved = SamplerSettings().resolve(distilled, 1000)
     assert (resolved.name, resolved.num_inference_steps, resolved.prior_guidance_scale) == ("ddim", 4, 1.0)

@@ -1,4 +1,4 @@
-"""Choosing among candidates: liked, unlike each other, no copies unless nothing else is left; nearest items exactly."""
+"""Choosing among candidates: liked, different, and copies last; nearest items exactly."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_a_copy_is_taken_only_when_nothing_else_is_left() -> None:
     assert choose(ALIKE[:3], like[:3], np.array([True, True, False]), 2, 0.0).tolist() == [2, 0]
 
 
-def test_as_many_candidates_as_wanted_are_kept_in_their_order() -> None:
+def test_as_many_candidates_as_requested_are_kept_in_their_order() -> None:
     assert choose(
         ALIKE, np.array([0.1, 0.9, 0.5, 0.3]), np.array([True, False, False, False]), 4, 0.3
     ).tolist() == [0, 1, 2, 3]
@@ -43,12 +43,14 @@ def test_as_many_candidates_as_wanted_are_kept_in_their_order() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 12), st.integers(0, 11), st.floats(0, 1), st.integers(0, 1000))
-def test_always_as_many_different_ones_as_asked(wanted: int, more: int, diversity: float, seed: int) -> None:
+def test_always_as_many_different_ones_as_requested(
+    num_chosen: int, more: int, diversity: float, seed: int
+) -> None:
     random = np.random.default_rng(seed)
-    count = wanted + more
+    count = num_chosen + more
     vectors = unit(random.standard_normal((count, 3)).tolist())
-    chosen = choose(vectors, random.random(count), random.random(count) < 0.5, wanted, diversity)
-    assert len(set(chosen.tolist())) == wanted
+    chosen = choose(vectors, random.random(count), random.random(count) < 0.5, num_chosen, diversity)
+    assert len(set(chosen.tolist())) == num_chosen
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])

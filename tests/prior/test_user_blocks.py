@@ -1,4 +1,4 @@
-"""Draws from histories: every user the same say, never from the hold-out, and a history without what is to be guessed."""
+"""Draws from histories: users count alike, the hold-out is left out, and no history has its targets."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def block(users: Users, **kinds: Any) -> UserBlock:
 
 
 def draws(of: UserBlock, **changes: Any) -> list[Batch]:
-    told: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "samples_per_user": 40,
         "like_share": None,
         "batch_size": 16,
@@ -42,7 +42,7 @@ def draws(of: UserBlock, **changes: Any) -> list[Batch]:
         "max_history": 5,
         "seed": (1, 2),
     }
-    return list(of.batches(**{**told, **changes}))
+    return list(of.batches(**{**defaults, **changes}))
 
 
 some_users = st.lists(
@@ -62,7 +62,7 @@ def test_everyone_is_drawn_equally_often_from_what_is_not_held_out(
     count = np.zeros(len(users), int)
     for batch in draws(block(users), targets=targets, like_share=like_share):
         owner = batch.user_index_G[batch.row_B] - 1000
-        assert (batch.item_index_B // 100 == owner).all()  # their own
+        assert (batch.item_index_B // 100 == owner).all()  # items of this user
         count += np.bincount(owner, minlength=len(users))
         for item, like in zip(batch.item_index_B, batch.like_B, strict=True):
             assert users[item // 100][item % 100] == (like, False)
@@ -94,7 +94,7 @@ def test_an_epoch_is_a_function_of_its_seed() -> None:
     assert (first != other).any()
 
 
-def test_the_share_of_likes_is_what_was_asked_for_where_there_is_a_choice() -> None:
+def test_the_share_of_likes_is_the_requested_one_for_users_with_both() -> None:
     mixed, all_disliked = [(1, False), *[(0, False)] * 9], [(0, False)] * 3
     batches = draws(block([mixed, all_disliked]), like_share=0.75, samples_per_user=4000, batch_size=256)
     like, user = (
@@ -110,7 +110,7 @@ def test_a_user_with_one_interaction_has_an_empty_history_for_it() -> None:
     assert set(batch.item_index_B.tolist()) == {0}
 
 
-def test_held_out_interactions_are_told_by_the_rest() -> None:
+def test_held_out_interactions_have_the_rest_as_history() -> None:
     batch = block([[(1, False), (0, True), (1, False)], [(1, False)], [(0, False), (1, True)]]).held_out(
         max_history=4, limit=10
     )
@@ -145,10 +145,8 @@ def test_for_serving_the_hold_out_is_history_too() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(users=some_users, like_share=st.sampled_from([None, 0.5, 1.0]))
-def test_a_draw_leaves_half_of_what_it_was_drawn_from_in_the_history(
-    users: Users, like_share: float | None
-) -> None:
-    """Else short histories, which serving meets, would never be met in training."""
+def test_a_draw_leaves_half_of_its_pool_in_the_history(users: Users, like_share: float | None) -> None:
+    """Else training would never see the short histories that serving sees."""
     for batch in draws(block(users), like_share=like_share, targets=8):
         for draw, user in enumerate(batch.user_index_G - 1000):
             targets = np.unique(batch.item_index_B[batch.row_B == draw])

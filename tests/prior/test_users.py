@@ -1,4 +1,4 @@
-"""User encoders: histories pooled whatever their order and padding, and a table whose update touches its batch alone."""
+"""User encoders: histories in any order and padding, and a table updated in the batch's rows alone."""
 
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def exchange(rank: int, meeting: str, index_B: torch.Tensor, gradient_BUH: torch
 
 
 def test_two_workers_make_the_update_of_one_with_both_their_batches(tmp_path: Path) -> None:
-    """The loss is a mean, so that a worker's gradient is that of a batch half as large: twice the whole batch's."""
+    """The loss is a mean: the gradient of half a batch is twice that of the whole batch."""
     index, gradient = (
         torch.tensor([3, 1, 3, 0]),
         torch.randn(4, 1, 4, generator=torch.Generator().manual_seed(0)),

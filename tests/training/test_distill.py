@@ -1,4 +1,4 @@
-"""Distillation: targets that land on the teacher's trajectory, a student near its teacher, and a bar below which nothing is written."""
+"""Distillation: targets on the teacher's trajectory, a student near its teacher, and the quality gate."""
 
 import json
 from dataclasses import replace
@@ -70,7 +70,7 @@ def history_world(folder: Path) -> DistillConfig:
 
 
 def configure(teacher: str, **changes: object) -> DistillConfig:
-    told = {
+    defaults = {
         "prior": teacher,
         "out": f"{teacher}-distilled",
         "num_trajectories": 512,
@@ -78,7 +78,7 @@ def configure(teacher: str, **changes: object) -> DistillConfig:
         "learning_rate": 2e-3,
         "batch_size": 128,
     }
-    return DistillConfig.model_validate({**told, "min_quality": 0.9, "min_diversity": 0.5, **changes})
+    return DistillConfig.model_validate({**defaults, "min_quality": 0.9, "min_diversity": 0.5, **changes})
 
 
 def test_the_targets_lead_from_point_to_point_of_a_trajectory(teacher: str) -> None:
@@ -185,12 +185,12 @@ def test_items_of_another_clip_are_refused(tmp_path: Path) -> None:
     [
         (
             {"num_inference_steps": 26},
-            "num_inference_steps is 26; the teacher, which was trained on 100 timesteps, .* at most 25",
+            "num_inference_steps is 26; the teacher was trained on 100 timesteps .* at most 25",
         ),
         ({"out": "PRIOR"}, "is the teacher's own folder; give another"),
     ],
 )
-def test_what_cannot_be_is_refused(teacher: str, changes: dict[str, object], message: str) -> None:
+def test_impossible_settings_are_refused(teacher: str, changes: dict[str, object], message: str) -> None:
     changes = {name: teacher if value == "PRIOR" else value for name, value in changes.items()}
     with pytest.raises(UserError, match=message):
         distill_prior(configure(teacher, **changes))

@@ -1,4 +1,4 @@
-"""The selector: it finds who likes what, also for users it never saw, and says nothing where there is nothing to tell."""
+"""The selector: it predicts likes, also for new users, and does not exist without both ratings."""
 
 from pathlib import Path
 
@@ -48,9 +48,9 @@ def test_it_knows_taste_on_items_and_users_it_never_saw(selector: Selector, x0_I
     users = world(10)
     for user in (0, 1, 8, 9):  # the last two are new
         probability = probabilities(selector, users, user, x0_ID)
-        own = np.arange(20) % 2 == user % 2
-        assert probability[own].min() > probability[~own].max()
-        assert (probability[own].mean() - probability[~own].mean()) > 0.3
+        is_liked = np.arange(20) % 2 == user % 2
+        assert probability[is_liked].min() > probability[~is_liked].max()
+        assert (probability[is_liked].mean() - probability[~is_liked].mean()) > 0.3
 
 
 @torch.inference_mode()
@@ -80,12 +80,12 @@ def test_it_is_a_function_of_ratings_and_seed(selector: Selector, x0_ID: np.ndar
     assert not torch.equal(other.factors.weight, selector.factors.weight)
 
 
-def test_what_is_held_out_teaches_nothing(x0_ID: np.ndarray) -> None:
+def test_the_hold_out_teaches_nothing(x0_ID: np.ndarray) -> None:
     """The same weights, bit for bit, whatever the held-out ratings say."""
     fits = []
-    for told in (0, 1):
+    for held_out_like in (0, 1):
         users = [
-            [(int(row % 2 == user % 2), False) if row % 5 else (told, True) for row in range(30)]
+            [(int(row % 2 == user % 2), False) if row % 5 else (held_out_like, True) for row in range(30)]
             for user in range(4)
         ]
         fitted = fit_selector([block(users)], x0_ID, seed=0)

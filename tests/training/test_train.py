@@ -1,4 +1,4 @@
-"""Training with Ray Train: balanced users, two workers, a kill and a resume, and a prior that learned something."""
+"""Training with Ray Train: balanced users, two workers, kill and resume, and a prior that learned."""
 
 import os
 import re
@@ -99,7 +99,7 @@ def configure(world: dict[str, str], user_encoder: str = "id", **optimization: o
 def test_the_prior_learns_who_likes_what_and_a_rerun_changes_nothing(
     world: dict[str, str], user_encoder: str, num_workers: int
 ) -> None:
-    """With two workers, of half the batch each, as with one: the loop itself checks that they stay in step."""
+    """Two workers with half the batch each learn as one; the loop itself checks that their weights agree."""
     config = configure(world, user_encoder)
     config = config.model_copy(
         update={"workers": config.workers.model_copy(update={"num_workers": num_workers})}
@@ -132,15 +132,18 @@ def test_the_prior_learns_who_likes_what_and_a_rerun_changes_nothing(
     lines = (Path(config.out) / "training.csv").read_text().splitlines()
     assert lines[0] == "epoch,train_loss,val_loss,learning_rate,samples_per_second"
     assert float(lines[-1].split(",")[1]) < 0.7 * float(lines[1].split(",")[1])
-    assert train_prior(config) == metrics  # the finished run is found again, not repeated
+    assert train_prior(config) == metrics  # the finished run is read again, not repeated
     assert list(Path(config.storage).rglob("events.out.tfevents*"))
 
 
 @pytest.mark.usefixtures("ray_local")
 def test_a_loss_that_diverges_at_once_keeps_nothing(world: dict[str, str]) -> None:
     config = configure(world, learning_rate=1e6, gradient_clip=1e6, samples_per_user=256)
-    told = r"training diverged: .*epoch 1.*step \d+.* at learning rate 1e\+06; lower optimization.learning_rate.*so nothing is kept"
-    with pytest.raises(UserError, match=told):
+    message = (
+        r"training diverged: .*epoch 1.*step \d+.* at learning rate 1e\+06; "
+        r"lower optimization.learning_rate.*so nothing is kept"
+    )
+    with pytest.raises(UserError, match=message):
         train_prior(config)
     assert not (Path(config.out) / "config.json").exists()
 
@@ -171,23 +174,23 @@ def in_process(config: TrainConfig) -> tuple[TrainState, DenoisingLoss, list[Bat
     items = read_image_embeds(config.items)
     histories = build_histories(config.interactions, items.item_id, config.storage)
     block = UserBlock(read_table(histories.file(0), "histories"), histories.first_user_index)
-    fit = TrainState(config, D, 2, torch.device("cpu"))
+    state = TrainState(config, D, 2, torch.device("cpu"))
     batches = block.batches(
         samples_per_user=2048, like_share=None, batch_size=64, targets=4, max_history=24, seed=(0,)
     )
     x0_ID = EmbedScaler(embed_dim=D, norm=1.0).scale(torch.from_numpy(items.image_embeds)).numpy()
-    return fit, DenoisingLoss(fit.prior, Diffusion.build(config.diffusion), config), list(batches), x0_ID
+    return state, DenoisingLoss(state.prior, Diffusion.build(config.diffusion), config), list(batches), x0_ID
 
 
 def test_the_first_step_whose_loss_is_not_finite_is_named(world: dict[str, str]) -> None:
     config = configure(world, "history")
-    fit, loss, batches, x0_ID = in_process(config)
+    state, loss, batches, x0_ID = in_process(config)
     x0_ID[7] = np.nan
     batches = [replace(batch, history=Rated.nothing(len(batch.user_index_G), 24)) for batch in batches[:5]]
     batches = [replace(batch, item_index_B=np.full_like(batch.item_index_B, 1)) for batch in batches]
     batches[2] = replace(batches[2], item_index_B=np.full_like(batches[2].item_index_B, 7))
-    train_epoch(loss, fit, iter(batches), x0_ID, torch.Generator().manual_seed(0), config, None)
-    assert fit.diverged == "the loss is not finite in epoch 1, step 3, at learning rate 0.003"
+    train_epoch(loss, state, iter(batches), x0_ID, torch.Generator().manual_seed(0), config, None)
+    assert state.diverged == "the loss is not finite in epoch 1, step 3, at learning rate 0.003"
 
 
 @pytest.mark.parametrize("architecture", ["cross_attention", "decoder_only"])
@@ -197,11 +200,11 @@ def test_every_network_learns(world: dict[str, str], architecture: str, user_enc
     config = config.model_copy(
         update={"network": config.network.model_copy(update={"architecture": architecture})}
     )
-    fit, loss, batches, x0_ID = in_process(config)
+    state, loss, batches, x0_ID = in_process(config)
     generator = torch.Generator().manual_seed(0)
-    first, _ = train_epoch(loss, fit, iter(batches[:10]), x0_ID, generator, config, None)
-    train_epoch(loss, fit, iter(batches[10:-10]), x0_ID, generator, config, None)
-    last, _ = train_epoch(loss, fit, iter(batches[-10:]), x0_ID, generator, config, None)
+    first, _ = train_epoch(loss, state, iter(batches[:10]), x0_ID, generator, config, None)
+    train_epoch(loss, state, iter(batches[10:-10]), x0_ID, generator, config, None)
+    last, _ = train_epoch(loss, state, iter(batches[-10:]), x0_ID, generator, config, None)
     assert last < 0.7 * first
 
 
@@ -252,13 +255,13 @@ def test_new_embeddings_or_users_start_a_new_run(world: dict[str, str]) -> None:
 
 
 def start_training(config: TrainConfig, folder: Path, ray_address: str) -> subprocess.Popen[str]:
-    """A driver of its own that trains, and prints to a pipe."""
+    """Start a driver in a process of its own; it trains, and prints to a pipe."""
     (folder / "config.json").write_text(config.model_dump_json())
     script = textwrap.dedent(
         """
         import sys
-        from rebeca_ray.config import TrainConfig
-        from rebeca_ray.training import train_prior
+        from rebeca_ray.config.jobs import TrainConfig
+        from rebeca_ray.training.train import train_prior
         print(train_prior(TrainConfig.model_validate_json(open(sys.argv[1]).read())))
         """
     )
@@ -276,7 +279,7 @@ def epochs_in(text: str) -> list[int]:
 def test_killed_workers_and_drivers_go_on_from_the_last_epoch(
     world: dict[str, str], tmp_path: Path, ray_local: str
 ) -> None:
-    """SIGKILL to the worker: Ray Train starts another. SIGKILL to the driver: the same command again joins the curve up."""
+    """SIGKILL to the worker: Ray Train starts another. SIGKILL to the driver: a second run continues."""
     config = configure(world, max_epochs=12)
     first = start_training(config, tmp_path, ray_local)
     assert first.stdout is not None
@@ -284,12 +287,12 @@ def test_killed_workers_and_drivers_go_on_from_the_last_epoch(
     worker = re.search(r"RayTrainWorker pid=(\d+)", line)
     assert worker, line
     os.kill(int(worker[1]), signal.SIGKILL)
-    told = []
+    output = []
     for line in first.stdout:
-        told.append(line)
+        output.append(line)
         if "epoch 6/12" in line:
             break
-    assert any("goes on after epoch" in line for line in told), "".join(told)
+    assert any("goes on after epoch" in line for line in output), "".join(output)
     first.send_signal(signal.SIGKILL)
     first.wait()
     time.sleep(2)

@@ -1,0 +1,85 @@
+"""Load the vectors of users for planning: from their histories, or from the prior's table of users.
+
+rows of decisions + histories of their buckets + embeddings of rated items -> user tokens, selector factors
+
+Shapes: G users, I items that may have been rated, D embed dim.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from rebeca_ray.data.histories import Histories
+from rebeca_ray.prior.candidates import UserVectors
+from rebeca_ray.prior.checkpoint import TrainedPrior
+from rebeca_ray.prior.sampling import USERS_PADDED_TO
+from rebeca_ray.prior.selector import MAX_HISTORY
+from rebeca_ray.prior.user_blocks import Rated, UserBlock
+from rebeca_ray.prior.users import History
+from rebeca_ray.storage.parquet import read_table
+
+
+class UserLoader:
+    """Loads the vectors of some users at a time.
+
+    `rated_ID` are the embeddings of all items that may have been rated: real ones, then generated ones.
+    """
+
+    def __init__(
+        self, prior: TrainedPrior, histories: Histories | None, rated_ID: np.ndarray | None, device: str
+    ) -> None:
+        self.prior, self.histories, self.rated_ID, self.device = prior, histories, rated_ID, device
+        user_ids = [] if prior.users is None else prior.users["user_id"].to_pylist()
+        self.user_index = {user: index for index, user in enumerate(user_ids)}
+
+    def load(self, users: pa.Table) -> UserVectors:
+        """Return the vectors of rows of `schemas.DECISIONS`, followed by rows of padding."""
+        # Matrix products of a few rows round differently, hence the padding.
+        padding = -users.num_rows % USERS_PADDED_TO
+        user_ids = users["user_id"].to_pylist()
+        index_G = np.array([self.user_index.get(user, -1) for user in user_ids] + [-1] * padding)
+        history = self.load_history(users, padding)
+        latest = None if history is None else history.latest(self.prior.settings.max_history)
+        token_GUH = self.prior.user_tokens(index_G, latest)
+        return UserVectors(token_GUH=token_GUH, factor_GF=self.selector_factors(index_G, history))
+
+    def selector_factors(self, index_G: np.ndarray, history: History | None) -> torch.Tensor | None:
+        """Return the selector's factors [G, F+1], from histories or the table; 0 for users without a row."""
+        selector = self.prior.selector
+        if selector is None:
+            return None
+        if history is not None:
+            return selector.user_factors(history.latest(MAX_HISTORY))
+        if selector.rows_VF is None:
+            return None
+        is_known_G1 = torch.from_numpy(index_G >= 0)[:, None].to(selector.rows_VF.device)
+        return selector.rows_VF[index_G.clip(min=0)] * is_known_G1
+
+    def load_history(self, users: pa.Table, padding: int) -> History | None:
+        """Return the histories of `users` in the prior's space; cold-start users have empty ones."""
+        if self.histories is None or self.rated_ID is None:
+            return None
+        max_history = max(self.prior.settings.max_history, MAX_HISTORY)
+        rated = Rated.nothing(users.num_rows + padding, max_history)
+        user_ids, bucket_G = users["user_id"].to_pylist(), users["histories_bucket"].to_numpy()
+        for bucket in np.unique(bucket_G).tolist():
+            block, position_of = read_bucket(self.histories.file(bucket))
+            rows = [row for row in np.flatnonzero(bucket_G == bucket) if user_ids[row] in position_of]
+            if not rows:
+                continue
+            positions = np.array([position_of[user_ids[row]] for row in rows])
+            for column, values in zip(rated, block.history(positions, max_history), strict=True):
+                column[rows] = values
+        history = rated.look_up(self.rated_ID, self.device)
+        return history._replace(item_BLD=self.prior.scaler.scale(history.item_BLD))
+
+
+@lru_cache(maxsize=2)
+def read_bucket(uri: str) -> tuple[UserBlock, dict[str, int]]:
+    """Return the histories of one bucket, and the position of each of its users."""
+    table = read_table(uri, "histories")
+    first_user_index = np.zeros(table["bucket"][0].as_py() + 1 if table.num_rows else 1, int)
+    positions = {user: position for position, user in enumerate(table["user_id"].to_pylist())}
+    return UserBlock(table, first_user_index, training_only=False), positions
