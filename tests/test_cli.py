@@ -56,7 +56,7 @@ def test_lazy_public_names() -> None:
             "did you mean 'decoder_guidance_scale'",
         ),
         (["catalog", "show", "/nothing/here"], "nothing is published there"),
-        (["catalog", "show", "gs://bucket/catalog"], "is not supported; give a local path or s3://"),
+        (["catalog", "show", "ftp://bucket/catalog"], "is not supported; give a local path or s3://"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:

@@ -80,7 +80,7 @@ def outside(root: str, out: str, name: str) -> str:
     """Where an export goes. Raises UserError for no place, a file, or a place in the catalog."""
     if not out.strip():
         raise InputError(f"{name}: is empty; give a folder, or s3://bucket/prefix")
-    place, within = (f"{absolute(uri.removeprefix('file://')).rstrip('/')}/" for uri in (out, root))
+    place, within = (f"{absolute(uri).rstrip('/')}/" for uri in (out, root))
     if place.startswith(within):
         raise InputError(
             f"{name} {out}: is in the catalog {root}, whose files are nobody else's; choose another folder"

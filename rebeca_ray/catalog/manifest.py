@@ -9,9 +9,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from rebeca_ray import schemas
-from rebeca_ray.errors import InputError, StorageError, describe
-from rebeca_ray.storage.filesystem import UNREACHABLE, is_damage, join, open_filesystem
+from rebeca_ray.errors import Failure, InputError, StorageError, describe
+from rebeca_ray.storage.filesystem import join, open_filesystem
 from rebeca_ray.storage.objects import read_json
+from rebeca_ray.storage.store import classify, failure_types
 
 REPAIR = (
     "restore it, or publish another snapshot with `rebeca catalog publish` and remove {path}/manifest.json"
@@ -78,9 +79,9 @@ def read_file_list(root: str, path: str, manifest: dict[str, Any]) -> pa.Table:
         why = "its sha256 is not the manifest's"
     except (KeyError, TypeError):
         why = "manifest.json does not name it"
-    except (pa.ArrowException, *UNREACHABLE) as error:
+    except (pa.ArrowException, *failure_types()) as error:
         why = describe(error)
-        if not (is_damage(error) or isinstance(error, FileNotFoundError)):
+        if classify(error) not in (Failure.DAMAGED, Failure.MISSING):
             raise StorageError(
                 f"catalog {root}: {listing['path']} cannot be read ({why}); check the network and the credentials"
             ) from None

@@ -22,12 +22,12 @@ from rebeca_ray import schemas
 from rebeca_ray.catalog.manifest import read_file_list, read_manifest
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.row_groups import complete, read_users
-from rebeca_ray.catalog.scanning import scanning_filesystem
 from rebeca_ray.config.fields import absolute
-from rebeca_ray.errors import InputError, StorageError, UserError, describe, did_you_mean
+from rebeca_ray.errors import Failure, InputError, StorageError, UserError, describe, did_you_mean
 from rebeca_ray.identity import bucket_of
-from rebeca_ray.storage.filesystem import UNREACHABLE, exists, is_damage, join, open_filesystem
+from rebeca_ray.storage.filesystem import exists, join
 from rebeca_ray.storage.parquet import PARQUET
+from rebeca_ray.storage.store import classify, failure_types, open_store
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -147,15 +147,17 @@ class Snapshot:
 
     def dataset_of(self, name: str, paths: list[str]) -> pyarrow.dataset.Dataset:
         """Some files of a table. A column that came after one of them was written is null there."""
-        filesystem, base = open_filesystem(self.root)
-        files, store = [join(base, path) for path in paths], scanning_filesystem(filesystem, base)
-        return pyarrow.dataset.dataset(files, schema=self.schema(name), filesystem=store, format=PARQUET)
+        store = open_store(self.root)
+        files = [join(store.path, path) for path in paths]
+        return pyarrow.dataset.dataset(
+            files, schema=self.schema(name), filesystem=store.scan_filesystem(), format=PARQUET
+        )
 
     def read_files(self, name: str, paths: list[str], columns: list[str] | None) -> pa.Table:
         """All rows of some files of a table. If one cannot be read, it is looked for and named."""
         try:
             return self.dataset_of(name, paths).to_table(columns=columns)
-        except (pa.ArrowException, *UNREACHABLE):
+        except (pa.ArrowException, *failure_types()):
             with self.explained():
                 if not exists(join(self.root, self.path, "manifest.json")):
                     raise FileNotFoundError(self.path) from None
@@ -176,9 +178,11 @@ class Snapshot:
         paths = self.paths(name) if users is None else [file.path for file, _ in self.files_with(name, users)]
         if not paths:
             return ray.data.from_arrow(self.table(name, columns, users))
-        filesystem, base = open_filesystem(self.root)
-        files, store = [join(base, path) for path in paths], scanning_filesystem(filesystem, base)
-        found = ray.data.read_parquet(files, filesystem=store, partitioning=None, schema=self.schema(name))
+        store = open_store(self.root)
+        files = [join(store.path, path) for path in paths]
+        found = ray.data.read_parquet(
+            files, filesystem=store.scan_filesystem(), partitioning=None, schema=self.schema(name)
+        )
         names = columns or self.schema(name).names
         if users is None:
             return found.select_columns(names)
@@ -340,12 +344,12 @@ class Snapshot:
         """What keeps a file (one of them) from being read, as a UserError with the remedy."""
         try:
             yield
-        except (pa.ArrowException, *UNREACHABLE) as error:
+        except (pa.ArrowException, *failure_types()) as error:
             told, where = f"catalog {self.root}: run {self.run_id}", f"{path} " if path else ""
-            broken = isinstance(error, FileNotFoundError) or is_damage(error) or "NO_SUCH_KEY" in str(error)
+            broken = classify(error) in (Failure.MISSING, Failure.DAMAGED)
             try:
                 gone = broken and not exists(join(self.root, self.path, "manifest.json"))
-            except UNREACHABLE:
+            except failure_types():
                 broken, gone = False, False
             if not broken:
                 raise StorageError(

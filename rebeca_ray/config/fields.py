@@ -15,6 +15,8 @@ from pydantic import (
     field_validator,
 )
 
+from rebeca_ray.storage.store import normalize
+
 PACKAGE = Path(__file__).parents[1]  # the installed rebeca_ray
 
 
@@ -33,8 +35,8 @@ def expand(location: str) -> str:
 
 
 def absolute(location: str) -> str:
-    """A local path from the root, because the cluster's workers have another working directory; `s3://` as it is."""
-    location = expand(location)
+    """Return a local path from the root, because workers have another working directory; a URI as `normalize` does."""
+    location = normalize(expand(location))
     return location if "://" in location else os.path.abspath(location)
 
 

@@ -20,20 +20,19 @@ from rebeca_ray.catalog.snapshots import list_snapshots
 from rebeca_ray.data.interactions import only_ratings
 from rebeca_ray.data.items import EmbeddedItems
 from rebeca_ray.data.validation import check_columns, plain
-from rebeca_ray.errors import InputError, StorageError, UserError, describe
+from rebeca_ray.errors import Failure, InputError, StorageError, UserError, describe
 from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
 from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.storage.failures import user_error
 from rebeca_ray.storage.filesystem import (
-    UNREACHABLE,
     arrow_filesystem,
     exists,
-    is_damage,
     join,
     list_files,
     open_filesystem,
 )
 from rebeca_ray.storage.parquet import PARQUET, open_table, write_table
+from rebeca_ray.storage.store import classify, failure_types
 
 ROWS_PER_GROUP = 2_000
 
@@ -108,7 +107,7 @@ def ratings_of_others(interactions: str, item_id: np.ndarray) -> pa.Table:
         table = dataset.to_table(
             columns=[name for name in columns if name in ("user_id", "item_id", "event")], filter=wanted
         )
-    except (pa.ArrowException, *UNREACHABLE) as error:
+    except (pa.ArrowException, *failure_types()) as error:
         raise InputError(
             f"interactions {interactions}: not readable as Parquet ({describe(error)}); write it again"
         ) from None
@@ -129,8 +128,8 @@ def read_kept(folder: str, rated: pa.Table, embed_dim: int) -> pa.Table:
             format=PARQUET,
         )
         return each_once(dataset.to_table(filter=pc.field("item_id").isin(rated["item_id"].combine_chunks())))
-    except (pa.ArrowException, *UNREACHABLE) as error:
-        if not is_damage(error):
+    except (pa.ArrowException, *failure_types()) as error:
+        if classify(error) is not Failure.DAMAGED:
             raise StorageError(
                 f"rated items {folder}: cannot be read ({describe(error)}); check the network and the credentials"
             ) from None

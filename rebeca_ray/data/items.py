@@ -15,9 +15,10 @@ from rebeca_ray.data.clip import EmbedImages, clip_fingerprint
 from rebeca_ray.data.validation import check_columns, check_ids, check_rows
 from rebeca_ray.errors import InputError, UserError, describe, shown
 from rebeca_ray.ray_runtime import ExcludeIds, require_room, start_ray
-from rebeca_ray.storage.filesystem import UNREACHABLE, arrow_filesystem, delete, join, open_filesystem
+from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, open_filesystem
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import open_table, read_table
+from rebeca_ray.storage.store import failure_types
 from rebeca_ray.storage.writable import require_own, require_writable
 
 MARKER = "embedding.json"  # beside embedded items: how many, and by which CLIP
@@ -133,7 +134,7 @@ def embeds_in_batches(uri: str, rows: int) -> Iterator[pa.Array]:
             with filesystem.open(name, "rb") as file:
                 for batch in pq.ParquetFile(file).iter_batches(rows, columns=["image_embeds"]):
                     yield batch["image_embeds"]
-    except (pa.ArrowException, *UNREACHABLE) as error:
+    except (pa.ArrowException, *failure_types()) as error:
         raise InputError(
             f"items {uri}: not readable as Parquet ({describe(error)}); write it again"
         ) from None

@@ -69,7 +69,7 @@ class Store(Protocol):
 
     @staticmethod
     def failure_types() -> tuple[type[Exception], ...]:
-        """Return the exception types that `classify` recognises, without importing an unused client."""
+        """Return the exception types that `filesystem` raises, without importing an unused client."""
         ...
 
     @staticmethod

@@ -23,8 +23,8 @@ from rebeca_ray.cli.runner import plain_errors
 from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.data.validation import check_columns
 from rebeca_ray.prior.checkpoint import read_prior_config
-from rebeca_ray.storage import filesystem
-from rebeca_ray.storage.filesystem import delete
+from rebeca_ray.storage import s3 as s3_module
+from rebeca_ray.storage.filesystem import delete, open_filesystem
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import open_table, read_table, write_table
 from rebeca_ray.storage.writable import require_own, require_writable
@@ -55,9 +55,9 @@ def s3(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[p
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(S3FileSystem, "_cache", {})
-    filesystem.meet.cache_clear()
+    s3_module.check_reachable.cache_clear()
     yield monkeypatch
-    filesystem.meet.cache_clear()
+    s3_module.check_reachable.cache_clear()
 
 
 def assert_told(work: Callable[[str], Any], uri: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +121,7 @@ def test_a_bucket_that_is_not_there_is_told_of_an_input(capsys: pytest.CaptureFi
 def test_a_server_that_cannot_be_reached_is_told_soon(
     s3: pytest.MonkeyPatch, endpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    s3.setitem(filesystem.HASTY, "read_timeout", 0.2)
+    s3.setitem(s3_module.HASTY, "read_timeout", 0.2)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))  # bound, it refuses; listening, it takes a question and never answers
         if endpoint == "silent":
@@ -170,8 +170,8 @@ def test_a_server_that_hiccups_is_asked_again(s3: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("s3")
 def test_one_client_serves_everything() -> None:
     """Its settings are part of its identity: others would be another client, with another idea of what is there."""
-    assert filesystem.open_filesystem("s3://rebeca/a")[0] is filesystem.open_filesystem("s3://rebeca/b/c")[0]
-    assert filesystem.open_filesystem("s3://rebeca/a")[0].s3.meta.config.retries == {
+    assert open_filesystem("s3://rebeca/a")[0] is open_filesystem("s3://rebeca/b/c")[0]
+    assert open_filesystem("s3://rebeca/a")[0].s3.meta.config.retries == {
         "mode": "standard",
         "total_max_attempts": 10,
     }
