@@ -71,7 +71,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(arguments: list[str], messa
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (UserError("a"), 2),
+        (InputError("a"), 2),
         (ErrorBudgetExceededError("a"), 3),
         (LeaseHeldError("a"), 5),
         (ResumableError("a"), 75),
