@@ -102,7 +102,17 @@ def delete_files(uris: list[str]) -> None:
             for path in paths:
                 Path(path).unlink(missing_ok=True)
         else:
-            filesystem.rm(paths)
+            remove_objects(filesystem, paths)
+
+
+def remove_objects(filesystem: AbstractFileSystem, paths: list[str]) -> None:
+    """Remove objects together, or one by one if the store refuses that because one is missing."""
+    try:
+        filesystem.rm(paths)
+    except FileNotFoundError:
+        for path in paths:
+            with suppress(FileNotFoundError):
+                filesystem.rm_file(path)
 
 
 def unreadable(name: str, error: BaseException) -> UserError:

@@ -1,7 +1,7 @@
 """Google Cloud Storage through gcsfs, an optional extra. The version of an object is its generation.
 
 Credentials are those that gcsfs finds (`GOOGLE_APPLICATION_CREDENTIALS`, gcloud's login, or the metadata
-server). The tests run gcsfs against a small server of their own (`tests/storage/fake_gcs.py`), because
+server). The tests run gcsfs against a small fake server (`tests/storage/fake_gcs.py`), because
 gcp-storage-emulator ignores `ifGenerationMatch`. Nothing here has run against Google's servers.
 """
 
@@ -52,7 +52,7 @@ class GcsStore:
         """Upload with `ifGenerationMatch`; generation 0 stands for no object."""
         bucket, _, key = self.path.partition("/")
         upload = self.filesystem.base.replace("/storage/v1/", "/upload/storage/v1/")
-        # gcsfs's own writes know only the condition that no object exists: hence the API itself.
+        # The writes of gcsfs know one condition only, that no object exists. So call the API itself.
         try:
             self.filesystem.call(
                 "POST",
@@ -93,7 +93,7 @@ class GcsStore:
     @staticmethod
     def classify(error: BaseException) -> Failure | None:
         """Return why gcsfs raised `error`: it raises OSErrors, and types of its own."""
-        if "gcsfs" not in sys.modules:
+        if sys.modules.get("gcsfs") is None:
             return None
         if type(error) is OSError and str(error).startswith("Forbidden: "):  # gcsfs sets no number
             return Failure.DENIED
@@ -104,7 +104,7 @@ class GcsStore:
     @staticmethod
     def failure_types() -> tuple[type[Exception], ...]:
         """Return nothing before gcsfs is in use: its import takes seconds."""
-        if "gcsfs" not in sys.modules:
+        if sys.modules.get("gcsfs") is None:
             return ()
         from aiohttp import ClientError
         from gcsfs.retry import ChecksumError, HttpError

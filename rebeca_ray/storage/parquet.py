@@ -55,7 +55,8 @@ def read_schemas(uri: str, what: str) -> dict[str, pa.Schema]:
         if len({*schema.names}) < len(schema.names):
             twice = next(column for column in schema.names if schema.names.count(column) > 1)
             raise InputError(
-                f"{what} {uri}: {Path(name).name} has column {twice!r} more than once; rename or drop the others"
+                f"{what} {uri}: {Path(name).name} has column {twice!r} more than once; "
+                "rename or drop the others"
             )
         if odd := sorted({*schema.names} ^ {*schemas[0].names}):
             raise InputError(

@@ -1,4 +1,4 @@
-"""Share what every object store behind HTTP needs: exact reads for Arrow, and a quick check of the endpoint."""
+"""Serve every object store behind HTTP: exact reads for Arrow, and a quick check of the endpoint."""
 
 from functools import cache
 from urllib.error import HTTPError

@@ -33,9 +33,7 @@ def azurite(folder: Path) -> Iterator[str]:
         process = subprocess.Popen(
             [*command, "--silent", "--skipApiVersionCheck"], stdout=log, stderr=subprocess.STDOUT
         )
-    connection = (
-        f"DefaultEndpointsProtocol=http;AccountName={ACCOUNT};AccountKey={KEY};BlobEndpoint={url};"
-    )
+    connection = f"DefaultEndpointsProtocol=http;AccountName={ACCOUNT};AccountKey={KEY};BlobEndpoint={url};"
     try:
         wait_until_ready(url, process)
         make_container(connection)
