@@ -35,7 +35,10 @@ def expand(location: str) -> str:
 
 
 def absolute(location: str) -> str:
-    """Return a local path from the root, because workers have another working directory; a URI as `normalize` does."""
+    """Return a local path from the root, because workers have another working directory.
+
+    A URI gets its one spelling (`s3a://` becomes `s3://`, `file:///a` becomes `/a`).
+    """
     location = normalize(expand(location))
     return location if "://" in location else os.path.abspath(location)
 
