@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from enum import StrEnum, auto
 
 
 class UserError(ValueError):
@@ -51,6 +52,17 @@ class ResumableError(UserError):
 
 class ServerLostError(ResumableError):
     """The Triton server gave no answer and did not come back."""
+
+
+class Failure(StrEnum):
+    """Say why a store failed, in the same words for every store."""
+
+    MISSING = auto()  # no such file
+    DENIED = auto()  # no permission
+    FULL = auto()  # no free space, or a read-only disk
+    UNREACHABLE = auto()  # no server, no credentials, or answers cut off in the middle
+    DAMAGED = auto()  # the file was read, but its content is broken
+    FAILED = auto()  # any other answer of the store
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

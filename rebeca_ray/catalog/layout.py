@@ -91,7 +91,7 @@ def outside(root: str, out: str, name: str) -> str:
     """Return the folder of an export. Raises InputError for an empty name, a file, or a folder inside the catalog."""
     if not out.strip():
         raise InputError(f"{name}: is empty; give a folder, or s3://bucket/prefix")
-    folder, catalog = (f"{absolute(uri.removeprefix('file://')).rstrip('/')}/" for uri in (out, root))
+    folder, catalog = (f"{absolute(uri).rstrip('/')}/" for uri in (out, root))
     if folder.startswith(catalog):
         raise InputError(
             f"{name} {out}: is in the catalog {root}, whose files are nobody else's; choose another folder"

@@ -15,9 +15,10 @@ from typing_extensions import TypedDict
 from rebeca_ray import schemas
 from rebeca_ray.catalog.figures import GateFigures
 from rebeca_ray.catalog.layout import snapshot_folder
-from rebeca_ray.errors import InputError, StorageError, describe
-from rebeca_ray.storage.filesystem import UNREACHABLE, is_damage, join, open_filesystem
+from rebeca_ray.errors import Failure, InputError, StorageError, describe
+from rebeca_ray.storage.filesystem import join, open_filesystem
 from rebeca_ray.storage.objects import read_json
+from rebeca_ray.storage.store import classify, failure_types
 
 REPAIR = (
     "restore it, or publish another snapshot with `rebeca catalog publish` and remove {path}/manifest.json"
@@ -235,9 +236,9 @@ def read_file_list(root: str, path: str, files: FileList) -> pa.Table:
             # One thread: a short command may end before pyarrow's threads do.
             return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
         reason = "its sha256 is not the manifest's"
-    except (pa.ArrowException, *UNREACHABLE) as error:
+    except (pa.ArrowException, *failure_types()) as error:
         reason = describe(error)
-        if not (is_damage(error) or isinstance(error, FileNotFoundError)):
+        if classify(error) not in (Failure.DAMAGED, Failure.MISSING):
             raise StorageError(
                 f"catalog {root}: {files.path} cannot be read ({reason}); check the network and the credentials"
             ) from None

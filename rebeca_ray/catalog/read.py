@@ -22,12 +22,12 @@ from rebeca_ray import schemas
 from rebeca_ray.catalog.manifest import Manifest, read_file_list, read_manifest
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.row_groups import complete, read_users
-from rebeca_ray.catalog.scanning import scanning_filesystem
 from rebeca_ray.config.fields import absolute
-from rebeca_ray.errors import InputError, StorageError, describe, did_you_mean
+from rebeca_ray.errors import Failure, InputError, StorageError, describe, did_you_mean
 from rebeca_ray.identity import bucket_of
-from rebeca_ray.storage.filesystem import UNREACHABLE, exists, is_damage, join, open_filesystem
+from rebeca_ray.storage.filesystem import exists, join
 from rebeca_ray.storage.parquet import PARQUET
+from rebeca_ray.storage.store import classify, failure_types, open_store
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -166,17 +166,17 @@ class Snapshot:
 
     def dataset_of(self, name: str, paths: list[str]) -> pyarrow.dataset.Dataset:
         """Return some files of a table as a dataset. Columns that are younger than a file are null there."""
-        filesystem, base = open_filesystem(self.root)
-        files, store = [join(base, path) for path in paths], scanning_filesystem(filesystem, base)
-        schema = self.stored_schema(name)
-        return pyarrow.dataset.dataset(files, schema=schema, filesystem=store, format=PARQUET)
+        store = open_store(self.root)
+        files, schema = [join(store.path, path) for path in paths], self.stored_schema(name)
+        scan = store.scan_filesystem()
+        return pyarrow.dataset.dataset(files, schema=schema, filesystem=scan, format=PARQUET)
 
     def read_files(self, name: str, paths: list[str], columns: list[str] | None) -> pa.Table:
         """Return all rows of some files of a table. Raises InputError naming the file that cannot be read."""
         stored = self.stored_names(name, columns)
         try:
             return self.renamed(name, self.dataset_of(name, paths).to_table(columns=stored))
-        except (pa.ArrowException, *UNREACHABLE):
+        except (pa.ArrowException, *failure_types()):
             # Arrow does not say which file failed: read them one by one, so that the error names it.
             with self.explained():
                 if not exists(join(self.root, self.path, "manifest.json")):
@@ -198,9 +198,10 @@ class Snapshot:
         paths = self.paths(name) if users is None else [file.path for file, _ in self.files_with(name, users)]
         if not paths or self.stored_schema(name) != self.schema(name):
             return ray.data.from_arrow(self.table(name, columns, users))
-        filesystem, base = open_filesystem(self.root)
-        files, store = [join(base, path) for path in paths], scanning_filesystem(filesystem, base)
-        rows = ray.data.read_parquet(files, filesystem=store, partitioning=None, schema=self.schema(name))
+        store = open_store(self.root)
+        files, schema = [join(store.path, path) for path in paths], self.schema(name)
+        scan = store.scan_filesystem()
+        rows = ray.data.read_parquet(files, filesystem=scan, partitioning=None, schema=schema)
         names = columns or self.schema(name).names
         if users is None:
             return rows.select_columns(names)
@@ -373,12 +374,12 @@ class Snapshot:
         """Raise a UserError with the remedy for whatever keeps a file (or one of them) from being read."""
         try:
             yield
-        except (pa.ArrowException, *UNREACHABLE) as error:
+        except (pa.ArrowException, *failure_types()) as error:
             snapshot, file = f"catalog {self.root}: run {self.run_id}", f"{path} " if path else ""
-            broken = isinstance(error, FileNotFoundError) or is_damage(error) or "NO_SUCH_KEY" in str(error)
+            broken = classify(error) in (Failure.MISSING, Failure.DAMAGED)
             try:
                 gone = broken and not exists(join(self.root, self.path, "manifest.json"))
-            except UNREACHABLE:
+            except failure_types():
                 broken, gone = False, False
             if not broken:
                 raise StorageError(

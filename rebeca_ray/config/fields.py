@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
+from rebeca_ray.storage.store import normalize
+
 PACKAGE = Path(__file__).parents[1]  # the installed rebeca_ray
 
 
@@ -32,8 +34,11 @@ def expand(location: str) -> str:
 
 
 def absolute(location: str) -> str:
-    """Return a local path as absolute, because workers run in another directory; `s3://` stays as it is."""
-    location = expand(location)
+    """Return a local path as absolute, because workers run in another directory.
+
+    A URI gets its one spelling (`s3a://` becomes `s3://`, `file:///a` becomes `/a`).
+    """
+    location = normalize(expand(location))
     return location if "://" in location else os.path.abspath(location)
 
 

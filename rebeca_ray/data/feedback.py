@@ -20,20 +20,13 @@ from rebeca_ray.catalog.snapshots import list_snapshots
 from rebeca_ray.data.interactions import only_ratings
 from rebeca_ray.data.items import EmbeddedItems
 from rebeca_ray.data.validation import check_columns, plain
-from rebeca_ray.errors import InputError, StorageError, UserError, describe
+from rebeca_ray.errors import Failure, InputError, StorageError, UserError, describe
 from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
 from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.storage.failures import user_error
-from rebeca_ray.storage.filesystem import (
-    UNREACHABLE,
-    arrow_filesystem,
-    exists,
-    is_damage,
-    join,
-    list_files,
-    open_filesystem,
-)
+from rebeca_ray.storage.filesystem import arrow_filesystem, exists, join, list_files, open_filesystem
 from rebeca_ray.storage.parquet import PARQUET, ParquetInput, open_parquet, write_table
+from rebeca_ray.storage.store import classify, failure_types
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +119,8 @@ def read_known(folder: str, rated: pa.Table, embed_dim: int) -> pa.Table:
             format=PARQUET,
         )
         return each_once(dataset.to_table(filter=pc.field("item_id").isin(rated["item_id"].combine_chunks())))
-    except (pa.ArrowException, *UNREACHABLE) as error:
-        if not is_damage(error):
+    except (pa.ArrowException, *failure_types()) as error:
+        if classify(error) is not Failure.DAMAGED:
             raise StorageError(
                 f"rated items {folder}: cannot be read ({describe(error)}); "
                 "check the network and the credentials"

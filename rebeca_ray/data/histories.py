@@ -29,9 +29,10 @@ from rebeca_ray.data.interactions import (
 from rebeca_ray.data.validation import check_columns
 from rebeca_ray.errors import InputError
 from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
-from rebeca_ray.storage.filesystem import UNREACHABLE, arrow_filesystem, delete, join, open_filesystem
+from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, open_filesystem
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import ParquetInput, open_parquet, read_table, write_table
+from rebeca_ray.storage.store import failure_types
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def build_histories(
         if not sum(users_of_bucket):
             raise no_users(settings)
     except Exception:  # not after an interrupt: another attempt may be writing by now
-        with suppress(*UNREACHABLE):
+        with suppress(*failure_types()):
             delete(out)
         raise
 

@@ -28,8 +28,9 @@ from rebeca_ray.config.fields import Fraction, Settings, Size
 from rebeca_ray.config.load import parse_config
 from rebeca_ray.config.sections import DiffusionSettings, NetworkSettings, PriorSampling
 from rebeca_ray.errors import InputError, UserError, describe
-from rebeca_ray.storage.filesystem import UNREACHABLE, join, open_filesystem
+from rebeca_ray.storage.filesystem import join, open_filesystem
 from rebeca_ray.storage.objects import read_json, write_json
+from rebeca_ray.storage.store import failure_types
 from rebeca_ray.storage.writable import require_writable
 
 if TYPE_CHECKING:
@@ -234,7 +235,7 @@ def verified_file(uri: str, name: str, config: dict[str, Any]) -> bytes:
     filesystem, path = open_filesystem(uri)
     try:
         data: bytes = filesystem.cat_file(f"{path}/{name}")
-    except UNREACHABLE as error:
+    except failure_types() as error:
         raise InputError(
             f"prior {uri}: {name} cannot be read ({describe(error)}); copy the whole directory again"
         ) from None

@@ -1,8 +1,7 @@
-"""Single objects: JSON, bytes, and files that appear only when complete."""
+"""Read and write single objects: JSON, and files that appear only when complete."""
 
 import hashlib
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,19 @@ from typing import Any
 from fsspec.spec import AbstractFileSystem
 
 from rebeca_ray.errors import InputError
-from rebeca_ray.storage.filesystem import UNREACHABLE, is_local, open_filesystem, storage_errors, unreadable
+from rebeca_ray.storage.filesystem import is_local, open_filesystem, storage_errors, unreadable
+from rebeca_ray.storage.store import failure_types, open_store
 
 
 class HashingSink:
-    """A file opened for writing that hashes what passes and, locally, appears only when complete."""
+    """Write a file and hash its bytes on the way. A local file appears only when complete."""
 
     def __init__(self, filesystem: AbstractFileSystem, path: str) -> None:
         self.local = is_local(filesystem)
         self.path = path
         self.digest = hashlib.sha256()
         self.size = 0
-        with storage_errors(path, "written"):
+        with storage_errors(path):
             if self.local:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
             self.file = filesystem.open(f"{path}.partial" if self.local else path, "wb")
@@ -32,9 +32,9 @@ class HashingSink:
         self.digest.update(data)
         self.size += len(data)
         try:
-            with storage_errors(self.path, "written"):
+            with storage_errors(self.path):
                 self.file.write(data)
-        except BaseException:  # of a writer that is not ours, nobody else would tidy up
+        except BaseException:  # a foreign writer would leave the partial file behind
             self.discard()
             raise
         return len(data)
@@ -47,8 +47,8 @@ class HashingSink:
             return
         self.closed = True
         try:
-            with storage_errors(self.path, "written"):
-                self.file.close()  # on a full disk it is often this that fails
+            with storage_errors(self.path):
+                self.file.close()  # on a full disk, this often fails first
                 if self.local:
                     Path(f"{self.path}.partial").replace(self.path)
         except BaseException:
@@ -56,19 +56,19 @@ class HashingSink:
             raise
 
     def discard(self) -> None:
-        """Leave nothing behind, as far as the store lets us: what went wrong before is what is to be told."""
+        """Leave nothing behind, as far as the store allows. Hides no earlier error by one of its own."""
         self.closed = True
-        with suppress(*UNREACHABLE):
+        with suppress(*failure_types()):
             if self.local:
                 self.file.close()
             else:
                 self.file.discard()
-                self.file.closed = True  # or it would be written when it is collected
+                self.file.closed = True  # or the garbage collector would write it
         if self.local:
             Path(f"{self.path}.partial").unlink(missing_ok=True)
 
     def record(self) -> dict[str, Any]:
-        """What a reader can check the file against."""
+        """Return the size and checksum, against which a reader can check the file."""
         return {"bytes": self.size, "sha256": self.digest.hexdigest()}
 
     def __enter__(self) -> "HashingSink":
@@ -82,54 +82,31 @@ class HashingSink:
 
 
 def read_json(uri: str) -> dict[str, Any] | None:
-    """The object at `uri`, or None if there is none."""
+    """Return the object at `uri`, or None if there is no file. Raises UserError for anything else."""
     filesystem, path = open_filesystem(uri)
     try:
-        found = json.loads(filesystem.cat_file(path))
+        value = json.loads(filesystem.cat_file(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except UNREACHABLE as error:
-        raise unreadable(f"{uri}", error) from None
+    except failure_types() as error:
+        raise unreadable(uri, error) from None
     except (ValueError, RecursionError):
         raise InputError(f"{uri}: not valid JSON; restore it from a backup or remove it") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise InputError(
-            f"{uri}: holds a JSON {type(found).__name__}, expected an object; restore it from a backup or remove it"
+            f"{uri}: holds a JSON {type(value).__name__}, expected an object; "
+            "restore it from a backup or remove it"
         )
-    return found
+    return value
 
 
 def write_json(value: dict[str, Any], uri: str) -> None:
-    """Write an object so that a reader sees the old one or the new one, never a part."""
-    filesystem, path = open_filesystem(uri)
-    data = json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"
-    with storage_errors(uri, "written"):
-        if is_local(filesystem):
-            replace_file(Path(path), data)
-        else:
-            filesystem.pipe_file(path, data)
+    """Write an object, so that a reader sees the old one or the new one, never a part."""
+    store = open_store(uri)
+    with storage_errors(uri):
+        store.put(encode_json(value))
 
 
-def write_object(data: bytes, uri: str, *, content_type: str, cache_control: str) -> None:
-    """Write a file as a web server is to send it; what it is to say of it is kept on S3 alone."""
-    filesystem, path = open_filesystem(uri)
-    with storage_errors(uri, "written"):
-        if is_local(filesystem):
-            replace_file(Path(path), data)
-        else:
-            filesystem.pipe_file(path, data, ContentType=content_type, CacheControl=cache_control)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a local file beside its place, then move it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(f"{path}.partial-{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        with suppress(OSError):  # what went wrong before is what is to be told
-            partial.unlink(missing_ok=True)
+def encode_json(value: dict[str, Any]) -> bytes:
+    """Return the one text of an object: indented, with sorted keys and a line break at the end."""
+    return json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"

@@ -23,16 +23,10 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 from fsspec.spec import AbstractFileSystem
 
-from rebeca_ray.errors import InputError, UserError, describe, did_you_mean
-from rebeca_ray.storage.filesystem import (
-    UNREACHABLE,
-    arrow_filesystem,
-    is_damage,
-    is_local,
-    open_filesystem,
-    unreadable,
-)
+from rebeca_ray.errors import Failure, InputError, UserError, describe, did_you_mean
+from rebeca_ray.storage.filesystem import arrow_filesystem, is_local, open_filesystem, unreadable
 from rebeca_ray.storage.objects import HashingSink
+from rebeca_ray.storage.store import classify, failure_types
 
 PARQUET = pyarrow.dataset.ParquetFileFormat(
     default_fragment_scan_options=pyarrow.dataset.ParquetFragmentScanOptions(
@@ -114,7 +108,7 @@ class ParquetInput:
         try:
             with ThreadPoolExecutor(THREADS) as pool:
                 return pa.concat_tables(pool.map(read_file, range(len(self.listing))))
-        except (pa.ArrowException, *UNREACHABLE) as error:
+        except (pa.ArrowException, *failure_types()) as error:
             raise self.failure(error) from None
 
     def batches(self, columns: list[str], rows: int) -> Iterator[pa.Table]:
@@ -128,7 +122,7 @@ class ParquetInput:
                 with self.open_file(index, pre_buffer=False) as file:
                     for batch in file.iter_batches(rows, columns=columns):
                         yield pa.Table.from_batches([batch]).select(columns)
-        except (pa.ArrowException, *UNREACHABLE) as error:
+        except (pa.ArrowException, *failure_types()) as error:
             raise self.failure(error) from None
 
     @contextmanager
@@ -145,7 +139,7 @@ class ParquetInput:
 
     def failure(self, error: BaseException) -> UserError:
         """Return the error to raise for a failed read: a damaged file, or a store that does not answer."""
-        if not is_damage(error):
+        if classify(error) is not Failure.DAMAGED:
             return unreadable(f"{self.what} {self.uri}", error)
         return InputError(
             f"{self.what} {self.uri}: not readable as Parquet ({describe(error)}); write it again"
@@ -186,7 +180,7 @@ def list_parquet(uri: str, what: str) -> tuple[InputFile, ...]:
             for name, info in infos.items()
             if str(name).endswith(".parquet") or name == path
         ]
-    except UNREACHABLE as error:
+    except failure_types() as error:
         raise unreadable(f"{what} {uri}", error) from None
     if not files:
         raise InputError(f"{what} {uri}: not found; give a Parquet file, or a folder that holds some")
@@ -207,7 +201,7 @@ def read_footers(uri: str, what: str, listing: tuple[InputFile, ...]) -> tuple[F
     try:
         with ThreadPoolExecutor(THREADS) as pool:
             footers = tuple(pool.map(lambda file: read_footer(filesystem, file.path, what, uri), listing))
-    except UNREACHABLE as error:
+    except failure_types() as error:
         raise unreadable(f"{what} {uri}", error) from None
 
     first = footers[0].schema.names
@@ -237,7 +231,7 @@ def read_footer(filesystem: AbstractFileSystem, path: str, what: str, uri: str) 
             metadata = pq.read_metadata(file)
         return Footer(metadata, metadata.schema.to_arrow_schema())
     except (pa.ArrowException, OSError) as error:
-        if not is_damage(error):
+        if classify(error) is not Failure.DAMAGED:
             raise
         raise InputError(
             f"{what} {uri}: {Path(path).name} is not a readable Parquet file; write it again"

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -34,9 +35,10 @@ from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.read import Snapshot, read_catalog
 from rebeca_ray.generation.bucket import ITEM_ROW_GROUP
 from rebeca_ray.identity import bucket_of, hash128
-from rebeca_ray.storage.filesystem import exists, join, open_filesystem
+from rebeca_ray.storage.filesystem import arrow_filesystem, exists, join, open_filesystem
 from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.parquet import write_table
+from rebeca_ray.storage.store import open_store
 
 ITEMS_PER_USER, D, BUCKETS, STAND_INS, LOOKUPS = 10, 256, 128, 100, 300
 SLIM = ["item_id", "rank", "like_probability", "nearest_item_id", "origin", "image_file", "image_row"]
@@ -192,7 +194,10 @@ def counted(root: str) -> Iterator[Counting]:
     def opened(uri: str) -> tuple[AbstractFileSystem, str]:
         return counting, open_filesystem(uri)[1]
 
-    with patch.object(read, "open_filesystem", opened), patch.object(row_groups, "open_filesystem", opened):
+    def opened_store(uri: str) -> SimpleNamespace:
+        return SimpleNamespace(path=open_store(uri).path, scan_filesystem=lambda: arrow_filesystem(counting))
+
+    with patch.object(read, "open_store", opened_store), patch.object(row_groups, "open_filesystem", opened):
         yield counting
 
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from s3fs import S3FileSystem
 from rebeca_ray.catalog import pointer as module
 from rebeca_ray.catalog.pointer import TRIES, Pointer, change_pointer, read_pointer, swap
 from rebeca_ray.errors import InputError, LeaseHeldError, StorageError, UserError
+from rebeca_ray.storage import local
 from rebeca_ray.storage.filesystem import join, open_filesystem
+from rebeca_ray.storage.store import Store, open_store
 from tests.catalog.conftest import Start, begin
 from tests.catalog.worker import COUNT
 
@@ -127,6 +130,17 @@ def test_a_change_that_is_never_let_through_ends(s3_root: str) -> None:
     assert read_pointer(s3_root)[0] == Pointer(epoch=TRIES)
 
 
+def through(filesystem: Any) -> Callable[[str], Store]:
+    """Return an `open_store` whose stores go through another filesystem."""
+
+    def opened(uri: str) -> Store:
+        store = open_store(uri)
+        store.filesystem = filesystem
+        return store
+
+    return opened
+
+
 class LostAnswer:
     """An S3 file system whose conditional write is stored, but answered 412 to the client's second try."""
 
@@ -146,9 +160,9 @@ class LostAnswer:
 def test_a_stored_change_whose_answer_was_lost_is_no_lost_race(
     s3_root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    filesystem, path = open_filesystem(join(s3_root, "latest.json"))
+    filesystem, _ = open_filesystem(s3_root)
     lost = LostAnswer(filesystem)
-    monkeypatch.setattr(module, "open_filesystem", lambda uri: (lost, path))
+    monkeypatch.setattr(module, "open_store", through(lost))
     for epoch in (1, 2):
         assert change_pointer(s3_root, lambda pointer: replace(pointer, epoch=pointer.epoch + 1)) == Pointer(
             epoch=epoch
@@ -173,9 +187,9 @@ class Refusing:
 
 
 def test_a_write_that_is_denied_is_no_lost_race(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    filesystem, path = open_filesystem(join(s3_root, "latest.json"))
+    filesystem, _ = open_filesystem(s3_root)
     denied = Refusing(filesystem)
-    monkeypatch.setattr(module, "open_filesystem", lambda uri: (denied, path))
+    monkeypatch.setattr(module, "open_store", through(denied))
     with pytest.raises(
         (InputError, StorageError),
         match=rf"^{s3_root}/latest.json: cannot be written \(Access Denied. Request 4127409\)",
@@ -200,9 +214,7 @@ def test_a_root_that_is_a_file_is_one_line(tmp_path: Path) -> None:
         UserError, match=rf"^catalog {tmp_path}/file: cannot be read \(Not a directory\); check the path"
     ):
         read_pointer(f"{tmp_path}/file")
-    with pytest.raises(
-        UserError, match=rf"^{tmp_path}/file/latest.json: cannot be written \(File exists\); check the path"
-    ):
+    with pytest.raises(UserError, match=rf"^catalog {tmp_path}/file: cannot be read \(Not a directory\)"):
         change_pointer(f"{tmp_path}/file", lambda _: PUBLISHED)
 
 
@@ -220,7 +232,7 @@ def test_an_s3_root_that_is_not_ours_to_read_is_one_line(
 
 
 def test_a_lock_that_is_never_freed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(local, "LOCK_SECONDS", 0.1)
     with (tmp_path / ".latest.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(

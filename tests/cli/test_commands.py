@@ -89,7 +89,7 @@ def test_lazy_public_names() -> None:
             "did you mean 'decoder_guidance_scale'",
         ),
         (["catalog", "show", "/nothing/here"], "nothing is published there"),
-        (["catalog", "show", "gs://bucket/catalog"], "is not supported; give a local path or s3://"),
+        (["catalog", "show", "ftp://bucket/catalog"], "is not supported; give a local path or s3://"),
     ],
 )
 def test_an_input_error_is_one_line_without_traceback(arguments: list[str], message: str) -> None:

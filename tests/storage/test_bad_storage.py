@@ -1,4 +1,4 @@
-"""Storage that cannot be had, local and on a real S3 server: one line, exit code 2, in seconds, and nothing left behind."""
+"""Unusable storage, local and on a real S3 server: one line, exit code 2, in seconds, no file left behind."""
 
 import errno
 import http.server
@@ -23,8 +23,8 @@ from rebeca_ray.cli.runner import plain_errors
 from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.data.validation import check_columns
 from rebeca_ray.prior.checkpoint import read_prior_config
-from rebeca_ray.storage import filesystem
-from rebeca_ray.storage.filesystem import delete
+from rebeca_ray.storage import s3 as s3_module
+from rebeca_ray.storage.filesystem import delete, open_filesystem
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import open_parquet, read_table, write_table
 from rebeca_ray.storage.writable import require_own, require_writable
@@ -51,29 +51,34 @@ WRITERS: list[Callable[[str], Any]] = [
 
 @pytest.fixture
 def s3(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """The S3 server by the environment alone, with no client left of another test; yields what changes that environment."""
+    """Set up the S3 server by the environment alone, with no client of another test.
+
+    Yields the monkeypatch that changes the environment.
+    """
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(S3FileSystem, "_cache", {})
-    filesystem.meet.cache_clear()
+    s3_module.check_reachable.cache_clear()
     yield monkeypatch
-    filesystem.meet.cache_clear()
+    s3_module.check_reachable.cache_clear()
 
 
-def assert_told(work: Callable[[str], Any], uri: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def assert_one_line(
+    work: Callable[[str], Any], uri: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught, plain_errors():
         work(uri)
     assert caught.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    assert len(said) < 500
-    assert uri in said
-    assert words in said, said
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert len(message) < 500
+    assert uri in message
+    assert words in message, message
 
 
 @pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
-def test_refused_credentials_are_told(
+def test_refused_credentials(
     s3: pytest.MonkeyPatch, variable: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_table(TABLE, "s3://rebeca/refused/a.parquet", row_group_size=10)
@@ -81,15 +86,13 @@ def test_refused_credentials_are_told(
     s3.setenv(variable, "another")
     s3.setattr(S3FileSystem, "_cache", {})
     for read in READERS:
-        assert_told(read, "s3://rebeca/refused", "check the path and the credentials", capsys)
+        assert_one_line(read, "s3://rebeca/refused", "check the path and the credentials", capsys)
     for write in WRITERS:
-        assert_told(write, "s3://rebeca/refused", "cannot be ", capsys)
+        assert_one_line(write, "s3://rebeca/refused", "cannot be ", capsys)
 
 
-def test_a_prefix_that_may_not_be_read_is_told(
-    s3: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The reader may list everything, read what lies below `open`, and write nothing."""
+def test_a_forbidden_prefix(s3: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The reader may list everything, read below `open`, and write nothing."""
     for folder in ("open", "closed"):
         write_table(TABLE, f"s3://rebeca/{folder}/a.parquet", row_group_size=10)
         for name in ("config.json", "latest.json", "a.json"):
@@ -98,32 +101,32 @@ def test_a_prefix_that_may_not_be_read_is_told(
     s3.setattr(S3FileSystem, "_cache", {})
     assert read_table("s3://rebeca/open", "the table").equals(TABLE)
     for read in READERS:
-        assert_told(read, "s3://rebeca/closed", "check the path and the credentials", capsys)
+        assert_one_line(read, "s3://rebeca/closed", "check the path and the credentials", capsys)
     for folder in ("open", "closed"):
-        assert_told(WRITERS[1], f"s3://rebeca/{folder}", "cannot be written", capsys)
+        assert_one_line(WRITERS[1], f"s3://rebeca/{folder}", "cannot be written", capsys)
 
 
 @pytest.mark.usefixtures("s3")
-def test_a_bucket_that_is_not_there_is_told_of_an_input(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of an output it depends on the server: this one makes the bucket, Amazon's refuses to."""
+def test_a_missing_bucket_of_an_input(capsys: pytest.CaptureFixture[str]) -> None:
+    """A missing bucket of an output depends on the server: this one makes it, that of AWS refuses."""
     for read in NEEDED:
-        assert_told(read, "s3://no-such-bucket/in", "; ", capsys)
-    assert read_pointer("s3://no-such-bucket/in") == (Pointer(), None)  # nothing was published yet
-    assert_told(READERS[0], "s3://no-such-bucket/in", "the table s3://no-such-bucket/in: ", capsys)
-    assert_told(READERS[0], "s3://", "s3://: names no bucket; give s3://bucket/prefix", capsys)
+        assert_one_line(read, "s3://no-such-bucket/in", "; ", capsys)
+    assert read_pointer("s3://no-such-bucket/in") == (Pointer(), None)  # before the first publication
+    assert_one_line(READERS[0], "s3://no-such-bucket/in", "the table s3://no-such-bucket/in: ", capsys)
+    assert_one_line(READERS[0], "s3://", "s3://: names no bucket; give s3://bucket/prefix", capsys)
     for name in ("UPPER_case!", "a b"):
-        assert_told(READERS[0], f"s3://{name}/in", "", capsys)
+        assert_one_line(READERS[0], f"s3://{name}/in", "", capsys)
     assert not fsspec.filesystem("s3").exists("no-such-bucket")
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("endpoint", ["closed", "silent", "nonsense", "http://no.such.host.invalid"])
-def test_a_server_that_cannot_be_reached_is_told_soon(
+def test_an_unreachable_server_fails_fast(
     s3: pytest.MonkeyPatch, endpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    s3.setitem(filesystem.HASTY, "read_timeout", 0.2)
+    s3.setitem(s3_module.HASTY, "read_timeout", 0.2)
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))  # bound, it refuses; listening, it takes a question and never answers
+        listener.bind(("127.0.0.1", 0))  # bound, it refuses; listening, it never answers
         if endpoint == "silent":
             listener.listen()
         url = (
@@ -131,13 +134,13 @@ def test_a_server_that_cannot_be_reached_is_told_soon(
         )
         s3.setenv("AWS_ENDPOINT_URL", url)
         work = READERS[0] if endpoint != "closed" else WRITERS[1]
-        assert_told(work, "s3://rebeca/in", "its server cannot be reached (", capsys)
+        assert_one_line(work, "s3://rebeca/in", "its server cannot be reached (", capsys)
 
 
 class Hiccups(http.server.BaseHTTPRequestHandler):
-    """An S3 server that is too busy for the first two questions of each kind."""
+    """An S3 server that is too busy for the first two reads."""
 
-    asked = 0
+    requests = 0
 
     def do_HEAD(self) -> None:
         self.send_response(200)
@@ -146,9 +149,9 @@ class Hiccups(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def do_GET(self) -> None:
-        type(self).asked += 1
-        body = b'{"a": 1}' if self.asked > 2 else b""
-        self.send_response(200 if self.asked > 2 else 503)
+        type(self).requests += 1
+        body = b'{"a": 1}' if self.requests > 2 else b""
+        self.send_response(200 if self.requests > 2 else 503)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -157,42 +160,42 @@ class Hiccups(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_a_server_that_hiccups_is_asked_again(s3: pytest.MonkeyPatch) -> None:
+def test_a_busy_server_is_retried(s3: pytest.MonkeyPatch) -> None:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hiccups)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     s3.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
     assert read_json("s3://bucket/a.json") == {"a": 1}
-    assert Hiccups.asked == 3
+    assert Hiccups.requests == 3
     server.shutdown()
     server.server_close()
 
 
 @pytest.mark.usefixtures("s3")
 def test_one_client_serves_everything() -> None:
-    """Its settings are part of its identity: others would be another client, with another idea of what is there."""
-    assert filesystem.open_filesystem("s3://rebeca/a")[0] is filesystem.open_filesystem("s3://rebeca/b/c")[0]
-    assert filesystem.open_filesystem("s3://rebeca/a")[0].s3.meta.config.retries == {
+    """Other settings would make a second client, with a listing cache of its own."""
+    assert open_filesystem("s3://rebeca/a")[0] is open_filesystem("s3://rebeca/b/c")[0]
+    assert open_filesystem("s3://rebeca/a")[0].s3.meta.config.retries == {
         "mode": "standard",
         "total_max_attempts": 10,
     }
 
 
-def test_a_place_below_a_file_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_below_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("in the way")
     for work in NEEDED:
-        assert_told(work, f"{tmp_path}/file/in", "; ", capsys)
-    assert_told(
+        assert_one_line(work, f"{tmp_path}/file/in", "; ", capsys)
+    assert_one_line(
         WRITERS[1],
         f"{tmp_path}/file/out",
         "cannot be written (Not a directory); choose another place",
         capsys,
     )
-    assert_told(WRITERS[0], f"{tmp_path}/file", "holds something else", capsys)
-    assert_told(WRITERS[1], f"{tmp_path}/{'x' * 300}", "cannot be written (File name too long)", capsys)
+    assert_one_line(WRITERS[0], f"{tmp_path}/file", "holds something else", capsys)
+    assert_one_line(WRITERS[1], f"{tmp_path}/{'x' * 300}", "cannot be written (File name too long)", capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_what_was_tried_out_is_taken_back(
+def test_a_write_probe_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     require_writable(str(tmp_path / "a" / "b"), "out")
@@ -201,7 +204,7 @@ def test_what_was_tried_out_is_taken_back(
     require_writable(str(tmp_path / "a"), "out")
     assert list(tmp_path.rglob("*")) == [tmp_path / "a"]
     monkeypatch.setattr(LocalFileOpener, "__init__", full)
-    assert_told(WRITERS[1], f"{tmp_path}/a/b", "cannot be written (No space left on device)", capsys)
+    assert_one_line(WRITERS[1], f"{tmp_path}/a/b", "cannot be written (No space left on device)", capsys)
     assert list(tmp_path.rglob("*")) == [tmp_path / "a"]
 
 
@@ -210,7 +213,7 @@ def full(*_: Any, **__: Any) -> Any:
 
 
 @pytest.mark.parametrize("moment", ["write", "close"])
-def test_a_full_disk_is_told_and_leaves_no_half_file(
+def test_a_full_disk_leaves_no_half_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moment: str
 ) -> None:
     monkeypatch.setattr(LocalFileOpener, moment, full, raising=False)
@@ -218,7 +221,8 @@ def test_a_full_disk_is_told_and_leaves_no_half_file(
         write_table(TABLE, f"{tmp_path}/a.parquet", row_group_size=10)
     assert caught.value.code == 2
     assert capsys.readouterr().err == (
-        f"error: {tmp_path}/a.parquet: cannot be written (No space left on device); check the path, its free space and the credentials\n"
+        f"error: {tmp_path}/a.parquet: cannot be written (No space left on device); "
+        "check the path, its free space and the credentials\n"
     )
     monkeypatch.undo()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
@@ -227,18 +231,18 @@ def test_a_full_disk_is_told_and_leaves_no_half_file(
 def test_a_full_disk_keeps_the_last_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    place = str(tmp_path / "latest.json")
-    write_json({"a": 1}, place)
+    path = str(tmp_path / "latest.json")
+    write_json({"a": 1}, path)
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(SystemExit), plain_errors():
-        write_json({"a": 2}, place)
+        write_json({"a": 2}, path)
     assert "No space left on device" in capsys.readouterr().err
-    assert json.loads(Path(place).read_text()) == {"a": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["latest.json"]
+    assert json.loads(Path(path).read_text()) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["latest.json"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT])
-def test_what_fails_inside_ray_is_told_too(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_inside_ray_ends_in_one_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught, plain_errors():
         raise RayTaskError(
             "stage", "a traceback\nof lines", OSError(number, "the reason", "/data/file")
@@ -252,7 +256,7 @@ def test_a_mistake_in_the_code_keeps_its_traceback() -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "a")
 
 
-def test_removing_what_is_not_there_is_nothing(tmp_path: Path) -> None:
+def test_removing_a_missing_file_is_no_error(tmp_path: Path) -> None:
     delete(str(tmp_path / "nothing"))
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b").write_text("")
@@ -272,12 +276,12 @@ def test_removing_what_is_not_there_is_nothing(tmp_path: Path) -> None:
         "[" * 100_000,
     ],
 )
-def test_a_damaged_pointer_is_told(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_pointer(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "latest.json").write_text(text)
-    assert_told(read_catalog, str(tmp_path), "latest.json is damaged; remove it", capsys)
+    assert_one_line(read_catalog, str(tmp_path), "latest.json is damaged; remove it", capsys)
 
 
 @pytest.mark.usefixtures("s3")
-def test_a_damaged_pointer_is_told_on_s3_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_pointer_on_s3(capsys: pytest.CaptureFixture[str]) -> None:
     fsspec.filesystem("s3").pipe_file("rebeca/damaged/latest.json", b"{")
-    assert_told(read_catalog, "s3://rebeca/damaged", "latest.json is damaged; remove it", capsys)
+    assert_one_line(read_catalog, "s3://rebeca/damaged", "latest.json is damaged; remove it", capsys)

@@ -1,4 +1,4 @@
-"""A store that misbehaves: what is written through faults is right and there once, and a store that stays down ends a run in one line."""
+"""A faulty store: every write arrives once and whole, and a store that stays down ends a run in one line."""
 
 import asyncio
 import gc
@@ -30,7 +30,7 @@ PART = 5 * 2**20  # bytes of a part of a big file, the fewest S3 takes
 
 @pytest.fixture
 def proxy(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    """What misbehaves between us and the S3 server; botocore's waits between its tries are left out."""
+    """Put a faulty proxy before the S3 server. botocore waits no time between its tries."""
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(S3FileSystem, "_cache", {})
@@ -52,7 +52,7 @@ def faults(proxy: FaultyS3) -> list[Fault]:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_operation_outlives_every_fault(proxy: FaultyS3, root: str, fault: Fault) -> None:
-    """Twice each: on the first request and on the second, where there is one."""
+    """Each fault hits the first request, then the second one (if an operation has one)."""
     operations: list[tuple[Callable[[], Any], Any]] = [
         (lambda: write_table(TABLE, f"{root}/items/a.parquet", row_group_size=100)["rows"], 1000),
         (lambda: write_json({"a": 1}, f"{root}/one.json"), None),
@@ -100,7 +100,7 @@ def test_a_stream_of_faults_leaves_the_same_files(proxy: FaultyS3, root: str, se
 
 @pytest.fixture
 def big(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """A file in three parts, each with content of its own."""
+    """Return the three parts of a file, each with different content."""
     monkeypatch.setattr(S3FileSystem, "default_block_size", PART)
     return [random.Random(number).randbytes(size) for number, size in enumerate((PART, PART, 1000))]
 
@@ -148,15 +148,15 @@ def test_a_file_of_many_parts_that_fails_leaves_nothing(
     ] == []
 
 
-def test_what_failed_before_it_was_closed_is_not_written_later(proxy: FaultyS3, root: str) -> None:
+def test_a_file_that_fails_before_its_close_is_never_written(proxy: FaultyS3, root: str) -> None:
     filesystem, path = open_filesystem(f"{root}/half")
 
     def write_half() -> None:
         with HashingSink(filesystem, path) as sink:
             sink.write(b"half")
-            raise RuntimeError("of its own")
+            raise RuntimeError("unrelated")
 
-    with pytest.raises(RuntimeError, match=r"^of its own$"):
+    with pytest.raises(RuntimeError, match=r"^unrelated$"):
         write_half()
     gc.collect()
     assert not filesystem.exists(path)
@@ -165,7 +165,7 @@ def test_what_failed_before_it_was_closed_is_not_written_later(proxy: FaultyS3, 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("method", ["HEAD", "GET", "PUT"])
 def test_a_pointer_is_changed_once(proxy: FaultyS3, root: str, fault: Fault, method: str) -> None:
-    for epoch in (1, 2):  # there is none yet; there is one
+    for epoch in (1, 2):  # without a pointer, then with one
         plan: list[Fault] = [fault, "", fault]
         proxy.misbehave(plan, f"{method} /")
         changed = change_pointer(root, lambda pointer: replace(pointer, epoch=pointer.epoch + 1))
@@ -183,9 +183,9 @@ def test_a_lease_is_taken_once_and_publishes_once(proxy: FaultyS3, root: str) ->
             lease.publish(run_id=f"run-{epoch}", run_date="2026-01-01", snapshot=f"snapshots/{epoch}")
         assert len(faults(proxy)) >= 3
         proxy.misbehave([])
-        found, _ = read_pointer(root)
-        assert [left["run_id"] for left in found.left] == [f"run-{before}" for before in range(1, epoch)]
-        assert replace(found, left=()) == Pointer(
+        pointer, _ = read_pointer(root)
+        assert [left["run_id"] for left in pointer.left] == [f"run-{before}" for before in range(1, epoch)]
+        assert replace(pointer, left=()) == Pointer(
             epoch=epoch,
             run_id=f"run-{epoch}",
             run_date="2026-01-01",
@@ -216,7 +216,7 @@ def test_answers_lost_to_taking_publishing_and_releasing(proxy: FaultyS3, root: 
 def test_a_store_out_of_reach_for_a_while_does_not_lose_the_lease(
     proxy: FaultyS3, root: str, fault: Fault, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(S3FileSystem, "retries", 1)  # every beat of that while fails for good
+    monkeypatch.setattr(S3FileSystem, "retries", 1)  # so every beat fails for good
     with hold_lease(root, "run", 1.2) as lease:
         proxy.misbehave(forever(fault), method)
         while len(faults(proxy)) < 8:

@@ -1,4 +1,4 @@
-"""Tables on a real S3 server: what is written is what is read."""
+"""Tables and objects on a disk and on a real S3 server: reads return the written bytes."""
 
 from pathlib import Path
 
@@ -51,8 +51,8 @@ def test_a_failed_write_leaves_nothing_and_says_why(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_written_can_be_read_by_others(tmp_path: Path) -> None:
-    """A pointer or manifest that only its writer may read would hide the catalog from the ranking service."""
+def test_other_users_can_read_the_files(tmp_path: Path) -> None:
+    """A pointer readable by its writer alone would hide the catalog from the ranking service."""
     (tmp_path / "plain").write_text("")
     write_json({}, str(tmp_path / "latest.json"))
     assert (tmp_path / "latest.json").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -5,7 +5,6 @@ listed and adds the new ones. A commit says of which run it is, so that doing it
 """
 
 import logging
-import os
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -13,8 +12,8 @@ import pyarrow as pa
 from rebeca_ray.catalog.layout import outside
 from rebeca_ray.catalog.read import TABLES, Snapshot
 from rebeca_ray.config.fields import absolute
-from rebeca_ray.errors import InputError, UserError, describe
-from rebeca_ray.storage.filesystem import is_damage
+from rebeca_ray.errors import Failure, InputError, UserError, describe
+from rebeca_ray.storage.store import classify, iceberg_properties
 
 if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog
@@ -60,7 +59,7 @@ def register_snapshot(
             try:
                 done[name] = bring_to(table, snapshot, name)
             except (pa.ArrowException, OSError) as error:
-                if is_damage(error) or any(
+                if classify(error) is Failure.DAMAGED or any(
                     path in str(error) for path in snapshot.paths(name)
                 ):  # and not of the warehouse
                     with snapshot.explained():
@@ -82,20 +81,12 @@ def open_iceberg(catalog: str, warehouse: str) -> "Catalog":
     from pyiceberg.catalog.sql import SqlCatalog
     from sqlalchemy.exc import SQLAlchemyError
 
-    told = {
-        "s3.endpoint": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    }  # the rest pyarrow finds itself
     logging.getLogger("pyiceberg.io.pyarrow").setLevel(
         logging.ERROR
     )  # embeddings have no statistics, on purpose
     warehouse = warehouse if "://" in warehouse else f"file://{absolute(warehouse)}"
     try:
-        return SqlCatalog(
-            "rebeca",
-            uri=catalog,
-            warehouse=warehouse,
-            **{name: value for name, value in told.items() if value},
-        )
+        return SqlCatalog("rebeca", uri=catalog, warehouse=warehouse, **iceberg_properties())
     except SQLAlchemyError as error:
         raise refused(catalog, error) from None
 

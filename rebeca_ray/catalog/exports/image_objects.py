@@ -27,9 +27,10 @@ from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.errors import InputError, StorageError, UserError
 from rebeca_ray.ray_runtime import for_each_bucket
-from rebeca_ray.storage.filesystem import delete, delete_files, join, list_files, list_folders
-from rebeca_ray.storage.objects import read_json, write_json, write_object
+from rebeca_ray.storage.filesystem import delete, delete_files, join, list_files, list_folders, storage_errors
+from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import read_table, write_table
+from rebeca_ray.storage.store import open_store
 
 log = logging.getLogger(__name__)
 
@@ -223,9 +224,10 @@ def key_of(item: str, image: dict[str, Any]) -> str:
 
 def write_image(uri: str, image: bytes) -> None:
     kind = uri.rsplit(".", 1)[-1]
-    write_object(
-        image,
-        uri,
-        content_type=f"image/{'jpeg' if kind == 'jpg' else kind}",
-        cache_control="public, max-age=31536000, immutable",
-    )
+    store = open_store(uri)
+    with storage_errors(uri):
+        store.put(
+            image,
+            content_type=f"image/{'jpeg' if kind == 'jpg' else kind}",
+            cache_control="public, max-age=31536000, immutable",
+        )

@@ -1,0 +1,116 @@
+"""The local disk, and network file systems mounted as one.
+
+A write goes to a file beside the target and is then renamed. Compare-and-swap takes a lock file.
+"""
+
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from errno import EDQUOT, ENOSPC, EROFS
+from pathlib import Path
+from typing import ClassVar
+
+import fsspec
+import pyarrow as pa
+import pyarrow.fs
+from fsspec.spec import AbstractFileSystem
+
+from rebeca_ray.errors import Failure, InputError
+
+LOCK_SECONDS = 30  # a change takes milliseconds
+
+
+class LocalStore:
+    """A path on a local disk."""
+
+    schemes: ClassVar[tuple[str, ...]] = ("file", "local")
+    example: ClassVar[str] = "file:///absolute/path"
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.filesystem: AbstractFileSystem
+        self.path: str
+        self.filesystem, self.path = fsspec.core.url_to_fs(uri)
+
+    def read_versioned(self) -> tuple[bytes, str] | None:
+        """Return the file and a digest of its content, or None if there is no file."""
+        try:
+            data = Path(self.path).read_bytes()
+        except FileNotFoundError:
+            return None
+        return data, hashlib.sha256(data).hexdigest()
+
+    def compare_and_swap(self, data: bytes, version: str | None) -> bool:
+        with locked(Path(self.path)):
+            current = self.read_versioned()
+            if (current and current[1]) != version:
+                return False
+            self.put(data)
+        return True
+
+    def put(self, data: bytes, *, content_type: str | None = None, cache_control: str | None = None) -> None:
+        """Write the file beside its target, then rename it. A disk keeps no headers."""
+        path = Path(self.path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(f"{path}.partial-{os.getpid()}")
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            with suppress(OSError):  # or it would hide the first error
+                partial.unlink(missing_ok=True)
+
+    def scan_filesystem(self) -> pyarrow.fs.FileSystem:
+        return pyarrow.fs.LocalFileSystem()
+
+    def probe(self) -> None:
+        """Do nothing: a disk has no server."""
+
+    @staticmethod
+    def classify(error: BaseException) -> Failure | None:
+        """Return why the operating system or Arrow raised `error`.
+
+        Arrow raises an OSError without a number for a broken file. The operating system sets a number.
+        """
+        if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+            return Failure.MISSING
+        if isinstance(error, PermissionError):
+            return Failure.DENIED
+        if getattr(error, "errno", None) in (ENOSPC, EDQUOT, EROFS):
+            return Failure.FULL
+        if isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None):
+            return Failure.DAMAGED
+        return Failure.FAILED if isinstance(error, OSError) else None
+
+    @staticmethod
+    def failure_types() -> tuple[type[Exception], ...]:
+        return (OSError,)
+
+    @staticmethod
+    def iceberg_properties() -> dict[str, str]:
+        return {}
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file beside `path`. Raises InputError if another process keeps it for LOCK_SECONDS."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.stem}.lock").open("w") as lock:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise InputError(
+                        f"{lock.name}: another process has held it for {LOCK_SECONDS} s; end that process"
+                    ) from None
+                time.sleep(0.02)
+        yield

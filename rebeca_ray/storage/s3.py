@@ -1,0 +1,146 @@
+"""S3 and servers with its API, through s3fs and, for scans, Arrow's own client.
+
+Endpoint and credentials come from the usual AWS environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, …)
+or from the instance's role, never from a config file. The version of an object is its ETag.
+"""
+
+import os
+from functools import cache
+from typing import Any, ClassVar
+
+import botocore.exceptions
+import fsspec
+import pyarrow.fs
+from aiohttp import ClientPayloadError
+from botocore.exceptions import BotoCoreError, HTTPClientError
+from fsspec.spec import AbstractFileSystem
+
+from rebeca_ray.errors import Failure, InputError, describe
+from rebeca_ray.storage.remote import bucket_of_path
+
+PATIENT: dict[str, Any] = {
+    "connect_timeout": 5,
+    "read_timeout": 30,
+    "max_pool_connections": 64,  # the default is 10, for all threads together
+    "retries": {"mode": "standard", "total_max_attempts": 10},
+}
+HASTY: dict[str, Any] = {
+    "connect_timeout": 3,
+    "read_timeout": 10,
+    "retries": {"mode": "standard", "total_max_attempts": 3},
+}
+STALE = (409, 412)  # HTTP status: the object is being changed, or was changed
+
+
+class S3Store:
+    """An object or prefix in an S3 bucket."""
+
+    schemes: ClassVar[tuple[str, ...]] = ("s3", "s3a")
+    example: ClassVar[str] = "s3://bucket/prefix"
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.filesystem: AbstractFileSystem
+        self.path: str
+        # s3fs keeps one client per set of arguments. Other arguments would make a second client, with a
+        # listing cache of its own: every caller gets its filesystem here.
+        self.filesystem, self.path = fsspec.core.url_to_fs(uri, config_kwargs=PATIENT)
+        self.bucket = bucket_of_path(self.path)
+        if not self.bucket:
+            raise InputError(f"{uri}: names no bucket; give {self.example}")
+
+    def read_versioned(self) -> tuple[bytes, str] | None:
+        self.filesystem.invalidate_cache(self.path)
+        try:
+            version = self.filesystem.info(self.path, refresh=True)["ETag"]
+            return self.filesystem.cat_file(self.path), version
+        except FileNotFoundError:
+            return None
+
+    def compare_and_swap(self, data: bytes, version: str | None) -> bool:
+        condition = {"IfMatch": version} if version else {"IfNoneMatch": "*"}
+        try:
+            self.filesystem.pipe_file(self.path, data, **condition)
+        except OSError as error:
+            answer = getattr(error.__cause__, "response", {})
+            status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            # NoSuchKey: the object of that version was removed.
+            if status in STALE or answer.get("Error", {}).get("Code") == "NoSuchKey":
+                return False
+            raise
+        return True
+
+    def put(self, data: bytes, *, content_type: str | None = None, cache_control: str | None = None) -> None:
+        headers = {"ContentType": content_type, "CacheControl": cache_control}
+        self.filesystem.pipe_file(
+            self.path, data, **{name: value for name, value in headers.items() if value is not None}
+        )
+
+    def scan_filesystem(self) -> pyarrow.fs.FileSystem:
+        """Return Arrow's own client. It takes a third of the time of s3fs, and finds the same credentials."""
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        return arrow_client(self.bucket, endpoint_url(), region)
+
+    def probe(self) -> None:
+        endpoint = endpoint_url() or "the one of AWS"
+        try:
+            check_reachable(endpoint, self.bucket)
+        except (BotoCoreError, OSError, ValueError) as error:  # ValueError: the endpoint is no URL
+            raise InputError(
+                f"{self.uri}: its server cannot be reached ({describe(error)}); "
+                f"look at AWS_ENDPOINT_URL ({endpoint}) and the network"
+            ) from None
+
+    @staticmethod
+    def classify(error: BaseException) -> Failure | None:
+        """Return why botocore or Arrow's client raised `error`. s3fs raises OSErrors, as a disk does."""
+        if isinstance(error, BotoCoreError | ClientPayloadError):
+            return Failure.UNREACHABLE
+        # Arrow's client raises an OSError without a number, as Arrow does for a broken file.
+        text = str(error) if isinstance(error, OSError) else ""
+        if "NO_SUCH_KEY" in text:
+            return Failure.MISSING
+        return Failure.FAILED if type(error) is OSError and "AWS Error" in text else None
+
+    @staticmethod
+    def failure_types() -> tuple[type[Exception], ...]:
+        """BotoCoreError: no credentials, no endpoint. ClientPayloadError: every answer was cut off."""
+        return BotoCoreError, ClientPayloadError
+
+    @staticmethod
+    def iceberg_properties() -> dict[str, str]:
+        """Return the endpoint. pyiceberg finds everything else in the environment."""
+        endpoint = endpoint_url()
+        return {"s3.endpoint": endpoint} if endpoint else {}
+
+
+def endpoint_url() -> str | None:
+    """Return the endpoint in the environment, or None for that of AWS."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+@cache
+def check_reachable(endpoint: str, bucket: str) -> None:
+    """Fail fast if the endpoint is unreachable. After the first success, calls use the patient retries."""
+    hasty = fsspec.get_filesystem_class("s3")(config_kwargs=HASTY, skip_instance_cache=True)
+    hasty.retries = 1
+    try:
+        hasty.call_s3("head_bucket", Bucket=bucket)
+    except (botocore.exceptions.ConnectionError, HTTPClientError):
+        raise
+    except (OSError, BotoCoreError):  # the server refused, or was not asked: the next call says why
+        pass
+
+
+@cache
+def arrow_client(bucket: str, endpoint: str | None, region: str | None) -> pyarrow.fs.FileSystem:
+    """Return one client per bucket, endpoint and region."""
+    return pyarrow.fs.S3FileSystem(
+        endpoint_override=endpoint,
+        region=region or ("us-east-1" if endpoint else pyarrow.fs.resolve_s3_region(bucket)),
+        connect_timeout=PATIENT["connect_timeout"],
+        request_timeout=PATIENT["read_timeout"],
+        retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(
+            max_attempts=PATIENT["retries"]["total_max_attempts"]
+        ),
+    )
