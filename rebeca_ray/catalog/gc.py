@@ -107,10 +107,15 @@ def kept_snapshots(
     These are the published one and the one it followed, the `keep` that were published last, and those that were published, or made
     without being published, within the grace period.
     """
-    replaced_at = {entry["run_id"]: datetime.fromisoformat(entry["at"]) for entry in pointer.left}
+    replaced_at = {
+        entry["run_id"]: datetime.fromisoformat(entry["replaced_at"])
+        for entry in pointer.previously_published
+    }
     # Each snapshot counts from its last publication.
     before = dict.fromkeys(
-        entry["run_id"] for entry in reversed(pointer.left) if entry["run_id"] != pointer.run_id
+        entry["run_id"]
+        for entry in reversed(pointer.previously_published)
+        if entry["run_id"] != pointer.run_id
     )
     kept = {run_id for run_id in (pointer.run_id, *[*before][: keep - 1]) if run_id}
     # A lost latest.json has forgotten all publications: then the newest publishable snapshots stand in.

@@ -1,8 +1,8 @@
-"""One writer at a time: a run holds a lease in `latest.json`, with an epoch and a heartbeat.
+"""One writer at a time: a run holds a lease in `latest.json`, with a fencing token and a heartbeat.
 
-Whoever starts raises the epoch. A lease whose beat stands still for its `seconds`, by the clock of the one who watches, is taken over:
-no two machines' clocks are ever compared. What a stale run still writes carries an old epoch in its name and is never listed, and
-it cannot publish, for that is a swap of the same object.
+Each new holder gets the next higher token. A lease whose heartbeat stops for its `seconds` is taken over. The watcher's own clock
+measures that time, so the clocks of two machines are never compared. Files of a stale run carry an old token in their names and are
+never listed. A stale run cannot publish either: publishing is a compare-and-swap of the same object.
 """
 
 import os
@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from rebeca_ray.catalog.pointer import LeaseState, Pointer, change_pointer, left_behind, read_pointer
+from rebeca_ray.catalog.pointer import LeaseState, Pointer, change_pointer, read_pointer, replaced_by
 from rebeca_ray.errors import LeaseHeldError, UserError
 
-BEATS = 4  # in the time after which a silent lease is taken over
+BEATS = 4  # heartbeats in the time after which a silent lease is taken over
 
 
 class Lease:
@@ -29,10 +29,10 @@ class Lease:
         self.lost: LeaseHeldError | None = None
         self.released = threading.Event()
         self.wait_for_silence()
-        self.epoch = change_pointer(root, self.take).epoch
+        self.fencing_token = change_pointer(root, self.take).fencing_token
 
     def wait_for_silence(self) -> None:
-        """Return once nobody holds the lease, or whoever does was silent for its time. Raises LeaseHeldError if they are not."""
+        """Return once the lease is free, or its holder was silent for its time. Raises LeaseHeldError at a heartbeat."""
         lease = self.watched = read_pointer(self.root)[0].lease
         if lease is None:
             return
@@ -48,94 +48,96 @@ class Lease:
 
     def refused(self, lease: LeaseState) -> LeaseHeldError:
         return LeaseHeldError(
-            f"catalog {self.root}: run {lease['run_id']} (epoch {lease['epoch']}) is at work on it; wait for it, or stop it and start again"
+            f"catalog {self.root}: run {lease['run_id']} (fencing token {lease['fencing_token']}) is at work on it; "
+            "wait for it, or stop it and start again"
         )
 
     def take(self, pointer: Pointer) -> Pointer:
         if pointer.lease is not None and pointer.lease.get("holder") == self.holder:
-            return pointer  # stored, but the answer was lost
+            return pointer  # the write was stored, but its answer was lost
         if pointer.lease is not None and pointer.lease != self.watched:
             raise self.refused(pointer.lease)
-        epoch = pointer.epoch + 1
+        token = pointer.fencing_token + 1
         lease: LeaseState = {
             "run_id": self.run_id,
-            "epoch": epoch,
+            "fencing_token": token,
             "holder": self.holder,
             "beat": 0,
             "seconds": self.seconds,
         }
-        return replace(pointer, epoch=epoch, lease=lease)
+        return replace(pointer, fencing_token=token, lease=lease)
 
-    def own(self, pointer: Pointer) -> LeaseState:
-        """The lease as it stands. Raises LeaseHeldError if it is another's by now."""
+    def held(self, pointer: Pointer) -> LeaseState:
+        """Return the lease as it stands. Raises LeaseHeldError if another run holds it by now."""
         if pointer.lease is None or pointer.lease.get("holder") != self.holder:
-            to = f"run {pointer.lease['run_id']}" if pointer.lease else "one that has ended"
+            heir = f"run {pointer.lease['run_id']}" if pointer.lease else "one that has ended"
             raise LeaseHeldError(
-                f"catalog {self.root}: run {self.run_id} (epoch {self.epoch}) was silent for more than {self.seconds:g} s and lost its "
-                f"lease to {to}; it publishes nothing, start it again to resume"
+                f"catalog {self.root}: run {self.run_id} (fencing token {self.fencing_token}) was silent for more than "
+                f"{self.seconds:g} s and lost its lease to {heir}; it publishes nothing, start it again to resume"
             )
         return pointer.lease
 
     def beat(self, pointer: Pointer) -> Pointer:
-        lease = self.own(pointer)
+        lease = self.held(pointer)
         beaten: LeaseState = {**lease, "run_id": self.run_id, "beat": lease["beat"] + 1}
         return replace(pointer, lease=beaten)
 
     def keep_beating(self) -> None:
-        """Beat until released. An unreachable store is no loss: whoever takes over has to reach it first."""
+        """Beat until released. An unreachable store is no loss: an heir would have to reach it first."""
         while not self.released.wait(self.seconds / BEATS):
             try:
                 change_pointer(self.root, self.beat)
             except LeaseHeldError as error:
                 self.lost = error
-                while not self.released.wait(1):  # until it is heard: Ray may be waiting in C
+                while not self.released.wait(1):  # repeated until it is heard: Ray may be waiting in C
                     os.kill(os.getpid(), signal.SIGINT)
                 return
             except UserError:
                 continue
 
     def check(self) -> None:
-        """Raise LeaseHeldError if the lease is another's by now."""
-        self.own(read_pointer(self.root)[0])
+        """Raise LeaseHeldError if another run holds the lease by now."""
+        self.held(read_pointer(self.root)[0])
 
     def publish(self, *, run_id: str, run_date: str, snapshot: str, forced: bool = False) -> None:
-        """Point readers at a complete snapshot. Raises LeaseHeldError if the lease is another's by now."""
+        """Point readers at a complete snapshot. Raises LeaseHeldError if another run holds the lease by now."""
 
         def move(pointer: Pointer) -> Pointer:
-            self.own(pointer)
+            self.held(pointer)
             return replace(
                 pointer,
                 run_id=run_id,
                 run_date=run_date,
                 snapshot=snapshot,
                 forced=forced,
-                left=left_behind(pointer, run_id),
+                previously_published=replaced_by(pointer, run_id),
             )
 
         change_pointer(self.root, move)
 
     def release(self) -> None:
+        def free(pointer: Pointer) -> Pointer:
+            self.held(pointer)
+            return replace(pointer, lease=None)
+
         try:
-            change_pointer(
-                self.root, lambda pointer: replace(pointer, lease=None) if self.own(pointer) else pointer
-            )
+            change_pointer(self.root, free)
         except UserError:
-            return  # another's by now, or out of reach: then it runs out
+            return  # another run holds it by now, or the store is out of reach: then it expires
 
 
 @contextmanager
 def hold_lease(root: str, run_id: str, seconds: float) -> Iterator[Lease]:
-    """Hold the lease of the catalog at `root` inside the block; a run that loses it is interrupted there.
+    """Hold the lease of the catalog at `root` inside the block. A run that loses it is interrupted there.
 
-    Raises LeaseHeldError (exit code 5) if another run is at work, or takes over.
+    Raises LeaseHeldError if another run is at work, or takes over.
     """
     lease = Lease(root, run_id, seconds)
     main = threading.current_thread() is threading.main_thread()
 
     def interrupt(*_: object) -> None:
-        if not (
-            lease.lost and lease.released.is_set()
-        ):  # a loss noticed at the very end interrupts nothing any more
+        # A loss that is noticed at the very end interrupts nothing any more.
+        if not (lease.lost and lease.released.is_set()):
             raise KeyboardInterrupt
 
     # A process that a shell starts with `&` ignores SIGINT, and would go on without its lease.

@@ -3,11 +3,13 @@
 read_pointer -> change -> swap, a compare-and-swap of the store. Repeated while other writers come between.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from rebeca_ray.errors import InputError, LeaseHeldError, UserError, describe
@@ -24,30 +26,33 @@ class LeaseState(TypedDict):
     """The lease of the one writer: see lease.py."""
 
     run_id: str
-    epoch: int
+    fencing_token: int
     holder: str
     beat: int
     seconds: float
 
 
-class Left(TypedDict):
+class Replaced(TypedDict):
     """A snapshot that was published before, and the time of its replacement (ISO 8601, UTC)."""
 
     run_id: str
-    at: str
+    replaced_at: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pointer:
-    """The published snapshot (None before the first), the highest epoch so far, and the writer's lease."""
+    """The published snapshot (None before the first), the highest fencing token so far, and the writer's lease."""
 
-    epoch: int = 0
+    fencing_token: int = 0
     run_id: str | None = None
     run_date: str | None = None
     snapshot: str | None = None  # its folder, below the root
     forced: bool = False  # published although the quality gate refused it
     lease: LeaseState | None = None
-    left: tuple[Left, ...] = ()  # snapshots published before, the latest at the end; gc needs them
+    previously_published: tuple[Replaced, ...] = ()  # the latest at the end; gc needs them
+
+
+POINTERS = TypeAdapter(Pointer)
 
 
 def read_pointer(root: str) -> tuple[Pointer, str | None]:
@@ -66,9 +71,19 @@ def read_pointer(root: str) -> tuple[Pointer, str | None]:
         return Pointer(), None
     data, version = versioned
     try:
-        return TypeAdapter(Pointer).validate_json(data, strict=True), version
-    except ValidationError:
+        return POINTERS.validate_python(renamed_from_version_3(json.loads(data)), strict=True), version
+    except (ValueError, RecursionError):  # pydantic's ValidationError is a ValueError
         raise damaged(root) from None
+
+
+def renamed_from_version_3(values: Any) -> Any:
+    """Return a pointer that version 3 wrote under the key names of version 4; any other as it is."""
+    if isinstance(values, list):
+        return tuple(renamed_from_version_3(value) for value in values)
+    if not isinstance(values, dict):
+        return values
+    names = {"epoch": "fencing_token", "left": "previously_published", "at": "replaced_at"}
+    return {names.get(name, name): renamed_from_version_3(value) for name, value in values.items()}
 
 
 def damaged(root: str) -> UserError:
@@ -97,12 +112,13 @@ def change_pointer(root: str, change: Callable[[Pointer], Pointer]) -> Pointer:
     )
 
 
-def left_behind(pointer: Pointer, run_id: str) -> tuple[Left, ...]:
+def replaced_by(pointer: Pointer, run_id: str) -> tuple[Replaced, ...]:
     """Return the snapshots published before, once `run_id` is published. The times serve gc alone."""
     if pointer.run_id is None or pointer.run_id == run_id:
-        return pointer.left
+        return pointer.previously_published
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return (*pointer.left, Left(run_id=pointer.run_id, at=now))[-REMEMBERED:]
+    replaced = Replaced(run_id=pointer.run_id, replaced_at=now)
+    return (*pointer.previously_published, replaced)[-REMEMBERED:]
 
 
 def swap(root: str, pointer: Pointer, version: str | None) -> bool:

@@ -150,7 +150,9 @@ def snapshot_list(pointer: "Pointer", snapshots: "Sequence[Manifest]") -> Render
     if pointer.run_id is None:
         lines.append("no snapshot is published: `rebeca catalog publish --run-id ID` publishes one")
     if pointer.lease:
-        lines.append(f"in progress: run {pointer.lease['run_id']} (epoch {pointer.lease['epoch']})")
+        lines.append(
+            f"in progress: run {pointer.lease['run_id']} (fencing token {pointer.lease['fencing_token']})"
+        )
     return Group(table, *lines)
 
 

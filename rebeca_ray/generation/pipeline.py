@@ -102,7 +102,7 @@ def generate_catalog(
                 root=config.catalog.rstrip("/"),
                 run_date=begun.run_date,
                 run_id=run_id,
-                fencing_token=lease.epoch,
+                fencing_token=lease.fencing_token,
             ),
             models=models,
             previous=previous,
@@ -157,7 +157,7 @@ def remove_empty_catalog_on_error(root: str, first_ever: bool) -> Iterator[None]
         if (
             isinstance(user_error(error), InputError | StorageError)
             and first_ever
-            and read_pointer(root)[0] == Pointer(epoch=1)
+            and read_pointer(root)[0] == Pointer(fencing_token=1)
             and not unfinished_runs(root)
         ):
             delete(root)

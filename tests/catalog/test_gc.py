@@ -9,7 +9,7 @@ import pytest
 from rebeca_ray.catalog import gc
 from rebeca_ray.catalog.gc import collect, find_garbage, kept_snapshots
 from rebeca_ray.catalog.lease import hold_lease
-from rebeca_ray.catalog.pointer import Left, Pointer, read_pointer
+from rebeca_ray.catalog.pointer import Pointer, Replaced, read_pointer
 from rebeca_ray.catalog.read import open_snapshot, read_catalog
 from rebeca_ray.catalog.snapshots import find_snapshot, list_snapshots, publish_snapshot, roll_back
 from rebeca_ray.catalog.verify import verify
@@ -96,7 +96,9 @@ def test_a_snapshot_stays_through_the_grace_period_after_it_was_followed(four_ni
     snapshots = list_snapshots(root)
     hour = datetime.timedelta(hours=1)
     pointer, _ = read_pointer(root)
-    assert [left["run_id"] for left in pointer.left] == [manifest.run_id for manifest in snapshots[:3]]
+    assert [left["run_id"] for left in pointer.previously_published] == [
+        manifest.run_id for manifest in snapshots[:3]
+    ]
     assert kept_snapshots(snapshots, pointer, 1, now, hour) == snapshots
     assert (
         kept_snapshots(snapshots, pointer, 1, now + 2 * hour, hour) == snapshots[2:]
@@ -139,7 +141,9 @@ def test_the_last_published_stay(published: str | None, left: str, kept: str) ->
         }
         for name, before in zip("ABCDR", (None, *"ABCD"), strict=True)
     ]
-    pointer = Pointer(run_id=published, left=tuple(Left(run_id=name, at=at) for name in left))
+    pointer = Pointer(
+        run_id=published, previously_published=tuple(Replaced(run_id=name, replaced_at=at) for name in left)
+    )
     now = datetime.datetime(2026, 3, 9, tzinfo=datetime.UTC)
     found = kept_snapshots(snapshots, pointer, 3, now, datetime.timedelta(hours=1))
     assert "".join(manifest.run_id for manifest in found) == kept

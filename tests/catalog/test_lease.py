@@ -47,16 +47,16 @@ def test_of_four_that_start_at_once_one_holds_the_lease(root: str, start: Start)
     assert sorted(said.values()) == ["", "", "", "holds 1"]
     winner = next(name for name, line in said.items() if line)
     losers = [process for name, process in processes.items() if name != winner]
-    line = f"error: catalog {root}: run {winner} (epoch 1) {AT_WORK}\n"
+    line = f"error: catalog {root}: run {winner} (fencing token 1) {AT_WORK}\n"
     assert [ended(process) for process in losers] == [(5, line)] * 3
 
     tell(processes[winner])
     assert ended(processes[winner]) == (0, "")
-    published = Pointer(epoch=1, run_id=winner, run_date="2026-01-01", snapshot=f"of {winner}")
+    published = Pointer(fencing_token=1, run_id=winner, run_date="2026-01-01", snapshot=f"of {winner}")
     assert read_pointer(root)[0] == published
     for epoch in (2, 3):
         with hold_lease(root, "next", SECONDS) as lease:
-            assert lease.epoch == epoch
+            assert lease.fencing_token == epoch
     assert read_pointer(root)[0] == replace(published, epoch=3)
 
 
@@ -82,15 +82,17 @@ def test_who_was_stopped_too_long_is_taken_over_and_ends_when_it_wakes(root: str
         process.send_signal(signal.SIGCONT)
     for doing, process in stale.items():
         line = (
-            f"error: catalog {root}/{doing}: run stale (epoch 1) was silent for more than 2 s and lost its lease to run heir; it "
+            f"error: catalog {root}/{doing}: run stale (fencing token 1) was silent for more than 2 s and lost its lease to run heir; it "
             "publishes nothing, start it again to resume\n"
         )
         assert ended(process) == (5, line)
         pointer = read_pointer(f"{root}/{doing}")[0]
-        assert (pointer.epoch, pointer.snapshot) == (2, None)
+        assert (pointer.fencing_token, pointer.snapshot) == (2, None)
         heirs[doing].publish(run_id="heir", run_date="2026-01-01", snapshot="of heir", forced=True)
         heirs[doing].release()
-        published = Pointer(epoch=2, run_id="heir", run_date="2026-01-01", snapshot="of heir", forced=True)
+        published = Pointer(
+            fencing_token=2, run_id="heir", run_date="2026-01-01", snapshot="of heir", forced=True
+        )
         assert read_pointer(f"{root}/{doing}")[0] == published
 
     assert ended(patient) == (0, "")  # it was silent for less than its time
@@ -106,7 +108,9 @@ def test_a_killed_holder_is_taken_over_by_one_after_its_time_whatever_their_cloc
     begin(holder)
     assert heard(holder) == "holds 1"
     for _ in range(2):  # it lives, and whoever comes is sent away as often as they come
-        with pytest.raises(LeaseHeldError, match=rf"^catalog {root}: run holder \(epoch 1\) {AT_WORK}$"):
+        with pytest.raises(
+            LeaseHeldError, match=rf"^catalog {root}: run holder \(fencing token 1\) {AT_WORK}$"
+        ):
             Lease(root, "early", SECONDS)
 
     await_beat(root)
@@ -118,7 +122,7 @@ def test_a_killed_holder_is_taken_over_by_one_after_its_time_whatever_their_cloc
     assert time.monotonic() - killed >= SECONDS
     assert sorted(said.values()) == ["", "holds 2"]
     winner, loser = sorted(heirs, key=lambda name: said[name], reverse=True)
-    assert ended(heirs[loser]) == (5, f"error: catalog {root}: run {winner} (epoch 2) {AT_WORK}\n")
+    assert ended(heirs[loser]) == (5, f"error: catalog {root}: run {winner} (fencing token 2) {AT_WORK}\n")
     tell(heirs[winner])
     assert ended(heirs[winner]) == (0, "")
 
@@ -132,7 +136,7 @@ def test_no_clock_is_read_that_anybody_sets() -> None:
 
 def test_another_attempt_at_the_same_run_is_another_holder(root: str) -> None:
     with hold_lease(root, "run", SECONDS) as lease:
-        with pytest.raises(LeaseHeldError, match=rf"run run \(epoch 1\) {AT_WORK}"):
+        with pytest.raises(LeaseHeldError, match=rf"run run \(fencing token 1\) {AT_WORK}"):
             Lease(root, "run", SECONDS)
         lease.check()
         lease.run_id = "renamed"  # its name is known only later; the beat tells it
@@ -152,15 +156,15 @@ def test_the_lease_is_released_however_the_block_ends(root: str) -> None:
     assert read_pointer(root)[0].lease is None
     with pytest.raises(SystemExit), hold_lease(root, "leaving", 60):
         raise SystemExit(3)
-    assert read_pointer(root)[0] == Pointer(epoch=3)
+    assert read_pointer(root)[0] == Pointer(fencing_token=3)
     assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_the_lease_that_another_holds_is_not_released(root: str) -> None:
-    theirs = {"run_id": "b", "epoch": 9, "holder": "b", "beat": 0, "seconds": 60}
+    theirs = {"run_id": "b", "fencing_token": 9, "holder": "b", "beat": 0, "seconds": 60}
     with hold_lease(root, "a", 60):
-        change_pointer(root, lambda pointer: replace(pointer, epoch=9, lease=theirs))
-    assert read_pointer(root)[0] == Pointer(epoch=9, lease=theirs)
+        change_pointer(root, lambda pointer: replace(pointer, fencing_token=9, lease=theirs))
+    assert read_pointer(root)[0] == Pointer(fencing_token=9, lease=theirs)
 
 
 def test_a_user_who_interrupts_is_no_lost_lease(tmp_path: Path, start: Start) -> None:
@@ -173,7 +177,7 @@ def test_a_user_who_interrupts_is_no_lost_lease(tmp_path: Path, start: Start) ->
     assert code == -signal.SIGINT
     assert told.splitlines()[-1] == "KeyboardInterrupt"
     assert "lost" not in told
-    assert read_pointer(root)[0] == Pointer(epoch=1)
+    assert read_pointer(root)[0] == Pointer(fencing_token=1)
 
 
 def test_an_interrupt_for_a_loss_is_not_heard_after_the_end(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from rebeca_ray.storage.store import Store, open_store
 from tests.catalog.conftest import Start, begin
 from tests.catalog.worker import COUNT
 
-PUBLISHED = Pointer(epoch=3, run_id="a", run_date="2026-01-01", snapshot="snapshots/a", forced=True)
+PUBLISHED = Pointer(fencing_token=3, run_id="a", run_date="2026-01-01", snapshot="snapshots/a", forced=True)
 
 
 def put(root: str, data: bytes) -> None:
@@ -34,8 +34,8 @@ def test_what_is_written_is_what_is_read(root: str) -> None:
     assert pointer == PUBLISHED
     assert change_pointer(root, lambda pointer: replace(pointer)) == PUBLISHED
     assert read_pointer(root)[1] == version  # what changes nothing is not written
-    put(root, b'{"epoch": 4, "of_a_later_version": 1}')
-    assert read_pointer(root)[0] == Pointer(epoch=4)
+    put(root, b'{"fencing_token": 4, "of_a_later_version": 1}')
+    assert read_pointer(root)[0] == Pointer(fencing_token=4)
 
 
 def test_changes_of_several_processes_are_all_made(root: str, start: Start) -> None:
@@ -44,7 +44,7 @@ def test_changes_of_several_processes_are_all_made(root: str, start: Start) -> N
     told = [(process.communicate(timeout=60)[1], process.returncode) for process in processes]
     assert told == [("", 0)] * 3
     pointer = read_pointer(root)[0]
-    assert pointer.epoch == 3 * COUNT
+    assert pointer.fencing_token == 3 * COUNT
     assert pointer.snapshot in [f"{name}-{COUNT - 1}" for name in "abc"]
 
 
@@ -52,11 +52,13 @@ def test_what_a_change_raises_is_raised_and_nothing_is_written(root: str) -> Non
     change_pointer(root, lambda _: PUBLISHED)
 
     def refuse(pointer: Pointer) -> Pointer:
-        raise LeaseHeldError(f"epoch {pointer.epoch} is enough")
+        raise LeaseHeldError(f"token {pointer.fencing_token} is enough")
 
     with pytest.raises(LeaseHeldError, match=r"^epoch 3 is enough$"):
         change_pointer(root, refuse)
-    assert change_pointer(root, lambda pointer: replace(pointer, epoch=4)).epoch == 4  # the lock is free
+    assert (
+        change_pointer(root, lambda pointer: replace(pointer, fencing_token=4)).fencing_token == 4
+    )  # the lock is free
 
 
 @pytest.mark.parametrize(
@@ -66,10 +68,10 @@ def test_what_a_change_raises_is_raised_and_nothing_is_written(root: str) -> Non
         b"{",
         b"\xff",
         b"[]",
-        b'"epoch"',
+        b'"fencing_token"',
         b"7",
         b"null",
-        b'{"epoch": "3"}',
+        b'{"fencing_token": "3"}',
         b'{"lease": {}}',
         b'{"lease": 7}',
     ],
@@ -94,40 +96,40 @@ def s3_root(s3_server: dict[str, str], tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_stale_version_is_refused(s3_root: str) -> None:
-    assert swap(s3_root, Pointer(epoch=1), None)
+    assert swap(s3_root, Pointer(fencing_token=1), None)
     _, first = read_pointer(s3_root)
-    assert swap(s3_root, Pointer(epoch=2), first)
-    assert not swap(s3_root, Pointer(epoch=7), first)
-    assert not swap(s3_root, Pointer(epoch=7), None)
-    assert not swap(s3_root, Pointer(epoch=7), '"stale"')
-    assert not swap(f"{s3_root}/none", Pointer(epoch=7), first)  # it was removed meanwhile
-    assert read_pointer(s3_root)[0] == Pointer(epoch=2)
+    assert swap(s3_root, Pointer(fencing_token=2), first)
+    assert not swap(s3_root, Pointer(fencing_token=7), first)
+    assert not swap(s3_root, Pointer(fencing_token=7), None)
+    assert not swap(s3_root, Pointer(fencing_token=7), '"stale"')
+    assert not swap(f"{s3_root}/none", Pointer(fencing_token=7), first)  # it was removed meanwhile
+    assert read_pointer(s3_root)[0] == Pointer(fencing_token=2)
 
 
 def test_a_refused_change_is_made_again_of_what_is_there_now(s3_root: str) -> None:
     seen = []
 
     def publish_b(pointer: Pointer) -> Pointer:
-        seen.append(pointer.epoch)
+        seen.append(pointer.fencing_token)
         if len(seen) < 3:
-            change_pointer(s3_root, lambda other: replace(other, epoch=other.epoch + 1))
+            change_pointer(s3_root, lambda other: replace(other, fencing_token=other.fencing_token + 1))
         return replace(pointer, snapshot="b")
 
-    assert change_pointer(s3_root, publish_b) == Pointer(epoch=2, snapshot="b")
+    assert change_pointer(s3_root, publish_b) == Pointer(fencing_token=2, snapshot="b")
     assert seen == [0, 1, 2]
-    assert read_pointer(s3_root)[0] == Pointer(epoch=2, snapshot="b")
+    assert read_pointer(s3_root)[0] == Pointer(fencing_token=2, snapshot="b")
 
 
 def test_a_change_that_is_never_let_through_ends(s3_root: str) -> None:
     def always_late(pointer: Pointer) -> Pointer:
-        change_pointer(s3_root, lambda other: replace(other, epoch=other.epoch + 1))
+        change_pointer(s3_root, lambda other: replace(other, fencing_token=other.fencing_token + 1))
         return replace(pointer, snapshot="b")
 
     with pytest.raises(
         LeaseHeldError, match=rf"^catalog {s3_root}: latest.json was changed by others {TRIES} times in a row"
     ):
         change_pointer(s3_root, always_late)
-    assert read_pointer(s3_root)[0] == Pointer(epoch=TRIES)
+    assert read_pointer(s3_root)[0] == Pointer(fencing_token=TRIES)
 
 
 def through(filesystem: Any) -> Callable[[str], Store]:
@@ -164,11 +166,11 @@ def test_a_stored_change_whose_answer_was_lost_is_no_lost_race(
     lost = LostAnswer(filesystem)
     monkeypatch.setattr(module, "open_store", through(lost))
     for epoch in (1, 2):
-        assert change_pointer(s3_root, lambda pointer: replace(pointer, epoch=pointer.epoch + 1)) == Pointer(
-            epoch=epoch
-        )
+        assert change_pointer(
+            s3_root, lambda pointer: replace(pointer, fencing_token=pointer.fencing_token + 1)
+        ) == Pointer(epoch=epoch)
     assert lost.written == 2
-    assert read_pointer(s3_root)[0] == Pointer(epoch=2)
+    assert read_pointer(s3_root)[0] == Pointer(fencing_token=2)
 
 
 class Refusing:
@@ -238,5 +240,5 @@ def test_a_lock_that_is_never_freed_is_told(tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(
             UserError, match=r"\.latest\.lock: another process has held it for 0\.1 s; end that process"
         ):
-            change_pointer(str(tmp_path), lambda now: replace(now, epoch=1))
-    assert change_pointer(str(tmp_path), lambda now: replace(now, epoch=1)).epoch == 1
+            change_pointer(str(tmp_path), lambda now: replace(now, fencing_token=1))
+    assert change_pointer(str(tmp_path), lambda now: replace(now, fencing_token=1)).fencing_token == 1

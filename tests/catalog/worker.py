@@ -36,14 +36,14 @@ def count(root: str, name: str) -> None:
     for number in range(COUNT):
 
         def one_more(pointer: Pointer, change: str = f"{name}-{number}") -> Pointer:
-            return replace(pointer, epoch=pointer.epoch + 1, snapshot=change)
+            return replace(pointer, fencing_token=pointer.fencing_token + 1, snapshot=change)
 
         change_pointer(root, one_more)
 
 
 def hold(root: str, name: str, doing: str, seconds: float) -> None:
     with hold_lease(root, name, seconds) as lease:
-        print(f"holds {lease.epoch}", flush=True)
+        print(f"holds {lease.fencing_token}", flush=True)
         while doing == "busy":
             pass
         while doing == "asleep":

@@ -117,14 +117,14 @@ def manifest(run_id: str, *, refused: list[str]) -> Manifest:
 
 
 def test_a_list_tells_published_refused_and_running() -> None:
-    lease = {"run_id": "later", "epoch": 4, "holder": "", "beat": 1, "seconds": 60.0}
+    lease = {"run_id": "later", "fencing_token": 4, "holder": "", "beat": 1, "seconds": 60.0}
     pointer = Pointer(run_id="second", lease=lease)  # type: ignore[arg-type]
     snapshots = [manifest("first", refused=["too few users"]), manifest("second", refused=[])]
     listed = lines(output.snapshot_list(pointer, snapshots))
     assert listed[3].split("│")[2:6] == [" first  ", " 1,234 ", " 1,000 ", " refused by the quality gate "]
     assert listed[4].split("│")[2].strip() == "second"
     assert "published" in listed[4]
-    assert listed[-1] == "in progress: run later (epoch 4)"
+    assert listed[-1] == "in progress: run later (fencing token 4)"
     assert [row["status"] for row in output.snapshot_list_json(pointer, snapshots)["snapshots"]] == [
         "refused",
         "published",

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rebeca_ray import schemas
-from rebeca_ray.generation.decide import draw_key
-from rebeca_ray.generation.shards import DRAW_KEY, render_keys, shards_of
+from rebeca_ray.generation.shards import RENDER_KEY, render_keys, shards_of
+from rebeca_ray.identity import hash128
 
 keys = st.tuples(st.sampled_from([-1.5, -0.0, 0.0, 3.0]), st.integers(-3, 0), st.integers(0, 4))
 
@@ -17,13 +17,13 @@ keys = st.tuples(st.sampled_from([-1.5, -0.0, 0.0, 3.0]), st.integers(-3, 0), st
 def test_the_shard_counts_the_boundaries_that_are_not_above_the_key(
     boundaries: list[tuple[float, int, int]], key_list: list[tuple[float, int, int]]
 ) -> None:
-    shards = shards_of(np.array(key_list, DRAW_KEY), boundaries)
+    shards = shards_of(np.array(key_list, RENDER_KEY), boundaries)
     assert shards.tolist() == [sum(key >= boundary for boundary in boundaries) for key in key_list]
 
 
 @pytest.mark.parametrize("by_urgency", [True, False])
 def test_keys_as_columns_are_the_keys_of_the_rows(by_urgency: bool) -> None:
-    texts = ("decision", "prompt", "negative_prompt", "history_digest", "made_with")
+    texts = ("action", "prompt", "negative_prompt", "history_digest", "settings_digest")
     rows = [
         dict.fromkeys(texts, "")
         | {"user_id": f"user-{number}", "num_images": 3, "bucket": number % 4, "histories_bucket": 0}
@@ -31,5 +31,12 @@ def test_keys_as_columns_are_the_keys_of_the_rows(by_urgency: bool) -> None:
         for number in range(20)
     ]
     table = pa.Table.from_pylist(rows, schema=schemas.DECISIONS)
-    expected = [draw_key(row, by_urgency) for row in table.to_pylist()]
+    expected = [
+        (
+            -row["priority"] if by_urgency else float(row["bucket"]),
+            float(-row["activity"]) if by_urgency else 0.0,
+            float(int(hash128("order", row["user_id"])[:12], 16)),
+        )
+        for row in table.to_pylist()
+    ]
     assert render_keys(table, by_urgency).tolist() == expected

@@ -272,7 +272,7 @@ def test_removing_a_missing_file_is_no_error(tmp_path: Path) -> None:
         "[1]",
         "null",
         '{"run_id": 1}',
-        '{"run_id": "a", "snapshot": "b", "epoch": "3"}',
+        '{"run_id": "a", "snapshot": "b", "fencing_token": "3"}',
         "[" * 100_000,
     ],
 )

@@ -168,23 +168,27 @@ def test_a_pointer_is_changed_once(proxy: FaultyS3, root: str, fault: Fault, met
     for epoch in (1, 2):  # without a pointer, then with one
         plan: list[Fault] = [fault, "", fault]
         proxy.misbehave(plan, f"{method} /")
-        changed = change_pointer(root, lambda pointer: replace(pointer, epoch=pointer.epoch + 1))
+        changed = change_pointer(
+            root, lambda pointer: replace(pointer, fencing_token=pointer.fencing_token + 1)
+        )
         assert fault in faults(proxy)
-        assert changed == read_pointer(root)[0] == Pointer(epoch=epoch)
+        assert changed == read_pointer(root)[0] == Pointer(fencing_token=epoch)
 
 
 def test_a_lease_is_taken_once_and_publishes_once(proxy: FaultyS3, root: str) -> None:
     for epoch in (1, 2, 3):
         proxy.misbehave(seeded(epoch, share=0.4))
         with hold_lease(root, f"run-{epoch}", 1.0) as lease:
-            assert lease.epoch == epoch
+            assert lease.fencing_token == epoch
             time.sleep(0.4)  # a beat or two
             lease.check()
             lease.publish(run_id=f"run-{epoch}", run_date="2026-01-01", snapshot=f"snapshots/{epoch}")
         assert len(faults(proxy)) >= 3
         proxy.misbehave([])
         pointer, _ = read_pointer(root)
-        assert [left["run_id"] for left in pointer.left] == [f"run-{before}" for before in range(1, epoch)]
+        assert [left["run_id"] for left in pointer.previously_published] == [
+            f"run-{before}" for before in range(1, epoch)
+        ]
         assert replace(pointer, left=()) == Pointer(
             epoch=epoch,
             run_id=f"run-{epoch}",
@@ -199,7 +203,7 @@ def test_answers_lost_to_taking_publishing_and_releasing(proxy: FaultyS3, root: 
     proxy.misbehave([fault], "PUT /")
     with hold_lease(root, "run", 60) as lease:
         assert faults(proxy) == [fault]
-        assert lease.epoch == 1
+        assert lease.fencing_token == 1
         proxy.misbehave([fault], "PUT /")
         lease.publish(run_id="run", run_date="2026-01-01", snapshot="snapshots/run")
         assert faults(proxy) == [fault]
@@ -227,7 +231,7 @@ def test_a_store_out_of_reach_for_a_while_does_not_lose_the_lease(
             time.sleep(0.05)
         lease.check()
         assert lease.lost is None
-        assert lease.epoch == 1
+        assert lease.fencing_token == 1
         assert [thread.name for thread in threading.enumerate()].count("lease") == 1
 
 
@@ -240,7 +244,7 @@ DOWN: dict[str, Callable[[str], Any]] = {
     "list_folders": list_folders,
     "delete": lambda root: delete(f"{root}/one.json"),
     "read_pointer": read_pointer,
-    "change_pointer": lambda root: change_pointer(root, lambda pointer: replace(pointer, epoch=7)),
+    "change_pointer": lambda root: change_pointer(root, lambda pointer: replace(pointer, fencing_token=7)),
     "hold_lease": lambda root: hold_lease(root, "run", 60).__enter__(),
 }
 
@@ -270,7 +274,7 @@ def test_a_store_that_stays_down_ends_in_one_line(
     monkeypatch.setattr(S3FileSystem, "retries", 2)
     write_json({"a": 1}, f"{root}/one.json")
     write_table(TABLE, f"{root}/items/a.parquet", row_group_size=100)
-    change_pointer(root, lambda _: Pointer(epoch=1))
+    change_pointer(root, lambda _: Pointer(fencing_token=1))
     proxy.misbehave(forever(fault), methods)
     for name in ends:
         with pytest.raises(SystemExit) as ended, plain_errors():
@@ -281,7 +285,7 @@ def test_a_store_that_stays_down_ends_in_one_line(
         assert root.removeprefix("s3://") in line
         assert "cannot be " in line
     proxy.misbehave([])
-    assert read_pointer(root)[0] == Pointer(epoch=1)
+    assert read_pointer(root)[0] == Pointer(fencing_token=1)
     assert read_json(f"{root}/one.json") == {"a": 1}
     assert list_files(root) == [f"{root}/items/a.parquet", f"{root}/latest.json", f"{root}/one.json"]
     assert read_table(f"{root}/items", "items").equals(TABLE)

@@ -170,8 +170,10 @@ def test_one_racer_creates_the_object(root: str) -> None:
 def test_a_catalog_pointer_works_on_every_store(root: str) -> None:
     assert read_pointer(root) == (Pointer(), None)
     for epoch in (1, 2, 3):
-        assert change_pointer(root, lambda _, epoch=epoch: Pointer(epoch=epoch)) == Pointer(epoch=epoch)
-    assert read_pointer(root)[0] == Pointer(epoch=3)
+        assert change_pointer(root, lambda _, epoch=epoch: Pointer(fencing_token=epoch)) == Pointer(
+            fencing_token=epoch
+        )
+    assert read_pointer(root)[0] == Pointer(fencing_token=3)
 
 
 def test_files_tables_and_folders(root: str) -> None:
@@ -230,9 +232,11 @@ def test_a_lost_answer_is_no_lost_race(gcs: str, gcs_server: FakeGcs) -> None:
     """The write is stored, the answer is 503, and the client's second try is refused by 412."""
     for epoch in (1, 2):
         gcs_server.lose_answers = 1
-        assert change_pointer(gcs, lambda _, epoch=epoch: Pointer(epoch=epoch)) == Pointer(epoch=epoch)
+        assert change_pointer(gcs, lambda _, epoch=epoch: Pointer(fencing_token=epoch)) == Pointer(
+            fencing_token=epoch
+        )
         assert gcs_server.lose_answers == 0
-    assert read_pointer(gcs)[0] == Pointer(epoch=2)
+    assert read_pointer(gcs)[0] == Pointer(fencing_token=2)
 
 
 def test_a_forbidden_object_ends_in_one_line(

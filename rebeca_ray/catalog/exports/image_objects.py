@@ -1,8 +1,8 @@
 """Images as objects of their own, for a CDN, and a table that says who is shown which.
 
     <out>/objects/<two digits>/<item_id>.<kind>              never changes: the same item has the same key in every export
-    <out>/urls/run_id=<id>/epoch=<n>/bucket=<b>.parquet      schemas.URLS of one snapshot
-    <out>/urls/run_id=<id>/epoch=<n>/manifest.json           ImageExport, written last
+    <out>/urls/run_id=<id>/token=<n>/bucket=<b>.parquet      schemas.URLS of one snapshot
+    <out>/urls/run_id=<id>/token=<n>/manifest.json           ImageExport, written last
     <out>/latest.json                                        the export that is whole, and who may write: as a catalog's own
 
 An object is written once, in the first export that needs it. It is removed when neither the new export nor the one before shows it, so
@@ -109,7 +109,7 @@ def export_images(snapshot: Snapshot, out: str, url_base: str) -> Exported:
         shared = snapshot.for_user(POPULATION_USER, COLUMNS)
         pool = last.pool.copy() if last else {}
         pool |= {item: key_of(item, image) for item, image in images_of(snapshot, shared).items()}
-        folder = f"urls/run_id={snapshot.run_id}/epoch={lease.epoch}"
+        folder = f"urls/run_id={snapshot.run_id}/token={lease.fencing_token}"
 
         def work(bucket: int) -> Exported:
             return export_bucket(snapshot, out, folder, url_base, pool, there, gone, bucket)
