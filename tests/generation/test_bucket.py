@@ -11,7 +11,7 @@ from rebeca_ray.generation.item_columns import without_pool
 
 
 def test_the_sums_of_a_bucket_match_a_calculation_by_hand() -> None:
-    """Three users: two equal items and a third at right angles; one item alone; two opposite items, one of them not judged."""
+    """User a has two equal items and one at right angles, b a single item, c two opposite ones, one not judged."""
     x, y = [3.0, 0.0, 0.0], [0.0, 2.0, 0.0]
     rows = [
         (POPULATION_USER, y, 0.9),

@@ -18,12 +18,15 @@ from rebeca_ray.generation.decisions import Action, Decision, Decisions, Publish
 
 DATE = datetime.date(2026, 3, 1)
 YESTERDAY = DATE - datetime.timedelta(days=1)
-CONFIG = {"prior": "/prior", "decoder": {"model": "owner/decoder"}, "request": "/request", "catalog": "/catalog"}
+CONFIG = {
+    "prior": "/prior",
+    "decoder": {"model": "owner/decoder"},
+    "request": "/request",
+    "catalog": "/catalog",
+}
 
 
-def tonight(
-    *, date: datetime.date = DATE, can_rescore: bool = True, **refresh: Any
-) -> RunContext:
+def tonight(*, date: datetime.date = DATE, can_rescore: bool = True, **refresh: Any) -> RunContext:
     """The context of a run; nothing that it names exists."""
     return RunContext(
         config=GenerateConfig.model_validate({**CONFIG, "num_images": 3, "refresh": refresh}),

@@ -1,4 +1,4 @@
-"""Failed items, and items that time ran out for: nobody loses an item, and the next attempt or the next night renders it."""
+"""Failed items, and items that time ran out for: nobody loses any, the next attempt or night renders them."""
 
 import datetime
 from collections import Counter
@@ -52,7 +52,7 @@ OUTCOMES = ("new", "carried", "population", "failed", "filtered", "deferred")
 
 
 class RenderActors:
-    """Makes the render actors of a test. They note the items they render; each loses its rows after the first `limit`."""
+    """Makes render actors that note the items they render. Each loses its rows after the first `limit`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, limit: int | None = None) -> None:
         self.limit = limit
@@ -170,7 +170,7 @@ def test_failed_items_are_rendered_again_as_another_attempt(
 def test_a_killed_attempt_at_failed_items_is_resumed(
     config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All sixteen items fail. The second attempt renders five and is killed; the same attempt renders the other eleven."""
+    """All sixteen items fail. The second attempt renders five and is killed; resumed, it renders eleven."""
     config = on(MONDAY, config, images_per_file=1)
 
     def failing(_: RenderImages, batch: pa.Table) -> pa.Table:
@@ -281,7 +281,7 @@ def test_limits_decide_when_rendering_stops(
 
 
 def test_a_second_night_completes_a_first_catalog_that_time_ran_out_for(config: GenerateConfig) -> None:
-    """The least urgent users are deferred, also the one with a single rendered item: nobody has half a list."""
+    """The least urgent users are deferred, also one with a single rendered item: nobody has half a list."""
     manifest, prepared = night(on(MONDAY, config, items_per_shard=6), shards=1, and_rows=1)
     assert prepared.rendered.timed_out
     done = manifest.counts.new
@@ -364,7 +364,7 @@ def test_a_night_without_time_to_render_publishes_last_nights_items(config: Gene
 def test_cold_start_users_share_a_pool_that_was_not_rendered_in_time(
     config: GenerateConfig, tmp_path: Path
 ) -> None:
-    """The request is for more than last night's pool has: the missing items are deferred, like those of anybody else."""
+    """The request is for more than last night's pool has: the missing items are deferred."""
     pq.write_table(pa.table({"user_id": [USERS[0], "nobody", "nobody else"]}), tmp_path / "three.parquet")
     config = config.model_copy(update={"request": str(tmp_path / "three.parquet")})
     manifest, _ = night(on(MONDAY, config), shards=0)

@@ -24,9 +24,7 @@ from tests.conftest import D, plan, prior_users, write_tiny_prior
 NUM_FACTORS = 4
 
 
-def write_plan(
-    folder: Path, *, users: int, personal: bool, items: int = 3, origin: str = "new"
-) -> Run:
+def write_plan(folder: Path, *, users: int, personal: bool, items: int = 3, origin: str = "new") -> Run:
     """A plan of two files. Its drawn candidates please their user, or else another user."""
     random = np.random.default_rng(0)
     factors = random.standard_normal((users, NUM_FACTORS + 1)).astype(np.float32)
@@ -147,7 +145,9 @@ def manifest_of(**changes: float | None) -> Manifest:
     return Manifest.model_construct(
         counts=Counts.model_construct(**counts),
         figures=GateFigures(**figures),
-        quality=Quality(permutation=None if permutation["effect"] is None else PermutationFigures(**permutation)),
+        quality=Quality(
+            permutation=None if permutation["effect"] is None else PermutationFigures(**permutation)
+        ),
     )
 
 

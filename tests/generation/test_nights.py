@@ -1,4 +1,4 @@
-"""Night after night in this process: items carried, files written, outcomes counted. Every snapshot is verified to the last byte."""
+"""Night after night in this process: carried items, written files, counts. Each snapshot is verified in full."""
 
 import datetime
 from dataclasses import replace
@@ -86,7 +86,9 @@ def test_an_unchanged_night_renders_nothing_and_the_third_is_carried_by_referenc
     assert first.created_at[:4] == str(after.items()["generated_at"][0].as_py().year)
 
 
-def test_changed_users_get_new_items_absent_users_lose_theirs_and_others_keep_them(config: GenerateConfig) -> None:
+def test_changed_users_get_new_items_absent_users_lose_theirs_and_others_keep_them(
+    config: GenerateConfig,
+) -> None:
     _, before = night(config, USERS[:5])
     change_digest(config, USERS[1])
     manifest, after = night(config, [*USERS[1:5], USERS[6]], 1)
@@ -118,7 +120,7 @@ def test_cold_start_users_share_one_pool_that_is_rendered_once(config: GenerateC
 def test_a_prompt_keeps_a_cold_start_user_out_of_the_pool_and_the_largest_request_sizes_the_pool(
     config: GenerateConfig,
 ) -> None:
-    config = ask(
+    config = request_for(
         config,
         ["stranger", "greedy", "poet"],
         num_images=pa.array([1, 4, 2], pa.int32()),
@@ -220,7 +222,9 @@ def test_a_first_catalog_fills_over_several_nights_that_time_runs_out_for(config
     assert set(by_user(snapshot)) == set(USERS[:5])
 
 
-def test_a_failed_item_is_listed_with_its_user_and_rendered_again_the_next_night(config: GenerateConfig) -> None:
+def test_a_failed_item_is_listed_with_its_user_and_rendered_again_the_next_night(
+    config: GenerateConfig,
+) -> None:
     prepared = prepare(request_for(config, USERS[:5]), break_first=True)
     manifest = assembled(config, prepared, error_budget=0.1)
     publish(config.catalog, prepared.run)
@@ -253,7 +257,7 @@ def test_mostly_dead_image_files_are_copied_and_no_longer_listed(config: Generat
 
 @pytest.mark.parametrize("number", range(3))
 def test_random_nights_lose_and_repeat_no_items(config: GenerateConfig, number: int) -> None:
-    """Over six nights users come, go, rate and request other counts: everybody gets the requested items, each once."""
+    """Users come, go, rate and request other counts: on six nights they get all requested items, each once."""
     random = np.random.default_rng(number)
     config = config.model_copy(update={"refresh": RefreshSettings(rotation=0.25)})
     everybody = [*USERS, "stranger", "passer-by"]

@@ -1,4 +1,4 @@
-"""Planning: every item of any request, whatever the batches; histories, strangers, and the choice among candidates."""
+"""Planning: every item of any request in any batches; histories, cold-start users, choice of candidates."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import InteractionSettings, SelectionSettings
 from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.errors import UserError
-from rebeca_ray.generation.decide import Decisions
+from rebeca_ray.generation.decisions import Decisions
 from rebeca_ray.generation.plan import PlanUsers, request_histories
 from rebeca_ray.generation.request import check_request
 from rebeca_ray.prior.checkpoint import load_prior, save_prior
@@ -38,12 +38,12 @@ from tests.conftest import (
     versions_of,
 )
 
-NOBODY = Decisions(pool=None, by_urgency=True, boundaries=[], planned_users=0, planned_items=0, units=0)
+NOBODY = Decisions(pool=None, by_urgency=True, boundaries=[], planned_users=0, planned_items=0, shards=0)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    asked=st.lists(
+    rows=st.lists(
         st.tuples(st.sampled_from(USERS), st.none() | st.integers(1, 5)),
         min_size=1,
         unique_by=lambda row: row[0],
@@ -51,15 +51,15 @@ NOBODY = Decisions(pool=None, by_urgency=True, boundaries=[], planned_users=0, p
     cut=st.integers(0, len(USERS)),
 )
 def test_any_request_is_planned_item_by_item_whatever_the_batches(
-    config: GenerateConfig, asked: list[tuple[str, int | None]], cut: int
+    config: GenerateConfig, rows: list[tuple[str, int | None]], cut: int
 ) -> None:
-    """Every user gets their count, ranks without a gap, and the very same items however the request is cut."""
-    users, counts = (list(column) for column in zip(*asked, strict=True))
+    """Every user gets their count, ranks without a gap, and the same items however the request is cut."""
+    users, counts = (list(column) for column in zip(*rows, strict=True))
     request = pa.table({"user_id": users, "num_images": pa.array(counts, pa.int32())})
     whole = plan(config, request)
-    wanted = {user: count or config.num_images for user, count in asked}
+    num_images = {user: count or config.num_images for user, count in rows}
     assert [(row["user_id"], row["rank"]) for row in whole.to_pylist()] == [
-        (u, rank) for u in sorted(users) for rank in range(wanted[u])
+        (user, rank) for user in sorted(users) for rank in range(num_images[user])
     ]
     assert len(set(whole["item_id"].to_pylist())) == whole.num_rows
     parts = [plan(config, part) for part in (request.slice(0, cut), request.slice(cut)) if part.num_rows]
@@ -69,7 +69,7 @@ def test_any_request_is_planned_item_by_item_whatever_the_batches(
     )
 
 
-def test_a_prior_replaced_while_planning_is_noticed(config: GenerateConfig) -> None:
+def test_a_prior_that_is_replaced_while_planning_is_refused(config: GenerateConfig) -> None:
     with pytest.raises(UserError, match="was replaced while this run was planning; run again"):
         PlanUsers(config, {"prior": "another version", "decoder": "any"}, None, None, NOBODY)
 
@@ -99,7 +99,7 @@ def plan_with_histories(config: GenerateConfig, users: list[str]) -> list[dict[s
     return plan(config, pa.table({"user_id": users}), request_histories(config, run_of(config))).to_pylist()
 
 
-def test_who_has_rated_anything_is_served_and_who_has_not_gets_the_population(
+def test_users_with_ratings_get_personal_items_and_others_get_the_population_pool(
     config: GenerateConfig, tmp_path: Path
 ) -> None:
     interactions = write_histories(
@@ -124,15 +124,14 @@ def test_who_has_rated_anything_is_served_and_who_has_not_gets_the_population(
         config.model_copy(update={"interactions": changed}), ["user-0", "stranger", "new-user", "grumpy"]
     )
     same = [row["item_id"] in before for row in again]
-    assert (
-        same == [True] * 3 + [False] * 3 + [True] * 6
-    )  # new taste, new items; the others' stay, embedding and all
+    # A new rating brings new items; those of the others stay, embedding and all.
+    assert same == [True] * 3 + [False] * 3 + [True] * 6
     assert all(
         before[row["item_id"]] == row["image_embeds"] for row, kept in zip(again, same, strict=True) if kept
     )
 
 
-def test_a_prior_by_id_gives_strangers_the_population(config: GenerateConfig) -> None:
+def test_an_id_prior_gives_cold_start_users_the_population_pool(config: GenerateConfig) -> None:
     rows = plan(config, pa.table({"user_id": ["user-1", "stranger"]})).to_pylist()
     assert [(row["user_id"], row["origin"]) for row in rows[::3]] == [
         ("user-1", "new"),
@@ -140,14 +139,16 @@ def test_a_prior_by_id_gives_strangers_the_population(config: GenerateConfig) ->
     ]
 
 
-def test_a_prior_without_users_is_the_populations(config: GenerateConfig, tmp_path: Path) -> None:
+def test_a_prior_without_users_plans_the_population_pool_alone(
+    config: GenerateConfig, tmp_path: Path
+) -> None:
     config = config.model_copy(update={"prior": write_history_prior(tmp_path, "none")})
     assert {row["origin"] for row in plan(config, pa.table({"user_id": ["user-1"]})).to_pylist()} == {
         "population"
     }
 
 
-def test_a_history_prior_says_what_it_needs(config: GenerateConfig, tmp_path: Path) -> None:
+def test_a_history_prior_needs_interactions_and_items(config: GenerateConfig, tmp_path: Path) -> None:
     config = config.model_copy(update={"prior": write_history_prior(tmp_path, "history")})
     with pytest.raises(UserError, match="knows users by their history: set `interactions`"):
         check_request(config, identify_decoder(config.decoder))
@@ -158,9 +159,7 @@ def test_a_history_prior_says_what_it_needs(config: GenerateConfig, tmp_path: Pa
         check_request(config, identify_decoder(config.decoder))
 
 
-def test_one_candidate_an_item_is_plain_sampling_and_more_are_a_choice_among_them(
-    config: GenerateConfig,
-) -> None:
+def test_one_candidate_per_item_is_plain_sampling_and_more_allow_a_choice(config: GenerateConfig) -> None:
     users = pa.table({"user_id": USERS[:2]})
     plain, chosen = (
         plan(
@@ -195,18 +194,18 @@ def test_one_candidate_an_item_is_plain_sampling_and_more_are_a_choice_among_the
     assert [row["rank"] for row in chosen] == [0, 1, 2] * 2
 
 
-def test_population_items_are_counted_apart(config: GenerateConfig) -> None:
+def test_items_of_the_population_pool_are_counted_separately(config: GenerateConfig) -> None:
     pq.write_table(pa.table({"user_id": ["user-1", "stranger"]}), config.request)
     prepared = prepare(config)
-    counts = assembled(config, prepared, requested=6)["counts"]
-    assert (counts["requested"], counts["new"], counts["population"]) == (6, 3, 3)
+    counts = assembled(config, prepared).counts
+    assert (counts.requested, counts.new, counts.population) == (6, 3, 3)
     items = open_snapshot(config.catalog, prepared.run.snapshot).items()
     assert [(row["user_id"], row["origin"]) for row in items.to_pylist()[::3]] == [
         (POPULATION_USER, "population"), ("stranger", "population"), ("user-1", "new"),
     ]  # fmt: skip
 
 
-def test_a_history_means_the_same_in_any_company(config: GenerateConfig, tmp_path: Path) -> None:
+def test_a_user_gets_the_same_items_in_any_batch(config: GenerateConfig, tmp_path: Path) -> None:
     interactions = write_histories(
         tmp_path, **{f"user_{number}": [(number, 5.0), (number + 7, 1.0)] for number in range(7)}
     )
