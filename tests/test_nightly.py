@@ -1,8 +1,7 @@
-"""Which dates are due, when training is, what `{run_date}` means, and nights that go wrong."""
+"""Due dates, due trainings, `{run_date}` in paths, and nights that fail."""
 
 import datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -12,9 +11,11 @@ from hypothesis import strategies as st
 from rebeca_ray import nightly
 from rebeca_ray.catalog.gc import Garbage
 from rebeca_ray.catalog.layout import Run
+from rebeca_ray.catalog.manifest import Manifest
 from rebeca_ray.config.jobs import GenerateConfig, NightlyConfig, dated
 from rebeca_ray.config.load import load_config
 from rebeca_ray.errors import InputError, QualityGateError, ResumableError, UserError
+from rebeca_ray.generation.pipeline import Generated
 from rebeca_ray.nightly import dates_due, run_nightly, training_is_due
 from rebeca_ray.storage.objects import write_json
 from tests.conftest import REPO, publish
@@ -47,34 +48,34 @@ def test_training_is_due_when_the_prior_is_missing_or_old(tmp_path: Path) -> Non
 
 
 def test_the_date_is_filled_into_paths_and_sections_come_from_files(tmp_path: Path) -> None:
-    told = yaml.safe_load((REPO / "jobs" / "configs" / "generate_stickers.yaml").read_text())
-    told["request"] = "s3://bucket/requests/{run_date}.parquet"
-    (tmp_path / "generate.yaml").write_text(yaml.safe_dump(told))
+    values = yaml.safe_load((REPO / "jobs" / "configs" / "generate_stickers.yaml").read_text())
+    values["request"] = "s3://bucket/requests/{run_date}.parquet"
+    (tmp_path / "generate.yaml").write_text(yaml.safe_dump(values))
     (tmp_path / "night.yaml").write_text("generate: generate.yaml\ncatch_up: 0\n")
     config = load_config(NightlyConfig, tmp_path / "night.yaml", ["generate.num_images=2"])
     assert config.generate.num_images == 2
-    found = dated(config.generate, datetime.date(2026, 3, 1))
-    assert found.request == "s3://bucket/requests/2026-03-01.parquet"
-    assert found.model_copy(update={"request": config.generate.request}) == config.generate
+    tonight = dated(config.generate, datetime.date(2026, 3, 1))
+    assert tonight.request == "s3://bucket/requests/2026-03-01.parquet"
+    assert tonight.model_copy(update={"request": config.generate.request}) == config.generate
     (tmp_path / "night.yaml").write_text("generate: nothing.yaml\n")
     with pytest.raises(UserError, match=rf"config {tmp_path}/nothing.yaml: cannot be read"):
         load_config(NightlyConfig, tmp_path / "night.yaml")
 
 
 class Nights:
-    """Stands in for the stages of a night: each published one moves the pointer, some dates fail."""
+    """Stands in for the main job: some dates fail, the others are published by moving the pointer."""
 
     def __init__(self, failing: dict[str, Exception]) -> None:
         self.failing, self.dates = failing, list[str]()
 
-    def __call__(self, config: GenerateConfig, since: datetime.datetime) -> dict[str, Any]:
+    def __call__(self, config: GenerateConfig, since: datetime.datetime) -> Generated:
         self.since = since
         date = config.date().isoformat()
         if error := self.failing.get(date):
             raise error
         self.dates.append(date)
         publish(config.catalog, Run(root=config.catalog, run_date=date, run_id=date, fencing_token=1))
-        return {"run_date": date}
+        return Generated(manifest=Manifest.model_construct(run_date=date), seconds={})
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def stub(monkeypatch: pytest.MonkeyPatch, **failing: Exception) -> Nights:
     return nights
 
 
-def test_missed_dates_are_made_up_for_in_order_and_done_once(
+def test_missed_dates_are_generated_in_order_and_once(
     config: NightlyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nights = stub(monkeypatch)
@@ -99,17 +100,17 @@ def test_missed_dates_are_made_up_for_in_order_and_done_once(
         config.generate.catalog,
         Run(root=config.generate.catalog, run_date="2026-03-01", run_id="first", fencing_token=1),
     )
-    found, garbage = run_nightly(config)
+    published, garbage = run_nightly(config)
     assert (
         nights.dates
-        == [night.run_date.isoformat() for night in found]
+        == [night.run_date.isoformat() for night in published]
         == ["2026-03-03", "2026-03-04", "2026-03-05"]
     )
     assert garbage is not None
     assert run_nightly(config) == ([], None)
 
 
-def test_a_missed_date_that_fails_costs_no_later_one_but_is_told(
+def test_a_missed_date_that_fails_costs_no_later_date_but_is_raised(
     config: NightlyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nights = stub(monkeypatch, day03=QualityGateError("too few users"))
@@ -122,7 +123,7 @@ def test_a_missed_date_that_fails_costs_no_later_one_but_is_told(
     assert nights.dates == ["2026-03-04", "2026-03-05"]
 
 
-def test_a_night_that_fails_is_an_error_and_an_unexpected_one_stops_at_once(
+def test_a_night_that_fails_is_an_error_and_an_unexpected_error_stops_at_once(
     config: NightlyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub(monkeypatch, day05=InputError("no request"))
@@ -149,11 +150,11 @@ def test_a_training_that_fails_does_not_cost_the_catalog(
     monkeypatch.setattr(nightly, "train_prior", diverges)
     train = load_config(NightlyConfig, REPO / "jobs" / "configs" / "nightly_stickers.yaml").train
     assert train is not None
-    there = config.model_copy(update={"train": train.model_copy(update={"out": config.generate.prior})})
+    existing = config.model_copy(update={"train": train.model_copy(update={"out": config.generate.prior})})
     with pytest.raises(UserError, match="training diverged"):
-        run_nightly(there)
+        run_nightly(existing)
     assert nights.dates == ["2026-03-05"]
-    missing = there.model_copy(
+    missing = existing.model_copy(
         update={
             "run_date": datetime.date(2026, 3, 6),
             "train": train.model_copy(update={"out": str(tmp_path / "none")}),
@@ -161,12 +162,10 @@ def test_a_training_that_fails_does_not_cost_the_catalog(
     )
     with pytest.raises(UserError, match="training diverged"):
         run_nightly(missing)
-    assert nights.dates == ["2026-03-05"]  # without any prior there is nothing to draw with
+    assert nights.dates == ["2026-03-05"]  # without any prior nothing can be sampled
 
 
-def test_a_night_that_can_be_gone_on_with_is_never_left_out(
-    config: NightlyConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumable_night_is_never_skipped(config: NightlyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     nights = stub(monkeypatch, day04=ResumableError("storage went away"))
     publish(
         config.generate.catalog,

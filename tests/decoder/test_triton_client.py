@@ -1,4 +1,4 @@
-"""The decoder behind a real Triton server: the same images as in process, and what happens when the server is not well."""
+"""The decoder behind a real Triton server: the same images as in process; slow, lost and killed servers."""
 
 import os
 import signal
@@ -37,10 +37,10 @@ PORTS = ("http_port", "grpc_port", "metrics_port")
 
 
 def served(settings: DecoderSettings, grpc_port: int, **triton: float) -> DecoderSettings:
-    told = TritonSettings(
+    triton_settings = TritonSettings(
         url=f"127.0.0.1:{grpc_port}", **{"deadline_seconds": 60, "ready_seconds": 60, **triton}
     )
-    return settings.model_copy(update={"backend": "triton", "triton": told})
+    return settings.model_copy(update={"backend": "triton", "triton": triton_settings})
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def process(tiny_decoder: DecoderSettings, ports: dict[str, int]) -> Iterator["s
 def server(
     process: "subprocess.Popen[bytes]", tiny_decoder: DecoderSettings, ports: dict[str, int]
 ) -> DecoderSettings:
-    """The settings that reach it."""
+    """The settings that reach the server."""
     return served(tiny_decoder, ports["grpc_port"])
 
 
@@ -70,7 +70,7 @@ def rows(tiny_decoder: DecoderSettings) -> Rows:
     return Rows.of(tiny_decoder, embeds, range(11), words, words[::-1])
 
 
-def test_it_draws_the_same_images_as_the_decoder_in_process(
+def test_a_server_renders_the_same_images_as_the_decoder_in_process(
     server: DecoderSettings, tiny_decoder: DecoderSettings, rows: Rows
 ) -> None:
     rows.image_embeds_BD[4, 0] = np.nan
@@ -108,8 +108,8 @@ def test_requests_of_several_clients_share_batches_and_mix_nothing(
 
 def statistics(decoder: TritonDecoder) -> tuple[int, int]:
     """Images drawn so far, and in how many batches."""
-    (told,) = decoder.client.get_inference_statistics(MODEL, as_json=True)["model_stats"]
-    return int(told["inference_count"]), int(told["execution_count"])
+    (counts,) = decoder.client.get_inference_statistics(MODEL, as_json=True)["model_stats"]
+    return int(counts["inference_count"]), int(counts["execution_count"])
 
 
 def test_a_malformed_request_is_refused_alone(server: DecoderSettings, rows: Rows) -> None:
@@ -137,7 +137,7 @@ def test_a_malformed_request_is_refused_alone(server: DecoderSettings, rows: Row
     assert short.as_numpy("image_size")[0, 0] > 0
 
 
-def test_a_refused_request_is_the_users_mistake(server: DecoderSettings, rows: Rows) -> None:
+def test_a_refused_request_is_a_user_error(server: DecoderSettings, rows: Rows) -> None:
     with pytest.raises(
         UserError, match=r"decoder.triton 127.0.0.1:\d+: .*unexpected shape for input 'image_embeds'"
     ):
@@ -147,20 +147,22 @@ def test_a_refused_request_is_the_users_mistake(server: DecoderSettings, rows: R
 def test_a_server_of_another_decoder_is_refused(server: DecoderSettings) -> None:
     with pytest.raises(
         UserError,
-        match=r"serves another decoder than this config says \(they differ in num_inference_steps\); start the server with the same",
+        match=r"serves another decoder than this config says \(they differ in num_inference_steps\); "
+        r"start the server with the same",
     ):
         TritonDecoder(server.model_copy(update={"num_inference_steps": 7}))
 
 
-def test_a_server_that_is_down_is_said_with_the_remedy(tiny_decoder: DecoderSettings) -> None:
+def test_an_error_names_a_server_that_is_down_and_the_remedy(tiny_decoder: DecoderSettings) -> None:
     with pytest.raises(
         ServerLostError,
-        match=r"no server ready within 1 s \(.*refused.*\); start one on every node that renders \(rebeca serve",
+        match=r"no server ready within 1 s \(.*refused.*\); "
+        r"start one on every node that renders \(rebeca serve",
     ):
         TritonDecoder(served(tiny_decoder, free_port(), ready_seconds=1))
 
 
-def test_a_server_slow_beyond_the_deadline_is_waited_for_and_then_given_up(
+def test_a_client_waits_for_a_slow_server_and_then_gives_up(
     process: "subprocess.Popen[bytes]", server: DecoderSettings, rows: Rows
 ) -> None:
     port = int(server.triton.url.rpartition(":")[2])
@@ -178,16 +180,16 @@ def test_a_server_slow_beyond_the_deadline_is_waited_for_and_then_given_up(
         os.kill(process.pid, signal.SIGCONT)
 
 
-def test_a_server_killed_in_the_middle_and_started_again_loses_and_doubles_nothing(
+def test_a_server_that_is_killed_and_started_again_loses_and_repeats_nothing(
     tiny_decoder: DecoderSettings, rows: Rows
 ) -> None:
-    own = {name: free_port() for name in PORTS}
+    own_ports = {name: free_port() for name in PORTS}
     many = Rows.concatenate([rows] * 20)
     expected = LocalDecoder(tiny_decoder).decode(rows) * 20
     answers: list[object] = []
     with ExitStack() as stack:
-        first = stack.enter_context(triton_server(tiny_decoder, **own, instances=1))
-        decoder = TritonDecoder(served(tiny_decoder, own["grpc_port"]))
+        first = stack.enter_context(triton_server(tiny_decoder, **own_ports, instances=1))
+        decoder = TritonDecoder(served(tiny_decoder, own_ports["grpc_port"]))
         thread = threading.Thread(target=lambda: answers.extend(decoder.decode(many)))
         thread.start()
         while statistics(decoder)[1] < 5:
@@ -199,7 +201,7 @@ def test_a_server_killed_in_the_middle_and_started_again_loses_and_doubles_nothi
             with suppress(ProcessLookupError):
                 os.kill(int(backend), signal.SIGKILL)
         assert thread.is_alive()
-        stack.enter_context(triton_server(tiny_decoder, **own, instances=1))
+        stack.enter_context(triton_server(tiny_decoder, **own_ports, instances=1))
         thread.join(60)
     assert answers == expected
 
@@ -211,7 +213,7 @@ def test_the_catalog_is_the_same_by_either_backend(server: DecoderSettings, conf
         row["item_id"]: row["image"]["bytes"] for row in pq.read_table(f"{run.root}/{run.images}").to_pylist()
     }
     through = config.model_copy(update={"catalog": f"{config.catalog}-triton", "decoder": server})
-    assert generate_catalog(through)["counts"]["new"] == len(local) == 16
+    assert generate_catalog(through).manifest.counts.new == len(local) == 16
     snapshot = read_catalog(through.catalog)
     items = snapshot.items()
     expected = [local[item] for item in items["item_id"].to_pylist()]
@@ -222,7 +224,7 @@ def test_the_catalog_is_the_same_by_either_backend(server: DecoderSettings, conf
 def test_a_render_actor_whose_server_is_lost_is_started_again(
     process: "subprocess.Popen[bytes]", server: DecoderSettings, config: GenerateConfig
 ) -> None:
-    """As Ray Data keeps its actors: they restart, and what they were at is tried again."""
+    """The actor is kept as Ray Data keeps its actors: it restarts, and its rows are tried again."""
     import ray
 
     planned = plan(config, pq.read_table(config.request)).select(
@@ -246,9 +248,9 @@ def test_out_of_memory_on_the_server_halves_its_batch_and_goes_on(
     tiny_decoder: DecoderSettings, rows: Rows
 ) -> None:
     small = tiny_decoder.model_copy(update={"safety": SafetySettings(checker="tests.small_memory:checker")})
-    own = {name: free_port() for name in PORTS}
-    with triton_server(small, **own, instances=1):
-        drawn = TritonDecoder(served(small, own["grpc_port"])).decode(rows)
+    own_ports = {name: free_port() for name in PORTS}
+    with triton_server(small, **own_ports, instances=1):
+        drawn = TritonDecoder(served(small, own_ports["grpc_port"])).decode(rows)
     assert [image.error for image in drawn] == [None] * 11
     assert all(image.image for image in drawn)
 
@@ -256,11 +258,11 @@ def test_out_of_memory_on_the_server_halves_its_batch_and_goes_on(
 def test_an_unknown_engine_stops_the_server_with_the_reason(
     tiny_decoder: DecoderSettings, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    own = {name: free_port() for name in PORTS}
+    own_ports = {name: free_port() for name in PORTS}
     unknown = tiny_decoder.model_copy(update={"engine": "steam"})
     with (
         pytest.raises(UserError, match="tritonserver ended with code 1 before it was ready"),
-        triton_server(unknown, **own, instances=1),
+        triton_server(unknown, **own_ports, instances=1),
     ):
         pass
     assert (
@@ -270,31 +272,35 @@ def test_an_unknown_engine_stops_the_server_with_the_reason(
 
 
 @pytest.mark.usefixtures("process")
-def test_a_port_that_is_taken_is_said_at_once(tiny_decoder: DecoderSettings, ports: dict[str, int]) -> None:
-    """Else the server that has it would be found ready in place of ours."""
-    own = {**{name: free_port() for name in PORTS}, "http_port": ports["http_port"]}
-    taken = pytest.raises(UserError, match=rf"--http-port {own['http_port']}: another process listens there")
-    with taken, triton_server(tiny_decoder, **own, instances=1):
+def test_a_taken_port_is_refused_at_once(tiny_decoder: DecoderSettings, ports: dict[str, int]) -> None:
+    """Otherwise the other server would pass for ours."""
+    own_ports = {**{name: free_port() for name in PORTS}, "http_port": ports["http_port"]}
+    taken = pytest.raises(
+        UserError, match=rf"--http-port {own_ports['http_port']}: another process listens there"
+    )
+    with taken, triton_server(tiny_decoder, **own_ports, instances=1):
         pass
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_a_server_that_is_not_there_is_missed_before_anything_is_planned(config: GenerateConfig) -> None:
+def test_a_missing_server_is_refused_before_anything_is_planned(config: GenerateConfig) -> None:
     nowhere = served(config.decoder, free_port(), ready_seconds=1)
     with pytest.raises(ServerLostError, match="no server ready within 1 s"):
         generate_catalog(config.model_copy(update={"decoder": nowhere}))
     assert not (Path(config.catalog) / "work").exists()
 
 
-def test_rebeca_serve_says_where_it_listens_and_stops_cleanly(
+def test_rebeca_serve_prints_its_address_and_stops_cleanly(
     tiny_decoder: DecoderSettings, rows: Rows, tmp_path: Path
 ) -> None:
-    own = {name: free_port() for name in PORTS}
+    own_ports = {name: free_port() for name in PORTS}
     decoder = tiny_decoder.model_dump(mode="json", exclude_defaults=True)
     (tmp_path / "c.yaml").write_text(
         yaml.safe_dump({"prior": "p", "request": "r", "catalog": "c", "decoder": decoder})
     )
-    options = [part for name, port in own.items() for part in (f"--{name.replace('_', '-')}", str(port))]
+    options = [
+        part for name, port in own_ports.items() for part in (f"--{name.replace('_', '-')}", str(port))
+    ]
     command = [
         str(Path(sys.executable).parent / "rebeca"),
         "serve",
@@ -304,10 +310,10 @@ def test_rebeca_serve_says_where_it_listens_and_stops_cleanly(
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
-    told = process.stdout.readline()  # one line, for scripts that wait for it
-    assert f"ready: grpc 127.0.0.1:{own['grpc_port']}" in told
-    assert TritonDecoder(served(tiny_decoder, own["grpc_port"])).decode(rows.take([0]))[0].image
+    line = process.stdout.readline()  # one line, for scripts that wait for it
+    assert f"ready: grpc 127.0.0.1:{own_ports['grpc_port']}" in line
+    assert TritonDecoder(served(tiny_decoder, own_ports["grpc_port"])).decode(rows.take([0]))[0].image
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
     with pytest.raises(ServerLostError):
-        TritonDecoder(served(tiny_decoder, own["grpc_port"], ready_seconds=1))
+        TritonDecoder(served(tiny_decoder, own_ports["grpc_port"], ready_seconds=1))

@@ -11,7 +11,7 @@ from rebeca_ray.generation.item_columns import without_pool
 
 
 def test_the_sums_of_a_bucket_match_a_calculation_by_hand() -> None:
-    """User a has two equal items and one at right angles, b a single item, c two opposite ones, one not judged."""
+    """User a has two equal items and one at right angles, b a single item, c two opposite items."""
     x, y = [3.0, 0.0, 0.0], [0.0, 2.0, 0.0]
     rows = [
         (POPULATION_USER, y, 0.9),
@@ -20,7 +20,7 @@ def test_the_sums_of_a_bucket_match_a_calculation_by_hand() -> None:
         ("a", y, 0.75),
         ("b", x, 1.0),
         ("c", y, 0.5),
-        ("c", [0.0, -4.0, 0.0], None),
+        ("c", [0.0, -4.0, 0.0], None),  # not judged
     ]
     embeds = pa.FixedSizeListArray.from_arrays(
         pa.array(np.array([row[1] for row in rows], np.float32).ravel()), type=schemas.image_embeds(3)

@@ -1,4 +1,4 @@
-"""Night after night in this process: carried items, written files, counts. Each snapshot is verified in full."""
+"""Night after night in this process: carried items, files, counts. Each snapshot is verified in full."""
 
 import datetime
 from dataclasses import replace
@@ -257,7 +257,7 @@ def test_mostly_dead_image_files_are_copied_and_no_longer_listed(config: Generat
 
 @pytest.mark.parametrize("number", range(3))
 def test_random_nights_lose_and_repeat_no_items(config: GenerateConfig, number: int) -> None:
-    """Users come, go, rate and request other counts: on six nights they get all requested items, each once."""
+    """Users come, go, rate and request other counts: on six nights they get all items, each once."""
     random = np.random.default_rng(number)
     config = config.model_copy(update={"refresh": RefreshSettings(rotation=0.25)})
     everybody = [*USERS, "stranger", "passer-by"]

@@ -115,7 +115,7 @@ def test_the_file_list_describes_every_file_exactly(generated: tuple[GenerateCon
 
 
 def assert_same_items(left: pa.Table, right: pa.Table) -> None:
-    """Ids, users, ranks and neighbours exactly; embeddings up to float rounding (and its half-precision step)."""
+    """Compare ids, users, ranks and neighbours exactly, embeddings up to rounding in half precision."""
     for name in ("item_id", "user_id", "rank", "nearest_item_id"):
         assert left[name].to_pylist() == right[name].to_pylist(), name
     one, two = (table["image_embeds"].combine_chunks().flatten().to_numpy() for table in (left, right))

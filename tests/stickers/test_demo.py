@@ -1,4 +1,4 @@
-"""The demo's last two steps, on a small run of the bundled decoder in this process: the truth check and the page."""
+"""The truth check and the page of the demo, on a small run of the bundled decoder in this process."""
 
 import re
 from pathlib import Path
