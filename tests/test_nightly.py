@@ -2,7 +2,6 @@
 
 import datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -12,9 +11,11 @@ from hypothesis import strategies as st
 from rebeca_ray import nightly
 from rebeca_ray.catalog.gc import Garbage
 from rebeca_ray.catalog.layout import Run
+from rebeca_ray.catalog.manifest import Manifest
 from rebeca_ray.config.jobs import GenerateConfig, NightlyConfig, dated
 from rebeca_ray.config.load import load_config
 from rebeca_ray.errors import InputError, QualityGateError, ResumableError
+from rebeca_ray.generation.pipeline import Generated
 from rebeca_ray.nightly import dates_due, run_nightly, training_is_due
 from rebeca_ray.storage.objects import write_json
 from tests.conftest import REPO, publish
@@ -67,14 +68,14 @@ class Nights:
     def __init__(self, failing: dict[str, Exception]) -> None:
         self.failing, self.dates = failing, list[str]()
 
-    def __call__(self, config: GenerateConfig, since: datetime.datetime) -> dict[str, Any]:
+    def __call__(self, config: GenerateConfig, since: datetime.datetime) -> Generated:
         self.since = since
         date = config.date().isoformat()
         if error := self.failing.get(date):
             raise error
         self.dates.append(date)
         publish(config.catalog, Run(root=config.catalog, run_date=date, run_id=date, fencing_token=1))
-        return {"run_date": date}
+        return Generated(manifest=Manifest.model_construct(run_date=date), seconds={})
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_a_missed_date_that_fails_costs_no_later_one_but_is_raised(
     assert nights.dates == ["2026-03-04", "2026-03-05"]
 
 
-def test_a_night_that_fails_is_an_error_and_an_unexpected_one_stops_at_once(
+def test_a_night_that_fails_is_an_error_and_an_unexpected_error_stops_at_once(
     config: NightlyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub(monkeypatch, day05=InputError("no request"))

@@ -71,7 +71,8 @@ def read_pointer(root: str) -> tuple[Pointer, str | None]:
         return Pointer(), None
     data, version = versioned
     try:
-        return POINTERS.validate_python(renamed_from_version_3(json.loads(data)), strict=True), version
+        values = json.dumps(renamed_from_version_3(json.loads(data)))
+        return POINTERS.validate_json(values, strict=True), version
     except (ValueError, RecursionError):  # pydantic's ValidationError is a ValueError
         raise damaged(root) from None
 
@@ -79,7 +80,7 @@ def read_pointer(root: str) -> tuple[Pointer, str | None]:
 def renamed_from_version_3(values: Any) -> Any:
     """Return a pointer that version 3 wrote under the key names of version 4; any other as it is."""
     if isinstance(values, list):
-        return tuple(renamed_from_version_3(value) for value in values)
+        return [renamed_from_version_3(value) for value in values]
     if not isinstance(values, dict):
         return values
     names = {"epoch": "fencing_token", "left": "previously_published", "at": "replaced_at"}

@@ -21,7 +21,7 @@ from rebeca_ray.generation.changes import COMPARED, changes_table
 from rebeca_ray.generation.compact import compact
 from rebeca_ray.generation.decide import last_users
 from rebeca_ray.generation.decisions import Action, Decision, PublishedUser
-from rebeca_ray.generation.item_columns import close_gaps, image_location, set_column
+from rebeca_ray.generation.item_columns import close_gaps, image_location, set_column, without_pool
 from rebeca_ray.generation.rendered_index import RenderedIndex
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.parquet import read_table, write_table
@@ -142,7 +142,7 @@ class Bucket:
             files=files,
             images=images,
             counts=self.count(bucket),
-            sums=quality_sums(items.filter(pc.not_equal(items["user_id"], POPULATION_USER))),
+            sums=quality_sums(without_pool(items)),
             live_rows=self.live_rows(items),
         )
 
@@ -279,7 +279,7 @@ class Bucket:
 
     def count(self, bucket: BucketTables) -> dict[str, int]:
         """Count every requested item as one of OUTCOMES. Nobody requests the pool itself."""
-        items = bucket.items.filter(pc.not_equal(bucket.items["user_id"], POPULATION_USER))
+        items = without_pool(bucket.items)
         origins = tally(items["origin"])
         num_items, num_failed = tally(items["user_id"]), tally(bucket.errors["user_id"])
         counts = {outcome: origins.get(outcome, 0) for outcome in OUTCOMES}

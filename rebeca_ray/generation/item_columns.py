@@ -4,8 +4,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rebeca_ray.catalog.figures import group_starts
+from rebeca_ray.catalog.layout import POPULATION_USER
 
 
 def set_column(table: pa.Table, name: str, values: Any) -> pa.Table:
@@ -25,3 +27,8 @@ def close_gaps(items: pa.Table) -> pa.Table:
     starts = group_starts(users)
     rank = np.arange(len(users)) - np.repeat(starts, np.diff([*starts, len(users)]))
     return set_column(items, "rank", pa.array(rank, pa.int16()))
+
+
+def without_pool(items: pa.Table) -> pa.Table:
+    """Return the items that somebody requested: all but those of the population pool."""
+    return items.filter(pc.not_equal(items["user_id"], POPULATION_USER))

@@ -213,7 +213,7 @@ def test_both_backends_write_the_same_catalog(server: DecoderSettings, config: G
         row["item_id"]: row["image"]["bytes"] for row in pq.read_table(f"{run.root}/{run.images}").to_pylist()
     }
     through = config.model_copy(update={"catalog": f"{config.catalog}-triton", "decoder": server})
-    assert generate_catalog(through)["counts"]["new"] == len(local) == 16
+    assert generate_catalog(through).manifest.counts.new == len(local) == 16
     snapshot = read_catalog(through.catalog)
     items = snapshot.items()
     expected = [local[item] for item in items["item_id"].to_pylist()]

@@ -1,6 +1,7 @@
-"""Who is drawn tonight: every reason by itself, rotation over the nights, the order of the units."""
+"""Decisions: each reason to plan a user, rotation over the nights, the order of the shards."""
 
 import datetime
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -8,96 +9,130 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rebeca_ray.catalog.layout import Run
+from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import RefreshSettings
-from rebeca_ray.generation.decide import (
-    CARRY,
-    PLAN,
-    RESCORE,
-    Decisions,
-    Tonight,
-    cut,
-    decide,
-    draw_key,
-    turn,
-)
+from rebeca_ray.generation.context import Models, RunContext
+from rebeca_ray.generation.decide import cut, decide_action, keys_and_sizes, turn
+from rebeca_ray.generation.decisions import Action, Decision, Decisions, PublishedUser
 
 DATE = datetime.date(2026, 3, 1)
+YESTERDAY = DATE - datetime.timedelta(days=1)
+CONFIG = {
+    "prior": "/prior",
+    "decoder": {"model": "owner/decoder"},
+    "request": "/request",
+    "catalog": "/catalog",
+}
 
 
-def tonight(**changes: Any) -> Tonight:
-    told = {
-        "date": DATE,
-        "prior": "prior",
-        "can_rescore": True,
-        "made_with": "settings",
+def tonight(*, date: datetime.date = DATE, can_rescore: bool = True, **refresh: Any) -> RunContext:
+    """The context of a run; nothing that it names exists."""
+    return RunContext(
+        config=GenerateConfig.model_validate({**CONFIG, "num_images": 3, "refresh": refresh}),
+        run=Run(root="/catalog", run_date=date.isoformat(), run_id="run", fencing_token=1),
+        models=Models(
+            versions={"prior": "prior", "decoder": "decoder", "code": "1.0"},
+            decoder_weights={},
+            embed_dim=16,
+            clip_fingerprint=None,
+            can_rescore=can_rescore,
+            user_encoder="id",
+        ),
+        previous=None,
+        requested=3,
+        began_at=datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC),
+    )
+
+
+def decision(**changes: Any) -> Decision:
+    """The decision on a user before it has an action."""
+    values: dict[str, Any] = {
+        "user_id": "anna",
+        "action": Action.POOL,
         "num_images": 3,
-        "num_buckets": 1,
+        "prompt": "",
+        "negative_prompt": "",
+        "bucket": 0,
+        "histories_bucket": 0,
+        "cold_start": False,
+        "history_digest": "digest",
+        "generation": 0,
+        "settings_digest": "settings",
+        "priority": 0.0,
+        "activity": 0,
     }
-    return Tonight(**{"refresh": RefreshSettings(), **told, **changes})
+    return Decision(**{**values, **changes})
 
 
-def row(**changes: Any) -> dict[str, Any]:
-    told = {
+def last(**changes: Any) -> PublishedUser:
+    """The row of the same user in the last snapshot."""
+    values: dict[str, Any] = {
         "user_id": "anna",
         "num_images": 3,
-        "stranger": False,
-        "history_digest": "digest",
-        "made_with": "settings",
-    }
-    return {**told, **changes}
-
-
-def last(**changes: Any) -> dict[str, Any]:
-    told = {
         "num_items": 3,
         "num_failed": 0,
+        "cold_start": False,
+        "stale": False,
+        "history_digest": "digest",
         "generation": 4,
         "prior": "prior",
-        "planned_on": DATE - datetime.timedelta(days=1),
+        "settings_digest": "settings",
+        "planned_on": YESTERDAY,
+        "planned_by": "yesterday",
     }
-    return {**row(), **told, **changes}
+    return PublishedUser(**{**values, **changes})
 
 
 @pytest.mark.parametrize(
     ("now", "before", "expected"),
     [
-        (row(), None, (PLAN, 0)),
-        (row(), last(), (CARRY, 4)),
-        (row(history_digest="rated something"), last(), (PLAN, 4)),
-        (row(num_images=4), last(), (PLAN, 4)),
-        (row(made_with="another decoder, or another prompt"), last(), (PLAN, 4)),
-        (row(stranger=True), last(), (PLAN, 4)),
-        (row(), last(num_failed=1, num_items=2), (PLAN, 4)),
-        (row(), last(num_items=2), (CARRY, 4)),  # one was not fit to be shown
-        (row(), last(num_items=0), (PLAN, 5)),  # none was: other ones are drawn
+        (decision(), None, (Action.PLAN, 0)),
+        (decision(), last(), (Action.CARRY, 4)),
+        (decision(history_digest="rated something"), last(), (Action.PLAN, 4)),
+        (decision(num_images=4), last(), (Action.PLAN, 4)),
+        (decision(settings_digest="another decoder, or another prompt"), last(), (Action.PLAN, 4)),
+        (decision(cold_start=True), last(), (Action.PLAN, 4)),
+        (decision(), last(num_failed=1, num_items=2), (Action.PLAN, 4)),
+        (decision(), last(num_items=2), (Action.CARRY, 4)),  # one was not fit to be shown
+        (decision(), last(num_items=0), (Action.PLAN, 5)),  # none was: other items are planned
     ],
 )
-def test_a_user_is_drawn_for_a_reason(
-    now: dict[str, Any], before: dict[str, Any] | None, expected: tuple[str, int]
+def test_a_user_is_planned_for_a_reason(
+    now: Decision, before: PublishedUser | None, expected: tuple[Action, int]
 ) -> None:
-    assert decide(now, before, tonight()) == expected
+    assert decide_action(now, before, tonight()) == expected
 
 
-@pytest.mark.parametrize(("policy", "expected"), [("keep", CARRY), ("rescore", RESCORE), ("replace", PLAN)])
-def test_what_a_new_prior_changes_is_a_policy(policy: str, expected: str) -> None:
-    refresh = RefreshSettings.model_validate({"on_new_prior": policy})
-    assert decide(row(), last(prior="older"), tonight(refresh=refresh)) == (expected, 4)
-    assert decide(row(), last(), tonight(refresh=refresh)) == (CARRY, 4)
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [("keep", Action.CARRY), ("rescore", Action.RESCORE), ("replace", Action.PLAN)],
+)
+def test_a_policy_decides_what_a_new_prior_changes(policy: str, expected: Action) -> None:
+    context = tonight(on_new_prior=policy)
+    assert decide_action(decision(), last(prior="older"), context) == (expected, 4)
+    assert decide_action(decision(), last(), context) == (Action.CARRY, 4)
     if policy == "rescore":  # a prior without a selector judges nothing
-        assert decide(row(), last(prior="older"), tonight(refresh=refresh, can_rescore=False)) == (CARRY, 4)
+        context = tonight(on_new_prior=policy, can_rescore=False)
+        assert decide_action(decision(), last(prior="older"), context) == (Action.CARRY, 4)
 
 
-def test_rotation_takes_each_user_in_turn_and_a_missed_night_puts_it_off() -> None:
+def test_rotation_takes_each_user_in_turn_and_a_missed_night_delays_it() -> None:
     users = [f"user-{number}" for number in range(2000)]
     dates = [DATE + datetime.timedelta(days=days) for days in range(21)]
-    turns = np.array([[turn(user, date, 0.05) for date in dates] for user in users])
+    turns = np.array([[turn(user, date, RefreshSettings(rotation=0.05)) for date in dates] for user in users])
     assert (np.diff(turns, axis=1).sum(1) == 1).all()  # once in twenty nights
     share = np.diff(turns, axis=1).mean(0)
     assert share.min() > 0.03
     assert share.max() < 0.07
-    rotating = tonight(refresh=RefreshSettings(rotation=0.05), date=dates[-1])
-    assert all(decide(row(user_id=user), last(planned_on=dates[0]), rotating) == (PLAN, 5) for user in users)
-    assert turn("anna", dates[0], 0.0) == turn("anna", dates[-1], 0.0)
+    context = tonight(rotation=0.05, date=dates[-1])
+    assert all(
+        decide_action(decision(user_id=user), last(user_id=user, planned_on=dates[0]), context)
+        == (Action.PLAN, 5)
+        for user in users
+    )
+    never = RefreshSettings(rotation=0.0)
+    assert turn("anna", dates[0], never) == turn("anna", dates[-1], never)
 
 
 @given(
@@ -106,35 +141,33 @@ def test_rotation_takes_each_user_in_turn_and_a_missed_night_puts_it_off() -> No
     ),
     items_per_shard=st.integers(1, 30),
 )
-def test_units_hold_the_most_urgent_first_and_no_more_than_they_may(
+def test_shards_hold_the_most_urgent_users_first_and_no_more_items_than_allowed(
     users: list[tuple[float, int, int]], items_per_shard: int
 ) -> None:
     rows = [
-        {"user_id": f"user-{number}", "priority": priority, "activity": activity}
-        for number, (priority, activity, _) in enumerate(users)
+        decision(user_id=f"user-{number}", priority=priority, activity=activity, num_images=size)
+        for number, (priority, activity, size) in enumerate(users)
     ]
-    keys, sizes = [draw_key(one, True) for one in rows], [size for _, _, size in users]
-    boundaries = cut(
-        np.array([(*key, size) for key, size in zip(keys, sizes, strict=True)]).reshape(-1, 4),
-        items_per_shard,
-    )
+    sizes = [row.num_images for row in rows]
+    boundaries = cut(keys_and_sizes(rows, by_urgency=True), items_per_shard)
     decisions = Decisions(
         pool=None,
         by_urgency=True,
         boundaries=boundaries,
         planned_users=len(rows),
         planned_items=sum(sizes),
-        units=len(boundaries) + 1,
+        shards=len(boundaries) + 1,
     )
-    units = [decisions.unit_of(one) for one in rows]
-    order = sorted(range(len(rows)), key=lambda place: (-rows[place]["priority"], -rows[place]["activity"]))
-    urgency = [(-rows[place]["priority"], -rows[place]["activity"]) for place in range(len(rows))]
+    assert Decisions.from_dict(asdict(decisions)) == decisions
+    shards = [decisions.shard_of(row) for row in rows]
+    urgency = [(-row.priority, -row.activity) for row in rows]
     assert all(
-        units[one] <= units[other] for one in order for other in order if urgency[one] < urgency[other]
+        shards[one] <= shards[other]
+        for one in range(len(rows))
+        for other in range(len(rows))
+        if urgency[one] < urgency[other]
     )
-    for unit in set(units):
-        assert (
-            sum(size for size, own in zip(sizes, units, strict=True) if own == unit)
-            <= items_per_shard + max(sizes) - 1
-        )
-    assert sorted(set(units)) == list(range(len(set(units))))
+    for shard in set(shards):
+        size_of_shard = sum(size for size, other in zip(sizes, shards, strict=True) if other == shard)
+        assert size_of_shard <= items_per_shard + max(sizes) - 1
+    assert sorted(set(shards)) == list(range(len(set(shards))))

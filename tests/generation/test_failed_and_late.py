@@ -1,8 +1,9 @@
-"""What failed, and what time ran out for: nobody loses an item by it, and the next attempt or the next night draws it."""
+"""Failed items, and items that time ran out for: nobody loses any, the next attempt or night renders them."""
 
 import datetime
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,65 +14,63 @@ import pyarrow.parquet as pq
 import pytest
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.layout import Run
+from rebeca_ray.catalog.manifest import Manifest, Measured, StageFigures
 from rebeca_ray.catalog.read import Snapshot, open_snapshot, published, read_catalog
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import LayoutSettings, LimitSettings
 from rebeca_ray.errors import ErrorBudgetExceededError, ResumableError
 from rebeca_ray.generation import pipeline
 from rebeca_ray.generation import render as render_module
-from rebeca_ray.generation.decide import Decisions
+from rebeca_ray.generation.context import RunContext
+from rebeca_ray.generation.decisions import Decisions
 from rebeca_ray.generation.pipeline import deadline_of
 from rebeca_ray.generation.progress import Progress
-from rebeca_ray.generation.render import Rendered, RenderImages, read_records, render_all
-from rebeca_ray.storage.filesystem import join
-from rebeca_ray.storage.objects import read_json
-from rebeca_ray.storage.parquet import read_table
+from rebeca_ray.generation.render import (
+    Rendered,
+    RenderImages,
+    ShardMarker,
+    read_records,
+    render_all,
+)
 from tests.conftest import (
     USERS,
     Prepared,
     assembled,
+    context_of,
     decide,
-    draw_rows,
+    planned_items,
     prepare,
     publish,
+    render_rows,
     run_of,
     snapshot_of,
     write_plan,
 )
 
 MONDAY, TUESDAY, WEDNESDAY, THURSDAY = (datetime.date(2026, 3, day) for day in (2, 3, 4, 5))
-KINDS = ("new", "carried", "population", "failed", "filtered", "deferred")
+OUTCOMES = ("new", "carried", "population", "failed", "filtered", "deferred")
 
 
-class Graph:
-    """What `render.graph` gives, in this process: planned rows that are not done are drawn, one file a row, up to `most` of them."""
+class RenderActors:
+    """Makes render actors that note the items they render. Each loses its rows after the first `limit`."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int = 100) -> None:
-        self.most = most
-        self.drawn: list[str] = []
-        monkeypatch.setattr(render_module, "graph", self)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, limit: int | None = None) -> None:
+        self.limit = limit
+        self.item_ids: list[str] = []
+        monkeypatch.setattr(render_module, "RenderImages", self.make)
 
-    def __call__(
-        self,
-        config: GenerateConfig,
-        run: Run,
-        unit: int,
-        parts: list[dict[str, Any]],
-        done: pa.Array,
-        attempt: int,
-        deadline: float | None,
-    ) -> "Graph":
-        rows = pa.concat_tables([read_table(join(run.work, part["path"]), "plan") for part in parts])
-        self.rows = rows.filter(pc.invert(pc.is_in(rows["item_id"], value_set=done))).slice(0, self.most)
-        self.draw = lambda row: draw_rows(config, run, unit, row, attempt)
-        return self
+    def make(self, *arguments: Any) -> Callable[[pa.Table], pa.Table]:
+        actor, remaining = RenderImages(*arguments), self.limit
 
-    def iter_batches(self, **_: Any) -> Iterator[pa.Table]:
-        for number in range(self.rows.num_rows):
-            row = self.rows.slice(number, 1)
-            self.drawn += row["item_id"].to_pylist()
-            yield pa.Table.from_pylist(self.draw(row))
+        def render(batch: pa.Table) -> pa.Table:
+            nonlocal remaining
+            if remaining is not None:
+                batch = batch.slice(0, remaining)
+                remaining -= batch.num_rows
+            self.item_ids += batch["item_id"].to_pylist()
+            return actor(batch)
+
+        return render
 
 
 def on(date: datetime.date, config: GenerateConfig, **layout: int) -> GenerateConfig:
@@ -80,35 +79,40 @@ def on(date: datetime.date, config: GenerateConfig, **layout: int) -> GenerateCo
 
 
 def render(
-    config: GenerateConfig,
-    run: Run,
+    context: RunContext,
     decisions: Decisions,
     *,
     deadline: float | None = None,
     retry_failed: bool = False,
 ) -> Rendered:
-    return render_all(config, run, decisions, Progress(), deadline=deadline, retry_failed=retry_failed)
+    return render_all(context, decisions, Progress(), deadline=deadline, retry_failed=retry_failed)
 
 
-def add_up(manifest: dict[str, Any]) -> dict[str, int]:
-    """The counts of what there is, of which each requested item is one."""
-    counts = manifest.counts
-    assert counts["requested"] == sum(counts[kind] for kind in KINDS)
-    return {kind: counts[kind] for kind in (*KINDS, "late_users") if counts[kind]}
+def read_marker(context: RunContext, shard: int) -> ShardMarker:
+    marker = ShardMarker.read(context.run, shard)
+    assert marker is not None
+    return marker
+
+
+def nonzero_counts(manifest: Manifest) -> dict[str, int]:
+    """The outcomes of the requested items, which add up to all of them, and the number of stale users."""
+    counts = manifest.counts.model_dump()
+    assert counts["requested"] == sum(counts[outcome] for outcome in OUTCOMES)
+    return {name: counts[name] for name in (*OUTCOMES, "stale_users") if counts[name]}
 
 
 def items_of(snapshot: Snapshot) -> dict[str, list[str]]:
     """The item ids of every user, by rank."""
-    found: dict[str, list[str]] = {}
+    items: dict[str, list[str]] = {}
     for row in snapshot.items().sort_by([("user_id", "ascending"), ("rank", "ascending")]).to_pylist():
-        found.setdefault(row["user_id"], []).append(row["item_id"])
-    return found
+        items.setdefault(row["user_id"], []).append(row["item_id"])
+    return items
 
 
-def test_who_has_an_item_that_failed_is_drawn_again_the_next_night(config: GenerateConfig) -> None:
+def test_a_user_with_a_failed_item_is_planned_again_the_next_night(config: GenerateConfig) -> None:
     first = on(MONDAY, config)
     prepared = prepare(first, break_first=True)
-    assert add_up(assembled(first, prepared, requested=16, error_budget=0.1)) == {"new": 15, "failed": 1}
+    assert nonzero_counts(assembled(first, prepared, error_budget=0.1)) == {"new": 15, "failed": 1}
     publish(config.catalog, prepared.run)
     before = read_catalog(config.catalog)
     (error,) = before.table("errors").to_pylist()
@@ -123,52 +127,51 @@ def test_who_has_an_item_that_failed_is_drawn_again_the_next_night(config: Gener
     second = on(TUESDAY, config)
     decisions = decide(second, run_of(second))
     assert (decisions.planned_users, decisions.planned_items) == (1, unlucky["num_images"])
-    manifest = snapshot_of(second, requested=16)
-    assert add_up(manifest) == {"new": unlucky["num_images"], "carried": 16 - unlucky["num_images"]}
+    manifest = snapshot_of(second)
+    assert nonzero_counts(manifest) == {"new": unlucky["num_images"], "carried": 16 - unlucky["num_images"]}
     now = items_of(read_catalog(config.catalog))
-    assert error["item_id"] in now[error["user_id"]]  # the very item, for nothing else of the user's changed
-    assert {
-        user: found for user, found in items_of(before).items() if user != error["user_id"]
-    }.items() <= now.items()
+    assert error["item_id"] in now[error["user_id"]]  # the very item, since nothing else of the user changed
+    others = {user: items for user, items in items_of(before).items() if user != error["user_id"]}
+    assert others.items() <= now.items()
 
 
-def test_what_failed_is_drawn_again_as_an_attempt_of_its_own(
+def test_failed_items_are_rendered_again_as_another_attempt(
     config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One row fails for good, so that it fails in both attempts; units without a failure are left as they are."""
+    """One row fails for good, so it fails in both attempts. Shards without a failure are left as they are."""
     config = on(MONDAY, config, items_per_shard=6)
     prepared = prepare(config, break_first=True)
-    run, decisions = prepared.run, prepared.decisions
-    assert decisions.units == 3
-    graph = Graph(monkeypatch)
-    render(config, run, decisions)
-    assert graph.drawn == []  # all of it has records
-    (failed,) = (unit for unit in range(3) if (read_json(run.unit(unit)) or {})["failed"])
-    others = {unit: read_json(run.unit(unit)) for unit in range(3) if unit != failed}
+    context, decisions = prepared.context, prepared.decisions
+    assert decisions.shards == 3
+    for shard in range(3):
+        Path(context.run.shard_marker(shard)).unlink()  # as if the attempt was killed before each marker
+    actors = RenderActors(monkeypatch)
+    render(context, decisions)
+    assert actors.item_ids == []  # all items have records
+    (failed,) = (shard for shard in range(3) if read_marker(context, shard).failed)
+    others = {shard: read_marker(context, shard) for shard in range(3) if shard != failed}
 
-    rendered = render(config, run, decisions, retry_failed=True)
-    marker = read_json(run.unit(failed))
-    assert marker is not None
-    assert (marker["attempt"], marker["failed"], marker["late"]) == (1, 1, False)
-    assert others == {unit: read_json(run.unit(unit)) for unit in others}
-    assert add_up(
-        assembled(config, prepared._replace(rendered=rendered), requested=16, error_budget=0.1)
-    ) == {"new": 15, "failed": 1}
-    (error,) = open_snapshot(config.catalog, run.snapshot).table("errors").to_pylist()
-    assert graph.drawn == [error["item_id"]]
+    prepared = prepared._replace(rendered=render(context, decisions, retry_failed=True))
+    marker = read_marker(context, failed)
+    assert (marker.attempt, marker.failed, marker.timed_out) == (1, 1, False)
+    assert others == {shard: read_marker(context, shard) for shard in others}
+    manifest = assembled(config, prepared, error_budget=0.1)
+    assert nonzero_counts(manifest) == {"new": 15, "failed": 1}
+    (error,) = open_snapshot(config.catalog, context.run.snapshot).table("errors").to_pylist()
+    assert actors.item_ids == [error["item_id"]]
     assert (error["stage"], error["error"], error["attempt"]) == ("render", "image_embeds is not finite", 1)
     with pytest.raises(
         ErrorBudgetExceededError,
         match=r"1 of 16 items failed \(image_embeds is not finite\), the budget is 1.00%",
     ):
-        assembled(config, prepared._replace(rendered=rendered), requested=16, error_budget=0.01)
+        assembled(config, prepared, error_budget=0.01)
 
 
-def test_drawing_again_that_is_killed_goes_on_where_it_was(
+def test_a_killed_attempt_at_failed_items_is_resumed(
     config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All sixteen fail. Of the second attempt five are drawn, then it is killed; the same attempt draws the other eleven."""
-    config = on(MONDAY, config)
+    """All sixteen items fail. The second attempt renders five and is killed; resumed, it renders eleven."""
+    config = on(MONDAY, config, images_per_file=1)
 
     def failing(_: RenderImages, batch: pa.Table) -> pa.Table:
         return pa.Table.from_pylist(
@@ -179,64 +182,65 @@ def test_drawing_again_that_is_killed_goes_on_where_it_was(
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    run = run_of(config)
-    decisions, planned, parts = write_plan(config, run)
+    context = context_of(config)
+    decisions = write_plan(context)
+    planned = planned_items(context.run)
     with monkeypatch.context() as patch:
-        patch.setattr(RenderImages, "draw", failing)
-        draw_rows(config, run, 0, planned)
-    graph = Graph(monkeypatch, most=5)
-    render(config, run, decisions)
-    assert (read_json(run.unit(0)) or {})["failed"] == 16
+        patch.setattr(RenderImages, "render", failing)
+        render_rows(context, 0, planned)
+    actors = RenderActors(monkeypatch, limit=5)
+    render(context, decisions)
+    assert actors.item_ids == []
+    assert read_marker(context, 0).failed == 16
 
     with monkeypatch.context() as patch:
         patch.setattr(render_module, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
-            render(config, run, decisions, retry_failed=True)
-    assert (read_json(run.unit(0)) or {})["attempt"] == 0
-    assert len(graph.drawn) == 5
-    graph.most = 100
-    rendered = render(config, run, decisions, retry_failed=True)
-    assert sorted(graph.drawn) == sorted(planned["item_id"].to_pylist())
-    assert Counter(record["attempt"] for record in read_records(run, 0)) == {0: 1, 1: 16}
-    assert add_up(assembled(config, Prepared(run, decisions, parts, rendered), requested=16)) == {"new": 16}
-    assert open_snapshot(config.catalog, run.snapshot).table("errors").num_rows == 0
+            render(context, decisions, retry_failed=True)
+    assert read_marker(context, 0).attempt == 0
+    assert len(actors.item_ids) == 5
+    actors.limit = None
+    rendered = render(context, decisions, retry_failed=True)
+    assert sorted(actors.item_ids) == sorted(planned["item_id"].to_pylist())
+    assert Counter(record.attempt for record in read_records(context.run, 0)) == {0: 1, 1: 16}
+    manifest = assembled(config, Prepared(context, decisions, rendered))
+    assert nonzero_counts(manifest) == {"new": 16}
+    assert open_snapshot(config.catalog, context.run.snapshot).table("errors").num_rows == 0
 
 
-def test_rows_that_are_lost_are_drawn_by_the_next_attempt(
-    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without a deadline nobody is late: a unit with a gap gets no marker, and nothing is published."""
+def test_the_next_attempt_renders_lost_rows(config: GenerateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a deadline no time runs out: a shard with a gap gets no marker, and nothing is published."""
     config = on(MONDAY, config)
-    run = run_of(config)
-    decisions, _, parts = write_plan(config, run)
-    graph = Graph(monkeypatch, most=15)
-    rendered = render(config, run, decisions)
-    assert not rendered.late
-    assert read_json(run.unit(0)) is None
+    context = context_of(config)
+    decisions = write_plan(context)
+    actors = RenderActors(monkeypatch, limit=15)
+    rendered = render(context, decisions)
+    assert not rendered.timed_out
+    assert ShardMarker.read(context.run, 0) is None
     with pytest.raises(
         ResumableError,
         match="1 of 16 planned items were not rendered; nothing is published, start it again to resume",
     ):
-        assembled(config, Prepared(run, decisions, parts, rendered), requested=16)
-    rendered = render(config, run, decisions)
-    assert len(set(graph.drawn)) == len(graph.drawn) == 16
-    assert add_up(assembled(config, Prepared(run, decisions, parts, rendered), requested=16)) == {"new": 16}
+        assembled(config, Prepared(context, decisions, rendered))
+    rendered = render(context, decisions)
+    assert len(set(actors.item_ids)) == len(actors.item_ids) == 16
+    assert nonzero_counts(assembled(config, Prepared(context, decisions, rendered))) == {"new": 16}
 
 
-def night(
-    config: GenerateConfig, *, units: int, and_rows: int = 0, requested: int = 16
-) -> tuple[dict[str, Any], Prepared]:
-    """A published run that had time for so many units, and for some rows of the next; its manifest."""
-    run = run_of(config)
-    decisions, planned, parts = write_plan(config, run)
-    for unit in range(units):
-        draw_rows(config, run, unit, planned.filter(pc.equal(planned["unit"], unit)))
+def night(config: GenerateConfig, *, shards: int, and_rows: int = 0) -> tuple[Manifest, Prepared]:
+    """A published run with time for some shards and some rows of the next one; its manifest."""
+    context = context_of(config)
+    decisions = write_plan(context)
+    planned = planned_items(context.run)
+    for shard in range(shards):
+        render_rows(context, shard, planned.filter(pc.equal(planned["shard"], shard)))
     if and_rows:
-        draw_rows(config, run, units, planned.filter(pc.equal(planned["unit"], units)).slice(0, and_rows))
-    rendered = render(config, run, decisions, deadline=1.0)  # in 1970
-    prepared = Prepared(run, decisions, parts, rendered)
-    manifest = assembled(config, prepared, requested=requested)
-    publish(config.catalog, run)
+        next_shard = planned.filter(pc.equal(planned["shard"], shards))
+        render_rows(context, shards, next_shard.slice(0, and_rows))
+    rendered = render(context, decisions, deadline=1.0)  # in 1970
+    prepared = Prepared(context, decisions, rendered)
+    manifest = assembled(config, prepared)
+    publish(config.catalog, context.run)
     return manifest, prepared
 
 
@@ -244,132 +248,132 @@ def night(
     ("limits", "ends"),
     [
         ({}, None),
-        (
-            {"publish_by": "06:00"},
-            "2026-03-03T05:59:00",
-        ),  # the next such time, less once and a half what assembling took
+        # The next such time, less one and a half times the last assembling.
+        ({"publish_by": "06:00"}, "2026-03-03T05:59:00"),
         ({"publish_by": "23:00"}, "2026-03-02T22:59:00"),
         ({"publish_by": "22:30"}, "2026-03-03T22:29:00"),
-        ({"max_gpu_hours": 3.0}, "2026-03-03T00:15:00"),  # of two actors, who have drawn for half an hour
+        ({"max_gpu_hours": 3.0}, "2026-03-03T00:15:00"),  # of two actors, which rendered for half an hour
         ({"publish_by": "06:00", "max_gpu_hours": 3.0}, "2026-03-03T00:15:00"),
         ({"publish_by": "23:00", "max_gpu_hours": 3.0}, "2026-03-02T22:59:00"),
     ],
 )
-def test_when_rendering_must_stop(
+def test_limits_decide_when_rendering_stops(
     config: GenerateConfig, monkeypatch: pytest.MonkeyPatch, limits: dict[str, Any], ends: str | None
 ) -> None:
-    """A run that began at half past ten in the evening, and came to rendering half an hour later."""
+    """The run began at half past ten in the evening, and came to rendering half an hour later."""
     now = datetime.datetime(2026, 3, 2, 23, tzinfo=datetime.UTC).timestamp()
     monkeypatch.setattr(pipeline, "time", SimpleNamespace(time=lambda: now))
-    last = Snapshot(
+    measured = Measured(stages={"assemble": StageFigures(seconds=40.0)})
+    previous = Snapshot(
         root="",
         path="",
         files=schemas.FILES.empty_table(),
-        manifest={"measured": {"stages": {"assemble": {"seconds": 40.0}}}},
+        manifest=Manifest.model_construct(measured=measured),
     )
     decoder = config.decoder.model_copy(update={"num_actors": 2})
     config = config.model_copy(update={"limits": LimitSettings.model_validate(limits), "decoder": decoder})
-    begun_at = datetime.datetime(2026, 3, 2, 22, 30, tzinfo=datetime.UTC)
-    found = deadline_of(config, begun_at, last, 1800.0)
-    assert (found and datetime.datetime.fromtimestamp(found, datetime.UTC).isoformat()) == (
+    began_at = datetime.datetime(2026, 3, 2, 22, 30, tzinfo=datetime.UTC)
+    context = replace(context_of(config), previous=previous, began_at=began_at)
+    deadline = deadline_of(context, 1800.0)
+    assert (deadline and datetime.datetime.fromtimestamp(deadline, datetime.UTC).isoformat()) == (
         ends and f"{ends}+00:00"
     )
 
 
-def test_a_first_catalog_that_time_ran_out_for_is_whole_after_a_second_night(config: GenerateConfig) -> None:
-    """The least urgent users are put off, also one of whom one item was drawn: nobody has half a list."""
-    manifest, prepared = night(on(MONDAY, config, items_per_shard=6), units=1, and_rows=1)
-    assert prepared.rendered.late
+def test_a_second_night_completes_a_first_catalog_that_time_ran_out_for(config: GenerateConfig) -> None:
+    """The least urgent users are deferred, also one with a single rendered item: nobody has half a list."""
+    manifest, prepared = night(on(MONDAY, config, items_per_shard=6), shards=1, and_rows=1)
+    assert prepared.rendered.timed_out
     done = manifest.counts.new
-    assert add_up(manifest) == {
+    assert nonzero_counts(manifest) == {
         "new": done,
         "deferred": 16 - done,
-        "late_users": 5 - manifest.counts.users,
+        "stale_users": 5 - manifest.counts.users,
     }
     assert 0 < done < 16
     before = read_catalog(config.catalog)
-    unfinished = {row["user_id"] for row in before.table("changes").to_pylist()}
-    assert set(items_of(before)) == unfinished == set(before.table("users")["user_id"].to_pylist())
-    assert not any(
-        before.table("users")["late"].to_pylist()
-    )  # the late ones have no row: nothing of theirs is there to be kept
+    changed = {row["user_id"] for row in before.table("changes").to_pylist()}
+    assert set(items_of(before)) == changed == set(before.table("users")["user_id"].to_pylist())
+    # Stale users have no row, since they have no items to keep.
+    assert not any(before.table("users")["stale"].to_pylist())
     assert before.table("images").num_rows == done + 1
 
     second = on(TUESDAY, config, items_per_shard=6)
     decisions = decide(second, run_of(second))
     assert (decisions.planned_users, decisions.planned_items) == (manifest.counts.stale_users, 16 - done)
-    assert add_up(snapshot_of(second, requested=16)) == {"new": 16 - done, "carried": done}
+    assert nonzero_counts(snapshot_of(second)) == {"new": 16 - done, "carried": done}
     now = items_of(read_catalog(config.catalog))
     assert items_of(before).items() <= now.items()
-    assert {user: len(found) for user, found in now.items()} == {
+    assert {user: len(items) for user, items in now.items()} == {
         USERS[1]: 4,
         **dict.fromkeys([USERS[0], *USERS[2:5]], 3),
     }
 
 
-def test_late_users_keep_last_nights_items_until_they_are_drawn(config: GenerateConfig) -> None:
-    """Everybody is to be drawn anew with other settings; time allows for one unit of three."""
-    assert add_up(snapshot_of(on(MONDAY, config, items_per_shard=6), requested=16)) == {"new": 16}
+def test_stale_users_keep_last_nights_items_until_theirs_are_rendered(config: GenerateConfig) -> None:
+    """Other settings plan everybody anew; time allows for one shard of three."""
+    assert nonzero_counts(snapshot_of(on(MONDAY, config, items_per_shard=6))) == {"new": 16}
     monday = read_catalog(config.catalog)
     sampler = config.sampler.model_copy(update={"num_inference_steps": 5})
     config = config.model_copy(update={"sampler": sampler})
-    manifest, prepared = night(on(TUESDAY, config, items_per_shard=6), units=1)
-    assert (prepared.decisions.planned_users, prepared.decisions.units) == (5, 3)
+    manifest, prepared = night(on(TUESDAY, config, items_per_shard=6), shards=1)
+    assert (prepared.decisions.planned_users, prepared.decisions.shards) == (5, 3)
     done = manifest.counts.new
     assert 0 < done < 16
     tuesday = read_catalog(config.catalog)
     users = {row["user_id"]: row for row in tuesday.table("users").to_pylist()}
-    late = {user for user, row in users.items() if row["late"]}
-    assert add_up(manifest) == {"new": done, "carried": 16 - done, "late_users": len(late)}
-    assert 0 < len(late) < 5
+    stale = {user for user, row in users.items() if row["stale"]}
+    assert nonzero_counts(manifest) == {"new": done, "carried": 16 - done, "stale_users": len(stale)}
+    assert 0 < len(stale) < 5
     assert manifest.counts.users == 5
     last = {row["user_id"]: row for row in monday.table("users").to_pylist()}
-    assert all(users[user] == {**last[user], "late": True} for user in late)
-    assert {str(row["planned_on"]) for user, row in users.items() if user not in late} == {"2026-03-03"}
+    assert all(users[user] == {**last[user], "stale": True} for user in stale)
+    assert {str(row["planned_on"]) for user, row in users.items() if user not in stale} == {"2026-03-03"}
     now, before = items_of(tuesday), items_of(monday)
-    assert {user for user in now if now[user] == before[user]} == late
-    for user in late:  # their pictures too
+    assert {user for user in now if now[user] == before[user]} == stale
+    for user in stale:  # their pictures too
         assert tuesday.images(tuesday.items(user_ids=[user])) == monday.images(monday.items(user_ids=[user]))
 
     third = on(WEDNESDAY, config, items_per_shard=6)
     decisions = decide(third, run_of(third))
-    assert (decisions.planned_users, decisions.planned_items) == (len(late), 16 - done)
-    assert add_up(snapshot_of(third, requested=16)) == {"new": 16 - done, "carried": done}
+    assert (decisions.planned_users, decisions.planned_items) == (len(stale), 16 - done)
+    assert nonzero_counts(snapshot_of(third)) == {"new": 16 - done, "carried": done}
     wednesday = read_catalog(config.catalog)
-    assert not any(wednesday.table("users")["late"].to_pylist())
-    assert {user for user, found in items_of(wednesday).items() if found == now[user]} == set(
-        USERS[:5]
-    ) - late
-    assert not {item for found in items_of(wednesday).values() for item in found} & {
-        item for found in before.values() for item in found
+    assert not any(wednesday.table("users")["stale"].to_pylist())
+    last_items = items_of(wednesday)
+    assert {user for user, items in last_items.items() if items == now[user]} == set(USERS[:5]) - stale
+    assert not {item for items in last_items.values() for item in items} & {
+        item for items in before.values() for item in items
     }
 
 
-def test_a_night_that_draws_nothing_in_time_publishes_last_nights_items(config: GenerateConfig) -> None:
-    snapshot_of(on(MONDAY, config), requested=16)
+def test_a_night_without_time_to_render_publishes_last_nights_items(config: GenerateConfig) -> None:
+    snapshot_of(on(MONDAY, config))
     before = items_of(read_catalog(config.catalog))
-    manifest, prepared = night(
-        on(TUESDAY, config.model_copy(update={"num_images": 2})), units=0, requested=12
-    )
-    assert add_up(manifest) == {"carried": 12, "late_users": 4}
+    manifest, prepared = night(on(TUESDAY, config.model_copy(update={"num_images": 2})), shards=0)
+    assert manifest.counts.requested == 12
+    assert nonzero_counts(manifest) == {"carried": 12, "stale_users": 4}
     latest = published(config.catalog)
     assert latest is not None
     assert latest.manifest.run_id == prepared.run.run_id
     assert items_of(latest) == {
-        user: found[: 4 if user == USERS[1] else 2] for user, found in before.items()
-    }  # fewer are wanted by now
+        user: items[: 4 if user == USERS[1] else 2] for user, items in before.items()
+    }  # the request is for fewer by now
 
 
-def test_strangers_share_a_pool_that_was_not_drawn_in_time(config: GenerateConfig, tmp_path: Path) -> None:
-    """More is wanted than last night's pool has: what is missing is put off, like what is missing of anybody else."""
-    pq.write_table(pa.table({"user_id": [USERS[0], "nobody", "nobody else"]}), tmp_path / "strangers.parquet")
-    config = config.model_copy(update={"request": str(tmp_path / "strangers.parquet")})
-    manifest, _ = night(on(MONDAY, config), units=0, requested=9)
-    assert add_up(manifest) == {"deferred": 9, "late_users": 3}
+def test_cold_start_users_share_a_pool_that_was_not_rendered_in_time(
+    config: GenerateConfig, tmp_path: Path
+) -> None:
+    """The request is for more than last night's pool has: the missing items are deferred."""
+    pq.write_table(pa.table({"user_id": [USERS[0], "nobody", "nobody else"]}), tmp_path / "three.parquet")
+    config = config.model_copy(update={"request": str(tmp_path / "three.parquet")})
+    manifest, _ = night(on(MONDAY, config), shards=0)
+    assert manifest.counts.requested == 9
+    assert nonzero_counts(manifest) == {"deferred": 9, "stale_users": 3}
     assert items_of(read_catalog(config.catalog)) == {}
-    assert add_up(snapshot_of(on(TUESDAY, config), requested=9)) == {"new": 3, "population": 6}
+    assert nonzero_counts(snapshot_of(on(TUESDAY, config))) == {"new": 3, "population": 6}
 
     more = config.model_copy(update={"num_images": 5})
-    manifest, _ = night(on(WEDNESDAY, more), units=0, requested=15)
-    assert add_up(manifest) == {"carried": 3, "population": 6, "deferred": 6, "late_users": 1}
-    assert add_up(snapshot_of(on(THURSDAY, more), requested=15)) == {"new": 5, "population": 10}
+    manifest, _ = night(on(WEDNESDAY, more), shards=0)
+    assert nonzero_counts(manifest) == {"carried": 3, "population": 6, "deferred": 6, "stale_users": 1}
+    assert nonzero_counts(snapshot_of(on(THURSDAY, more))) == {"new": 5, "population": 10}

@@ -1,4 +1,4 @@
-"""The quality gate: a prior that draws the same for everybody stops a run before it is rendered."""
+"""The quality gate: a prior that samples the same for everybody stops a run before it is rendered."""
 
 import re
 from dataclasses import replace
@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from rebeca_ray.catalog.figures import GateFigures
 from rebeca_ray.catalog.layout import Run
+from rebeca_ray.catalog.manifest import Counts, Manifest, PermutationFigures, Quality
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import GateSettings
 from rebeca_ray.generation.gate import MAX_ITEMS_PER_USER, check_plan, plan_test, read_sample, refusals
@@ -22,8 +24,8 @@ from tests.conftest import D, plan, prior_users, write_tiny_prior
 NUM_FACTORS = 4
 
 
-def write_plan(folder: Path, *, users: int, own: bool, items: int = 3, origin: str = "new") -> Run:
-    """A plan, of two files, whose drawn candidates are what their user likes, or what another user likes."""
+def write_plan(folder: Path, *, users: int, personal: bool, items: int = 3, origin: str = "new") -> Run:
+    """A plan of two files. Its drawn candidates please their user, or else another user."""
     random = np.random.default_rng(0)
     factors = random.standard_normal((users, NUM_FACTORS + 1)).astype(np.float32)
     owner = np.repeat(np.arange(users), items)
@@ -33,7 +35,7 @@ def write_plan(folder: Path, *, users: int, own: bool, items: int = 3, origin: s
             "rank": pa.array(np.tile(np.arange(items), users), pa.int16()),
             "user_factors": pa.array(list(factors[owner]), pa.list_(pa.float32())),
             "drawn_factors": pa.array(
-                list(factors[owner if own else (owner + 7) % users]), pa.list_(pa.float32())
+                list(factors[owner if personal else (owner + 7) % users]), pa.list_(pa.float32())
             ),
             "origin": [origin] * len(owner),
         }
@@ -46,8 +48,8 @@ def write_plan(folder: Path, *, users: int, own: bool, items: int = 3, origin: s
     return run
 
 
-def test_personal_draws_pass_with_their_figures(tmp_path: Path) -> None:
-    test, refusal = check_plan(write_plan(tmp_path, users=30, own=True), GateSettings())
+def test_a_personal_plan_passes_with_its_figures(tmp_path: Path) -> None:
+    test, refusal = check_plan(write_plan(tmp_path, users=30, personal=True), GateSettings())
     assert refusal is None
     assert test is not None
     assert test.num_users == 30
@@ -56,8 +58,8 @@ def test_personal_draws_pass_with_their_figures(tmp_path: Path) -> None:
     assert test.figures()["z_at_210_users"] == round(test.z * (209 / 29) ** 0.5, 2)
 
 
-def test_draws_for_others_stop_the_run_and_null_lets_it_go_on(tmp_path: Path) -> None:
-    run = write_plan(tmp_path, users=30, own=False)
+def test_an_impersonal_plan_stops_the_run_unless_the_bound_is_null(tmp_path: Path) -> None:
+    run = write_plan(tmp_path, users=30, personal=False)
     _, refusal = check_plan(run, GateSettings())
     assert refusal is not None
     assert re.search(r"its own users no more than others.*30 users.*gate\.max_p_value is 0\.01", refusal)
@@ -67,28 +69,26 @@ def test_draws_for_others_stop_the_run_and_null_lets_it_go_on(tmp_path: Path) ->
     assert test.p_value > 0.01
 
 
-def test_few_users_are_told_of_but_stop_nothing(tmp_path: Path) -> None:
-    test, refusal = check_plan(write_plan(tmp_path, users=19, own=False), GateSettings())
+def test_few_users_are_tested_but_stop_nothing(tmp_path: Path) -> None:
+    test, refusal = check_plan(write_plan(tmp_path, users=19, personal=False), GateSettings())
     assert refusal is None
     assert test is not None
     assert test.num_users == 19
 
 
-def test_the_population_is_not_tested(tmp_path: Path) -> None:
-    assert check_plan(write_plan(tmp_path, users=30, own=False, origin="population"), GateSettings()) == (
-        None,
-        None,
-    )
+def test_items_of_the_population_pool_are_not_tested(tmp_path: Path) -> None:
+    run = write_plan(tmp_path, users=30, personal=False, origin="population")
+    assert check_plan(run, GateSettings()) == (None, None)
 
 
 def test_a_large_plan_is_sampled(tmp_path: Path) -> None:
-    sample = read_sample(write_plan(tmp_path, users=2500, own=True, items=12).plan)
+    sample = read_sample(write_plan(tmp_path, users=2500, personal=True, items=12).plan)
     _, counts = np.unique(sample["user_id"].to_numpy(zero_copy_only=False), return_counts=True)
     assert len(counts) == 2000
     assert counts.max() == MAX_ITEMS_PER_USER
 
 
-def test_a_prior_that_ignores_its_users_does_not_pass_by_what_the_selector_chose(
+def test_a_prior_that_ignores_its_users_fails_whatever_the_selector_chose(
     config: GenerateConfig, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
@@ -96,9 +96,8 @@ def test_a_prior_that_ignores_its_users_does_not_pass_by_what_the_selector_chose
     uri = write_tiny_prior(tmp_path, users=prior_users(users), selector=Selector(D, NUM_FACTORS))
     prior = load_prior(uri)
     assert prior.user_rows is not None
-    save_prior(
-        replace(prior, user_rows=torch.zeros_like(prior.user_rows)), uri
-    )  # the same tokens for everybody
+    same_for_everybody = torch.zeros_like(prior.user_rows)
+    save_prior(replace(prior, user_rows=same_for_everybody), uri)
     planned = plan(config.model_copy(update={"prior": uri}), pa.table({"user_id": users}))
     run = Run(root=str(tmp_path), run_date="2026-01-01", run_id="run", fencing_token=1)
     Path(run.plan).mkdir(parents=True)
@@ -107,14 +106,24 @@ def test_a_prior_that_ignores_its_users_does_not_pass_by_what_the_selector_chose
     chosen = [float(value) for value in planned["like_probability"].to_pylist()]
     test = plan_test(read_sample(run.plan))
     assert test is not None
-    assert (
-        np.mean(chosen) > test.matched_mean + 3 * test.null_std
-    )  # what the selector chose pleases it, whoever it was drawn for
+    # The chosen items please the selector, whoever they were drawn for.
+    assert np.mean(chosen) > test.matched_mean + 3 * test.null_std
 
 
-def manifest_of(**changes: float | None) -> dict[str, Any]:
+def manifest_of(**changes: float | None) -> Manifest:
     """A snapshot of 1,000 items, with some figures changed."""
-    figures = {
+    counts: dict[str, Any] = {
+        "requested": 1000,
+        "new": 600,
+        "carried": 300,
+        "population": 90,
+        "failed": 0,
+        "filtered": 10,
+        "deferred": 0,
+        "users": 100,
+        "stale_users": 0,
+    }
+    figures: dict[str, Any] = {
         "failed": 0.0,
         "filtered": 0.01,
         "duplicates": 0.0,
@@ -122,15 +131,28 @@ def manifest_of(**changes: float | None) -> dict[str, Any]:
         "diversity": 0.4,
         "judged_items": 1000,
     }
-    counts = {"requested": 1000, "users": 100, "new": 600, "carried": 300, "population": 90}
-    permutation = {"effect": 0.2, "users": 100}
+    permutation: dict[str, Any] = {
+        "own": 0.6,
+        "dealt": 0.5,
+        "effect": 0.2,
+        "p_value": 0.0001,
+        "users": 100,
+        "z": 9.0,
+        "z_at_210_users": 13.0,
+    }
     for name, value in changes.items():
-        next(section for section in (figures, counts, permutation) if name in section)[name] = value  # type: ignore[index]
-    return {"counts": counts, "figures": figures, "quality": {"permutation": permutation}}
+        next(section for section in (figures, counts, permutation) if name in section)[name] = value
+    return Manifest.model_construct(
+        counts=Counts.model_construct(**counts),
+        figures=GateFigures(**figures),
+        quality=Quality(
+            permutation=None if permutation["effect"] is None else PermutationFigures(**permutation)
+        ),
+    )
 
 
 @pytest.mark.parametrize(
-    ("gate", "now", "told"),
+    ("gate", "now", "reason"),
     [
         ({"min_items": 991}, {}, "items is 990, 1 below gate.min_items 991"),
         ({"min_users": 100}, {"users": 99}, "users is 99, 1 below gate.min_users 100"),
@@ -155,12 +177,11 @@ def manifest_of(**changes: float | None) -> dict[str, Any]:
     ],
 )
 def test_every_bound_refuses_with_the_figure_and_the_distance(
-    gate: dict[str, Any], now: dict[str, float], told: str
+    gate: dict[str, Any], now: dict[str, Any], reason: str
 ) -> None:
     loose = {"max_drop": None, "max_rise": None, "max_filtered": None, "max_duplicates": None}
-    assert refusals(manifest_of(**now), manifest_of(), GateSettings.model_validate({**loose, **gate})) == [
-        told
-    ]
+    bounded = GateSettings.model_validate({**loose, **gate})
+    assert refusals(manifest_of(**now), manifest_of(), bounded) == [reason]
     assert refusals(manifest_of(**now), manifest_of(), GateSettings.model_validate(loose)) == []
 
 
@@ -169,10 +190,9 @@ def test_a_drop_against_the_last_snapshot_refuses(name: str) -> None:
     gate, before = GateSettings(), manifest_of()
     former = {"users": 100, "effect": 0.2, "like_probability": 0.5, "diversity": 0.4}[name]
     assert refusals(manifest_of(**{name: 0.81 * former}), before, gate) == []
-    (told,) = refusals(manifest_of(**{name: 0.79 * former}), before, gate)
-    assert (
-        told
-        == f"{name} is {0.79 * former:g}, 21.0% below the last snapshot's {former:g} (gate.max_drop is 20.0%)"
+    (reason,) = refusals(manifest_of(**{name: 0.79 * former}), before, gate)
+    assert reason == (
+        f"{name} is {0.79 * former:g}, 21.0% below the last snapshot's {former:g} (gate.max_drop is 20.0%)"
     )
     assert refusals(manifest_of(**{name: 0.79 * former}), None, gate) == []
 
@@ -181,11 +201,11 @@ def test_a_drop_against_the_last_snapshot_refuses(name: str) -> None:
 def test_a_rise_against_the_last_snapshot_refuses(name: str) -> None:
     gate = GateSettings(max_filtered=None, max_duplicates=None)
     assert refusals(manifest_of(**{name: 0.05}), manifest_of(**{name: 0.01}), gate) == []
-    (told,) = refusals(manifest_of(**{name: 0.07}), manifest_of(**{name: 0.01}), gate)
-    assert told == f"{name} is 7.00%, 6.00% above the last snapshot's 1.00% (gate.max_rise is 5.00%)"
+    (reason,) = refusals(manifest_of(**{name: 0.07}), manifest_of(**{name: 0.01}), gate)
+    assert reason == f"{name} is 7.00%, 6.00% above the last snapshot's 1.00% (gate.max_rise is 5.00%)"
 
 
-def test_the_qualities_of_few_items_stop_nothing() -> None:
+def test_figures_of_few_items_stop_nothing() -> None:
     few = manifest_of(judged_items=99, like_probability=0.0, diversity=0.0, duplicates=1.0)
     assert refusals(few, manifest_of(), GateSettings()) == []
     unknown = manifest_of(like_probability=None, diversity=None, duplicates=None, effect=None)

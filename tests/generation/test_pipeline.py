@@ -17,6 +17,7 @@ import pytest
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import Run
+from rebeca_ray.catalog.manifest import Counts, DecisionCounts, Manifest
 from rebeca_ray.catalog.read import open_snapshot, published, read_catalog
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import GenerateConfig
@@ -47,17 +48,25 @@ from tests.conftest import (
 @pytest.fixture(scope="module")
 def generated(
     tmp_path_factory: pytest.TempPathFactory, tiny_decoder: DecoderSettings, ray_local: None
-) -> tuple[GenerateConfig, dict[str, Any]]:
+) -> tuple[GenerateConfig, Manifest]:
     """One run of the whole job, shared by the tests that only read it: its config and its manifest."""
     shared = generate_config(tmp_path_factory.mktemp("generated"), tiny_decoder)
-    return shared, generate_catalog(shared)
+    return shared, generate_catalog(shared).manifest
 
 
-def test_a_complete_snapshot_is_published(generated: tuple[GenerateConfig, dict[str, Any]]) -> None:
+def test_a_complete_snapshot_is_published(generated: tuple[GenerateConfig, Manifest]) -> None:
     config, manifest = generated
-    assert manifest.counts == {
-        "requested": 16, "new": 16, "carried": 0, "population": 0, "failed": 0, "filtered": 0, "deferred": 0, "users": 5, "late_users": 0,
-    }  # fmt: skip
+    assert manifest.counts == Counts(
+        requested=16,
+        new=16,
+        carried=0,
+        population=0,
+        failed=0,
+        filtered=0,
+        deferred=0,
+        users=5,
+        stale_users=0,
+    )
     snapshot = read_catalog(config.catalog)
     items = snapshot.items()
     assert items.schema.remove_metadata() == schemas.items(D)
@@ -88,7 +97,7 @@ def test_a_complete_snapshot_is_published(generated: tuple[GenerateConfig, dict[
     assert snapshot.images(items) == [by_id[item] for item in items["item_id"].to_pylist()]
 
 
-def test_the_file_list_describes_every_file_exactly(generated: tuple[GenerateConfig, dict[str, Any]]) -> None:
+def test_the_file_list_describes_every_file_exactly(generated: tuple[GenerateConfig, Manifest]) -> None:
     config, _ = generated
     snapshot = read_catalog(config.catalog)
     for row in snapshot.files.to_pylist():
@@ -106,7 +115,7 @@ def test_the_file_list_describes_every_file_exactly(generated: tuple[GenerateCon
 
 
 def assert_same_items(left: pa.Table, right: pa.Table) -> None:
-    """Identities, users, ranks and neighbours exactly; embeddings up to float rounding (and its half-precision step)."""
+    """Compare ids, users, ranks and neighbours exactly, embeddings up to rounding in half precision."""
     for name in ("item_id", "user_id", "rank", "nearest_item_id"):
         assert left[name].to_pylist() == right[name].to_pylist(), name
     one, two = (table["image_embeds"].combine_chunks().flatten().to_numpy() for table in (left, right))
@@ -118,10 +127,10 @@ def assert_same_pixels(left: list[bytes], right: list[bytes]) -> None:
     assert np.abs(difference).max() <= 3
 
 
-def test_two_runs_agree_whatever_order_actors_buckets_units_and_files(
-    generated: tuple[GenerateConfig, dict[str, Any]], tmp_path: Path
+def test_two_runs_agree_whatever_their_order_actors_buckets_shards_and_files(
+    generated: tuple[GenerateConfig, Manifest], tmp_path: Path
 ) -> None:
-    """Another catalog, cut into buckets, units and files, agrees with the first item by item."""
+    """Another catalog, cut into buckets, shards and files, agrees with the first item by item."""
     config, _ = generated
     before = read_catalog(config.catalog)
     pq.write_table(pq.read_table(config.request).take([4, 2, 3, 1]), tmp_path / "shuffled.parquet")
@@ -133,37 +142,36 @@ def test_two_runs_agree_whatever_order_actors_buckets_units_and_files(
         "decoder": decoder,
         "layout": layout,
     }
-    manifest = generate_catalog(config.model_copy(update=update))
+    manifest = generate_catalog(config.model_copy(update=update)).manifest
     after = read_catalog(str(tmp_path / "catalog"))
     left = before.items().filter(np.array(before.items()["user_id"]) != USERS[0])
     right = after.items().sort_by([("user_id", "ascending"), ("rank", "ascending")])
     assert_same_items(left, right)
     assert_same_pixels(before.images(left), after.images(right))
-    assert manifest.decisions == {"planned_users": 4, "planned_items": 13, "units": 3}
-    assert (manifest.num_buckets, manifest.measured.stages["render"]["rows"]) == (3, 13)
-    units = {row["path"].split("/")[2] for row in after.files.to_pylist() if row["table"] == "images"}
-    assert units == {f"bucket={bucket_of(user, 3)}" for user in USERS[1:5]}
+    assert manifest.decisions == DecisionCounts(planned_users=4, planned_items=13, shards=3)
+    assert (manifest.num_buckets, manifest.measured.stages["render"].rows) == (3, 13)
+    folders = {row["path"].split("/")[2] for row in after.files.to_pylist() if row["table"] == "images"}
+    assert folders == {f"bucket={bucket_of(user, 3)}" for user in USERS[1:5]}
 
 
-def test_failed_rows_are_kept_apart_and_the_budget_decides(config: GenerateConfig) -> None:
+def test_failed_items_are_listed_separately_and_the_budget_decides(config: GenerateConfig) -> None:
     prepared = prepare(config, break_first=True)
     run = prepared.run
     with pytest.raises(
         ErrorBudgetExceededError, match=r"1 of 16 items failed \(image_embeds is not finite\)"
-    ):
-        assembled(config, prepared, requested=16, error_budget=0.01)
+    ) as caught:
+        assembled(config, prepared, error_budget=0.01)
+    assert caught.value.exit_code == 3
     assert published(config.catalog) is None
-    manifest = assembled(config, prepared, requested=16, error_budget=0.1)
+    manifest = assembled(config, prepared, error_budget=0.1)
     assert (manifest.counts.new, manifest.counts.failed) == (15, 1)
     snapshot = open_snapshot(config.catalog, run.snapshot)
     error = snapshot.table("errors").to_pylist()[0]
     assert (error["stage"], error["error"]) == ("render", "image_embeds is not finite")
     items = snapshot.items()
     assert error["item_id"] not in items["item_id"].to_pylist()
-    assert items.filter(np.array(items["user_id"]) == error["user_id"])["rank"].to_pylist() == [
-        0,
-        1,
-    ]  # no gap
+    ranks = items.filter(np.array(items["user_id"]) == error["user_id"])["rank"].to_pylist()
+    assert ranks == [0, 1]  # no gap
 
 
 def test_a_partial_run_is_not_published(config: GenerateConfig) -> None:
@@ -171,27 +179,26 @@ def test_a_partial_run_is_not_published(config: GenerateConfig) -> None:
     with pytest.raises(ResumableError, match=r"17 items requested, 16 accounted for .*nothing is published"):
         assembled(config, prepared, requested=17)
     for record in Path(prepared.run.records(0)).glob("*.json"):
-        record.unlink()  # what a kill in the middle of a write leaves: a file without its record
+        record.unlink()  # a kill in the middle of a write leaves a file without its record
     assert read_records(prepared.run, 0) == []
     with pytest.raises(ResumableError, match="16 of 16 planned items were not rendered"):
-        assembled(config, prepared._replace(rendered=Rendered(files=[], timed_out=False)), requested=16)
+        assembled(config, prepared._replace(rendered=Rendered(files=[], timed_out=False)))
     assert not (Path(config.catalog) / "latest.json").exists()
 
 
 def planned_rows(count: int) -> pa.Table:
     embeds = np.random.default_rng(0).standard_normal((count, D)).astype(np.float32)
     column = pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(D))
-    words = {
+    columns = {
         "prompt": [""] * count,
         "negative_prompt": [""] * count,
         "bucket": pa.array([5] * count, pa.int32()),
     }
-    return pa.table(
-        {"item_id": [f"item-{number}" for number in range(count)], "image_embeds": column, **words}
-    )
+    item_ids = [f"item-{number}" for number in range(count)]
+    return pa.table({"item_id": item_ids, "image_embeds": column, **columns})
 
 
-def test_rendering_keeps_every_row_in_its_place(
+def test_rendering_keeps_the_order_of_the_rows(
     tiny_decoder: DecoderSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = RenderImages(tiny_decoder)
@@ -219,10 +226,12 @@ def test_rendering_keeps_every_row_in_its_place(
     assert [row["image"] is None for row in rows] == [False, True, True]
 
 
-def test_what_is_not_fit_to_be_shown_is_filtered_or_flagged(
+def test_unsafe_images_are_filtered_or_flagged(
     config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sixteen items, of which one was left out and one is shown all the same, by a decoder with another policy."""
+    """Of sixteen items one is left out, and one is shown all the same, by a decoder with another policy."""
+    decoder = config.decoder.model_copy(update={"batch_size": 16})  # one call of the decoder
+    config = config.model_copy(update={"decoder": decoder})
     whole = LocalDecoder.decode
 
     def decode(self: LocalDecoder, rows: Rows) -> list[DecodedImage]:
@@ -236,8 +245,8 @@ def test_what_is_not_fit_to_be_shown_is_filtered_or_flagged(
     monkeypatch.setattr(LocalDecoder, "decode", decode)
     prepared = prepare(config)
     run = prepared.run
-    counts = assembled(config, prepared, requested=16)["counts"]
-    assert (counts["requested"], counts["new"], counts["filtered"], counts["failed"]) == (16, 15, 1, 0)
+    counts = assembled(config, prepared).counts
+    assert (counts.requested, counts.new, counts.filtered, counts.failed) == (16, 15, 1, 0)
     items = open_snapshot(config.catalog, run.snapshot).items()
     assert items["safety_flag"].to_pylist().count(True) == 1
     images = {
@@ -276,9 +285,9 @@ def test_bad_requests_are_refused_before_anything_is_written(
 
 def test_a_prior_that_does_not_fit_the_decoder_is_refused(config: GenerateConfig) -> None:
     path = Path(config.prior) / "config.json"
-    told = json.loads(path.read_text())
-    told["scaler"]["embed_dim"] = 24
-    path.write_text(json.dumps(told))
+    values = json.loads(path.read_text())
+    values["scaler"]["embed_dim"] = 24
+    path.write_text(json.dumps(values))
     with pytest.raises(UserError, match=r"draws embeddings of size 24, decoder .* reads 16"):
         generate_catalog(config)
     assert not Path(config.catalog).exists()
@@ -298,14 +307,14 @@ def test_a_prior_that_does_not_fit_the_decoder_is_refused(config: GenerateConfig
         ({"items": "nothing.parquet"}, "items .*nothing.parquet: not found"),
     ],
 )
-def test_what_the_models_cannot_do_is_refused_before_anything_is_written(
+def test_settings_that_the_models_do_not_support_are_refused_before_anything_is_written(
     config: GenerateConfig, changes: dict[str, Any], message: str
 ) -> None:
-    told = config.model_dump()
+    values = config.model_dump()
     for name, value in changes.items():
-        told[name] = {**told[name], **value} if isinstance(value, dict) else value
+        values[name] = {**values[name], **value} if isinstance(value, dict) else value
     with pytest.raises(UserError, match=message):
-        generate_catalog(GenerateConfig.model_validate(told))
+        generate_catalog(GenerateConfig.model_validate(values))
     assert not Path(config.catalog).exists()
 
 
@@ -360,31 +369,31 @@ def test_a_request_may_have_dictionary_encoded_users(config: GenerateConfig, tmp
 
 def test_a_run_id_is_used_once(config: GenerateConfig) -> None:
     prepared = prepare(config)
-    assembled(config, prepared, requested=16)
+    assembled(config, prepared)
     with pytest.raises(UserError, match=f"run_id {prepared.run.run_id} was used before; choose another"):
         generate_catalog(config.model_copy(update={"run_id": prepared.run.run_id}))
 
 
-def test_images_of_repeated_rows_are_all_found(generated: tuple[GenerateConfig, dict[str, Any]]) -> None:
-    snapshot = read_catalog(generated[0].root)
+def test_repeated_rows_get_all_their_images(generated: tuple[GenerateConfig, Manifest]) -> None:
+    snapshot = read_catalog(generated[0].catalog)
     one, other = snapshot.images(snapshot.items().slice(0, 2))
     assert snapshot.images(snapshot.items().take([0, 1, 0])) == [one, other, one]
 
 
-def test_a_root_that_cannot_be_written_is_refused(config: GenerateConfig, tmp_path: Path) -> None:
+def test_a_catalog_that_cannot_be_written_is_refused(config: GenerateConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"):
         generate_catalog(config.model_copy(update={"catalog": str(tmp_path / "file" / "catalog")}))
 
 
-def test_one_user_in_place_of_a_list_is_refused(generated: tuple[GenerateConfig, dict[str, Any]]) -> None:
-    snapshot = read_catalog(generated[0].root)
+def test_one_user_instead_of_a_list_is_refused(generated: tuple[GenerateConfig, Manifest]) -> None:
+    snapshot = read_catalog(generated[0].catalog)
     assert snapshot.items(user_ids=[USERS[1]])["rank"].to_pylist() == [0, 1, 2, 3]
     with pytest.raises(TypeError, match=r"give a list of users, \['user-1'\]"):
         snapshot.items(user_ids=USERS[1])  # type: ignore[arg-type]
 
 
-def test_reading_what_is_not_there(tmp_path: Path) -> None:
+def test_reading_without_a_published_snapshot_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing is published there; give another root"):
         read_catalog(str(tmp_path))
     publish(str(tmp_path), Run(root=str(tmp_path), run_date="2026-01-01", run_id="a", fencing_token=1))
@@ -392,7 +401,7 @@ def test_reading_what_is_not_there(tmp_path: Path) -> None:
         read_catalog(str(tmp_path))
 
 
-def test_the_same_on_s3(generated: tuple[GenerateConfig, dict[str, Any]]) -> None:
+def test_a_catalog_on_s3_is_the_same(generated: tuple[GenerateConfig, Manifest]) -> None:
     """Everything on S3: prior, request, items, catalog."""
     config, local = generated
     expected = read_catalog(config.catalog)
@@ -408,17 +417,15 @@ def test_the_same_on_s3(generated: tuple[GenerateConfig, dict[str, Any]]) -> Non
             "catalog": "s3://rebeca/catalog",
         }
     )
-    manifest = generate_catalog(on_s3)
-    assert manifest.counts == local["counts"]
-    assert manifest.epoch == 1
-    there = read_catalog(on_s3.root)
-    assert_same_items(there.items(), expected.items())
-    assert_same_pixels(there.images(there.items()), expected.images(expected.items()))
+    manifest = generate_catalog(on_s3).manifest
+    assert manifest.counts == local.counts
+    assert manifest.fencing_token == 1
+    snapshot = read_catalog(on_s3.catalog)
+    assert_same_items(snapshot.items(), expected.items())
+    assert_same_pixels(snapshot.images(snapshot.items()), expected.images(expected.items()))
 
 
-def test_a_plan_that_pleases_nobody_in_particular_is_neither_rendered_nor_published(
-    config: GenerateConfig, tmp_path: Path
-) -> None:
+def test_an_impersonal_plan_is_neither_rendered_nor_published(config: GenerateConfig, tmp_path: Path) -> None:
     """No p-value of 10,000 permutations is below 1e-5, so that this gate stops any plan."""
     users = [f"user-{number}" for number in range(20)]
     prior = write_tiny_prior(tmp_path, users=prior_users(users), selector=Selector(D, 4))

@@ -19,7 +19,7 @@ from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import InteractionSettings, SelectionSettings
 from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.errors import UserError
-from rebeca_ray.generation.decide import Decisions
+from rebeca_ray.generation.decisions import Decisions
 from rebeca_ray.generation.plan import PlanUsers, request_histories
 from rebeca_ray.generation.request import check_request
 from rebeca_ray.prior.checkpoint import load_prior, save_prior
@@ -38,7 +38,7 @@ from tests.conftest import (
     versions_of,
 )
 
-NOBODY = Decisions(pool=None, by_urgency=True, boundaries=[], planned_users=0, planned_items=0, units=0)
+NOBODY = Decisions(pool=None, by_urgency=True, boundaries=[], planned_users=0, planned_items=0, shards=0)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -69,7 +69,7 @@ def test_any_request_is_planned_item_by_item_whatever_the_batches(
     )
 
 
-def test_a_prior_replaced_while_planning_is_noticed(config: GenerateConfig) -> None:
+def test_a_prior_that_is_replaced_while_planning_is_refused(config: GenerateConfig) -> None:
     with pytest.raises(UserError, match="was replaced while this run was planning; run again"):
         PlanUsers(config, {"prior": "another version", "decoder": "any"}, None, None, NOBODY)
 
@@ -124,9 +124,8 @@ def test_users_with_ratings_are_served_and_others_get_the_population(
         config.model_copy(update={"interactions": changed}), ["user-0", "stranger", "new-user", "grumpy"]
     )
     same = [row["item_id"] in before for row in again]
-    assert (
-        same == [True] * 3 + [False] * 3 + [True] * 6
-    )  # new taste, new items; the others' stay, embedding and all
+    # A new rating brings new items; those of the others stay, embedding and all.
+    assert same == [True] * 3 + [False] * 3 + [True] * 6
     assert all(
         before[row["item_id"]] == row["image_embeds"] for row, kept in zip(again, same, strict=True) if kept
     )
@@ -140,7 +139,9 @@ def test_a_prior_by_id_gives_cold_start_users_the_population(config: GenerateCon
     ]
 
 
-def test_a_prior_without_users_is_the_populations(config: GenerateConfig, tmp_path: Path) -> None:
+def test_a_prior_without_users_plans_the_population_pool_alone(
+    config: GenerateConfig, tmp_path: Path
+) -> None:
     config = config.model_copy(update={"prior": write_history_prior(tmp_path, "none")})
     assert {row["origin"] for row in plan(config, pa.table({"user_id": ["user-1"]})).to_pylist()} == {
         "population"
@@ -158,9 +159,7 @@ def test_a_history_prior_names_its_missing_inputs(config: GenerateConfig, tmp_pa
         check_request(config, identify_decoder(config.decoder))
 
 
-def test_one_candidate_an_item_is_plain_sampling_and_more_are_a_choice_among_them(
-    config: GenerateConfig,
-) -> None:
+def test_one_candidate_per_item_is_plain_sampling_and_more_allow_a_choice(config: GenerateConfig) -> None:
     users = pa.table({"user_id": USERS[:2]})
     plain, chosen = (
         plan(
@@ -195,11 +194,11 @@ def test_one_candidate_an_item_is_plain_sampling_and_more_are_a_choice_among_the
     assert [row["rank"] for row in chosen] == [0, 1, 2] * 2
 
 
-def test_population_items_are_counted_apart(config: GenerateConfig) -> None:
+def test_items_of_the_population_pool_are_counted_separately(config: GenerateConfig) -> None:
     pq.write_table(pa.table({"user_id": ["user-1", "stranger"]}), config.request)
     prepared = prepare(config)
-    counts = assembled(config, prepared, requested=6)["counts"]
-    assert (counts["requested"], counts["new"], counts["population"]) == (6, 3, 3)
+    counts = assembled(config, prepared).counts
+    assert (counts.requested, counts.new, counts.population) == (6, 3, 3)
     items = open_snapshot(config.catalog, prepared.run.snapshot).items()
     assert [(row["user_id"], row["origin"]) for row in items.to_pylist()[::3]] == [
         (POPULATION_USER, "population"), ("stranger", "population"), ("user-1", "new"),

@@ -1,13 +1,12 @@
-"""A run that is killed, or hangs, is gone on with: what was drawn is not drawn again, and every item is published once."""
+"""A run that is killed or hangs is resumed: no image is rendered twice, and every item is published once."""
 
-import datetime
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ import fsspec
 import pyarrow.compute as pc
 import pytest
 
-import rebeca_ray
-from rebeca_ray.catalog.layout import Run, work_folder
+from rebeca_ray.catalog.layout import work_folder
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import Snapshot, published, read_catalog
 from rebeca_ray.catalog.runs import unfinished_runs
@@ -26,19 +24,20 @@ from rebeca_ray.config.sections import LayoutSettings, LimitSettings
 from rebeca_ray.decoder.interface import DecodedImage
 from rebeca_ray.decoder.local import LocalDecoder
 from rebeca_ray.errors import UserError
+from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.pipeline import generate_catalog
 from rebeca_ray.generation.runs import begin, describe_run
 from rebeca_ray.storage.filesystem import join, list_files, open_filesystem
 from rebeca_ray.storage.objects import read_json
 from rebeca_ray.storage.parquet import read_table
-from tests.conftest import draw_rows, prepare, run_of, versions_of, write_plan
+from tests.conftest import context_of, planned_items, prepare, render_rows, versions_of, write_plan
 
 DRIVER = """
 import os, sys, time
 from rebeca_ray.generation import pipeline, plan, render
 from rebeca_ray.catalog.lease import Lease
-from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.cli.runner import plain_errors
+from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.log import configure
 
 class HangsLater(render.RenderImages):
@@ -55,10 +54,8 @@ with plain_errors():
     pipeline.generate_catalog(GenerateConfig.model_validate_json(sys.argv[1]))
 """
 HANG = "render.RenderImages = HangsLater"  # so that a kill always comes in the middle
-DIE_PLANNING = "plan.write_json = lambda *_: os._exit(9)"  # everything is planned, but nothing says so
-DIE_PUBLISHING = (
-    "Lease.publish = lambda *_, **__: os._exit(9)"  # the manifest is there, but nobody is pointed to it
-)
+DIE_PLANNING = "plan.write_json = lambda *_: os._exit(9)"  # all items are planned, without the marker
+DIE_PUBLISHING = "Lease.publish = lambda *_, **__: os._exit(9)"  # the manifest exists, without the pointer
 
 
 def to_resume(config: GenerateConfig, **update: Any) -> GenerateConfig:
@@ -70,25 +67,20 @@ def to_resume(config: GenerateConfig, **update: Any) -> GenerateConfig:
 
 
 def planned(config: GenerateConfig) -> str:
-    """The id of a run that was killed when it had planned; its plan is made here, for that is sooner done."""
-    run = run_of(config)
-    note_beginning(config, run)
-    write_plan(config, run)
-    return run.run_id
+    """The id of a run that was killed once it had its plan, which is made in this process."""
+    context = context_of(config)
+    record_beginning(context)
+    write_plan(context)
+    return context.run.run_id
 
 
-def note_beginning(config: GenerateConfig, run: Run) -> None:
-    versions = {**versions_of(config), "code": rebeca_ray.__version__}
-    begin(
-        config.catalog,
-        run.run_id,
-        datetime.date.fromisoformat(run.run_date),
-        describe_run(config, versions, None),
-    )
+def record_beginning(context: RunContext) -> None:
+    description = describe_run(context.config, versions_of(context.config), None)
+    begin(context.config.catalog, context.run.run_id, context.date, description)
 
 
 def start(config: GenerateConfig, sabotage: str, ray_address: str) -> subprocess.Popen[str]:
-    """A driver of its own."""
+    """Generate the catalog in another process."""
     return subprocess.Popen(
         [sys.executable, "-c", DRIVER.format(sabotage=sabotage), config.model_dump_json()],
         env={**os.environ, "RAY_ADDRESS": ray_address},
@@ -99,14 +91,14 @@ def start(config: GenerateConfig, sabotage: str, ray_address: str) -> subprocess
 
 
 def wait_for_records(process: subprocess.Popen[str], config: GenerateConfig, run_id: str) -> None:
-    """Return once two image files of a run are there."""
+    """Wait until two image files of a run exist."""
     while len(list_files(join(work_folder(config.catalog, run_id), "records"), ".json")) < 2:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
 
 
-def drawn(root: str, run_id: str) -> dict[str, Any]:
-    """Of every image file with a record: what the record says, and when the file was written."""
+def rendered(root: str, run_id: str) -> dict[str, Any]:
+    """The image files with a record: checksum and time of writing by path."""
     return {
         record["path"]: (record["sha256"], written_at(root, record["path"]))
         for record in records(root, run_id)
@@ -114,8 +106,8 @@ def drawn(root: str, run_id: str) -> dict[str, Any]:
 
 
 def records(root: str, run_id: str) -> list[dict[str, Any]]:
-    found = [read_json(uri) for uri in list_files(join(work_folder(root, run_id), "records"), ".json")]
-    return [record for record in found if record]
+    values = [read_json(uri) for uri in list_files(join(work_folder(root, run_id), "records"), ".json")]
+    return [record for record in values if record]
 
 
 def written_at(root: str, path: str) -> Any:
@@ -124,12 +116,12 @@ def written_at(root: str, path: str) -> Any:
 
 
 def assert_everything_once(snapshot: Snapshot, count: int = 40) -> None:
-    """So many items, each with one image, and each image drawn once."""
+    """Check that the snapshot has `count` items, each with one image, and each image rendered once."""
     ids = snapshot.table("images")["item_id"].to_pylist()
     assert len(ids) == len(set(ids)) == count
     assert sorted(snapshot.items()["item_id"].to_pylist()) == sorted(ids)
     counts = snapshot.manifest.counts
-    assert (counts["requested"], counts["new"]) == (count, count)
+    assert (counts.requested, counts.new) == (count, count)
 
 
 def on_s3(config: GenerateConfig) -> GenerateConfig:
@@ -139,26 +131,26 @@ def on_s3(config: GenerateConfig) -> GenerateConfig:
     )
 
 
-@pytest.mark.parametrize("place", [lambda config: config, on_s3], ids=["local", "s3"])
-def test_a_run_that_is_killed_while_rendering_draws_the_rest(
+@pytest.mark.parametrize("relocate", [lambda config: config, on_s3], ids=["local", "s3"])
+def test_a_run_that_is_killed_while_rendering_renders_the_rest(
     config: GenerateConfig,
     ray_local: str,
-    place: Callable[[GenerateConfig], GenerateConfig],
+    relocate: Callable[[GenerateConfig], GenerateConfig],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")
-    config = place(to_resume(config))
+    config = relocate(to_resume(config))
     run_id = planned(config)
     process = start(config, HANG, ray_local)
     wait_for_records(process, config, run_id)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    before = drawn(config.catalog, run_id)
+    before = rendered(config.catalog, run_id)
     assert published(config.catalog) is None
 
-    manifest = generate_catalog(config, resume="require")
+    manifest = generate_catalog(config, resume="require").manifest
     assert f"resuming run {run_id}, begun at 20" in caplog.text
-    assert (manifest["run_id"], manifest["epoch"]) == (run_id, 2)
+    assert (manifest.run_id, manifest.fencing_token) == (run_id, 2)
     snapshot = read_catalog(config.catalog)
     assert_everything_once(snapshot)
     files = [row for row in snapshot.files.to_pylist() if row["table"] == "images"]
@@ -168,12 +160,12 @@ def test_a_run_that_is_killed_while_rendering_draws_the_rest(
     )
     kept = sum(row["rows"] for row in files if "/part-000001-" in row["path"])
     assert 8 <= kept <= 16
-    assert manifest.measured.stages["render"]["rows"] == 40 - kept
+    assert manifest.measured.stages["render"].rows == 40 - kept
     assert read_pointer(config.catalog)[0].lease is None
     assert unfinished_runs(config.catalog) == {}
 
 
-def test_a_run_that_dies_while_planning_and_again_before_publishing(
+def test_a_run_that_dies_while_planning_and_again_before_publishing_is_resumed(
     config: GenerateConfig, ray_local: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -183,7 +175,7 @@ def test_a_run_that_dies_while_planning_and_again_before_publishing(
     assert process.returncode == 9, output
     (run_id,) = unfinished_runs(config.catalog)
     work = Path(work_folder(config.catalog, run_id))
-    assert list(work.glob("plan/unit=0/bucket=0/part-000001-*.parquet"))
+    assert list(work.glob("plan/shard=0/bucket=0/part-000001-*.parquet"))
     assert not (work / "plan.json").exists()
     assert not (work / "records").exists()
 
@@ -195,20 +187,20 @@ def test_a_run_that_dies_while_planning_and_again_before_publishing(
     assert parts is not None
     assert sum(part["rows"] for part in parts["parts"]) == 40
     assert all("/part-000002-" in part["path"] for part in parts["parts"])
-    before = drawn(config.catalog, run_id)
+    before = rendered(config.catalog, run_id)
     assert len(before) == 10
     assert published(config.catalog) is None
 
-    manifest = generate_catalog(config)
+    manifest = generate_catalog(config).manifest
     assert f"resuming run {run_id}" in caplog.text
-    assert (manifest["run_id"], manifest["epoch"]) == (run_id, 3)
-    assert not {"plan", "render"} & set(manifest["measured"]["stages"])  # neither was done again
+    assert (manifest.run_id, manifest.fencing_token) == (run_id, 3)
+    assert not {"plan", "render"} & set(manifest.measured.stages)  # neither was done again
     snapshot = read_catalog(config.catalog)
     assert_everything_once(snapshot)
     assert {row["path"] for row in snapshot.files.to_pylist() if row["table"] == "images"} == set(before)
 
 
-def test_a_run_that_hangs_ends_itself_and_is_gone_on_with(config: GenerateConfig, ray_local: str) -> None:
+def test_a_run_that_hangs_ends_itself_and_is_resumed(config: GenerateConfig, ray_local: str) -> None:
     config = to_resume(config)
     run_id = planned(config)
     hasty = config.model_copy(update={"limits": LimitSettings(stall_minutes=0.15, lease_seconds=600)})
@@ -217,28 +209,34 @@ def test_a_run_that_hangs_ends_itself_and_is_gone_on_with(config: GenerateConfig
     assert process.returncode == 75, output
     assert f"resuming run {run_id}" in output
     (dump,) = Path(work_folder(config.catalog, run_id)).glob("stalled-*.txt")
-    told = f"ERROR run {run_id}: no progress for 0.15 min while it was at render (limits.stall_minutes); its state is in {dump}. Start it again: it resumes"
-    assert [line.partition(" ")[2] for line in output.splitlines() if " ERROR " in line] == [told]
+    message = (
+        f"ERROR run {run_id}: no progress for 0.15 min in stage render (limits.stall_minutes); "
+        f"its state is in {dump}. Start it again: it resumes"
+    )
+    assert [line.partition(" ")[2] for line in output.splitlines() if " ERROR " in line] == [message]
     state = dump.read_text()
     assert state.startswith("stage render; stages so far: {'histories': ")
     assert "rebeca_ray/generation/render.py" in state
-    assert "in render_unit" in state  # the stack of the driver's main thread
+    assert "in render_shard" in state  # the stack of the driver's main thread
     assert read_pointer(config.catalog)[0].lease is None
     rows = sum(image_file["rows"] for image_file in records(config.catalog, run_id))
 
-    manifest = generate_catalog(config, resume="require")  # at once, though the lease was one of ten minutes
+    # The next attempt starts at once, though the lease was one of ten minutes.
+    manifest = generate_catalog(config, resume="require").manifest
     assert manifest.run_id == run_id
-    assert manifest.measured.stages["render"]["rows"] == 40 - rows
+    assert manifest.measured.stages["render"].rows == 40 - rows
     assert_everything_once(read_catalog(config.catalog))
 
 
-def test_what_failed_is_drawn_again_when_asked_for(
+def test_failed_items_are_rendered_again_with_retry_failed(
     config: GenerateConfig,
     ray_local: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Two of sixteen items failed in a decoder that is well again."""
+    """Two of sixteen items failed in a decoder that works again."""
+    decoder = config.decoder.model_copy(update={"batch_size": 16})  # one call of the decoder
+    config = config.model_copy(update={"decoder": decoder})
     whole = LocalDecoder.decode
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -246,24 +244,30 @@ def test_what_failed_is_drawn_again_when_asked_for(
             "decode",
             lambda self, rows: [DecodedImage(seed=1, error="bad luck")] * 2 + whole(self, rows)[2:],
         )
-        run = prepare(config).run
-    note_beginning(config, run)
-    for _ in range(2):  # it is not drawn again of itself
+        context = prepare(config).context
+    run = context.run
+    record_beginning(context)
+    for _ in range(2):  # without the option they stay failed
         with pytest.raises(SystemExit) as caught, plain_errors():
             generate_catalog(config)
         assert caught.value.code == 3
-        told = f"error: run {run.run_id}: 2 of 16 items failed (bad luck), the budget is 0.10%; nothing is published. Mend it"
-        assert capsys.readouterr().err.startswith(told)
+        assert (
+            capsys.readouterr()
+            .err.splitlines()[-1]
+            .startswith(
+                f"error: run {run.run_id}: 2 of 16 items failed (bad luck), the budget is 0.10%; "
+                "nothing is published. Mend it"
+            )
+        )
         assert published(config.catalog) is None
-    errors = read_table(
-        join(config.catalog, Run(**{**asdict(run), "epoch": 2}).table("errors", 0)), "errors"
-    ).to_pylist()
+    errors_uri = join(config.catalog, replace(run, fencing_token=2).table("errors", 0))
+    errors = read_table(errors_uri, "errors").to_pylist()
     assert [(row["stage"], row["error"], row["attempt"]) for row in errors] == [("render", "bad luck", 0)] * 2
 
-    manifest = generate_catalog(config, retry_failed=True)
+    manifest = generate_catalog(config, retry_failed=True).manifest
     assert manifest.run_id == run.run_id
     assert (manifest.counts.new, manifest.counts.failed) == (16, 0)
-    assert manifest.measured.stages["render"]["rows"] == 2
+    assert manifest.measured.stages["render"].rows == 2
     snapshot = read_catalog(config.catalog)
     assert snapshot.table("errors").num_rows == 0
     (again,) = (
@@ -271,8 +275,8 @@ def test_what_failed_is_drawn_again_when_asked_for(
         for row in snapshot.files.to_pylist()
         if row["table"] == "images" and "/part-000003-" in row["path"]
     )
-    drawn_again = read_table(join(config.catalog, again), "images")
-    assert sorted(drawn_again["item_id"].to_pylist()) == sorted(row["item_id"] for row in errors)
+    rendered_again = read_table(join(config.catalog, again), "images")
+    assert sorted(rendered_again["item_id"].to_pylist()) == sorted(row["item_id"] for row in errors)
     items = snapshot.items()
     assert items.num_rows == 16
     assert None not in snapshot.images(items)
@@ -280,24 +284,20 @@ def test_what_failed_is_drawn_again_when_asked_for(
         generate_catalog(config, retry_failed=True)
 
 
-def test_a_run_that_has_spent_its_hours_publishes_what_there_is(
+def test_a_run_without_gpu_hours_left_publishes_its_rendered_items(
     config: GenerateConfig, ray_local: str
 ) -> None:
-    """It was killed with one unit of three drawn, and has no time left."""
+    """It was killed with one shard of three rendered, and has no time left."""
     config = config.model_copy(update={"layout": LayoutSettings(items_per_shard=6)})
-    run = run_of(config)
-    note_beginning(config, run)
-    _, rows, _ = write_plan(config, run)
-    first = rows.filter(pc.equal(rows["unit"], 0))
-    draw_rows(config, run, 0, first)
-    counts = generate_catalog(config.model_copy(update={"limits": LimitSettings(max_gpu_hours=1e-9)}))[
-        "counts"
-    ]
-    assert (counts["requested"], counts["new"], counts["deferred"]) == (
-        16,
-        first.num_rows,
-        16 - first.num_rows,
-    )
+    context = context_of(config)
+    record_beginning(context)
+    write_plan(context)
+    rows = planned_items(context.run)
+    first = rows.filter(pc.equal(rows["shard"], 0))
+    render_rows(context, 0, first)
+    limits = LimitSettings(max_gpu_hours=1e-9)
+    counts = generate_catalog(config.model_copy(update={"limits": limits})).manifest.counts
+    assert (counts.requested, counts.new, counts.deferred) == (16, first.num_rows, 16 - first.num_rows)
     done = set(first["user_id"].to_pylist())
-    assert (counts["users"], counts["stale_users"]) == (len(done), 5 - len(done))
+    assert (counts.users, counts.stale_users) == (len(done), 5 - len(done))
     assert set(read_catalog(config.catalog).items()["user_id"].to_pylist()) == done

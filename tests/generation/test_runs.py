@@ -1,7 +1,8 @@
-"""Which run is gone on with: one begun from the very same things, and a difference is named."""
+"""A run is resumed only if it was made from exactly the same things; otherwise the difference is named."""
 
 import datetime
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
@@ -14,12 +15,13 @@ from hypothesis import strategies as st
 
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.lease import hold_lease
+from rebeca_ray.catalog.runs import BegunRun, write_begun
 from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.config.load import apply_override
 from rebeca_ray.config.sections import SamplerSettings
-from rebeca_ray.errors import InputError, ResumableError, StorageError, UserError
-from rebeca_ray.generation.pipeline import forgotten_if_refused
-from rebeca_ray.generation.runs import begin, choose_run, describe_run, difference
+from rebeca_ray.errors import InputError, StorageError, UserError
+from rebeca_ray.generation.pipeline import remove_work_on_error
+from rebeca_ray.generation.runs import Description, begin, choose_run, describe_run, difference
 from rebeca_ray.storage.failures import user_error
 from rebeca_ray.storage.filesystem import delete, exists, join
 from rebeca_ray.storage.objects import write_json
@@ -31,8 +33,8 @@ BEFORE = "snapshots/run_date=2026-03-01/run_id=before"
 
 
 @pytest.fixture
-def asked(tmp_path: Path) -> GenerateConfig:
-    """A config whose request and items exist; nothing else of it is looked at."""
+def job(tmp_path: Path) -> GenerateConfig:
+    """A config whose request and items exist. Nothing else of it is read."""
     return GenerateConfig.model_validate(
         {
             "prior": str(tmp_path / "prior"),
@@ -53,51 +55,50 @@ def changed(config: GenerateConfig, *overrides: str) -> GenerateConfig:
 
 def described(
     config: GenerateConfig, versions: dict[str, str] = VERSIONS, before: str | None = BEFORE
-) -> dict[str, Any]:
+) -> Description:
     return describe_run(config, versions, before)
 
 
 def choose(
     config: GenerateConfig,
-    told: dict[str, Any] | None = None,
+    description: Description | None = None,
     *,
     date: datetime.date = TODAY,
     resume: Resume = "auto",
     retry_failed: bool = False,
-) -> tuple[str, dict[str, Any] | None]:
-    return choose_run(config, date, told or described(config), resume=resume, retry_failed=retry_failed)
+) -> tuple[str, BegunRun | None]:
+    description = description or described(config)
+    return choose_run(config, date, description, resume=resume, retry_failed=retry_failed)
 
 
-def starts_anew(chosen: tuple[str, dict[str, Any] | None]) -> bool:
+def starts_anew(chosen: tuple[str, BegunRun | None]) -> bool:
     return chosen[1] is None and re.fullmatch(r"\d{8}T\d{6}-[0-9a-f]{6}", chosen[0]) is not None
 
 
 @pytest.mark.parametrize("resume", ["auto", "require"])
-def test_the_same_things_are_gone_on_with(asked: GenerateConfig, resume: Resume) -> None:
-    begun = begin(asked.catalog, "first", TODAY, described(asked))
-    assert choose(asked, resume=resume) == ("first", begun)
-    assert choose(asked, resume=resume, retry_failed=True) == ("first", begun)
-    assert begun["run_date"] == "2026-03-02"
+def test_a_run_made_from_the_same_things_is_resumed(job: GenerateConfig, resume: Resume) -> None:
+    begun = begin(job.catalog, "first", TODAY, described(job))
+    assert choose(job, resume=resume) == ("first", begun)
+    assert choose(job, resume=resume, retry_failed=True) == ("first", begun)
+    assert begun.run_date == "2026-03-02"
 
 
-def test_never_starts_anew(asked: GenerateConfig, caplog: pytest.LogCaptureFixture) -> None:
-    begin(asked.catalog, "first", TODAY, described(asked))
-    assert starts_anew(choose(asked, resume="never"))
+def test_resume_never_starts_a_new_run(job: GenerateConfig, caplog: pytest.LogCaptureFixture) -> None:
+    begin(job.catalog, "first", TODAY, described(job))
+    assert starts_anew(choose(job, resume="never"))
     assert caplog.messages == []
 
 
-def test_of_several_the_latest_that_is_the_same(asked: GenerateConfig) -> None:
-    for run_id, told in (
-        ("c-first", described(asked)),
-        ("a-second", described(asked)),
-        ("b-other", described(asked, before=None)),
+def test_the_latest_of_several_equal_runs_is_resumed(job: GenerateConfig) -> None:
+    for run_id, description in (
+        ("c-first", described(job)),
+        ("a-second", described(job)),
+        ("b-other", described(job, before=None)),
     ):
-        begun = begin(asked.catalog, run_id, TODAY, told)
-        write_json(
-            {**begun, "begun_at": f"2026-03-02T0{'cab'.index(run_id[0])}:00:00+00:00"},
-            join(asked.catalog, f"work/run_id={run_id}/run.json"),
-        )
-    assert choose(asked)[0] == "a-second"
+        begun = begin(job.catalog, run_id, TODAY, description)
+        begun_at = f"2026-03-02T0{'cab'.index(run_id[0])}:00:00+00:00"
+        write_begun(job.catalog, replace(begun, begun_at=begun_at))
+    assert choose(job)[0] == "a-second"
 
 
 @pytest.mark.parametrize(
@@ -117,59 +118,58 @@ def test_of_several_the_latest_that_is_the_same(asked: GenerateConfig) -> None:
     ],
 )
 def test_a_changed_setting_is_named_with_both_values(
-    asked: GenerateConfig,
+    job: GenerateConfig,
     caplog: pytest.LogCaptureFixture,
     override: str,
     field: str,
     before: Any,
     now: Any,
 ) -> None:
-    begin(asked.catalog, "first", TODAY, described(asked))
-    other = changed(asked, override)
+    begin(job.catalog, "first", TODAY, described(job))
+    other = changed(job, override)
     name = override.partition("=")[0]
     if name in ("prior", "items"):  # paths
-        before, now = getattr(asked, name), getattr(other, name)
-    assert difference(described(asked), described(other)) == f"{field} was {before!r}, is {now!r}"
-    told = f"run first of 2026-03-02 cannot be resumed: {field} was {before!r}, is {now!r}"
+        before, now = getattr(job, name), getattr(other, name)
+    assert difference(described(job), described(other)) == f"{field} was {before!r}, is {now!r}"
+    reason = f"run first of 2026-03-02 cannot be resumed: {field} was {before!r}, is {now!r}"
     assert starts_anew(choose(other))
-    assert caplog.messages == [f"{told}; a new run starts"]
+    assert caplog.messages == [f"{reason}; a new run starts"]
     for how in ({"resume": "require"}, {"retry_failed": True}):
-        with pytest.raises(
-            InputError, match=re.escape(f"root {asked.catalog}: {told}; restore that, or start a new run")
-        ):
+        message = re.escape(f"catalog {job.catalog}: {reason}; restore that, or start a new run")
+        with pytest.raises(InputError, match=message):
             choose(other, **how)  # type: ignore[arg-type]
     assert starts_anew(choose(other, resume="never"))
 
 
 @pytest.mark.parametrize("name", list(VERSIONS))
-def test_another_model_or_program_is_named(asked: GenerateConfig, name: str) -> None:
-    now = described(asked, {**VERSIONS, name: "another"})
-    assert difference(described(asked), now) == f"version of {name} was {VERSIONS[name]!r}, is 'another'"
+def test_another_model_or_version_of_the_code_is_named(job: GenerateConfig, name: str) -> None:
+    now = described(job, {**VERSIONS, name: "another"})
+    assert difference(described(job), now) == f"version of {name} was {VERSIONS[name]!r}, is 'another'"
 
 
 @pytest.mark.parametrize("name", ["request", "items"])
-def test_another_content_of_a_file_is_named(asked: GenerateConfig, name: str) -> None:
-    before = described(asked)
-    pq.write_table(pq.read_table(getattr(asked, name)).slice(1), getattr(asked, name))
-    now = described(asked)
+def test_another_content_of_a_file_is_named(job: GenerateConfig, name: str) -> None:
+    before = described(job)
+    pq.write_table(pq.read_table(getattr(job, name)).slice(1), getattr(job, name))
+    now = described(job)
     assert (
         difference(before, now)
         == f"content of {name} was {before[f'content of {name}']!r}, is {now[f'content of {name}']!r}"
     )
 
 
-def test_interactions_that_come_in_are_named(asked: GenerateConfig, tmp_path: Path) -> None:
+def test_added_interactions_are_named(job: GenerateConfig, tmp_path: Path) -> None:
     rated = {"user_id": USERS[:1], "item_id": ["real-0"], "rating": pa.array([1.0], pa.float32())}
     pq.write_table(pa.table(rated), tmp_path / "rated.parquet")
-    before, path = described(asked), str(tmp_path / "rated.parquet")
-    found = difference(before, described(changed(asked, f"interactions={{path: {path}}}")))
-    assert found is not None
-    assert re.fullmatch(r"config\.interactions\.\w+ was None, is .*", found)
+    before, path = described(job), str(tmp_path / "rated.parquet")
+    field = difference(before, described(changed(job, f"interactions={{path: {path}}}")))
+    assert field is not None
+    assert re.fullmatch(r"config\.interactions\.\w+ was None, is .*", field)
 
 
-def test_another_snapshot_before_is_named(asked: GenerateConfig, caplog: pytest.LogCaptureFixture) -> None:
-    begin(asked.catalog, "first", TODAY, described(asked, before=None))
-    assert starts_anew(choose(asked))
+def test_another_previous_snapshot_is_named(job: GenerateConfig, caplog: pytest.LogCaptureFixture) -> None:
+    begin(job.catalog, "first", TODAY, described(job, before=None))
+    assert starts_anew(choose(job))
     assert f"cannot be resumed: snapshot before was None, is {BEFORE!r}; a new run starts" in caplog.text
 
 
@@ -191,22 +191,22 @@ def test_another_snapshot_before_is_named(asked: GenerateConfig, caplog: pytest.
         "run_id=first",
     ],
 )
-def test_what_changes_nothing_that_is_made_does_not_matter(asked: GenerateConfig, override: str) -> None:
-    begin(asked.catalog, "first", TODAY, described(asked))
-    other = changed(asked, override)
-    assert other != asked
+def test_a_setting_that_does_not_change_the_result_is_ignored(job: GenerateConfig, override: str) -> None:
+    begin(job.catalog, "first", TODAY, described(job))
+    other = changed(job, override)
+    assert other != job
     assert choose(other, resume="require")[0] == "first"
 
 
-def test_a_catalog_that_moved_is_gone_on_with(asked: GenerateConfig, tmp_path: Path) -> None:
-    begin(asked.catalog, "first", TODAY, described(asked))
-    Path(asked.catalog).rename(tmp_path / "moved")
-    assert choose(changed(asked, f"catalog={tmp_path / 'moved'}"))[0] == "first"
+def test_a_run_is_resumed_after_its_catalog_moved(job: GenerateConfig, tmp_path: Path) -> None:
+    begin(job.catalog, "first", TODAY, described(job))
+    Path(job.catalog).rename(tmp_path / "moved")
+    assert choose(changed(job, f"catalog={tmp_path / 'moved'}"))[0] == "first"
 
 
 @pytest.mark.parametrize("run_id", [None, "first"])
-def test_nothing_to_go_on_with(asked: GenerateConfig, run_id: str | None) -> None:
-    config = asked.model_copy(update={"run_id": run_id})
+def test_without_an_unfinished_run_none_is_resumed(job: GenerateConfig, run_id: str | None) -> None:
+    config = job.model_copy(update={"run_id": run_id})
     for how in ({"resume": "require"}, {"retry_failed": True}):
         with pytest.raises(InputError, match=f"no unfinished run {run_id or 'of 2026-03-02'} to go on with"):
             choose(config, **how)  # type: ignore[arg-type]
@@ -215,95 +215,97 @@ def test_nothing_to_go_on_with(asked: GenerateConfig, run_id: str | None) -> Non
         assert chosen == ("first", None) if run_id else starts_anew(chosen)
 
 
-def test_a_run_of_another_date_is_left_alone(asked: GenerateConfig, caplog: pytest.LogCaptureFixture) -> None:
-    begin(asked.catalog, "first", YESTERDAY, described(asked))
-    assert starts_anew(choose(asked))
+def test_a_run_of_another_date_is_left_alone(job: GenerateConfig, caplog: pytest.LogCaptureFixture) -> None:
+    begin(job.catalog, "first", YESTERDAY, described(job))
+    assert starts_anew(choose(job))
     assert caplog.messages == []
     with pytest.raises(UserError, match="no unfinished run of 2026-03-02"):
-        choose(asked, resume="require")
+        choose(job, resume="require")
 
 
-def test_a_run_that_is_named_is_gone_on_with_after_midnight_but_not_for_another_date(
-    asked: GenerateConfig,
+def test_a_named_run_is_resumed_after_midnight_but_not_for_another_date(
+    job: GenerateConfig,
 ) -> None:
-    begun = begin(asked.catalog, "first", YESTERDAY, described(asked))
-    assert choose(changed(asked, "run_id=first")) == ("first", begun)
+    begun = begin(job.catalog, "first", YESTERDAY, described(job))
+    assert choose(changed(job, "run_id=first")) == ("first", begun)
     with pytest.raises(
         UserError,
         match=r"run first of 2026-03-01 cannot be resumed: run_date was '2026-03-01', is '2026-03-02'",
     ):
-        choose(changed(asked, "run_id=first", "run_date=2026-03-02"))
+        choose(changed(job, "run_id=first", "run_date=2026-03-02"))
 
 
-def test_a_run_that_is_named_but_was_begun_from_something_else_is_refused(asked: GenerateConfig) -> None:
-    begin(asked.catalog, "first", TODAY, described(asked))
-    begin(asked.catalog, "second", TODAY, described(changed(asked, "num_images=11")))
+def test_a_named_run_made_from_something_else_is_refused(job: GenerateConfig) -> None:
+    begin(job.catalog, "first", TODAY, described(job))
+    begin(job.catalog, "second", TODAY, described(changed(job, "num_images=11")))
     with pytest.raises(
         UserError,
         match=r"run first of 2026-03-02 cannot be resumed: config.num_images was 10, is 11; restore that",
     ):
-        choose(changed(asked, "num_images=11", "run_id=first"))
+        choose(changed(job, "num_images=11", "run_id=first"))
     with pytest.raises(
         UserError, match="run_id first was begun before; choose another, or let it be resumed"
     ):
-        choose(changed(asked, "run_id=first"), resume="never")
+        choose(changed(job, "run_id=first"), resume="never")
 
 
 @pytest.mark.parametrize("date", [TODAY, YESTERDAY])
-def test_a_run_id_that_was_published_is_refused(asked: GenerateConfig, date: datetime.date) -> None:
-    write_json({}, join(asked.catalog, f"snapshots/run_date={date}/run_id=another/manifest.json"))
+def test_a_published_run_id_is_refused(job: GenerateConfig, date: datetime.date) -> None:
+    write_json({}, join(job.catalog, f"snapshots/run_date={date}/run_id=another/manifest.json"))
     write_json(
-        {"run_id": "first"}, join(asked.catalog, f"snapshots/run_date={date}/run_id=first/manifest.json")
+        {"run_id": "first"}, join(job.catalog, f"snapshots/run_date={date}/run_id=first/manifest.json")
     )
     for resume in ("auto", "require", "never"):
         with pytest.raises(UserError, match="run_id first was used before; choose another, or give none"):
-            choose(changed(asked, "run_id=first"), resume=resume)
+            choose(changed(job, "run_id=first"), resume=resume)
 
 
-def test_a_work_folder_without_its_first_file_is_no_run(asked: GenerateConfig) -> None:
-    """A run is killed before it notes what it is made from: it has done nothing yet."""
-    begin(asked.catalog, "first", TODAY, described(asked))
-    delete(join(asked.catalog, "work/run_id=first/run.json"))
-    write_json({}, join(asked.catalog, "work/run_id=first/plan.json"))
-    assert starts_anew(choose(asked))
+def test_a_work_folder_without_its_first_file_is_no_run(job: GenerateConfig) -> None:
+    """A run that is killed before it records what it is made from has done nothing yet."""
+    begin(job.catalog, "first", TODAY, described(job))
+    delete(join(job.catalog, "work/run_id=first/run.json"))
+    write_json({}, join(job.catalog, "work/run_id=first/plan.json"))
+    assert starts_anew(choose(job))
 
 
 scalar = st.integers() | st.text(max_size=5)
 
 
-@given(told=st.dictionaries(st.text(min_size=1, max_size=5), scalar, min_size=1), data=st.data())
-def test_any_single_field_that_differs_is_found_and_named(told: dict[str, Any], data: st.DataObject) -> None:
-    name = data.draw(st.sampled_from(sorted(told)))
-    other = data.draw(scalar.filter(lambda value: value != told[name]))
-    assert difference(told, dict(reversed(told.items()))) is None
-    assert difference(told, {**told, name: other}) == f"{name} was {told[name]!r}, is {other!r}"
-    missing = {key: value for key, value in told.items() if key != name}
-    assert difference(told, missing) == f"{name} was {told[name]!r}, is None"
-    assert difference(missing, told) == f"{name} was None, is {told[name]!r}"
+@given(description=st.dictionaries(st.text(min_size=1, max_size=5), scalar, min_size=1), data=st.data())
+def test_any_single_field_that_differs_is_named(description: Description, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(description)))
+    other = data.draw(scalar.filter(lambda value: value != description[name]))
+    assert difference(description, dict(reversed(description.items()))) is None
+    change = f"{name} was {description[name]!r}, is {other!r}"
+    assert difference(description, {**description, name: other}) == change
+    shorter = {key: value for key, value in description.items() if key != name}
+    assert difference(description, shorter) == f"{name} was {description[name]!r}, is None"
+    assert difference(shorter, description) == f"{name} was None, is {description[name]!r}"
 
 
-def test_bad_input_leaves_nothing_of_a_new_run_and_a_lost_store_everything(tmp_path: Path) -> None:
+def test_bad_input_removes_the_work_of_a_new_run_and_a_lost_store_keeps_it(tmp_path: Path) -> None:
     run = Run(root=str(tmp_path), run_date="2026-03-02", run_id="run", fencing_token=1)
 
     def end_with(
         error: Exception, *, resumed: bool = False, planned: bool = False
-    ) -> tuple[BaseException, bool]:
-        """What a run ends with, and whether it can be gone on with."""
+    ) -> tuple[BaseException | None, bool]:
+        """Raise an error in a run; what reaches the caller, and whether the run can be resumed."""
+        raised: BaseException | None = None
         begin(run.root, run.run_id, datetime.date(2026, 3, 2), {})
         if planned:
-            write_json({"parts": []}, f"{run.work}/plan.json")
+            write_json({"parts": []}, run.plan_marker)
         try:
-            with hold_lease(run.root, "run", 60) as lease, forgotten_if_refused(run, lease, resumed=resumed):
+            with hold_lease(run.root, "run", 60) as lease, remove_work_on_error(run, lease, resumed=resumed):
                 raise error
-        except Exception as ended:
-            found = ended
-        there = exists(run.work)
+        except Exception as caught:
+            raised = caught
+        resumable = exists(run.work)
         delete(run.work)
-        return found, there
+        return raised, resumable
 
-    found, there = end_with(StorageError("s3://bucket/a: cannot be written (time-out)"))
-    assert (type(user_error(found)), there) == (ResumableError, True)
-    assert str(found).endswith("cannot be written (time-out). Start run run again: it resumes")
+    raised, resumable = end_with(StorageError("s3://bucket/a: cannot be written (time-out)"))
+    assert (user_error(raised).exit_code, resumable) == (75, True)  # type: ignore[union-attr]
+    assert str(raised).endswith("cannot be written (time-out). Start run run again: it resumes")
     assert end_with(InputError("a rating is null")) == (ANY, False)
     assert end_with(InputError("the prior was replaced"), planned=True) == (ANY, True)
     assert end_with(InputError("a rating is null"), resumed=True) == (ANY, True)

@@ -1,4 +1,4 @@
-"""The demo's last two steps, on a small run of the bundled decoder without Ray: the truth check and the page."""
+"""The truth check and the page of the demo, on a small run of the bundled decoder in this process."""
 
 import re
 from pathlib import Path
@@ -33,9 +33,9 @@ def write_real_items(folder: Path) -> str:
 
 def test_the_truth_check_and_the_page(tmp_path: Path) -> None:
     simulate(40, 0, tmp_path, num_requested=14)
-    told = InteractionSettings(path=str(tmp_path / "interactions.parquet"))
-    interactions = read_interactions(told)
-    histories = build_histories(told, load_world().item_id, str(tmp_path))
+    settings = InteractionSettings(path=str(tmp_path / "interactions.parquet"))
+    interactions = read_interactions(settings)
+    histories = build_histories(settings, load_world().item_id, str(tmp_path))
     config = GenerateConfig(
         prior=write_tiny_prior(tmp_path, users=user_table(histories), embed_dim=EMBED_DIM, norm=16.0),
         decoder=DecoderSettings(
@@ -47,7 +47,7 @@ def test_the_truth_check_and_the_page(tmp_path: Path) -> None:
         num_images=2,
         sampler=SamplerSettings(num_inference_steps=2),
     )
-    snapshot_of(config)
+    assert snapshot_of(config).counts.requested == 28
     snapshot, judge = read_catalog(config.catalog), Judge()
 
     check = check_truth(tmp_path, judge, load_stickers(), interactions, snapshot, config)

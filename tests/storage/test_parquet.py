@@ -83,7 +83,7 @@ def test_a_night_opens_each_input_once(inputs: GenerateConfig, reads: Counter[st
     """All that reads an input in the process of the driver, and the planning actor in the same process."""
     assert check_request(inputs, identify_decoder(inputs.decoder)) == 16
     describe_run(inputs, {}, None)
-    assert snapshot_of(inputs, requested=16)["counts"]["new"] == 16
+    assert snapshot_of(inputs)["counts"]["new"] == 16
     assert reads == {**ITEMS, **INTERACTIONS, "request.parquet": 1}
 
 
