@@ -1,7 +1,9 @@
-"""Assemble one bucket: its decisions, its part of the plan, its images and last night's items become its public tables.
+"""Assemble one bucket.
 
-A bucket without changes is carried over by reference: last night's files are listed again, and no embedding or pixel is read.
-Everything of one bucket is in memory, of others nothing but the population pool.
+decisions + its part of the plan + its images + last night's items -> its public tables
+
+A bucket without changes is carried over by reference: last night's files are listed again, and no embedding
+or pixel is read. Everything of one bucket is in memory, of others nothing but the population pool.
 """
 
 from dataclasses import asdict, replace
@@ -28,7 +30,8 @@ from rebeca_ray.storage.parquet import read_table, write_table
 
 ITEM_ROW_GROUP = 2000
 PLAN_COLUMNS = [
-    "item_id", "user_id", "rank", "image_embeds", "like_probability", "nearest_item_id", "nearest_similarity", "origin",
+    "item_id", "user_id", "rank", "image_embeds", "like_probability",
+    "nearest_item_id", "nearest_similarity", "origin",
 ]  # fmt: skip
 LOCATION = ["user_id", "image_file", "image_row"]
 
@@ -214,7 +217,10 @@ class Bucket:
         return pa.table([columns[name] if name in columns else plan[name] for name in names], schema=schema)
 
     def kept_items(self, users: set[str], *, rescored: pa.Table) -> pa.Table:
-        """Return last night's items of some users, at most as many as each wants, with `rescored` probabilities and ranks."""
+        """Return last night's items of some users, at most as many as each requests now.
+
+        Items that were rescored get their new like probabilities and ranks.
+        """
         schema = schemas.items(self.context.embed_dim)
         if not users or self.previous is None:
             return schema.empty_table()
@@ -297,7 +303,10 @@ class Bucket:
         return {**counts, "users": len(num_items), "stale_users": len(bucket.stale - {POPULATION_USER})}
 
     def live_rows(self, items: pa.Table) -> dict[int, int]:
-        """Return how many rows of each image file are in use. The pool's rows count in the pool's bucket alone."""
+        """Return how many rows of each image file are in use.
+
+        The pool's rows count in the pool's bucket alone.
+        """
         pool = self.work.pool
         location = image_location(items)
         if pool is not None and pool.decision.bucket != self.bucket:
@@ -319,9 +328,7 @@ class Bucket:
             "bucket": self.bucket,
             "file": self.bucket,
             "path": path,
-            "rows": written["rows"],
-            "bytes": written["bytes"],
-            "sha256": written["sha256"],
+            **written,
             "min_user_id": ends["min"],
             "max_user_id": ends["max"],
             "live_rows": None,

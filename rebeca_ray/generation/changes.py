@@ -1,4 +1,7 @@
-"""The changes of a bucket since the snapshot before: items that came, went, or stayed with another rank, probability or location."""
+"""The changes of a bucket since the snapshot before.
+
+Items came, went, or stayed with another rank, like probability or image location.
+"""
 
 import numpy as np
 import pyarrow as pa

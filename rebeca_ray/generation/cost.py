@@ -1,4 +1,4 @@
-"""The cost of a run: forecast from its decisions and the last run's stages, and the actual one in the same fields."""
+"""The cost of a run: its forecast from decisions and the last run's stages, and its actual cost."""
 
 from math import ceil
 

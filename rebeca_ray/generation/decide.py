@@ -145,7 +145,8 @@ def read_requests(context: RunContext, bucket: int) -> list[Request]:
 def known_users(context: RunContext, histories: Histories | None, bucket: int) -> Known:
     """Return digest and activity of the users of a bucket whom the prior knows.
 
-    An `id` prior knows them by its table, a `history` prior by their histories. A prior without users knows nobody.
+    An `id` prior knows them by its table, a `history` prior by their histories. A prior without users knows
+    nobody.
     """
     if context.models.user_encoder == "none":
         return {}

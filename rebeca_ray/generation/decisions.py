@@ -6,11 +6,12 @@ Decisions of a bucket are one Parquet file in the run's work folder; `Decisions`
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from enum import StrEnum
-from typing import Any, Self
+from typing import Self
 
 import pyarrow as pa
 
 from rebeca_ray import schemas
+from rebeca_ray.storage.objects import JsonObject
 
 RenderKey = tuple[float, int, int]  # the smaller is rendered earlier
 
@@ -43,7 +44,7 @@ class Decision:
     activity: int
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: JsonObject) -> Self:
         return cls(**{**values, "action": Action(values["action"])})
 
 
@@ -79,7 +80,7 @@ class Decisions:
     shards: int
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: JsonObject) -> Self:
         pool = values["pool"] and Decision.from_dict(values["pool"])
         boundaries = [
             (float(first), int(second), int(third)) for first, second, third in values["boundaries"]

@@ -20,16 +20,17 @@ from rebeca_ray.storage.filesystem import delete
 def estimate(config: GenerateConfig, *, images_per_second: float | None = None) -> Cost:
     """Forecast the cost of `generate_catalog` tonight on the actors that `config` names.
 
-    Nothing is sampled. Everything it writes it removes, except embeddings of rated items, which the next run needs too. Raises
-    InputError for bad input, and without `images_per_second` (of one decoder actor) if no run measured it.
+    Nothing is sampled. Everything it writes it removes, except embeddings of rated items, which the next run
+    needs too. Raises InputError for bad input, and without `images_per_second` (of one decoder actor) if no
+    run measured it.
     """
     decoder = identify_decoder(config.decoder)
     requested = check_request(config, decoder)
     previous = published(config.catalog)
     if previous is None and images_per_second is None:
         raise InputError(
-            f"catalog {config.catalog}: no run has measured anything there yet; give --images-per-second of one "
-            "decoder actor, or generate for a few users first"
+            f"catalog {config.catalog}: no run has measured anything there yet; "
+            "give --images-per-second of one decoder actor, or generate for a few users first"
         )
     now = datetime.now(UTC)
     context = RunContext(

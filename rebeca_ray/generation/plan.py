@@ -55,7 +55,8 @@ def plan_items(
 ) -> None:
     """Write the run's plan, `shard=<s>/bucket=<b>/`. Every item of a planned user becomes exactly one row.
 
-    A complete plan is never made again: a resumed run reads it. Raises InputError if the prior was replaced meanwhile.
+    A complete plan is never made again: a resumed run reads it. Raises InputError if the prior was replaced
+    meanwhile.
     """
     run, config = context.run, context.config
     if read_json(run.plan_marker):

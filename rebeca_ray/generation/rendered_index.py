@@ -23,7 +23,9 @@ COLUMNS = {
 
 @dataclass(frozen=True, kw_only=True)
 class RenderedIndex:
-    """One row per item. An item that was rendered twice counts once; one that failed and was then rendered did not fail.
+    """One row per item.
+
+    An item that was rendered twice counts once; one that failed and was then rendered did not fail.
 
     A row without `width` or `error` was not fit to be shown.
     """
@@ -61,7 +63,8 @@ class RenderedIndex:
             kinds = {**COLUMNS, "file": pa.int32(), "row": pa.int32(), "attempt": pa.int32()}
             return cls(**{name: pa.array([], kind) for name, kind in kinds.items()})
         table = pa.concat_tables(tables)
-        # index_in() finds the first of repeated ids: rows without an error come first, then the latest failure.
+        # index_in() finds the first of repeated ids.
+        # So rows without an error come first, then the latest failure.
         table = table.append_column("failed", pc.is_valid(table["error"]).cast(pa.int8()))
         order = pc.sort_indices(table, sort_keys=[("failed", "ascending"), ("attempt", "descending")])
         table = table.drop_columns(["failed"]).take(order)
