@@ -269,7 +269,8 @@ class Snapshot:
             if before is None or not exists(join(self.root, before, "manifest.json")):
                 raise InputError(
                     f"catalog {self.root}: run {self.run_id} does not follow run {since!r}, "
-                    "or a snapshot in between was collected (`rebeca catalog list` shows what there is); load this one as a whole"
+                    "or a snapshot in between was collected (`rebeca catalog list` shows what there is); "
+                    "load this one as a whole"
                 )
             snapshots.append(snapshot)
             snapshot = open_snapshot(self.root, before)

@@ -43,7 +43,18 @@ def compact(work: Assembly, bucket: int, items: pa.Table) -> tuple[pa.Table, lis
         file = work.first_compacted + bucket * MAX_FILES + number
         path = f"{run.images}/bucket={bucket}/compacted-{run.fencing_token:06d}-{number:03d}.parquet"
         written = write_table(images, join(run.root, path), row_group_size=ROW_GROUP)
-        rows_of_files.append({"table": "images", "bucket": bucket, "file": file, "path": path, **written})
+        rows_of_files.append(
+            {
+                "table": "images",
+                "bucket": bucket,
+                "file": file,
+                "path": path,
+                **written,
+                "min_user_id": None,
+                "max_user_id": None,
+                "live_rows": None,
+            }
+        )
         moved = moving[start : start + ROWS_PER_FILE]
         files[moved], rows[moved] = file, np.arange(images.num_rows)
     for name, values in (("image_file", files), ("image_row", rows)):
