@@ -18,13 +18,18 @@ from rebeca_ray.catalog.counts import DEFERRED, FAILED, FILTERED, OUTCOMES, tall
 from rebeca_ray.catalog.figures import quality_sums
 from rebeca_ray.catalog.layout import POPULATION_USER
 from rebeca_ray.catalog.manifest import FileRow
-from rebeca_ray.generation.assembly import Assembly, BucketResult, BucketTables
-from rebeca_ray.generation.changes import COMPARED, changes_table
+from rebeca_ray.generation.assembly import Assembly, BucketResult, BucketTables, RenderedIndex
 from rebeca_ray.generation.compact import compact
 from rebeca_ray.generation.decide import last_users
 from rebeca_ray.generation.decisions import Action, Decision, PublishedUser
-from rebeca_ray.generation.item_columns import close_gaps, image_location, set_column, without_pool
-from rebeca_ray.generation.rendered_index import RenderedIndex
+from rebeca_ray.generation.item_columns import (
+    COMPARED,
+    changes_table,
+    close_gaps,
+    image_location,
+    set_column,
+    without_pool,
+)
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.parquet import read_table, write_table
 

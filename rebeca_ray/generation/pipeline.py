@@ -30,9 +30,9 @@ from rebeca_ray.errors import InputError, QualityGateError, ResumableError, Stor
 from rebeca_ray.evaluation.permutation import PermutationTest
 from rebeca_ray.generation.assemble import Assembled, assemble
 from rebeca_ray.generation.context import RunContext, identify_models
-from rebeca_ray.generation.cost import actual_cost, forecast
 from rebeca_ray.generation.decide import decide_all
 from rebeca_ray.generation.decisions import Decisions
+from rebeca_ray.generation.estimate import actual_cost, forecast
 from rebeca_ray.generation.gate import check_plan, refusals
 from rebeca_ray.generation.plan import plan_items, request_histories
 from rebeca_ray.generation.progress import Progress, watchdog
