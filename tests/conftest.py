@@ -1,5 +1,6 @@
 """Small real parts shared by the tests: a tiny world, a tiny decoder with random weights, a local Ray, a real S3 server."""
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ from rebeca_ray.generation.plan import plan_items, read_plan, request_histories
 from rebeca_ray.generation.progress import Progress
 from rebeca_ray.generation.render import Rendered, RenderImages, render_all
 from rebeca_ray.generation.request import check_request
+from rebeca_ray.log import PACKAGE, RUN_ID
 from rebeca_ray.prior.checkpoint import TrainedPrior, save_prior
 from rebeca_ray.prior.denoisers import CrossAttentionDenoiser, Prior
 from rebeca_ray.prior.scaler import EmbedScaler
@@ -67,6 +69,16 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that of two files at a time neither is left alone at the end."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(autouse=True)
+def _restore_log() -> Iterator[None]:
+    """Leave the package's log as it was: a command that runs in this process configures it."""
+    package = logging.getLogger(PACKAGE)
+    handlers, level, propagate = package.handlers, package.level, package.propagate
+    yield
+    package.handlers, package.level, package.propagate = handlers, level, propagate
+    RUN_ID.run_id, RUN_ID.in_worker = None, False
 
 
 @pytest.fixture(scope="session")

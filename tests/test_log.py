@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -16,15 +15,9 @@ MODULE = logging.getLogger("rebeca_ray.generation.example")
 
 
 @pytest.fixture(autouse=True)
-def _restore(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Leave the loggers, the run id and the environment as they were."""
-    package = logging.getLogger(log.PACKAGE)
-    before = package.handlers, package.level, package.propagate
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (log.LEVEL, log.JSON_LINES):
         monkeypatch.setenv(name, "")
-    yield
-    package.handlers, package.level, package.propagate = before
-    log.RUN_ID.run_id, log.RUN_ID.in_worker = None, False
 
 
 def test_a_line_for_people(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,14 +3,14 @@
 Keys of the JSON forms are stable: scripts read them.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
-
-from rebeca_ray.storage.objects import JsonObject
 
 if TYPE_CHECKING:
     from rebeca_ray.catalog.exports.image_objects import Exported
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rebeca_ray.catalog.read import Snapshot
     from rebeca_ray.generation.pipeline import Generated
     from rebeca_ray.nightly import Night
+    from rebeca_ray.storage.objects import JsonObject
 
 ESTIMATE_LABELS = {
     "requested_items": "requested items",
@@ -97,7 +98,7 @@ def distilled(figures: Mapping[str, float], out: str, passes: int) -> str:
     return f"distilled prior -> {out}  ({quality:.1%} of the teacher's quality in {passes} passes)"
 
 
-def published(generated: "Generated", catalog: str) -> str:
+def published(generated: Generated, catalog: str) -> str:
     """Return the lines on a snapshot that a run has published."""
     from rebeca_ray.evaluation.permutation import personality_line
 
@@ -120,14 +121,14 @@ def published(generated: "Generated", catalog: str) -> str:
     return "\n".join(lines)
 
 
-def nightly(nights: "Sequence[Night]", garbage: "Garbage | None", catalog: str) -> str:
+def nightly(nights: Sequence[Night], garbage: Garbage | None, catalog: str) -> str:
     """Return the lines on each night that was published, and on the garbage."""
     lines = [published(night.generated, catalog) for night in nights]
     lines = lines or [f"{catalog}: a snapshot of this date is published; nothing to do"]
     return "\n".join([*lines, *([collected(garbage)] if garbage else [])])
 
 
-def estimate_table(forecast: "Cost", last: "Cost | None") -> Table:
+def estimate_table(forecast: Cost, last: Cost | None) -> Table:
     """Return the forecast of a run beside the actual cost of the last one."""
     table = Table("", "tonight", "last run")
     last_figures = last.model_dump() if last else {}
@@ -137,12 +138,12 @@ def estimate_table(forecast: "Cost", last: "Cost | None") -> Table:
     return table
 
 
-def estimate_json(forecast: "Cost", last: "Cost | None") -> JsonObject:
+def estimate_json(forecast: Cost, last: Cost | None) -> JsonObject:
     """Return the same figures, unrounded; `last_run` is null before the first run."""
     return {"tonight": forecast.model_dump(), "last_run": last.model_dump() if last else None}
 
 
-def snapshot_list(pointer: "Pointer", snapshots: "Sequence[Manifest]") -> RenderableType:
+def snapshot_list(pointer: Pointer, snapshots: Sequence[Manifest]) -> RenderableType:
     """Return a table of snapshots, and lines on the published one and on a run in progress."""
     table = Table("run_date", Column("run_id", no_wrap=True), "items", "new", "status")
     for row in snapshot_list_json(pointer, snapshots)["snapshots"]:
@@ -158,7 +159,7 @@ def snapshot_list(pointer: "Pointer", snapshots: "Sequence[Manifest]") -> Render
     return Group(table, *lines)
 
 
-def snapshot_list_json(pointer: "Pointer", snapshots: "Sequence[Manifest]") -> JsonObject:
+def snapshot_list_json(pointer: Pointer, snapshots: Sequence[Manifest]) -> JsonObject:
     """Return the published run, the lease of a run in progress, and a row per snapshot, oldest first.
 
     A row's status is `published`, `refused` (by the quality gate) or empty.
@@ -181,7 +182,7 @@ def snapshot_list_json(pointer: "Pointer", snapshots: "Sequence[Manifest]") -> J
     return {"published": pointer.run_id, "lease": pointer.lease, "snapshots": rows}
 
 
-def manifest_table(manifest: "Manifest") -> Table:
+def manifest_table(manifest: Manifest) -> Table:
     """Return the keys of a manifest that matter to a person."""
     table = Table("", "", show_header=False)
     values = manifest.model_dump()
@@ -195,19 +196,19 @@ def manifest_table(manifest: "Manifest") -> Table:
     return table
 
 
-def manifest_json(manifest: "Manifest") -> JsonObject:
+def manifest_json(manifest: Manifest) -> JsonObject:
     """Return the manifest under the key names of the current version."""
     return manifest.model_dump()
 
 
-def verified(snapshot: "Snapshot", level: str, damage: Sequence[str]) -> str:
+def verified(snapshot: Snapshot, level: str, damage: Sequence[str]) -> str:
     """Return a line per thing that is wrong with a snapshot, or that nothing is."""
     if damage:
         return "\n".join(escape(line) for line in damage)
     return f"run {snapshot.run_id}: nothing wrong ({level}: {snapshot.files.num_rows:,} files)"
 
 
-def verified_json(snapshot: "Snapshot", level: str, damage: Sequence[str]) -> JsonObject:
+def verified_json(snapshot: Snapshot, level: str, damage: Sequence[str]) -> JsonObject:
     """Return the same; `ok` says whether the list `damage` is empty."""
     return {
         "run_id": snapshot.run_id,
@@ -218,7 +219,7 @@ def verified_json(snapshot: "Snapshot", level: str, damage: Sequence[str]) -> Js
     }
 
 
-def exported_images(snapshot: "Snapshot", exported: "Exported", out: str) -> str:
+def exported_images(snapshot: Snapshot, exported: Exported, out: str) -> str:
     return (
         f"run {snapshot.run_id} -> {out}: {exported.written:,} images written, {exported.removed:,} removed, "
         f"{exported.urls:,} rows of URLs in {len(exported.files):,} files, "
@@ -226,14 +227,14 @@ def exported_images(snapshot: "Snapshot", exported: "Exported", out: str) -> str
     )
 
 
-def exported_key_values(exported: "KeyValues") -> str:
+def exported_key_values(exported: KeyValues) -> str:
     return (
         f"{exported.users:,} users to set, {exported.removed:,} to remove "
         f"-> {len(exported.files):,} files in {exported.folder}"
     )
 
 
-def registered(snapshot: "Snapshot", namespace: str, changes: Mapping[str, tuple[int, int]]) -> str:
+def registered(snapshot: Snapshot, namespace: str, changes: Mapping[str, tuple[int, int]]) -> str:
     """Return a line per Iceberg table: files added and dropped."""
     return "\n".join(
         f"{namespace}.{name}: run {snapshot.run_id}, {added:,} files added, {dropped:,} dropped"
@@ -241,7 +242,7 @@ def registered(snapshot: "Snapshot", namespace: str, changes: Mapping[str, tuple
     )
 
 
-def collected(garbage: "Garbage", *, dry_run: bool = False) -> str:
+def collected(garbage: Garbage, *, dry_run: bool = False) -> str:
     """Return a line on collected garbage; of a dry run also each path that would go."""
     paths = [*garbage.manifests, *garbage.folders, *garbage.files] if dry_run else []
     summary = (

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import sys
 from collections.abc import Iterator
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -146,4 +147,4 @@ def bounds(kind: Any, metadata: list[Any]) -> str:
 
 
 if __name__ == "__main__":
-    print("\n".join(page()))
+    sys.stdout.write("\n".join(page()) + "\n")

@@ -74,9 +74,8 @@ class Decisions:
     """All decisions of a run, counted."""
 
     pool: Decision | None  # on the population pool, if any cold-start user needs it
-    by_urgency: (
-        bool  # shards follow priority, since time may run out; else the buckets, so that files are full
-    )
+    # Shards follow priority, since time may run out; otherwise the buckets, so that files are full.
+    by_urgency: bool
     boundaries: list[RenderKey]  # the first key of each shard but the first
     planned_users: int
     planned_items: int  # images to render, if nothing was rendered before

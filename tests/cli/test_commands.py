@@ -148,18 +148,20 @@ def test_catalog_commands_print_json_alone_on_standard_output(published: Snapsho
     assert (listed["published"], listed["lease"]) == (published.run_id, None)
     (row,) = listed["snapshots"]
     assert row == {
-        "run_date": published.manifest["run_date"],
+        "run_date": published.manifest.run_date,
         "run_id": published.run_id,
-        "created_at": published.manifest["created_at"],
+        "created_at": published.manifest.created_at,
         "items": 6,
         "new": 6,
         "users": 2,
-        "bytes": published.manifest["bytes"],
+        "bytes": published.manifest.bytes,
         "status": "published",
     }
-    assert json.loads(run("catalog", "show", root, "--json").stdout) == published.manifest
+    assert json.loads(run("catalog", "show", root, "--json").stdout) == published.manifest.model_dump(
+        mode="json"
+    )
     by_id = run("catalog", "show", root, "--json", "--run-id", str(published.run_id))
-    assert json.loads(by_id.stdout) == published.manifest
+    assert json.loads(by_id.stdout) == published.manifest.model_dump(mode="json")
     verified = json.loads(run("catalog", "verify", root, "--json", "--level", "full").stdout)
     assert verified == {
         "run_id": published.run_id,

@@ -79,7 +79,7 @@ def test_rated_items_are_found_once_and_outlive_their_snapshot(
     assert len(list_files(f"{config.catalog}/rated")) == 1
     manifest = Path(config.catalog, monday.path, "manifest.json")
     record = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**record, "clip": "this-clip"}))
+    manifest.write_text(json.dumps({**record, "clip_fingerprint": "this-clip"}))
     assert find_rated(config.catalog, interactions, REAL, D, "another-clip").num_rows == 0
     assert find_rated(config.catalog, interactions, REAL, D + 1, "this-clip").num_rows == 0
     assert find_rated(config.catalog, interactions, REAL, D, "this-clip").equals(rated)
@@ -242,7 +242,7 @@ def test_liked_generated_items_draw_the_next_night_towards_them(
             "refresh": RefreshSettings(rotation=0.0),
         }
     )
-    assert snapshot_of(config)["counts"]["new"] == 32
+    assert snapshot_of(config).counts.new == 32
     monday = read_catalog(config.catalog)
     real = read_image_embeds(trained.items)
     kind_of = {item: int(number >= 20) for number, item in enumerate(real.item_id.tolist())}

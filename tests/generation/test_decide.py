@@ -14,7 +14,15 @@ from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import RefreshSettings
 from rebeca_ray.generation.context import Models, RunContext
 from rebeca_ray.generation.decide import cut, decide_action, keys_and_sizes, turn
-from rebeca_ray.generation.decisions import Action, Decision, Decisions, PublishedUser
+from rebeca_ray.generation.decisions import (
+    Action,
+    Decision,
+    Decisions,
+    PublishedUser,
+    decisions_table,
+    render_keys,
+    shards_of,
+)
 
 DATE = datetime.date(2026, 3, 1)
 YESTERDAY = DATE - datetime.timedelta(days=1)
@@ -159,7 +167,7 @@ def test_shards_hold_the_most_urgent_users_first_and_no_more_items_than_allowed(
         shards=len(boundaries) + 1,
     )
     assert Decisions.from_dict(asdict(decisions)) == decisions
-    shards = [decisions.shard_of(row) for row in rows]
+    shards = shards_of(render_keys(decisions_table(rows), by_urgency=True), boundaries).tolist()
     urgency = [(-row.priority, -row.activity) for row in rows]
     assert all(
         shards[one] <= shards[other]
