@@ -1,7 +1,7 @@
 """Read Parquet files with Spark: `read_with_spark.py OUT NAME FILE[,FILE…] [NAME FILES]…`.
 
-OUT is a pickle of each table's rows. Spark runs in a separate process, because its launcher forks. A process with a
-connection to Ray may lose Ray's notifications by a fork, and then waits for ever for the next actor.
+OUT is a pickle of each table's rows. Spark runs in a separate process, because its launcher forks. A process
+with a connection to Ray may lose Ray's notifications by a fork, and then waits for ever for the next actor.
 """
 
 import os

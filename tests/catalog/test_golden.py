@@ -53,7 +53,9 @@ def write_golden_files(config: GenerateConfig, folder: Path) -> None:
 
 def rows_of(snapshot: Snapshot) -> dict[str, list[dict[str, Any]]]:
     """Return every row of every table as JSON values, with a hash for bytes."""
-    return {name: json.loads(json.dumps(snapshot.table(name).to_pylist(), default=as_text)) for name in TABLES}
+    tables = {name: snapshot.table(name).to_pylist() for name in TABLES}
+    rows: dict[str, list[dict[str, Any]]] = json.loads(json.dumps(tables, default=as_text))
+    return rows
 
 
 def as_text(value: Any) -> str:
@@ -93,7 +95,7 @@ def assert_reads_as_written(folder: Path, version: int) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_schema_has_only_grown(version: int) -> None:
-    """Every published column keeps its place and type, and later columns follow it. Version 4 renamed a few."""
+    """Published columns keep their place and type, and later ones follow. Version 4 renamed a few."""
     snapshot = read_catalog(str(GOLDEN / f"v{version}"))
     assert snapshot.manifest.embed_dim == D
     for name in TABLES:

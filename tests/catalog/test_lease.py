@@ -28,7 +28,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def await_beat(root: str) -> None:
-    """Return just after a beat. A process that is stopped then does not hold the lock of a catalog on disk."""
+    """Return just after a beat. A process that stops then holds no lock of a catalog on disk."""
     lease = read_pointer(root)[0].lease
     while read_pointer(root)[0].lease == lease:
         time.sleep(0.02)
@@ -60,7 +60,7 @@ def test_one_of_four_simultaneous_runs_holds_the_lease(root: str, start: Start) 
     assert read_pointer(root)[0] == replace(published, fencing_token=3)
 
 
-def test_a_holder_that_was_stopped_too_long_is_replaced_and_ends_when_it_wakes(root: str, start: Start) -> None:
+def test_a_holder_that_is_stopped_too_long_is_replaced_and_ends_on_waking(root: str, start: Start) -> None:
     background = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]  # as a shell starts a job with `&`
     stale = {doing: start(f"{root}/{doing}", "stale", doing, SECONDS) for doing in ("busy", "wait")}
     if not root.startswith("s3"):  # the kind of sleep does not depend on the store

@@ -254,9 +254,7 @@ def test_a_root_that_is_a_file_gives_one_line(tmp_path: Path) -> None:
         change_pointer(f"{tmp_path}/file", lambda _: PUBLISHED)
 
 
-def test_a_forbidden_s3_root_gives_one_line(
-    s3_root: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forbidden_s3_root_gives_one_line(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     change_pointer(s3_root, lambda _: PUBLISHED)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     monkeypatch.setattr(S3FileSystem, "_cache", {})

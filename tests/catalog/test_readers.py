@@ -1,4 +1,4 @@
-"""The reader matrix: one snapshot on a real S3 server, every column of every table, in each common Parquet reader.
+"""The reader matrix: one snapshot on a real S3 server, read in full by each common Parquet reader.
 
 pyarrow is compared with the published rows, and every other reader with pyarrow, value by value.
 """
@@ -165,7 +165,8 @@ def test_duckdb_by_sql_over_the_file_list(published: Published, name: str) -> No
         listing = f"{snapshot.root}/{snapshot.manifest.files.path}"
         connection.execute(f"""
             SET VARIABLE files = (
-                SELECT list('{snapshot.root}/' || path) FROM read_parquet('{listing}') WHERE "table" = '{name}'
+                SELECT list('{snapshot.root}/' || path) FROM read_parquet('{listing}')
+                WHERE "table" = '{name}'
             )
         """)
         rows = connection.execute(
@@ -175,7 +176,7 @@ def test_duckdb_by_sql_over_the_file_list(published: Published, name: str) -> No
 
 
 def test_duckdb_with_folders_as_columns_leaves_the_tables_columns_alone(published: Published) -> None:
-    """DuckDB makes columns of `run_date=` and `run_id=` by default. They would hide table columns of such names."""
+    """DuckDB makes columns of `run_date=` and `run_id=`, and they hide table columns of the same name."""
     with duckdb.connect() as connection:
         connection.register_filesystem(fsspec.filesystem("s3"))
         for name in TABLES:
