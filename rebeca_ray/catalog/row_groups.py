@@ -79,7 +79,7 @@ def may_hold(metadata: pq.FileMetaData, group: int, users: list[str]) -> bool:
     if statistics is None or not statistics.has_min_max:
         return row_group.num_rows > 0
     first = bisect_left(users, statistics.min)
-    return bool(first < len(users) and users[first] <= statistics.max)
+    return first < len(users) and users[first] <= statistics.max
 
 
 def user_id_column(metadata: pq.FileMetaData) -> int:
@@ -106,7 +106,7 @@ def footer_bytes(root: str, path: str, size: int) -> bytes:
         if len(tail) < length <= size and tail.endswith(b"PAR1"):
             handle.seek(size - length)
             tail = handle.read(length - len(tail)) + tail
-    # Raises for a damaged footer, so that it is not cached: somebody may restore the file.
+    # Raises for a damaged footer, so that it is not cached: an operator may restore the file.
     pq.read_metadata(pa.BufferReader(tail[-length:]))
     return tail[-length:]
 

@@ -28,6 +28,7 @@ from rebeca_ray.errors import LeaseHeldError, StorageError, UserError
 from rebeca_ray.identity import bucket_of
 from rebeca_ray.storage.filesystem import list_files
 from rebeca_ray.storage.parquet import read_table
+from tests.catalog.conftest import Rows
 from tests.cli.test_commands import run
 from tests.conftest import USERS, snapshot_of
 from tests.generation.test_failed_and_late import MONDAY, THURSDAY, TUESDAY, WEDNESDAY, on
@@ -49,7 +50,7 @@ def objects(out: str) -> dict[str, bytes]:
     return {file.removeprefix(f"{out}/"): fsspec.open(file).open().read() for file in files}
 
 
-def urls(out: str) -> list[dict[str, Any]]:
+def urls(out: str) -> Rows:
     export = read_export(out)
     assert export is not None
     return [row for path in export.files for row in read_table(f"{out}/{path}", "export").to_pylist()]
@@ -98,7 +99,7 @@ def test_an_image_object_is_written_once_and_outlives_its_snapshot_by_one_export
 
     _, wednesday = night(on_store, USERS[:3], 2)
     done = export_images(wednesday, out, CDN)
-    assert (done.written, done.removed) == (0, 6)  # of one user who changed, and one who left on Tuesday
+    assert (done.written, done.removed) == (0, 6)  # of one changed user, and one that left on Tuesday
     assert_every_item_has_its_image(wednesday, out)
     pool = {
         f"objects/{item[:2]}/{item}.png" for item in monday.for_user(POPULATION_USER)["item_id"].to_pylist()
@@ -315,8 +316,8 @@ def test_a_refused_export_writes_nothing(config: GenerateConfig, tmp_path: Path)
     assert not (tmp_path / "cdn").exists()
 
 
-def items_by_user(snapshot: Snapshot) -> dict[str, list[dict[str, Any]]]:
-    items: dict[str, list[dict[str, Any]]] = {}
+def items_by_user(snapshot: Snapshot) -> dict[str, Rows]:
+    items: dict[str, Rows] = {}
     for row in snapshot.items(["user_id", "rank", "item_id", "like_probability"]).to_pylist():
         items.setdefault(row.pop("user_id"), []).append(row)
     return items
@@ -336,7 +337,7 @@ def test_a_real_redis_loads_a_snapshot_and_then_the_next_nights_difference(
             result = subprocess.run([client, "-p", str(port), "--pipe"], input=commands, capture_output=True)
             assert b"errors: 0" in result.stdout
 
-    def held() -> dict[str, list[dict[str, Any]]]:
+    def held() -> dict[str, Rows]:
         keys = store.keys()
         return {key.decode().removeprefix("rec/"): json.loads(store.get(key)) for key in keys}
 

@@ -114,7 +114,7 @@ def test_a_snapshot_stays_through_the_grace_period_after_it_was_followed(four_ni
         manifest.model_copy(update={"created_at": "2020-01-01T00:00:00+00:00"}) for manifest in snapshots
     ]
     assert kept_snapshots(long_ago, pointer, 1, now, hour) == set(ids)
-    # Refused by the gate tonight: it takes the place of no other snapshot.
+    # Refused by the gate tonight: it replaces no kept snapshot.
     never = snapshots[0].model_copy(update={"run_id": "refused", "created_at": now.isoformat()})
     assert kept_snapshots([*snapshots, never], pointer, 2, now + 2 * hour, hour) == set(ids[2:])
     assert kept_snapshots([*snapshots, never], pointer, 2, now, hour) == {*ids, "refused"}

@@ -16,6 +16,7 @@ from rebeca_ray import schemas
 from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
 from rebeca_ray.catalog.verify import verify
 from rebeca_ray.config.jobs import GenerateConfig
+from tests.catalog.conftest import Rows
 from tests.conftest import USERS, D, assembled, prepare, publish, snapshot_of
 from tests.generation.test_nights import change_digest, request_for
 
@@ -51,10 +52,10 @@ def write_golden_files(config: GenerateConfig, folder: Path) -> None:
     (folder / "expected.json").write_text(json.dumps(expected, indent=1, sort_keys=True) + "\n")
 
 
-def rows_of(snapshot: Snapshot) -> dict[str, list[dict[str, Any]]]:
+def rows_of(snapshot: Snapshot) -> dict[str, Rows]:
     """Return every row of every table as JSON values, with a hash for bytes."""
     tables = {name: snapshot.table(name).to_pylist() for name in TABLES}
-    rows: dict[str, list[dict[str, Any]]] = json.loads(json.dumps(tables, default=as_text))
+    rows: dict[str, Rows] = json.loads(json.dumps(tables, default=as_text))
     return rows
 
 

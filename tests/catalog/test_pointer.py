@@ -166,7 +166,7 @@ def test_a_change_that_always_loses_the_race_ends(s3_root: str) -> None:
 
 
 def through(filesystem: Any) -> Callable[[str], Store]:
-    """Return an `open_store` whose stores go through another filesystem."""
+    """Return an `open_store` that gives its stores another filesystem."""
 
     def opened(uri: str) -> Store:
         store = open_store(uri)

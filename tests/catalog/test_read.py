@@ -24,6 +24,7 @@ from rebeca_ray.config.sections import LayoutSettings
 from rebeca_ray.errors import UserError
 from rebeca_ray.generation.bucket import changes_table
 from rebeca_ray.identity import bucket_of
+from tests.catalog.conftest import Rows
 from tests.catalog.large import BUCKETS, ITEMS_PER_USER, MANY_USERS, USERS_THERE, D, write_snapshot
 from tests.conftest import USERS
 from tests.generation.test_nights import change_digest, night
@@ -228,8 +229,8 @@ def test_a_reader_follows_publications_and_holds_its_snapshot_until_it_is_collec
 def test_applying_the_changes_of_three_nights_equals_a_reload(config: GenerateConfig) -> None:
     """Users join, leave and change. Compaction copies images. The consumer misses one night."""
 
-    def reload(snapshot: Snapshot) -> dict[str, list[dict[str, Any]]]:
-        state: dict[str, list[dict[str, Any]]] = {}
+    def reload(snapshot: Snapshot) -> dict[str, Rows]:
+        state: dict[str, Rows] = {}
         for row in snapshot.items().drop_columns(["origin"]).to_pylist():
             state.setdefault(row["user_id"], []).append(row)
         return state
@@ -266,8 +267,8 @@ def test_applying_the_changes_of_three_nights_equals_a_reload(config: GenerateCo
         snapshot.changed_users("another")
 
 
-def reload_of(snapshot: Snapshot, users: list[str]) -> dict[str, list[dict[str, Any]]]:
-    items: dict[str, list[dict[str, Any]]] = {}
+def reload_of(snapshot: Snapshot, users: list[str]) -> dict[str, Rows]:
+    items: dict[str, Rows] = {}
     for row in snapshot.items(user_ids=users).drop_columns(["origin"]).to_pylist():
         items.setdefault(row["user_id"], []).append(row)
     return items

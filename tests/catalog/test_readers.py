@@ -29,6 +29,7 @@ from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.sections import LayoutSettings
 from rebeca_ray.prior.selector import Selector
+from tests.catalog.conftest import Rows
 from tests.conftest import (
     USERS,
     D,
@@ -42,7 +43,6 @@ from tests.conftest import (
 )
 from tests.generation.test_nights import change_digest, request_for
 
-Rows = list[dict[str, Any]]
 KEYS = {
     "items": ("user_id", "rank"),
     "images": ("item_id",),
@@ -63,7 +63,7 @@ def published(
 ) -> Published:
     """Return the second night of a catalog of two buckets.
 
-    It has new and carried items, a failed item, users who joined and left, and a cold-start user.
+    It has new and carried items, a failed item, users that joined and left, and a cold-start user.
     """
     folder = tmp_path_factory.mktemp("readers")
     torch.manual_seed(2)

@@ -26,7 +26,7 @@ def path_of(snapshot: Snapshot, table: str) -> Path:
 
 
 def listed_again(snapshot: Snapshot, table: str) -> Snapshot:
-    """Return the snapshot with a changed file listed anew: its bytes match the list, its content is wrong."""
+    """Return the snapshot with a changed file in its list: its bytes match the list, its content is wrong."""
     import hashlib
 
     data = path_of(snapshot, table).read_bytes()

@@ -211,7 +211,7 @@ def export_bucket(snapshot: Snapshot, job: ExportJob, bucket: int) -> Exported:
     path = f"{job.folder}/bucket={bucket}.parquet"
     write_table(pa.table(columns, schema=schemas.URLS), join(job.out, path), row_group_size=2000)
     stale: list[str] = []
-    if last_keys is not None:  # or nobody knows the items of the last export, which stay for one more
+    if last_keys is not None:  # without them the shown objects are unknown, and all stay
         shown = {*last_keys.values(), *image_keys}
         candidates = (before_last_keys or {}).items()
         stale = [key for item, key in candidates if key not in shown and item not in job.pool]

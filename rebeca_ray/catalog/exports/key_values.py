@@ -67,7 +67,7 @@ def export_key_values(
 ) -> KeyValues:
     """Write every user's items. With the run `since`, write only the users that changed after its snapshot.
 
-    `DEL`, or a line with `"items": null`, removes a user who left. `images` is the folder of an image export
+    `DEL`, or a line with `"items": null`, removes a departed user. `images` is the folder of an image export
     of this snapshot: with it, every item has its `image_url`. The key of the population pool is `key_prefix`
     alone. The folder's `export.json` describes the export, and is written last. Raises InputError if `since`
     or `images` do not fit the snapshot.
