@@ -21,7 +21,7 @@ import pyarrow.dataset
 from rebeca_ray import schemas
 from rebeca_ray.catalog.manifest import Manifest, read_file_list, read_manifest
 from rebeca_ray.catalog.pointer import read_pointer
-from rebeca_ray.catalog.row_groups import complete, read_users
+from rebeca_ray.catalog.row_groups import EncodedImage, complete, read_users
 from rebeca_ray.config.fields import absolute
 from rebeca_ray.errors import Failure, InputError, StorageError, describe, did_you_mean
 from rebeca_ray.identity import bucket_of
@@ -231,7 +231,7 @@ class Snapshot:
         """
         return [image["bytes"] for image in self.named_images(items)]
 
-    def named_images(self, items: pa.Table) -> list[dict[str, Any]]:
+    def named_images(self, items: pa.Table) -> list[EncodedImage]:
         """Return images as `images` does, each with its `bytes` and its `path`.
 
         The path's suffix is the encoding.

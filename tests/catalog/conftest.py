@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from s3fs import S3FileSystem
@@ -14,6 +15,7 @@ from tests.catalog.large import write_snapshot
 from tests.conftest import REPO
 
 Start = Callable[..., subprocess.Popen[str]]
+Rows = list[dict[str, Any]]  # of any table
 
 
 @pytest.fixture(params=["disk", "s3"])

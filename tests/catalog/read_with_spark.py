@@ -1,7 +1,7 @@
-"""Read Parquet files with Spark: `read_with_spark.py OUT NAME FILE[,FILE…] [NAME FILES]…`; OUT is a pickle of each table's rows.
+"""Read Parquet files with Spark: `read_with_spark.py OUT NAME FILE[,FILE…] [NAME FILES]…`.
 
-A process of its own, because Spark's launcher forks: a process that is connected to Ray may lose Ray's notifications by that, and waits
-for ever for the next actor.
+OUT is a pickle of each table's rows. Spark runs in a separate process, because its launcher forks. A process
+with a connection to Ray may lose Ray's notifications by a fork, and then waits for ever for the next actor.
 """
 
 import os
@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 
-def main(out: str, *told: str) -> None:
+def main(out: str, *names_and_files: str) -> None:
     from pyspark.sql import SparkSession
 
     os.environ["SPARK_LOCAL_IP"] = "127.0.0.1"
@@ -24,7 +24,7 @@ def main(out: str, *told: str) -> None:
             .config("spark.sql.warehouse.dir", warehouse)
             .getOrCreate()
         )
-        tables = zip(told[::2], told[1::2], strict=True)
+        tables = zip(names_and_files[::2], names_and_files[1::2], strict=True)
         rows = {
             name: [row.asDict() for row in session.read.parquet(*files.split(",")).collect()]
             for name, files in tables

@@ -1,4 +1,4 @@
-"""What a reader says of a catalog that is not there, of another version, damaged, or out of reach."""
+"""A reader's errors for a catalog that is missing, of another version, damaged, or out of reach."""
 
 import json
 from pathlib import Path
@@ -20,17 +20,17 @@ from tests.conftest import USERS
 from tests.generation.test_nights import night
 
 
-def test_a_catalog_that_is_not_there_or_of_another_version_is_told(tmp_path: Path) -> None:
+def test_a_missing_catalog_and_one_of_another_version_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="nothing is published there; give another root, .*`rebeca catalog list` shows"
     ):
         read_catalog(str(tmp_path / "nowhere"))
-    for root, why in (
+    for root, reason in (
         ("", "its root is empty"),
         (None, "its root is empty"),
         ("s3:/bucket/catalog", "s3:/bucket/catalog.*: is no address"),
     ):
-        with pytest.raises(UserError, match=why):
+        with pytest.raises(UserError, match=reason):
             read_catalog(root)  # type: ignore[arg-type]
     newer = write_snapshot(tmp_path / "newer", rows_per_group=100, version=schemas.SCHEMA_VERSION + 1)
     with pytest.raises(
@@ -40,25 +40,26 @@ def test_a_catalog_that_is_not_there_or_of_another_version_is_told(tmp_path: Pat
         read_catalog(newer)
     older = write_snapshot(tmp_path / "older", rows_per_group=100, version=2)
     with pytest.raises(
-        UserError, match="schema version 2, of before the format was settled; .* generate into another root"
+        UserError,
+        match="schema version 2, older than the settled format; .* 3 to 4: generate into another root",
     ):
         read_catalog(older)
 
 
-@pytest.mark.parametrize("what", ["truncated", "missing", "one bit", "no parquet"])
-def test_a_damaged_file_is_named_with_the_remedy(large: Snapshot, what: str) -> None:
+@pytest.mark.parametrize("damage", ["truncated", "missing", "one bit", "no parquet"])
+def test_a_damaged_file_is_named_with_the_remedy(large: Snapshot, damage: str) -> None:
     user = "üser-007"
     path = Path(large.root, large.paths("items", {bucket_of(user, BUCKETS)})[0])
     whole = path.read_bytes()
     data = bytearray(whole)
     metadata = pq.read_metadata(path)
-    if what == "missing":
+    if damage == "missing":
         path.unlink()
-    elif what == "truncated":
+    elif damage == "truncated":
         path.write_bytes(data[: len(data) // 2])
-    elif what == "no parquet":
+    elif damage == "no parquet":
         path.write_bytes(b"x" * len(data))
-    else:  # in the middle of every page of embeddings, which no codec of its own would notice
+    else:  # in the middle of every page of embeddings: no codec notices that
         for group in range(metadata.num_row_groups):
             column = metadata.row_group(group).column(3)
             data[column.data_page_offset + column.total_compressed_size // 2] ^= 1
@@ -78,7 +79,7 @@ def test_a_damaged_file_is_named_with_the_remedy(large: Snapshot, what: str) -> 
         with pytest.raises(UserError, match=str(path.relative_to(large.root))):
             read()
     path.write_bytes(whole)
-    assert large.for_user(user).num_rows == 4  # what was restored is read, by whom it was told too
+    assert large.for_user(user).num_rows == 4  # the restored file is read, also by a reader that failed on it
 
 
 @pytest.mark.parametrize("damage", ["missing", "changed"])
@@ -96,7 +97,7 @@ def test_a_damaged_file_list_is_named(large: Snapshot, damage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "why"),
+    ("name", "value", "reason"),
     [
         ("embed_dim", None, "Input should be a valid integer"),
         ("embed_dim", "64", "Input should be a valid integer"),
@@ -107,12 +108,17 @@ def test_a_damaged_file_list_is_named(large: Snapshot, damage: str) -> None:
         ("files", ..., "Field required"),
     ],
 )
-def test_a_damaged_manifest_is_refused_by_its_field(large: Snapshot, name: str, value: Any, why: str) -> None:
+def test_a_damaged_manifest_is_refused_by_its_field(
+    large: Snapshot, name: str, value: Any, reason: str
+) -> None:
     manifest = Path(large.root, large.path, "manifest.json")
     values = json.loads(manifest.read_text()) | {name: value}
     manifest.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
-    remedy = "restore it, or publish another snapshot with `rebeca catalog publish` and remove snapshots/.*/manifest.json"
-    with pytest.raises(UserError, match=f"the manifest of snapshot .*: {name}: {why}; {remedy}"):
+    remedy = (
+        "restore it, or publish another snapshot with `rebeca catalog publish` "
+        "and remove snapshots/.*/manifest.json"
+    )
+    with pytest.raises(UserError, match=f"the manifest of snapshot .*: {name}: {reason}; {remedy}"):
         read_catalog(large.root)
     values["schema_version"] = "3"
     manifest.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
@@ -128,9 +134,7 @@ def test_a_missing_image_file_is_named(config: GenerateConfig) -> None:
         snapshot.images(snapshot.items())
 
 
-def test_a_store_that_does_not_answer_is_no_damaged_file(
-    large: Snapshot, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreachable_store_is_no_damaged_file(large: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: Any, **__: Any) -> None:
         raise EndpointConnectionError(endpoint_url="http://store")
 
@@ -138,17 +142,21 @@ def test_a_store_that_does_not_answer_is_no_damaged_file(
     row_groups.footer_bytes.cache_clear()
     with pytest.raises(
         StorageError,
-        match=r"cannot be read \(Could not connect to the endpoint.*\); check the network and the credentials",
+        match=r"cannot be read \(Could not connect to the endpoint.*\); "
+        r"check the network and the credentials",
     ):
         large.for_user("üser-007")
 
 
-def test_what_s3_itself_answers_is_no_damaged_file(large: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Arrow's client tells it: an OSError without a number, like one of a damaged file."""
-    told = "When reading information for key 'items' in bucket 'rebeca': AWS Error SLOW_DOWN during HeadObject operation"
+def test_an_error_answer_of_s3_is_no_damaged_file(large: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow's client raises an OSError without a number, as for a damaged file."""
+    message = (
+        "When reading information for key 'items' in bucket 'rebeca': "
+        "AWS Error SLOW_DOWN during HeadObject operation"
+    )
 
     def busy(*_: Any) -> None:
-        raise OSError(told)
+        raise OSError(message)
 
     monkeypatch.setattr(Snapshot, "dataset_of", busy)
     with pytest.raises(

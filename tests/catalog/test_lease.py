@@ -22,13 +22,13 @@ AT_WORK = "is at work on it; wait for it, or stop it and start again"
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Its exit code and what it said to stderr."""
-    _, told = process.communicate(timeout=30)
-    return process.returncode, told
+    """Return the exit code and stderr of a process."""
+    _, stderr = process.communicate(timeout=30)
+    return process.returncode, stderr
 
 
 def await_beat(root: str) -> None:
-    """Return just after a beat, so that who is stopped or killed then does not hold the lock of a catalog on disk."""
+    """Return just after a beat. A process that stops then holds no lock of a catalog on disk."""
     lease = read_pointer(root)[0].lease
     while read_pointer(root)[0].lease == lease:
         time.sleep(0.02)
@@ -40,7 +40,7 @@ def stop(process: subprocess.Popen[str], root: str) -> None:
     process.send_signal(signal.SIGSTOP)
 
 
-def test_of_four_that_start_at_once_one_holds_the_lease(root: str, start: Start) -> None:
+def test_one_of_four_simultaneous_runs_holds_the_lease(root: str, start: Start) -> None:
     processes = {name: start(root, name, "wait", SECONDS) for name in ("a", "b", "c", "d")}
     begin(*processes.values())
     said = {name: heard(process) for name, process in processes.items()}
@@ -54,16 +54,16 @@ def test_of_four_that_start_at_once_one_holds_the_lease(root: str, start: Start)
     assert ended(processes[winner]) == (0, "")
     published = Pointer(fencing_token=1, run_id=winner, run_date="2026-01-01", snapshot=f"of {winner}")
     assert read_pointer(root)[0] == published
-    for epoch in (2, 3):
+    for token in (2, 3):
         with hold_lease(root, "next", SECONDS) as lease:
-            assert lease.fencing_token == epoch
-    assert read_pointer(root)[0] == replace(published, epoch=3)
+            assert lease.fencing_token == token
+    assert read_pointer(root)[0] == replace(published, fencing_token=3)
 
 
-def test_who_was_stopped_too_long_is_taken_over_and_ends_when_it_wakes(root: str, start: Start) -> None:
-    background = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]  # as a shell starts what it does not wait for
+def test_a_holder_that_is_stopped_too_long_is_replaced_and_ends_on_waking(root: str, start: Start) -> None:
+    background = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]  # as a shell starts a job with `&`
     stale = {doing: start(f"{root}/{doing}", "stale", doing, SECONDS) for doing in ("busy", "wait")}
-    if not root.startswith("s3"):  # where it sleeps is all the same to where the catalog lies
+    if not root.startswith("s3"):  # the kind of sleep does not depend on the store
         stale["asleep"] = start(f"{root}/asleep", "stale", "asleep", SECONDS)
         stale["background"] = start(f"{root}/background", "stale", "asleep", SECONDS, by=background)
     patient = start(f"{root}/patient", "patient", "wait", 8)
@@ -78,12 +78,12 @@ def test_who_was_stopped_too_long_is_taken_over_and_ends_when_it_wakes(root: str
             zip(stale, pool.map(lambda doing: Lease(f"{root}/{doing}", "heir", 60), stale), strict=True)
         )
     for process in [*stale.values(), patient]:
-        tell(process)  # the first thing that who waits does when it wakes is to publish
+        tell(process)  # a waiting process publishes as soon as it wakes
         process.send_signal(signal.SIGCONT)
     for doing, process in stale.items():
         line = (
-            f"error: catalog {root}/{doing}: run stale (fencing token 1) was silent for more than 2 s and lost its lease to run heir; it "
-            "publishes nothing, start it again to resume\n"
+            f"error: catalog {root}/{doing}: run stale (fencing token 1) was silent for more than 2 s "
+            "and lost its lease to run heir; it publishes nothing, start it again to resume\n"
         )
         assert ended(process) == (5, line)
         pointer = read_pointer(f"{root}/{doing}")[0]
@@ -99,15 +99,15 @@ def test_who_was_stopped_too_long_is_taken_over_and_ends_when_it_wakes(root: str
     assert read_pointer(f"{root}/patient")[0].snapshot == "of patient"
 
 
-def test_a_killed_holder_is_taken_over_by_one_after_its_time_whatever_their_clocks(
+def test_one_run_replaces_a_killed_holder_after_its_time_whatever_their_clocks(
     root: str, start: Start
 ) -> None:
-    days = 0 if root.startswith("s3") else 1  # an S3 server lets nobody in whose clock is wrong
+    days = 0 if root.startswith("s3") else 1  # an S3 server refuses a client with a wrong clock
     holder = start(root, "holder", "asleep", SECONDS, days)
     heirs = {name: start(root, name, "wait", SECONDS, wrong) for name, wrong in (("a", -days), ("b", 0))}
     begin(holder)
     assert heard(holder) == "holds 1"
-    for _ in range(2):  # it lives, and whoever comes is sent away as often as they come
+    for _ in range(2):  # the holder lives, so every other run is refused
         with pytest.raises(
             LeaseHeldError, match=rf"^catalog {root}: run holder \(fencing token 1\) {AT_WORK}$"
         ):
@@ -127,7 +127,7 @@ def test_a_killed_holder_is_taken_over_by_one_after_its_time_whatever_their_cloc
     assert ended(heirs[winner]) == (0, "")
 
 
-def test_no_clock_is_read_that_anybody_sets() -> None:
+def test_the_lease_reads_no_clock_that_somebody_can_set() -> None:
     source = Path(module.__file__).read_text()
     assert "time.monotonic()" in source
     assert "time.time" not in source
@@ -139,7 +139,7 @@ def test_another_attempt_at_the_same_run_is_another_holder(root: str) -> None:
         with pytest.raises(LeaseHeldError, match=rf"run run \(fencing token 1\) {AT_WORK}"):
             Lease(root, "run", SECONDS)
         lease.check()
-        lease.run_id = "renamed"  # its name is known only later; the beat tells it
+        lease.run_id = "renamed"  # its name is known only later; the beat writes it
         await_beat(root)
         await_beat(root)  # one may have been under way
         assert (read_pointer(root)[0].lease or {})["run_id"] == "renamed"
@@ -160,28 +160,28 @@ def test_the_lease_is_released_however_the_block_ends(root: str) -> None:
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_the_lease_that_another_holds_is_not_released(root: str) -> None:
+def test_a_lease_of_another_holder_is_not_released(root: str) -> None:
     theirs = {"run_id": "b", "fencing_token": 9, "holder": "b", "beat": 0, "seconds": 60}
     with hold_lease(root, "a", 60):
         change_pointer(root, lambda pointer: replace(pointer, fencing_token=9, lease=theirs))
     assert read_pointer(root)[0] == Pointer(fencing_token=9, lease=theirs)
 
 
-def test_a_user_who_interrupts_is_no_lost_lease(tmp_path: Path, start: Start) -> None:
+def test_an_interrupt_by_the_user_is_no_lost_lease(tmp_path: Path, start: Start) -> None:
     root = str(tmp_path)
     process = start(root, "a", "asleep", SECONDS)
     begin(process)
     assert heard(process) == "holds 1"
     process.send_signal(signal.SIGINT)
-    code, told = ended(process)
+    code, stderr = ended(process)
     assert code == -signal.SIGINT
-    assert told.splitlines()[-1] == "KeyboardInterrupt"
-    assert "lost" not in told
+    assert stderr.splitlines()[-1] == "KeyboardInterrupt"
+    assert "lost" not in stderr
     assert read_pointer(root)[0] == Pointer(fencing_token=1)
 
 
-def test_an_interrupt_for_a_loss_is_not_heard_after_the_end(tmp_path: Path) -> None:
-    """The beat may learn of the loss, and send it, while the block has ended and waits for the beat."""
+def test_an_interrupt_for_a_loss_has_no_effect_after_the_end(tmp_path: Path) -> None:
+    """The beat may notice the loss, and send the interrupt, while the ended block waits for the beat."""
     with hold_lease(str(tmp_path), "a", 60) as lease:
         with suppress(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -189,15 +189,14 @@ def test_an_interrupt_for_a_loss_is_not_heard_after_the_end(tmp_path: Path) -> N
         lease.lost = LeaseHeldError("lost")
         lease.released.set()
         os.kill(os.getpid(), signal.SIGINT)
-    assert (read_pointer(str(tmp_path))[0].lease or {})["run_id"] == "a"  # what is lost is not released
+    assert (read_pointer(str(tmp_path))[0].lease or {})["run_id"] == "a"  # a lost lease is not released
 
 
-def test_a_loss_is_told_though_the_block_ended_of_something_else(tmp_path: Path) -> None:
-
+def test_a_loss_is_raised_although_the_block_ended_by_another_error(tmp_path: Path) -> None:
     def fail() -> None:
         with hold_lease(str(tmp_path), "a", 60) as lease:
             lease.lost = LeaseHeldError("lost")
-            raise OSError("whatever it was, it came of the loss")
+            raise OSError("a consequence of the loss")
 
     with pytest.raises(LeaseHeldError, match=r"^lost$"):
         fail()

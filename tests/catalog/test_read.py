@@ -1,4 +1,4 @@
-"""Reading the published snapshot: lookups, columns, other forms, following publications, and what is said of a broken catalog."""
+"""Reading the published snapshot: lookups, columns, other forms, and following publications."""
 
 import pickle
 import tempfile
@@ -24,13 +24,14 @@ from rebeca_ray.config.sections import LayoutSettings
 from rebeca_ray.errors import UserError
 from rebeca_ray.generation.bucket import changes_table
 from rebeca_ray.identity import bucket_of
+from tests.catalog.conftest import Rows
 from tests.catalog.large import BUCKETS, ITEMS_PER_USER, MANY_USERS, USERS_THERE, D, write_snapshot
 from tests.conftest import USERS
 from tests.generation.test_nights import change_digest, night
 
 
 class Reads:
-    """Counts the bytes that are read of a catalog's Parquet files."""
+    """Count the bytes that a reader reads of a catalog's Parquet files."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.bytes, self.files = 0, 0
@@ -52,7 +53,7 @@ class Reads:
         monkeypatch.setattr(LocalFileSystem, "open", counting)
 
 
-def test_a_users_items_are_found_by_bucket_file_and_row_group(
+def test_a_lookup_reads_one_row_group_of_one_file_of_the_users_bucket(
     large: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     everything = large.items()
@@ -64,21 +65,21 @@ def test_a_users_items_are_found_by_bucket_file_and_row_group(
         assert large.for_user(user).equals(expected)
         assert large.for_user(user)["rank"].to_pylist() == [0, 1, 2, 3]
     before, files = reads.bytes, reads.files
-    found = large.for_user("üser-007", ["item_id", "like_probability"])
-    assert (found.column_names, found.num_rows) == (["item_id", "like_probability"], 4)
-    items = next(row for row in large.files.to_pylist() if row["bucket"] == bucket_of("üser-007", BUCKETS))
-    metadata = pq.read_metadata(f"{large.root}/{items['path']}")
-    wanted = {"item_id", "like_probability", "user_id", "rank"}
+    rows = large.for_user("üser-007", ["item_id", "like_probability"])
+    assert (rows.column_names, rows.num_rows) == (["item_id", "like_probability"], 4)
+    file = next(row for row in large.files.to_pylist() if row["bucket"] == bucket_of("üser-007", BUCKETS))
+    metadata = pq.read_metadata(f"{large.root}/{file['path']}")
+    read_columns = {"item_id", "like_probability", "user_id", "rank"}
     sizes = [
         sum(
             metadata.row_group(group).column(column).total_compressed_size
             for column in range(metadata.num_columns)
-            if metadata.row_group(group).column(column).path_in_schema in wanted
+            if metadata.row_group(group).column(column).path_in_schema in read_columns
         )
         for group in range(metadata.num_row_groups)
     ]
     assert len(sizes) > 5
-    assert reads.files - files == 1  # its footer is remembered
+    assert reads.files - files == 1  # its footer is cached
     assert min(sizes) <= reads.bytes - before <= 2 * max(sizes)
 
 
@@ -91,10 +92,8 @@ NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_
     others=st.lists(NAMES, max_size=10),
     rows_per_group=st.integers(1, 9),
 )
-def test_whoever_is_asked_for_gets_what_a_scan_finds(
-    users: list[str], others: list[str], rows_per_group: int
-) -> None:
-    """Names of any letters, in any order of the alphabet; some of them there, some not."""
+def test_a_lookup_of_any_user_equals_a_scan(users: list[str], others: list[str], rows_per_group: int) -> None:
+    """Names have any letters, in any order of the alphabet. Some of the users exist, and some do not."""
     with tempfile.TemporaryDirectory() as folder:
         snapshot = read_catalog(write_snapshot(Path(folder), rows_per_group=rows_per_group, users=users, D=2))
         everything = snapshot.items(["user_id", "rank", "item_id"])
@@ -110,22 +109,25 @@ def test_whoever_is_asked_for_gets_what_a_scan_finds(
 
 def test_some_users_are_read_in_one_table_sorted_by_user_and_rank(large: Snapshot) -> None:
     users = [f"üser-{number:03d}" for number in (450, 3, 77, 78, 3)]
-    found = large.items(["rank", "user_id"], [*users, "nobody"])
-    assert found.column_names == ["rank", "user_id"]
-    assert found["user_id"].to_pylist() == [
+    items = large.items(["rank", "user_id"], [*users, "nobody"])
+    assert items.column_names == ["rank", "user_id"]
+    assert items["user_id"].to_pylist() == [
         user for user in sorted(set(users)) for _ in range(ITEMS_PER_USER)
     ]
-    assert found["rank"].to_pylist() == [0, 1, 2, 3] * 4
+    assert items["rank"].to_pylist() == [0, 1, 2, 3] * 4
     assert large.to_pandas("items", ["item_id"], users[:1]).shape == (4, 1)
     assert large.to_polars("items", None, users[:1]).shape == (4, len(schemas.items(D)))
     assert large.dataset("items", users[:2]).to_table(columns=["rank"]).num_rows == 8
     assert len(large.dataset("items", users[:1]).files) == 1
 
 
-def test_of_some_users_of_several_files_no_more_is_read_than_of_each_alone(
+def test_a_lookup_of_several_users_reads_no_more_than_lookups_of_each_alone(
     large: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of each bucket, from the beginning, the middle and the end of the alphabet: in no file anything between them."""
+    """The users are one per user bucket, from the beginning, the middle and the end of the alphabet.
+
+    No file has rows between two of them.
+    """
     by_bucket = [
         [user for user in MANY_USERS if bucket_of(user, BUCKETS) == bucket] for bucket in range(BUCKETS)
     ]
@@ -138,11 +140,11 @@ def test_of_some_users_of_several_files_no_more_is_read_than_of_each_alone(
     assert reads.bytes - before == before > 0
 
 
-def test_an_unknown_user_is_an_empty_result(large: Snapshot) -> None:
+def test_an_unknown_user_has_an_empty_result(large: Snapshot) -> None:
     for user in ("nobody", "", "\x00", "ÿ", "a" * 2000, "\ud800"):
-        found = large.for_user(user)
-        assert found.num_rows == 0
-        assert found.schema.equals(schemas.items(D))
+        rows = large.for_user(user)
+        assert rows.num_rows == 0
+        assert rows.schema.equals(schemas.items(D))
         assert large.for_user(user, ["rank"]).schema.names == ["rank"]
     assert large.items(user_ids=[]).num_rows == large.dataset("items", []).count_rows() == 0
     assert large.images(large.for_user("nobody")) == []
@@ -156,7 +158,7 @@ def test_a_table_without_rows_has_its_columns(large: Snapshot, ray_local: str) -
     assert large.table("changes", None, ["üser-003"]).num_rows == 0
 
 
-def test_what_nobody_has_is_refused_by_name(large: Snapshot) -> None:
+def test_unknown_tables_and_columns_are_refused_by_name(large: Snapshot) -> None:
     with pytest.raises(UserError, match="there is no table 'item'; did you mean 'items'"):
         large.table("item")
     for read in (large.items, large.to_pandas, large.to_ray):
@@ -194,7 +196,8 @@ def test_users_and_columns_may_come_in_any_sequence(large: Snapshot) -> None:
         np.array(users, object),
     ):
         assert large.items(("item_id",), some).equals(expected)  # type: ignore[arg-type]
-    assert read_catalog(Path(large.root)).items(("item_id",)).num_rows == USERS_THERE * ITEMS_PER_USER  # type: ignore[arg-type]
+    items = read_catalog(Path(large.root)).items(("item_id",))  # type: ignore[arg-type]
+    assert items.num_rows == USERS_THERE * ITEMS_PER_USER
 
 
 def test_a_reader_follows_publications_and_holds_its_snapshot_until_it_is_collected(
@@ -223,11 +226,11 @@ def test_a_reader_follows_publications_and_holds_its_snapshot_until_it_is_collec
     assert monday.refresh().for_user(USERS[1], ["item_id"]).equals(tuesday.for_user(USERS[1], ["item_id"]))
 
 
-def test_differences_of_three_nights_arrive_where_a_reload_does(config: GenerateConfig) -> None:
-    """Users come, go and change; images are copied to other files; one night is missed."""
+def test_applying_the_changes_of_three_nights_equals_a_reload(config: GenerateConfig) -> None:
+    """Users join, leave and change. Compaction copies images. The consumer misses one night."""
 
-    def reload(snapshot: Snapshot) -> dict[str, list[dict[str, Any]]]:
-        state: dict[str, list[dict[str, Any]]] = {}
+    def reload(snapshot: Snapshot) -> dict[str, Rows]:
+        state: dict[str, Rows] = {}
         for row in snapshot.items().drop_columns(["origin"]).to_pylist():
             state.setdefault(row["user_id"], []).append(row)
         return state
@@ -239,7 +242,7 @@ def test_differences_of_three_nights_arrive_where_a_reload_does(config: Generate
     for number, users, changed in (
         (1, USERS[:7], USERS[:4]),
         (2, USERS[1:6], []),
-        (3, [*USERS[2:7], "stranger"], [USERS[5]]),
+        (3, [*USERS[2:7], "cold-start"], [USERS[5]]),
     ):
         for user in changed:
             change_digest(config, user)
@@ -258,20 +261,21 @@ def test_differences_of_three_nights_arrive_where_a_reload_does(config: Generate
     assert snapshot.changed_users(snapshot.run_id) == []
     with pytest.raises(
         UserError,
-        match="does not follow run 'another', or a snapshot in between was collected .*load this one as a whole",
+        match="does not follow run 'another', or a snapshot in between was collected "
+        ".*load this one as a whole",
     ):
         snapshot.changed_users("another")
 
 
-def reload_of(snapshot: Snapshot, users: list[str]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
+def reload_of(snapshot: Snapshot, users: list[str]) -> dict[str, Rows]:
+    items: dict[str, Rows] = {}
     for row in snapshot.items(user_ids=users).drop_columns(["origin"]).to_pylist():
-        found.setdefault(row["user_id"], []).append(row)
-    return found
+        items.setdefault(row["user_id"], []).append(row)
+    return items
 
 
-def test_items_of_another_snapshot_have_no_images_here(config: GenerateConfig) -> None:
-    """Not another item's: after a rollback, numbers of image files come again."""
+def test_items_of_another_snapshot_have_no_images_in_this_one(config: GenerateConfig) -> None:
+    """A reader never returns another item's image, although file numbers repeat after a rollback."""
     _, monday = night(config, USERS[:3])
     items = monday.items()
     swapped = items.set_column(
@@ -293,7 +297,7 @@ def test_items_of_another_snapshot_have_no_images_here(config: GenerateConfig) -
 def test_a_column_that_came_later_is_null_in_older_files(
     config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the next version will find this one's files: alone, and beside its own in one snapshot."""
+    """The next version reads this version's files alone, and beside its new ones in one snapshot."""
     config = config.model_copy(update={"layout": LayoutSettings(num_buckets=1)})
     _, monday = night(config, USERS[:3])
     was = monday.items()
@@ -303,7 +307,7 @@ def test_a_column_that_came_later_is_null_in_older_files(
         return grown(embed_dim).append(pa.field("mood", pa.string()))
 
     monkeypatch.setattr(schemas, "items", items)
-    assert verify(monday, "full") != []  # files of this version without it are not whole
+    assert verify(monday, "full") != []  # files of this version without it are incomplete
     monkeypatch.setattr(schemas, "SCHEMA_VERSION", schemas.SCHEMA_VERSION + 1)
     assert verify(monday, "full") == []
     now = read_catalog(config.catalog)
@@ -320,8 +324,8 @@ def test_a_column_that_came_later_is_null_in_older_files(
     }
 
 
-def test_who_is_ranked_anew_is_a_change() -> None:
-    """Another probability for the same item, as `on_new_prior: rescore` gives it, is told as `updated`."""
+def test_a_new_ranking_is_a_change() -> None:
+    """`on_new_prior: rescore` gives the same item another probability. The change is `updated`."""
     before = pa.table(
         {
             "item_id": ["a", "b", "c"],
@@ -340,7 +344,7 @@ def test_who_is_ranked_anew_is_a_change() -> None:
     assert [row["item_id"] for row in changes_table(swapped, before).to_pylist()] == ["a", "b"]
 
 
-def test_what_travels_to_a_task_is_small(large: Snapshot) -> None:
+def test_a_pickled_snapshot_for_a_task_is_small(large: Snapshot) -> None:
     before = len(pickle.dumps(large))
     large.for_user("üser-007")
     assert large.files_of_buckets

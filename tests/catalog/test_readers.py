@@ -1,6 +1,6 @@
-"""The reader matrix: one snapshot on a real S3 server, every column of every table, read by whatever people read Parquet with.
+"""The reader matrix: one snapshot on a real S3 server, read in full by each common Parquet reader.
 
-What pyarrow reads is compared with what was published, and everything else with that, value by value.
+pyarrow is compared with the published rows, and every other reader with pyarrow, value by value.
 """
 
 import datetime
@@ -29,6 +29,7 @@ from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.sections import LayoutSettings
 from rebeca_ray.prior.selector import Selector
+from tests.catalog.conftest import Rows
 from tests.conftest import (
     USERS,
     D,
@@ -40,9 +41,8 @@ from tests.conftest import (
     snapshot_of,
     write_tiny_prior,
 )
-from tests.generation.test_nights import ask, change_digest
+from tests.generation.test_nights import change_digest, request_for
 
-Rows = list[dict[str, Any]]
 KEYS = {
     "items": ("user_id", "rank"),
     "images": ("item_id",),
@@ -54,14 +54,17 @@ KEYS = {
 
 class Published(NamedTuple):
     snapshot: Snapshot
-    rows: dict[str, Rows]  # of every table, as pyarrow reads them
+    rows: dict[str, Rows]  # by table, as pyarrow reads them
 
 
 @pytest.fixture(scope="module")
 def published(
     tiny_decoder: DecoderSettings, ray_local: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Published:
-    """The second night of a catalog of two buckets: items old and new, a failure, comers and goers, somebody without a history."""
+    """Return the second night of a catalog of two buckets.
+
+    It has new and carried items, a failed item, users that joined and left, and a cold-start user.
+    """
     folder = tmp_path_factory.mktemp("readers")
     torch.manual_seed(2)
     write_tiny_prior(folder, users=prior_users(USERS), selector=Selector(D, 4))
@@ -73,17 +76,18 @@ def published(
             "layout": LayoutSettings(num_buckets=2),
         }
     )
-    snapshot_of(ask(config, USERS[:6]))
+    snapshot_of(request_for(config, USERS[:6]))
     change_digest(config, USERS[2])
-    prepared = prepare(ask(config, [*USERS[1:], "stranger"], 1), break_first=True)
-    assembled(config, prepared, requested=21, error_budget=0.2)
+    tonight = request_for(config, [*USERS[1:], "cold-start"], 1)
+    prepared = prepare(tonight, break_first=True)
+    assert assembled(tonight, prepared, error_budget=0.2).counts.requested == 21
     publish(config.catalog, prepared.run)
     snapshot = read_catalog(config.catalog)
     return Published(snapshot, {name: ordered(name, snapshot.table(name).to_pylist()) for name in TABLES})
 
 
 def ordered(name: str, rows: Rows) -> Rows:
-    """Rows as plain values in an order of their own."""
+    """Return rows as plain values, sorted by their keys."""
     return sorted(
         ({key: plain(value) for key, value in row.items()} for row in rows),
         key=lambda row: [row[key] for key in KEYS[name]],
@@ -91,7 +95,10 @@ def ordered(name: str, rows: Rows) -> Rows:
 
 
 def plain(value: Any) -> Any:
-    """What a reader makes of a value, without its clothes: arrays as lists, NaN as None where a reader knows no null, times in UTC."""
+    """Return a reader's value as a plain one: arrays as lists, times in UTC, NaN as None.
+
+    Some readers have NaN in place of null.
+    """
     if isinstance(value, np.ndarray | pl.Series):
         return [float(element) for element in value]
     if hasattr(value, "asDict"):  # a Spark row, which is a tuple too
@@ -112,12 +119,12 @@ def plain(value: Any) -> Any:
 
 
 def assert_same(published: Published, name: str, rows: Rows) -> None:
-    found, expected = ordered(name, rows), published.rows[name]
-    assert list(found[0]) == list(expected[0])
-    assert found == expected
+    actual, expected = ordered(name, rows), published.rows[name]
+    assert list(actual[0]) == list(expected[0])
+    assert actual == expected
 
 
-def test_there_is_something_of_everything_to_read(published: Published) -> None:
+def test_the_snapshot_has_rows_of_every_kind(published: Published) -> None:
     rows = published.rows
     assert {name: bool(rows[name]) for name in TABLES} == dict.fromkeys(TABLES, True)
     assert {row["origin"] for row in rows["items"]} == {"new", "carried", "population"}
@@ -133,7 +140,7 @@ def test_there_is_something_of_everything_to_read(published: Published) -> None:
 
 @pytest.mark.parametrize("name", TABLES)
 def test_pyarrow(published: Published, name: str, s3_server: dict[str, str]) -> None:
-    """By hand, as somebody who knows the files alone."""
+    """Read the files by hand, without this package's reader."""
     filesystem = pyarrow.fs.S3FileSystem(
         access_key="test-key",
         secret_key="test-secret",
@@ -157,16 +164,19 @@ def test_duckdb_by_sql_over_the_file_list(published: Published, name: str) -> No
         connection.execute("SET TimeZone = 'UTC'")
         listing = f"{snapshot.root}/{snapshot.manifest.files.path}"
         connection.execute(f"""
-            SET VARIABLE files = (SELECT list('{snapshot.root}/' || path) FROM read_parquet('{listing}') WHERE "table" = '{name}')
+            SET VARIABLE files = (
+                SELECT list('{snapshot.root}/' || path) FROM read_parquet('{listing}')
+                WHERE "table" = '{name}'
+            )
         """)
-        found = connection.execute(
+        rows = connection.execute(
             "SELECT * FROM read_parquet(getvariable('files'), hive_partitioning = false)"
         )
-        assert_same(published, name, found.to_arrow_table().to_pylist())
+        assert_same(published, name, rows.to_arrow_table().to_pylist())
 
 
-def test_duckdb_with_the_folders_as_columns_changes_no_column_of_ours(published: Published) -> None:
-    """By default it makes columns of `run_date=` and `run_id=`, which would hide any of ours of such a name."""
+def test_duckdb_with_folders_as_columns_leaves_the_tables_columns_alone(published: Published) -> None:
+    """DuckDB makes columns of `run_date=` and `run_id=`, and they hide table columns of the same name."""
     with duckdb.connect() as connection:
         connection.register_filesystem(fsspec.filesystem("s3"))
         for name in TABLES:
@@ -180,7 +190,7 @@ def test_duckdb_with_the_folders_as_columns_changes_no_column_of_ours(published:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_polars_by_its_own_client(published: Published, name: str, s3_server: dict[str, str]) -> None:
+def test_polars_with_its_native_client(published: Published, name: str, s3_server: dict[str, str]) -> None:
     options = {"aws_endpoint_url": s3_server["AWS_ENDPOINT_URL"], "aws_allow_http": "true"}
     table = pl.read_parquet(published.snapshot.uris(name), storage_options=options)
     assert_same(published, name, table.to_dicts())
@@ -201,8 +211,8 @@ def test_ray_data(published: Published, name: str) -> None:
     assert published.snapshot.to_ray(name, columns).schema().names == columns
     if name == "items":
         some = published.snapshot.to_ray(name, ["item_id"], USERS[2:4]).take_all()
-        own = [row["item_id"] for row in published.rows[name] if row["user_id"] in USERS[2:4]]
-        assert sorted(row["item_id"] for row in some) == sorted(own)
+        expected = [row["item_id"] for row in published.rows[name] if row["user_id"] in USERS[2:4]]
+        assert sorted(row["item_id"] for row in some) == sorted(expected)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -216,11 +226,11 @@ def test_hugging_face_datasets_decode_the_images(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     from datasets import load_dataset
 
-    found = load_dataset(
+    dataset = load_dataset(
         "parquet", data_files=published.snapshot.uris(name), split="train", cache_dir=str(tmp_path)
     )
     if name == "images":
-        pictures = {row["item_id"]: row["image"] for row in found}
+        pictures = {row["item_id"]: row["image"] for row in dataset}
         for row in published.rows["images"]:
             picture = pictures[row["item_id"]]
             if row["image"] is None:
@@ -231,15 +241,18 @@ def test_hugging_face_datasets_decode_the_images(
                 )
         from datasets import Image as Encoded
 
-        found = found.cast_column("image", Encoded(decode=False))
-    assert_same(published, name, list(found))
+        dataset = dataset.cast_column("image", Encoded(decode=False))
+    assert_same(published, name, list(dataset))
 
 
 @pytest.fixture(scope="module")
 def by_spark(published: Published, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rows]:
-    """The rows of every table as Spark reads them, from copies of the files: its own S3 client, hadoop-aws, is not part of its package."""
+    """Return the rows of every table as Spark reads them.
+
+    Spark reads copies of the files, because its package lacks the S3 client hadoop-aws.
+    """
     folder, filesystem = tmp_path_factory.mktemp("spark"), fsspec.filesystem("s3")
-    told = []
+    names_and_files = []
     for name in TABLES:
         copies = [
             f"{folder}/{uri.removeprefix(published.snapshot.root)}" for uri in published.snapshot.uris(name)
@@ -247,9 +260,10 @@ def by_spark(published: Published, tmp_path_factory: pytest.TempPathFactory) -> 
         for uri, copy in zip(published.snapshot.uris(name), copies, strict=True):
             Path(copy).parent.mkdir(parents=True, exist_ok=True)
             filesystem.get_file(uri, copy)
-        told += [name, ",".join(copies)]
+        names_and_files += [name, ",".join(copies)]
     script = Path(__file__).with_name("read_with_spark.py")
-    subprocess.run([sys.executable, script, folder / "rows", *told], check=True, timeout=240)
+    command = [sys.executable, script, folder / "rows", *names_and_files]
+    subprocess.run(command, check=True, timeout=240)
     rows: dict[str, Rows] = pickle.loads((folder / "rows").read_bytes())
     return rows
 

@@ -1,4 +1,4 @@
-"""Verification finds every kind of damage, at the level that promises to."""
+"""Verification finds every kind of damage, at the promised level."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.generation.test_nights import night
 
 @pytest.fixture
 def snapshot(config: GenerateConfig) -> Snapshot:
-    return night(config, [*USERS[:3], "stranger"])[1]
+    return night(config, [*USERS[:3], "cold-start"])[1]
 
 
 def path_of(snapshot: Snapshot, table: str) -> Path:
@@ -26,16 +26,16 @@ def path_of(snapshot: Snapshot, table: str) -> Path:
 
 
 def listed_again(snapshot: Snapshot, table: str) -> Snapshot:
-    """As if a file that was changed had been listed so: its bytes are as the list says, its content is wrong."""
+    """Return the snapshot with a changed file in its list: its bytes match the list, its content is wrong."""
     import hashlib
 
     data = path_of(snapshot, table).read_bytes()
-    told = {
+    changes = {
         "rows": pq.read_metadata(path_of(snapshot, table)).num_rows,
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-    rows = [{**row, **told} if row["table"] == table else row for row in snapshot.files.to_pylist()]
+    rows = [{**row, **changes} if row["table"] == table else row for row in snapshot.files.to_pylist()]
     return Snapshot(
         root=snapshot.root,
         path=snapshot.path,
@@ -48,18 +48,18 @@ def test_a_sound_snapshot_passes_every_level(snapshot: Snapshot) -> None:
     assert [verify(snapshot, level) for level in ("metadata", "sample", "full")] == [[], [], []]
 
 
-def test_a_missing_and_a_short_file_are_metadata(snapshot: Snapshot) -> None:
+def test_the_metadata_level_finds_a_missing_and_a_short_file(snapshot: Snapshot) -> None:
     path_of(snapshot, "users").write_bytes(b"short")
     path_of(snapshot, "images").unlink()
-    found = sorted(verify(snapshot, "metadata"))
-    assert found[0].endswith(".parquet: is missing")
-    assert "has 5 bytes, the file list says" in found[1]
+    damage = sorted(verify(snapshot, "metadata"))
+    assert damage[0].endswith(".parquet: is missing")
+    assert "has 5 bytes, the file list says" in damage[1]
 
 
-def test_a_manifest_that_does_not_add_up_is_metadata(snapshot: Snapshot) -> None:
+def test_the_metadata_level_finds_a_manifest_that_does_not_add_up(snapshot: Snapshot) -> None:
     file = Path(snapshot.root, snapshot.path, "manifest.json")
     manifest = json.loads(file.read_text())
-    manifest.counts.new += 1
+    manifest["counts"]["new"] += 1
     file.write_text(json.dumps(manifest))
     assert verify(read_catalog(snapshot.root), "metadata") == [
         "manifest: 12 items requested, but 13 accounted for",
@@ -67,7 +67,7 @@ def test_a_manifest_that_does_not_add_up_is_metadata(snapshot: Snapshot) -> None
     ]
 
 
-def test_a_flipped_byte_is_found_by_its_hash(snapshot: Snapshot) -> None:
+def test_the_hash_reveals_a_flipped_byte(snapshot: Snapshot) -> None:
     path = path_of(snapshot, "images")
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -76,7 +76,7 @@ def test_a_flipped_byte_is_found_by_its_hash(snapshot: Snapshot) -> None:
     assert "its sha256 is not the one in the file list" in verify(snapshot, "sample")[0]
 
 
-def test_items_out_of_order_twice_or_pointing_nowhere(snapshot: Snapshot) -> None:
+def test_the_full_level_finds_unsorted_repeated_and_dangling_items(snapshot: Snapshot) -> None:
     items = pq.read_table(path_of(snapshot, "items"))
     wrong = {
         "is not sorted by user and rank": items.take([1, 0, *range(2, items.num_rows)]),
@@ -90,12 +90,12 @@ def test_items_out_of_order_twice_or_pointing_nowhere(snapshot: Snapshot) -> Non
             11, items.schema.field(11), pa.array([99] * items.num_rows, pa.int32())
         ),
     }
-    for told, table in wrong.items():
+    for message, table in wrong.items():
         write_table(table, str(path_of(snapshot, "items")), row_group_size=2000, embed_column="image_embeds")
-        assert any(told in line for line in verify(listed_again(snapshot, "items"), "full")), told
+        assert any(message in line for line in verify(listed_again(snapshot, "items"), "full")), message
 
 
-def test_an_image_of_another_item_and_one_that_cannot_be_decoded(snapshot: Snapshot) -> None:
+def test_the_full_level_finds_an_image_of_another_item_and_a_damaged_image(snapshot: Snapshot) -> None:
     images = pq.read_table(path_of(snapshot, "images"))
     write_table(
         images.take(list(reversed(range(images.num_rows)))),
@@ -110,5 +110,5 @@ def test_an_image_of_another_item_and_one_that_cannot_be_decoded(snapshot: Snaps
     write_table(
         pa.Table.from_pylist(rows, schema=images.schema), str(path_of(snapshot, "images")), row_group_size=100
     )
-    found = verify(listed_again(snapshot, "images"), "full")
-    assert [f"the image of {rows[0]['item_id']} cannot be decoded" in line for line in found] == [True]
+    damage = verify(listed_again(snapshot, "images"), "full")
+    assert [f"the image of {rows[0]['item_id']} cannot be decoded" in line for line in damage] == [True]

@@ -1,5 +1,5 @@
-"""Exports: the published snapshot for what does not read Parquet: image objects, key-values, Iceberg tables.
+"""Exports of the published snapshot for systems without Parquet: image objects, key-values, Iceberg tables.
 
-May import: `catalog`, and what it may.
+May import: `catalog`, and everything that `catalog` may import.
 Must not hold: anything about a run.
 """

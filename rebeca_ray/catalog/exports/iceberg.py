@@ -1,11 +1,12 @@
-"""The published snapshot as Iceberg tables: its own files, registered where they lie. Nothing is copied.
+"""The published snapshot as Iceberg tables, with the catalog's files registered in place. Nothing is copied.
 
-Each table (`items`, `images`, `users`, `errors`, `changes`) moves to a snapshot in one commit, which drops the files that are no longer
-listed and adds the new ones. A commit says of which run it is, so that doing it again does nothing.
+One commit per table (`items`, `images`, `users`, `errors`, `changes`) moves it to a snapshot: the commit
+drops the files that are no longer listed, and adds the new ones. A commit records its run, so that a repeat
+does nothing.
 """
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -17,51 +18,55 @@ from rebeca_ray.storage.store import classify, iceberg_properties
 
 if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog
+    from pyiceberg.manifest import DataFile
     from pyiceberg.table import Table
 
 
 RUN = "rebeca.run_id"  # a property of the tables
-PROPERTIES = {
-    "gc.enabled": "false"
-}  # the files are the catalog's: `rebeca catalog gc` removes them, Iceberg's own clean-up must not
+# `rebeca catalog gc` removes the catalog's files, and the clean-up of Iceberg must not.
+PROPERTIES = {"gc.enabled": "false"}
 
 
 def register_snapshot(
     snapshot: Snapshot, catalog: str, warehouse: str, namespace: str = "rebeca"
 ) -> dict[str, tuple[int, int]]:
-    """Bring the tables of a namespace to the snapshot; returns how many files each gained and lost.
+    """Bring the tables of a namespace to the snapshot, and return the files that each gained and lost.
 
-    `catalog` is the database of an Iceberg SQL catalog (`sqlite:////path/catalog.db`), `warehouse` the folder for the tables' metadata.
-    Raises UserError where pyiceberg is not installed, or another commit came between.
+    `catalog` is the database of an Iceberg SQL catalog (`sqlite:////path/catalog.db`). `warehouse` is the
+    folder for the tables' metadata. Raises InputError where pyiceberg is not installed, or another writer
+    commits at the same time.
     """
     outside(snapshot.root, warehouse, "warehouse")
     if not all(namespace.split(".")):
         raise InputError(f"namespace {namespace!r}: has an empty part; give one such as rebeca")
     try:
-        found = open_iceberg(catalog, warehouse)
+        iceberg = open_iceberg(catalog, warehouse)
     except ImportError as error:
         raise InputError(
-            f"iceberg {catalog}: {error.name} is not installed; pip install 'rebeca-ray[iceberg]' (and the driver)"
+            f"iceberg {catalog}: {error.name} is not installed; "
+            "pip install 'rebeca-ray[iceberg]' (and the driver)"
         ) from None
     from pyiceberg.exceptions import CommitFailedException
     from sqlalchemy.exc import SQLAlchemyError
 
     done = {}
     try:
-        found.create_namespace_if_not_exists(namespace)
+        iceberg.create_namespace_if_not_exists(namespace)
         for name in TABLES:
-            own = f"{namespace}.{name}"
-            if not found.table_exists(own):  # or it would write metadata that nobody needs
-                found.create_table_if_not_exists(
-                    own, snapshot.schema(name).remove_metadata(), properties=PROPERTIES
+            identifier = f"{namespace}.{name}"
+            # Without the first check, pyiceberg writes metadata for a table that exists.
+            if not iceberg.table_exists(identifier):
+                iceberg.create_table_if_not_exists(
+                    identifier, snapshot.schema(name).remove_metadata(), properties=PROPERTIES
                 )
-            table = found.load_table(own)
+            table = iceberg.load_table(identifier)
             try:
                 done[name] = bring_to(table, snapshot, name)
             except (pa.ArrowException, OSError) as error:
+                # A damaged file of the catalog, and not one of the warehouse.
                 if classify(error) is Failure.DAMAGED or any(
                     path in str(error) for path in snapshot.paths(name)
-                ):  # and not of the warehouse
+                ):
                     with snapshot.explained():
                         raise
                 raise
@@ -77,13 +82,12 @@ def register_snapshot(
 
 
 def open_iceberg(catalog: str, warehouse: str) -> "Catalog":
-    """An SQL catalog. Raises UserError if its database cannot be opened, ImportError for a driver that is not there."""
+    """Return an SQL catalog. Raises InputError for an unusable database, ImportError for a missing driver."""
     from pyiceberg.catalog.sql import SqlCatalog
     from sqlalchemy.exc import SQLAlchemyError
 
-    logging.getLogger("pyiceberg.io.pyarrow").setLevel(
-        logging.ERROR
-    )  # embeddings have no statistics, on purpose
+    # pyiceberg warns of missing statistics. Embeddings have none, on purpose.
+    logging.getLogger("pyiceberg.io.pyarrow").setLevel(logging.ERROR)
     warehouse = warehouse if "://" in warehouse else f"file://{absolute(warehouse)}"
     try:
         return SqlCatalog("rebeca", uri=catalog, warehouse=warehouse, **iceberg_properties())
@@ -93,27 +97,28 @@ def open_iceberg(catalog: str, warehouse: str) -> "Catalog":
 
 def refused(catalog: str, error: Exception) -> UserError:
     return InputError(
-        f"iceberg {catalog}: cannot be used ({describe(error)}); give a database as sqlite:////absolute/path.db, and a warehouse as "
-        "file:///absolute/path or s3://bucket/prefix"
+        f"iceberg {catalog}: cannot be used ({describe(error)}); "
+        "give a database as sqlite:////absolute/path.db, "
+        "and a warehouse as file:///absolute/path or s3://bucket/prefix"
     )
 
 
 def bring_to(table: "Table", snapshot: Snapshot, name: str) -> tuple[int, int]:
-    """One commit; how many files it added and dropped."""
+    """Bring a table to the snapshot in one commit, and return the number of files added and dropped."""
     if table.properties.get(RUN) == snapshot.run_id:
         return 0, 0
     listed = dict.fromkeys(snapshot.uris(name))
-    there: dict[str, Any] = {task.file.file_path: task.file for task in table.scan().plan_files()}
-    gone = [file for path, file in there.items() if path not in listed]
-    new = [path for path in listed if path not in there]
+    registered: dict[str, DataFile] = {task.file.file_path: task.file for task in table.scan().plan_files()}
+    unlisted = [file for path, file in registered.items() if path not in listed]
+    new = [path for path in listed if path not in registered]
     with table.transaction() as transaction:
-        with transaction.update_schema() as schema:  # of a later version
+        with transaction.update_schema() as schema:  # a later version may have more columns
             schema.union_by_name(snapshot.schema(name).remove_metadata())
-        if gone:
+        if unlisted:
             with transaction.update_snapshot().overwrite() as overwrite:
-                for file in gone:
+                for file in unlisted:
                     overwrite.delete_data_file(file)
         if new:
             transaction.add_files(new)
         transaction.set_properties({RUN: snapshot.run_id})
-    return len(new), len(gone)
+    return len(new), len(unlisted)

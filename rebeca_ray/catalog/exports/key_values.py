@@ -1,11 +1,12 @@
-"""A snapshot as key-value files, which a serving store loads in bulk: one value a user, the items as JSON, the best first.
+"""A snapshot as key-value files, for the bulk load of a serving store: per user, the items as JSON.
 
-`jsonl` has a line a user; `redis` are commands in Redis's own protocol, for `redis-cli --pipe`. A part file a bucket.
+Items are sorted best first. `jsonl` has one line per user. `redis` has commands in the protocol of Redis, for
+`redis-cli --pipe`. Each bucket has one part file.
 """
 
 import json
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Literal, NotRequired, TypedDict
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,13 +22,33 @@ from rebeca_ray.storage.objects import HashingSink, write_json
 from rebeca_ray.storage.parquet import read_table
 
 Format = Literal["jsonl", "redis"]
-COLUMNS = ["user_id", "rank", "item_id", "like_probability"]  # not `origin`, which grows old without a change
+COLUMNS = ["user_id", "rank", "item_id", "like_probability"]  # `origin` would age without a change
 ENDINGS = {"jsonl": "jsonl", "redis": "resp"}
+
+
+class ValueItem(TypedDict):
+    """One item of a user, as the value has it."""
+
+    rank: int
+    item_id: str
+    like_probability: float | None
+    image_url: NotRequired[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartFile:
+    """One part file: its path below the folder, users to set and to remove, size and checksum."""
+
+    path: str
+    users: int
+    removed: int
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeyValues:
-    """What was written: a folder of part files, with so many users to set and to remove."""
+    """The written folder of part files, with the number of users to set and to remove."""
 
     folder: str
     files: list[str]
@@ -44,47 +65,47 @@ def export_key_values(
     since: str | None = None,
     images: str | None = None,
 ) -> KeyValues:
-    """Write every user's items, or with `since`, a run, only those of users whose items differ from that run's snapshot.
+    """Write every user's items. With the run `since`, write only the users that changed after its snapshot.
 
-    Users who left since are removed: by `DEL`, or by a line with `"items": null`. With `images`, the folder of an export of this
-    snapshot's images, every item has its `image_url`. The key of the items for strangers is `key_prefix` alone. The folder's
-    `export.json`, which says what it is, is written last. Raises UserError where `since` or `images` do not fit the snapshot.
+    `DEL`, or a line with `"items": null`, removes a departed user. `images` is the folder of an image export
+    of this snapshot: with it, every item has its `image_url`. The key of the population pool is `key_prefix`
+    alone. The folder's `export.json` describes the export, and is written last. Raises InputError if `since`
+    or `images` do not fit the snapshot.
     """
     out = outside(snapshot.root, out, "out")
     if since is not None:
-        snapshot.back_to(since)  # or it is told now that there is no way
+        snapshot.back_to(since)  # raises before anything is written
     urls = None if images is None else url_files(snapshot, absolute(images))
     folder = join(out, format, f"run_id={snapshot.run_id}{f',since={since}' if since else ''}")
-    delete(join(folder, "export.json"))  # of another export of the same, whose parts are written over
+    delete(join(folder, "export.json"))  # an earlier one describes parts that are now overwritten
 
-    def work(bucket: int) -> dict[str, Any] | None:
+    def work(bucket: int) -> PartFile | None:
         return export_bucket(snapshot, folder, format, key_prefix, since, urls, bucket)
 
-    found = [part for part in for_each_bucket(work, range(snapshot.manifest.num_buckets)) if part]
-    done = KeyValues(
-        folder=folder,
-        files=[part["path"] for part in found],
-        users=sum(part["users"] for part in found),
-        removed=sum(part["removed"] for part in found),
-    )
-    told = {
+    parts = [part for part in for_each_bucket(work, range(snapshot.manifest.num_buckets)) if part]
+    description = {
         "run_id": snapshot.run_id,
         "since": since,
         "format": format,
         "key_prefix": key_prefix,
-        "files": found,
+        "files": [asdict(part) for part in parts],
     }
-    write_json(told, join(folder, "export.json"))
-    return done
+    write_json(description, join(folder, "export.json"))
+    return KeyValues(
+        folder=folder,
+        files=[part.path for part in parts],
+        users=sum(part.users for part in parts),
+        removed=sum(part.removed for part in parts),
+    )
 
 
 def url_files(snapshot: Snapshot, images: str) -> list[str]:
-    """The files of URLs of an export of this very snapshot, bucket by bucket."""
+    """Return the files of URLs by bucket. Raises InputError unless the export is of this very snapshot."""
     export = read_export(images)
     if export is None or export.run_id != snapshot.run_id:
         raise InputError(
-            f"images {images}: holds {f'an export of run {export.run_id}' if export else 'no export'}, expected one of run "
-            f"{snapshot.run_id}; run `rebeca catalog export images` first"
+            f"images {images}: holds {f'an export of run {export.run_id}' if export else 'no export'}, "
+            f"expected one of run {snapshot.run_id}; run `rebeca catalog export images` first"
         )
     return [join(images, path) for path in export.files]
 
@@ -97,41 +118,49 @@ def export_bucket(
     since: str | None,
     urls: list[str] | None,
     bucket: int,
-) -> dict[str, Any] | None:
-    """The part file of one bucket; None if it has nobody."""
-    own = None if since is None else snapshot.changed_users(since, bucket)
-    if own == []:
+) -> PartFile | None:
+    """Write the part file of one bucket; return None for a bucket without users."""
+    changed = None if since is None else snapshot.changed_users(since, bucket)
+    if changed == []:
         return None
     if urls is not None:
         items = read_table(urls[bucket], "export", [*COLUMNS, "image_url"])
     else:
         items = snapshot.bucket("items", bucket, snapshot.manifest.num_buckets, COLUMNS)
-    if own is not None:
-        items = items.filter(pc.is_in(items["user_id"], value_set=pa.array(own, pa.string())))
-    values: dict[str, list[dict[str, Any]] | None] = dict.fromkeys(own or [])
-    for row in items.to_pylist():
-        user = row.pop("user_id")
-        values[user] = [*(values.get(user) or []), row]
+    if changed is not None:
+        items = items.filter(pc.is_in(items["user_id"], value_set=pa.array(changed, pa.string())))
+    values = items_by_user(items, changed or [])
     if not values:
         return None
     path = f"part-{bucket:05d}.{ENDINGS[format]}"
     filesystem, base = open_filesystem(folder)
-    write = line_of if format == "jsonl" else command_of
+    encode = line_of if format == "jsonl" else command_of
     with HashingSink(filesystem, join(base, path)) as sink:
-        for user, own_items in values.items():
-            sink.write(write(key_prefix, user, own_items))
-    removed = sum(own_items is None for own_items in values.values())
-    return {"path": path, "users": len(values) - removed, "removed": removed, **sink.record()}
+        for user, user_items in values.items():
+            sink.write(encode(key_prefix, user, user_items))
+    removed = sum(user_items is None for user_items in values.values())
+    return PartFile(path=path, users=len(values) - removed, removed=removed, **sink.record())
 
 
-def line_of(_: str, user: str, items: list[dict[str, Any]] | None) -> bytes:
+def items_by_user(items: pa.Table, users: list[str]) -> dict[str, list[ValueItem] | None]:
+    """Return the items of each user; None for one of `users` without items."""
+    values: dict[str, list[ValueItem] | None] = dict.fromkeys(users)
+    value_items: list[ValueItem] = items.drop_columns(["user_id"]).to_pylist()
+    for user, item in zip(items["user_id"].to_pylist(), value_items, strict=True):
+        values[user] = [*(values.get(user) or []), item]
+    return values
+
+
+def line_of(_: str, user: str, items: list[ValueItem] | None) -> bytes:
+    """Return a line of JSON."""
     return json.dumps({"user_id": user, "items": items}, separators=(",", ":")).encode() + b"\n"
 
 
-def command_of(key_prefix: str, user: str, items: list[dict[str, Any]] | None) -> bytes:
-    """A command as Redis reads it (RESP 2): an array of strings, each with its length before it."""
+def command_of(key_prefix: str, user: str, items: list[ValueItem] | None) -> bytes:
+    """Return a command in the protocol of Redis (RESP 2): an array of strings, each after its length."""
     key = f"{key_prefix}{user}".encode()
-    words = (
-        [b"DEL", key] if items is None else [b"SET", key, json.dumps(items, separators=(",", ":")).encode()]
-    )
+    if items is None:
+        words = [b"DEL", key]
+    else:
+        words = [b"SET", key, json.dumps(items, separators=(",", ":")).encode()]
     return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
