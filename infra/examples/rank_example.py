@@ -58,11 +58,11 @@ def rank(
                 f"the catalog's have {snapshot.manifest.embed_dim}"
             )
         weights = fit(rated, known)
-        user = user or somebody(snapshot)
+        user = user or default_user(snapshot)
         show(user, snapshot, rated, real, known, weights, top)
 
 
-def somebody(snapshot: Snapshot) -> str:
+def default_user(snapshot: Snapshot) -> str:
     """Return the last user of a file of items."""
     files = snapshot.files.filter(
         pc.and_(pc.equal(snapshot.files["table"], "items"), pc.not_equal(snapshot.files["max_user_id"], ""))

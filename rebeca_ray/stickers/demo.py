@@ -198,11 +198,11 @@ def no_user_images(prior_uri: str, sampler: SamplerSettings, decoder: DecoderSet
     """Return images of the prior without user condition: it gets the rating, but no user."""
     prior = load_prior(prior_uri)
     resolved = sampler.resolve(prior.sampling, prior.diffusion.num_train_timesteps)
-    nobody = prior.network.null_user_UH.detach()[None]
+    null_user_1UH = prior.network.null_user_UH.detach()[None]
     x0 = sample_liked(
         prior.network,
         Diffusion.build(prior.diffusion),
-        nobody,
+        null_user_1UH,
         np.zeros(NUM_NO_USER, int),
         range(NUM_NO_USER),
         resolved,

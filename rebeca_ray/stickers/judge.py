@@ -103,6 +103,6 @@ class Judge:
 
     @property
     def accuracy_line(self) -> str:
-        """Return one line on the accuracy of the judge itself, to print wherever it judges."""
+        """Return one line on the accuracy of the judge, to print beside its judgements."""
         parts = ", ".join(f"{name} {value:.1%}" for name, value in self.held_out_accuracy.items())
-        return f"How far the judge can be trusted, on real images of names it never saw: {parts}"
+        return f"Accuracy of the judge on real images of held-out names: {parts}"

@@ -216,7 +216,7 @@ def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
         train_prior(load_config(TrainConfig, ROOT / "jobs/configs/train_stickers.yaml", overrides))
         return load_prior(f"{folder}/{name}")
 
-    history, nobody = train("history"), train("noue", user_encoder="none")
+    history, without_users = train("history"), train("noue", user_encoder="none")
     distill_prior(
         DistillConfig(
             prior=f"{folder}/history",
@@ -234,7 +234,7 @@ def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
     seen, unseen = (
         read_population(folder / name, storage, x0_ID, embedded.item_id) for name in ("seen", "unseen")
     )
-    everybody = read_population(folder / "seen", storage, x0_ID, embedded.item_id, PERMUTED_USERS)
+    permuted_users = read_population(folder / "seen", storage, x0_ID, embedded.item_id, PERMUTED_USERS)
     random = np.random.default_rng(seed)
     likes = seen.training_likes()
     liked = np.stack([random.choice(rows, SAMPLES) for rows in likes])
@@ -255,7 +255,7 @@ def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
         "c distilled, 4 passes": quality(sample(load_prior(f"{folder}/distilled"), seen, SAMPLES), seen),
         "d history encoder, seen users": default,
         "e history encoder, unseen users": quality(sample(history, unseen, SAMPLES), unseen),
-        "f NoUE": quality(sample(nobody, seen, SAMPLES), seen),
+        "f NoUE": quality(sample(without_users, seen, SAMPLES), seen),
         "g mean of liked embeddings": quality(mean, seen),
         "h random liked training item": quality(torch.from_numpy(x0_ID[liked]), seen),
         "i item nearest to that of (h)": quality(torch.from_numpy(x0_ID[other[liked]]), seen),
@@ -263,7 +263,7 @@ def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
             chosen(history, seen, drawn[:, : SAMPLES * SelectionSettings().candidates_per_item], SAMPLES),
             seen,
         ),
-        "permutation": permuted(history, everybody),
+        "permutation": permuted(history, permuted_users),
         "guidance": history.sampling.prior_guidance_scale,
         "sweep": {
             f"{scale:g}": quality(
