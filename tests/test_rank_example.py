@@ -1,4 +1,4 @@
-"""The example of a ranker, run as a person would, on two kinds of items far apart."""
+"""The example ranker, run from the command line, on two kinds of items far apart."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ from tests.generation.test_nights import night
 
 @pytest.fixture
 def world(config: GenerateConfig, tmp_path: Path) -> tuple[Snapshot, list[str]]:
-    """A catalog; forty real items; everybody rates some, of which they like one kind. One rated a generated item."""
+    """Write a catalog, forty real items, and ratings. Each user likes one kind, and one rated a generated item."""
     _, snapshot = night(config, USERS[:5])
     random = np.random.default_rng(0)
     centres = np.repeat(random.standard_normal((2, D)) * 3, 20, axis=0)
@@ -60,7 +60,7 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 def rate_nothing_known(items: str) -> Path:
-    """Interactions of another world."""
+    """Write interactions with unknown items."""
     path = Path(items).with_name("others.parquet")
     pq.write_table(
         pa.table({"user_id": ["a"], "item_id": ["unheard-of"], "rating": pa.array([5.0], pa.float32())}), path
@@ -68,37 +68,36 @@ def rate_nothing_known(items: str) -> Path:
     return path
 
 
-def test_it_ranks_what_was_not_rated_real_and_generated_together(world: tuple[Snapshot, list[str]]) -> None:
+def test_it_ranks_unrated_items_real_and_generated_together(world: tuple[Snapshot, list[str]]) -> None:
     snapshot, options = world
-    told = run(*options, "--user", USERS[0], "--top", "100")
-    assert told.returncode == 0, told.stderr
-    rows = re.findall(r"│ (\d+) +│ ([\d.]+) +│ (\w+) +│ (\w+) +│", told.stdout)
-    assert [int(row[0]) for row in rows] == list(
-        range(1, 27)
-    )  # 24 real ones that they have not rated, and two generated
+    finished = run(*options, "--user", USERS[0], "--top", "100")
+    assert finished.returncode == 0, finished.stderr
+    rows = re.findall(r"│ (\d+) +│ ([\d.]+) +│ (\w+) +│ (\w+) +│", finished.stdout)
+    # 24 real items that the user has not rated, and two generated ones.
+    assert [int(row[0]) for row in rows] == list(range(1, 27))
     probability = [float(row[1]) for row in rows]
     assert probability == sorted(probability, reverse=True)
     generated = {row[3] for row in rows if row[2] == "generated"}
     assert generated == set(snapshot.for_user(USERS[0])["item_id"].to_pylist()[1:])  # the first was rated
     kind = [int(row[3][1:]) // 20 for row in rows if row[2] == "real"]
-    assert kind == sorted(kind)  # they like the first kind
-    assert "2 of the best 26 are generated; of all 26 ranked items 2 are" in told.stdout
+    assert kind == sorted(kind)  # this user likes the first kind
+    assert "2 of the best 26 are generated; of all 26 ranked items 2 are" in finished.stdout
 
 
-def test_without_a_user_it_takes_one_of_the_catalog_and_of_a_stranger_it_says_so(
+def test_it_takes_a_user_of_the_catalog_by_default_and_refuses_an_unknown_one(
     world: tuple[Snapshot, list[str]],
 ) -> None:
-    told = run(*world[1], "--top", "3")
-    assert re.search(r"for user-[0-4], who liked \d+ and disliked \d+", told.stdout)
-    told = run(*world[1], "--user", "nobody")
-    assert (told.returncode, told.stderr) == (
+    finished = run(*world[1], "--top", "3")
+    assert re.search(r"for user-[0-4]: \d+ likes and \d+ dislikes", finished.stdout)
+    finished = run(*world[1], "--user", "nobody")
+    assert (finished.returncode, finished.stderr) == (
         2,
         "error: user 'nobody': neither in the catalog nor in the interactions; give another with --user\n",
     )
-    told = run(*world[1][:4], "--interactions", str(rate_nothing_known(world[1][3])), "--user", USERS[0])
-    assert (told.returncode, told.stderr.split(";")[0]) == (
+    finished = run(*world[1][:4], "--interactions", str(rate_nothing_known(world[1][3])), "--user", USERS[0])
+    assert (finished.returncode, finished.stderr.split(";")[0]) == (
         2,
         "error: interactions: none of them rates a known item",
     )
-    told = run("--catalog", "/nowhere")
-    assert (told.returncode, told.stderr.count("\n")) == (2, 1)
+    finished = run("--catalog", "/nowhere")
+    assert (finished.returncode, finished.stderr.count("\n")) == (2, 1)

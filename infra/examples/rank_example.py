@@ -58,11 +58,11 @@ def rank(
                 f"the catalog's have {snapshot.manifest.embed_dim}"
             )
         weights = fit(rated, known)
-        user = user or somebody(snapshot)
+        user = user or default_user(snapshot)
         show(user, snapshot, rated, real, known, weights, top)
 
 
-def somebody(snapshot: Snapshot) -> str:
+def default_user(snapshot: Snapshot) -> str:
     """Return the last user of a file of items."""
     files = snapshot.files.filter(
         pc.and_(pc.equal(snapshot.files["table"], "items"), pc.not_equal(snapshot.files["max_user_id"], ""))
@@ -106,9 +106,8 @@ def fit(rated: Interactions, known: EmbeddedItems) -> torch.Tensor:
     """
     embeds_ID = unit(known.image_embeds)
     features_of_users, likes = [], []
-    for user_index in np.linspace(0, rated.num_users - 1, min(USERS_TO_LEARN_FROM, rated.num_users)).astype(
-        int
-    ):
+    num_users = min(USERS_TO_LEARN_FROM, rated.num_users)
+    for user_index in np.linspace(0, rated.num_users - 1, num_users).astype(int):
         rows, like = history(rated, known, user_index)
         for number in range(len(rows)):
             others = np.arange(len(rows)) != number
@@ -130,7 +129,7 @@ def fit(rated: Interactions, known: EmbeddedItems) -> torch.Tensor:
         value.backward()
         return value
 
-    optimizer.step(loss)  # type: ignore[arg-type]
+    optimizer.step(loss)
     return weights.detach()
 
 
@@ -179,7 +178,7 @@ def show(
         "",
         "item",
         "most like",
-        title=f"for {user}, who liked {int(like.sum())} and disliked {int((like == 0).sum())}",
+        title=f"for {user}: {int(like.sum())} likes and {int((like == 0).sum())} dislikes",
     )
     for number, row in enumerate(best):
         table.add_row(str(number + 1), f"{probability[row]:.3f}", source[row], item_id[row], near[row])

@@ -9,7 +9,7 @@ from typing import NotRequired
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import TypedDict
 
 from rebeca_ray import schemas
@@ -74,10 +74,10 @@ class DecisionCounts(Record):
 
 
 class PermutationFigures(Record):
-    """The permutation test of the plan; see `evaluation.permutation`."""
+    """The permutation test of the plan; see `evaluation.permutation`. Earlier manifests have the aliases."""
 
-    own: float
-    dealt: float
+    matched: float = Field(validation_alias=AliasChoices("matched", "own"))
+    shuffled: float = Field(validation_alias=AliasChoices("shuffled", "dealt"))
     effect: float
     p_value: float
     users: int

@@ -1,4 +1,4 @@
-"""The permutation test: do users like the items made for them more than others' items? (paper, algorithm 1)
+"""The permutation test: do users like their items more than others' items? (paper, algorithm 1)
 
 Shapes: U users, B permutations.
 """
@@ -14,7 +14,7 @@ PERMUTATIONS_PER_CHUNK = 256
 
 @dataclass(frozen=True, kw_only=True)
 class PermutationTest:
-    """Mean like probability of users for the items made for them, and under random pairings."""
+    """Mean like probability of users for their items, and under random pairings."""
 
     matched_mean: float
     null_mean: float
@@ -25,12 +25,12 @@ class PermutationTest:
 
     @property
     def effect(self) -> float:
-        """Return the difference of mean probabilities; it does not depend on the number of users."""
+        """Return the difference of mean probabilities. It does not depend on the number of users."""
         return self.matched_mean - self.null_mean
 
     @property
     def z(self) -> float:
-        """Return the effect in null standard deviations; it grows with the root of the number of users."""
+        """Return the effect in null standard deviations. It grows with the root of the number of users."""
         return self.effect / self.null_std if self.null_std else 0.0
 
     def figures(self) -> dict[str, float]:
@@ -39,8 +39,8 @@ class PermutationTest:
         Of all figures, z alone depends on the number of users.
         """
         return {
-            "own": round(self.matched_mean, 4),
-            "dealt": round(self.null_mean, 4),
+            "matched": round(self.matched_mean, 4),
+            "shuffled": round(self.null_mean, 4),
             "effect": round(self.effect, 4),
             "p_value": self.p_value,
             "users": self.num_users,
@@ -49,7 +49,7 @@ class PermutationTest:
         }
 
     def z_at(self, num_users: int) -> float:
-        """Return z scaled to `num_users`: the null's deviation falls as 1/sqrt(U - 1)."""
+        """Return z scaled to `num_users`. The null's deviation falls as 1/sqrt(U - 1)."""
         return self.z * ((num_users - 1) / (self.num_users - 1)) ** 0.5
 
 
@@ -84,9 +84,9 @@ def permutation_test(like_UU: np.ndarray, num_permutations: int = 10_000, seed: 
 
 
 def personality_line(figures: PermutationFigures) -> str:
-    """Return one line about the figures of a permutation test, as a manifest keeps them."""
+    """Return one line on the figures of a permutation test, as a manifest holds them."""
     return (
-        f"before any was chosen, candidates please their own users with {figures.own:.3f}, others with "
-        f"{figures.dealt:.3f} "
+        f"before selection, candidates please their own users with {figures.matched:.3f}, "
+        f"others with {figures.shuffled:.3f} "
         f"(permutation test by the selector: z = {figures.z:.0f}, p = {figures.p_value:.4f})"
     )

@@ -1,4 +1,8 @@
-"""Stickers: the bundled world: rated sticker images, a small CLIP, a small Stable Diffusion with IP-Adapter, and their judge."""
+"""Stickers: the bundled world: sticker images, simulated users, small CLIP, small Stable Diffusion, judge.
+
+May import: every room but `cli`.
+Must not hold: anything that another room needs.
+"""
 
 import hashlib
 from pathlib import Path
@@ -14,9 +18,9 @@ STYLES = ("contrast", "flat", "fluent", "noto", "twemoji")
 
 
 def is_held_out(name: str) -> bool:
-    """True for the fixed 20% of sticker names that no bundled model saw in training.
+    """Return whether a name is among the fixed 20% that no bundled model saw in training.
 
-    By name and not by item, so that one subject is held out in all five styles at once.
+    The name decides, so one subject is held out in all five styles at once.
     """
     digest = hashlib.blake2b(name.encode(), digest_size=8, salt=b"stickers-4").digest()
     return int.from_bytes(digest, "big") % 5 == 0

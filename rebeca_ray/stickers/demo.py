@@ -1,11 +1,11 @@
-"""The demo: the whole main job on the bundled world, then a page that shows what came out."""
+"""The demo: the whole main job on the bundled world, then a page of its results."""
 
 import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -42,7 +42,7 @@ NUM_NO_USER = 40
 
 @dataclass
 class Phases:
-    """Wall-clock seconds of each phase, printed as they pass."""
+    """Wall-clock seconds of each phase. Each phase is printed as it ends."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -56,13 +56,13 @@ class Phases:
 
 
 def settings_in(data: Path, name: str) -> dict[str, object]:
-    """A shipped sticker config with `~/rebeca-stickers` replaced by the demo's own folder."""
+    """Return a shipped sticker config, with the demo's folder in place of `~/rebeca-stickers`."""
     text = (Path(__file__).parent / "configs" / f"{name}_stickers.yaml").read_text()
     return dict(yaml.safe_load(text.replace("~/rebeca-stickers", str(data))))
 
 
 def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
-    """Run everything; files go to `data`, the page to `out/report.html`."""
+    """Run all phases. Write the files to `data`, and the page to `out/report.html`."""
     phases = Phases()
     data = data.absolute()
     require_writable(str(out), "--out")
@@ -70,7 +70,8 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
     if data.exists() and any(data.iterdir()) and not (data / "truth.parquet").exists():
         raise InputError(f"--data {data}: holds something else than a demo's data; give an empty folder")
     data.mkdir(parents=True, exist_ok=True)
-    for name in ("items", "prior", "train", "catalog"):  # a demo starts afresh
+    # A demo starts afresh.
+    for name in ("items", "prior", "train", "catalog"):
         shutil.rmtree(data / name, ignore_errors=True)
     embed = parse_config(EmbedConfig, settings_in(data, "embed"), where="demo")
     train = parse_config(TrainConfig, settings_in(data, "train"), where="demo")
@@ -117,22 +118,27 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
         "items_embedded": num_items,
         "images_rendered": counts.new,
         "images_per_second": round(counts.new / stages["render"], 2),
-        "like_probability": {name: round(value, 4) for name, value in asdict(check).items()},
+        "like_probability": {name: round(value, 4) for name, value in check.figures().items()},
         "judge_accuracy": judge.held_out_accuracy,
     }
     write_json(figures, str(out / "figures.json"))
     console.rule()
     console.print(
-        f"[bold]Look at it:[/bold]  {page}\n[bold]Catalog:[/bold]     {generate.catalog}\n[bold]Prior:[/bold]       {generate.prior}"
+        f"[bold]Report:[/bold]   {page}\n"
+        f"[bold]Catalog:[/bold]  {generate.catalog}\n"
+        f"[bold]Prior:[/bold]    {generate.prior}"
     )
     tomorrow = date.fromisoformat(generated.manifest.run_date) + timedelta(days=1)
     console.print(
         "\nNext:\n"
         f"  source {Path(sys.prefix) / 'bin' / 'activate'}\n"
         f"  rebeca catalog show {generate.catalog}\n"
-        f"  python infra/examples/rank_example.py --catalog {generate.catalog} --items {data}/items --interactions {data}/interactions.parquet\n"
-        f"  rebeca generate --config {data}/generate.yaml run_date={tomorrow}    # nobody changed, so all is carried over\n"
-        f"  rebeca estimate --config {data}/generate.yaml refresh.rotation=0.5 run_date={tomorrow}    # if half were drawn anew\n"
+        f"  python infra/examples/rank_example.py --catalog {generate.catalog} --items {data}/items "
+        f"--interactions {data}/interactions.parquet\n"
+        f"  rebeca generate --config {data}/generate.yaml run_date={tomorrow}"
+        "    # no user changed, so all items are carried over\n"
+        f"  rebeca estimate --config {data}/generate.yaml refresh.rotation=0.5 run_date={tomorrow}"
+        "    # forecasts a run that renders half of the users again\n"
         "  export RAY_AUTH_MODE=token; ray start --head        # then, on this cluster:\n"
         f"  ray job submit --working-dir . -- jobs/generate_catalog.py --config {data}/generate.yaml",
         highlight=False,
@@ -160,8 +166,8 @@ def check_truth(
     held_users, held_rows = held_out_likes(interactions, stickers, set(users))
     stickers_NHWC = stickers.image_NCHW.permute(0, 2, 3, 1).numpy()
     return TruthCheck(
-        own=float(truth.like_probability(owners, pixels).mean()),
-        dealt=truth.mean_over_users(users, pixels),
+        matched=float(truth.like_probability(owners, pixels).mean()),
+        shuffled=truth.mean_over_users(users, pixels),
         random_real=float(
             truth.like_probability(
                 owners, stickers_NHWC[random.integers(0, len(stickers_NHWC), len(owners))]
@@ -177,7 +183,7 @@ def check_truth(
 def held_out_likes(
     interactions: Interactions, stickers: Stickers, users: set[str]
 ) -> tuple[list[str], np.ndarray]:
-    """The held-out likes of `users`, as users and rows of `stickers`."""
+    """Return the held-out likes of `users`, as users and rows of `stickers`."""
     chosen = (
         interactions.held_out
         & (interactions.like == 1)
@@ -189,14 +195,14 @@ def held_out_likes(
 
 
 def no_user_images(prior_uri: str, sampler: SamplerSettings, decoder: DecoderSettings) -> np.ndarray:
-    """Images of what nobody in particular likes: the prior told the rating, but no user."""
+    """Return images of the prior without user condition: it gets the rating, but no user."""
     prior = load_prior(prior_uri)
     resolved = sampler.resolve(prior.sampling, prior.diffusion.num_train_timesteps)
-    nobody = prior.network.null_user_UH.detach()[None]
+    null_user_1UH = prior.network.null_user_UH.detach()[None]
     x0 = sample_liked(
         prior.network,
         Diffusion.build(prior.diffusion),
-        nobody,
+        null_user_1UH,
         np.zeros(NUM_NO_USER, int),
         range(NUM_NO_USER),
         resolved,
@@ -209,8 +215,8 @@ def print_check(check: TruthCheck, judge: Judge) -> None:
     from rich.table import Table
 
     table = Table("", "mean true like probability of", "", title_justify="left")
-    for letter, what, figure in check.rows():
-        table.add_row(letter, what, f"{figure:.3f}")
+    for letter, description, figure in check.rows():
+        table.add_row(letter, description, f"{figure:.3f}")
     console.print(table)
     console.print(check.verdict)
     console.print(f"[dim]{judge.accuracy_line}[/dim]")

@@ -1,4 +1,4 @@
-"""The judge: which style and subcategory an image shows, read by a network that shares nothing with the CLIP."""
+"""The judge: a network that reads style and subcategory off an image, and shares nothing with the CLIP."""
 
 import json
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class JudgeNetwork(nn.Module):
         self.subcategory = nn.Linear(2 * channels, num_subcategories)
 
     def forward(self, image_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of style [B, S] and subcategory [B, C]."""
+        """Return the logits of style [B, S] and subcategory [B, C]."""
         features = self.features(image_BCHW)
         pooled = self.dropout(torch.cat([features.mean((2, 3)), features.amax((2, 3))], dim=1))
         return self.style(pooled), self.subcategory(pooled)
@@ -54,7 +54,11 @@ class Judgement:
 
 
 class Judge:
-    """The shipped judge: `styles` and `subcategories` in the order of its outputs, and its own accuracy on held-out names."""
+    """The shipped judge.
+
+    `styles` and `subcategories` have the order of its outputs. `held_out_accuracy` is measured on held-out
+    names.
+    """
 
     def __init__(self, directory: Path = JUDGE) -> None:
         self.config = json.loads((directory / "config.json").read_text())
@@ -74,7 +78,7 @@ class Judge:
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, batch_size: int = 256) -> Judgement:
-        """Judge uint8 images [N, 64, 64, 3]."""
+        """Judge uint8 images [N, 64, 64, 3], and return their probabilities."""
         styles, subcategories = [], []
         for start in range(0, len(images), batch_size):
             batch = (
@@ -86,7 +90,7 @@ class Judge:
         return Judgement(style=torch.cat(styles).numpy(), subcategory=torch.cat(subcategories).numpy())
 
     def category(self, judgement: Judgement) -> list[str]:
-        """The likeliest category of each image: the sum over its subcategories."""
+        """Return the likeliest category of each image, by the sum over its subcategories."""
         categories = sorted(set(self.category_of.values()))
         member = np.array(
             [[self.category_of[sub] == category for category in categories] for sub in self.subcategories]
@@ -94,11 +98,11 @@ class Judge:
         return [categories[best] for best in (judgement.subcategory @ member).argmax(1)]
 
     def style(self, judgement: Judgement) -> list[str]:
-        """The likeliest style of each image."""
+        """Return the likeliest style of each image."""
         return [self.styles[best] for best in judgement.style.argmax(1)]
 
     @property
     def accuracy_line(self) -> str:
-        """How far the judge itself can be trusted, to print wherever it judges."""
+        """Return one line on the accuracy of the judge, to print beside its judgements."""
         parts = ", ".join(f"{name} {value:.1%}" for name, value in self.held_out_accuracy.items())
-        return f"How far the judge can be trusted, on real images of names it never saw: {parts}"
+        return f"Accuracy of the judge on real images of held-out names: {parts}"

@@ -1,9 +1,9 @@
-"""The demo's page: self-contained HTML with liked beside generated stickers, the loss curve and the truth check."""
+"""The demo's page: self-contained HTML with liked and generated stickers, loss curve and truth check."""
 
 import base64
 import csv
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,6 +17,29 @@ from rebeca_ray.stickers.truth import TruthCheck
 
 NUM_SHOWN = 12
 NUM_LIKED = 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownUser:
+    """One row of the page. Images are data URIs."""
+
+    user_id: str
+    num_likes: int
+    liked: list[str]  # latest first
+    generated: list[str]  # in rank order
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossCurve:
+    """Points of the two SVG lines of the training, and the ends of the axes."""
+
+    width: int
+    height: int
+    train: str
+    validation: str
+    low: float
+    high: float
+    epochs: int
 
 
 def write_report(
@@ -39,8 +62,8 @@ def write_report(
         template.render(
             users=shown_users(snapshot, interactions),
             check=check,
-            ratio=check.own / check.dealt,
-            of_held_out=check.own / check.held_out,
+            ratio=check.ratio_to_shuffled,
+            of_held_out=check.ratio_to_held_out,
             judge=judge.accuracy_line,
             curve=loss_curve(prior / "training.csv"),
             phases=phases,
@@ -50,10 +73,10 @@ def write_report(
     return page.absolute()
 
 
-def shown_users(snapshot: Snapshot, interactions: Interactions) -> list[dict[str, Any]]:
-    """Twelve users of the snapshot by rule: ordered by number of likes, evenly spaced from most to fewest.
+def shown_users(snapshot: Snapshot, interactions: Interactions) -> list[ShownUser]:
+    """Return twelve users of the snapshot, ordered by number of likes, evenly spaced from most to fewest.
 
-    Each with the likes the prior was trained on (latest first) and all generated items in rank order.
+    The likes are those of the prior's training data.
     """
     items = snapshot.items(["user_id", "rank", "image_file", "image_row"])
     users = sorted(set(items["user_id"].to_pylist()))
@@ -61,21 +84,22 @@ def shown_users(snapshot: Snapshot, interactions: Interactions) -> list[dict[str
     liked = interactions.like.astype(bool) & ~interactions.held_out
     num_likes = np.bincount(interactions.user_index[liked], minlength=interactions.num_users)
     users.sort(key=lambda user: (-num_likes[index_of[user]], user))
-    chosen = [users[round(place)] for place in np.linspace(0, len(users) - 1, min(NUM_SHOWN, len(users)))]
+    positions = np.linspace(0, len(users) - 1, min(NUM_SHOWN, len(users)))
+    chosen = [users[round(position)] for position in positions]
     pictures = dict(
         zip(*pq.read_table(ITEMS, columns=["item_id", "image"]).to_pydict().values(), strict=True)
     )
     shown = []
     for user in chosen:
-        own = items.filter(np.array([owner == user for owner in items["user_id"].to_pylist()]))
+        user_rows = items.filter(np.array([owner == user for owner in items["user_id"].to_pylist()]))
         likes = interactions.item_id[liked & (interactions.user_index == index_of[user])][::-1]
         shown.append(
-            {
-                "user_id": user,
-                "num_likes": int(num_likes[index_of[user]]),
-                "liked": [data_uri(pictures[item]["bytes"]) for item in likes[:NUM_LIKED]],
-                "generated": [data_uri(image) for image in snapshot.images(own)],
-            }
+            ShownUser(
+                user_id=user,
+                num_likes=int(num_likes[index_of[user]]),
+                liked=[data_uri(pictures[item]["bytes"]) for item in likes[:NUM_LIKED]],
+                generated=[data_uri(image) for image in snapshot.images(user_rows)],
+            )
         )
     return shown
 
@@ -84,8 +108,8 @@ def data_uri(image: bytes) -> str:
     return "data:image/webp;base64," + base64.b64encode(image).decode()
 
 
-def loss_curve(path: Path, width: int = 640, height: int = 220) -> dict[str, Any]:
-    """Points of an SVG line for training and validation loss, and the axis ends."""
+def loss_curve(path: Path, width: int = 640, height: int = 220) -> LossCurve:
+    """Return the SVG lines of training and validation loss from a `training.csv`."""
     with path.open() as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     losses = [row[name] for row in rows for name in ("train_loss", "val_loss")]
@@ -98,12 +122,12 @@ def loss_curve(path: Path, width: int = 640, height: int = 220) -> dict[str, Any
             for index, row in enumerate(rows)
         )
 
-    return {
-        "width": width,
-        "height": height,
-        "train": points("train_loss"),
-        "validation": points("val_loss"),
-        "low": low,
-        "high": high,
-        "epochs": len(rows),
-    }
+    return LossCurve(
+        width=width,
+        height=height,
+        train=points("train_loss"),
+        validation=points("val_loss"),
+        low=low,
+        high=high,
+        epochs=len(rows),
+    )

@@ -1,11 +1,12 @@
-"""Simulated users of the stickers, whose hidden taste is known: interactions to learn from, truth to check against.
+"""Simulated users of the stickers: interactions to learn from, and their hidden taste to check against.
 
-A user's like probability depends on a sticker's style and subcategory alone:
-`logit p = BIAS + TEMPERATURE * (style taste + category taste + subcategory taste)`, with a few loves and a few hates a
-user. A rating is `logit p` plus logistic noise, cut at fixed thresholds, so that `P(rating >= 4) = p` exactly. What
-a user gets to rate is drawn by popularity and, mildly, by taste, as a catalog's own recommender would.
+A user's like probability depends on a sticker's style and subcategory alone: `logit p = BIAS + TEMPERATURE
+* (style taste + category taste + subcategory taste)`. Each user has a few loves and a few hates. A rating
+is `logit p` plus logistic noise, cut at fixed thresholds, so that `P(rating >= 4) = p` exactly. Popularity
+and, mildly, taste decide the items that a user rates, as a recommender would.
 
-BIAS and TEMPERATURE were set once so that the like rate is 0.25 and the AUC of p against the noisy likes is 0.85.
+BIAS and TEMPERATURE were set once. With them, the like rate is 0.25, and the AUC of p against the noisy
+likes is 0.85.
 """
 
 from dataclasses import dataclass
@@ -19,9 +20,8 @@ from rebeca_ray import schemas
 from rebeca_ray.stickers import ITEMS
 from rebeca_ray.storage.writable import require_writable
 
-RATINGS = pa.schema(
-    [field for field in schemas.INTERACTIONS if field.name != "event"]
-)  # nothing is shown to simulated users
+# Simulated users rate and see nothing else, so their interactions have no event.
+RATINGS = pa.schema([field for field in schemas.INTERACTIONS if field.name != "event"])
 BIAS = -3.1
 TEMPERATURE = 0.97
 POPULARITY_EXPONENT = 0.6
@@ -34,10 +34,13 @@ CHUNK = 500
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The items as users see them: each item's (style, subcategory) pair, and its popularity."""
+    """The items as users see them: each item's (style, subcategory) pair, and its popularity.
+
+    Shapes: I items, P pairs.
+    """
 
     item_id: np.ndarray  # [I]
-    pair: np.ndarray  # [I] index into pairs
+    pair: np.ndarray  # [I] index into `pairs`
     pairs: list[tuple[str, str]]  # every (style, subcategory) that exists
     category_of_pair: np.ndarray  # [P]
     styles: list[str]
@@ -47,7 +50,7 @@ class World:
 
 
 def load_world(path: Path = ITEMS) -> World:
-    """Read the items' columns; popularity is a fixed long-tailed draw over them."""
+    """Read the items' columns. Popularity is a fixed long-tailed draw over them."""
     table = pq.read_table(path, columns=["item_id", "style", "category", "subcategory"]).to_pydict()
     keys = list(zip(table["style"], table["subcategory"], strict=True))
     pairs = sorted(set(keys))
@@ -68,7 +71,7 @@ def load_world(path: Path = ITEMS) -> World:
 
 
 def draw_taste(world: World, random: np.random.Generator) -> np.ndarray:
-    """One user's like logit for every (style, subcategory) pair, [P]: a few loves, a few hates, little between."""
+    """Return one user's like logit [P] of every pair: a few loves, a few hates, little between."""
     style = random.normal(0, 0.3, len(world.styles))
     loved, hated = random.permutation(len(world.styles))[:2]
     style[loved] += 1.8
@@ -93,9 +96,9 @@ def draw_taste(world: World, random: np.random.Generator) -> np.ndarray:
 
 
 def simulate(num_users: int, seed: int, out: Path, num_requested: int = 100) -> int:
-    """Write `interactions.parquet`, a `request.parquet` for some of the users, and, apart, `truth.parquet`.
+    """Write `interactions.parquet`, `truth.parquet`, and a `request.parquet` for some of the users.
 
-    User k of seed s has the same taste and ratings whatever `num_users` is. Returns the number of ratings.
+    User k of seed s has the same taste and ratings for every `num_users`. Returns the number of ratings.
     """
     world = load_world()
     require_writable(str(out), "--out")
@@ -145,7 +148,7 @@ def user_name(seed: int, number: int) -> str:
 
 
 def draw_ratings(world: World, user_id: str, logit: np.ndarray, random: np.random.Generator) -> pa.Table:
-    """One user's ratings: a long-tailed number of distinct items, noisy integers 1-5, ordered in time."""
+    """Return one user's ratings in order of time: a long-tailed number of distinct items, integers 1-5."""
     count = int(np.clip(MEDIAN_RATINGS * np.exp(LOG_SPREAD * random.normal()), MIN_RATINGS, MAX_RATINGS))
     item_logit = logit[world.pair]
     # Gumbel top-k: draws `count` distinct items with probability proportional to popularity and taste.

@@ -1,7 +1,8 @@
-"""The truth check: how much would the simulated users like what was made for them?
+"""The truth check: how much would the simulated users like the images made for them?
 
-Every figure goes through the judge, for real and generated images alike: the mean over the judge's style and
-subcategory probabilities of the user's true like probability. Only this module reads `truth.parquet`.
+Every figure goes through the judge, for real and generated images alike. It is the user's true like
+probability, averaged over the judge's probabilities of style and subcategory. Only this module reads
+`truth.parquet`.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,10 @@ from rebeca_ray.stickers.judge import Judge
 
 
 class Truth:
-    """Hidden tastes of some users, laid out like the judge's outputs."""
+    """Hidden tastes of some users, laid out like the judge's outputs.
+
+    Shapes: N images, U users, S styles, C subcategories.
+    """
 
     def __init__(self, path: Path, judge: Judge, user_ids: list[str]) -> None:
         self.judge = judge
@@ -36,13 +40,14 @@ class Truth:
         self.like_USC[user, style, subcategory] = table["like_probability"].to_numpy()
 
     def like_probability(self, user_ids: list[str], images: np.ndarray) -> np.ndarray:
-        """True like probability [N] of uint8 images [N, 64, 64, 3], each for the user beside it."""
+        """Return the true like probability [N] of uint8 images [N, 64, 64, 3], each for its user."""
         like_NSC = self.like_USC[[self.row[user] for user in user_ids]]
-        joint_NSC = self.joint(images) * ~np.isnan(like_NSC)  # a pair no sticker has is no one's taste
+        # No sticker has some pairs of style and subcategory, so no user has a taste for them.
+        joint_NSC = self.joint(images) * ~np.isnan(like_NSC)
         return (np.nan_to_num(like_NSC) * joint_NSC).sum((1, 2)) / joint_NSC.sum((1, 2))
 
     def mean_over_users(self, user_ids: list[str], images: np.ndarray) -> float:
-        """The mean of every image for every user: what dealing the images at random gives, without its noise."""
+        """Return the mean over every pair of user and image: the expected value of a random pairing."""
         like_USC = self.like_USC[[self.row[user] for user in user_ids]]
         joint_NSC = self.joint(images) * ~np.isnan(like_USC[0])
         joint_NSC /= joint_NSC.sum((1, 2), keepdims=True)
@@ -51,30 +56,49 @@ class Truth:
         )
 
     def joint(self, images: np.ndarray) -> np.ndarray:
+        """Return the judge's joint probability [N, S, C] of style and subcategory."""
         judgement = self.judge(images)
         return judgement.style[:, :, None] * judgement.subcategory[:, None, :]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TruthCheck:
-    """Mean true like probability of five sets of images, each [N] uint8 images with their N users."""
+    """Mean true like probability of five sets of images."""
 
-    own: float  # (a) generated items for their own users
-    dealt: float  # (b) the same items dealt to random users
+    matched: float  # (a) generated items for their own users
+    shuffled: float  # (b) the same items for random users
     random_real: float  # (c) random real items
     no_user: float  # (d) items of the prior without user condition
     held_out: float  # (e) each user's own held-out liked items
 
     def rows(self) -> list[tuple[str, str, float]]:
-        """`(letter, what, figure)` in the order of a report."""
+        """Return `(letter, description, figure)` in the order of a report."""
         return [
-            ("a", "generated, for their own users", self.own),
-            ("b", "the same items dealt to random users", self.dealt),
+            ("a", "generated, for their own users", self.matched),
+            ("b", "the same items dealt to random users", self.shuffled),
             ("c", "random real items", self.random_real),
             ("d", "from the prior without user condition", self.no_user),
             ("e", "the users' own held-out liked items", self.held_out),
         ]
 
+    def figures(self) -> dict[str, float]:
+        """Return the figures under the keys of `figures.json`."""
+        return {
+            "own": self.matched,
+            "dealt": self.shuffled,
+            "random_real": self.random_real,
+            "no_user": self.no_user,
+            "held_out": self.held_out,
+        }
+
+    @property
+    def ratio_to_shuffled(self) -> float:
+        return self.matched / self.shuffled
+
+    @property
+    def ratio_to_held_out(self) -> float:
+        return self.matched / self.held_out
+
     @property
     def verdict(self) -> str:
-        return f"(a) is {self.own / self.dealt:.2f} × (b) and {self.own / self.held_out:.0%} of (e)"
+        return f"(a) is {self.ratio_to_shuffled:.2f} × (b) and {self.ratio_to_held_out:.0%} of (e)"

@@ -1,10 +1,10 @@
-"""How fast images are decoded, and how good they are, with the bundled decoder on this machine's CPU.
+"""Speed and quality of the bundled decoder on this machine's CPU.
 
-Speed, medians of rounds that take all variants in turn: the reference (float32, one image at a time, 50
-steps), its improvements one by one (fewer steps, batches, ONNX Runtime), and `StableDiffusionPipeline` with
-one embedding per batch.
-Quality: held-out items decoded from their embeddings, by scheduler and number of steps: style and category
-by the judge, cosine to the given embedding, and a strip of images.
+Speed: medians of rounds that take all variants in turn. The variants are the reference (float32, one image at
+a time, 50 steps), its improvements one by one (fewer steps, batches, ONNX Runtime), and
+`StableDiffusionPipeline` with one embedding per batch.
+Quality: held-out items decoded from their embeddings, by scheduler and number of steps. The figures are style
+and category by the judge, and cosine to the given embedding. A strip of images is written too.
 Parity: ONNX Runtime against torch. The UNet of Stable Diffusion 1.5 takes 18 GB of memory.
 
     python -m tests.bench.decoding [speed] [quality] [parity] [--rounds 3] [--threads 2]

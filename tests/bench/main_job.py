@@ -1,10 +1,11 @@
 """The whole main job after installation: seconds of each phase, rates, peak memory and the truth check.
 
-`python tests/bench/main_job.py` runs `rebeca demo` in a temporary folder and writes
-`tests/bench/results/main_job-<processor>.json`. Peak memory is the machine's used memory (MemTotal - MemAvailable)
-above what it was before, sampled twice a second: Ray's object store, servers and workers included.
+`python tests/bench/main_job.py [--users 2000]` runs `rebeca demo` in a temporary folder and writes
+`tests/bench/results/main_job-<processor>.json`. Peak memory is the rise of the machine's used memory
+(MemTotal - MemAvailable), sampled twice per second. It includes Ray's object store, servers and workers.
 """
 
+import argparse
 import json
 import re
 import subprocess
@@ -17,24 +18,29 @@ import torch
 
 
 def used_memory() -> int:
-    """Bytes of memory in use on this machine."""
+    """Return the bytes of memory in use on this machine."""
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return 1024 * (int(meminfo["MemTotal"].split()[0]) - int(meminfo["MemAvailable"].split()[0]))
 
 
 def processor() -> str:
-    return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1].strip()
+    match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return match[1].strip() if match else "unknown"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--users", type=int, help="simulated users; default: that of the demo")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            Path(sys.executable).parent / "rebeca",
+            str(Path(sys.executable).parent / "rebeca"),
             "demo",
             "--out",
             f"{folder}/demo",
             "--data",
             f"{folder}/data",
+            *(["--users", str(arguments.users)] if arguments.users else []),
         ]
         before, peak, started = used_memory(), 0, time.perf_counter()
         demo = subprocess.Popen(command)

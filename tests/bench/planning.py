@@ -1,7 +1,8 @@
-"""Rows planned per second with a stand-in network, so that the code around the network is measured.
+"""Rows planned per second with a stand-in network, to measure the code around the network.
 
 `PYTHONPATH=. python tests/bench/planning.py [--rounds 5] [--against PATH]` writes results/planning.json.
-Each measurement is a process with one thread, by CPU time; those of PATH, another checkout, alternate.
+Each measurement is a process with one thread, by CPU time. PATH is another checkout with the same names. Its
+measurements alternate with those of this one.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from rich.table import Table
 from rebeca_ray import schemas
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import DiffusionSettings
-from rebeca_ray.generation.decide import Decisions
+from rebeca_ray.generation.decisions import Action, Decision, Decisions, decisions_table
 from rebeca_ray.generation.plan import PlanUsers, users_per_batch
 from rebeca_ray.prior.checkpoint import load_prior, save_prior
 from rebeca_ray.prior.selector import Selector
@@ -60,22 +61,42 @@ def measure(embed_dim: int, folder: Path) -> float:
     items = pa.table({"item_id": [f"item-{row}" for row in range(NUM_REAL_ITEMS)], "image_embeds": column})
     pq.write_table(items, folder / "items.parquet")
     sampler = {"name": "ddim", "num_inference_steps": 1, "prior_guidance_scale": 1.0}
-    settings = {"prior": prior, "decoder": {"model": "any"}, "request": "any", "catalog": "any"}
+    settings: dict[str, Any] = {
+        "prior": prior,
+        "decoder": {"model": "any"},
+        "request": "any",
+        "catalog": "any",
+    }
     settings |= {"items": str(folder / "items.parquet"), "num_images": NUM_IMAGES, "sampler": sampler}
-    config = GenerateConfig.model_validate(settings | {"selection": {"candidates_per_item": CANDIDATES}})
+    settings |= {"selection": {"candidates_per_item": CANDIDATES}}
+    config = GenerateConfig.model_validate(settings)
 
     boundaries = [(0.0, -500 + 500 * shard // NUM_SHARDS, 0) for shard in range(1, NUM_SHARDS)]
-    counts = {"planned_users": 0, "planned_items": 0, "units": 0}
+    counts = {"planned_users": 0, "planned_items": 0, "shards": 0}
     decisions = Decisions(pool=None, by_urgency=True, boundaries=boundaries, **counts)
     versions = {"prior": load_prior(prior).fingerprint, "decoder": "any"}
     stage: Any = PlanUsers(config, versions, None, None, decisions)
     network = StandIn(embed_dim=embed_dim, null_user_UH=stage.prior.network.null_user_UH)
     stage.prior = replace(stage.prior, network=network)
-    row: dict[str, Any] = dict.fromkeys(("prompt", "negative_prompt", "history_digest", "made_with"), "")
-    row |= dict.fromkeys(("bucket", "histories_bucket", "generation", "priority"), 0)
-    row |= {"num_images": NUM_IMAGES, "stranger": False, "decision": "plan"}
-    rows = [row | {"user_id": user, "activity": number % 500} for number, user in enumerate(users)]
-    table, size = pa.Table.from_pylist(rows, schema=schemas.DECISIONS), users_per_batch(config)
+    rows = [
+        Decision(
+            user_id=user,
+            action=Action.PLAN,
+            num_images=NUM_IMAGES,
+            prompt="",
+            negative_prompt="",
+            bucket=0,
+            histories_bucket=0,
+            cold_start=False,
+            history_digest="",
+            generation=0,
+            settings_digest="",
+            priority=0.0,
+            activity=number % 500,
+        )
+        for number, user in enumerate(users)
+    ]
+    table, size = decisions_table(rows), users_per_batch(config)
     stage(table.slice(0, size))  # warm
     started = time.process_time()
     planned = sum(stage(table.slice(start, size)).num_rows for start in range(0, NUM_USERS, size))

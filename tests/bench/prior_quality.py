@@ -1,16 +1,17 @@
-"""How well the prior knows taste, read against the hidden truth of the stickers, on populations that nothing was tuned on.
+"""Quality of the prior against the hidden truth of the stickers, on populations without any tuning.
 
-For each of some seeds a fresh population is simulated and the stickers' prior is trained on it. A sample counts as its nearest
-real item; its quality is the true like probability of that item for the user. Sets, each 25 samples for each of 200 users:
+The script simulates a new population per seed, and trains the stickers' prior on it. It replaces each
+sample by the nearest real item. The quality is the true like probability of that item for the user. The
+sets, of 25 samples per user for 200 users, are:
 
     (a) the 1000-step reference sampler     (f) NoUE: the prior without users
     (b) the default sampler                 (g) the mean of the user's liked embeddings
     (c) the distilled prior                 (h) a random liked training item of the user
-    (d) as (b): users seen in training      (i) the item nearest to that of (h): what (h) is worth if nothing may be copied
-    (e) as (b): users never seen            (j) as (b), chosen among four candidates an item, as planning does
+    (d) as (b): users seen in training      (i) the item nearest to that of (h), to exclude copies
+    (e) as (b): users never seen            (j) as (b), chosen among four candidates per item, as by planning
 
-then guidance by guidance, and by candidates per item for four items a user. MMD and Fréchet distance are to the users'
-held-out liked items, pooled.
+Two sweeps follow: over the guidance, and over the candidates per item for four items per user. MMD and
+Fréchet distance are to the users' pooled held-out liked items.
 
     python tests/bench/prior_quality.py [--seeds 101 102 103] [--users 4000] [--data runs/prior_quality]
 """
@@ -49,12 +50,14 @@ ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 NUM_USERS, SAMPLES, PERMUTED_USERS = 200, 25, 2000
 CANDIDATES = (1, 2, 4, 8, 16)
-ITEMS_PER_USER = 4  # where candidates are compared
+# Names of permutation figures in the results file.
+PERMUTATION_KEYS = {"matched": "own", "shuffled": "dealt"}
+ITEMS_PER_USER = 4  # in the comparison of candidates
 
 
 @dataclass(frozen=True, kw_only=True)
 class Population:
-    """Some users of one seed: their histories without the hold-out, and their true like probability of every item."""
+    """Some users of one seed: histories without the hold-out, and true like probabilities of all items."""
 
     block: UserBlock
     user_G: np.ndarray
@@ -62,22 +65,23 @@ class Population:
     x0_ID: np.ndarray
 
     def held_out_likes(self) -> list[np.ndarray]:
-        """The item rows of each user's held-out likes."""
+        """Return the item rows of each user's held-out likes."""
         liked = self.block.held_like == 1
         return [self.block.held_item_index[liked & (self.block.held_user == user)] for user in self.user_G]
 
     def training_likes(self) -> list[np.ndarray]:
+        """Return the item rows of each user's training likes."""
         rows = [
             np.arange(self.block.starts_V[user], self.block.starts_V[user] + self.block.counts_V[user])
             for user in self.user_G
         ]
-        return [self.block.item_index_N[own[self.block.like_N[own] == 1]] for own in rows]
+        return [self.block.item_index_N[row_N[self.block.like_N[row_N] == 1]] for row_N in rows]
 
 
 def read_population(
     folder: Path, storage: str, x0_ID: np.ndarray, item_id: np.ndarray, num_users: int = NUM_USERS
 ) -> Population:
-    """`num_users` of the users simulated in `folder`, evenly spaced."""
+    """Return `num_users` of the users simulated in `folder`, evenly spaced."""
     interactions, truth = f"{folder}/interactions.parquet", folder / "truth.parquet"
     histories = build_histories(InteractionSettings(path=interactions), item_id, storage)
     table = read_table(histories.file(0), "histories")
@@ -86,11 +90,11 @@ def read_population(
     world = load_world()
     pair_of = {pair: number for number, pair in enumerate(world.pairs)}
     names = table["user_id"].take(user_G).to_pylist()
-    told = pq.read_table(truth, filters=[("user_id", "in", names)]).to_pydict()
+    tastes = pq.read_table(truth, filters=[("user_id", "in", names)]).to_pydict()
     like_GP = np.zeros((num_users, len(world.pairs)), np.float32)
-    place = {name: number for number, name in enumerate(names)}
-    for user, style, subcategory, like in zip(*told.values(), strict=True):
-        like_GP[place[user], pair_of[style, subcategory]] = like
+    index_of = {name: index for index, name in enumerate(names)}
+    for user, style, subcategory, like in zip(*tastes.values(), strict=True):
+        like_GP[index_of[user], pair_of[style, subcategory]] = like
     row_of = {item: row for row, item in enumerate(world.item_id)}
     return Population(
         block=block,
@@ -103,7 +107,7 @@ def read_population(
 def sample(
     prior: TrainedPrior, of: Population, count: int, settings: SamplerSettings | None = None
 ) -> torch.Tensor:
-    """[users, count, D] in the prior's space."""
+    """Return `count` samples per user, [users, count, D], in the prior's space."""
     history = of.block.history(of.user_G, prior.settings.max_history).look_up(of.x0_ID)
     tokens = prior.user_tokens(
         of.block.user_index_V[of.user_G], history if prior.settings.user_encoder == "history" else None
@@ -122,7 +126,7 @@ def sample(
 
 
 def quality(x_GSD: torch.Tensor, of: Population) -> dict[str, float]:
-    """Mean true like probability of the nearest items, the share of them that differ, and distances to held-out likes."""
+    """Return true like probability and share of distinct nearest items, and distances to held-out likes."""
     unit_ID = F.normalize(torch.from_numpy(of.x0_ID))
     nearest_GS = nearest_items(F.normalize(x_GSD.flatten(0, 1)), unit_ID)[0].view(x_GSD.shape[:2]).numpy()
     like = np.take_along_axis(of.like_GI, nearest_GS, axis=1).mean()
@@ -138,7 +142,7 @@ def quality(x_GSD: torch.Tensor, of: Population) -> dict[str, float]:
 
 
 def mmd(left_ND: torch.Tensor, right_ND: torch.Tensor, sigma: float = 0.5) -> float:
-    """MMD² with a Gaussian kernel, unbiased, times 1000 (CMMD, Jayasumana et al. 2024; sigma for unit vectors)."""
+    """Return MMD² with a Gaussian kernel, unbiased, times 1000 (CMMD, Jayasumana et al. 2024)."""
 
     def kernel(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
         return torch.exp(-torch.cdist(one, two).square() / (2 * sigma**2))
@@ -151,7 +155,7 @@ def mmd(left_ND: torch.Tensor, right_ND: torch.Tensor, sigma: float = 0.5) -> fl
 
 
 def frechet(left_ND: torch.Tensor, right_ND: torch.Tensor) -> float:
-    """Fréchet distance of two Gaussians fitted to the embeddings (Heusel et al. 2017)."""
+    """Return the Fréchet distance of two Gaussians fitted to the embeddings (Heusel et al. 2017)."""
     one, two = left_ND.double(), right_ND.double()
     cov_one, cov_two = torch.cov(one.T), torch.cov(two.T)
     mixed = torch.linalg.eigvals(cov_one @ cov_two).real.clamp(min=0).sqrt().sum()
@@ -159,25 +163,26 @@ def frechet(left_ND: torch.Tensor, right_ND: torch.Tensor) -> float:
 
 
 def permuted(prior: TrainedPrior, of: Population) -> dict[str, dict[str, float]]:
-    """The permutation test of true like probabilities, ten samples a user: with all users, and with the paper's 210 of them."""
+    """Run the permutation test with ten samples per user, on all users and on 210 as in the paper."""
     unit_ID = F.normalize(torch.from_numpy(of.x0_ID))
     nearest_N = nearest_items(F.normalize(sample(prior, of, 10).flatten(0, 1)), unit_ID)[0].numpy()
     like_UV = of.like_GI[:, nearest_N].reshape(len(of.user_G), -1, 10).mean(2)
     some = np.linspace(0, len(like_UV) - 1, 210).astype(int)
+    tests = {"all": permutation_test(like_UV), "210": permutation_test(like_UV[np.ix_(some, some)])}
     return {
-        "all": permutation_test(like_UV).figures(),
-        "210": permutation_test(like_UV[np.ix_(some, some)]).figures(),
+        users: {PERMUTATION_KEYS.get(name, name): value for name, value in test.figures().items()}
+        for users, test in tests.items()
     }
 
 
 def nearest_other(unit_ID: torch.Tensor) -> np.ndarray:
-    """For each item the row of the nearest other one."""
+    """Return the row of the nearest other item, for each item."""
     similarity_II = unit_ID @ unit_ID.T
     return similarity_II.fill_diagonal_(-1).argmax(1).numpy()
 
 
 def chosen(prior: TrainedPrior, of: Population, drawn: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` of each user's drawn samples, chosen as planning does: [users, count, D]."""
+    """Return `count` of each user's samples, [users, count, D], chosen as planning does."""
     assert prior.selector is not None
     settings = SelectionSettings()
     factors = factors_of(prior.selector, of.block, of.user_G, of.x0_ID)
@@ -194,7 +199,7 @@ def chosen(prior: TrainedPrior, of: Population, drawn: torch.Tensor, count: int)
 
 
 def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
-    """Simulate, train, distil and judge one population."""
+    """Simulate one population, train and distil its prior, and return the figures of all sets."""
     folder = data / f"seed-{seed}"
     simulate(users, seed, folder / "seen")
     simulate(users // 4, seed + 10_000, folder / "unseen")
@@ -211,7 +216,7 @@ def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
         train_prior(load_config(TrainConfig, ROOT / "jobs/configs/train_stickers.yaml", overrides))
         return load_prior(f"{folder}/{name}")
 
-    history, nobody = train("history"), train("noue", user_encoder="none")
+    history, without_users = train("history"), train("noue", user_encoder="none")
     distill_prior(
         DistillConfig(
             prior=f"{folder}/history",
@@ -229,13 +234,12 @@ def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
     seen, unseen = (
         read_population(folder / name, storage, x0_ID, embedded.item_id) for name in ("seen", "unseen")
     )
-    everybody = read_population(folder / "seen", storage, x0_ID, embedded.item_id, PERMUTED_USERS)
+    permuted_users = read_population(folder / "seen", storage, x0_ID, embedded.item_id, PERMUTED_USERS)
     random = np.random.default_rng(seed)
     likes = seen.training_likes()
-    liked = np.stack([random.choice(own, SAMPLES) for own in likes])
-    mean = torch.stack([torch.from_numpy(x0_ID[own]).mean(0) for own in likes])[:, None].expand(
-        -1, SAMPLES, -1
-    )
+    liked = np.stack([random.choice(rows, SAMPLES) for rows in likes])
+    means = torch.stack([torch.from_numpy(x0_ID[rows]).mean(0) for rows in likes])
+    mean = means[:, None].expand(-1, SAMPLES, -1)
     unit_ID = F.normalize(torch.from_numpy(x0_ID))
     other = nearest_other(unit_ID)
     reference = SamplerSettings(name="ddpm", num_inference_steps=1000)
@@ -251,15 +255,15 @@ def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
         "c distilled, 4 passes": quality(sample(load_prior(f"{folder}/distilled"), seen, SAMPLES), seen),
         "d history encoder, seen users": default,
         "e history encoder, unseen users": quality(sample(history, unseen, SAMPLES), unseen),
-        "f NoUE": quality(sample(nobody, seen, SAMPLES), seen),
+        "f NoUE": quality(sample(without_users, seen, SAMPLES), seen),
         "g mean of liked embeddings": quality(mean, seen),
         "h random liked training item": quality(torch.from_numpy(x0_ID[liked]), seen),
         "i item nearest to that of (h)": quality(torch.from_numpy(x0_ID[other[liked]]), seen),
-        "j default sampler, 4 candidates an item": quality(
+        "j default sampler, 4 candidates per item": quality(
             chosen(history, seen, drawn[:, : SAMPLES * SelectionSettings().candidates_per_item], SAMPLES),
             seen,
         ),
-        "permutation": permuted(history, everybody),
+        "permutation": permuted(history, permuted_users),
         "guidance": history.sampling.prior_guidance_scale,
         "sweep": {
             f"{scale:g}": quality(
@@ -276,28 +280,33 @@ def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
     }
 
 
-def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
-    """What guidance and candidates buy: like probability and distinctness, mean and deviation over the seeds."""
+def plot(seeds: dict[str, dict[str, Any]], path: Path) -> None:
+    """Plot like probability and distinct items by guidance and candidates, over the seeds."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
     sets = (
         ("sweep", "guidance of the prior", SAMPLES),
-        ("candidates_per_item", "candidates an item", ITEMS_PER_USER),
+        ("candidates_per_item", "candidates per item", ITEMS_PER_USER),
     )
     for axis, (name, label, count) in zip(axes, sets, strict=True):
-        points = list(next(iter(found.values()))[name])
-        for figure_name, told in (("like", "true like probability"), ("distinct", f"distinct of {count}")):
-            values = np.array([[found[seed][name][point][figure_name] for point in points] for seed in found])
+        points = list(next(iter(seeds.values()))[name])
+        for figure_name, label_of_figure in (
+            ("like", "true like probability"),
+            ("distinct", f"distinct of {count}"),
+        ):
+            values = np.array(
+                [[figures[name][point][figure_name] for point in points] for figures in seeds.values()]
+            )
             axis.errorbar(
                 [float(point) for point in points],
                 values.mean(0),
                 values.std(0),
                 marker="o",
                 capsize=3,
-                label=told,
+                label=label_of_figure,
             )
-        copied = np.mean([found[seed]["h random liked training item"]["like"] for seed in found])
+        copied = np.mean([figures["h random liked training item"]["like"] for figures in seeds.values()])
         axis.axhline(copied, color="grey", linestyle=":", label="a liked training item itself")
         axis.set(xlabel=label, ylim=(0, 1.02))
         axis.grid(alpha=0.3)
@@ -307,17 +316,18 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def report(found: dict[str, dict[str, Any]]) -> None:
-    """Mean ± deviation over the seeds."""
+def report(seeds: dict[str, dict[str, Any]]) -> None:
+    """Print mean ± deviation over the seeds."""
     table = Table("", "true like probability", "distinct of 25", "MMD × 1000", "Fréchet")
-    for name in [name for name in next(iter(found.values())) if name[1] == " "]:
+    for name in [name for name in next(iter(seeds.values())) if name[1] == " "]:
         rows = [
-            [found[seed][name][figure] for seed in found] for figure in ("like", "distinct", "mmd", "frechet")
+            [figures[name][figure] for figures in seeds.values()]
+            for figure in ("like", "distinct", "mmd", "frechet")
         ]
         table.add_row(name, *(f"{np.mean(values):.3f} ± {np.std(values):.3f}" for values in rows))
     Console().print(table)
     for users in ("all", "210"):
-        tests = [found[seed]["permutation"][users] for seed in found]
+        tests = [figures["permutation"][users] for figures in seeds.values()]
         mean = {
             name: np.mean([test[name] for test in tests])
             for name in ("users", "own", "dealt", "effect", "z", "p_value")
@@ -334,21 +344,21 @@ def main() -> None:
         type=int,
         nargs="*",
         default=[101, 102, 103],
-        help="to measure; others stay as they were found",
+        help="seeds to measure; the results of others are kept",
     )
     parser.add_argument("--users", type=int, default=4000)
     parser.add_argument("--data", type=Path, default=Path("runs/prior_quality"))
     arguments = parser.parse_args()
     results, data = RESULTS / "prior_quality.json", arguments.data.absolute()
-    found: dict[str, dict[str, Any]] = json.loads(results.read_text()) if results.exists() else {}
+    seeds: dict[str, dict[str, Any]] = json.loads(results.read_text()) if results.exists() else {}
     items = str(data / "items")
     if arguments.seeds and not (data / "items" / "embedding.json").exists():
         embed_items(load_config(EmbedConfig, ROOT / "jobs/configs/embed_stickers.yaml", [f"out={items}"]))
     for seed in arguments.seeds:
-        found[str(seed)] = one_seed(seed, data, arguments.users, items)
-        results.write_text(json.dumps(found, indent=2) + "\n")
-    report(found)
-    plot(found, RESULTS / "prior_quality.png")
+        seeds[str(seed)] = one_seed(seed, data, arguments.users, items)
+        results.write_text(json.dumps(seeds, indent=2) + "\n")
+    report(seeds)
+    plot(seeds, RESULTS / "prior_quality.png")
 
 
 if __name__ == "__main__":

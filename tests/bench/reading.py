@@ -1,8 +1,9 @@
-"""Reading a large catalog: what it takes to open it, to look up a user, to scan columns; in bytes and in milliseconds.
+"""Bytes and milliseconds to open a large catalog, to look up a user, and to scan columns.
 
-`python -m tests.bench.reading` makes a snapshot of a million users with ten items each at D = 256 (some minutes, and 5 GB below --data;
-made once), reads it from the disk and from a real S3 server on this machine, and writes `tests/bench/results/reading.json`. Images are
-small stand-ins, a hundred a bucket. Bytes are counted by the file system that the reader is given; times are taken without it.
+`python -m tests.bench.reading [--users 1000000]` makes a snapshot with ten items per user at D = 256, once.
+A million users take some minutes, and 5 GB below --data. It reads the snapshot from the disk and from a
+real S3 server on this machine, and writes `tests/bench/results/reading.json`. Images are small stand-ins, a
+hundred per bucket. The reader's file system counts the bytes. The times are taken without counting.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from rebeca_ray import schemas
 from rebeca_ray.catalog import read, row_groups
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.lease import hold_lease
+from rebeca_ray.catalog.manifest import FileList, FileRow
 from rebeca_ray.catalog.read import Snapshot, read_catalog
 from rebeca_ray.generation.bucket import ITEM_ROW_GROUP
 from rebeca_ray.identity import bucket_of, hash128
@@ -39,6 +41,8 @@ from rebeca_ray.storage.filesystem import arrow_filesystem, exists, join, open_f
 from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.parquet import write_table
 from rebeca_ray.storage.store import open_store
+from tests.conftest import synthetic_manifest
+from tests.seaweedfs import seaweedfs
 
 ITEMS_PER_USER, D, BUCKETS, STAND_INS, LOOKUPS = 10, 256, 128, 100, 300
 SLIM = ["item_id", "rank", "like_probability", "nearest_item_id", "origin", "image_file", "image_row"]
@@ -46,7 +50,7 @@ SCANNED = ["user_id", "item_id", "rank", "like_probability"]
 
 
 def synthesise(root: str, num_users: int) -> None:
-    """A published snapshot, bucket by bucket; written as the job writes it."""
+    """Publish a snapshot, written bucket by bucket as the job writes it."""
     run = Run(root=root, run_date="2026-01-01", run_id="reading", fencing_token=1)
     users: list[list[str]] = [[] for _ in range(BUCKETS)]
     for number in range(num_users):
@@ -60,14 +64,9 @@ def synthesise(root: str, num_users: int) -> None:
     written = write_table(
         pa.Table.from_pylist(rows, schema=schemas.FILES), join(root, listing), row_group_size=10_000
     )
-    told = {
-        "schema_version": schemas.SCHEMA_VERSION,
-        "run_id": run.run_id,
-        "run_date": run.run_date,
-        "embed_dim": D,
-        "num_buckets": BUCKETS,
-    }
-    write_json({**told, "previous_path": None, "files": {"path": listing, **written}}, run.manifest)
+    files = FileList(path=listing, **written)
+    manifest = synthetic_manifest(run, files, embed_dim=D, num_buckets=BUCKETS, next_file=BUCKETS)
+    write_json(manifest.model_dump(mode="json"), run.manifest)
     with hold_lease(root, run.run_id, 60) as lease:
         lease.publish(run_id=run.run_id, run_date=run.run_date, snapshot=run.snapshot)
 
@@ -76,8 +75,8 @@ def user_name(number: int) -> str:
     return f"user-{number:08d}"
 
 
-def write_bucket(run: Run, bucket: int, users: list[str]) -> list[dict[str, Any]]:
-    """Items and stand-in images of one bucket; their rows in the file list."""
+def write_bucket(run: Run, bucket: int, users: list[str]) -> list[FileRow]:
+    """Write items and stand-in images of one bucket. Return their rows in the file list."""
     random = np.random.default_rng(bucket)
     users, count = sorted(users), len(users) * ITEMS_PER_USER
     item_id = [hash128("item", bucket, number) for number in range(count)]
@@ -90,7 +89,7 @@ def write_bucket(run: Run, bucket: int, users: list[str]) -> list[dict[str, Any]
             pa.array(embeds.ravel()), type=schemas.image_embeds(D)
         ),
         "like_probability": random.random(count, np.float32),
-        "nearest_item_id": [f"real-{place}" for place in random.integers(0, 100_000, count)],
+        "nearest_item_id": [f"real-{number}" for number in random.integers(0, 100_000, count)],
         "nearest_similarity": random.random(count, np.float32),
         "safety_flag": np.zeros(count, bool),
         "origin": np.where(random.random(count) < 0.05, "new", "carried"),
@@ -113,7 +112,7 @@ def write_bucket(run: Run, bucket: int, users: list[str]) -> list[dict[str, Any]
     images = pa.Table.from_pylist(
         [{**image, "item_id": item} for item in item_id[:STAND_INS]], schema=schemas.IMAGES
     )
-    rows = []
+    rows: list[FileRow] = []
     for name, table, embed_column in (("items", items, "image_embeds"), ("images", images, None)):
         path = (
             run.table("items", bucket)
@@ -129,7 +128,9 @@ def write_bucket(run: Run, bucket: int, users: list[str]) -> list[dict[str, Any]
                 "bucket": bucket,
                 "file": bucket,
                 "path": path,
-                **written,
+                "rows": written["rows"],
+                "bytes": written["bytes"],
+                "sha256": written["sha256"],
                 "min_user_id": users[0],
                 "max_user_id": users[-1],
             }
@@ -137,8 +138,8 @@ def write_bucket(run: Run, bucket: int, users: list[str]) -> list[dict[str, Any]
     return rows
 
 
-class Counting(AbstractFileSystem):
-    """Another file system, whose reads are counted."""
+class Counting(AbstractFileSystem):  # type: ignore[misc]
+    """Count the reads of another file system."""
 
     cachable = False
 
@@ -187,7 +188,7 @@ class CountedFile(io.RawIOBase):
 
 @contextmanager
 def counted(root: str) -> Iterator[Counting]:
-    """What the reader reads of data files, by a file system put in place of its own."""
+    """Give the reader a file system that counts the bytes it reads of data files."""
     filesystem, _ = open_filesystem(root)
     counting = Counting(filesystem)
 
@@ -202,24 +203,26 @@ def counted(root: str) -> Iterator[Counting]:
 
 
 def lookups(snapshot: Snapshot, num_users: int, columns: list[str] | None) -> dict[str, float]:
-    """Users at random: bytes and requests of each, footers read before or not; milliseconds once all footers were read."""
+    """Look up random users.
+
+    Return bytes and requests per user, with and without cached footers, and milliseconds with cached footers.
+    """
     users = [
         user_name(number) for number in np.random.default_rng(0).integers(0, num_users, LOOKUPS).tolist()
     ]
     row_groups.footer_bytes.cache_clear()
-    first, after, requests = [], [], []
+    first: list[int] = []
+    after: list[int] = []
+    requests: list[int] = []
     with counted(snapshot.root) as counting:
         for sizes in (first, after):
             for user in users:
-                cached, asked, was = (
-                    row_groups.footer_bytes.cache_info().misses,
-                    counting.requests,
-                    counting.bytes,
-                )
+                misses = row_groups.footer_bytes.cache_info().misses
+                requests_before, bytes_before = counting.requests, counting.bytes
                 assert snapshot.for_user(user, columns).num_rows == ITEMS_PER_USER
-                if sizes is after or row_groups.footer_bytes.cache_info().misses > cached:
-                    sizes.append(counting.bytes - was)
-                requests.append(counting.requests - asked)
+                if sizes is after or row_groups.footer_bytes.cache_info().misses > misses:
+                    sizes.append(counting.bytes - bytes_before)
+                requests.append(counting.requests - requests_before)
     times = []
     for user in users:
         started = time.perf_counter()
@@ -236,7 +239,7 @@ def lookups(snapshot: Snapshot, num_users: int, columns: list[str] | None) -> di
 
 
 def scan(snapshot: Snapshot, columns: list[str]) -> dict[str, float]:
-    """All rows of some columns: bytes read for each byte of these columns there is."""
+    """Scan all rows of some columns. Return the bytes read per byte of these columns."""
     filesystem, base = open_filesystem(snapshot.root)
     needed = 0
     for path in snapshot.paths("items"):
@@ -265,7 +268,7 @@ def scan(snapshot: Snapshot, columns: list[str]) -> dict[str, float]:
 
 
 def opening(root: str) -> dict[str, float]:
-    """Seconds until a catalog is open, the first time in a process and after that."""
+    """Return the seconds to open a catalog, the first time in a process and later."""
     times = []
     for _ in range(10):
         started = time.perf_counter()
@@ -283,7 +286,7 @@ def opening(root: str) -> dict[str, float]:
 
 
 def images(snapshot: Snapshot, num_users: int) -> dict[str, float]:
-    """Milliseconds for the pictures of one user's ten items (stand-ins of some hundred bytes)."""
+    """Return the milliseconds to read the images of one user's items (stand-ins of some hundred bytes)."""
     times = []
     for number in np.random.default_rng(1).integers(0, num_users, 50).tolist():
         items = snapshot.for_user(user_name(number), ["image_file", "image_row"])
@@ -303,12 +306,12 @@ def measure(root: str, num_users: int) -> dict[str, dict[str, float]]:
         "scan of four columns": lambda: scan(snapshot, SCANNED),
         "scan of embeddings": lambda: scan(snapshot, ["user_id", "image_embeds"]),
     }
-    found = {"opening": opened}
+    figures = {"opening": opened}
     print("opening", rounded(opened), flush=True)
     for name, part in parts.items():
-        found[name] = part()
-        print(name, rounded(found[name]), flush=True)
-    return {name: rounded(part) for name, part in found.items()}
+        figures[name] = part()
+        print(name, rounded(figures[name]), flush=True)
+    return {name: rounded(part) for name, part in figures.items()}
 
 
 def rounded(figures: dict[str, float]) -> dict[str, float]:
@@ -319,29 +322,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--users", type=int, default=1_000_000)
     parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / "rebeca-reading")
-    told = parser.parse_args()
-    root = str(told.data / f"catalog-{told.users}")
+    arguments = parser.parse_args()
+    root = str(arguments.data / f"catalog-{arguments.users}")
     if not exists(join(root, "latest.json")):
         shutil.rmtree(root, ignore_errors=True)
         started = time.perf_counter()
-        synthesise(root, told.users)
+        synthesise(root, arguments.users)
         print(f"made {root} in {time.perf_counter() - started:.0f} s", flush=True)
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     result: dict[str, Any] = {
         "machine": machine,
-        "users": told.users,
-        "items": told.users * ITEMS_PER_USER,
+        "users": arguments.users,
+        "items": arguments.users * ITEMS_PER_USER,
         "embed_dim": D,
         "buckets": BUCKETS,
     }
-    result["local"] = measure(root, told.users)
-    from tests.seaweedfs import seaweedfs
-
-    with tempfile.TemporaryDirectory(dir=told.data) as folder, seaweedfs(Path(folder)) as environment:
+    result["local"] = measure(root, arguments.users)
+    with tempfile.TemporaryDirectory(dir=arguments.data) as folder, seaweedfs(Path(folder)) as environment:
         os.environ.update(environment)
         filesystem, _ = open_filesystem("s3://rebeca/catalog")
         filesystem.put(f"{root}/", "rebeca/catalog/", recursive=True)
-        result["s3"] = measure("s3://rebeca/catalog", told.users)
+        result["s3"] = measure("s3://rebeca/catalog", arguments.users)
     path = Path(__file__).parent / "results" / "reading.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
 

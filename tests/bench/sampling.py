@@ -1,8 +1,9 @@
-"""How fast the prior is sampled, against the reference loop, on the network `paper-v2` at D = 1024.
+"""Embeddings sampled per second, against the reference loop, on the network `paper-v2` at D = 1024.
 
-The reference: 1000 ancestral DDPM steps, two separate forward passes a step, one user a call, 10 embeddings a call, float32.
-All variants use the same weights and the same threads, one after the other in each of several rounds; the table gives medians. Long
-loops are run for a part of their steps and scaled up, which is exact but for start-up: every step costs the same.
+The reference has 1000 ancestral DDPM steps, two separate forward passes per step, one user and 10
+embeddings per call, in float32. All variants use the same weights and threads, in turn, for several rounds.
+The table gives medians. Long loops run a part of their steps, and the time is scaled up. Every step costs
+the same, so only the start is neglected.
 
     python tests/bench/sampling.py [--rounds 3] [--threads 2] [--no-compile]
 """
@@ -14,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -29,12 +31,12 @@ from rebeca_ray.prior.sampling import SAMPLERS, sample_liked
 from rebeca_ray.prior.users import UserTable
 
 RESULTS = Path(__file__).parent / "results"
-D, NUM_USERS, A_USER, GUIDANCE = 1024, 210, 10, 4.0
+D, NUM_USERS, PER_USER, GUIDANCE = 1024, 210, 10, 4.0
 STEPS, DISTILLED_STEPS, TILE = 16, 4, 256
 
 
 def wake(prior: Prior) -> Prior:
-    """Random numbers where training starts from zero: untrained, but not trivially so."""
+    """Replace the zeros of an untrained network by random numbers."""
     torch.manual_seed(0)
     for parameter in prior.parameters():
         if parameter.dim() > 1:
@@ -43,7 +45,7 @@ def wake(prior: Prior) -> Prior:
 
 
 def two_passes(prior: Prior, diffusion: Diffusion, user_BUH: torch.Tensor) -> Denoiser:
-    """Guidance as the reference does it: two calls of the network, everything computed anew in each."""
+    """Return the guidance of the reference: two calls of the network per step, nothing kept."""
     rows = len(user_BUH)
     null_BUH = prior.null_user_UH.expand(rows, -1, -1)
 
@@ -69,9 +71,9 @@ def plain(
     run: int,
     rows: int,
 ) -> float:
-    """Embeddings a second of `steps` steps of `rows` embeddings, two passes each; `run` of the steps are run."""
+    """Return embeddings per second of `steps` steps of `rows` embeddings, scaled up from the last `run`."""
     timesteps = diffusion.inference_timesteps(steps)[-run:]
-    user_BUH = users_UH[np.arange(rows) // A_USER % len(users_UH)]
+    user_BUH = users_UH[np.arange(rows) // PER_USER % len(users_UH)]
     noise = item_noise(range(rows), D)
     denoise = two_passes(prior, diffusion, user_BUH)
     started = time.perf_counter()
@@ -82,13 +84,13 @@ def plain(
 def ours(
     prior: Prior, diffusion: Diffusion, users_UH: torch.Tensor, *, sampler: str, steps: int, guidance: float
 ) -> float:
-    """Embeddings a second of the library's own sampling: tiles of 256, conditions kept, one doubled batch."""
+    """Return embeddings per second of `sample_liked`: tiles of 256, conditions kept, one doubled batch."""
     rows = TILE
     settings = SamplerSettings.model_validate(
         {"name": sampler, "num_inference_steps": steps, "prior_guidance_scale": guidance, "batch_size": TILE}
     )
     started = time.perf_counter()
-    sample_liked(prior, diffusion, users_UH, np.arange(rows) // A_USER, range(rows), settings)
+    sample_liked(prior, diffusion, users_UH, np.arange(rows) // PER_USER, range(rows), settings)
     return rows / (time.perf_counter() - started)
 
 
@@ -108,11 +110,11 @@ def main() -> None:
             return ours(prior, diffusion, users_UH, sampler="dpm_solver", steps=STEPS, guidance=GUIDANCE)
 
     variants: dict[str, Callable[[], float]] = {
-        "reference: DDPM, 1000 steps, two passes, 10 a call": lambda: plain(
-            prior, diffusion, users_UH, sampler="ddpm", steps=1000, run=10, rows=A_USER
+        "reference: DDPM, 1000 steps, two passes, 10 per call": lambda: plain(
+            prior, diffusion, users_UH, sampler="ddpm", steps=1000, run=10, rows=PER_USER
         ),
         f"+ few steps: DPM-Solver++(2M), {STEPS}": lambda: plain(
-            prior, diffusion, users_UH, sampler="dpm_solver", steps=STEPS, run=STEPS, rows=A_USER
+            prior, diffusion, users_UH, sampler="dpm_solver", steps=STEPS, run=STEPS, rows=PER_USER
         ),
         f"+ batches: {TILE} of many users": lambda: plain(
             prior, diffusion, users_UH, sampler="dpm_solver", steps=STEPS, run=STEPS // 4, rows=TILE
@@ -124,12 +126,11 @@ def main() -> None:
             prior, diffusion, users_UH, sampler="ddim", steps=DISTILLED_STEPS, guidance=1.0
         ),
     }
-    if (
-        torch.backends.cpu.get_cpu_capability() == "AVX512"
-    ):  # elsewhere bfloat16 is emulated, hundreds of times slower
+    # Without AVX-512, bfloat16 is emulated, hundreds of times slower.
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
         variants["in bfloat16, not distilled"] = autocast
     if not arguments.no_compile:
-        compiled = torch.compile(prior, dynamic=False)
+        compiled = cast(Prior, torch.compile(prior, dynamic=False))
         variants["compiled, not distilled"] = lambda: ours(
             compiled, diffusion, users_UH, sampler="dpm_solver", steps=STEPS, guidance=GUIDANCE
         )
@@ -145,16 +146,17 @@ def main() -> None:
     for name, rate in median.items():
         table.add_row(name, f"{rate:.2f}", f"{rate / reference:.1f}")
     Console().print(table)
-    found = {
-        "device": f"{arguments.threads} threads of {platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+    capability = torch.backends.cpu.get_cpu_capability()
+    processor = platform.processor() or platform.machine()
+    result = {
+        "device": f"{arguments.threads} threads of {processor}, {capability}",
         "torch": torch.__version__,
         "rounds": arguments.rounds,
-        "embeddings_a_second": median,
+        "embeddings_per_second": median,
         "times_the_reference": {name: rate / reference for name, rate in median.items()},
     }
     RESULTS.mkdir(exist_ok=True)
-    capability = torch.backends.cpu.get_cpu_capability().lower()
-    (RESULTS / f"sampling-cpu-{capability}.json").write_text(json.dumps(found, indent=2) + "\n")
+    (RESULTS / f"sampling-cpu-{capability.lower()}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

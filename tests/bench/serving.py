@@ -1,4 +1,4 @@
-"""Compare Triton with the decoder in this process: the same rows, in turn, each with all threads.
+"""Images per second of Triton and of the decoder in this process: the same rows, in turn, with all threads.
 
 python tests/bench/serving.py [--rounds 3] [--batch-sizes 16 40]
 """
@@ -72,7 +72,7 @@ def main() -> None:
     arguments = parser.parse_args()
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # the server's
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the server
     results = {str(size): measure(size, arguments.rounds) for size in arguments.batch_sizes}
     table = Table("batch", "in process, images/s", "Triton, images/s", "share", "mean batch of the server")
     for size, figures in results.items():

@@ -1,14 +1,17 @@
-"""What grows with the catalog: one bucket of 10,000 users, the file list of 10 million, the order of all of them.
+"""Time and memory that grow with the catalog: a bucket, the file list, the order of all users.
 
-`python -m tests.bench.size` writes `tests/bench/results/size.json`. Each part runs in a process of its own, whose peak memory is told.
+`python -m tests.bench.size [--scale 1.0]` writes `tests/bench/results/size.json`. At scale 1, a bucket has
+10,000 users, and the catalog has 10 million. Each part runs in its own process, and prints its peak memory.
 """
 
+import argparse
 import json
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,53 +20,116 @@ import pyarrow as pa
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import Run
-from rebeca_ray.generation.assembly import Assembly
+from rebeca_ray.config.decoder import DecoderSettings, SafetySettings
+from rebeca_ray.config.jobs import GenerateConfig
+from rebeca_ray.config.sections import LayoutSettings
+from rebeca_ray.generation.assembly import Assembly, ImageFile
 from rebeca_ray.generation.bucket import Bucket
+from rebeca_ray.generation.context import Models, RunContext
 from rebeca_ray.generation.decide import cut, write_decisions
+from rebeca_ray.generation.decisions import Action, Decision
+from rebeca_ray.generation.parts import PartRecord
 from rebeca_ray.storage.parquet import read_table, write_table
 
 USERS, ITEMS_PER_USER, D = 10_000, 10, 1024
-IMAGES_A_FILE, FILES = 2_500, 44_000
-ALL_USERS, ITEMS_A_UNIT = 10_000_000, 2_000_000
+IMAGES_PER_FILE, FILES = 2_500, 44_000
+ALL_USERS, ITEMS_PER_SHARD = 10_000_000, 2_000_000
 
 
-def bucket(folder: Path) -> dict[str, float]:
-    """Seconds to assemble one bucket in which everybody is new."""
+def bucket(folder: Path, scale: float) -> dict[str, float]:
+    """Return the seconds to assemble one bucket without an earlier snapshot."""
     run = Run(root=str(folder), run_date="2026-01-01", run_id="size", fencing_token=1)
-    users = [f"user-{number:08d}" for number in range(USERS)]
-    row = {
-        "num_images": ITEMS_PER_USER,
-        "prompt": "",
-        "negative_prompt": "",
-        "bucket": 0,
-        "histories_bucket": 0,
-        "stranger": False,
-    }
-    row |= {
-        "history_digest": "digest",
-        "generation": 0,
-        "made_with": "settings",
-        "priority": 0.0,
-        "activity": 1,
-        "decision": "plan",
-    }
-    write_decisions([{**row, "user_id": user} for user in users], run.decisions(0))
+    users = [f"user-{number:08d}" for number in range(round(USERS * scale))]
+    decisions = [
+        Decision(
+            user_id=user,
+            action=Action.PLAN,
+            num_images=ITEMS_PER_USER,
+            prompt="",
+            negative_prompt="",
+            bucket=0,
+            histories_bucket=0,
+            cold_start=False,
+            history_digest="digest",
+            generation=0,
+            settings_digest="settings",
+            priority=0.0,
+            activity=1,
+        )
+        for user in users
+    ]
+    write_decisions(decisions, run.decisions(0))
+    count = len(users) * ITEMS_PER_USER
+    work = Assembly(
+        context=context_of(run, requested=count),
+        parts=write_plan(run, users),
+        files=write_images(run, count),
+        timed_out=False,
+        now=datetime.now(UTC),
+        metadata={},
+        first_file=0,
+        first_compacted=-(-count // IMAGES_PER_FILE),
+        pool_decision=None,
+    )
+    started = time.perf_counter()
+    result = Bucket.read(work, 0).assemble()
+    assert result.counts["new"] == count
+    items = next(row for row in result.files if row["table"] == "items")
+    return {"seconds": time.perf_counter() - started, "items_mb": items["bytes"] / 1e6}
+
+
+def context_of(run: Run, requested: int) -> RunContext:
+    """Return the context of a run without models."""
+    decoder = DecoderSettings(model="any", safety=SafetySettings(max_probability=0.5))
+    return RunContext(
+        config=GenerateConfig(
+            prior="any",
+            decoder=decoder,
+            request="any",
+            catalog=run.root,
+            layout=LayoutSettings(num_buckets=1),
+        ),
+        run=run,
+        models=Models(
+            versions={"prior": "prior", "decoder": "decoder", "code": "0"},
+            decoder_weights={},
+            embed_dim=D,
+            clip_fingerprint=None,
+            can_rescore=True,
+            user_encoder="none",
+        ),
+        previous=None,
+        requested=requested,
+        began_at=datetime.now(UTC),
+        in_process=True,
+    )
+
+
+def record_of(path: str, rows: int) -> PartRecord:
+    """Return the record of one part of bucket 0, without its checksum."""
+    return PartRecord(
+        bucket=0, shard=0, attempt=0, path=path, rows=rows, bytes=0, sha256="", failed=0, busy_seconds=0.0
+    )
+
+
+def write_plan(run: Run, users: list[str]) -> list[PartRecord]:
+    """Write the planned items of the users, 20,000 per file."""
     random = np.random.default_rng(0)
-    parts, files, count = [], [], USERS * ITEMS_PER_USER
+    parts, count = [], len(users) * ITEMS_PER_USER
     for number, start in enumerate(range(0, count, 20_000)):
-        places = np.arange(start, start + 20_000)
-        embeds = random.standard_normal((len(places), D), np.float32).astype(np.float16).astype(np.float32)
+        indices = np.arange(start, min(start + 20_000, count))
+        embeds = random.standard_normal((len(indices), D), np.float32).astype(np.float16).astype(np.float32)
         columns = {
-            "item_id": [f"{place:032x}" for place in places],
-            "user_id": [users[place // ITEMS_PER_USER] for place in places],
-            "rank": pa.array(places % ITEMS_PER_USER, pa.int16()),
+            "item_id": [f"{index:032x}" for index in indices],
+            "user_id": [users[index // ITEMS_PER_USER] for index in indices],
+            "rank": pa.array(indices % ITEMS_PER_USER, pa.int16()),
             "image_embeds": pa.FixedSizeListArray.from_arrays(
                 pa.array(embeds.ravel()), type=schemas.image_embeds(D)
             ),
-            "like_probability": random.random(len(places), np.float32),
-            "nearest_item_id": [f"real-{place}" for place in places],
-            "nearest_similarity": random.random(len(places), np.float32),
-            "origin": ["new"] * len(places),
+            "like_probability": random.random(len(indices), np.float32),
+            "nearest_item_id": [f"real-{index}" for index in indices],
+            "nearest_similarity": random.random(len(indices), np.float32),
+            "origin": ["new"] * len(indices),
         }
         write_table(
             pa.table(columns),
@@ -71,7 +137,12 @@ def bucket(folder: Path) -> dict[str, float]:
             row_group_size=20_000,
             embed_column="image_embeds",
         )
-        parts.append({"bucket": 0, "path": f"plan/{number}.parquet"})
+        parts.append(record_of(f"plan/{number}.parquet", len(indices)))
+    return parts
+
+
+def write_images(run: Run, count: int) -> list[ImageFile]:
+    """Write the image files of `count` items, without pixels."""
     image = {
         "image": {"bytes": b"", "path": "x.webp"},
         "thumbnail": b"",
@@ -79,79 +150,86 @@ def bucket(folder: Path) -> dict[str, float]:
         "height": 512,
         "seed": 0,
     }
-    for number, start in enumerate(range(0, count, IMAGES_A_FILE)):
-        rows = [{**image, "item_id": f"{place:032x}"} for place in range(start, start + IMAGES_A_FILE)]
+    files = []
+    for number, start in enumerate(range(0, count, IMAGES_PER_FILE)):
+        indices = range(start, min(start + IMAGES_PER_FILE, count))
+        rows = [{**image, "item_id": f"{index:032x}"} for index in indices]
         path = f"{run.images}/bucket=0/{number}.parquet"
-        written = write_table(
-            pa.Table.from_pylist(rows, schema=schemas.IMAGES), f"{folder}/{path}", row_group_size=100
+        write_table(
+            pa.Table.from_pylist(rows, schema=schemas.IMAGES), f"{run.root}/{path}", row_group_size=100
         )
-        files.append({"bucket": 0, "path": path, "file": number, "attempt": 0, **written})
-    work = Assembly(
-        run=run, previous=None, num_buckets=1, embed_dim=D, prior="prior", parts=parts, files=files, late=False,
-        max_safety_probability=0.5, now=datetime.now(UTC), metadata={}, first_compacted=len(files), pool=None,
-    )  # fmt: skip
-    started = time.perf_counter()
-    found = Bucket.read(work, 0).assemble()
-    assert found.counts["new"] == count
-    items = next(row for row in found.files if row["table"] == "items")
-    return {"seconds": time.perf_counter() - started, "items_mb": items["bytes"] / 1e6}
+        files.append(ImageFile(number=number, record=record_of(path, len(rows))))
+    return files
 
 
-def file_list(folder: Path) -> dict[str, float]:
-    """Size of the file list of a snapshot of 10 million users, and seconds to read it."""
+def file_list(folder: Path, scale: float) -> dict[str, float]:
+    """Return the size of the file list of a snapshot, and the seconds to read it."""
     random = np.random.default_rng(0)
+    num_files = round(FILES * scale)
+    snapshot = "images/run_id=20260101T010000-abcdef"
     rows = [
         {
-            "table": "images", "bucket": number % 1024, "file": number, "rows": IMAGES_A_FILE, "bytes": int(random.integers(1e8, 1.5e8)),
-            "path": f"images/run_id=20260101T010000-abcdef/bucket={number % 1024}/part-000001-{random.bytes(8).hex()}.parquet",
-            "sha256": random.bytes(32).hex(), "min_user_id": "a", "max_user_id": "z", "live_rows": IMAGES_A_FILE,
+            "table": "images",
+            "bucket": number % 1024,
+            "file": number,
+            "rows": IMAGES_PER_FILE,
+            "bytes": int(random.integers(100_000_000, 150_000_000)),
+            "path": f"{snapshot}/bucket={number % 1024}/part-000001-{random.bytes(8).hex()}.parquet",
+            "sha256": random.bytes(32).hex(),
+            "min_user_id": "a",
+            "max_user_id": "z",
+            "live_rows": IMAGES_PER_FILE,
         }
-        for number in range(FILES)
-    ]  # fmt: skip
+        for number in range(num_files)
+    ]
     uri = str(folder / "files.parquet")
     size = write_table(pa.Table.from_pylist(rows, schema=schemas.FILES), uri, row_group_size=10_000)["bytes"]
     started = time.perf_counter()
-    assert read_table(uri, "files").num_rows == FILES
+    assert read_table(uri, "files").num_rows == num_files
     return {"seconds": time.perf_counter() - started, "megabytes": size / 1e6}
 
 
-def order(_: Path) -> dict[str, float]:
-    """Seconds to put 10 million users in the order in which they are drawn."""
+def order(_: Path, scale: float) -> dict[str, float]:
+    """Return the seconds to sort all users into the order of rendering."""
     random = np.random.default_rng(0)
+    num_users = round(ALL_USERS * scale)
     keys = np.stack(
         [
-            np.zeros(ALL_USERS),
-            -random.integers(0, 500, ALL_USERS),
-            random.random(ALL_USERS),
-            np.full(ALL_USERS, 10.0),
+            np.zeros(num_users),
+            -random.integers(0, 500, num_users),
+            random.random(num_users),
+            np.full(num_users, 10.0),
         ],
         axis=1,
     )
     started = time.perf_counter()
-    boundaries = cut(keys, ITEMS_A_UNIT)
-    return {"seconds": time.perf_counter() - started, "units": len(boundaries) + 1}
+    boundaries = cut(keys, ITEMS_PER_SHARD)
+    return {"seconds": time.perf_counter() - started, "shards": len(boundaries) + 1}
 
 
-PARTS = {"bucket": bucket, "file_list": file_list, "order": order}
+PARTS: dict[str, Callable[[Path, float], dict[str, float]]] = {
+    "bucket": bucket,
+    "file_list": file_list,
+    "order": order,
+}
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of the sizes above")
+    parser.add_argument("--one", choices=list(PARTS), help="measure this part alone, in this process")
+    arguments = parser.parse_args()
+    if arguments.one:
         with tempfile.TemporaryDirectory() as folder:
-            found = PARTS[sys.argv[1]](Path(folder))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(
-            json.dumps(
-                {**{name: round(value, 2) for name, value in found.items()}, "peak_gib": round(peak, 2)}
-            )
-        )
+            figures = PARTS[arguments.one](Path(folder), arguments.scale)
+        figures["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(json.dumps({name: round(value, 2) for name, value in figures.items()}))
         return
     result = {}
     for name in PARTS:
-        command = [sys.executable, "-m", "tests.bench.size", name]
-        result[name] = json.loads(
-            subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-        )
+        command = [sys.executable, "-m", "tests.bench.size", "--scale", str(arguments.scale), "--one", name]
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        result[name] = json.loads(output.splitlines()[-1])
         print(name, result[name], flush=True)
     path = Path(__file__).parent / "results" / "size.json"
     path.write_text(json.dumps(result, indent=2) + "\n")

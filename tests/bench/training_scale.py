@@ -1,10 +1,10 @@
-"""That training does not care how many users or ratings there are: step time, memory, and two workers against one.
+"""Training at scale: step time and memory by number of users and ratings, and two workers against one.
 
-    python tests/bench/training_scale.py steps      an `id` table of 10,000 and of 1,000,000 users: ms a step, MiB of the process
+    python tests/bench/training_scale.py steps      an `id` table of 10,000 and 1,000,000 users: ms per step
     python tests/bench/training_scale.py memory     grouping 1 and 20 million interactions: peak MiB in use
     python tests/bench/training_scale.py workers    two workers with one thread each against one: samples/s
 
-Every measurement runs in a process of its own, in turn; the table gives medians of the rounds.
+Every measurement runs in its own process, in turn. The table gives medians of the rounds.
 """
 
 import argparse
@@ -27,18 +27,18 @@ from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 D, BATCH, STEPS = 256, 256, 60
-ITEMS, RATINGS_A_USER, ROWS_PER_CHUNK = 7096, 20, 1_000_000
-SAMPLES_A_WORKER = 1024  # of 256, half a step is what any step costs
+ITEMS, RATINGS_PER_USER, ROWS_PER_CHUNK = 7096, 20, 1_000_000
+SAMPLES_PER_WORKER = 1024  # with 256, half of a step is overhead
 
 
 def used_memory() -> int:
-    """Bytes of memory in use on this machine: all processes and shared memory, no file cache."""
+    """Return the bytes of memory in use on this machine: all processes and shared memory, no file cache."""
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return 1024 * (int(meminfo["MemTotal"].split()[0]) - int(meminfo["MemAvailable"].split()[0]))
 
 
 def time_steps(num_users: int) -> dict[str, float]:
-    """Optimizer steps of the paper's later network on random samples of `num_users` users."""
+    """Run optimizer steps of the network `paper-v2` on random samples of `num_users` users."""
     import torch
 
     from rebeca_ray.config.jobs import TrainConfig
@@ -48,17 +48,17 @@ def time_steps(num_users: int) -> dict[str, float]:
     from rebeca_ray.training.state import DenoisingLoss, TrainState
 
     torch.set_num_threads(1)
-    told = {
+    settings = {
         "preset": "paper-v2",
         "network": {"num_layers": 2},
         "interactions": {"path": "i"},
         "items": "i",
         "out": "o",
     }
-    config = TrainConfig.model_validate(told)
+    config = TrainConfig.model_validate(settings)
     device = torch.device("cpu")
-    fit = TrainState(config, D, num_users, device)
-    loss = DenoisingLoss(fit.prior, Diffusion.build(config.diffusion), config)
+    state = TrainState(config, D, num_users, device)
+    loss = DenoisingLoss(state.prior, Diffusion.build(config.diffusion), config)
     random = np.random.default_rng(0)
     x0_ID = random.standard_normal((ITEMS, D)).astype(np.float32) * 0.2
     generator = torch.Generator().manual_seed(0)
@@ -72,30 +72,30 @@ def time_steps(num_users: int) -> dict[str, float]:
             history=Rated.nothing(BATCH, 1),
         )
         started = time.perf_counter()
-        train_epoch(loss, fit, iter([batch]), x0_ID, generator, config, None)
+        train_epoch(loss, state, iter([batch]), x0_ID, generator, config, None)
         seconds.append(time.perf_counter() - started)
-    assert fit.table is not None
-    table = fit.table.rows_VUH.nbytes / 2**20
+    assert state.table is not None
+    table = state.table.rows_VUH.nbytes / 2**20
     return {
-        "ms_a_step": 1000 * statistics.median(seconds[10:]),
+        "ms_per_step": 1000 * statistics.median(seconds[10:]),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "table_mib": table,
     }
 
 
 def write_ratings(folder: Path, rows: int) -> None:
-    """`rows` ratings by rows / 20 users, in no order, a million a file."""
+    """Write `rows` ratings by rows / 20 users, in random order, a million per file."""
     folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, rows, ROWS_PER_CHUNK):
         path = folder / f"part-{start // ROWS_PER_CHUNK:05d}.parquet"
         if path.exists():
             continue
         number = np.random.default_rng(1).permutation(ROWS_PER_CHUNK) + start
-        user, place = number // RATINGS_A_USER, number % RATINGS_A_USER
+        user, position = number // RATINGS_PER_USER, number % RATINGS_PER_USER
         table = pa.table(
             {
                 "user_id": pa.array([f"user-{value:08d}" for value in user]),
-                "item_id": pa.array([f"item-{value:05d}" for value in (user * 31 + place * 353) % ITEMS]),
+                "item_id": pa.array([f"item-{value:05d}" for value in (user * 31 + position * 353) % ITEMS]),
                 "rating": pa.array((1 + number % 5).astype(np.float32)),
                 "timestamp": pa.array(number * 1_000_000, pa.timestamp("us")),
             }
@@ -104,7 +104,7 @@ def write_ratings(folder: Path, rows: int) -> None:
 
 
 def measure_memory(rows: int, data: Path) -> dict[str, float]:
-    """Group `rows` interactions by user; the peak of the machine's used memory above what it was before."""
+    """Group `rows` interactions by user. Return the rise of the machine's used memory, at its peak."""
     from rebeca_ray.config.sections import InteractionSettings
     from rebeca_ray.data.histories import build_histories
 
@@ -137,7 +137,7 @@ def measure_memory(rows: int, data: Path) -> dict[str, float]:
 
 
 def measure_workers(num_workers: int, data: Path) -> dict[str, float]:
-    """Samples a second of some epochs on the stickers, one thread and 1,024 samples a step for each worker."""
+    """Return samples per second of some epochs on the stickers, one thread and 1,024 samples per worker."""
     from rebeca_ray.config.jobs import EmbedConfig, TrainConfig
     from rebeca_ray.config.load import load_config
     from rebeca_ray.data.items import embed_items
@@ -160,22 +160,22 @@ def measure_workers(num_workers: int, data: Path) -> dict[str, float]:
         f"workers.num_workers={num_workers}",
     ]
     overrides += ["workers.cpus_per_worker=1", "workers.threads_per_worker=1"]
-    overrides += [f"optimization.batch_size={SAMPLES_A_WORKER * num_workers}"]
+    overrides += [f"optimization.batch_size={SAMPLES_PER_WORKER * num_workers}"]
     metrics = train_prior(load_config(TrainConfig, configs / "train_stickers.yaml", overrides))
-    return {"samples_a_second": metrics["samples_per_second"]}
+    return {"samples_per_second": metrics["samples_per_second"]}
 
 
 def in_turn(name: str, sizes: list[int], rounds: int, data: Path) -> dict[int, dict[str, float]]:
-    """Each size in a process of its own, round after round; medians."""
-    found: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
+    """Measure each size in its own process, round after round. Return the medians."""
+    rounds_of: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
     for _ in range(rounds):
         for size in sizes:
             command = [sys.executable, __file__, name, "--one", str(size), "--data", str(data)]
             out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            found[size].append(json.loads(out.splitlines()[-1]))
+            rounds_of[size].append(json.loads(out.splitlines()[-1]))
     return {
         size: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-        for size, rows in found.items()
+        for size, rows in rounds_of.items()
     }
 
 
@@ -185,7 +185,7 @@ SIZES = {"steps": [10_000, 1_000_000], "memory": [1_000_000, 20_000_000], "worke
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
-        "what", nargs="*", default=list(SIZES), help="steps, memory, workers; default: all of them"
+        "parts", nargs="*", default=list(SIZES), help="steps, memory, workers; default: all of them"
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data", type=Path, default=Path("runs/training_scale"))
@@ -197,22 +197,22 @@ def main() -> None:
             "steps": lambda: time_steps(arguments.one),
             "memory": lambda: measure_memory(arguments.one, data),
             "workers": lambda: measure_workers(arguments.one, data),
-        }[arguments.what[0]]()
+        }[arguments.parts[0]]()
         print(json.dumps(measured))
         return
-    for what in arguments.what:
-        first, last = SIZES[what]
-        found = in_turn(what, [first, last], arguments.rounds, data)
-        table = Table(what, f"{first:,}", f"{last:,}", "ratio")
-        for key in found[first]:
+    for part in arguments.parts:
+        first, last = SIZES[part]
+        figures = in_turn(part, [first, last], arguments.rounds, data)
+        table = Table(part, f"{first:,}", f"{last:,}", "ratio")
+        for key in figures[first]:
             table.add_row(
                 key,
-                f"{found[first][key]:.1f}",
-                f"{found[last][key]:.1f}",
-                f"{found[last][key] / found[first][key]:.2f}",
+                f"{figures[first][key]:.1f}",
+                f"{figures[last][key]:.1f}",
+                f"{figures[last][key] / figures[first][key]:.2f}",
             )
         Console().print(table)
-        (RESULTS / f"training_scale-{what}.json").write_text(json.dumps(found, indent=2) + "\n")
+        (RESULTS / f"training_scale-{part}.json").write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
+from rebeca_ray.catalog.manifest import PermutationFigures
 from rebeca_ray.evaluation.permutation import permutation_test
 
 
@@ -50,3 +51,11 @@ def test_personal_items_are_found_and_z_grows_with_the_users() -> None:
 def test_any_but_a_square_finite_matrix_is_refused(bad: np.ndarray) -> None:
     with pytest.raises(ValueError, match="expected a square, finite matrix of at least two users"):
         permutation_test(bad)
+
+
+def test_figures_under_their_earlier_names_are_read() -> None:
+    figures = permutation_test(np.array([[0.9, 0.2], [0.3, 0.8]])).figures()
+    earlier = {
+        {"matched": "own", "shuffled": "dealt"}.get(name, name): value for name, value in figures.items()
+    }
+    assert PermutationFigures.model_validate(earlier) == PermutationFigures.model_validate(figures)

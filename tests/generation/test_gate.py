@@ -132,8 +132,8 @@ def manifest_of(**changes: float | None) -> Manifest:
         "judged_items": 1000,
     }
     permutation: dict[str, Any] = {
-        "own": 0.6,
-        "dealt": 0.5,
+        "matched": 0.6,
+        "shuffled": 0.5,
         "effect": 0.2,
         "p_value": 0.0001,
         "users": 100,

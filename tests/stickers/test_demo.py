@@ -52,8 +52,8 @@ def test_the_truth_check_and_the_page(tmp_path: Path) -> None:
 
     check = check_truth(tmp_path, judge, load_stickers(), interactions, snapshot, config)
     assert all(0 < figure < 1 for _, _, figure in check.rows())
-    assert check.held_out > 1.5 * check.random_real  # what users liked, they are known to like
-    assert 0.5 < check.own / check.dealt < 2  # an untrained prior knows nobody
+    assert check.held_out > 1.5 * check.random_real  # users like the held-out items that they rated well
+    assert 0.5 < check.ratio_to_shuffled < 2  # an untrained prior knows no user
 
     page = write_report(
         tmp_path,
@@ -68,8 +68,8 @@ def test_the_truth_check_and_the_page(tmp_path: Path) -> None:
     assert generated == 12 * 2
     assert 12 * 3 <= liked <= 12 * 9
     assert not re.findall(r'(?:src|href)="(?!data:)[^"]*"', page)  # self-contained
-    assert f"{check.own:.3f}" in page
-    assert f"{check.own / check.dealt:.2f}" in page
+    assert f"{check.matched:.3f}" in page
+    assert f"{check.ratio_to_shuffled:.2f}" in page
     assert [len(points.split()) for points in re.findall(r'<polyline[^>]*points="([^"]*)"', page)] == [2, 2]
     for user in re.findall(r"<b>(user[^<]*)</b>", page):
         assert user in pq.read_table(config.request)["user_id"].to_pylist()

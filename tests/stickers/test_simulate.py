@@ -1,4 +1,4 @@
-"""The simulated world: the two figures that fix it, and any size and seed."""
+"""The simulated world: its like rate and AUC, and any size and seed."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def test_like_rate_and_auc_fix_the_world(tmp_path: Path, users: int, seed: int) 
     like = rows["rating"] >= 4
     assert 0.20 <= like.mean() <= 0.30
     assert roc_auc_score(like, rows["like_probability"]) == pytest.approx(0.85, abs=0.02)
-    # P(rating >= 4) is the true probability itself, not just monotone in it.
+    # P(rating >= 4) equals the true probability. It is not just monotone in it.
     assert rows["like_probability"].mean() == pytest.approx(like.mean(), abs=0.01)
 
 
@@ -46,9 +46,8 @@ def test_files_have_the_contracts_shape(tmp_path: Path) -> None:
     assert counts.between(20, 400).all()
     assert counts.mean() > 1.15 * counts.median()  # a long tail
     popularity = frame["item_id"].value_counts().to_numpy()
-    assert (
-        popularity[:355].sum() > 0.12 * popularity.sum()
-    )  # the top 5% of items get well over 5% of the ratings
+    # The top 5% of items get well over 5% of the ratings.
+    assert popularity[:355].sum() > 0.12 * popularity.sum()
     truth = pq.read_table(tmp_path / "truth.parquet").to_pandas()
     pairs = pq.read_table(ITEMS, columns=["style", "subcategory"]).to_pandas().drop_duplicates()
     assert len(truth) == 300 * len(pairs)
@@ -56,7 +55,7 @@ def test_files_have_the_contracts_shape(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "request.parquet").num_rows == 100
 
 
-def test_a_user_is_the_same_whatever_the_size(tmp_path: Path) -> None:
+def test_a_user_is_the_same_at_every_size(tmp_path: Path) -> None:
     simulate(1, 3, tmp_path / "one")
     simulate(3, 3, tmp_path / "three")
     one, three = (pq.read_table(tmp_path / name / "interactions.parquet") for name in ("one", "three"))

@@ -1,4 +1,4 @@
-"""The truth check's arithmetic, on a judge that knows the answer."""
+"""The arithmetic of the truth check, with a judge that knows the answer."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from rebeca_ray.stickers.truth import Truth, TruthCheck
 
 
 class KnowingJudge:
-    """Reads style and subcategory off the first two channel values of the first pixel."""
+    """Read style and subcategory off the first two channel values of the first pixel."""
 
     styles, subcategories = ("noto", "flat"), ("cat", "food")
 
@@ -66,5 +66,16 @@ def test_the_mean_over_users_is_every_image_for_everyone(truth: Truth) -> None:
 
 
 def test_the_verdict_states_both_ratios() -> None:
-    check = TruthCheck(own=0.4, dealt=0.2, random_real=0.1, no_user=0.15, held_out=0.5)
+    check = TruthCheck(matched=0.4, shuffled=0.2, random_real=0.1, no_user=0.15, held_out=0.5)
     assert check.verdict == "(a) is 2.00 × (b) and 80% of (e)"
+
+
+def test_the_figures_have_the_keys_of_the_documented_results() -> None:
+    check = TruthCheck(matched=0.4, shuffled=0.2, random_real=0.1, no_user=0.15, held_out=0.5)
+    assert check.figures() == {
+        "own": 0.4,
+        "dealt": 0.2,
+        "random_real": 0.1,
+        "no_user": 0.15,
+        "held_out": 0.5,
+    }

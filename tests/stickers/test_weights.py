@@ -1,6 +1,6 @@
-"""The shipped models keep their bars, read on names that no model saw in training.
+"""The shipped models pass their bounds on names that no model saw in training.
 
-Figures are printed (`pytest -s`), with the judge's own accuracy beside everything it judges.
+`pytest -s` prints the figures, and the accuracy of the judge beside them.
 """
 
 import json
@@ -60,8 +60,8 @@ def unit(embeds: np.ndarray) -> np.ndarray:
     return embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
 
 
-def share(judged: list[str], wanted: list[str], rows: np.ndarray) -> float:
-    return float(np.mean([found == wanted[row] for found, row in zip(judged, rows, strict=True)]))
+def share(judged: list[str], truth: list[str], rows: np.ndarray) -> float:
+    return float(np.mean([label == truth[row] for label, row in zip(judged, rows, strict=True)]))
 
 
 def test_assets_are_small_licensed_and_no_pickles() -> None:
@@ -90,7 +90,8 @@ def test_linear_probes_on_held_out_names(stickers: Stickers, embeds: np.ndarray)
     category_probe = LogisticRegression(max_iter=200, C=0.01).fit(x[train], category[train])
     figures = style_probe.score(x[~train], style[~train]), category_probe.score(x[~train], category[~train])
     print(
-        f"\nlinear probes on {int((~train).sum())} items of held-out names: style {figures[0]:.1%}, category {figures[1]:.1%}"
+        f"\nlinear probes on {int((~train).sum())} items of held-out names: "
+        f"style {figures[0]:.1%}, category {figures[1]:.1%}"
     )
     assert figures[0] >= 0.95
     assert figures[1] >= 0.60
@@ -100,7 +101,7 @@ def test_linear_probes_on_held_out_names(stickers: Stickers, embeds: np.ndarray)
 def decoded(
     stickers: Stickers, embeds: np.ndarray, clip: open_clip.CLIP, decoder: LocalDecoder
 ) -> dict[str, dict[str, float]]:
-    """Items of held-out and of trained names, decoded from their own embeddings: what the judge and the CLIP say."""
+    """Return the figures of judge and CLIP on decoded items of held-out and of trained names."""
     judge, figures = Judge(), {}
     for names, held_out in (("held-out", True), ("trained", False)):
         rows = np.random.default_rng(0).permutation(np.flatnonzero(stickers.held_out == held_out))[:SAMPLE]
@@ -109,11 +110,11 @@ def decoded(
         figures[names] = {
             "style": share(judge.style(judgement), stickers.style, rows),
             "category": share(judge.category(judgement), stickers.category, rows),
-            "cosine to the wanted embedding": float((again * unit(embeds[rows])).sum(1).mean()),
+            "cosine to the given embedding": float((again * unit(embeds[rows])).sum(1).mean()),
             "cosine to random items": float((again @ unit(embeds).T).mean()),
         }
-        told = ", ".join(f"{name} {value:.3f}" for name, value in figures[names].items())
-        print(f"\ndecoded from {SAMPLE} {names} names: {told}; {judge.accuracy_line}")
+        summary = ", ".join(f"{name} {value:.3f}" for name, value in figures[names].items())
+        print(f"\ndecoded from {SAMPLE} {names} names: {summary}; {judge.accuracy_line}")
     return figures
 
 
@@ -121,11 +122,11 @@ def decoded(
 def test_images_decoded_from_real_embeddings(
     decoded: dict[str, dict[str, float]], names: str, style: float, category: float
 ) -> None:
-    """What the shipped weights keep today; the aims stand in the next test."""
-    found = decoded[names]
-    assert found["style"] >= style
-    assert found["category"] >= category
-    assert found["cosine to the wanted embedding"] > found["cosine to random items"] + 0.25
+    """Hold today's figures of the shipped weights. The next test holds the aims."""
+    figures = decoded[names]
+    assert figures["style"] >= style
+    assert figures["category"] >= category
+    assert figures["cosine to the given embedding"] > figures["cosine to random items"] + 0.25
 
 
 @pytest.mark.parametrize(("names", "style", "category"), [("held-out", 0.80, 0.50), ("trained", 0.90, 0.75)])
@@ -141,32 +142,24 @@ def test_images_decoded_from_real_embeddings_reach_the_aim(
 
 
 def test_the_prompt_alone_steers_style_and_category(stickers: Stickers, decoder: LocalDecoder) -> None:
-    """Without the adapter, "noto food pizza" must look more like Noto, and more like food, than chance."""
+    """Compare images of prompts such as "noto food pizza", without the adapter, with chance."""
     text_only = LocalDecoder(decoder.settings.model_copy(update={"ip_adapter_scale": 0.0}))
     judge = Judge()
-    asked = [
+    classes = [
         (style, category)
         for style in judge.styles
         for category in ("Food & Drink", "Smileys & Emotion", "Animals & Nature")
     ] * 4
-    prompts = [caption(style, category, "", "") for style, category in asked]
-    judgement = judge(
-        np.stack(
-            text_only.draw(
-                Rows.of(
-                    text_only.settings, np.zeros((len(asked), 256), np.float32), range(len(asked)), prompts
-                )
-            )
-        )
-    )
-    style = np.mean(
-        [found == wanted for found, (wanted, _) in zip(judge.style(judgement), asked, strict=True)]
-    )
-    category = np.mean(
-        [found == wanted for found, (_, wanted) in zip(judge.category(judgement), asked, strict=True)]
-    )
+    prompts = [caption(style, category, "", "") for style, category in classes]
+    count = len(classes)
+    rows = Rows.of(text_only.settings, np.zeros((count, 256), np.float32), range(count), prompts)
+    judgement = judge(np.stack(text_only.draw(rows)))
+    styles, categories = ([pair[index] for pair in classes] for index in (0, 1))
+    style = share(judge.style(judgement), styles, np.arange(count))
+    category = share(judge.category(judgement), categories, np.arange(count))
     print(
-        f"\nprompt alone: style {style:.1%} (chance 20%), category {category:.1%} (chance 13%); {judge.accuracy_line}"
+        f"\nprompt alone: style {style:.1%} (chance 20%), category {category:.1%} (chance 13%); "
+        f"{judge.accuracy_line}"
     )
     assert style >= 0.4
     assert category >= 0.3
@@ -182,8 +175,8 @@ def test_the_embedding_alone_moves_the_image_towards_it(
         unit(embed(clip, np.stack(decoder.draw(Rows.of(decoder.settings, embeds[chosen], seeds)))))
         for chosen in (rows, other)
     )
-    own, swapped = (one * unit(embeds[rows])).sum(1), (two * unit(embeds[rows])).sum(1)
-    assert (own > swapped).mean() >= 0.9
+    given, swapped = (one * unit(embeds[rows])).sum(1), (two * unit(embeds[rows])).sum(1)
+    assert (given > swapped).mean() >= 0.9
 
 
 def test_every_model_ships_its_loss_curve() -> None:

@@ -1,5 +1,5 @@
-"""How the bundled world was made: drawings, CLIP, autoencoder, UNet, judge. Each module is a script.
+"""Build: the scripts that made the bundled world: drawings, CLIP, autoencoder, UNet, judge.
 
-May import: `stickers`, and what it may.
-Must not hold: anything the product needs when it runs.
+May import: `stickers`, and all that it may import.
+Must not hold: anything that the product needs when it runs.
 """

@@ -1,4 +1,4 @@
-"""What the bundled text towers read: captions of stickers, and the small CLIP vocabulary made from them."""
+"""Captions of stickers for the bundled text towers, and the small CLIP vocabulary made from them."""
 
 import json
 from pathlib import Path
@@ -11,16 +11,16 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def caption(style: str, category: str, subcategory: str, name: str) -> str:
-    """The full caption of a sticker: style, category, subcategory, name, in lower-case words."""
+    """Return the full caption of a sticker: style, category, subcategory, name, in lower-case words."""
     return " ".join(
         f"{style} {category} {subcategory} {name}".lower().replace("&", " ").replace("-", " ").split()
     )
 
 
 def random_caption(parts: tuple[str, str, str, str], random: np.random.Generator) -> str:
-    """A caption of (style, category, subcategory, name) with each left out now and then.
+    """Return a caption of (style, category, subcategory, name), each left out at random.
 
-    So that short prompts ("noto food pizza") are understood.
+    The models then learn short prompts ("noto food pizza") too.
     """
     keep = random.random(4) < (0.85, 0.6, 0.4, 0.9)
     style, category, subcategory, name = (
@@ -30,9 +30,9 @@ def random_caption(parts: tuple[str, str, str, str], random: np.random.Generator
 
 
 def train_tokenizer(captions: list[str], directory: Path) -> None:
-    """Write a `CLIPTokenizer` directory whose byte-pair vocabulary is learned from `captions`.
+    """Learn a byte-pair vocabulary from `captions`, and write it as a `CLIPTokenizer` directory.
 
-    The end token has the highest id, because CLIP's text towers find it by argmax.
+    The end token has the highest id, because CLIP's text towers take the argmax of the ids as its position.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer

@@ -1,10 +1,12 @@
-"""Train the bundled CLIP: `python -m rebeca_ray.stickers.build.clip` (resumes; about half an hour on one core).
+"""Train the bundled CLIP: `python -m rebeca_ray.stickers.build.clip` (about half an hour on one core).
 
-Two towers of open_clip's own classes. Beside the contrastive loss three throw-away heads read the unit image
-embedding: style, subcategory, and a 16x16 thumbnail. The thumbnail makes the embedding keep layout and colour,
-since a decoder can draw only what the embedding says. The last fifth of the steps restarts the learning rate lower,
-weighs style more, turns images by right angles, hides parts of them, and averages the weights: styles of unseen names
-gain by it (turning by any angle blurs what tells styles apart, and loses).
+The script resumes. The two towers are open_clip's classes. Beside the contrastive loss, three temporary
+heads read the unit image embedding: style, subcategory, and a 16x16 thumbnail. The thumbnail makes the
+embedding keep layout and colour, because a decoder draws from the embedding alone.
+
+The last fifth of the steps restarts the learning rate lower and weighs style more. It also turns images by
+right angles, hides parts of them, and averages the weights. The styles of unseen names gain by it. Turning
+by any angle loses, because it blurs the differences between styles.
 """
 
 import argparse
@@ -73,7 +75,7 @@ POLISH_SHARE, POLISH_RATE, POLISH_STYLE_WEIGHT = 0.2, 0.5, 2.0
 
 
 class Heads(nn.Module):
-    """Throw-away readers of the unit embedding: style, subcategory, thumbnail."""
+    """Temporary readers of the unit embedding: style, subcategory, thumbnail."""
 
     def __init__(self, num_styles: int, num_subcategories: int) -> None:
         super().__init__()
@@ -83,7 +85,10 @@ class Heads(nn.Module):
 
 
 def turn_and_hide(image_BCHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Turn a third of the images by right angles, and put a white 20-pixel square on most; images in [-1, 1]."""
+    """Turn a third of the images by right angles, and put a white 20-pixel square on 70%.
+
+    Images are in [-1, 1].
+    """
     images = []
     for image in image_BCHW:
         turn, hide, quarter, top, left = torch.rand(5, generator=generator).tolist()
@@ -109,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=CLIP)
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/stickers/clip"), help="where the resumable state is kept"
+        "--work", type=Path, default=Path("runs/stickers/clip"), help="folder of the resumable state"
     )
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--threads", type=int, default=1)
@@ -145,7 +150,7 @@ def main() -> None:
     polish_from = round(args.steps * (1 - POLISH_SHARE))
 
     def rate(step: int) -> float:
-        """Cosine to zero, twice: over the main part, then from POLISH_RATE over the rest."""
+        """Return a factor that falls as a cosine to zero, twice; the second time it starts at POLISH_RATE."""
         if step < polish_from:
             return min((step + 1) / 150, 0.5 * (1 + math.cos(math.pi * step / polish_from)) + 1e-3)
         return (

@@ -1,4 +1,4 @@
-"""What the training scripts of the bundled models share: the items in memory, augmentation, resumable state."""
+"""Shared by the training scripts of the bundled models: items in memory, augmentation, resumable state."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Stickers:
-    """All items: `image_NCHW` uint8, one array a column, and which rows no model may train on."""
+    """All items: `image_NCHW` uint8, one list per column, and a mask of the rows withheld from training."""
 
     image_NCHW: torch.Tensor
     item_id: list[str]
@@ -56,14 +56,14 @@ def to_pixels(encoded: list[bytes]) -> np.ndarray:
 
 
 def class_ids(values: list[str]) -> tuple[torch.Tensor, list[str]]:
-    """Integer class of every value, and the class names in order."""
+    """Return the integer class of every value, and the class names in order."""
     classes = sorted(set(values))
     index = {value: number for number, value in enumerate(classes)}
     return torch.tensor([index[value] for value in values]), classes
 
 
 def shift_and_flip(image_BCHW: torch.Tensor, generator: torch.Generator, *, pixels: int = 4) -> torch.Tensor:
-    """Shift each image by up to `pixels` on white and mirror half of them. Values in [0, 1]."""
+    """Shift each image by up to `pixels` on white, and mirror half of them. Values are in [0, 1]."""
     size = image_BCHW.shape[-1]
     padded = torch.nn.functional.pad(image_BCHW, (pixels,) * 4, value=1.0)
     offsets = torch.randint(0, 2 * pixels + 1, (len(image_BCHW), 2), generator=generator).tolist()
@@ -76,7 +76,7 @@ def shift_and_flip(image_BCHW: torch.Tensor, generator: torch.Generator, *, pixe
 
 
 def batches(rows: np.ndarray, batch_size: int, random: np.random.Generator) -> Iterator[np.ndarray]:
-    """Endless full batches of `rows`, reshuffled every epoch."""
+    """Yield full batches of `rows` without end, reshuffled every epoch."""
     while True:
         order = random.permutation(rows)
         for start in range(0, len(order) - batch_size + 1, batch_size):
@@ -84,7 +84,10 @@ def batches(rows: np.ndarray, batch_size: int, random: np.random.Generator) -> I
 
 
 def autocast(device: str) -> torch.autocast:
-    """Mixed precision where it pays: a processor without AVX-512 computes bfloat16 some hundred times slower than float32."""
+    """Return mixed precision where it is faster.
+
+    Without AVX-512, a processor computes bfloat16 some hundred times slower than float32.
+    """
     return torch.autocast(
         device,
         torch.bfloat16,
@@ -101,7 +104,7 @@ class Progress:
         self.checkpoint, self.curve, self.columns = work / "state.pt", curve, columns
 
     def resume(self) -> dict[str, Any] | None:
-        """The last saved state, or None; the loss curve is cut back to that step."""
+        """Return the last saved state, or None. Cut the loss curve back to that step."""
         state = torch.load(self.checkpoint, weights_only=True) if self.checkpoint.exists() else None
         last = state["step"] if state else 0
         kept = []
@@ -113,7 +116,7 @@ class Progress:
         return state
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint in one move, so that a kill leaves the old or the new one."""
+        """Replace the checkpoint in one move, so that a kill leaves the old one or the new one."""
         partial = self.checkpoint.with_suffix(".partial")
         torch.save(state, partial)
         partial.replace(self.checkpoint)

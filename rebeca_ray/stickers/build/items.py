@@ -1,9 +1,9 @@
 """Rebuild `assets/items.parquet` from the emoji packages of the npm registry.
 
-One command, `python -m rebeca_ray.stickers.build.items` (six minutes, most of them in WebP's lossless search):
-installs five pinned packages into a scratch
-directory with `npm`, draws every emoji on white at 64x64, drops flags, keycaps, components, drawings that
-repeat within a style or in another one, and gendered forms of a neutral one, and writes lossless WebP.
+`python -m rebeca_ray.stickers.build.items` takes six minutes, most of them in WebP's lossless search. It
+installs five pinned packages into a scratch directory with `npm`. It draws every emoji on white at 64x64,
+and writes lossless WebP. It drops flags, keycaps and components, drawings that repeat within a style or in
+another one, and gendered forms of a neutral one.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, Required, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -44,11 +44,52 @@ ICONIFY = {
     "flat": "@iconify-json/fluent-emoji-flat",
     "contrast": "@iconify-json/fluent-emoji-high-contrast",
 }
-SAME_DRAWING = (
-    4.0  # mean absolute difference of 8-bit pixels below which two styles drew one picture: no style to tell
-)
+# Mean absolute difference of 8-bit pixels. Two styles that differ less have the same drawing.
+SAME_DRAWING = 4.0
 SKIPPED_CATEGORIES = {"Flags", "Component"}
 SKIPPED_SUBCATEGORIES = {"keycap", "skin-tone"}
+
+
+class Emoji(TypedDict):
+    """One entry of `emoji.json`: the keys that are read here."""
+
+    unified: str  # code points
+    non_qualified: str | None
+    name: str
+    category: str
+    subcategory: str
+    sort_order: int
+    image: str
+
+
+class Icon(TypedDict, total=False):
+    """One icon of an iconify set. Its set may hold the size."""
+
+    body: Required[str]
+    width: float
+    height: float
+    left: float
+    top: float
+
+
+class IconSet(TypedDict):
+    """The `icons.json` of an iconify package: the keys that are read here."""
+
+    icons: dict[str, Icon]
+    aliases: NotRequired[dict[str, dict[str, str]]]
+    width: NotRequired[float]
+    height: NotRequired[float]
+
+
+class ItemRow(TypedDict):
+    """One row of `items.parquet`."""
+
+    item_id: str
+    image: dict[str, bytes | str]
+    style: str
+    category: str
+    subcategory: str
+    name: str
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -63,8 +104,8 @@ def on_white(image: Image.Image) -> Image.Image:
     )
 
 
-def draw_icon(icons: dict[str, Any], name: str) -> Image.Image | None:
-    """Rasterise one icon of an iconify set, following aliases; None if the set has no such icon."""
+def draw_icon(icons: IconSet, name: str) -> Image.Image | None:
+    """Draw one icon of an iconify set, also by an alias. Return None if the set has no such icon."""
     import resvg_py
 
     name = icons.get("aliases", {}).get(name, {}).get("parent", name)
@@ -75,46 +116,53 @@ def draw_icon(icons: dict[str, Any], name: str) -> Image.Image | None:
     left, top = icon.get("left", 0), icon.get("top", 0)
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}" color="black">{icon["body"]}</svg>'
+        f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}" color="black">'
+        f"{icon['body']}</svg>"
     )
-    # No icon holds text; without system fonts every machine draws the same.
+    # No icon holds text. Without system fonts, every machine draws the same pixels.
     png = bytes(
         resvg_py.svg_to_bytes(svg_string=svg, width=IMAGE_SIZE, height=IMAGE_SIZE, skip_system_fonts=True)
     )
     return Image.open(io.BytesIO(png))
 
 
-def icon_of(entry: dict[str, Any], names: dict[str, str]) -> str | None:
-    """The name iconify gives an emoji, found by its code points with or without variation selectors."""
+def icon_of(entry: Emoji, names: dict[str, str]) -> str | None:
+    """Return iconify's name of an emoji, by its code points with or without variation selectors."""
     code = entry["unified"].lower()
     spellings = (code, (entry["non_qualified"] or code).lower(), code.replace("-fe0f", ""))
     return next((names[spelling] for spelling in spellings if spelling in names), None)
 
 
-def sticker_name(entry: dict[str, Any], names: dict[str, str]) -> str:
-    """One name for all styles: iconify's if it has one, else Unicode's."""
+def sticker_name(entry: Emoji, names: dict[str, str]) -> str:
+    """Return one name for all styles: iconify's if it has one, else Unicode's."""
     icon_name = icon_of(entry, names)
-    return icon_name.replace("-", " ") if icon_name else str(entry["name"]).lower()
+    return icon_name.replace("-", " ") if icon_name else entry["name"].lower()
 
 
 def has_neutral_form(name: str, names: set[str]) -> bool:
-    """True for "man rowing boat" where "person rowing boat" exists: such triples would be a sixth of the world."""
-    found = re.match(r"(?:man|woman|men|women) (.+)", name)
-    return found is not None and bool({f"person {found[1]}", f"people {found[1]}", found[1]} & names)
+    """Return whether "person rowing boat" exists beside "man rowing boat".
+
+    Such triples would be a sixth of the items.
+    """
+    gendered = re.match(r"(?:man|woman|men|women) (.+)", name)
+    if gendered is None:
+        return False
+    rest = gendered[1]
+    return bool({f"person {rest}", f"people {rest}", rest} & names)
 
 
 def drawings(node_modules: Path) -> Iterator[tuple[dict[str, str], Image.Image]]:
     """Yield `(columns, image)` for every drawing, in a fixed order."""
-    emoji = json.loads((node_modules / "emoji-datasource-google" / "emoji.json").read_text())
-    emoji = [
+    entries = json.loads((node_modules / "emoji-datasource-google" / "emoji.json").read_text())
+    emoji: list[Emoji] = [
         entry
-        for entry in emoji
+        for entry in entries
         if entry["category"] not in SKIPPED_CATEGORIES and entry["subcategory"] not in SKIPPED_SUBCATEGORIES
     ]
     emoji.sort(key=lambda entry: (entry["sort_order"], entry["unified"]))
     names = json.loads((node_modules / ICONIFY["flat"] / "chars.json").read_text())
     all_names = {sticker_name(entry, names) for entry in emoji}
-    icon_sets = {
+    icon_sets: dict[str, IconSet] = {
         style: json.loads((node_modules / package / "icons.json").read_text())
         for style, package in ICONIFY.items()
     }
@@ -135,8 +183,8 @@ def drawings(node_modules: Path) -> Iterator[tuple[dict[str, str], Image.Image]]
 
 
 def build_items(node_modules: Path) -> pa.Table:
-    """All drawings as a table `item_id, image, style, category, subcategory, name`, in a fixed order."""
-    rows: list[dict[str, Any]] = []
+    """Return all drawings as a table with the columns of `ItemRow`, in a fixed order."""
+    rows: list[ItemRow] = []
     seen: set[tuple[str, str]] = set()
     same_name: dict[str, list[np.ndarray]] = {}
     for columns, drawing in drawings(node_modules):
@@ -152,7 +200,16 @@ def build_items(node_modules: Path) -> pa.Table:
         others.append(pixels)
         buffer = io.BytesIO()
         image.save(buffer, "WEBP", lossless=True, quality=100, method=6)
-        rows.append({**columns, "image": {"bytes": buffer.getvalue(), "path": f"{columns['item_id']}.webp"}})
+        rows.append(
+            ItemRow(
+                item_id=columns["item_id"],
+                image={"bytes": buffer.getvalue(), "path": f"{columns['item_id']}.webp"},
+                style=columns["style"],
+                category=columns["category"],
+                subcategory=columns["subcategory"],
+                name=columns["name"],
+            )
+        )
     rows.sort(key=lambda row: row["item_id"])
     schema = pa.schema(
         [
@@ -170,7 +227,7 @@ def build_items(node_modules: Path) -> pa.Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--node-modules", type=Path, help="use packages already installed here instead of running npm"
+        "--node-modules", type=Path, help="folder with the installed packages, in place of running npm"
     )
     parser.add_argument("--out", type=Path, default=ASSETS / "items.parquet")
     args = parser.parse_args()

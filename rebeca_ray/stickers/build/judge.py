@@ -1,8 +1,9 @@
-"""Train the bundled judge: `python -m rebeca_ray.stickers.build.judge` (resumes; about ten minutes on one core).
+"""Train the bundled judge: `python -m rebeca_ray.stickers.build.judge` (about ten minutes on one core).
 
-Another architecture, another seed and no text: it shares with the CLIP only the names that both may see. It learns
-from blurred and noisy images too: a judge that has only seen crisp ones tells a style by its last pixel of sharpness
-(a 3x3 blur took an earlier one from 92% to 35%), and would judge the decoder's sharpness instead of its style.
+The script resumes. The judge has another architecture, another seed and no text. It shares with the CLIP
+only the names in the training data. It learns from blurred and noisy images too. A judge trained on crisp
+images alone reads the style off the sharpness of the last pixel: a 3x3 blur took an earlier one from 92% to
+35%. It would judge the decoder's sharpness, not its style.
 """
 
 import argparse
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def write_judge(network: JudgeNetwork, stickers: Stickers, directory: Path) -> None:
-    """Write `config.json` and fp16 weights, then measure the written judge on held-out names into the config."""
+    """Write `config.json` and fp16 weights. Add the accuracy of the written judge on held-out names."""
     config = {
         "styles": class_ids(stickers.style)[1],
         "subcategories": class_ids(stickers.subcategory)[1],
@@ -79,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=JUDGE)
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/stickers/judge"), help="where the resumable state is kept"
+        "--work", type=Path, default=Path("runs/stickers/judge"), help="folder of the resumable state"
     )
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--threads", type=int, default=1)

@@ -1,9 +1,10 @@
 """Train the bundled UNet, text encoder and IP-Adapter: `python -m rebeca_ray.stickers.build.unet` (resumes).
 
-Needs the trained CLIP and autoencoder. Everything learns together from scratch: the decoupled image keys and
-values of IP-Adapter beside the text tokens. Captions are dropped half of the time, because the empty prompt is the
-common case, and in a seventh of the batches the adapter is switched off, so that plain text prompts work too.
-The loss is v-prediction (Salimans & Ho 2022); the learning rate falls linearly over the last third of the steps.
+The script needs the trained CLIP and autoencoder. All parts learn together from scratch: the UNet, the text
+encoder, and the decoupled image keys and values of IP-Adapter. Half of the captions are dropped, because
+the empty prompt is the common case. In a seventh of the batches the adapter is off, so that plain text
+prompts work too. The loss is v-prediction (Salimans & Ho 2022). The learning rate falls linearly over the
+last third of the steps.
 """
 
 import argparse
@@ -42,14 +43,13 @@ from rebeca_ray.stickers.build.data import (
 LATENT_SIZE = 16
 CONTEXT_DIM = 128
 NUM_IMAGE_TOKENS = 4
-EMBED_NOISE = (
-    0.15  # of a coordinate's standard deviation: what the prior draws is near real embeddings, not on them
-)
+# In standard deviations of a coordinate. The prior samples near real embeddings, not at them.
+EMBED_NOISE = 0.15
 IMAGE_DROPOUT, CAPTION_DROPOUT, TEXT_ONLY_SHARE = 0.1, 0.5, 0.15
 
 
 def build_unet() -> UNet2DConditionModel:
-    """A UNet with attention at 8x8 only (at 16x16 it would cost more than all the rest on a CPU)."""
+    """Return a UNet with attention at 8x8 only. At 16x16, attention would dominate the cost on a CPU."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=4,
@@ -65,7 +65,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def cross_attentions(unet: UNet2DConditionModel) -> list[tuple[int, str]]:
-    """`(number, name)` of every cross-attention, numbered as in official IP-Adapter files (1, 3, 5, …)."""
+    """Return `(number, name)` of every cross-attention. Official IP-Adapter files number them 1, 3, 5, …"""
     names = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
     return [(2 * index + 1, name.removesuffix(".processor")) for index, name in enumerate(names)]
 
@@ -88,9 +88,10 @@ def attach_new_ip_adapter(unet: UNet2DConditionModel) -> None:
 
 
 def official_ip_adapter(unet: UNet2DConditionModel, mean_length: float) -> dict[str, torch.Tensor]:
-    """The adapter's weights under the names of the official files (`h94/IP-Adapter`).
+    """Return the adapter's weights under the names of the official files (`h94/IP-Adapter`).
 
-    Training sees embeddings of length sqrt(D); the file reads the CLIP's own output, `mean_length` long on average.
+    Training sees embeddings of length sqrt(D). The CLIP's output has length `mean_length` on average, so the
+    projection is rescaled.
     """
     projection = unet.encoder_hid_proj.image_projection_layers[0]
     weights = {
@@ -112,7 +113,7 @@ def set_adapter_scale(unet: UNet2DConditionModel, scale: float) -> None:
 
 
 def new_scheduler() -> DPMSolverMultistepScheduler:
-    """The forward process of Stable Diffusion (scaled-linear betas) with v-prediction."""
+    """Return the forward process of Stable Diffusion (scaled-linear betas) with v-prediction."""
     return DPMSolverMultistepScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -125,7 +126,7 @@ def new_scheduler() -> DPMSolverMultistepScheduler:
 
 
 class Model(nn.Module):
-    """What trains together, so that one average holds all of it."""
+    """All networks that train together, so that one running average holds all weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +173,7 @@ def write_decoder(model: Model, tokenizer: CLIPTokenizer, mean_length: float, di
 
 
 def load_shipped(model: Model, mean_length: float, directory: Path) -> None:
-    """Start from the weights in `directory` instead of from noise: where a machine has no resumable state."""
+    """Load the weights in `directory` as a start, for a machine without resumable state."""
     shipped = UNet2DConditionModel.from_pretrained(directory / "unet", dtype=torch.float32)
     adapter = load_file(directory / "ip_adapter" / "ip-adapter.safetensors")
     groups: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
@@ -191,9 +192,10 @@ def load_shipped(model: Model, mean_length: float, directory: Path) -> None:
 def training_pairs(
     stickers: Stickers, vae: AutoencoderKL, device: str, copies: int = 4
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
-    """`(row, latents, embeds, mean length)` of `copies` variants of every training image, the image itself first.
+    """Return `(row, latents, embeds, mean length)` of `copies` variants of every training image.
 
-    The embeddings are brought to length sqrt(D); the mean length is what they had.
+    The first variant is the image itself. The embeddings are scaled to length sqrt(D). The mean length is
+    measured before scaling.
     """
     clip = open_clip.create_model(f"local-dir:{CLIP}").eval().to(device)
     generator = torch.Generator().manual_seed(0)
@@ -219,11 +221,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=DECODER)
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/stickers/unet"), help="where the resumable state is kept"
+        "--work", type=Path, default=Path("runs/stickers/unet"), help="folder of the resumable state"
     )
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch-size", type=int, default=40)
-    parser.add_argument("--learning-rate", type=float, default=7e-4, help="at its peak")
+    parser.add_argument("--learning-rate", type=float, default=7e-4, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -287,7 +289,8 @@ def main() -> None:
         clean = latents[chosen]
         embed = embeds[chosen] + EMBED_NOISE * torch.randn(len(chosen), EMBED_DIM, generator=generator)
         embed = embed * (torch.rand(len(chosen), 1, generator=generator) >= IMAGE_DROPOUT)
-        # Logit-normal (Esser et al. 2024, section 3.1): most steps go where shapes are decided, a fifth stays uniform.
+        # Logit-normal (Esser et al. 2024, section 3.1): most steps go to the timesteps that decide shapes.
+        # A fifth stays uniform.
         logit = torch.randn(len(chosen), generator=generator) + 0.2
         uniform = torch.rand(2, len(chosen), generator=generator)
         timestep = (torch.where(uniform[0] < 0.2, uniform[1], logit.sigmoid()) * 1000).long()
@@ -295,7 +298,7 @@ def main() -> None:
         noise_level = (1 - alphas[timestep]).sqrt().view(-1, 1, 1, 1)
         noise = torch.randn(clean.shape, generator=generator)
         set_adapter_scale(model.unet, 0.0 if text_only else 1.0)
-        # Plain attention: at 64 tokens the CPU's flash kernel takes twice as long backwards.
+        # Plain attention: at 64 tokens, the CPU's flash kernel takes twice as long in the backward pass.
         with autocast(args.device), sdpa_kernel(SDPBackend.MATH):
             context = model.text_encoder(tokens.input_ids.to(args.device)).last_hidden_state
             predicted = model.unet(

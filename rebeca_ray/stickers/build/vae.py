@@ -1,9 +1,12 @@
-"""Train the bundled autoencoder: `python -m rebeca_ray.stickers.build.vae` (resumes; about half an hour on one core).
+"""Train the bundled autoencoder: `python -m rebeca_ray.stickers.build.vae` (about half an hour on one core).
 
-A small `AutoencoderKL`, 64x64x3 -> 16x16x4. The loss is L1 + L2 plus the same on differences of neighbouring
-pixels, which keeps outlines sharp; the KL term only keeps the latents bounded. `--continue-shipped` goes on with the
-shipped weights (the UNet then has to follow: `train_unet --continue-shipped`); `--decoder-only` does so and leaves the
-latents as they are, so that the UNet trained on them stays right.
+The script resumes. It trains a small `AutoencoderKL`, 64x64x3 -> 16x16x4. The loss is L1 + L2 of the
+pixels, plus the same of the differences of neighbouring pixels. The differences keep outlines sharp. The KL
+term only keeps the latents bounded.
+
+`--continue-shipped` starts from the shipped weights. The UNet must then be trained again (`build.unet
+--continue-shipped`). `--decoder-only` starts from them too, and keeps the latents as they are, so that the
+UNet still fits them.
 """
 
 import argparse
@@ -19,7 +22,7 @@ from rebeca_ray.log import configure
 from rebeca_ray.stickers import DECODER, IMAGE_SIZE
 from rebeca_ray.stickers.build.data import Progress, autocast, batches, load_stickers, shift_and_flip
 
-KL_WEIGHT = 1e-3  # of the mean KL of one latent value
+KL_WEIGHT = 1e-3  # weight of the mean KL of one latent value
 
 
 def build_vae(scaling_factor: float = 1.0) -> AutoencoderKL:
@@ -38,16 +41,16 @@ def build_vae(scaling_factor: float = 1.0) -> AutoencoderKL:
     )
 
 
-def reconstruction_loss(drawn: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """L1 + L2 of pixels and of horizontal and vertical differences; images [B, 3, H, W] in [-1, 1]."""
-    error = drawn - wanted
+def reconstruction_loss(drawn: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return L1 + L2 of pixels and of horizontal and vertical differences; images [B, 3, H, W] in [-1, 1]."""
+    error = drawn - target
     edges = (error.diff(dim=-1), error.diff(dim=-2))
     pixels = error.abs().mean() + error.square().mean()
     return pixels + sum(edge.abs().mean() + edge.square().mean() for edge in edges)
 
 
 def save_half(vae: AutoencoderKL, scaling_factor: float, directory: Path) -> None:
-    """Save in fp16, leaving `vae` itself in fp32; `scaling_factor` brings the latents to unit variance."""
+    """Save in fp16, and leave `vae` itself in fp32. `scaling_factor` scales the latents to unit variance."""
     half = build_vae(scaling_factor)
     half.load_state_dict(vae.state_dict())
     half.half().save_pretrained(directory)
@@ -57,17 +60,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=DECODER / "vae")
     parser.add_argument(
-        "--work", type=Path, help="where the resumable state is kept; default: runs/stickers/vae…"
+        "--work", type=Path, help="folder of the resumable state; default: runs/stickers/vae…"
     )
     parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="at its peak")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument(
         "--continue-shipped",
         action="store_true",
         help="without a state in --work, start from the weights in --out",
     )
-    parser.add_argument("--decoder-only", action="store_true", help="the same, and keep the encoder as it is")
+    parser.add_argument(
+        "--decoder-only", action="store_true", help="--continue-shipped, with a frozen encoder"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -81,7 +86,8 @@ def main() -> None:
     progress = Progress(
         args.work or Path(f"runs/stickers/vae{mode}"), args.out / f"training{mode}.csv", ["loss", "kl"]
     )
-    vae = build_vae().to(args.device)  # not channels-last: group norm runs backwards at half the speed there
+    # Not channels-last: with it, the backward pass of group norm takes twice as long.
+    vae = build_vae().to(args.device)
     scaling_factor: float | None = None
     if mode:
         shipped = AutoencoderKL.from_pretrained(args.out, torch_dtype=torch.float32)
