@@ -35,7 +35,7 @@ def test_a_catalog_that_is_not_there_or_of_another_version_is_told(tmp_path: Pat
     newer = write_snapshot(tmp_path / "newer", rows_per_group=100, version=schemas.SCHEMA_VERSION + 1)
     with pytest.raises(
         UserError,
-        match=rf"schema version {schemas.SCHEMA_VERSION + 1}, this version reads 4; upgrade rebeca-ray",
+        match=rf"schema version {schemas.SCHEMA_VERSION + 1}, this version reads {schemas.SCHEMA_VERSION}; upgrade rebeca-ray",
     ):
         read_catalog(newer)
     older = write_snapshot(tmp_path / "older", rows_per_group=100, version=2)

@@ -17,7 +17,7 @@ from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
 from rebeca_ray.catalog.verify import verify
 from rebeca_ray.config.jobs import GenerateConfig
 from tests.conftest import USERS, D, assembled, prepare, publish, snapshot_of
-from tests.generation.test_nights import ask, change_digest
+from tests.generation.test_nights import change_digest, request_for
 
 GOLDEN = Path(__file__).parent / "golden"
 VERSIONS = range(schemas.OLDEST_SCHEMA_VERSION, schemas.SCHEMA_VERSION + 1)
@@ -38,9 +38,9 @@ def test_this_version_has_golden_files_and_they_can_be_made_anew(
 
 def write_golden_files(config: GenerateConfig, folder: Path) -> None:
     """The second night of a small catalog, with something in every table."""
-    snapshot_of(ask(config, USERS[:4]))
+    snapshot_of(request_for(config, USERS[:4]))
     change_digest(config, USERS[1])
-    prepared = prepare(ask(config, [*USERS[1:5], "stranger"], 1), break_first=True)
+    prepared = prepare(request_for(config, [*USERS[1:5], "stranger"], 1), break_first=True)
     assembled(config, prepared, requested=15, error_budget=0.1)
     publish(config.catalog, prepared.run)
     shutil.copytree(config.catalog, folder, ignore=shutil.ignore_patterns("work", ".latest.lock"))

@@ -24,7 +24,7 @@ from rebeca_ray.config.sections import LayoutSettings
 from rebeca_ray.errors import UserError
 from rebeca_ray.generation.bucket import changes_table
 from rebeca_ray.identity import bucket_of
-from tests.catalog.large import BUCKETS, ITEMS_PER_USER, MANY_USERS, USERS_THERE, D, write_snapshot
+from tests.catalog.large import BUCKETS, ITEMS_PER_USER, MANY_USERS, NUM_USERS, D, write_snapshot
 from tests.conftest import USERS
 from tests.generation.test_nights import change_digest, night
 
@@ -58,7 +58,7 @@ def test_a_users_items_are_found_by_bucket_file_and_row_group(
     everything = large.items()
     reads = Reads(monkeypatch)
     row_groups.footer_bytes.cache_clear()
-    for number in range(0, USERS_THERE, 37):
+    for number in range(0, NUM_USERS, 37):
         user = f"üser-{number:03d}"
         expected = everything.filter(pc.equal(everything["user_id"], user))
         assert large.for_user(user).equals(expected)
@@ -194,7 +194,7 @@ def test_users_and_columns_may_come_in_any_sequence(large: Snapshot) -> None:
         np.array(users, object),
     ):
         assert large.items(("item_id",), some).equals(expected)  # type: ignore[arg-type]
-    assert read_catalog(Path(large.root)).items(("item_id",)).num_rows == USERS_THERE * ITEMS_PER_USER  # type: ignore[arg-type]
+    assert read_catalog(Path(large.root)).items(("item_id",)).num_rows == NUM_USERS * ITEMS_PER_USER  # type: ignore[arg-type]
 
 
 def test_a_reader_follows_publications_and_holds_its_snapshot_until_it_is_collected(
