@@ -1,14 +1,14 @@
 """The Arrow schema of every table, written once.
 
-Embeddings are float32 rounded to half precision, because Spark refuses float16. They are fixed-size lists without nulls at any
-level, so that every Parquet reader opens them.
+Embeddings are float32 rounded to half precision, because Spark refuses float16. They are fixed-size lists
+without nulls at any level, so that every Parquet reader opens them.
 """
 
 import json
 
 import pyarrow as pa
 
-# Of the published tables. From version 4 on they only grow: see infra/docs/catalog-format.md and the golden files in the tests.
+# The version of the published tables. From 4 on they only grow: see infra/docs/catalog-format.md.
 SCHEMA_VERSION = 4
 OLDEST_SCHEMA_VERSION = 3  # that this version reads
 VERSION_KEY = "rebeca.schema_version"  # in the metadata of every published file

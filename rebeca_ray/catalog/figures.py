@@ -1,6 +1,7 @@
 """The gate figures of a snapshot: rates per requested item, and means over its items.
 
-A figure is a field of `GateFigures` and its computation here. `gate.min_<figure>` or `gate.max_<figure>` in the config bounds it.
+A figure is a field of `GateFigures` and its computation here. `gate.min_<figure>` or `gate.max_<figure>` in
+the config bounds it.
 """
 
 from collections import Counter
@@ -52,7 +53,8 @@ def quality_sums(items: pa.Table) -> QualitySums:
     pairs = counts[several] * (counts[several] - 1)
     mean_cosine = (squared_length[several] - counts[several]) / pairs
 
-    # Equal rows have equal products with any vector, and others hardly ever: much less work than comparing rows.
+    # Equal rows have equal products with any vector, and others hardly ever.
+    # This takes much less work than comparing rows.
     product = embeds @ np.random.default_rng(0).standard_normal(embeds.shape[1])
     owner = np.repeat(np.arange(len(counts)), counts)
     order = np.lexsort((product, owner))

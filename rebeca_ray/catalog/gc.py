@@ -1,7 +1,7 @@
 """Garbage collection: snapshots beyond those kept, runs that were given up, images without a reference.
 
-The record goes first (a manifest, a run's `run.json`), then everything it refers to: a collection that dies on the way has only left
-more to collect.
+The record goes first (a manifest, a run's `run.json`), then everything it refers to: a collection that dies
+on the way has only left more to collect.
 """
 
 from dataclasses import dataclass
@@ -32,9 +32,10 @@ class Garbage:
 def collect(root: str, *, keep: int, grace_hours: float, dry_run: bool = False) -> Garbage:
     """Remove everything that no kept snapshot and no unfinished run needs, and return it.
 
-    Kept are the published snapshot and the one it followed, the `keep` that were published last, and every snapshot that was published
-    or made within the last `grace_hours`, so that a reader who holds it can finish. Unfinished runs are kept for `grace_hours` after
-    they began. Raises LeaseHeldError while a run is at work.
+    Kept are the published snapshot and the one it followed, the `keep` that were published last, and every
+    snapshot that was published or made within the last `grace_hours`, so that a reader who holds it can
+    finish. Unfinished runs are kept for `grace_hours` after they began. Raises LeaseHeldError while a run is
+    at work.
     """
     if read_pointer(root)[1] is None:
         raise InputError(f"catalog {root}: there is none (no latest.json); give the root of one")
@@ -104,8 +105,8 @@ def kept_snapshots(
 ) -> set[str]:
     """Return the run ids of the snapshots that stay.
 
-    These are the published one and the one it followed, the `keep` that were published last, and those that were published, or made
-    without being published, within the grace period.
+    These are the published one and the one it followed, the `keep` that were published last, and those that
+    were published, or made without being published, within the grace period.
     """
     replaced_at = {
         entry["run_id"]: datetime.fromisoformat(entry["replaced_at"])

@@ -1,18 +1,21 @@
 """The folders and files of a catalog, and the identity of one run.
 
-    <root>/latest.json                                                    the published snapshot, and the lease
-    <root>/snapshots/run_date=<date>/run_id=<id>/manifest.json            written last
-    <root>/snapshots/run_date=<date>/run_id=<id>/files-<token>.parquet    one row per file
-    <root>/snapshots/run_date=<date>/run_id=<id>/{items,users,errors,changes}/bucket=<b>/part-<token>.parquet
-    <root>/images/run_id=<id>/bucket=<b>/part-<token>-*.parquet           immutable; later snapshots may use them too
-    <root>/rated/<clip>-<D>/part-*.parquet                                embeddings of rated generated items; kept for ever
-    <root>/work/run_id=<id>/run.json                                      what the run is made from; written first
-    <root>/work/run_id=<id>/decisions/, plan/, plan.json                  decisions; planned items; the plan is complete
-    <root>/work/run_id=<id>/records/shard=<s>/                            one record per image file, written after it
-    <root>/work/run_id=<id>/shards/<s>.json                               the shard is rendered, with its records
+    <root>/latest.json                              the published snapshot, and the lease
+    <root>/snapshots/run_date=<date>/run_id=<id>/
+        manifest.json                               written last
+        files-<token>.parquet                       one row per file
+        {items,users,errors,changes}/bucket=<b>/part-<token>.parquet
+    <root>/images/run_id=<id>/bucket=<b>/part-<token>-*.parquet
+                                                    immutable; later snapshots may use them too
+    <root>/rated/<clip>-<D>/part-*.parquet          embeddings of rated generated items; kept for ever
+    <root>/work/run_id=<id>/
+        run.json                                    the inputs of the run; written first
+        decisions/, plan/, plan.json                decisions; planned items; the plan is complete
+        records/shard=<s>/                          one record per image file, written after it
+        shards/<s>.json                             the shard is rendered, with its records
 
-A reader follows `latest.json` -> `manifest.json` -> its file list -> files, and never lists a prefix. `<token>` is the fencing
-token of the attempt that wrote the file.
+A reader follows `latest.json` -> `manifest.json` -> its file list -> files, and never lists a prefix.
+`<token>` is the fencing token of the attempt that wrote the file.
 """
 
 import os
@@ -88,7 +91,10 @@ def work_folder(root: str, run_id: str) -> str:
 
 
 def outside(root: str, out: str, name: str) -> str:
-    """Return the folder of an export. Raises InputError for an empty name, a file, or a folder inside the catalog."""
+    """Return the folder of an export.
+
+    Raises InputError for an empty name, a file, or a folder inside the catalog.
+    """
     if not out.strip():
         raise InputError(f"{name}: is empty; give a folder, or s3://bucket/prefix")
     folder, catalog = (f"{absolute(uri).rstrip('/')}/" for uri in (out, root))

@@ -1,8 +1,9 @@
 """One writer at a time: a run holds a lease in `latest.json`, with a fencing token and a heartbeat.
 
-Each new holder gets the next higher token. A lease whose heartbeat stops for its `seconds` is taken over. The watcher's own clock
-measures that time, so the clocks of two machines are never compared. Files of a stale run carry an old token in their names and are
-never listed. A stale run cannot publish either: publishing is a compare-and-swap of the same object.
+Each new holder gets the next higher token. A lease whose heartbeat stops for its `seconds` is taken over. The
+watcher's own clock measures that time, so the clocks of two machines are never compared. Files of a stale run
+carry an old token in their names and are never listed. A stale run cannot publish either: publishing is a
+compare-and-swap of the same object.
 """
 
 import os
@@ -32,7 +33,10 @@ class Lease:
         self.fencing_token = change_pointer(root, self.take).fencing_token
 
     def wait_for_silence(self) -> None:
-        """Return once the lease is free, or its holder was silent for its time. Raises LeaseHeldError at a heartbeat."""
+        """Return once the lease is free, or its holder was silent for its time.
+
+        Raises LeaseHeldError at a heartbeat.
+        """
         lease = self.watched = read_pointer(self.root)[0].lease
         if lease is None:
             return
@@ -48,8 +52,8 @@ class Lease:
 
     def refused(self, lease: LeaseState) -> LeaseHeldError:
         return LeaseHeldError(
-            f"catalog {self.root}: run {lease['run_id']} (fencing token {lease['fencing_token']}) is at work on it; "
-            "wait for it, or stop it and start again"
+            f"catalog {self.root}: run {lease['run_id']} (fencing token {lease['fencing_token']}) "
+            "is at work on it; wait for it, or stop it and start again"
         )
 
     def take(self, pointer: Pointer) -> Pointer:
@@ -72,8 +76,9 @@ class Lease:
         if pointer.lease is None or pointer.lease.get("holder") != self.holder:
             heir = f"run {pointer.lease['run_id']}" if pointer.lease else "one that has ended"
             raise LeaseHeldError(
-                f"catalog {self.root}: run {self.run_id} (fencing token {self.fencing_token}) was silent for more than "
-                f"{self.seconds:g} s and lost its lease to {heir}; it publishes nothing, start it again to resume"
+                f"catalog {self.root}: run {self.run_id} (fencing token {self.fencing_token}) "
+                f"was silent for more than {self.seconds:g} s and lost its lease to {heir}; "
+                "it publishes nothing, start it again to resume"
             )
         return pointer.lease
 
@@ -100,7 +105,10 @@ class Lease:
         self.held(read_pointer(self.root)[0])
 
     def publish(self, *, run_id: str, run_date: str, snapshot: str, forced: bool = False) -> None:
-        """Point readers at a complete snapshot. Raises LeaseHeldError if another run holds the lease by now."""
+        """Point readers at a complete snapshot.
+
+        Raises LeaseHeldError if another run holds the lease by now.
+        """
 
         def move(pointer: Pointer) -> Pointer:
             self.held(pointer)

@@ -1,11 +1,11 @@
 """The manifest of a snapshot: its counts, figures, versions, cost, and the list of its files.
 
-The manifest is the public contract of a snapshot, and it only grows. Version 3 had other names for some keys: `read_manifest`
-translates them, so the rest of the package knows the current names alone.
+The manifest is the public contract of a snapshot, and it only grows. Version 3 had other names for some keys:
+`read_manifest` translates them, so the rest of the package knows the current names alone.
 """
 
 import hashlib
-from typing import Any, NotRequired
+from typing import NotRequired
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +17,7 @@ from rebeca_ray.catalog.figures import GateFigures
 from rebeca_ray.catalog.layout import snapshot_folder
 from rebeca_ray.errors import Failure, InputError, StorageError, describe
 from rebeca_ray.storage.filesystem import join, open_filesystem
-from rebeca_ray.storage.objects import read_json
+from rebeca_ray.storage.objects import JsonObject, read_json
 from rebeca_ray.storage.store import classify, failure_types
 
 REPAIR = (
@@ -99,7 +99,7 @@ class GateOutcome(Record):
 
 
 class StageFigures(Record):
-    """One stage of a run: wall-clock seconds; of a stage with actors also rows, busy seconds and their number."""
+    """One stage of a run. A stage with actors also has their number, rows and busy seconds."""
 
     seconds: float
     rows: int | None = None
@@ -114,7 +114,10 @@ class Measured(Record):
 
 
 class Cost(Record):
-    """A forecast of a run, or its actual cost. Seconds are wall-clock; `cost` is in the currency of `prices`."""
+    """A forecast of a run, or its actual cost.
+
+    Seconds are wall-clock. `cost` is in the currency of `prices`.
+    """
 
     requested_items: int
     planned_users: int
@@ -177,7 +180,8 @@ class Manifest(Record):
 def read_manifest(root: str, path: str) -> Manifest:
     """Return the manifest of the snapshot in a folder below the root.
 
-    Raises InputError if it is gone, damaged, of a newer version than this one reads, or older than the settled format.
+    Raises InputError if it is gone, damaged, of a newer version than this one reads, or older than the
+    settled format.
     """
     values = read_json(join(root, path, "manifest.json"))
     if values is None:
@@ -198,7 +202,8 @@ def read_manifest(root: str, path: str) -> Manifest:
         )
     if version > schemas.SCHEMA_VERSION:
         raise InputError(
-            f"catalog {root}: schema version {version}, this version reads {schemas.SCHEMA_VERSION}; upgrade rebeca-ray"
+            f"catalog {root}: schema version {version}, this version reads {schemas.SCHEMA_VERSION}; "
+            "upgrade rebeca-ray"
         )
     try:
         return Manifest.model_validate(values if version > 3 else renamed_from_version_3(values))
@@ -206,11 +211,12 @@ def read_manifest(root: str, path: str) -> Manifest:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         raise InputError(
-            f"catalog {root}: the manifest of snapshot {path}: {name}: {first['msg']}; {REPAIR.format(path=path)}"
+            f"catalog {root}: the manifest of snapshot {path}: {name}: {first['msg']}; "
+            f"{REPAIR.format(path=path)}"
         ) from None
 
 
-def renamed_from_version_3(values: dict[str, Any]) -> dict[str, Any]:
+def renamed_from_version_3(values: JsonObject) -> JsonObject:
     """Return a version 3 manifest under the key names of version 4."""
     top = {
         "epoch": "fencing_token",
@@ -240,8 +246,10 @@ def read_file_list(root: str, path: str, files: FileList) -> pa.Table:
         reason = describe(error)
         if classify(error) not in (Failure.DAMAGED, Failure.MISSING):
             raise StorageError(
-                f"catalog {root}: {files.path} cannot be read ({reason}); check the network and the credentials"
+                f"catalog {root}: {files.path} cannot be read ({reason}); "
+                "check the network and the credentials"
             ) from None
     raise InputError(
-        f"catalog {root}: the file list of snapshot {path} is missing or damaged ({reason}); {REPAIR.format(path=path)}"
+        f"catalog {root}: the file list of snapshot {path} is missing or damaged ({reason}); "
+        f"{REPAIR.format(path=path)}"
     )

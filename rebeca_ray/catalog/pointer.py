@@ -41,7 +41,10 @@ class Replaced(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Pointer:
-    """The published snapshot (None before the first), the highest fencing token so far, and the writer's lease."""
+    """The published snapshot, the highest fencing token so far, and the writer's lease.
+
+    Before the first publication, the snapshot is None.
+    """
 
     fencing_token: int = 0
     run_id: str | None = None

@@ -40,7 +40,10 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class File(NamedTuple):
-    """One file of a table: its path below the root, its size, its first and last user (None: it has no rows)."""
+    """One file of a table: its path below the root, its size, its first and last user.
+
+    A file without rows has no users.
+    """
 
     path: str
     bytes: int
@@ -58,8 +61,8 @@ class File(NamedTuple):
 class Snapshot:
     """One published snapshot.
 
-    Every method raises InputError for a snapshot that was collected meanwhile, and for a file that is missing or damaged. Lazy reads
-    (`dataset`, `to_ray`) then raise what their library raises.
+    Every method raises InputError for a snapshot that was collected meanwhile, and for a file that is missing
+    or damaged. Lazy reads (`dataset`, `to_ray`) then raise what their library raises.
     """
 
     root: str
@@ -91,8 +94,9 @@ class Snapshot:
     def for_user(self, user_id: str, columns: list[str] | None = None) -> pa.Table:
         """Return a user's items by `rank`, best first; no rows for an unknown user.
 
-        The rank weighs like probability against diversity. Reads one or two row groups of one file: with 2,000 items per group,
-        about 100 kB without `image_embeds`. `for_user("")` returns the population pool, which all cold-start users share.
+        The rank weighs like probability against diversity. Reads one or two row groups of one file: with
+        2,000 items per group, about 100 kB without `image_embeds`. `for_user("")` returns the population
+        pool, which all cold-start users share.
         """
         return self.items(columns, [user_id])
 
@@ -108,7 +112,8 @@ class Snapshot:
     ) -> pa.Table:
         """Return rows of one table in memory: `items`, `images`, `users`, `errors` or `changes`.
 
-        Raises InputError for an unknown table or column, and for `user_ids` with `images`, which has no users.
+        Raises InputError for an unknown table or column, and for `user_ids` with `images`, which has no
+        users.
         """
         columns = self.checked(name, columns)
         if user_ids is None:
@@ -137,7 +142,7 @@ class Snapshot:
     def to_pandas(
         self, name: str = "items", columns: list[str] | None = None, user_ids: Sequence[str] | None = None
     ) -> pd.DataFrame:
-        """Return rows of one table as a pandas DataFrame. Integers stay integers where no value is missing."""
+        """Return rows of one table as a pandas DataFrame. Integer columns without nulls stay integers."""
         return self.table(name, columns, user_ids).to_pandas()
 
     def to_polars(
@@ -217,24 +222,32 @@ class Snapshot:
         return [join(self.root, path) for path in self.paths(name)]
 
     def images(self, items: pa.Table) -> list[bytes]:
-        """Return the encoded images of rows of `items`, in their order. Reads only the row groups that hold them.
+        """Return the encoded images of rows of `items`, in their order.
 
-        `items` needs the columns `image_file` and `image_row`. With `item_id` too, items of another snapshot raise InputError.
+        Reads only the row groups that hold them.
+
+        `items` needs the columns `image_file` and `image_row`. With `item_id` too, items of another snapshot
+        raise InputError.
         """
         return [image["bytes"] for image in self.named_images(items)]
 
     def named_images(self, items: pa.Table) -> list[dict[str, Any]]:
-        """Return images as `images` does, each with its `bytes` and its `path`. The path's suffix is the encoding."""
+        """Return images as `images` does, each with its `bytes` and its `path`.
+
+        The path's suffix is the encoding.
+        """
         from rebeca_ray.catalog.images import read_images
 
         return read_images(self, items)
 
     def changed_users(self, since: str, bucket: int | None = None) -> list[str]:
-        """Return the users whose items differ from the snapshot of run `since`, sorted; of all buckets or of one.
+        """Return the users with other items than in the snapshot of run `since`, sorted.
 
-        Users who left are among them. A copy of the catalog that replaces the items of these users equals a reload in all but `origin`,
-        which says of every item whether it is of this night. Raises InputError if this snapshot does not follow that one, or one in
-        between is gone.
+        `bucket` limits the result to one user bucket.
+
+        Users who left are among them. A copy of the catalog that replaces the items of these users equals a
+        reload in all but `origin`, which says of every item whether it is of this night. Raises InputError if
+        this snapshot does not follow that one, or one in between is gone.
         """
         changed: set[str] = set()
         for snapshot in self.back_to(since):
@@ -255,8 +268,9 @@ class Snapshot:
             before = snapshot.manifest.previous_path
             if before is None or not exists(join(self.root, before, "manifest.json")):
                 raise InputError(
-                    f"catalog {self.root}: run {self.run_id} does not follow run {since!r}, or a snapshot in between was collected "
-                    "(`rebeca catalog list` shows what there is); load this one as a whole"
+                    f"catalog {self.root}: run {self.run_id} does not follow run {since!r}, "
+                    "or a snapshot in between was collected (`rebeca catalog list` shows what there is); "
+                    "load this one as a whole"
                 )
             snapshots.append(snapshot)
             snapshot = open_snapshot(self.root, before)
@@ -383,16 +397,18 @@ class Snapshot:
                 broken, gone = False, False
             if not broken:
                 raise StorageError(
-                    f"{snapshot}: {file}cannot be read ({describe(error)}); check the network and the credentials, and ask again"
+                    f"{snapshot}: {file}cannot be read ({describe(error)}); "
+                    "check the network and the credentials, and ask again"
                 ) from None
             if gone:
                 raise InputError(
-                    f"{snapshot} was collected and cannot be read any more; go on with `refresh()`, and hold no snapshot longer than "
-                    "the grace period of `rebeca catalog gc`"
+                    f"{snapshot} was collected and cannot be read any more; go on with `refresh()`, "
+                    "and hold no snapshot longer than the grace period of `rebeca catalog gc`"
                 ) from None
             raise InputError(
-                f"{snapshot}: {file}is missing or damaged ({describe(error)}); `rebeca catalog verify` names every such file: "
-                "restore it, or `rebeca catalog rollback`, if a snapshot before can do without it; or generate into another root"
+                f"{snapshot}: {file}is missing or damaged ({describe(error)}); "
+                "`rebeca catalog verify` names every such file: restore it, or `rebeca catalog rollback`, "
+                "if a snapshot before can do without it; or generate into another root"
             ) from None
 
 
@@ -418,8 +434,8 @@ def read_catalog(root: str) -> Snapshot:
 
 def nothing_published(root: str) -> InputError:
     return InputError(
-        f"catalog {root}: nothing is published there; give another root, wait for the first run to end, or publish one of the snapshots "
-        "that `rebeca catalog list` shows"
+        f"catalog {root}: nothing is published there; give another root, wait for the first run to end, "
+        "or publish one of the snapshots that `rebeca catalog list` shows"
     )
 
 

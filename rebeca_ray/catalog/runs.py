@@ -2,11 +2,10 @@
 
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any
 
 from rebeca_ray.catalog.layout import work_folder
 from rebeca_ray.storage.filesystem import join, list_folders
-from rebeca_ray.storage.objects import read_json, write_json
+from rebeca_ray.storage.objects import JsonObject, read_json, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +15,7 @@ class BegunRun:
     run_id: str
     run_date: str
     begun_at: str  # ISO 8601, UTC
-    described: dict[str, Any]
+    described: JsonObject
 
     @property
     def began_at(self) -> datetime:
@@ -24,7 +23,10 @@ class BegunRun:
 
 
 def unfinished_runs(root: str) -> dict[str, BegunRun]:
-    """Return the runs with a work folder by their id, the latest last. A published run keeps one for a moment only."""
+    """Return the runs with a work folder by their id, the latest last.
+
+    A published run keeps one for a moment only.
+    """
     folders = list_folders(join(root, "work"))
     values = (read_json(join(root, "work", name, "run.json")) for name in folders)
     runs = [

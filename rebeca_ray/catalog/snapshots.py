@@ -1,4 +1,7 @@
-"""All snapshots of a catalog, and publishing one of them by hand. For operators: readers follow the pointer."""
+"""All snapshots of a catalog, and publishing one of them by hand.
+
+This is for operators. Readers follow the pointer.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +18,10 @@ LEASE_SECONDS = 60
 
 
 def list_snapshots(root: str) -> list[Manifest]:
-    """Return the manifests of all complete snapshots, the oldest first. Raises InputError as `read_manifest` does."""
+    """Return the manifests of all complete snapshots, the oldest first.
+
+    Raises InputError as `read_manifest` does.
+    """
     files = list_files(join(root, "snapshots"), "/manifest.json")
     folders = [file.removeprefix(f"{root.rstrip('/')}/").removesuffix("/manifest.json") for file in files]
     with ThreadPoolExecutor(16) as pool:
@@ -24,7 +30,10 @@ def list_snapshots(root: str) -> list[Manifest]:
 
 
 def find_snapshot(root: str, run_id: str) -> Manifest:
-    """Return the manifest of one run. Raises InputError, naming the latest runs, if it has no complete snapshot."""
+    """Return the manifest of one run.
+
+    Raises InputError, naming the latest runs, if it has no complete snapshot.
+    """
     manifests = list_snapshots(root)
     for manifest in manifests:
         if manifest.run_id == run_id:
@@ -36,8 +45,9 @@ def find_snapshot(root: str, run_id: str) -> Manifest:
 def publish_snapshot(root: str, run_id: str) -> Manifest:
     """Point readers at a complete snapshot and return its manifest.
 
-    A snapshot that the quality gate refused is published too, and the pointer records it. Raises InputError if there is no such
-    snapshot, QualityGateError if a file of it is missing, LeaseHeldError while a run is at work.
+    A snapshot that the quality gate refused is published too, and the pointer records it. Raises InputError
+    if there is no such snapshot, QualityGateError if a file of it is missing, LeaseHeldError while a run is
+    at work.
     """
     find_snapshot(root, run_id)  # a mistyped id writes nothing
     with hold_lease(
@@ -59,13 +69,17 @@ def publish_snapshot(root: str, run_id: str) -> Manifest:
 
 
 def roll_back(root: str) -> Manifest:
-    """Publish the snapshot that the published one followed, and return its manifest. Raises InputError if it is gone."""
+    """Publish the snapshot that the published one followed, and return its manifest.
+
+    Raises InputError if it is gone.
+    """
     pointer, _ = read_pointer(root)
     if pointer.run_id is None:
         raise InputError(f"catalog {root}: nothing is published there; there is nothing to roll back")
     before = find_snapshot(root, pointer.run_id).previous_run_id
     if before is None:
         raise InputError(
-            f"catalog {root}: run {pointer.run_id} is the first there was; publish another with `rebeca catalog publish`"
+            f"catalog {root}: run {pointer.run_id} is the first there was; "
+            "publish another with `rebeca catalog publish`"
         )
     return publish_snapshot(root, before)

@@ -1,4 +1,7 @@
-"""Verify a snapshot against its manifest: by its metadata, by a sample of its files, or by every byte, row and image."""
+"""Verify a snapshot against its manifest.
+
+Three levels compare its metadata, a sample of its files, or every byte, row and image.
+"""
 
 import hashlib
 import io
@@ -29,9 +32,9 @@ Check = Callable[[Snapshot, FileRow], Iterator[str]]
 def verify(snapshot: Snapshot, level: Level) -> list[str]:
     """Return one line per defect of a snapshot; none if all is well.
 
-    `metadata` compares counts, and every file's presence and size. `sample` also hashes 20 files of each table, reads them, and decodes
-    some of their images. `full` does that with all. Raises UserError if the snapshot is collected meanwhile, or its store cannot be
-    reached.
+    `metadata` compares counts, and every file's presence and size. `sample` also hashes 20 files of each
+    table, reads them, and decodes some of their images. `full` does that with all. Raises UserError if the
+    snapshot is collected meanwhile, or its store cannot be reached.
     """
     files = snapshot.files.to_pylist()
     defects = in_threads(check_size, snapshot, files) or list(check_counts(snapshot, files))
@@ -105,7 +108,9 @@ def check_bytes(snapshot: Snapshot, row: FileRow) -> Iterator[str]:
     filesystem, root = open_filesystem(snapshot.root)
     data = filesystem.cat_file(join(root, row["path"]))
     if hashlib.sha256(data).hexdigest() != row["sha256"]:
-        yield f"{row['path']}: its sha256 is not the one in the file list; it was changed after it was written"
+        yield (
+            f"{row['path']}: its sha256 is not the one in the file list; it was changed after it was written"
+        )
         return
     metadata = pq.read_metadata(io.BytesIO(data))
     if metadata.num_rows != row["rows"]:
@@ -121,7 +126,7 @@ def check_bytes(snapshot: Snapshot, row: FileRow) -> Iterator[str]:
 
 
 def check_items(snapshot: Snapshot, row: FileRow, image_files: dict[int, FileRow]) -> Iterator[str]:
-    """Check one file of items: sorted, ranked without gaps, each item once per user, pointing into listed image files."""
+    """Check one file of items: its order, its ranks, repeated items, and the image files it points into."""
     filesystem, root = open_filesystem(snapshot.root)
     with filesystem.open(join(root, row["path"]), "rb") as file:
         items = pq.read_table(file, columns=["item_id", "user_id", "rank", "image_file", "image_row"])
@@ -139,7 +144,10 @@ def check_items(snapshot: Snapshot, row: FileRow, image_files: dict[int, FileRow
         items["image_file"].to_pylist(), items["image_row"].to_pylist(), strict=True
     ):
         if number not in image_files or not 0 <= image_row < image_files[number]["rows"]:
-            yield f"{row['path']}: an item points to row {image_row} of image file {number}, which is not listed"
+            yield (
+                f"{row['path']}: an item points to row {image_row} of image file {number}, "
+                "which is not listed"
+            )
             return
 
 
@@ -166,7 +174,10 @@ def check_images(snapshot: Snapshot, row: FileRow, level: Level) -> Iterator[str
 def check_locations(
     snapshot: Snapshot, items_file: FileRow, image_files: dict[int, FileRow], used: dict[int, Any]
 ) -> Iterator[str]:
-    """Check that every item of a file has its own image at its location. Adds the rows in use to `used`, by image file."""
+    """Check that every item of a file has its own image at its location.
+
+    Adds the rows in use to `used`, by image file.
+    """
     filesystem, root = open_filesystem(snapshot.root)
     with filesystem.open(join(root, items_file["path"]), "rb") as file:
         items = pq.read_table(file, columns=["item_id", "image_file", "image_row"]).sort_by("image_file")

@@ -4,11 +4,13 @@ Keys of the JSON forms are stable: scripts read them.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
+
+from rebeca_ray.storage.objects import JsonObject
 
 if TYPE_CHECKING:
     from rebeca_ray.catalog.exports.image_objects import Exported
@@ -135,7 +137,7 @@ def estimate_table(forecast: "Cost", last: "Cost | None") -> Table:
     return table
 
 
-def estimate_json(forecast: "Cost", last: "Cost | None") -> dict[str, Any]:
+def estimate_json(forecast: "Cost", last: "Cost | None") -> JsonObject:
     """Return the same figures, unrounded; `last_run` is null before the first run."""
     return {"tonight": forecast.model_dump(), "last_run": last.model_dump() if last else None}
 
@@ -156,7 +158,7 @@ def snapshot_list(pointer: "Pointer", snapshots: "Sequence[Manifest]") -> Render
     return Group(table, *lines)
 
 
-def snapshot_list_json(pointer: "Pointer", snapshots: "Sequence[Manifest]") -> dict[str, Any]:
+def snapshot_list_json(pointer: "Pointer", snapshots: "Sequence[Manifest]") -> JsonObject:
     """Return the published run, the lease of a run in progress, and a row per snapshot, oldest first.
 
     A row's status is `published`, `refused` (by the quality gate) or empty.
@@ -193,7 +195,7 @@ def manifest_table(manifest: "Manifest") -> Table:
     return table
 
 
-def manifest_json(manifest: "Manifest") -> dict[str, Any]:
+def manifest_json(manifest: "Manifest") -> JsonObject:
     """Return the manifest under the key names of the current version."""
     return manifest.model_dump()
 
@@ -205,7 +207,7 @@ def verified(snapshot: "Snapshot", level: str, damage: Sequence[str]) -> str:
     return f"run {snapshot.run_id}: nothing wrong ({level}: {snapshot.files.num_rows:,} files)"
 
 
-def verified_json(snapshot: "Snapshot", level: str, damage: Sequence[str]) -> dict[str, Any]:
+def verified_json(snapshot: "Snapshot", level: str, damage: Sequence[str]) -> JsonObject:
     """Return the same; `ok` says whether the list `damage` is empty."""
     return {
         "run_id": snapshot.run_id,

@@ -17,13 +17,13 @@ from rebeca_ray.data.validation import check_columns, check_ids, check_rows
 from rebeca_ray.errors import InputError, shown
 from rebeca_ray.ray_runtime import ExcludeIds, require_room, start_ray
 from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, open_filesystem
-from rebeca_ray.storage.objects import read_json, write_json
+from rebeca_ray.storage.objects import JsonObject, read_json, write_json
 from rebeca_ray.storage.parquet import ParquetInput, open_parquet
 from rebeca_ray.storage.writable import require_own, require_writable
 
 MARKER = "embedding.json"  # beside embedded items: their number, and the CLIP that made them
 ROWS_AT_ONCE = 10_000
-UNFINISHED: dict[str, Any] = {"clip": None, "rows": None}
+UNFINISHED: JsonObject = {"clip": None, "rows": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +197,7 @@ def embedded_with(items: ParquetInput) -> tuple[int, str | None]:
     return embed_dim, marker["clip"] if marker else None
 
 
-def check_items_fit(uri: str, prior: dict[str, Any]) -> None:
+def check_items_fit(uri: str, prior: JsonObject) -> None:
     """Raise InputError for real items with embeddings of another size or CLIP than the prior's."""
     items = open_parquet(uri, "items")
     embed_dim, clip = embedded_with(items)

@@ -24,6 +24,7 @@ from rebeca_ray.decoder.files import find_decoder, hash_weights
 from rebeca_ray.decoder.interface import Rows
 from rebeca_ray.decoder.networks import Networks, Signature, Tensors
 from rebeca_ray.errors import InputError
+from rebeca_ray.storage.objects import JsonObject
 
 OPSET = 20
 
@@ -124,7 +125,7 @@ def export_network(network: Any, inputs: Tensors, signature: Signature, path: Pa
         )
 
 
-def describe_export(settings: DecoderSettings, networks: Networks) -> dict[str, Any]:
+def describe_export(settings: DecoderSettings, networks: Networks) -> JsonObject:
     """Return the origin, sizes and versions of the graphs, for the loader of the export."""
     return {
         "family": networks.family.name,

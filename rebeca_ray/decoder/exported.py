@@ -3,17 +3,17 @@
 import json
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.networks import DTYPES, Family, Network, Networks, Signature
 from rebeca_ray.errors import InputError
+from rebeca_ray.storage.objects import JsonObject
 
 
 def exported_networks(
     settings: DecoderSettings,
     family: Family,
-    description: dict[str, Any],
+    description: JsonObject,
     load: Callable[[Path, str, Signature], Network],
 ) -> Networks:
     """Return the networks in `settings.engine_dir`; `load(folder, name, signature)` loads each.

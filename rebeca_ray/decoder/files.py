@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.fields import Effect, fields_with
 from rebeca_ray.errors import InputError
+from rebeca_ray.storage.objects import JsonObject
 
 # Folders of a model, of any family; those that exist are hashed.
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -168,7 +169,7 @@ def identify_decoder(settings: DecoderSettings) -> DecoderIdentity:
     return DecoderIdentity(embed_dim=read_embed_dim(files.ip_adapter), weights=hash_weights(files))
 
 
-def read_export(settings: DecoderSettings) -> dict[str, Any]:
+def read_export(settings: DecoderSettings) -> JsonObject:
     """Return the description in `settings.engine_dir`.
 
     Raises InputError if it is no export, or an export of another model, precision or size.
@@ -196,7 +197,7 @@ def read_export(settings: DecoderSettings) -> dict[str, Any]:
     return description
 
 
-def read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> JsonObject:
     """Return the `decoder.json` of an export; its default family is `sd`. Raises InputError without one."""
     try:
         return {"family": "sd", **json.loads((folder / "decoder.json").read_text())}

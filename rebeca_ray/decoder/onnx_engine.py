@@ -9,6 +9,7 @@ from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.exported import check_names, exported_networks
 from rebeca_ray.decoder.networks import Family, Networks, Signature
 from rebeca_ray.errors import InputError
+from rebeca_ray.storage.objects import JsonObject
 
 
 class OnnxNetwork:
@@ -56,7 +57,7 @@ class OnnxNetwork:
         return outputs[0] if len(outputs) == 1 else outputs
 
 
-def load_onnx_networks(settings: DecoderSettings, family: Family, description: dict[str, Any]) -> Networks:
+def load_onnx_networks(settings: DecoderSettings, family: Family, description: JsonObject) -> Networks:
     """Load the graphs in `settings.engine_dir`. Raises InputError without ONNX Runtime."""
     try:
         import onnxruntime  # noqa: F401

@@ -15,6 +15,7 @@ from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.exported import check_names, exported_networks
 from rebeca_ray.decoder.networks import Family, Networks, Signature
 from rebeca_ray.errors import InputError
+from rebeca_ray.storage.objects import JsonObject
 
 
 def this_machine() -> dict[str, str]:
@@ -73,9 +74,7 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def load_tensorrt_networks(
-    settings: DecoderSettings, family: Family, description: dict[str, Any]
-) -> Networks:
+def load_tensorrt_networks(settings: DecoderSettings, family: Family, description: JsonObject) -> Networks:
     """Load the engines in `settings.engine_dir`. Raises InputError if they do not fit this machine."""
     check_engines(Path(str(settings.engine_dir)), this_machine(), settings.batch_size)
     return exported_networks(

@@ -1,7 +1,9 @@
-"""Assemble: decisions, plan, images and last night's snapshot become the public tables of one snapshot, bucket by bucket.
+"""Assemble one snapshot, bucket by bucket.
 
-Every item is accounted for: requested = new + carried + population + failed + filtered, and deferred where time ran out before a user's
-first items.
+decisions + plan + images + last night's snapshot -> items, users, errors, changes -> the file list
+
+Every item is accounted for: requested = new + carried + population + failed + filtered, and deferred where
+time ran out before a user's first items.
 """
 
 from collections import Counter
@@ -52,8 +54,8 @@ def assemble(
 ) -> Assembled:
     """Write the snapshot's tables and its file list.
 
-    Raises ResumableError if an item is unaccounted for, ErrorBudgetExceededError if too many failed, QualityGateError if none is fit
-    to be shown.
+    Raises ResumableError if an item is unaccounted for, ErrorBudgetExceededError if too many failed,
+    QualityGateError if none is fit to be shown.
     """
     work = assembly_of(context, decisions, rendered)
 
@@ -141,7 +143,10 @@ def total(parts: Iterable[Mapping[T, int]]) -> Counter[T]:
 
 
 def check_counts(context: RunContext, results: list[BucketResult]) -> Counts:
-    """Return the counts of all buckets. Raises ResumableError unless every requested item is accounted for."""
+    """Return the counts of all buckets.
+
+    Raises ResumableError unless every requested item is accounted for.
+    """
     summed = total([result.counts for result in results])
     accounted = sum(summed[outcome] for outcome in OUTCOMES)
     if accounted != context.requested:
@@ -172,7 +177,7 @@ def check_failures(context: RunContext, counts: Counts, results: list[BucketResu
 
 
 def image_rows(work: Assembly, results: list[BucketResult]) -> list[FileRow]:
-    """Return the image files of this run, and those of earlier runs that are still in use, as rows of `schemas.FILES`."""
+    """Return the image files of this run, and those of earlier runs in use, as rows of `schemas.FILES`."""
     live = total([result.live_rows for result in results])
     rendered: list[FileRow] = [
         {

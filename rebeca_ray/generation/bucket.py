@@ -1,7 +1,9 @@
-"""Assemble one bucket: its decisions, its part of the plan, its images and last night's items become its public tables.
+"""Assemble one bucket.
 
-A bucket without changes is carried over by reference: last night's files are listed again, and no embedding or pixel is read.
-Everything of one bucket is in memory, of others nothing but the population pool.
+decisions + its part of the plan + its images + last night's items -> its public tables
+
+A bucket without changes is carried over by reference: last night's files are listed again, and no embedding
+or pixel is read. Everything of one bucket is in memory, of others nothing but the population pool.
 """
 
 from dataclasses import asdict, replace
@@ -16,19 +18,25 @@ from rebeca_ray.catalog.counts import DEFERRED, FAILED, FILTERED, OUTCOMES, tall
 from rebeca_ray.catalog.figures import quality_sums
 from rebeca_ray.catalog.layout import POPULATION_USER
 from rebeca_ray.catalog.manifest import FileRow
-from rebeca_ray.generation.assembly import Assembly, BucketResult, BucketTables
-from rebeca_ray.generation.changes import COMPARED, changes_table
+from rebeca_ray.generation.assembly import Assembly, BucketResult, BucketTables, RenderedIndex
 from rebeca_ray.generation.compact import compact
 from rebeca_ray.generation.decide import last_users
 from rebeca_ray.generation.decisions import Action, Decision, PublishedUser
-from rebeca_ray.generation.item_columns import close_gaps, image_location, set_column, without_pool
-from rebeca_ray.generation.rendered_index import RenderedIndex
+from rebeca_ray.generation.item_columns import (
+    COMPARED,
+    changes_table,
+    close_gaps,
+    image_location,
+    set_column,
+    without_pool,
+)
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.parquet import read_table, write_table
 
 ITEM_ROW_GROUP = 2000
 PLAN_COLUMNS = [
-    "item_id", "user_id", "rank", "image_embeds", "like_probability", "nearest_item_id", "nearest_similarity", "origin",
+    "item_id", "user_id", "rank", "image_embeds", "like_probability",
+    "nearest_item_id", "nearest_similarity", "origin",
 ]  # fmt: skip
 LOCATION = ["user_id", "image_file", "image_row"]
 
@@ -214,7 +222,10 @@ class Bucket:
         return pa.table([columns[name] if name in columns else plan[name] for name in names], schema=schema)
 
     def kept_items(self, users: set[str], *, rescored: pa.Table) -> pa.Table:
-        """Return last night's items of some users, at most as many as each wants, with `rescored` probabilities and ranks."""
+        """Return last night's items of some users, at most as many as each requests now.
+
+        Items that were rescored get their new like probabilities and ranks.
+        """
         schema = schemas.items(self.context.embed_dim)
         if not users or self.previous is None:
             return schema.empty_table()
@@ -297,7 +308,10 @@ class Bucket:
         return {**counts, "users": len(num_items), "stale_users": len(bucket.stale - {POPULATION_USER})}
 
     def live_rows(self, items: pa.Table) -> dict[int, int]:
-        """Return how many rows of each image file are in use. The pool's rows count in the pool's bucket alone."""
+        """Return how many rows of each image file are in use.
+
+        The pool's rows count in the pool's bucket alone.
+        """
         pool = self.work.pool
         location = image_location(items)
         if pool is not None and pool.decision.bucket != self.bucket:
@@ -319,9 +333,7 @@ class Bucket:
             "bucket": self.bucket,
             "file": self.bucket,
             "path": path,
-            "rows": written["rows"],
-            "bytes": written["bytes"],
-            "sha256": written["sha256"],
+            **written,
             "min_user_id": ends["min"],
             "max_user_id": ends["max"],
             "live_rows": None,

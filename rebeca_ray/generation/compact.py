@@ -1,4 +1,4 @@
-"""Compaction, while a new snapshot is built: the live rows of mostly dead image files are copied into the new run.
+"""Compact image files while a new snapshot is built: copy the live rows of mostly dead files.
 
 Nothing is changed in place. A crash leaves copies that no snapshot lists, and gc collects them.
 """
@@ -36,22 +36,23 @@ def compact(work: Assembly, bucket: int, items: pa.Table) -> tuple[pa.Table, lis
     moving = np.flatnonzero(np.isin(files, dying))
     moving = moving[np.lexsort((rows[moving], files[moving]))][: MAX_FILES * ROWS_PER_FILE]
     copies = read_images(previous, files[moving], rows[moving])
-    written: list[FileRow] = []
+    rows_of_files: list[FileRow] = []
     run = work.context.run
     for number, start in enumerate(range(0, len(moving), ROWS_PER_FILE)):
         images = copies.slice(start, ROWS_PER_FILE)
         file = work.first_compacted + bucket * MAX_FILES + number
         path = f"{run.images}/bucket={bucket}/compacted-{run.fencing_token:06d}-{number:03d}.parquet"
-        record = write_table(images, join(run.root, path), row_group_size=ROW_GROUP)
-        written.append(
+        written = write_table(images, join(run.root, path), row_group_size=ROW_GROUP)
+        rows_of_files.append(
             {
                 "table": "images",
                 "bucket": bucket,
                 "file": file,
                 "path": path,
-                "rows": record["rows"],
-                "bytes": record["bytes"],
-                "sha256": record["sha256"],
+                **written,
+                "min_user_id": None,
+                "max_user_id": None,
+                "live_rows": None,
             }
         )
         moved = moving[start : start + ROWS_PER_FILE]
@@ -59,7 +60,7 @@ def compact(work: Assembly, bucket: int, items: pa.Table) -> tuple[pa.Table, lis
     for name, values in (("image_file", files), ("image_row", rows)):
         index = items.schema.get_field_index(name)
         items = items.set_column(index, items.schema.field(name), pa.array(values, pa.int32()))
-    return items, written
+    return items, rows_of_files
 
 
 def mostly_dead(work: Assembly, previous: Snapshot, bucket: int, items: pa.Table) -> np.ndarray:
@@ -72,7 +73,7 @@ def mostly_dead(work: Assembly, previous: Snapshot, bucket: int, items: pa.Table
     ours = pc.and_(pc.equal(previous.files["table"], "images"), pc.equal(previous.files["bucket"], bucket))
     images = previous.files.filter(ours)
     last = previous.bucket("items", bucket, work.context.num_buckets, ["image_file", "image_row"])
-    # A file may serve other buckets too, from before their number changed: nothing is known here of their rows.
+    # A file may serve other buckets too, from before their number changed. Their rows are unknown here.
     used_here = rows_in_use(last)
     counted = zip(images["file"].to_pylist(), images["live_rows"].to_pylist(), strict=True)
     alone = {file for file, live in counted if used_here.get(file) == live}

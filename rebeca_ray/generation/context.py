@@ -26,7 +26,10 @@ class Models:
 
 
 def identify_models(config: GenerateConfig, decoder: DecoderIdentity) -> Models:
-    """Load the prior once, so that a damaged one is found before any actor starts. Raises InputError for such a prior."""
+    """Load the prior once, so that a damaged one is found before any actor starts.
+
+    Raises InputError for such a prior.
+    """
     prior = load_prior(config.prior)
     versions = {
         "prior": prior.fingerprint,

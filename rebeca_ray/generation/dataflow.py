@@ -2,7 +2,8 @@
 
 Parquet files -> batches of rows -> stage after stage -> batches of the last stage's rows
 
-In this process the stages follow one another as generators. That serves tests and small jobs, and gives the same rows.
+In this process the stages follow one another as generators. That serves tests and small jobs, and gives the
+same rows.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,8 +33,8 @@ class Actors:
 class Stage:
     """Rows in, rows out, batch by batch.
 
-    With `actors`, `work` is a class: each actor makes one from `arguments` and calls it. Without, `work` is a function, or an object
-    that is cheap to copy, and any worker may call it.
+    With `actors`, `work` is a class: each actor makes one from `arguments` and calls it. Without, `work` is a
+    function, or an object that is cheap to copy, and any worker may call it.
     """
 
     work: Callable[..., Any]
@@ -60,7 +61,7 @@ def run_here(files: Sequence[str], stages: Sequence[Stage], columns: list[str] |
 
 
 def batched(tables: Iterator[pa.Table], batch_size: int | None) -> Iterator[pa.Table]:
-    """Yield the same rows in batches of one size; the last may be smaller. None keeps the tables as they are."""
+    """Yield the same rows in batches of one size; None keeps the tables. The last batch may be smaller."""
     if batch_size is None:
         yield from (table for table in tables if table.num_rows)
         return

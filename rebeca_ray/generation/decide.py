@@ -20,6 +20,7 @@ from rebeca_ray.config.sections import RefreshSettings
 from rebeca_ray.data.histories import Histories
 from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.decisions import (
+    RENDER_KEY,
     Action,
     Decision,
     Decisions,
@@ -27,8 +28,8 @@ from rebeca_ray.generation.decisions import (
     RenderKey,
     decisions_table,
     published_users,
+    render_keys,
 )
-from rebeca_ray.generation.shards import RENDER_KEY, render_keys
 from rebeca_ray.identity import bucket_of, hash128
 from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.storage.filesystem import join
@@ -145,7 +146,8 @@ def read_requests(context: RunContext, bucket: int) -> list[Request]:
 def known_users(context: RunContext, histories: Histories | None, bucket: int) -> Known:
     """Return digest and activity of the users of a bucket whom the prior knows.
 
-    An `id` prior knows them by its table, a `history` prior by their histories. A prior without users knows nobody.
+    An `id` prior knows them by its table, a `history` prior by their histories. A prior without users knows
+    nobody.
     """
     if context.models.user_encoder == "none":
         return {}

@@ -3,14 +3,18 @@
 Decisions of a bucket are one Parquet file in the run's work folder; `Decisions` sums up all of them.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from enum import StrEnum
-from typing import Any, Self
+from typing import Self
 
+import numpy as np
 import pyarrow as pa
 
 from rebeca_ray import schemas
+from rebeca_ray.identity import hash128
+from rebeca_ray.storage.objects import JsonObject
 
 RenderKey = tuple[float, int, int]  # the smaller is rendered earlier
 
@@ -43,7 +47,7 @@ class Decision:
     activity: int
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: JsonObject) -> Self:
         return cls(**{**values, "action": Action(values["action"])})
 
 
@@ -79,7 +83,7 @@ class Decisions:
     shards: int
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: JsonObject) -> Self:
         pool = values["pool"] and Decision.from_dict(values["pool"])
         boundaries = [
             (float(first), int(second), int(third)) for first, second, third in values["boundaries"]
@@ -96,3 +100,26 @@ def published_users(users: pa.Table) -> dict[str, PublishedUser]:
     """Return the rows of a `users` table by their user."""
     names = [field.name for field in fields(PublishedUser)]
     return {row["user_id"]: PublishedUser(**row) for row in users.select(names).to_pylist()}
+
+
+RENDER_KEY = np.dtype([("first", np.float64), ("second", np.float64), ("order", np.float64)])
+
+
+def render_keys(decisions: pa.Table, by_urgency: bool) -> np.ndarray:
+    """Return the keys [G] of rows of `schemas.DECISIONS`: by priority, then activity; or by bucket.
+
+    A hash of the user decides between equals, so that the order is total. Doubles hold its 48 bits exactly.
+    """
+    keys = np.zeros(decisions.num_rows, RENDER_KEY)
+    if by_urgency:
+        keys["first"] = -decisions["priority"].to_numpy().astype(np.float64)
+        keys["second"] = -decisions["activity"].to_numpy().astype(np.float64)
+    else:
+        keys["first"] = decisions["bucket"].to_numpy()
+    keys["order"] = [int(hash128("order", user)[:12], 16) for user in decisions["user_id"].to_pylist()]
+    return keys
+
+
+def shards_of(keys: np.ndarray, boundaries: Sequence[tuple[float, float, float]]) -> np.ndarray:
+    """Return the shard [G] of each key; `boundaries` are the first keys of all shards but the first."""
+    return np.searchsorted(np.array([tuple(key) for key in boundaries], RENDER_KEY), keys, side="right")

@@ -1,6 +1,6 @@
-"""The quality gate: what was planned is tested before anything is decoded, and what was assembled before it is published.
+"""The quality gate: test the plan before rendering, and the snapshot before publishing.
 
-Shapes: U users, N drawn candidates of theirs, F factors of the selector.
+Shapes: U users, N candidates of theirs, F factors of the selector.
 """
 
 import numpy as np
@@ -16,15 +16,15 @@ from rebeca_ray.storage.filesystem import list_files, open_filesystem
 
 MAX_FILES, MAX_USERS, MAX_ITEMS_PER_USER = 20, 2000, 10  # a sample of the plan is enough
 NO_BOUNDS = {"max_p_value", "max_drop", "max_rise", "min_sample"}  # they bound no figure of a snapshot
-MIN_USERS = 20  # fewer tell too little to stop a run
+MIN_USERS = 20  # with fewer, the test stops no run
 
 
 def check_plan(run: Run, gate: GateSettings) -> tuple[PermutationTest | None, str | None]:
-    """Test whether the prior draws what its users like, and not what others like, as the selector sees it; and why that stops a run.
+    """Test whether the prior's candidates please their own users, as the selector sees it.
 
-    Tested are candidates as they were drawn: those that the selector chose would please it whoever they were drawn for. It
-    catches a prior that ignores its users; items of people at large are left out. There is no test without a selector or for fewer
-    than two users.
+    Returns the test, and the reason to stop the run if they do not. The test looks at candidates before any
+    was chosen: chosen candidates would please the selector whoever they were sampled for. Items of the
+    population pool are left out. Without a selector, or for fewer than two users, there is no test.
     """
     test = plan_test(read_sample(run.plan))
     if (
@@ -35,16 +35,17 @@ def check_plan(run: Run, gate: GateSettings) -> tuple[PermutationTest | None, st
     ):
         return test, None
     return test, (
-        f"run {run.run_id}: what the prior draws pleases its own users no more than others: like probability {test.matched_mean:.4f}, "
-        f"{test.null_mean:.4f} when dealt at random (p = {test.p_value:.4f} with {test.num_users} users; gate.max_p_value is "
-        f"{gate.max_p_value:g})"
+        f"run {run.run_id}: what the prior draws pleases its own users no more than others: "
+        f"like probability {test.matched_mean:.4f}, {test.null_mean:.4f} when dealt at random "
+        f"(p = {test.p_value:.4f} with {test.num_users} users; gate.max_p_value is {gate.max_p_value:g})"
     )
 
 
 def refusals(manifest: Manifest, before: Manifest | None, gate: GateSettings) -> list[str]:
-    """Return the reasons against publishing a snapshot, by itself and against the one before; none if it is good.
+    """Return the reasons against publishing a snapshot, by itself and against the one before.
 
-    Each reason tells the figure and its distance from the bound. Figures of fewer than `gate.min_sample` items refuse nothing.
+    Each reason tells the figure and its distance from the bound. Figures of fewer than `gate.min_sample`
+    items refuse nothing.
     """
     now, last = judged(manifest, gate), judged(before, gate) if before else {}
     reasons = []

@@ -1,11 +1,11 @@
-"""Files written from inside a graph, each under a name that its content decides, each with a record written after it.
+"""Files written from inside a graph. The content decides the name of a file, and a record follows each.
 
-A file without a record does not exist: a killed attempt left it. A task that Ray retries writes over its own file.
+A file without a record does not exist: a killed attempt left it. A task that Ray retries writes over its own
+file.
 """
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from rebeca_ray.identity import hash128
 from rebeca_ray.storage.filesystem import join
-from rebeca_ray.storage.objects import write_json
+from rebeca_ray.storage.objects import JsonObject, write_json
 from rebeca_ray.storage.parquet import write_table
 
 BUSY = "busy_seconds"  # the column in which actors report the time per row; never written
@@ -34,16 +34,16 @@ class PartRecord:
     busy_seconds: float
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "PartRecord":
+    def from_dict(cls, values: JsonObject) -> "PartRecord":
         return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WriteParts:
-    """Stage: rows in; one file per combination of the `by` columns in a batch; one row per file out, its `PartRecord`.
+    """Stage: write one file per combination of the `by` columns in a batch; one `PartRecord` per file out.
 
-    With a folder for `records`, each record is also written there, and the files do not repeat the `by` columns. `shard` is that of all
-    rows, unless it is among the `by` columns.
+    With a folder for `records`, each record is also written there, and the files do not repeat the `by`
+    columns. `shard` is that of all rows, unless it is among the `by` columns.
     """
 
     root: str

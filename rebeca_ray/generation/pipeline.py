@@ -1,4 +1,7 @@
-"""The main job: decide, plan, test the plan, render, assemble, judge, publish. No reader sees anything before the last step."""
+"""The main job: decide, plan, test the plan, render, assemble, judge, publish.
+
+No reader sees anything before the last step.
+"""
 
 import datetime
 import logging
@@ -27,9 +30,9 @@ from rebeca_ray.errors import InputError, QualityGateError, ResumableError, Stor
 from rebeca_ray.evaluation.permutation import PermutationTest
 from rebeca_ray.generation.assemble import Assembled, assemble
 from rebeca_ray.generation.context import RunContext, identify_models
-from rebeca_ray.generation.cost import actual_cost, forecast
 from rebeca_ray.generation.decide import decide_all
 from rebeca_ray.generation.decisions import Decisions
+from rebeca_ray.generation.estimate import actual_cost, forecast
 from rebeca_ray.generation.gate import check_plan, refusals
 from rebeca_ray.generation.plan import plan_items, request_histories
 from rebeca_ray.generation.progress import Progress, watchdog
@@ -68,10 +71,11 @@ def generate_catalog(
 ) -> Generated:
     """Generate and publish one snapshot.
 
-    An unfinished run of the same date, made from the same things, is resumed. (`resume`: `require` accepts nothing else, `never` starts
-    anew.) `retry_failed` renders its failed rows again. `force` publishes a snapshot that the quality gate refuses; manifest and pointer
-    record it. `limits.publish_by` is the next such time after `since`, or after the run began. `in_process` runs all stages in this
-    process, without Ray. Raises UserErrors; their exit codes are the job's.
+    An unfinished run of the same date, made from the same things, is resumed. (`resume`: `require` accepts
+    nothing else, `never` starts anew.) `retry_failed` renders its failed rows again. `force` publishes a
+    snapshot that the quality gate refuses; manifest and pointer record it. `limits.publish_by` is the next
+    such time after `since`, or after the run began. `in_process` runs all stages in this process, without
+    Ray. Raises UserErrors; their exit codes are the job's.
     """
     # Everything that bad input can break is checked before the first write.
     decoder = identify_decoder(config.decoder)
@@ -185,7 +189,8 @@ def make_snapshot(
         permutation, refusal = check_plan(run, config.gate)
     if refusal and not force:
         raise QualityGateError(
-            f"{refusal}. Nothing was rendered or published; look at the prior's training.csv, or train it longer"
+            f"{refusal}. Nothing was rendered or published; "
+            "look at the prior's training.csv, or train it longer"
         )
     spent = busy_seconds(run, decisions) if config.limits.max_gpu_hours else 0.0
     rendered = render_all(
@@ -202,8 +207,9 @@ def make_snapshot(
         write_json(manifest.model_dump(), run.manifest)
     if reasons and not force:
         raise QualityGateError(
-            f"run {run.run_id}: {'; '.join(reasons)}. Its snapshot {run.snapshot} stays unpublished; look at it, "
-            f"then publish it with `rebeca catalog publish {run.root} --run-id {run.run_id}`, or mend the cause"
+            f"run {run.run_id}: {'; '.join(reasons)}. Its snapshot {run.snapshot} stays unpublished; "
+            f"look at it, then publish it with `rebeca catalog publish {run.root} --run-id {run.run_id}`, "
+            "or remove the cause"
         )
     lease.publish(run_id=run.run_id, run_date=run.run_date, snapshot=run.snapshot, forced=bool(reasons))
     return manifest
@@ -275,7 +281,8 @@ def check_cluster(config: GenerateConfig) -> None:
 def deadline_of(context: RunContext, spent_seconds: float) -> float | None:
     """Return when rendering must stop, in seconds since 1970; None without a limit.
 
-    Assembling must end by `publish_by`, and the GPU hours must last. Earlier attempts used `spent_seconds` of the latter.
+    Assembling must end by `publish_by`, and the GPU hours must last. Earlier attempts used `spent_seconds` of
+    the latter.
     """
     limits, previous = context.config.limits, context.previous
     ends = []

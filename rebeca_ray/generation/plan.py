@@ -28,10 +28,9 @@ from rebeca_ray.data.items import embedded_with, read_image_embeds, read_item_id
 from rebeca_ray.errors import InputError
 from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.dataflow import Actors, Stage, run_graph
-from rebeca_ray.generation.decisions import Action, Decisions
+from rebeca_ray.generation.decisions import Action, Decisions, render_keys, shards_of
 from rebeca_ray.generation.parts import PartRecord, WriteParts, with_busy_seconds
 from rebeca_ray.generation.progress import Progress
-from rebeca_ray.generation.shards import render_keys, shards_of
 from rebeca_ray.generation.user_loader import UserLoader
 from rebeca_ray.prior.candidates import (
     choose_candidates,
@@ -55,7 +54,8 @@ def plan_items(
 ) -> None:
     """Write the run's plan, `shard=<s>/bucket=<b>/`. Every item of a planned user becomes exactly one row.
 
-    A complete plan is never made again: a resumed run reads it. Raises InputError if the prior was replaced meanwhile.
+    A complete plan is never made again: a resumed run reads it. Raises InputError if the prior was replaced
+    meanwhile.
     """
     run, config = context.run, context.config
     if read_json(run.plan_marker):

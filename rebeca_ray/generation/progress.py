@@ -1,4 +1,4 @@
-"""How far a run is, how fast it was, and whether it still moves: if not, it is ended so that it can be resumed."""
+"""The progress of a run: stages timed, progress logged, and a run that stalls ended so that it can resume."""
 
 import faulthandler
 import io
@@ -15,15 +15,16 @@ from datetime import UTC, datetime
 import pyarrow as pa
 
 from rebeca_ray.catalog.manifest import StageFigures
+from rebeca_ray.errors import ResumableError
 from rebeca_ray.generation.parts import PartRecord
 from rebeca_ray.storage.filesystem import join, open_filesystem
 
 log = logging.getLogger(__name__)
 
-STALLED = 75  # the exit code of a run that is to be started again
-UNWATCHED = ("histories", "test")  # one step each, which says nothing on its way
+STALLED = ResumableError.exit_code
+UNWATCHED = ("histories", "test")  # one step each, without progress in between
 SECONDS_BETWEEN_LINES = 20  # of progress in the log
-POLLS = 20  # in the time after which a run that does not move is stalled
+POLLS = 20  # in the time after which a run counts as stalled
 
 
 @dataclass(kw_only=True)
@@ -73,7 +74,7 @@ class Progress:
         self.since = now
 
     def follow(self, name: str, batches: Iterator[pa.Table], *, total: int) -> list[PartRecord]:
-        """Run a graph that ends with records of files (see parts.py), log its progress, and return the records."""
+        """Run a graph that ends with `PartRecord` rows, log its progress, and return the records."""
         records: list[PartRecord] = []
         with self.stage(name):
             stage = self.stages[name]
@@ -102,7 +103,7 @@ def log_progress(name: str, rows: int, total: int, seconds: float) -> None:
 def watchdog(
     progress: Progress, minutes: float | None, *, dump_to: str, on_stall: Callable[[], None]
 ) -> Iterator[None]:
-    """End the process with code 75 if the run does not move for `minutes` inside the block, after writing down what it was doing."""
+    """End the process with code 75 after `minutes` without progress in the block. Dump its state first."""
     if minutes is None:
         yield
         return
@@ -117,7 +118,7 @@ def watchdog(
                 )
                 log.error(f"{problem}; its state is in {where}. Start it again: it resumes")
                 on_stall()
-                os._exit(STALLED)  # whatever hangs would hang an orderly end too
+                os._exit(STALLED)  # an orderly end would hang too
 
     thread = threading.Thread(target=watch, name="watchdog", daemon=True)
     thread.start()
@@ -129,32 +130,32 @@ def watchdog(
 
 
 def dump_state(progress: Progress, folder: str) -> str:
-    """Write the stacks of the driver's threads and Ray's actors and tasks to `folder`; returns the file."""
-    told = io.StringIO()
-    print(f"stage {progress.current}; stages so far: {progress.stages}\n", file=told)
+    """Write the stacks of the driver's threads and Ray's actors and tasks to `folder`; return the file."""
+    state = io.StringIO()
+    print(f"stage {progress.current}; stages so far: {progress.stages}\n", file=state)
     with tempfile.TemporaryFile("w+") as stacks:
         faulthandler.dump_traceback(stacks, all_threads=True)
         stacks.seek(0)
-        told.write(stacks.read())
+        state.write(stacks.read())
     try:
         import ray
         from ray.util.state import list_actors, list_tasks
 
-        print(f"\ncluster {ray.cluster_resources()}\navailable {ray.available_resources()}", file=told)
+        print(f"\ncluster {ray.cluster_resources()}\navailable {ray.available_resources()}", file=state)
         for kind, listed in (
             ("actor", list_actors(limit=200, timeout=10)),
             ("task", list_tasks(limit=200, timeout=10)),
         ):
-            for state in listed:
-                print(kind, state, file=told)
-    except Exception as error:  # whatever it is, the stacks are worth more than the reason
-        print(f"\nRay does not answer: {type(error).__name__}: {error}", file=told)
+            for entry in listed:
+                print(kind, entry, file=state)
+    except Exception as error:  # of any kind: the stacks are worth more than the reason
+        print(f"\nRay does not answer: {type(error).__name__}: {error}", file=state)
     uri = join(folder, f"stalled-{datetime.now(UTC):%Y%m%dT%H%M%S}.txt")
     try:
         filesystem, path = open_filesystem(uri)
         filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
-        filesystem.pipe_file(path, told.getvalue().encode())
+        filesystem.pipe_file(path, state.getvalue().encode())
     except Exception as error:
-        log.error(told.getvalue())
+        log.error(state.getvalue())
         return f"the lines above ({uri} cannot be written: {error})"
     return uri

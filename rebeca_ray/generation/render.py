@@ -1,9 +1,10 @@
 """Render planned items into image files, shard by shard, the most urgent first. One graph per shard.
 
-work/…/plan/shard=…/ -> items without an image -> decode and encode -> images/run_id=…/bucket=…/ -> records, then the shard's marker
+work/…/plan/shard=…/ -> items without an image -> decode, encode -> images/run_id=…/bucket=…/ -> records,
+then the shard's marker
 
-A record is written after its file, the marker after all records of a shard: an attempt that takes over renders the items without a
-record. (Ray Data's own checkpoints were tried and left, see infra/docs/log.md.)
+A record is written after its file, the marker after all records of a shard: an attempt that takes over
+renders the items without a record. (Ray Data's own checkpoints were tried and left, see infra/docs/log.md.)
 """
 
 import logging
@@ -80,8 +81,8 @@ def render_all(
 ) -> Rendered:
     """Render every planned item, except those that `deadline` (seconds since 1970) leaves no time for.
 
-    A row that fails keeps its place, with a null image and the reason. With `retry_failed`, rows that failed in an earlier attempt are
-    rendered again, as an attempt of their own.
+    A row that fails keeps its place, with a null image and the reason. With `retry_failed`, rows that failed
+    in an earlier attempt are rendered again, as an attempt of their own.
     """
     files: list[PartRecord] = []
     timed_out = False
@@ -187,7 +188,10 @@ def busy_seconds(run: Run, decisions: Decisions) -> float:
 
 
 def rendered_ids(run: Run, records: list[PartRecord], with_failed: Callable[[PartRecord], bool]) -> pa.Array:
-    """Return the ids of the items in some files, each once; failed items only of the files that `with_failed` accepts."""
+    """Return the ids of the items in some files, each once.
+
+    Failed items count only in files that `with_failed` accepts.
+    """
     filesystem, root = open_filesystem(run.root)
 
     def ids(record: PartRecord) -> pa.Array:
@@ -223,7 +227,10 @@ def check_renderer(decoder: DecoderSettings) -> None:
 
 
 class RenderImages:
-    """Actor: one planned row in, one row of `schemas.IMAGES` with its bucket out, in order; none after `deadline`."""
+    """Actor: one planned row in, one row of `schemas.IMAGES` with its bucket out, in order.
+
+    After `deadline`, no row comes out.
+    """
 
     def __init__(
         self, settings: DecoderSettings, deadline: float | None = None, in_process: bool = False

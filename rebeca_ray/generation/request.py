@@ -1,6 +1,6 @@
 """The request: users and their numbers of items, checked against the models before a run writes anything."""
 
-from typing import Any, cast
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,6 +15,7 @@ from rebeca_ray.data.validation import check_columns, check_ids, check_numbers, 
 from rebeca_ray.decoder.files import DecoderIdentity
 from rebeca_ray.errors import InputError
 from rebeca_ray.prior.checkpoint import read_prior_config
+from rebeca_ray.storage.objects import JsonObject
 from rebeca_ray.storage.parquet import open_parquet
 
 
@@ -62,7 +63,7 @@ def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
     return int(pc.sum(counts).as_py() or 0) + (request.num_rows - len(counts)) * config.num_images
 
 
-def check_prior_can(config: GenerateConfig, prior: dict[str, Any]) -> None:
+def check_prior_can(config: GenerateConfig, prior: JsonObject) -> None:
     """Raise InputError for settings that this prior was not trained for, and for inputs that it misses."""
     sampling = parse_config(PriorSampling, prior["sampling"], where=f"prior {config.prior}: sampling")
     try:

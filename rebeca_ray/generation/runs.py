@@ -3,7 +3,6 @@
 import datetime
 import json
 import logging
-from typing import Any
 
 from rebeca_ray.catalog.layout import new_run_id
 from rebeca_ray.catalog.runs import BegunRun, unfinished_runs, write_begun
@@ -11,19 +10,19 @@ from rebeca_ray.config.fields import NOT_COMPARED, fields_with
 from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.errors import InputError
 from rebeca_ray.storage.filesystem import join, list_folders
-from rebeca_ray.storage.objects import read_json
+from rebeca_ray.storage.objects import JsonObject, read_json
 from rebeca_ray.storage.parquet import open_parquet
 
 log = logging.getLogger(__name__)
 
-Description = dict[str, Any]  # everything a run is made from, by field
+Description = JsonObject  # the inputs of a run, by field
 
 # Settings that do not change the result: where and when, how many at a time, and later judgement.
 NOT_COMPARED_ON_RESUME = fields_with(GenerateConfig, NOT_COMPARED)
 
 
 def describe_run(config: GenerateConfig, versions: dict[str, str], previous: str | None) -> Description:
-    """Return everything a run is made from: settings, models, the content of its inputs, and the snapshot it follows."""
+    """Return the inputs of a run: settings, models, digests of its tables, and the snapshot it follows."""
     inputs = {
         "request": config.request,
         "items": config.items,
@@ -57,8 +56,8 @@ def choose_run(
 ) -> tuple[str, BegunRun | None]:
     """Return the id of the run to resume and its beginning, or a new id and None.
 
-    Raises InputError, naming the field that differs, if the run that must be resumed was made from something else, and if there is none
-    that must be resumed.
+    Raises InputError, naming the field that differs, if the run that must be resumed was made from something
+    else, and if there is none that must be resumed.
     """
     candidates = candidate_runs(config, run_date)
     differences = {
@@ -75,14 +74,16 @@ def choose_run(
         return same[-1], candidates[same[-1]]
     if resume == "never" and config.run_id in candidates:
         raise InputError(
-            f"catalog {config.catalog}: run_id {config.run_id} was begun before; choose another, or let it be resumed"
+            f"catalog {config.catalog}: run_id {config.run_id} was begun before; "
+            "choose another, or let it be resumed"
         )
     if resume != "never" and differences:
         run_id, field = list(differences.items())[-1]
         reason = f"run {run_id} of {candidates[run_id].run_date} cannot be resumed: {field}"
         if must_resume or config.run_id is not None:
             raise InputError(
-                f"catalog {config.catalog}: {reason}; restore that, or start a new run with --resume never and another run_id"
+                f"catalog {config.catalog}: {reason}; restore that, "
+                "or start a new run with --resume never and another run_id"
             )
         log.warning(f"{reason}; a new run starts")
     elif must_resume:
@@ -109,7 +110,8 @@ def candidate_runs(config: GenerateConfig, run_date: datetime.date) -> dict[str,
             is not None
         ):
             raise InputError(
-                f"catalog {config.catalog}: run_id {config.run_id} was used before; choose another, or give none"
+                f"catalog {config.catalog}: run_id {config.run_id} was used before; "
+                "choose another, or give none"
             )
     return {}
 

@@ -17,7 +17,7 @@ import json
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,7 +29,7 @@ from rebeca_ray.config.load import parse_config
 from rebeca_ray.config.sections import DiffusionSettings, NetworkSettings, PriorSampling
 from rebeca_ray.errors import InputError, UserError, describe
 from rebeca_ray.storage.filesystem import join, open_filesystem
-from rebeca_ray.storage.objects import read_json, write_json
+from rebeca_ray.storage.objects import JsonObject, read_json, write_json
 from rebeca_ray.storage.store import failure_types
 from rebeca_ray.storage.writable import require_writable
 
@@ -67,7 +67,7 @@ class PriorConfig(Settings):
     condition_dropout: Fraction
     scaler: ScalerSettings
     clip: str | None
-    metrics: dict[str, Any]
+    metrics: JsonObject
     sha256: dict[str, str]
 
 
@@ -222,7 +222,7 @@ def load_prior(uri: str, device: str = "cpu") -> TrainedPrior:
     )
 
 
-def read_prior_users(uri: str, config: dict[str, Any]) -> pa.Table:
+def read_prior_users(uri: str, config: JsonObject) -> pa.Table:
     """Return the `users.parquet` that belongs to the weights of `config`.
 
     Raises InputError for another run's file, which would give users each other's taste.
@@ -230,7 +230,7 @@ def read_prior_users(uri: str, config: dict[str, Any]) -> pa.Table:
     return pq.read_table(pa.BufferReader(verified_file(uri, "users.parquet", config)))
 
 
-def verified_file(uri: str, name: str, config: dict[str, Any]) -> bytes:
+def verified_file(uri: str, name: str, config: JsonObject) -> bytes:
     """Return the bytes of one file of a prior. Raises InputError if it is missing or has another hash."""
     filesystem, path = open_filesystem(uri)
     try:
@@ -247,7 +247,7 @@ def verified_file(uri: str, name: str, config: dict[str, Any]) -> bytes:
     return data
 
 
-def read_prior_config(uri: str) -> dict[str, Any]:
+def read_prior_config(uri: str) -> JsonObject:
     """Return the `config.json` of a prior. Raises InputError if it is missing or has another format."""
     config = read_json(join(uri, "config.json"))
     if config is None:
@@ -270,13 +270,13 @@ def read_prior_config(uri: str) -> dict[str, Any]:
     return config
 
 
-def fingerprint(config: dict[str, Any]) -> str:
+def fingerprint(config: JsonObject) -> str:
     """Return 16 hex digits that change whenever the prior would sample something else."""
     sampled_from = {name: config[name] for name in ("network", "diffusion", "sampling", "scaler", "sha256")}
     return hashlib.sha256(json.dumps(sampled_from, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def model_card(config: dict[str, Any]) -> str:
+def model_card(config: JsonObject) -> str:
     """Return a short README for the directory."""
     rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in config["metrics"].items())
     users = {

@@ -4,13 +4,22 @@ import hashlib
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from fsspec.spec import AbstractFileSystem
 
 from rebeca_ray.errors import InputError
 from rebeca_ray.storage.filesystem import is_local, open_filesystem, storage_errors, unreadable
 from rebeca_ray.storage.store import failure_types, open_store
+
+JsonObject = dict[str, Any]
+
+
+class FileDigest(TypedDict):
+    """The size and checksum of a written file."""
+
+    bytes: int
+    sha256: str
 
 
 class HashingSink:
@@ -67,7 +76,7 @@ class HashingSink:
         if self.local:
             Path(f"{self.path}.partial").unlink(missing_ok=True)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> FileDigest:
         """Return the size and checksum, against which a reader can check the file."""
         return {"bytes": self.size, "sha256": self.digest.hexdigest()}
 
@@ -81,7 +90,7 @@ class HashingSink:
             self.discard()
 
 
-def read_json(uri: str) -> dict[str, Any] | None:
+def read_json(uri: str) -> JsonObject | None:
     """Return the object at `uri`, or None if there is no file. Raises UserError for anything else."""
     filesystem, path = open_filesystem(uri)
     try:
@@ -100,13 +109,13 @@ def read_json(uri: str) -> dict[str, Any] | None:
     return value
 
 
-def write_json(value: dict[str, Any], uri: str) -> None:
+def write_json(value: JsonObject, uri: str) -> None:
     """Write an object, so that a reader sees the old one or the new one, never a part."""
     store = open_store(uri)
     with storage_errors(uri):
         store.put(encode_json(value))
 
 
-def encode_json(value: dict[str, Any]) -> bytes:
+def encode_json(value: JsonObject) -> bytes:
     """Return the one text of an object: indented, with sorted keys and a line break at the end."""
     return json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import pyarrow as pa
 import pyarrow.dataset
@@ -238,9 +238,17 @@ def read_footer(filesystem: AbstractFileSystem, path: str, what: str, uri: str) 
         ) from None
 
 
+class WrittenTable(TypedDict):
+    """The rows, size and checksum of a written Parquet file."""
+
+    rows: int
+    bytes: int
+    sha256: str
+
+
 def write_table(
     table: pa.Table, uri: str, *, row_group_size: int, embed_column: str | None = None
-) -> dict[str, Any]:
+) -> WrittenTable:
     """Write one Parquet file and return its `rows`, `bytes` and `sha256`, hashed while writing.
 
     The embedding column is stored byte-stream-split, without a dictionary or statistics. Everything is

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rebeca_ray import schemas
-from rebeca_ray.generation.shards import RENDER_KEY, render_keys, shards_of
+from rebeca_ray.generation.decisions import RENDER_KEY, render_keys, shards_of
 from rebeca_ray.identity import hash128
 
 keys = st.tuples(st.sampled_from([-1.5, -0.0, 0.0, 3.0]), st.integers(-3, 0), st.integers(0, 4))
