@@ -181,7 +181,7 @@ def test_files_tables_and_folders(root: str) -> None:
     record = write_table(TABLE, f"{root}/items/a.parquet", row_group_size=100)
     assert record["rows"] == 500
     assert read_table(f"{root}/items", "items").equals(TABLE)
-    assert len(open_parquet(f"{root}/items", "items").digest) == 32
+    assert len(open_parquet(f"{root}/items", "items").digest()) == 32
     write_json({"a": 1}, f"{root}/one.json")
     write_json({"a": 2}, f"{root}/one.json")
     assert read_json(f"{root}/one.json") == {"a": 2}
