@@ -248,7 +248,8 @@ def table(name: str, embed_dim: int, version: int = SCHEMA_VERSION) -> pa.Schema
         "changes": CHANGES,
     }[name]
     if name == "users" and version == 3:
-        return pa.schema([field.with_name(VERSION_3_NAMES.get(field.name, field.name)) for field in current])
+        fields = [field.with_name(VERSION_3_NAMES.get(field.name, field.name)) for field in current]
+        return pa.schema(fields, metadata=current.metadata)
     return current
 
 

@@ -1,4 +1,4 @@
-"""Small real parts shared by the tests: a tiny world, a tiny decoder with random weights, a local Ray, a real S3 server."""
+"""Small real parts for all tests: a tiny prior and decoder, a local Ray, an S3 server, nights in process."""
 
 import logging
 import os
@@ -67,7 +67,7 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that of two files at a time neither is left alone at the end."""
+    """Run the longest files first, so that both test processes end at about the same time."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
@@ -83,7 +83,7 @@ def _restore_log() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ray_local(s3_server: dict[str, str]) -> Iterator[str]:
-    """One local Ray for the whole test run, whose workers reach the S3 server; yields its address, for drivers of their own."""
+    """Start one local Ray for the whole test run; yield its address. Its workers reach the S3 server."""
     import ray
 
     from rebeca_ray.ray_runtime import start_ray
@@ -101,7 +101,7 @@ def tiny_prior(tmp_path: Path) -> str:
 
 
 def prior_users(names: list[str]) -> pa.Table:
-    """The users of an `id` prior."""
+    """Return the table of users of an `id` prior."""
     columns = {
         "user_id": names,
         "user_index": np.arange(len(names), dtype=np.int32),
@@ -119,7 +119,7 @@ def write_tiny_prior(
     norm: float = 3.0,
     selector: Selector | None = None,
 ) -> str:
-    """A prior directory with random weights, for USERS and D = 16 if nothing else is said."""
+    """Write a prior directory with random weights, by default for USERS and D = 16; return its path."""
     users = prior_users(USERS) if users is None else users
     if selector:
         selector.rows_VF = torch.randn(users.num_rows, selector.factors.out_features + 1)
@@ -137,7 +137,7 @@ def write_tiny_prior(
 
 
 def untrained_prior(settings: NetworkSettings, embed_dim: int = D) -> TrainedPrior:
-    """A prior with random weights that was trained on nothing."""
+    """Return an untrained prior with random weights."""
     torch.manual_seed(0)
     return TrainedPrior(
         network=wake(Prior(settings, embed_dim)),
@@ -151,7 +151,7 @@ def untrained_prior(settings: NetworkSettings, embed_dim: int = D) -> TrainedPri
 
 
 def wake(prior: Prior) -> Prior:
-    """Random numbers where training starts from zero, so that an untrained prior says something."""
+    """Replace the zero weights at the start of training, so that an untrained prior reacts to its inputs."""
     torch.nn.init.normal_(prior.denoiser.detokenizer.weight, std=0.2)
     if isinstance(prior.denoiser, CrossAttentionDenoiser):
         torch.nn.init.normal_(prior.denoiser.modulation[1].weight, std=0.2)  # type: ignore[arg-type]
@@ -162,7 +162,7 @@ def wake(prior: Prior) -> Prior:
 
 @pytest.fixture(scope="session")
 def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> DecoderSettings:
-    """A Stable Diffusion directory in SD's own layout with an official-layout IP-Adapter, random weights, 16 pixels."""
+    """Write Stable Diffusion and an IP-Adapter in their official layouts: random weights, 16 pixels."""
     from diffusers import (
         AutoencoderKL,
         DPMSolverMultistepScheduler,
@@ -235,7 +235,7 @@ def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> DecoderSettings:
 
 
 def write_request(folder: Path) -> str:
-    """Five users, one with a prompt and one with a count of its own: 16 items at three images a user."""
+    """Write a request of five users, one with a prompt and one with four images: 16 items in all."""
     columns = {
         "user_id": USERS[:5],
         "num_images": pa.array([None, 4, None, None, None], pa.int32()),
@@ -291,7 +291,7 @@ def run_of(config: GenerateConfig, fencing_token: int = 1) -> Run:
 
 
 def context_of(config: GenerateConfig, run: Run | None = None) -> RunContext:
-    """The context of a run in this process."""
+    """Return the context of a run in this process."""
     decoder = identify_decoder(config.decoder)
     return RunContext(
         config=config,
@@ -309,7 +309,7 @@ def decide(config: GenerateConfig, run: Run, histories: Histories | None = None)
 
 
 def plan(config: GenerateConfig, request: pa.Table, histories: Histories | None = None) -> pa.Table:
-    """The planned items of some rows of a request."""
+    """Plan the items of a request in this process; return them."""
     with tempfile.TemporaryDirectory() as folder:
         pq.write_table(request, f"{folder}/request.parquet")
         config = config.model_copy(
@@ -321,7 +321,7 @@ def plan(config: GenerateConfig, request: pa.Table, histories: Histories | None 
 
 
 def planned_items(run: Run) -> pa.Table:
-    """The rows of a complete plan."""
+    """Return the rows of a complete plan."""
     parts = [read_table(f"{run.work}/{part.path}", "plan") for part in read_plan(run)]
     return pa.concat_tables(parts) if parts else schemas.plan(D).empty_table()
 
@@ -369,7 +369,7 @@ def write_plan(context: RunContext, *, break_first: bool = False) -> Decisions:
 
 
 def render_rows(context: RunContext, shard: int, planned: pa.Table, attempt: int = 0) -> list[PartRecord]:
-    """Render some planned items of a shard, as a part of an attempt would; the records of their files."""
+    """Render planned items of a shard as one attempt; return the records of the written files."""
     writer = WriteParts(
         root=context.run.root,
         folder=context.run.images,
@@ -388,7 +388,7 @@ def render_rows(context: RunContext, shard: int, planned: pa.Table, attempt: int
 def assembled(
     config: GenerateConfig, prepared: Prepared, *, requested: int | None = None, error_budget: float = 0.0
 ) -> Manifest:
-    """The manifest of a prepared run, written but not published."""
+    """Assemble a prepared run and write its manifest, without publishing; return the manifest."""
     context = replace(
         prepared.context,
         config=config.model_copy(update={"error_budget": error_budget}),
@@ -404,13 +404,13 @@ def assembled(
 
 
 def snapshot_of(config: GenerateConfig, *, error_budget: float = 0.0) -> Manifest:
-    """One night in this process, published whatever the quality gate would say; its manifest."""
+    """Run and publish one night in this process, without a quality gate; return its manifest."""
     config = config.model_copy(update={"error_budget": error_budget, "gate": NO_GATE})
     return generate_catalog(config, in_process=True).manifest
 
 
 def synthetic_manifest(run: Run, files: FileList, **changes: Any) -> Manifest:
-    """The manifest of a snapshot that no run made: counts of nothing, with some fields changed."""
+    """Return a manifest without a run: all counts are zero, and `changes` replace fields."""
     counts = dict.fromkeys(Counts.model_fields, 0)
     values = {
         "schema_version": schemas.SCHEMA_VERSION,

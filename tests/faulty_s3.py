@@ -1,4 +1,4 @@
-"""An S3 server that misbehaves by plan: a proxy on 127.0.0.1 before the real one."""
+"""A proxy on 127.0.0.1 in front of a real S3 server. It injects faults by plan."""
 
 import itertools
 import random
@@ -18,16 +18,16 @@ CODES = {"slow down": (503, "SlowDown"), "error": (500, "InternalError"), "lost"
 
 
 def seeded(seed: int, share: float) -> Iterator[Fault]:
-    """An endless plan in which `share` of the requests fail, never more than three in a row."""
-    chosen = random.Random(seed)
-    row = 0
+    """Yield an endless plan: a `share` of the requests fails, at most three of them in a row."""
+    generator = random.Random(seed)
+    consecutive = 0
     while True:
-        row = row + 1 if row < 3 and chosen.random() < share else 0
-        yield chosen.choice(FAULTS) if row else ""
+        consecutive = consecutive + 1 if consecutive < 3 and generator.random() < share else 0
+        yield generator.choice(FAULTS) if consecutive else ""
 
 
 class Request(NamedTuple):
-    """A request as it came in, and what was done to it."""
+    """A request, and the fault that it met."""
 
     method: str
     path: str
@@ -35,10 +35,12 @@ class Request(NamedTuple):
 
 
 class FaultyS3(ThreadingHTTPServer):
-    """Passes requests on to `endpoint`, but for what `plan` does to them, one fault a request; after the plan's end, none.
+    """Forward requests to `endpoint`, with one fault of the plan per request. After the plan there are none.
 
-    slow down, error: an answer 503 or 500 in place of the server's, which hears nothing. lost: the server did it, but the answer is 500.
-    cut: the server did it, but the answer ends in its middle. late: the answer comes late. gone: the connection is closed unanswered.
+    slow down, error: the proxy answers 503 or 500, and the server never gets the request.
+    lost: the server handles the request, and the proxy answers 500.
+    cut: the server handles the request, and its answer ends in the middle.
+    late: the answer is delayed. gone: the proxy closes the connection without an answer.
     """
 
     daemon_threads = True
@@ -51,7 +53,7 @@ class FaultyS3(ThreadingHTTPServer):
         self.misbehave([])
 
     def misbehave(self, plan: Iterable[Fault], only: str = "") -> None:
-        """Follow this plan from here on, of the requests whose `METHOD /path` holds `only`; forgets the requests so far."""
+        """Start a new plan and forget earlier requests. Only a `METHOD /path` with `only` in it fails."""
         with self.lock:
             self.plan, self.only = iter(plan), only
             self.requests: list[Request] = []
@@ -63,11 +65,11 @@ class FaultyS3(ThreadingHTTPServer):
             return fault
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hung up is no news here."""
+        """Ignore the error of a client that closed its connection."""
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection; a fault that needs one closes it."""
+    """Handle one connection. The faults cut and gone close it."""
 
     protocol_version = "HTTP/1.1"
     server: FaultyS3
@@ -83,14 +85,14 @@ class Handler(BaseHTTPRequestHandler):
             return
         server = HTTPConnection(self.server.server, timeout=30)
         try:
-            # The signature is of the headers as they came, the name of this proxy among them.
+            # The signature covers the headers as the client sent them, and its Host names this proxy.
             server.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
                 if name.lower() not in ("expect", "connection"):
                     server.putheader(name, value)
             server.endheaders(body)
             answer = server.getresponse()
-            found = answer.read()
+            body = answer.read()
         finally:
             server.close()
         if fault == "late":
@@ -98,7 +100,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "lost":
             self.refuse(fault)
         else:
-            self.answer(answer, found, cut=fault == "cut")
+            self.answer(answer, body, cut=fault == "cut")
 
     def answer(self, answer: HTTPResponse, body: bytes, *, cut: bool) -> None:
         length = answer.headers["Content-Length"] if self.command == "HEAD" else str(len(body))
@@ -122,18 +124,18 @@ class Handler(BaseHTTPRequestHandler):
             if self.command == "HEAD"
             else f"<Error><Code>{code}</Code><Message>{code}, by plan</Message></Error>".encode()
         )
-        head = f"HTTP/1.1 {status} {code}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
-        self.wfile.write(head.encode() + body)
+        headers = f"Content-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
+        self.wfile.write(f"HTTP/1.1 {status} {code}\r\n{headers}".encode() + body)
 
     do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = pass_on
 
     def log_message(self, format: str, *values: object) -> None:
-        """Nothing: the tests read `requests`."""
+        """Log nothing: the tests read `requests`."""
 
 
 @contextmanager
 def faulty_s3(endpoint: str) -> Iterator[FaultyS3]:
-    """The proxy at work, behaving until it is told not to."""
+    """Run the proxy. It injects no fault before the first `misbehave`."""
     with FaultyS3(endpoint) as proxy:
         thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
@@ -145,5 +147,5 @@ def faulty_s3(endpoint: str) -> Iterator[FaultyS3]:
 
 
 def forever(fault: Fault) -> Iterator[Fault]:
-    """A plan for a store that stays down."""
+    """Return the plan of a permanent outage."""
     return itertools.repeat(fault)

@@ -1,4 +1,4 @@
-"""The fields of KubeRay's custom resources that `infra/` uses, as the reference of KubeRay 1.7 has them; any other is refused."""
+"""The fields of KubeRay 1.7's custom resources that `infra/` uses. These models refuse any other."""
 
 from typing import Annotated, Any, Literal
 
@@ -19,7 +19,7 @@ class Metadata(Strict):
 
 
 class PodTemplate(Strict):
-    """Its two parts are Kubernetes' own, and checked by Kubernetes' schema."""
+    """A pod template. The schema of Kubernetes checks both parts."""
 
     metadata: dict[str, Any] = {}
     spec: dict[str, Any]
@@ -69,7 +69,7 @@ class RayJobSpec(Strict):
 
 
 class RayCronJobSpec(Strict):
-    """No concurrencyPolicy, and `jobTemplate` is the job's spec itself."""
+    """A RayCronJob has no concurrencyPolicy, and its `jobTemplate` is a RayJob's spec."""
 
     schedule: str
     timeZone: Annotated[str, Field(min_length=1)] | None = None

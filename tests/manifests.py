@@ -1,4 +1,4 @@
-"""The manifests in `infra/`, as Kubernetes gets them, and what must hold of each."""
+"""Load the manifests in `infra/` as Kubernetes gets them, and check the rules for each of them."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from tests.kuberay import KINDS
 INFRA = REPO / "infra"
 KUBERNETES = "1.31"
 MANIFESTS = ("raycluster.yaml", "rayjob.yaml", "raycronjob.yaml", "cronjob.yaml", "networkpolicy.yaml")
-CLUSTERS = {  # where each custom resource keeps its RayCluster's spec
+CLUSTERS = {  # the JSON pointer to the RayCluster spec inside each custom resource
     "raycluster.yaml": "/spec",
     "rayjob.yaml": "/spec/rayClusterSpec",
     "raycronjob.yaml": "/spec/jobTemplate/rayClusterSpec",
@@ -26,12 +26,12 @@ Document = dict[str, Any]
 
 
 def documents(name: str) -> list[Document]:
-    """The manifest as Kubernetes gets it: as JSON, in which aliases are copies."""
+    """Return the documents of a manifest as Kubernetes gets them: JSON, with YAML aliases copied."""
     return [json.loads(json.dumps(document)) for document in yaml.safe_load_all((INFRA / name).read_text())]
 
 
 def at(document: Any, pointer: str) -> Any:
-    """What a JSON pointer points at."""
+    """Return the value at a JSON pointer."""
     for part in pointer.split("/")[1:]:
         key = part.replace("~1", "/").replace("~0", "~")
         document = document[int(key)] if isinstance(document, list) else document[key]
@@ -39,7 +39,7 @@ def at(document: Any, pointer: str) -> Any:
 
 
 def patched(name: str) -> Document:
-    """The manifest with the Triton patch, its paths put where this kind has its cluster; add and remove are all it uses."""
+    """Return the manifest with the Triton patch applied to its cluster. The patch only adds and removes."""
     (document,) = documents(name)
     for step in documents("triton-patch.yaml")[0]:
         folder, _, key = step["path"].replace("/spec/", CLUSTERS[name] + "/", 1).rpartition("/")
@@ -52,18 +52,20 @@ def patched(name: str) -> Document:
             case "remove", dict():
                 del parent[key]
             case _:
-                raise AssertionError(f"{step['op']} {step['path']}: neither add nor remove of what is there")
+                raise AssertionError(
+                    f"{step['op']} {step['path']}: expected add, or remove of an existing key"
+                )
     return document
 
 
 ALL = {name: documents(name) for name in MANIFESTS} | {
     f"{name}, patched": [patched(name)] for name in CLUSTERS
 }
-RAY = {name: found[0] for name, found in ALL.items() if found[0]["apiVersion"] == "ray.io/v1"}
+RAY = {name: manifest[0] for name, manifest in ALL.items() if manifest[0]["apiVersion"] == "ray.io/v1"}
 
 
 def walk(value: Any) -> Iterator[Document]:
-    """Every mapping in it, outermost first."""
+    """Yield every mapping inside `value`, the outermost first."""
     if isinstance(value, dict):
         yield value
     for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
@@ -72,17 +74,17 @@ def walk(value: Any) -> Iterator[Document]:
 
 def pod_templates(document: Document) -> list[Document]:
     return [
-        found
-        for found in walk(document)
-        if isinstance(found.get("spec"), dict) and "containers" in found["spec"]
+        mapping
+        for mapping in walk(document)
+        if isinstance(mapping.get("spec"), dict) and "containers" in mapping["spec"]
     ]
 
 
 def containers(document: Document) -> list[Document]:
     return [
-        one
+        container
         for pod in pod_templates(document)
-        for one in pod["spec"].get("initContainers", []) + pod["spec"]["containers"]
+        for container in pod["spec"].get("initContainers", []) + pod["spec"]["containers"]
     ]
 
 
@@ -102,30 +104,31 @@ def check_schema(document: Document) -> None:
 
 
 def check_auth(document: Document) -> None:
-    """A token from the Secret: by KubeRay for its own pods, by a mounted file for a submitter of ours."""
+    """Require the token of the Secret. KubeRay adds it to its pods, and our submitter mounts it as a file."""
     if document["apiVersion"] == "ray.io/v1":
-        (cluster,) = [found for found in walk(document) if "headGroupSpec" in found]
+        (cluster,) = [mapping for mapping in walk(document) if "headGroupSpec" in mapping]
         assert cluster.get("authOptions") == {"mode": "token", "secretName": "rebeca-ray-token"}
         return
     for pod in pod_templates(document):
-        told = {one["name"]: one.get("value") for one in pod["spec"]["containers"][0]["env"]}
-        assert told["RAY_AUTH_MODE"] == "token"
+        variables = {entry["name"]: entry.get("value") for entry in pod["spec"]["containers"][0]["env"]}
+        assert variables["RAY_AUTH_MODE"] == "token"
         (volume,) = [
-            one["name"]
-            for one in pod["spec"]["volumes"]
-            if one.get("secret", {}).get("secretName") == "rebeca-ray-token"
+            candidate["name"]
+            for candidate in pod["spec"]["volumes"]
+            if candidate.get("secret", {}).get("secretName") == "rebeca-ray-token"
         ]
-        (mount,) = [one for one in pod["spec"]["containers"][0]["volumeMounts"] if one["name"] == volume]
+        mounts = pod["spec"]["containers"][0]["volumeMounts"]
+        (mount,) = [candidate for candidate in mounts if candidate["name"] == volume]
         assert mount["readOnly"] is True
-        assert told["RAY_AUTH_TOKEN_PATH"] == f"{mount['mountPath']}/auth_token"
+        assert variables["RAY_AUTH_TOKEN_PATH"] == f"{mount['mountPath']}/auth_token"
 
 
 def check_secrets(document: Document) -> None:
-    assert document["kind"] != "Secret", "a Secret is made by hand, not kept in a repository"
+    assert document["kind"] != "Secret", "create the Secret by hand; a repository must not hold it"
     for container in containers(document):
-        for one in container.get("env", []):
-            secret = re.search(r"TOKEN$|SECRET|PASSWORD|CREDENTIAL|_KEY", one["name"])
-            assert not (secret and "value" in one), f"{one['name']}: a value; take it from a Secret"
+        for variable in container.get("env", []):
+            secret = re.search(r"TOKEN$|SECRET|PASSWORD|CREDENTIAL|_KEY", variable["name"])
+            assert not (secret and "value" in variable), f"{variable['name']}: a value; take it from a Secret"
 
 
 def check_images(document: Document) -> None:
@@ -135,12 +138,12 @@ def check_images(document: Document) -> None:
 
 
 def check_pods(document: Document) -> None:
-    """Nobody is root, no container without requests and limits, every mount has its volume."""
+    """Require that no pod runs as root, that containers have requests and limits, and mounts a volume."""
     for pod in pod_templates(document):
         assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
         assert pod["spec"]["securityContext"]["runAsUser"] == 1000
         assert pod["spec"]["automountServiceAccountToken"] is False
-        volumes = {one["name"] for one in pod["spec"].get("volumes", [])}
+        volumes = {volume["name"] for volume in pod["spec"].get("volumes", [])}
         assert len(volumes) == len(pod["spec"].get("volumes", []))
         for container in pod["spec"].get("initContainers", []) + pod["spec"]["containers"]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
@@ -148,24 +151,24 @@ def check_pods(document: Document) -> None:
             assert {"cpu", "memory"} <= container["resources"]["requests"].keys() & container["resources"][
                 "limits"
             ].keys()
-            assert {one["name"] for one in container.get("volumeMounts", [])} <= volumes
+            assert {mount["name"] for mount in container.get("volumeMounts", [])} <= volumes
 
 
 def ray_start(group: Document, *more: str) -> dict[str, Any]:
-    """`ray start` with a group's rayStartParams, by Ray's own parser; KubeRay writes them on a shell's command line."""
+    """Parse a group's rayStartParams with the parser of `ray start`, from a shell command as KubeRay's."""
     line = " ".join(f"--{key}={value}" for key, value in group["rayStartParams"].items())
     return start.make_context("start", [*more, *shlex.split(line)]).params
 
 
 def check_ray_start(document: Document) -> None:
-    (cluster,) = [found for found in walk(document) if "headGroupSpec" in found]
+    (cluster,) = [mapping for mapping in walk(document) if "headGroupSpec" in mapping]
     head = ray_start(cluster["headGroupSpec"], "--head")
     assert (head["dashboard_host"], head["num_cpus"]) == ("0.0.0.0", 0)
     (workers,) = cluster["workerGroupSpecs"]
     assert json.loads(ray_start(workers, "--address=head:6379")["resources"]) == {"decoder_slot": 1}
-    slots = [
-        one["resources"]["limits"].get("nvidia.com/gpu", 0)
-        for one in workers["template"]["spec"]["containers"]
+    gpus = [
+        container["resources"]["limits"].get("nvidia.com/gpu", 0)
+        for container in workers["template"]["spec"]["containers"]
     ]
-    assert sum(slots) == 1
+    assert sum(gpus) == 1  # one decoder slot per GPU
     assert cluster["rayVersion"] == ray.__version__

@@ -20,7 +20,7 @@ def free_port() -> int:
 
 @contextmanager
 def seaweedfs(folder: Path) -> Iterator[dict[str, str]]:
-    """A real S3 server (SeaweedFS) on 127.0.0.1 with a bucket `rebeca`; yields the environment that reaches it."""
+    """Run SeaweedFS on 127.0.0.1 with a bucket `rebeca`; yield the environment variables for its clients."""
     import s3fs
 
     key, secret = "test-key", "test-secret"
@@ -81,5 +81,5 @@ def seaweedfs(folder: Path) -> Iterator[dict[str, str]]:
     try:
         yield environment
     finally:
-        process.kill()  # it takes its time to stop by itself, and its data is thrown away
+        process.kill()  # a clean stop takes seconds, and nobody needs the data
         process.wait()

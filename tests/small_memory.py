@@ -1,4 +1,4 @@
-"""A safety checker that likes everything, and a decoder that has memory for two images at once, in whatever process imports this."""
+"""A safety checker that accepts every image. An import also limits the process's decoder to two images."""
 
 import numpy as np
 import torch
@@ -6,13 +6,13 @@ import torch
 from rebeca_ray.decoder.denoising import DenoisingLoop
 from rebeca_ray.decoder.interface import Rows
 
-whole = DenoisingLoop.draw
+draw_any_number = DenoisingLoop.draw
 
 
 def draw(self: DenoisingLoop, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     if len(rows) > 2:
         raise torch.OutOfMemoryError("CUDA out of memory")
-    return whole(self, rows)
+    return draw_any_number(self, rows)
 
 
 DenoisingLoop.draw = draw  # type: ignore[method-assign]

@@ -1,6 +1,6 @@
-"""The documentation stays true: length, links, rooms, file tree, commands, and the rules of plain English a machine can check.
+"""The documentation stays true: length, links, rooms, file tree, commands, and rules of plain English.
 
-`python -m tests.test_docs` writes the file tree of `infra/docs/architecture.md` from the docstrings of the modules.
+`python -m tests.test_docs` writes the file tree of `infra/docs/architecture.md` from the docstrings.
 """
 
 import ast
@@ -34,16 +34,19 @@ MAX_WORDS, MAX_LINES, MAX_MODULES = 2_000, 400, 20
 MAX_WORDS_IN_PARENTHESES = 10
 PROGRAMS = ("rebeca", "ray", "make", "python", "pytest", "pip", "source", "chmod", "export", "npm")
 
-# Each shell command of the README, and the test that runs it. `make` itself is asked for its plan only: both targets install 8 GB.
+# Each shell command of the README, and the test that runs it. `make` only prints its plan, because both
+# targets install 8 GB.
+NIGHT = "tests/test_jobs.py::test_a_night_with_its_default_config_and_once_is_enough"
+COMMANDS = "tests/test_docs.py::test_the_commands_of_the_readme_run"
 RUN_BY = {
-    "make demo": "tests/test_docs.py::test_make_knows_both_commands",
-    "make test": "tests/test_docs.py::test_make_knows_both_commands",
-    "source .venv/bin/activate": "tests/test_docs.py::test_the_commands_of_the_readme_run",
-    "rebeca embed --config embed.yaml": "tests/test_docs.py::test_the_commands_of_the_readme_run",
-    "rebeca train --config train.yaml optimization.max_epochs=50": "tests/test_jobs.py::test_a_night_with_its_default_config_and_once_is_enough",
-    "rebeca generate --config generate.yaml num_images=10 --dry-run": "tests/test_docs.py::test_the_commands_of_the_readme_run",
-    "rebeca generate --config generate.yaml num_images=10": "tests/test_jobs.py::test_a_night_with_its_default_config_and_once_is_enough",
-    "rebeca catalog show s3://bucket/catalog": "tests/test_docs.py::test_the_commands_of_the_readme_run",
+    "make demo": "tests/test_docs.py::test_make_plans_every_target",
+    "make test": "tests/test_docs.py::test_make_plans_every_target",
+    "source .venv/bin/activate": COMMANDS,
+    "rebeca embed --config embed.yaml": COMMANDS,
+    "rebeca train --config train.yaml optimization.max_epochs=50": NIGHT,
+    "rebeca generate --config generate.yaml num_images=10 --dry-run": COMMANDS,
+    "rebeca generate --config generate.yaml num_images=10": NIGHT,
+    "rebeca catalog show s3://bucket/catalog": COMMANDS,
 }
 
 
@@ -81,20 +84,20 @@ def test_the_readme_lists_the_rooms_from_the_lowest_to_the_highest() -> None:
     assert heights == sorted(heights)
 
 
-def test_the_page_on_architecture_has_the_layers_of_the_contracts() -> None:
+def test_the_architecture_page_has_the_layers_of_the_contracts() -> None:
     block = ARCHITECTURE.read_text().split("The layers, from top to bottom:")[1].split("```")[1]
     listed = [set(re.findall(r"\w+", re.sub(r"\(.*", "", line))) for line in block.strip().splitlines()]
     assert listed == [set(layer) for layer in reversed(layers())]
 
 
 def layers() -> list[list[str]]:
-    """The layers of the first contract of import-linter, the lowest first."""
+    """Return the layers of the import-linter contract, the lowest first."""
     settings = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["importlinter"]
     (contract,) = [contract for contract in settings["contracts"] if contract["type"] == "layers"]
     return [re.findall(r"rebeca_ray\.(\w+)", layer) for layer in reversed(contract["layers"])]
 
 
-def test_the_file_tree_is_the_docstrings_of_the_modules() -> None:
+def test_the_file_tree_matches_the_docstrings_of_the_modules() -> None:
     text = ARCHITECTURE.read_text()
     block = text.split(TREE_START)[1].split(TREE_END)[0]
     assert block == file_tree(), (
@@ -103,7 +106,7 @@ def test_the_file_tree_is_the_docstrings_of_the_modules() -> None:
 
 
 def file_tree() -> str:
-    """Every module below `rebeca_ray/`, `jobs/`, `serving/` and `infra/`, with the first sentence of its docstring."""
+    """Return every module of the four code folders, with the first sentence of its docstring."""
     lines: list[str] = []
     for name in ("rebeca_ray", "jobs", "serving", "infra"):
         lines += tree_of(REPO / name)
@@ -128,13 +131,13 @@ def first_sentence(path: Path) -> str:
     return re.split(r"(?<=[.?]) (?=[A-Z`])", sentence)[0]
 
 
-def test_the_page_on_clusters_lists_the_files_of_infra() -> None:
+def test_the_cluster_page_lists_the_files_of_infra() -> None:
     section = (REPO / "infra" / "docs" / "cluster.md").read_text().split("\n## The files\n")[1]
     listed = re.findall(r"^\| `([\w.-]+)` \| \S", section, re.MULTILINE)
     assert sorted(listed) == sorted(path.name for path in (REPO / "infra").iterdir() if path.is_file())
 
 
-def test_no_module_is_too_long_and_no_folder_too_full() -> None:
+def test_modules_are_short_and_folders_are_small() -> None:
     for path in PACKAGE.rglob("*.py"):
         assert len(path.read_text().splitlines()) <= MAX_LINES, path
     for folder in {path.parent for path in PACKAGE.rglob("*.py")}:
@@ -143,7 +146,7 @@ def test_no_module_is_too_long_and_no_folder_too_full() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_shown_exists_with_its_options(page: Path) -> None:
+def test_every_documented_command_and_option_exists(page: Path) -> None:
     for command in [*block_commands(page), *inline_commands(page)]:
         check_command(shlex.split(command), f"{page.name}: {command}")
 
@@ -175,7 +178,7 @@ def check_command(words: list[str], where: str) -> None:
 
 
 def module_of(words: list[str]) -> Path:
-    """The file that `python …` runs."""
+    """Return the file that `python …` runs."""
     if words[1] != "-m":
         return REPO / words[1]
     if words[2] == "pytest":
@@ -184,7 +187,7 @@ def module_of(words: list[str]) -> Path:
 
 
 def check_click(command: Any, words: list[str], where: str) -> None:
-    """Raise AssertionError for a subcommand or an option that the command line lacks."""
+    """Raise AssertionError for an unknown subcommand or option."""
     while hasattr(command, "commands") and words and not words[0].startswith("-"):
         assert words[0] in command.commands, where
         command, words = command.commands[words[0]], words[1:]
@@ -196,7 +199,7 @@ def check_click(command: Any, words: list[str], where: str) -> None:
             assert word.partition("=")[0] in options, where
 
 
-def test_every_option_named_alone_is_an_option_of_some_command() -> None:
+def test_every_option_in_prose_exists() -> None:
     known = set(options_of(typer.main.get_command(app)))
     for page in PAGES:
         for option in re.findall(r"`(--[a-z][a-z-]+)`", without_blocks(page.read_text())):
@@ -211,7 +214,7 @@ def options_of(command: Any) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_file_named_exists(page: Path) -> None:
+def test_every_file_and_test_in_prose_exists(page: Path) -> None:
     named = r"`((?:rebeca_ray|tests|jobs|serving|infra)/[\w/.-]*[\w/])`"
     for path in re.findall(named, without_blocks(page.read_text())):
         assert (REPO / path).exists(), f"{page.name}: {path}"
@@ -219,7 +222,7 @@ def test_every_file_named_exists(page: Path) -> None:
         assert any(f"def {name}(" in path.read_text() for path in (REPO / "tests").rglob("*.py")), name
 
 
-def test_every_command_of_the_readme_is_run_by_a_test() -> None:
+def test_a_test_runs_every_command_of_the_readme() -> None:
     assert set(block_commands(README)) == set(RUN_BY)
     for test in RUN_BY.values():
         path, _, name = test.partition("::")
@@ -229,7 +232,7 @@ def test_every_command_of_the_readme_is_run_by_a_test() -> None:
 @pytest.mark.parametrize(
     ("target", "last"), [("demo", "rebeca demo"), ("test", "--no-loadscope-reorder"), ("setup", ".ready")]
 )
-def test_make_knows_both_commands(target: str, last: str) -> None:
+def test_make_plans_every_target(target: str, last: str) -> None:
     plan = subprocess.run(
         ["make", "--dry-run", target], cwd=REPO, capture_output=True, text=True, check=False
     )
@@ -240,7 +243,7 @@ def test_make_knows_both_commands(target: str, last: str) -> None:
 
 
 def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
-    """Run the README's block as a shell script, with the bundled configs. What would need a cluster or hours is a dry run."""
+    """Run the README's commands as a shell script, with the bundled configs. Long commands are dry runs."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").write_text(f"PATH={Path(sys.executable).parent}:$PATH\n")
     for job in ("embed", "train", "generate"):
@@ -248,7 +251,7 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
         (tmp_path / f"{job}.yaml").write_text(text)
     golden = tmp_path / "catalog"
     shutil.copytree(REPO / "tests" / "catalog" / "golden" / f"v{schemas.SCHEMA_VERSION}", golden)
-    for path in golden.rglob("manifest.json"):  # the stages that made it were not timed
+    for path in golden.rglob("manifest.json"):  # the golden run has no forecast
         path.write_text(json.dumps({"forecast": {}, "actual": {}, **json.loads(path.read_text())}))
     script = ["set -e"]
     for command in block_commands(README):
@@ -266,7 +269,7 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
 
 
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On golden files, in at most twelve lines. The line that needs Ray is left to `tests/catalog/test_read.py`."""
+    """Run the Python block on golden files. `tests/catalog/test_read.py` covers the line that needs Ray."""
     (code,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
     lines = [line for line in code.splitlines() if line]
     assert len(lines) <= 12
@@ -280,14 +283,14 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert Path("first.webp").read_bytes() == variables["images"][0]
 
 
-def test_every_figure_stands_in_its_place() -> None:
+def test_no_placeholder_stands_for_a_figure() -> None:
     for page in HAND_WRITTEN:
         placeholders = r"\b[A-Z]+(?:_[A-Z0-9]+)+\b(?=[ ;,]? ?(?:s|ms|kB|MB|\||;))"
         assert not re.findall(placeholders, page.read_text()), page.name
 
 
 @pytest.mark.parametrize("page", HAND_WRITTEN, ids=lambda page: page.name)
-def test_the_english_keeps_the_rules_a_machine_can_check(page: Path) -> None:
+def test_the_prose_keeps_the_rules_of_plain_english(page: Path) -> None:
     problems = [
         f"{rule}: {sentence}" for sentence in sentences(page.read_text()) for rule in broken_rules(sentence)
     ]
@@ -309,7 +312,10 @@ def broken_rules(sentence: str) -> Iterator[str]:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """The sentences outside code blocks. A list item and a cell of a table end a sentence; code and italics are one word each."""
+    """Yield the sentences outside code blocks.
+
+    A list item or a table cell ends a sentence. Code and italics count as one word each.
+    """
     text = without_blocks(text)
     text = re.sub(r"<!--.*?-->", "", text)
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
@@ -327,13 +333,13 @@ def without_blocks(text: str) -> str:
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors of the headings, as GitHub makes them."""
+    """Return the anchors that GitHub makes of the headings."""
     headings = re.findall(r"^#+ (.*)$", without_blocks(text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def block_commands(page: Path) -> Iterator[str]:
-    """The shell commands in the blocks of a page, without their comments, one space between two words."""
+    """Yield the shell commands in the blocks of a page, without comments and extra spaces."""
     blocks = re.findall(r"^ *```\n(.*?)^ *```$", page.read_text(), re.MULTILINE | re.DOTALL)
     for line in "".join(blocks).splitlines():
         for command in re.sub(r"\s+#.*", "", line).split(" && "):

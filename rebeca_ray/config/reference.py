@@ -29,8 +29,9 @@ This page is generated from the models in `rebeca_ray/config/`. Run `make docs` 
 - **Sections.** A section is a mapping in the file, or the name of a YAML file beside it: `embed: embed.yaml`.
 - **Overrides.** Arguments `key.sub=value` replace values of the file, and are read as YAML:
   `rebeca generate --config generate.yaml decoder.batch_size=32`.
-- **Locations.** A location is a local path or an `s3://` address. `~` is the home folder, and `package:` the
-  installed `rebeca_ray`: `package:stickers/assets/decoder`. A relative path starts at the working directory.
+- **Locations.** A location is a local path, or an `s3://`, `gs://` or `abfss://` address.
+  `~` is the home folder, and `package:` the installed `rebeca_ray`: `package:stickers/assets/decoder`.
+  A relative path starts at the working directory.
   A model name is a hub id, or a directory that every node sees.
 - **Dates.** `rebeca generate` and `rebeca nightly` replace `{run_date}` in a path by the snapshot's date.
 - **Presets.** `preset` in a training config fills sections with the values below. The config overrides them.

@@ -1,4 +1,4 @@
-"""A catalog root on disk and on a real S3 server, and processes of their own that work on it."""
+"""A catalog root on disk and on a real S3 server, and worker processes that write to it."""
 
 import os
 import subprocess
@@ -35,9 +35,9 @@ def large(tmp_path: Path) -> Snapshot:
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts `worker.py` with these arguments, by the command `by` if there is one; it begins when it is told to.
+    """Return a function that starts `worker.py`, optionally under the command `by`.
 
-    Who is left at the end is killed.
+    The worker waits for `begin`. Workers that still run at the end of the test are killed.
     """
     started: list[subprocess.Popen[str]] = []
 
@@ -60,7 +60,7 @@ def start() -> Iterator[Start]:
 
 
 def begin(*processes: subprocess.Popen[str]) -> None:
-    """Let them begin, all at the same moment."""
+    """Let all processes begin at the same moment."""
     for process in processes:
         assert heard(process) == "ready"
     for process in processes:
@@ -74,6 +74,6 @@ def tell(process: subprocess.Popen[str]) -> None:
 
 
 def heard(process: subprocess.Popen[str]) -> str:
-    """The next line it says; empty if it ended without one."""
+    """Return the next line of a process, or an empty string if it ended."""
     assert process.stdout
     return process.stdout.readline().strip()

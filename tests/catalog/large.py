@@ -1,4 +1,4 @@
-"""A snapshot of items alone, larger than a night of the tiny decoder: in three files of several row groups."""
+"""Write a snapshot of items alone, larger than a night of the tiny decoder."""
 
 from pathlib import Path
 
@@ -13,9 +13,9 @@ from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.parquet import write_table
 from tests.conftest import publish, synthetic_manifest
 
-BUCKETS, USERS_THERE, ITEMS_PER_USER = 3, 500, 4
+BUCKETS, NUM_USERS, ITEMS_PER_USER = 3, 500, 4
 D = 64
-MANY_USERS = [f"üser-{number:03d}" for number in range(USERS_THERE)]
+MANY_USERS = [f"üser-{number:03d}" for number in range(NUM_USERS)]
 
 
 def write_snapshot(
@@ -26,7 +26,7 @@ def write_snapshot(
     users: list[str] = MANY_USERS,
     D: int = D,
 ) -> str:
-    """A published snapshot of items alone, in three files of several row groups."""
+    """Publish a snapshot of items alone, in three files of several row groups; return its root."""
     run = Run(root=str(root), run_date="2026-03-02", run_id="large", fencing_token=1)
     random = np.random.default_rng(0)
     files = []

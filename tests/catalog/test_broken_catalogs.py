@@ -35,7 +35,7 @@ def test_a_missing_catalog_and_one_of_another_version_are_refused(tmp_path: Path
     newer = write_snapshot(tmp_path / "newer", rows_per_group=100, version=schemas.SCHEMA_VERSION + 1)
     with pytest.raises(
         UserError,
-        match=rf"schema version {schemas.SCHEMA_VERSION + 1}, this version reads 4; upgrade rebeca-ray",
+        match=rf"schema version {schemas.SCHEMA_VERSION + 1}, this version reads {schemas.SCHEMA_VERSION}; upgrade rebeca-ray",
     ):
         read_catalog(newer)
     older = write_snapshot(tmp_path / "older", rows_per_group=100, version=2)

@@ -25,7 +25,7 @@ from rebeca_ray.errors import UserError
 from rebeca_ray.generation.bucket import changes_table
 from rebeca_ray.identity import bucket_of
 from tests.catalog.conftest import Rows
-from tests.catalog.large import BUCKETS, ITEMS_PER_USER, MANY_USERS, USERS_THERE, D, write_snapshot
+from tests.catalog.large import BUCKETS, ITEMS_PER_USER, MANY_USERS, NUM_USERS, D, write_snapshot
 from tests.conftest import USERS
 from tests.generation.test_nights import change_digest, night
 
@@ -59,7 +59,7 @@ def test_a_lookup_reads_one_row_group_of_one_file_of_the_users_bucket(
     everything = large.items()
     reads = Reads(monkeypatch)
     row_groups.footer_bytes.cache_clear()
-    for number in range(0, USERS_THERE, 37):
+    for number in range(0, NUM_USERS, 37):
         user = f"üser-{number:03d}"
         expected = everything.filter(pc.equal(everything["user_id"], user))
         assert large.for_user(user).equals(expected)
@@ -197,7 +197,7 @@ def test_users_and_columns_may_come_in_any_sequence(large: Snapshot) -> None:
     ):
         assert large.items(("item_id",), some).equals(expected)  # type: ignore[arg-type]
     items = read_catalog(Path(large.root)).items(("item_id",))  # type: ignore[arg-type]
-    assert items.num_rows == USERS_THERE * ITEMS_PER_USER
+    assert items.num_rows == NUM_USERS * ITEMS_PER_USER
 
 
 def test_a_reader_follows_publications_and_holds_its_snapshot_until_it_is_collected(

@@ -1,7 +1,8 @@
-"""A process for the tests of the pointer and the lease: `worker.py ROOT NAME DOING [SECONDS [DAYS]]`.
+"""A worker process for the tests of the pointer and the lease: `worker.py ROOT NAME ACTION [SECONDS [DAYS]]`.
 
-Says `ready` and waits for a line before it begins. DOING is `count`: change the pointer COUNT times; or what to do while it holds the
-lease, which it says by `holds EPOCH`: `busy`, `asleep`, or `wait` for another line, then publish. DAYS: its clock is that wrong.
+It prints `ready` and waits for a line. The action `count` changes the pointer COUNT times. The other actions
+acquire a lease of SECONDS and print `holds TOKEN`. Then `busy` uses the CPU for ever, `asleep` sleeps for
+ever, and `wait` waits for another line and publishes. The worker's clock is DAYS days fast.
 """
 
 import sys
@@ -15,16 +16,16 @@ from rebeca_ray.errors import UserError
 COUNT = 15
 
 
-def main(root: str, name: str, doing: str, seconds: str = "2", days: str = "0") -> None:
-    right = time.time
-    time.time = lambda: right() + 86_400 * float(days)
+def main(root: str, name: str, action: str, seconds: str = "2", days: str = "0") -> None:
+    correct_time = time.time
+    time.time = lambda: correct_time() + 86_400 * float(days)
     print("ready", flush=True)
     sys.stdin.readline()
     try:
-        if doing == "count":
+        if action == "count":
             count(root, name)
         else:
-            hold(root, name, doing, float(seconds))
+            hold(root, name, action, float(seconds))
     except UserError:
         from rebeca_ray.cli.runner import plain_errors
 
@@ -41,12 +42,12 @@ def count(root: str, name: str) -> None:
         change_pointer(root, one_more)
 
 
-def hold(root: str, name: str, doing: str, seconds: float) -> None:
+def hold(root: str, name: str, action: str, seconds: float) -> None:
     with hold_lease(root, name, seconds) as lease:
         print(f"holds {lease.fencing_token}", flush=True)
-        while doing == "busy":
+        while action == "busy":
             pass
-        while doing == "asleep":
+        while action == "asleep":
             time.sleep(1000)
         sys.stdin.readline()
         lease.publish(run_id=name, run_date="2026-01-01", snapshot=f"of {name}")

@@ -32,7 +32,7 @@ def rows_of(settings: DecoderSettings) -> Rows:
     return Rows.of(settings, embeds, range(4))
 
 
-def test_a_row_of_a_batch_equals_that_item_alone(sd15: DecoderSettings) -> None:
+def test_a_row_in_a_batch_equals_the_same_item_alone(sd15: DecoderSettings) -> None:
     loop, rows = loop_for(sd15), rows_of(sd15)
     together, finite = loop.draw(rows)
     assert finite.all()
@@ -41,7 +41,7 @@ def test_a_row_of_a_batch_equals_that_item_alone(sd15: DecoderSettings) -> None:
         assert psnr(together[row] / 255.0, loop.draw(rows.take([row]))[0][0] / 255.0) >= 30
 
 
-def test_float16_on_the_gpu_draws_what_float32_on_the_cpu_draws(sd15: DecoderSettings) -> None:
+def test_float16_on_the_gpu_equals_float32_on_the_cpu(sd15: DecoderSettings) -> None:
     small = sd15.model_copy(update={"image_size": 64})
     exact = small.model_copy(update={"device": "cpu", "dtype": "float32"})
     rows = rows_of(small)
@@ -51,7 +51,7 @@ def test_float16_on_the_gpu_draws_what_float32_on_the_cpu_draws(sd15: DecoderSet
 @pytest.mark.skipif(
     importlib.util.find_spec("tensorrt") is None, reason="the package tensorrt is not installed"
 )
-def test_tensorrt_draws_what_torch_draws(sd15: DecoderSettings, tmp_path: Path) -> None:
+def test_tensorrt_equals_torch(sd15: DecoderSettings, tmp_path: Path) -> None:
     export_decoder(sd15, tmp_path / "engines")
     command = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""A faulty store: every write arrives once and whole, and a store that stays down ends a run in one line."""
+"""A faulty store: every write arrives once and complete, and a permanent outage ends with one line."""
 
 import asyncio
 import gc
@@ -25,12 +25,12 @@ from rebeca_ray.storage.parquet import read_table, write_table
 from tests.faulty_s3 import FAULTS, Fault, FaultyS3, faulty_s3, forever, seeded
 
 TABLE = pa.table({"user_id": [f"user-{number}" for number in range(1000)], "rank": list(range(1000))})
-PART = 5 * 2**20  # bytes of a part of a big file, the fewest S3 takes
+PART = 5 * 2**20  # bytes: the smallest part of a multipart upload on S3
 
 
 @pytest.fixture
 def proxy(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    """Put a faulty proxy before the S3 server. botocore waits no time between its tries."""
+    """Put a faulty proxy before the S3 server. botocore retries without a delay."""
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(S3FileSystem, "_cache", {})
@@ -51,7 +51,7 @@ def faults(proxy: FaultyS3) -> list[Fault]:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_every_operation_outlives_every_fault(proxy: FaultyS3, root: str, fault: Fault) -> None:
+def test_every_operation_survives_every_fault(proxy: FaultyS3, root: str, fault: Fault) -> None:
     """Each fault hits the first request, then the second one (if an operation has one)."""
     operations: list[tuple[Callable[[], Any], Any]] = [
         (lambda: write_table(TABLE, f"{root}/items/a.parquet", row_group_size=100)["rows"], 1000),
@@ -75,7 +75,7 @@ def test_every_operation_outlives_every_fault(proxy: FaultyS3, root: str, fault:
 
 
 @pytest.mark.parametrize("seed", [0, 4])
-def test_a_stream_of_faults_leaves_the_same_files(proxy: FaultyS3, root: str, seed: int) -> None:
+def test_a_stream_of_faults_changes_no_file(proxy: FaultyS3, root: str, seed: int) -> None:
     proxy.misbehave(seeded(seed, share=0.3))
     for number in range(8):
         part = TABLE.slice(100 * number, 100)
@@ -114,7 +114,9 @@ def write_big(parts: list[bytes], root: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("fault", ["slow down", "lost", "cut", "gone"])
-def test_a_file_of_many_parts_is_whole(proxy: FaultyS3, root: str, big: list[bytes], fault: Fault) -> None:
+def test_a_multipart_upload_survives_a_fault(
+    proxy: FaultyS3, root: str, big: list[bytes], fault: Fault
+) -> None:
     for plan, step in (([fault], "?uploads"), (["", fault], "partNumber"), ([fault], "POST /rebeca/faults/")):
         proxy.misbehave(plan, step)
         assert write_big(big, root) == {
@@ -128,7 +130,7 @@ def test_a_file_of_many_parts_is_whole(proxy: FaultyS3, root: str, big: list[byt
 
 
 @pytest.mark.parametrize("step", ["?uploads", "partNumber=2", "?uploadId"])
-def test_a_file_of_many_parts_that_fails_leaves_nothing(
+def test_a_failed_multipart_upload_leaves_nothing(
     proxy: FaultyS3, root: str, big: list[bytes], step: str
 ) -> None:
     filesystem, path = open_filesystem(f"{root}/big")
@@ -148,7 +150,7 @@ def test_a_file_of_many_parts_that_fails_leaves_nothing(
     ] == []
 
 
-def test_a_file_that_fails_before_its_close_is_never_written(proxy: FaultyS3, root: str) -> None:
+def test_an_error_before_close_leaves_no_file(proxy: FaultyS3, root: str) -> None:
     filesystem, path = open_filesystem(f"{root}/half")
 
     def write_half() -> None:
@@ -164,42 +166,44 @@ def test_a_file_that_fails_before_its_close_is_never_written(proxy: FaultyS3, ro
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("method", ["HEAD", "GET", "PUT"])
-def test_a_pointer_is_changed_once(proxy: FaultyS3, root: str, fault: Fault, method: str) -> None:
-    for epoch in (1, 2):  # without a pointer, then with one
+def test_a_fault_never_changes_the_pointer_twice(
+    proxy: FaultyS3, root: str, fault: Fault, method: str
+) -> None:
+    for token in (1, 2):  # without a pointer, then with one
         plan: list[Fault] = [fault, "", fault]
         proxy.misbehave(plan, f"{method} /")
         changed = change_pointer(
             root, lambda pointer: replace(pointer, fencing_token=pointer.fencing_token + 1)
         )
         assert fault in faults(proxy)
-        assert changed == read_pointer(root)[0] == Pointer(fencing_token=epoch)
+        assert changed == read_pointer(root)[0] == Pointer(fencing_token=token)
 
 
-def test_a_lease_is_taken_once_and_publishes_once(proxy: FaultyS3, root: str) -> None:
-    for epoch in (1, 2, 3):
-        proxy.misbehave(seeded(epoch, share=0.4))
-        with hold_lease(root, f"run-{epoch}", 1.0) as lease:
-            assert lease.fencing_token == epoch
-            time.sleep(0.4)  # a beat or two
+def test_a_lease_is_acquired_once_and_publishes_once(proxy: FaultyS3, root: str) -> None:
+    for token in (1, 2, 3):
+        proxy.misbehave(seeded(token, share=0.4))
+        with hold_lease(root, f"run-{token}", 1.0) as lease:
+            assert lease.fencing_token == token
+            time.sleep(0.4)  # one or two heartbeats
             lease.check()
-            lease.publish(run_id=f"run-{epoch}", run_date="2026-01-01", snapshot=f"snapshots/{epoch}")
+            lease.publish(run_id=f"run-{token}", run_date="2026-01-01", snapshot=f"snapshots/{token}")
         assert len(faults(proxy)) >= 3
         proxy.misbehave([])
         pointer, _ = read_pointer(root)
-        assert [left["run_id"] for left in pointer.previously_published] == [
-            f"run-{before}" for before in range(1, epoch)
+        assert [replaced["run_id"] for replaced in pointer.previously_published] == [
+            f"run-{before}" for before in range(1, token)
         ]
-        assert replace(pointer, left=()) == Pointer(
-            epoch=epoch,
-            run_id=f"run-{epoch}",
+        assert replace(pointer, previously_published=()) == Pointer(
+            fencing_token=token,
+            run_id=f"run-{token}",
             run_date="2026-01-01",
-            snapshot=f"snapshots/{epoch}",
+            snapshot=f"snapshots/{token}",
             lease=None,
         )
 
 
 @pytest.mark.parametrize("fault", ["lost", "cut"])
-def test_answers_lost_to_taking_publishing_and_releasing(proxy: FaultyS3, root: str, fault: Fault) -> None:
+def test_a_lease_survives_lost_answers(proxy: FaultyS3, root: str, fault: Fault) -> None:
     proxy.misbehave([fault], "PUT /")
     with hold_lease(root, "run", 60) as lease:
         assert faults(proxy) == [fault]
@@ -210,17 +214,17 @@ def test_answers_lost_to_taking_publishing_and_releasing(proxy: FaultyS3, root: 
         proxy.misbehave([fault], "PUT /")
     assert faults(proxy) == [fault]
     assert read_pointer(root)[0] == Pointer(
-        epoch=1, run_id="run", run_date="2026-01-01", snapshot="snapshots/run"
+        fencing_token=1, run_id="run", run_date="2026-01-01", snapshot="snapshots/run"
     )
 
 
 @pytest.mark.parametrize(
     ("fault", "method"), [("gone", "PUT"), ("gone", "HEAD"), ("cut", "GET"), ("error", "")]
 )
-def test_a_store_out_of_reach_for_a_while_does_not_lose_the_lease(
+def test_a_temporary_outage_does_not_lose_the_lease(
     proxy: FaultyS3, root: str, fault: Fault, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(S3FileSystem, "retries", 1)  # so every beat fails for good
+    monkeypatch.setattr(S3FileSystem, "retries", 1)  # each heartbeat then fails without a retry
     with hold_lease(root, "run", 1.2) as lease:
         proxy.misbehave(forever(fault), method)
         while len(faults(proxy)) < 8:
@@ -262,7 +266,7 @@ WRITES = ["write_json", "write_table", "change_pointer", "hold_lease"]
         ("error", "PUT /", WRITES),
     ],
 )
-def test_a_store_that_stays_down_ends_in_one_line(
+def test_a_permanent_outage_ends_with_a_one_line_error(
     proxy: FaultyS3,
     root: str,
     fault: Fault,

@@ -20,7 +20,7 @@ from rebeca_ray.config.fields import absolute
 from rebeca_ray.errors import Failure, InputError, StorageError
 from rebeca_ray.storage.filesystem import delete, delete_files, exists, list_files, list_folders
 from rebeca_ray.storage.objects import read_json, write_json
-from rebeca_ray.storage.parquet import describe_files, read_table, write_table
+from rebeca_ray.storage.parquet import open_parquet, read_table, write_table
 from rebeca_ray.storage.remote import check_endpoint
 from rebeca_ray.storage.store import STORES, classify, normalize, open_store
 from rebeca_ray.storage.writable import require_writable
@@ -181,7 +181,7 @@ def test_files_tables_and_folders(root: str) -> None:
     record = write_table(TABLE, f"{root}/items/a.parquet", row_group_size=100)
     assert record["rows"] == 500
     assert read_table(f"{root}/items", "items").equals(TABLE)
-    assert len(describe_files(f"{root}/items", "items")) == 32
+    assert len(open_parquet(f"{root}/items", "items").digest()) == 32
     write_json({"a": 1}, f"{root}/one.json")
     write_json({"a": 2}, f"{root}/one.json")
     assert read_json(f"{root}/one.json") == {"a": 2}
