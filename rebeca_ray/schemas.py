@@ -238,6 +238,9 @@ def items(embed_dim: int) -> pa.Schema:
     )
 
 
+TABLES = ("items", "images", "users", "errors", "changes")  # of a snapshot
+
+
 def table(name: str, embed_dim: int, version: int = SCHEMA_VERSION) -> pa.Schema:
     """Return the schema of one of a snapshot's tables, as a version of the format has it."""
     current = {

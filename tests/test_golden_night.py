@@ -1,10 +1,12 @@
-"""Two nights on the bundled decoder, kept as hashes: the same request gives the same items, whatever is rebuilt around them.
+"""Two nights on the bundled decoder, kept as hashes: the same request always gives the same items.
 
-Monday serves six users with a history and one without, and one row fails. On Tuesday one user rated another item. Ids, ranks,
-origins and counts must match exactly on every machine. Embeddings and pixels must match to the bit on the kind of processor that
-recorded them; elsewhere float rounding differs, so there a coarse sketch of each must match.
+Monday serves six users with a history and one without, and one row fails. On Tuesday one user rated another
+item. Ids, ranks, origins and counts must match exactly on every machine. Embeddings and pixels must match to
+the bit on the kind of processor that recorded them; elsewhere float rounding differs, so there a coarse sketch
+of each must match.
 
-Whoever changes items on purpose records the file again: `REBECA_RECORD_GOLDEN=1 pytest tests/test_golden_night.py`.
+Whoever changes items on purpose records the file again:
+`REBECA_RECORD_GOLDEN=1 pytest tests/test_golden_night.py`.
 """
 
 import hashlib
@@ -127,7 +129,8 @@ def processor() -> str:
         ),
         "",
     )
-    return f"{platform.machine()} {vendor} {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__.split('+')[0]}"
+    capability, version = torch.backends.cpu.get_cpu_capability(), torch.__version__.split("+")[0]
+    return f"{platform.machine()} {vendor} {capability}, torch {version}"
 
 
 def sha256(data: bytes) -> str:

@@ -222,7 +222,7 @@ end=$(cut -d' ' -f"${last##*-}" <<< "$ENDS")
 case $end in
   0) echo "INFO cli.py:76 -- Job '$last' succeeded" ;;
   lost) exit 1 ;;
-  *) echo "INFO cli.py:89 -- Status message: Job entrypoint command failed with exit code $end, last available" ;;
+  *) echo "INFO cli.py:89 -- Status message: Job entrypoint command failed with exit code $end, last" ;;
 esac
 """
 

@@ -19,7 +19,10 @@ from tests.generation.test_nights import night
 
 @pytest.fixture
 def world(config: GenerateConfig, tmp_path: Path) -> tuple[Snapshot, list[str]]:
-    """Write a catalog, forty real items, and ratings. Each user likes one kind, and one rated a generated item."""
+    """Write a catalog, forty real items, and ratings.
+
+    Each user likes one kind, and one rated a generated item.
+    """
     _, snapshot = night(config, USERS[:5])
     random = np.random.default_rng(0)
     centres = np.repeat(random.standard_normal((2, D)) * 3, 20, axis=0)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from rebeca_ray.catalog.read_errors import explained
 from rebeca_ray.catalog.row_groups import EncodedImage, read_rows
 from rebeca_ray.errors import InputError
 
@@ -41,7 +42,7 @@ def read_images(snapshot: Snapshot, items: pa.Table) -> list[EncodedImage]:
     def read(number: int) -> None:
         path, size = snapshot.image_files[number]
         rows = sorted(requests[number])
-        with snapshot.explained(path):
+        with explained(snapshot, path):
             stored_rows = read_rows(snapshot.root, path, size, rows)
         for row, stored in zip(rows, stored_rows, strict=True):
             for index in requests[number][row]:

@@ -6,13 +6,11 @@ A snapshot is pinned: it never changes, whatever is published after it. It can b
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,13 +19,15 @@ import pyarrow.dataset
 from rebeca_ray import schemas
 from rebeca_ray.catalog.manifest import Manifest, read_file_list, read_manifest
 from rebeca_ray.catalog.pointer import read_pointer
+from rebeca_ray.catalog.read_errors import check_columns, explained, sorted_users
 from rebeca_ray.catalog.row_groups import EncodedImage, complete, read_users
+from rebeca_ray.catalog.user_files import File, UserFiles
 from rebeca_ray.config.fields import absolute
-from rebeca_ray.errors import Failure, InputError, StorageError, describe, did_you_mean
+from rebeca_ray.errors import InputError
 from rebeca_ray.identity import bucket_of
 from rebeca_ray.storage.filesystem import exists, join
 from rebeca_ray.storage.parquet import PARQUET
-from rebeca_ray.storage.store import classify, failure_types, open_store
+from rebeca_ray.storage.store import failure_types, open_store
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,26 +35,6 @@ if TYPE_CHECKING:
     import ray.data
 
 THREADS = 16
-TABLES = ("items", "images", "users", "errors", "changes")
-SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class File(NamedTuple):
-    """One file of a table: its path below the root, its size, its first and last user.
-
-    A file without rows has no users.
-    """
-
-    path: str
-    bytes: int
-    first_user: str | None
-    last_user: str | None
-
-    def may_hold(self, users: list[str]) -> bool:
-        """Return whether any of the sorted users may be in the file."""
-        if self.first_user is None or self.last_user is None:
-            return False
-        return users[0] <= self.last_user and users[-1] >= self.first_user
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,17 +95,17 @@ class Snapshot:
         Raises InputError for an unknown table or column, and for `user_ids` with `images`, which has no
         users.
         """
-        columns = self.checked(name, columns)
+        columns = check_columns(self, name, columns)
         if user_ids is None:
             return self.read_files(name, self.paths(name), columns)
-        users = self.sorted_users(name, user_ids)
+        users = sorted_users(name, user_ids)
         order = [column for column in ("user_id", "rank") if column in self.schema(name).names]
         read = None if columns is None else [*dict.fromkeys([*columns, *order])]
-        candidates = self.files_with(name, users)
+        candidates = self.user_files.files_with(name, users)
 
         def rows(file: File, users_of_file: list[str]) -> pa.Table:
             stored = self.stored_names(name, read)
-            with self.explained(file.path):
+            with explained(self, file.path):
                 table = read_users(self.root, file.path, file.bytes, users_of_file, stored)
                 return self.renamed(name, complete(table, self.stored_schema(name), stored))
 
@@ -162,11 +142,11 @@ class Snapshot:
 
         Columns have the names that the files have; only those of `users` differ in version 3.
         """
-        self.checked(name, None)
+        check_columns(self, name, None)
         if user_ids is None:
             return self.dataset_of(name, self.paths(name))
-        users = self.sorted_users(name, user_ids)
-        dataset = self.dataset_of(name, [file.path for file, _ in self.files_with(name, users)])
+        users = sorted_users(name, user_ids)
+        dataset = self.dataset_of(name, [file.path for file, _ in self.user_files.files_with(name, users)])
         return dataset.filter(pc.field("user_id").isin(pa.array(users, pa.string())))
 
     def dataset_of(self, name: str, paths: list[str]) -> pyarrow.dataset.Dataset:
@@ -183,13 +163,13 @@ class Snapshot:
             return self.renamed(name, self.dataset_of(name, paths).to_table(columns=stored))
         except (pa.ArrowException, *failure_types()):
             # Arrow does not say which file failed: read them one by one, so that the error names it.
-            with self.explained():
+            with explained(self):
                 if not exists(join(self.root, self.path, "manifest.json")):
                     raise FileNotFoundError(self.path) from None
             for path in paths:
-                with self.explained(path):
+                with explained(self, path):
                     self.dataset_of(name, [path]).to_table(columns=stored)
-            with self.explained():
+            with explained(self):
                 raise
 
     def to_ray(
@@ -198,9 +178,13 @@ class Snapshot:
         """Return a table as a Ray Dataset, read in parallel file by file. `user_ids` skips whole files."""
         import ray.data
 
-        columns = self.checked(name, columns)
-        users = None if user_ids is None else self.sorted_users(name, user_ids)
-        paths = self.paths(name) if users is None else [file.path for file, _ in self.files_with(name, users)]
+        columns = check_columns(self, name, columns)
+        users = None if user_ids is None else sorted_users(name, user_ids)
+        paths = (
+            self.paths(name)
+            if users is None
+            else [file.path for file, _ in self.user_files.files_with(name, users)]
+        )
         if not paths or self.stored_schema(name) != self.schema(name):
             return ray.data.from_arrow(self.table(name, columns, users))
         store = open_store(self.root)
@@ -218,7 +202,7 @@ class Snapshot:
 
     def uris(self, name: str = "items") -> list[str]:
         """Return the addresses of a table's files, for any other reader; see infra/docs/catalog-format.md."""
-        self.checked(name, None)
+        check_columns(self, name, None)
         return [join(self.root, path) for path in self.paths(name)]
 
     def images(self, items: pa.Table) -> list[bytes]:
@@ -323,93 +307,16 @@ class Snapshot:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
+    def user_files(self) -> UserFiles:
+        """The files of every table with users, to find those of some users."""
+        return UserFiles.of(self.files, self.num_buckets)
+
+    @cached_property
     def image_files(self) -> dict[int, tuple[str, int]]:
         """Path and size of the image files by their number."""
         images = self.files.filter(pc.equal(self.files["table"], "images"))
         locations = zip(images["path"].to_pylist(), images["bytes"].to_pylist(), strict=True)
         return dict(zip(images["file"].to_pylist(), locations, strict=True))
-
-    @cached_property
-    def files_of_buckets(self) -> dict[tuple[str, int], list[File]]:
-        """The files of every table with users, by table and bucket."""
-        by_bucket: dict[tuple[str, int], list[File]] = {}
-        for row in self.files.filter(pc.not_equal(self.files["table"], "images")).to_pylist():
-            file = File(row["path"], row["bytes"], row["min_user_id"], row["max_user_id"])
-            by_bucket.setdefault((row["table"], row["bucket"]), []).append(file)
-        return by_bucket
-
-    def files_with(self, name: str, users: list[str]) -> list[tuple[File, list[str]]]:
-        """Return the files that may hold any of some sorted users, each with the users of its bucket."""
-        by_bucket: dict[int, list[str]] = {}
-        for user in users:
-            by_bucket.setdefault(bucket_of(user, self.num_buckets), []).append(user)
-        return [
-            (file, users_of_bucket)
-            for bucket, users_of_bucket in sorted(by_bucket.items())
-            for file in self.files_of_buckets.get((name, bucket), [])
-            if file.may_hold(users_of_bucket)
-        ]
-
-    def checked(self, name: str, columns: Sequence[str] | None) -> list[str] | None:
-        """Return the columns as a list. Raises InputError for an unknown table or column."""
-        if isinstance(columns, str):
-            raise TypeError(f"columns is the string {columns!r}; give a list of columns, [{columns!r}]")
-        columns = None if columns is None else list(columns)
-        if name not in TABLES:
-            raise InputError(f"catalog {self.root}: there is no table {name!r}; {did_you_mean(name, TABLES)}")
-        known = self.schema(name).names
-        for column in columns or []:
-            if column not in known:
-                raise InputError(
-                    f"catalog {self.root}: {name} has no column {column!r}; {did_you_mean(column, known)}"
-                )
-        return columns
-
-    def sorted_users(self, name: str, user_ids: Sequence[str]) -> list[str]:
-        """Return each user once, sorted, without names that are not text.
-
-        Raises TypeError for a single name: Python would take it for a list of letters.
-        """
-        if isinstance(user_ids, str):
-            raise TypeError(f"user_ids is the string {user_ids!r}; give a list of users, [{user_ids!r}]")
-        if name == "images":
-            raise InputError(
-                "images: has no users; read the users' items, and give them to `Snapshot.images`"
-            )
-        users = user_ids.to_pylist() if isinstance(user_ids, pa.Array | pa.ChunkedArray) else list(user_ids)
-        if strange := [user for user in users if not isinstance(user, str)]:
-            raise TypeError(
-                f"user_ids: {strange[0]!r} is a {type(strange[0]).__name__}; every user_id is a string"
-            )
-        return sorted({user for user in users if not SURROGATE.search(user)})
-
-    @contextmanager
-    def explained(self, path: str = "") -> Iterator[None]:
-        """Raise a UserError with the remedy for whatever keeps a file (or one of them) from being read."""
-        try:
-            yield
-        except (pa.ArrowException, *failure_types()) as error:
-            snapshot, file = f"catalog {self.root}: run {self.run_id}", f"{path} " if path else ""
-            broken = classify(error) in (Failure.MISSING, Failure.DAMAGED)
-            try:
-                gone = broken and not exists(join(self.root, self.path, "manifest.json"))
-            except failure_types():
-                broken, gone = False, False
-            if not broken:
-                raise StorageError(
-                    f"{snapshot}: {file}cannot be read ({describe(error)}); "
-                    "check the network and the credentials, and ask again"
-                ) from None
-            if gone:
-                raise InputError(
-                    f"{snapshot} was collected and cannot be read any more; go on with `refresh()`, "
-                    "and hold no snapshot longer than the grace period of `rebeca catalog gc`"
-                ) from None
-            raise InputError(
-                f"{snapshot}: {file}is missing or damaged ({describe(error)}); "
-                "`rebeca catalog verify` names every such file: restore it, or `rebeca catalog rollback`, "
-                "if a snapshot before can do without it; or generate into another root"
-            ) from None
 
 
 def published(root: str) -> Snapshot | None:

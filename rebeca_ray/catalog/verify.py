@@ -19,6 +19,7 @@ from rebeca_ray.catalog.counts import OUTCOMES, tally
 from rebeca_ray.catalog.layout import POPULATION_USER
 from rebeca_ray.catalog.manifest import FileRow
 from rebeca_ray.catalog.read import Snapshot
+from rebeca_ray.catalog.read_errors import explained
 from rebeca_ray.identity import bucket_of
 from rebeca_ray.storage.filesystem import exists, join, open_filesystem
 
@@ -67,7 +68,7 @@ def spread(rows: list[T], level: Level) -> list[T]:
 
 def in_threads(check: Check, snapshot: Snapshot, rows: list[FileRow]) -> list[str]:
     def checked(row: FileRow) -> list[str]:
-        with snapshot.explained(row["path"]):
+        with explained(snapshot, row["path"]):
             return list(check(snapshot, row))
 
     with ThreadPoolExecutor(16) as pool:

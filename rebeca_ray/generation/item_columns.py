@@ -1,4 +1,4 @@
-"""Columns of items, computed a table at a time: image locations, ranks, and changes since the last snapshot."""
+"""Columns of items, computed a table at a time: image locations, ranks, changes."""
 
 from typing import Any
 

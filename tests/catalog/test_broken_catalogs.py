@@ -33,9 +33,9 @@ def test_a_missing_catalog_and_one_of_another_version_are_refused(tmp_path: Path
         with pytest.raises(UserError, match=reason):
             read_catalog(root)  # type: ignore[arg-type]
     newer = write_snapshot(tmp_path / "newer", rows_per_group=100, version=schemas.SCHEMA_VERSION + 1)
+    version = schemas.SCHEMA_VERSION
     with pytest.raises(
-        UserError,
-        match=rf"schema version {schemas.SCHEMA_VERSION + 1}, this version reads {schemas.SCHEMA_VERSION}; upgrade rebeca-ray",
+        UserError, match=rf"schema version {version + 1}, this version reads {version}; upgrade rebeca-ray"
     ):
         read_catalog(newer)
     older = write_snapshot(tmp_path / "older", rows_per_group=100, version=2)

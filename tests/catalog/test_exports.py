@@ -21,11 +21,12 @@ from rebeca_ray.catalog.exports.image_objects import export_images, read_export
 from rebeca_ray.catalog.exports.key_values import KeyValues, export_key_values
 from rebeca_ray.catalog.layout import POPULATION_USER
 from rebeca_ray.catalog.lease import hold_lease
-from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
+from rebeca_ray.catalog.read import Snapshot, read_catalog
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import LayoutSettings
 from rebeca_ray.errors import LeaseHeldError, StorageError, UserError
 from rebeca_ray.identity import bucket_of
+from rebeca_ray.schemas import TABLES
 from rebeca_ray.storage.filesystem import list_files
 from rebeca_ray.storage.parquet import read_table
 from tests.catalog.conftest import Rows

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.read import TABLES, read_catalog
+from rebeca_ray.catalog.read import read_catalog
+from rebeca_ray.schemas import TABLES
 from tests.catalog.test_golden import GOLDEN
 from tests.conftest import REPO, D
 

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
+from rebeca_ray.catalog.read import Snapshot, read_catalog
 from rebeca_ray.catalog.verify import verify
 from rebeca_ray.config.jobs import GenerateConfig
+from rebeca_ray.schemas import TABLES
 from tests.catalog.conftest import Rows
 from tests.conftest import USERS, D, assembled, prepare, publish, snapshot_of
 from tests.generation.test_nights import change_digest, request_for

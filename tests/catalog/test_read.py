@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from rebeca_ray import schemas
 from rebeca_ray.catalog import row_groups
 from rebeca_ray.catalog.gc import collect
-from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
+from rebeca_ray.catalog.read import Snapshot, read_catalog
 from rebeca_ray.catalog.verify import verify
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import LayoutSettings
 from rebeca_ray.errors import UserError
 from rebeca_ray.generation.bucket import changes_table
 from rebeca_ray.identity import bucket_of
+from rebeca_ray.schemas import TABLES
 from tests.catalog.conftest import Rows
 from tests.catalog.large import BUCKETS, ITEMS_PER_USER, MANY_USERS, NUM_USERS, D, write_snapshot
 from tests.conftest import USERS
@@ -347,7 +348,7 @@ def test_a_new_ranking_is_a_change() -> None:
 def test_a_pickled_snapshot_for_a_task_is_small(large: Snapshot) -> None:
     before = len(pickle.dumps(large))
     large.for_user("üser-007")
-    assert large.files_of_buckets
+    assert large.user_files
     assert large.image_files == {}
     assert len(pickle.dumps(large)) == before
     assert pickle.loads(pickle.dumps(large)).for_user("üser-007").equals(large.for_user("üser-007"))

@@ -25,10 +25,11 @@ import torch
 from PIL import Image
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.read import TABLES, Snapshot, read_catalog
+from rebeca_ray.catalog.read import Snapshot, read_catalog
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.sections import LayoutSettings
 from rebeca_ray.prior.selector import Selector
+from rebeca_ray.schemas import TABLES
 from tests.catalog.conftest import Rows
 from tests.conftest import (
     USERS,

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from rebeca_ray.catalog.layout import outside
-from rebeca_ray.catalog.read import TABLES, Snapshot
+from rebeca_ray.catalog.read import Snapshot
+from rebeca_ray.catalog.read_errors import explained
 from rebeca_ray.config.fields import absolute
 from rebeca_ray.errors import Failure, InputError, UserError, describe
+from rebeca_ray.schemas import TABLES
 from rebeca_ray.storage.store import classify, iceberg_properties
 
 if TYPE_CHECKING:
@@ -67,7 +69,7 @@ def register_snapshot(
                 if classify(error) is Failure.DAMAGED or any(
                     path in str(error) for path in snapshot.paths(name)
                 ):
-                    with snapshot.explained():
+                    with explained(snapshot):
                         raise
                 raise
     except CommitFailedException as error:
