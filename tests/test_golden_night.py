@@ -2,8 +2,8 @@
 
 Monday serves six users with a history and one without, and one row fails. On Tuesday one user rated another
 item. Ids, ranks, origins and counts must match exactly on every machine. Embeddings and pixels must match to
-the bit on the kind of processor that recorded them; elsewhere float rounding differs, so there a coarse sketch
-of each must match.
+the bit on the kind of processor that recorded them; elsewhere float rounding differs, and a coarse sketch of
+each must match.
 
 Whoever changes items on purpose records the file again:
 `REBECA_RECORD_GOLDEN=1 pytest tests/test_golden_night.py`.
