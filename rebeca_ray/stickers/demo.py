@@ -65,14 +65,7 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
     """Run all phases. Write the files to `data`, and the page to `out/report.html`."""
     phases = Phases()
     data = data.absolute()
-    require_writable(str(out), "--out")
-    require_writable(str(data), "--data")
-    if data.exists() and any(data.iterdir()) and not (data / "truth.parquet").exists():
-        raise InputError(f"--data {data}: holds something else than a demo's data; give an empty folder")
-    data.mkdir(parents=True, exist_ok=True)
-    # A demo starts afresh.
-    for name in ("items", "prior", "train", "catalog"):
-        shutil.rmtree(data / name, ignore_errors=True)
+    prepare_folders(out, data)
     embed = parse_config(EmbedConfig, settings_in(data, "embed"), where="demo")
     train = parse_config(TrainConfig, settings_in(data, "train"), where="demo")
     generate = parse_config(GenerateConfig, settings_in(data, "generate"), where="demo")
@@ -122,18 +115,36 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
         "judge_accuracy": judge.held_out_accuracy,
     }
     write_json(figures, str(out / "figures.json"))
+    print_next_steps(page, data, generate, generated.manifest.run_date)
+    return check
+
+
+def prepare_folders(out: Path, data: Path) -> None:
+    """Remove what an earlier demo left in `data`. Raises InputError for a folder that holds anything else."""
+    require_writable(str(out), "--out")
+    require_writable(str(data), "--data")
+    if data.exists() and any(data.iterdir()) and not (data / "truth.parquet").exists():
+        raise InputError(f"--data {data}: holds something else than a demo's data; give an empty folder")
+    data.mkdir(parents=True, exist_ok=True)
+    # A demo starts afresh.
+    for name in ("items", "prior", "train", "catalog"):
+        shutil.rmtree(data / name, ignore_errors=True)
+
+
+def print_next_steps(page: Path, data: Path, config: GenerateConfig, run_date: str) -> None:
+    """Print where the results are, and commands to go on with."""
     console.rule()
     console.print(
         f"[bold]Report:[/bold]   {page}\n"
-        f"[bold]Catalog:[/bold]  {generate.catalog}\n"
-        f"[bold]Prior:[/bold]    {generate.prior}"
+        f"[bold]Catalog:[/bold]  {config.catalog}\n"
+        f"[bold]Prior:[/bold]    {config.prior}"
     )
-    tomorrow = date.fromisoformat(generated.manifest.run_date) + timedelta(days=1)
+    tomorrow = date.fromisoformat(run_date) + timedelta(days=1)
     console.print(
         "\nNext:\n"
         f"  source {Path(sys.prefix) / 'bin' / 'activate'}\n"
-        f"  rebeca catalog show {generate.catalog}\n"
-        f"  python infra/examples/rank_example.py --catalog {generate.catalog} --items {data}/items "
+        f"  rebeca catalog show {config.catalog}\n"
+        f"  python infra/examples/rank_example.py --catalog {config.catalog} --items {data}/items "
         f"--interactions {data}/interactions.parquet\n"
         f"  rebeca generate --config {data}/generate.yaml run_date={tomorrow}"
         "    # no user changed, so all items are carried over\n"
@@ -144,7 +155,6 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
         highlight=False,
         soft_wrap=True,
     )
-    return check
 
 
 def check_truth(

@@ -8,9 +8,10 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
 import ray
 import torch
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rebeca_ray import identity
@@ -26,7 +27,7 @@ from rebeca_ray.prior.scaler import EmbedScaler
 from rebeca_ray.prior.user_blocks import Batch
 from rebeca_ray.ray_runtime import require_room, start_ray
 from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, open_filesystem
-from rebeca_ray.storage.objects import read_json
+from rebeca_ray.storage.objects import JsonObject, read_json
 from rebeca_ray.storage.writable import require_own, require_writable
 from rebeca_ray.training.calibrate import calibrate_prior, training_blocks
 from rebeca_ray.training.loop import STATE, is_streamed, train_loop_per_worker
@@ -70,7 +71,22 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
     )
     x0_ID = scaler.scale(torch.from_numpy(items.image_embeds)).numpy()
     drop_torn_record(join(config.storage, config.run_name, "checkpoint_manager_snapshot.json"))
-    trainer = TorchTrainer(
+    result = build_trainer(config, histories, x0_ID).fit()
+    state, last = read_best(result)
+    prior = trained_prior(config, items, scaler, histories, state=state, last=last)
+    prior = calibrate_prior(prior, histories, x0_ID, seed=config.optimization.seed)
+    save_prior(prior, config.out)
+    return prior.metrics
+
+
+def build_trainer(config: TrainConfig, histories: Histories, x0_ID: np.ndarray) -> TorchTrainer:
+    """Return the trainer of a run: its workers, its data, its checkpoints and what it does after failures.
+
+    `x0_ID` are the scaled embeddings of all items.
+    """
+    workers = config.workers
+    on_gpu = workers.device == "cuda"
+    return TorchTrainer(
         train_loop_per_worker,
         train_loop_config={
             "config": config.model_dump(),
@@ -82,10 +98,10 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
         datasets={"users": stream_of(histories, config)} if is_streamed(histories) else {},
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
-            use_gpu=workers.device == "cuda",
+            use_gpu=on_gpu,
             resources_per_worker={
                 "CPU": workers.cpus_per_worker,
-                **({"GPU": 1} if workers.device == "cuda" else {}),
+                **({"GPU": 1} if on_gpu else {}),
             },
         ),
         run_config=RunConfig(
@@ -97,9 +113,12 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
                 num_to_keep=2, checkpoint_score_attribute="val_loss", checkpoint_score_order="min"
             ),
         ),
-        torch_config=TorchConfig(backend="nccl" if workers.device == "cuda" else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
     )
-    result = trainer.fit()
+
+
+def read_best(result: Result) -> tuple[JsonObject, JsonObject]:
+    """Return the states of the best epoch and of the last one. Raises InputError if the loss diverged."""
     best = result.get_best_checkpoint("val_loss", "min")
     with best.as_directory() as folder, result.checkpoint.as_directory() as last_folder:
         state = torch.load(Path(folder) / STATE, weights_only=True)
@@ -113,9 +132,25 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
             f"training diverged: {last['diverged']}; "
             f"lower optimization.learning_rate or user_learning_rate. {kept}"
         )
+    return state, last
+
+
+def trained_prior(
+    config: TrainConfig,
+    items: EmbeddedItems,
+    scaler: EmbedScaler,
+    histories: Histories,
+    *,
+    state: JsonObject,
+    last: JsonObject,
+) -> TrainedPrior:
+    """Return the prior of the best epoch's averaged weights, not yet calibrated.
+
+    `state` is the best epoch's, `last` is that of the last epoch, which holds the whole loss curve.
+    """
     network = Prior(config.network, items.image_embeds.shape[1])
     network.load_state_dict(state["average"])
-    prior = TrainedPrior(
+    return TrainedPrior(
         network=network.eval(),
         settings=config.network,
         diffusion=config.diffusion,
@@ -133,9 +168,6 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
         },
         curve=curve_csv(last["curve"]),
     )
-    prior = calibrate_prior(prior, histories, x0_ID, seed=config.optimization.seed)
-    save_prior(prior, config.out)
-    return prior.metrics
 
 
 def drop_torn_record(uri: str) -> None:
