@@ -72,7 +72,7 @@ def generate_catalog(
     """Generate and publish one snapshot.
 
     An unfinished run of the same date, made from the same things, is resumed. (`resume`: `require` accepts
-    nothing else, `never` starts anew.) `retry_failed` renders its failed rows again. `force` publishes a
+    nothing else, `never` starts a new run.) `retry_failed` renders its failed rows again. `force` publishes a
     snapshot that the quality gate refuses; manifest and pointer record it. `limits.publish_by` is the next
     such time after `since`, or after the run began. `in_process` runs all stages in this process, without
     Ray. Raises UserErrors; their exit codes are the job's.

@@ -123,7 +123,7 @@ class PlanUsers:
     """Ray Data actor: one row of `schemas.DECISIONS` in, that user's planned items out.
 
     A user to plan gets new items: the best of the candidates that the prior samples. A user to rescore keeps
-    the items of the previous snapshot, ranked anew by the selector of today. `prior/candidates.py` holds the
+    the items of the previous snapshot, ranked by the selector of today. `prior/candidates.py` holds the
     mathematics; the actor loads what it needs and maps its columns.
     """
 

@@ -51,7 +51,7 @@ class Progress:
         self.since = time.perf_counter()
 
     def move(self) -> None:
-        """Note progress: the watchdog waits anew."""
+        """Note progress: the watchdog waits from now on."""
         self.moved_at = time.monotonic()
 
     @contextmanager

@@ -4,7 +4,7 @@ uri -> one listing -> the footer of each file, remembered for the process -> `Pa
 
 A job asks for the same input in several places: to check it, to describe it, to read it. Each place opens it
 by its address, and only the listing is repeated. A file that changed in between has another listing, so its
-footer is read anew.
+footer is read again.
 """
 
 import hashlib

@@ -173,12 +173,12 @@ def trained_prior(
 def drop_torn_record(uri: str) -> None:
     """Remove Ray Train's record of its checkpoints if a kill left it half-written.
 
-    Ray Train would refuse to start with it. The run then starts anew; the checkpoints themselves stay.
+    Ray Train would refuse to start with it. The run then starts over; the checkpoints themselves stay.
     """
     try:
         read_json(uri)
     except UserError:
-        log.warning(f"{uri} is half-written, as a kill may leave it; training starts anew")
+        log.warning(f"{uri} is half-written, as a kill may leave it; training starts over")
         delete(uri)
 
 
