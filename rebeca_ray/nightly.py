@@ -1,4 +1,4 @@
-"""One night for a date: embed new items, train if due, generate, collect garbage.
+"""Run the nightly job for one date: embed new items, train if due, generate, collect garbage.
 
 Running it a second time for the same date changes nothing.
 """

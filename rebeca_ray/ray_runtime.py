@@ -74,7 +74,7 @@ def start_ray() -> None:
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # a UserError in a stage arrives as one
     for handler in logging.getLogger("ray.data").handlers:
-        if not isinstance(handler, logging.FileHandler):
+        if handler.name == "console":  # a program or a test may have added its own
             handler.addFilter(progress_only)  # once, however often this runs
     package_log.enable()
     # A pool of few actors is right where there is little to do.

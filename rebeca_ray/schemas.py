@@ -206,7 +206,7 @@ def plan(embed_dim: int) -> pa.Schema:
             pa.field("like_probability", FLOAT),
             pa.field("user_factors", pa.list_(FLOAT)),  # the selector's, for the quality gate
             # The selector's factors of candidate number `rank`, before any was chosen.
-            pa.field("drawn_factors", pa.list_(FLOAT)),
+            pa.field("sampled_factors", pa.list_(FLOAT)),
             pa.field("nearest_item_id", STRING),
             pa.field("nearest_similarity", FLOAT),
             required("origin", STRING),  # new | carried (rescored) | population

@@ -121,7 +121,7 @@ def test_a_night_with_its_default_config_and_once_is_enough(head: dict[str, str]
     assert out.returncode == 0, out.stdout + out.stderr
     pointer = json.loads((data / "catalog" / "latest.json").read_text())
     manifest = json.loads((data / "catalog" / pointer["snapshot"] / "manifest.json").read_text())
-    assert (manifest.run_date, manifest.counts.new, manifest.counts.users) == (
+    assert (manifest["run_date"], manifest["counts"]["new"], manifest["counts"]["users"]) == (
         "2026-03-02",
         100,
         100,

@@ -12,7 +12,7 @@ from rebeca_ray.catalog.manifest import Manifest
 from rebeca_ray.catalog.pointer import Pointer, read_pointer
 from rebeca_ray.catalog.read import open_snapshot
 from rebeca_ray.catalog.runs import unfinished_runs
-from rebeca_ray.catalog.snapshots import LEASE_SECONDS, list_snapshots
+from rebeca_ray.catalog.snapshots import LEASE_SECONDS, read_manifests
 from rebeca_ray.errors import InputError
 from rebeca_ray.storage.filesystem import delete, delete_files, join, list_files, list_folders
 
@@ -61,9 +61,14 @@ def remove(garbage: Garbage) -> None:
 
 
 def find_garbage(root: str, *, keep: int, now: datetime, grace: timedelta) -> Garbage:
-    """Return everything that may be removed, in its order."""
+    """Return everything that may be removed, in its order.
+
+    Raises InputError for a manifest that cannot be read: nobody knows which files its snapshot needs.
+    """
     root = root.rstrip("/")
-    snapshots = list_snapshots(root)
+    snapshots, errors = read_manifests(root)
+    for folder, error in errors.items():
+        raise InputError(f"{error}; nothing was collected: remove or restore {join(root, folder)} first")
     recent = {run.run_id for run in unfinished_runs(root).values() if now - run.began_at < grace}
     kept = kept_snapshots(snapshots, read_pointer(root)[0], keep, now, grace)
     kept |= {manifest.run_id for manifest in snapshots if manifest.run_id in recent}

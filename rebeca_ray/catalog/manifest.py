@@ -180,8 +180,8 @@ class Manifest(Record):
 def read_manifest(root: str, path: str) -> Manifest:
     """Return the manifest of the snapshot in a folder below the root.
 
-    Raises InputError if it is gone, damaged, of a newer version than this one reads, or older than the
-    settled format.
+    Raises InputError if it is gone, damaged, of a newer version than this one reads, or older than
+    version 3.
     """
     values = read_json(join(root, path, "manifest.json"))
     if values is None:
@@ -197,8 +197,8 @@ def read_manifest(root: str, path: str) -> Manifest:
         )
     if version < schemas.OLDEST_SCHEMA_VERSION:
         raise InputError(
-            f"catalog {root}: schema version {version}, older than the settled format; this version reads "
-            f"{schemas.OLDEST_SCHEMA_VERSION} to {schemas.SCHEMA_VERSION}: generate into another root"
+            f"catalog {root}: schema version {version}, older than this version reads: "
+            f"{schemas.OLDEST_SCHEMA_VERSION} to {schemas.SCHEMA_VERSION}; generate into another root"
         )
     if version > schemas.SCHEMA_VERSION:
         raise InputError(

@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from rebeca_ray.errors import InputError, LeaseHeldError, UserError, describe
-from rebeca_ray.storage.filesystem import join, storage_errors
+from rebeca_ray.errors import InputError, LeaseHeldError, UserError
+from rebeca_ray.storage.filesystem import join, storage_errors, unreadable
 from rebeca_ray.storage.objects import encode_json
 from rebeca_ray.storage.store import failure_types, open_store
 
@@ -61,15 +61,13 @@ POINTERS = TypeAdapter(Pointer)
 def read_pointer(root: str) -> tuple[Pointer, str | None]:
     """Return the pointer and its version, for a swap; an empty pointer and None before the first.
 
-    Raises UserError if the pointer cannot be read or is damaged.
+    Raises InputError if the pointer is damaged or may not be read, StorageError if its store does not answer.
     """
     store = open_store(join(root, POINTER))
     try:
         versioned = store.read_versioned()
     except failure_types() as error:
-        raise InputError(
-            f"catalog {root}: cannot be read ({describe(error)}); check the path and the credentials"
-        ) from None
+        raise unreadable(f"catalog {root}", error) from None
     if versioned is None:
         return Pointer(), None
     data, version = versioned

@@ -3,6 +3,7 @@
 This is for operators. Readers follow the pointer.
 """
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 
 from rebeca_ray.catalog.layout import work_folder
@@ -12,7 +13,9 @@ from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import open_snapshot
 from rebeca_ray.catalog.verify import verify
 from rebeca_ray.errors import InputError, QualityGateError
-from rebeca_ray.storage.filesystem import delete, join, list_files
+from rebeca_ray.storage.filesystem import delete, exists, join, list_files
+
+log = logging.getLogger(__name__)
 
 LEASE_SECONDS = 60
 
@@ -20,24 +23,47 @@ LEASE_SECONDS = 60
 def list_snapshots(root: str) -> list[Manifest]:
     """Return the manifests of all complete snapshots, the oldest first.
 
-    Raises InputError as `read_manifest` does.
+    A snapshot whose manifest cannot be read is left out, with a warning.
     """
+    manifests, errors = read_manifests(root)
+    for error in errors.values():
+        log.warning("%s; this snapshot is left out", error)
+    return manifests
+
+
+def read_manifests(root: str) -> tuple[list[Manifest], dict[str, InputError]]:
+    """Return the manifests of all complete snapshots, the oldest first, and the errors of others by folder.
+
+    A snapshot that is collected between listing and reading is in neither.
+    """
+
+    def read(folder: str) -> Manifest | InputError | None:
+        try:
+            return read_manifest(root, folder)
+        except InputError as error:
+            return error if exists(join(root, folder, "manifest.json")) else None
+
     files = list_files(join(root, "snapshots"), "/manifest.json")
     folders = [file.removeprefix(f"{root.rstrip('/')}/").removesuffix("/manifest.json") for file in files]
     with ThreadPoolExecutor(16) as pool:
-        manifests = list(pool.map(lambda folder: read_manifest(root, folder), folders))
-    return sorted(manifests, key=lambda manifest: (manifest.created_at, manifest.fencing_token))
+        results = dict(zip(folders, pool.map(read, folders), strict=True))
+    manifests = [manifest for manifest in results.values() if isinstance(manifest, Manifest)]
+    errors = {folder: error for folder, error in results.items() if isinstance(error, InputError)}
+    return sorted(manifests, key=lambda manifest: (manifest.created_at, manifest.fencing_token)), errors
 
 
 def find_snapshot(root: str, run_id: str) -> Manifest:
     """Return the manifest of one run.
 
-    Raises InputError, naming the latest runs, if it has no complete snapshot.
+    Raises InputError if its manifest cannot be read, or, naming the latest runs, if there is none.
     """
-    manifests = list_snapshots(root)
+    manifests, errors = read_manifests(root)
     for manifest in manifests:
         if manifest.run_id == run_id:
             return manifest
+    for folder, error in errors.items():
+        if folder.endswith(f"/run_id={run_id}"):
+            raise error
     known = ", ".join(manifest.run_id for manifest in manifests[-5:]) or "none"
     raise InputError(f"catalog {root}: run {run_id} has no complete snapshot; the latest are: {known}")
 

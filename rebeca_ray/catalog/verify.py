@@ -21,12 +21,12 @@ from rebeca_ray.catalog.manifest import FileRow
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.catalog.read_errors import explained
 from rebeca_ray.identity import bucket_of
+from rebeca_ray.schemas import TABLES
 from rebeca_ray.storage.filesystem import exists, join, open_filesystem
 
 T = TypeVar("T")
 Level = Literal["metadata", "sample", "full"]
 SAMPLE = 20  # files per table, images per file
-TABLES = ("items", "users", "errors", "changes", "images")
 Check = Callable[[Snapshot, FileRow], Iterator[str]]
 
 

@@ -14,7 +14,7 @@ app.add_typer(exports, name="export")
 Catalog = Annotated[
     str,
     typer.Argument(
-        metavar="CATALOG", help="The catalog's folder: a local path or s3://bucket/prefix, as in the config."
+        metavar="CATALOG", help="The catalog's folder: a local path or an address such as s3://bucket/prefix."
     ),
 ]
 RunId = Annotated[
@@ -91,7 +91,7 @@ def publish(
     catalog: Catalog,
     run_id: Annotated[str, typer.Option("--run-id", help="Run to publish; `rebeca catalog list` shows all.")],
 ) -> None:
-    """Publish a complete snapshot, even one that the quality gate refused; the catalog records that."""
+    """Publish a complete snapshot, even one that the quality gate refused; latest.json records it."""
     from rebeca_ray.catalog.snapshots import publish_snapshot
 
     with plain_errors():
@@ -101,7 +101,7 @@ def publish(
 
 @app.command()
 def rollback(catalog: Catalog) -> None:
-    """Publish the predecessor of the published snapshot."""
+    """Publish the snapshot that the published one followed."""
     from rebeca_ray.catalog.snapshots import roll_back
 
     with plain_errors():

@@ -35,10 +35,13 @@ ResumeOption = Annotated[
     ),
 ]
 RetryFailed = Annotated[
-    bool, typer.Option("--retry-failed", help="Draw failed items of the unfinished run again.")
+    bool, typer.Option("--retry-failed", help="Render failed items of the unfinished run again.")
 ]
 Force = Annotated[
-    bool, typer.Option("--force", help="Publish even if the quality gate refuses; the manifest records it.")
+    bool,
+    typer.Option(
+        "--force", help="Publish even if the quality gate refuses; manifest and latest.json record it."
+    ),
 ]
 ImagesPerSecond = Annotated[
     float | None,
@@ -209,7 +212,7 @@ def serve(
 ) -> None:
     """Serve the decoder of a `rebeca generate` config with Triton on 127.0.0.1, until interrupted."""
     from rebeca_ray.config.jobs import GenerateConfig
-    from rebeca_ray.errors import InputError
+    from rebeca_ray.errors import ServerLostError
 
     with plain_errors():
         if settings := read_config(GenerateConfig, config, overrides):
@@ -221,7 +224,7 @@ def serve(
                 with triton_server(settings.decoder, **ports, instances=instances) as process:
                     print_result(output.serving(**ports))
                     if code := process.wait():
-                        raise InputError(f"tritonserver ended with code {code}; see its lines above")
+                        raise ServerLostError(f"tritonserver ended with code {code}; see its lines above")
             except KeyboardInterrupt:
                 print_result("stopped")
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ESTIMATE_LABELS = {
     "requested_items": "requested items",
     "planned_users": "users to plan",
-    "images": "images to draw",
+    "images": "images to render",
     "plan_seconds": "time to plan",
     "render_seconds": "time to render",
     "other_seconds": "time of other stages",

@@ -1,6 +1,7 @@
 """Sections of the jobs' configs: frozen, strict models with a bounded kind for every number.
 
-A `Location` is local or `s3://`. The kinds are in `fields.py`, the decoder's sections in `decoder.py`.
+A `Location` is a local path or the address of an object store. The kinds are in `fields.py`, the decoder's
+sections in `decoder.py`.
 """
 
 from typing import Annotated, Literal, Self
@@ -128,8 +129,8 @@ class OptimizationSettings(Settings):
     max_epochs: Annotated[Positive, Effect.ITEM] = 100
     """Most epochs of a training run."""
     schedule: Annotated[Literal["plateau", "linear"], Effect.ITEM] = "plateau"
-    """Schedule of the learning rates: `plateau` lowers them when validation stalls, `linear` lowers them
-    steadily and reaches 0 at `max_epochs`."""
+    """Schedule of the learning rates: `plateau` lowers them when validation stalls, `linear` keeps them for
+    the first three eighths of `max_epochs`, then lowers them in equal steps to nearly 0."""
     plateau_factor: Annotated[float, Field(gt=0, lt=1), Effect.ITEM] = 0.5
     """Factor by which the schedule `plateau` multiplies the learning rates."""
     plateau_patience: Annotated[Positive, Effect.ITEM] = 4

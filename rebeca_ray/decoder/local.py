@@ -1,4 +1,4 @@
-"""The decoder in this process: draw, check, draw unsafe images again, encode."""
+"""The decoder in this process: render, check, render unsafe images again, encode."""
 
 import logging
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Generation: one run for one snapshot: decide, plan, test, render, assemble, judge, publish.
+"""Generation: one run for one snapshot: decide, plan, gate, render, assemble, gate again, publish.
 
 May import: `training`, `evaluation`, `prior`, `decoder`, `data`, `catalog`, and what they may.
 Must not hold: mathematics, or the published format.

@@ -100,7 +100,7 @@ def cut(planned_G4: np.ndarray, items_per_shard: int) -> list[RenderKey]:
     """Return the first key of every shard but the first, so that each has about `items_per_shard` items."""
     ordered_G4 = planned_G4[np.lexsort((planned_G4[:, 2], planned_G4[:, 1], planned_G4[:, 0]))]
     shard_G = (np.cumsum(ordered_G4[:, 3]) - 1) // items_per_shard
-    return [(float(key[0]), int(key[1]), int(key[2])) for key in ordered_G4[1:][np.diff(shard_G) > 0]]
+    return [(float(key[0]), float(key[1]), float(key[2])) for key in ordered_G4[1:][np.diff(shard_G) > 0]]
 
 
 def keys_and_sizes(decisions: list[Decision], by_urgency: bool) -> np.ndarray:

@@ -16,7 +16,7 @@ from rebeca_ray import schemas
 from rebeca_ray.identity import hash128
 from rebeca_ray.storage.objects import JsonObject
 
-RenderKey = tuple[float, int, int]  # the smaller is rendered earlier
+RenderKey = tuple[float, float, float]  # the smaller is rendered earlier
 
 
 class Action(StrEnum):
@@ -84,9 +84,7 @@ class Decisions:
     @classmethod
     def from_dict(cls, values: JsonObject) -> Self:
         pool = values["pool"] and Decision.from_dict(values["pool"])
-        boundaries = [
-            (float(first), int(second), int(third)) for first, second, third in values["boundaries"]
-        ]
+        boundaries = [(first, second, third) for first, second, third in values["boundaries"]]
         return cls(**{**values, "pool": pool, "boundaries": boundaries})
 
 
@@ -119,6 +117,6 @@ def render_keys(decisions: pa.Table, by_urgency: bool) -> np.ndarray:
     return keys
 
 
-def shards_of(keys: np.ndarray, boundaries: Sequence[tuple[float, float, float]]) -> np.ndarray:
+def shards_of(keys: np.ndarray, boundaries: Sequence[RenderKey]) -> np.ndarray:
     """Return the shard [G] of each key; `boundaries` are the first keys of all shards but the first."""
     return np.searchsorted(np.array([tuple(key) for key in boundaries], RENDER_KEY), keys, side="right")

@@ -26,6 +26,8 @@ def estimate(config: GenerateConfig, *, images_per_second: float | None = None) 
     needs too. Raises InputError for bad input, and without `images_per_second` (of one decoder actor) if no
     run measured it.
     """
+    if images_per_second is not None and not images_per_second > 0:
+        raise InputError(f"images_per_second {images_per_second}: must be more than 0")
     decoder = identify_decoder(config.decoder)
     requested = check_request(config, decoder)
     previous = published(config.catalog)

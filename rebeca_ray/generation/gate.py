@@ -107,7 +107,7 @@ def read_sample(plan: str) -> pa.Table:
     for path in files:
         with filesystem.open(path, "rb") as file:
             table = pq.read_table(
-                file, columns=["user_id", "rank", "user_factors", "drawn_factors", "origin"]
+                file, columns=["user_id", "rank", "user_factors", "sampled_factors", "origin"]
             )
         personal = pc.and_(pc.equal(table["origin"], "new"), pc.is_valid(table["user_factors"]))
         table = table.filter(pc.and_(personal, pc.less(table["rank"], MAX_ITEMS_PER_USER)))
@@ -126,7 +126,7 @@ def plan_test(sample: pa.Table) -> PermutationTest | None:
     if len(users) < 2:
         return None
     user_UF = np.stack(sample["user_factors"].take(first).to_numpy(zero_copy_only=False))
-    drawn_NF = np.stack(sample["drawn_factors"].to_numpy(zero_copy_only=False))
+    drawn_NF = np.stack(sample["sampled_factors"].to_numpy(zero_copy_only=False))
     like_UN = 1 / (1 + np.exp(-(user_UF[:, :-1] @ drawn_NF[:, :-1].T + user_UF[:, -1:] + drawn_NF[:, -1])))
     order = np.argsort(user_N, kind="stable")
     counts = np.bincount(user_N)

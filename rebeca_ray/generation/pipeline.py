@@ -180,7 +180,7 @@ def make_snapshot(
     if previous:
         expected = forecast(context, decisions)
         log.info(
-            f"{expected.images:,} images to draw for {expected.planned_users:,} users, "
+            f"{expected.images:,} images to render for {expected.planned_users:,} users, "
             f"ETA {60 * expected.hours:.1f} min"
         )
     plan_items(context, histories, decisions, progress)

@@ -4,7 +4,7 @@ work/…/plan/shard=…/ -> items without an image -> decode, encode -> images/r
 then the shard's marker
 
 A record is written after its file, the marker after all records of a shard: an attempt that takes over
-renders the items without a record. (Ray Data's own checkpoints were tried and left, see infra/docs/log.md.)
+renders the items without a record. (Why not Ray Data's checkpoints: infra/docs/log.md.)
 """
 
 import logging

@@ -14,7 +14,6 @@ DECODER = ASSETS / "decoder"
 JUDGE = ASSETS / "judge"
 IMAGE_SIZE = 64
 EMBED_DIM = 256
-STYLES = ("contrast", "flat", "fluent", "noto", "twemoji")
 
 
 def is_held_out(name: str) -> bool:

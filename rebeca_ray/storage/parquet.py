@@ -98,7 +98,13 @@ class ParquetInput:
                 f"{self.what} {self.uri}: column {missing[0]!r} is missing; "
                 f"{did_you_mean(missing[0], self.schema.names)}"
             )
-        fields = [self.schema.field(name) for name in names]
+        # Another file may hold nulls where the first declares none. The checks of the input name the rows.
+        fields = [
+            self.schema.field(name).with_nullable(
+                any(file.schema.field(name).nullable for file in self.footers)
+            )
+            for name in names
+        ]
         schema = pa.schema(fields, metadata=self.schema.metadata)
 
         def read_file(index: int) -> pa.Table:
@@ -188,10 +194,12 @@ def list_parquet(uri: str, what: str) -> tuple[InputFile, ...]:
 
 
 def listed(filesystem: AbstractFileSystem, path: str, info: dict[str, Any]) -> InputFile:
-    """Return a file of a listing. Its version is the ETag on S3, and locally the time of change."""
-    changed = str(info.get("mtime") or info.get("LastModified"))
+    """Return a file of a listing. Its version is its ETag or generation, and locally the time of change."""
+    # S3 and local disks name the first two; adlfs names the third. gcsfs has both `mtime` and `generation`.
+    changed = str(info.get("mtime") or info.get("LastModified") or info.get("last_modified"))
+    tag = info.get("ETag") or info.get("etag") or info.get("generation")
     # `stat` follows symbolic links. The time of a link itself does not change with its target.
-    version = str(Path(path).stat().st_mtime_ns) if is_local(filesystem) else str(info.get("ETag"))
+    version = str(Path(path).stat().st_mtime_ns) if is_local(filesystem) else str(tag)
     return InputFile(path, info["size"], changed, version)
 
 

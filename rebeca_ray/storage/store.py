@@ -1,6 +1,6 @@
 """The seam between us and object stores. To add a store, write one file and add its class to `STORES`.
 
-URI -> `open_store` -> LocalStore | S3Store | GcsStore | AzureStore -> six verbs
+URI -> `open_store` -> LocalStore | S3Store | GcsStore | AzureStore -> the methods of `Store`
 """
 
 import re

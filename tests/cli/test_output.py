@@ -84,12 +84,12 @@ def test_the_name_of_a_figure_tells_its_unit(name: str, value: object, text: str
 def test_an_estimate_is_shown_beside_the_last_run() -> None:
     last = FORECAST.model_copy(update={"images": 1800, "render_seconds": 3600.0, "bytes_written": 900})
     rows = cells(output.estimate_table(FORECAST, last))
-    assert rows["images to draw"] == ["3,600", "1,800"]
+    assert rows["images to render"] == ["3,600", "1,800"]
     assert rows["time to render"] == ["2.0 h", "1.0 h"]
     assert rows["GPU time"] == ["2.0 h", "2.0 h"]
     assert rows["data written"] == ["3.3 MB", "900 B"]
     assert rows["cost, in the currency of `prices`"] == ["5.50", "5.50"]
-    assert cells(output.estimate_table(FORECAST, None))["images to draw"] == ["3,600", ""]
+    assert cells(output.estimate_table(FORECAST, None))["images to render"] == ["3,600", ""]
 
 
 def test_the_json_of_an_estimate_has_plain_numbers() -> None:

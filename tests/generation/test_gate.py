@@ -34,7 +34,7 @@ def write_plan(folder: Path, *, users: int, personal: bool, items: int = 3, orig
             "user_id": [f"user-{number:04d}" for number in owner],
             "rank": pa.array(np.tile(np.arange(items), users), pa.int16()),
             "user_factors": pa.array(list(factors[owner]), pa.list_(pa.float32())),
-            "drawn_factors": pa.array(
+            "sampled_factors": pa.array(
                 list(factors[owner if personal else (owner + 7) % users]), pa.list_(pa.float32())
             ),
             "origin": [origin] * len(owner),

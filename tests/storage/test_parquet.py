@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from rebeca_ray.config.jobs import GenerateConfig
@@ -21,7 +22,7 @@ from rebeca_ray.errors import InputError
 from rebeca_ray.generation.request import check_request
 from rebeca_ray.generation.runs import describe_run
 from rebeca_ray.storage import filesystem
-from rebeca_ray.storage.parquet import open_parquet, read_table, write_table
+from rebeca_ray.storage.parquet import listed, open_parquet, read_table, write_table
 from tests.conftest import USERS, D, snapshot_of
 
 
@@ -83,7 +84,7 @@ def test_a_night_opens_each_input_once(inputs: GenerateConfig, reads: Counter[st
     """All that reads an input in the process of the driver, and the planning actor in the same process."""
     assert check_request(inputs, identify_decoder(inputs.decoder)) == 16
     describe_run(inputs, {}, None)
-    assert snapshot_of(inputs)["counts"]["new"] == 16
+    assert snapshot_of(inputs).counts.new == 16
     assert reads == {**ITEMS, **INTERACTIONS, "request.parquet": 1}
 
 
@@ -164,3 +165,24 @@ def test_the_tables_of_a_run_displace_no_input(
         assert read_table(str(tmp_path / f"{number}.parquet"), "plan")["rank"].to_pylist() == [number]
     open_parquet(str(inputs.items), "items").read()
     assert reads == ITEMS
+
+
+def test_a_later_file_may_hold_nulls_where_the_first_declares_none(tmp_path: Path) -> None:
+    strict = pa.schema([pa.field("user_id", pa.string(), nullable=False)])
+    pq.write_table(pa.table({"user_id": ["ann"]}, schema=strict), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"user_id": pa.array([None], pa.string())}), tmp_path / "b.parquet")
+    assert open_parquet(str(tmp_path), "request").read()["user_id"].to_pylist() == ["ann", None]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("mtime", "generation"), ("LastModified", "ETag"), ("last_modified", "etag")],
+    ids=["gcsfs", "s3fs", "adlfs"],
+)
+def test_a_file_that_was_written_again_with_the_same_size_is_another_input(names: tuple[str, str]) -> None:
+    changed, version = names
+    store = AbstractFileSystem()
+    before = listed(store, "bucket/a.parquet", {"size": 9, changed: "09:00", version: "1"})
+    assert before != listed(store, "bucket/a.parquet", {"size": 9, changed: "09:00", version: "2"})
+    later = listed(store, "bucket/a.parquet", {"size": 9, changed: "09:01", version: "1"})
+    assert (before.changed, later.changed) == ("09:00", "09:01")

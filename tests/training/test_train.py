@@ -292,7 +292,7 @@ def test_killed_workers_and_drivers_go_on_from_the_last_epoch(
         output.append(line)
         if "epoch 6/12" in line:
             break
-    assert any("goes on after epoch" in line for line in output), "".join(output)
+    assert any("resumes after epoch" in line for line in output), "".join(output)
     first.send_signal(signal.SIGKILL)
     first.wait()
     time.sleep(2)

@@ -15,7 +15,7 @@ from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.catalog.read_errors import explained
 from rebeca_ray.config.fields import absolute
 from rebeca_ray.errors import Failure, InputError, UserError, describe
-from rebeca_ray.schemas import TABLES
+from rebeca_ray.schemas import TABLES, VERSION_3_NAMES
 from rebeca_ray.storage.store import classify, iceberg_properties
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def register_snapshot(
             # Without the first check, pyiceberg writes metadata for a table that exists.
             if not iceberg.table_exists(identifier):
                 iceberg.create_table_if_not_exists(
-                    identifier, snapshot.schema(name).remove_metadata(), properties=PROPERTIES
+                    identifier, snapshot.stored_schema(name).remove_metadata(), properties=PROPERTIES
                 )
             table = iceberg.load_table(identifier)
             try:
@@ -113,9 +113,16 @@ def bring_to(table: "Table", snapshot: Snapshot, name: str) -> tuple[int, int]:
     registered: dict[str, DataFile] = {task.file.file_path: task.file for task in table.scan().plan_files()}
     unlisted = [file for path, file in registered.items() if path not in listed]
     new = [path for path in listed if path not in registered]
+    columns = snapshot.stored_schema(name).remove_metadata()
     with table.transaction() as transaction:
+        # Version 3 has other names for some columns. pyiceberg takes only files with the table's names.
+        with transaction.update_schema() as schema:
+            for current, stored in zip(snapshot.schema(name).names, columns.names, strict=True):
+                for other in {current, VERSION_3_NAMES.get(current, current)} - {stored}:
+                    if other in table.schema().column_names:
+                        schema.rename_column(other, stored)
         with transaction.update_schema() as schema:  # a later version may have more columns
-            schema.union_by_name(snapshot.schema(name).remove_metadata())
+            schema.union_by_name(columns)
         if unlisted:
             with transaction.update_snapshot().overwrite() as overwrite:
                 for file in unlisted:

@@ -265,6 +265,6 @@ def write_image(uri: str, image: bytes) -> None:
     with storage_errors(uri):
         store.put(
             image,
-            content_type=f"image/{'jpeg' if kind == 'jpg' else kind}",
+            content_type=f"image/{kind}",
             cache_control="public, max-age=31536000, immutable",
         )
