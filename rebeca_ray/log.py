@@ -1,36 +1,42 @@
 """The log of the package: time, level and run id on each line, for a person or as JSON lines.
 
-Modules log with `logging.getLogger(__name__)`. The command line calls `configure`; Ray's workers call
-`configure_worker`. A program that imports the package configures `logging` itself. Lines go to standard
-error, with times in UTC.
+Modules log with `logging.getLogger(__name__)`. The command line calls `configure`. What runs in a worker of
+Ray first calls `use` with the settings of the process that sent it. A program that imports the package
+configures `logging` itself. Lines go to standard error, with times in UTC.
 """
 
 import json
 import logging
-import os
 import sys
 import time
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TextIO
+from typing import Literal, TextIO
 
 PACKAGE = "rebeca_ray"
-LEVELS = ("debug", "info", "warning", "error")
-LEVEL, JSON_LINES = "REBECA_LOG_LEVEL", "REBECA_LOG_JSON"  # environment variables; workers read them too
-RUN_ID_KEY = "rebeca_run_id"  # in the context that Ray Data sends to its workers
+Level = Literal["debug", "info", "warning", "error"]
+LEVEL, JSON_LINES = "REBECA_LOG_LEVEL", "REBECA_LOG_JSON"  # environment variables of the command line
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """How a process logs. It travels to workers."""
+
+    level: Level = "info"
+    json_lines: bool = False
+    run_id: str | None = None
+
+
+settings = LogSettings()
+level_is_given = False  # by the command line
 
 
 class RunId(logging.Filter):
     """Add the run id of this process to each record."""
 
-    run_id: str | None = None
-    in_worker = False
-
     def filter(self, record: logging.LogRecord) -> bool:
-        record.run_id = self.run_id or (dataset_run_id() if self.in_worker else None)
+        record.run_id = settings.run_id
         return True
-
-
-RUN_ID = RunId()
 
 
 class StandardError(logging.StreamHandler[TextIO]):
@@ -70,27 +76,39 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(fields, ensure_ascii=False)
 
 
-def configure(level: str = "info", *, json_lines: bool = False) -> None:
-    """Send the package's log to standard error, from `level` on.
+def configure(level: Level | None = None, *, json_lines: bool = False) -> None:
+    """Send the package's log to standard error, from `level` on. A second call replaces the first.
 
-    Processes started from here inherit both settings. A second call replaces them.
+    Without `level` it is `info`, unless a config then gives another.
     """
-    os.environ[LEVEL], os.environ[JSON_LINES] = level, "1" if json_lines else "0"
+    global level_is_given
+    level_is_given = level is not None
+    use(LogSettings(level or "info", json_lines, settings.run_id))
+
+
+def set_level_of_config(level: Level | None) -> None:
+    """Log from the level of a config on, unless the command line gave one."""
+    if level and not level_is_given:
+        use(replace(settings, level=level))
+
+
+def use(new: LogSettings) -> None:
+    """Log as another process does. In a worker, Ray forwards standard error to the driver."""
+    global settings
+    settings = new
     handler = StandardError()
-    handler.setFormatter(JsonFormatter() if json_lines else HumanFormatter())
-    handler.addFilter(RUN_ID)
+    handler.setFormatter(JsonFormatter() if new.json_lines else HumanFormatter())
+    handler.addFilter(RunId())
     package = logging.getLogger(PACKAGE)
     package.handlers = [handler]
-    package.setLevel(level.upper())
+    package.setLevel(new.level.upper())
     package.propagate = False  # a library may have set up the root logger, and each line would show twice
     enable()
 
 
-def configure_worker() -> None:
-    """Configure the log of a Ray worker from the environment. Ray forwards standard error to the driver."""
-    level = os.environ.get(LEVEL, "").lower()
-    RUN_ID.in_worker = True
-    configure(level if level in LEVELS else "info", json_lines=os.environ.get(JSON_LINES) == "1")
+def current_settings() -> LogSettings:
+    """Return how this process logs, for its workers."""
+    return settings
 
 
 def enable() -> None:
@@ -101,17 +119,6 @@ def enable() -> None:
 
 
 def set_run_id(run_id: str | None) -> None:
-    """Put a run id on each line that this process logs from now on; None removes it."""
-    RUN_ID.run_id = run_id
-
-
-def get_run_id() -> str | None:
-    """Return the run id of this process's lines."""
-    return RUN_ID.run_id
-
-
-def dataset_run_id() -> str | None:
-    """Return the run id that the driver gave the Ray Data context of this worker. Never imports Ray."""
-    data = sys.modules.get("ray.data")
-    value = data.DataContext.get_current().get_config(RUN_ID_KEY, None) if data else None
-    return None if value is None else str(value)
+    """Put a run id on each line that this process and its workers log from now on; None removes it."""
+    global settings
+    settings = replace(settings, run_id=run_id)

@@ -4,7 +4,6 @@ Its log keeps only what a person needs: warnings, and how far our own stages are
 """
 
 import io
-import json
 import logging
 import os
 import re
@@ -60,7 +59,6 @@ def start_ray() -> None:
         try:
             ray.init(
                 address=os.environ.get("RAY_ADDRESS"),
-                runtime_env=worker_environment(),
                 log_to_driver=True,
                 logging_level=logging.WARNING,
             )
@@ -81,26 +79,6 @@ def start_ray() -> None:
     warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a job's log shows each line at once, not at the end
-
-
-def worker_environment() -> dict[str, Any]:
-    """Return the runtime environment that makes Ray's workers log as this process does.
-
-    Ray refuses a value that the submitted job sets too, so those are left out.
-    """
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
-    names = [name for name in (package_log.LEVEL, package_log.JSON_LINES) if name in os.environ]
-    variables = {name: os.environ[name] for name in names if name not in (job.get("env_vars") or {})}
-    hook = {"worker_process_setup_hook": "rebeca_ray.log.configure_worker"}
-    return {"env_vars": variables} | ({} if job.get("worker_process_setup_hook") else hook)
-
-
-def bind_run(run_id: str | None) -> None:
-    """Put a run id on the log lines of this process and of the Ray Data workers it starts from now on."""
-    import ray
-
-    package_log.set_run_id(run_id)
-    ray.data.DataContext.get_current().set_config(package_log.RUN_ID_KEY, run_id)
 
 
 def may_grow() -> bool:
@@ -140,6 +118,30 @@ def require_room(
 T = TypeVar("T")
 
 
+def with_log(work: Callable[..., T]) -> Callable[..., T]:
+    """Return `work`, a function or a class, so that its worker first logs as this process does.
+
+    It keeps its name, which Ray Data shows. A setup hook of Ray's runtime environment would do the same, but
+    workers that Ray has started in advance have none, so each would start anew.
+    """
+    settings = package_log.current_settings()
+    if isinstance(work, type):
+        base: Any = work
+
+        def construct(self: Any, *arguments: Any) -> None:
+            package_log.use(settings)
+            base.__init__(self, *arguments)
+
+        return type(work.__name__, (work,), {"__init__": construct})
+
+    def call(*arguments: Any) -> T:
+        package_log.use(settings)
+        return work(*arguments)
+
+    call.__name__ = getattr(work, "__name__", type(work).__name__)
+    return call
+
+
 def for_each_bucket(
     work: Callable[[int], T],
     buckets: Sequence[int],
@@ -156,13 +158,7 @@ def for_each_bucket(
     import ray
 
     start_ray()
-    run_id = package_log.get_run_id()
-
-    def work_in_task(bucket: int) -> T:
-        package_log.set_run_id(run_id)
-        return work(bucket)
-
-    task: Any = ray.remote(work_in_task)
+    task: Any = ray.remote(with_log(work))
     tasks = pending = [task.remote(bucket) for bucket in buckets]
     while pending:
         _, pending = ray.wait(pending, fetch_local=False)

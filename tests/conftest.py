@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from rebeca_ray import schemas
+from rebeca_ray import log, schemas
 from rebeca_ray.catalog.figures import GateFigures
 from rebeca_ray.catalog.layout import Run, new_run_id
 from rebeca_ray.catalog.lease import hold_lease
@@ -42,7 +42,6 @@ from rebeca_ray.generation.plan import plan_items, read_plan, request_histories
 from rebeca_ray.generation.progress import Progress
 from rebeca_ray.generation.render import Rendered, RenderImages, render_all
 from rebeca_ray.generation.request import check_request
-from rebeca_ray.log import PACKAGE, RUN_ID
 from rebeca_ray.prior.checkpoint import TrainedPrior, save_prior
 from rebeca_ray.prior.denoisers import CrossAttentionDenoiser, Prior
 from rebeca_ray.prior.scaler import EmbedScaler
@@ -74,11 +73,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _restore_log() -> Iterator[None]:
     """Leave the package's log as it was: a command that runs in this process configures it."""
-    package = logging.getLogger(PACKAGE)
+    package = logging.getLogger(log.PACKAGE)
     handlers, level, propagate = package.handlers, package.level, package.propagate
     yield
     package.handlers, package.level, package.propagate = handlers, level, propagate
-    RUN_ID.run_id, RUN_ID.in_worker = None, False
+    log.settings, log.level_is_given = log.LogSettings(), False
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import json
 import logging
-import os
+import pickle
 import re
 import subprocess
 import sys
@@ -12,12 +12,6 @@ import pytest
 from rebeca_ray import log
 
 MODULE = logging.getLogger("rebeca_ray.generation.example")
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (log.LEVEL, log.JSON_LINES):
-        monkeypatch.setenv(name, "")
 
 
 def test_a_line_for_people(capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,19 +55,30 @@ def test_a_second_configuration_replaces_the_first(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_workers_take_their_settings_from_the_environment(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_logs_as_the_process_that_sent_its_work(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure("error", json_lines=True)
-    assert (os.environ[log.LEVEL], os.environ[log.JSON_LINES]) == ("error", "1")
-    log.configure_worker()
+    log.set_run_id("the-run")
+    sent = pickle.loads(pickle.dumps(log.current_settings()))
+    log.configure()
+    log.set_run_id(None)
+    log.use(sent)
     MODULE.warning("not shown")
     MODULE.error("shown")
-    assert json.loads(capsys.readouterr().err)["message"] == "shown"
-    monkeypatch.setenv(log.LEVEL, "loud")  # no worker fails for it
-    log.configure_worker()
-    MODULE.info("info is the default")
-    assert "info is the default" in capsys.readouterr().err
+    line = json.loads(capsys.readouterr().err)
+    assert (line["message"], line["run_id"]) == ("shown", "the-run")
+
+
+@pytest.mark.parametrize(
+    ("given", "of_config", "level"),
+    [(None, None, "info"), (None, "error", "error"), ("debug", "error", "debug"), ("debug", None, "debug")],
+)
+def test_the_level_of_the_command_line_wins_over_the_configs(
+    given: log.Level | None, of_config: log.Level | None, level: log.Level
+) -> None:
+    log.configure(given, json_lines=True)
+    log.set_level_of_config(of_config)
+    assert log.current_settings() == log.LogSettings(level, json_lines=True)
+    assert logging.getLogger(log.PACKAGE).level == getattr(logging, level.upper())
 
 
 def test_disabled_loggers_are_enabled_again(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,17 +1,14 @@
 """Ray as the jobs use it: impossible requests are refused, its log is quiet, our log reaches the driver."""
 
-import json
 import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
-from rebeca_ray import log
 from rebeca_ray.errors import InputError
-from rebeca_ray.ray_runtime import progress_only, require_room, worker_environment
+from rebeca_ray.ray_runtime import progress_only, require_room
 
 
 @pytest.fixture(params=[None, "local"])
@@ -64,39 +61,15 @@ def test_ray_datas_log_shows_progress_alone(name: str, text: str, shown: bool) -
     assert progress_only(logging.LogRecord(name, logging.INFO, "", 0, text, (), None)) is shown
 
 
-@pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    for name in (log.LEVEL, log.JSON_LINES, "RAY_JOB_CONFIG_JSON_ENV_VAR"):
-        monkeypatch.delenv(name, raising=False)
-    return monkeypatch
-
-
-def test_workers_get_the_log_settings_that_the_submitted_job_has_not_set(
-    environment: pytest.MonkeyPatch,
-) -> None:
-    hook = "rebeca_ray.log.configure_worker"
-    assert worker_environment() == {"env_vars": {}, "worker_process_setup_hook": hook}
-    environment.setenv(log.LEVEL, "debug")
-    environment.setenv(log.JSON_LINES, "1")
-    variables = {log.LEVEL: "debug", log.JSON_LINES: "1"}
-    assert worker_environment() == {"env_vars": variables, "worker_process_setup_hook": hook}
-    job = {"runtime_env": {"env_vars": {log.LEVEL: "info"}, "working_dir": "gcs://package.zip"}}
-    environment.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
-    assert worker_environment()["env_vars"] == {log.JSON_LINES: "1"}
-    job["runtime_env"]["worker_process_setup_hook"] = "theirs.hook"
-    environment.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
-    assert "worker_process_setup_hook" not in worker_environment()
-
-
 DRIVER = """
 import logging, sys
-from rebeca_ray.log import configure
+from rebeca_ray.log import configure, set_run_id
 configure("debug")
-from rebeca_ray.ray_runtime import bind_run, for_each_bucket, start_ray
+from rebeca_ray.ray_runtime import for_each_bucket, start_ray, with_log
 log = logging.getLogger("rebeca_ray.example")
 start_ray()
 import ray
-bind_run("the-run")
+set_run_id("the-run")
 
 class Stage:
     def __init__(self):
@@ -105,12 +78,18 @@ class Stage:
         logging.getLogger("rebeca_ray.stage").warning("an actor works")
         return batch
 
+class Filter:
+    def __call__(self, batch):
+        logging.getLogger("rebeca_ray.filter").info("a task filters")
+        return batch
+
 def work(bucket):
     logging.getLogger("rebeca_ray.task").info("task %d", bucket)
     return bucket
 
 pool = ray.data.ActorPoolStrategy(size=1)
-ray.data.range(1).map_batches(Stage, compute=pool, num_cpus=0.5).materialize()
+rows = ray.data.range(1).map_batches(with_log(Filter()), num_cpus=0.5)
+rows.map_batches(with_log(Stage), compute=pool, num_cpus=0.5).materialize()
 assert for_each_bucket(work, [0, 1]) == [0, 1]
 log.info("the driver ends")
 import time
@@ -131,6 +110,7 @@ def test_lines_of_workers_show_once_on_the_driver_with_the_run_id(ray_local: str
     for line in (
         "DEBUG run the-run: an actor starts",
         "WARNING run the-run: an actor works",
+        "INFO run the-run: a task filters",
         "INFO run the-run: task 0",
         "INFO run the-run: task 1",
         "INFO run the-run: the driver ends",

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -13,18 +13,20 @@ from rebeca_ray import log
 from rebeca_ray.console import console
 
 if TYPE_CHECKING:
-    from rebeca_ray.config.fields import Settings
+    from rebeca_ray.config.jobs import JobConfig
 
-C = TypeVar("C", bound="Settings")
+C = TypeVar("C", bound="JobConfig")
 
 
 def log_options(
     log_level: Annotated[
-        Literal["debug", "info", "warning", "error"],
+        log.Level | None,
         typer.Option(
-            envvar=log.LEVEL, case_sensitive=False, help="Least severe level of the log, on standard error."
+            envvar=log.LEVEL,
+            case_sensitive=False,
+            help="Least severe level of the log, on standard error. By default, the config's or info.",
         ),
-    ] = "info",
+    ] = None,
     log_json: Annotated[
         bool,
         typer.Option(
@@ -68,6 +70,7 @@ def read_config(
     from rebeca_ray.config.load import load_config
 
     config = load_config(model, path, overrides)
+    log.set_level_of_config(config.log_level)
     if dry_run:
         console.print_json(config.model_dump_json())
         return None

@@ -39,11 +39,20 @@ from rebeca_ray.config.sections import (
     SelectionSettings,
     WorkerSettings,
 )
+from rebeca_ray.log import Level
 
 Resume = Literal["auto", "require", "never"]
 
 
-class EmbedConfig(Settings):
+class JobConfig(Settings):
+    """The base of the configs that `--config` takes."""
+
+    log_level: Annotated[Level | None, Effect.NOTHING] = None
+    """Least severe level of the log, unless `--log-level` or `REBECA_LOG_LEVEL` gives one. By default, it
+    is `info`."""
+
+
+class EmbedConfig(JobConfig):
     """`rebeca embed`: items with images -> the same items with `image_embeds`."""
 
     items: Annotated[Location, Effect.CONTENT]
@@ -63,7 +72,7 @@ class EmbedConfig(Settings):
     """Device that runs the CLIP model."""
 
 
-class TrainConfig(Settings):
+class TrainConfig(JobConfig):
     """`rebeca train`: interactions + embedded items -> a prior directory."""
 
     preset: Annotated[Literal["paper-v1", "paper-v2", "stickers"] | None, Effect.ITEM] = None
@@ -110,7 +119,7 @@ class TrainConfig(Settings):
         }
 
 
-class DistillConfig(Settings):
+class DistillConfig(JobConfig):
     """`rebeca distill`: a trained prior -> a prior that needs only a few passes per embedding."""
 
     prior: Annotated[Location, Effect.CONTENT]
@@ -150,7 +159,7 @@ class DistillConfig(Settings):
     """Seed of trajectories and training."""
 
 
-class GenerateConfig(Settings):
+class GenerateConfig(JobConfig):
     """`rebeca generate`: prior + decoder + request -> a published snapshot of a catalog."""
 
     prior: Annotated[Location, Effect.CONTENT]
@@ -194,7 +203,7 @@ class GenerateConfig(Settings):
         return self.run_date or datetime.datetime.now(datetime.UTC).date()
 
 
-class NightlyConfig(Settings):
+class NightlyConfig(JobConfig):
     """`rebeca nightly`: embed, train, generate and collect for one date."""
 
     embed: EmbedConfig | None = None

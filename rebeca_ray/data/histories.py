@@ -134,7 +134,7 @@ def split_by_bucket(source: ParquetInput, columns: list[str], split: str, num_bu
     import ray
     from ray.data import ExecutionResources
 
-    from rebeca_ray.ray_runtime import start_ray
+    from rebeca_ray.ray_runtime import start_ray, with_log
 
     start_ray()
     filesystem, _ = open_filesystem(source.uri)
@@ -148,7 +148,7 @@ def split_by_bucket(source: ParquetInput, columns: list[str], split: str, num_bu
     (
         interactions.select_columns(columns)
         .map_batches(
-            AddBucket(num_buckets, source.uri),
+            with_log(AddBucket(num_buckets, source.uri)),
             batch_format="pyarrow",
             batch_size=ROWS_PER_BLOCK,
             zero_copy_batch=True,

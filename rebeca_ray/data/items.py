@@ -15,7 +15,7 @@ from rebeca_ray.config.jobs import EmbedConfig
 from rebeca_ray.data.clip import EmbedImages, clip_fingerprint
 from rebeca_ray.data.validation import check_columns, check_ids, check_rows
 from rebeca_ray.errors import InputError, shown
-from rebeca_ray.ray_runtime import ExcludeIds, require_room, start_ray
+from rebeca_ray.ray_runtime import ExcludeIds, require_room, start_ray, with_log
 from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, open_filesystem
 from rebeca_ray.storage.objects import JsonObject, read_json, write_json
 from rebeca_ray.storage.parquet import ParquetInput, open_parquet
@@ -78,7 +78,7 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:
     # A small file is one block, and one actor would embed it alone.
     blocks = items.repartition(target_num_rows_per_block=config.batch_size)
     dataset = blocks.map_batches(
-        EmbedImages,
+        with_log(EmbedImages),
         fn_constructor_args=(config.clip, config.device),
         batch_size=config.batch_size,
         batch_format="pyarrow",

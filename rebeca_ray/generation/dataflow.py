@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from rebeca_ray.ray_runtime import with_log
 from rebeca_ray.storage.filesystem import arrow_filesystem, open_filesystem
 from rebeca_ray.storage.parquet import read_table
 
@@ -90,12 +91,15 @@ def run_on_ray(
             rows = rows.repartition(target_num_rows_per_block=stage.rows_per_block)
         if stage.actors is None:
             rows = rows.map_batches(
-                stage.work, batch_size=stage.batch_size, batch_format="pyarrow", num_cpus=WRITER_CPUS
+                with_log(stage.work),
+                batch_size=stage.batch_size,
+                batch_format="pyarrow",
+                num_cpus=WRITER_CPUS,
             )
             continue
         actors = stage.actors
         rows = rows.map_batches(
-            stage.work,
+            with_log(stage.work),
             fn_constructor_args=stage.arguments,
             batch_size=stage.batch_size,
             batch_format="pyarrow",

@@ -40,7 +40,7 @@ from rebeca_ray.generation.render import busy_seconds, check_renderer, render_al
 from rebeca_ray.generation.request import check_request
 from rebeca_ray.generation.runs import begin, choose_run, describe_run
 from rebeca_ray.log import set_run_id
-from rebeca_ray.ray_runtime import bind_run, require_room, start_ray
+from rebeca_ray.ray_runtime import require_room, start_ray
 from rebeca_ray.schemas import SCHEMA_VERSION
 from rebeca_ray.storage.failures import user_error
 from rebeca_ray.storage.filesystem import delete, exists
@@ -97,7 +97,7 @@ def generate_catalog(
         check_executors(config, in_process)
         resumed = begun is not None
         begun = begun or begin(config.catalog, run_id, config.date(), description)
-        set_run_id(run_id) if in_process else bind_run(run_id)
+        set_run_id(run_id)
         if resumed:
             log.info(f"resuming run {run_id}, begun at {begun.begun_at}")
         context = RunContext(

@@ -25,6 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from rebeca_ray.config.jobs import TrainConfig
 from rebeca_ray.data.histories import Histories
+from rebeca_ray.log import use
 from rebeca_ray.prior.denoisers import Prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.user_blocks import TARGETS_PER_HISTORY, USERS_PER_BLOCK, Batch, UserBlock, num_batches
@@ -50,6 +51,7 @@ def users_of(
 
 def train_loop_per_worker(settings: dict[str, Any]) -> None:
     """Repeat epoch, validation, and report with a checkpoint, until the loss stops improving."""
+    use(settings["log"])
     logging.getLogger().setLevel(logging.WARNING)  # else Ray Train prints every report in full
     config = TrainConfig.model_validate(settings["config"])
     histories: Histories = settings["histories"]

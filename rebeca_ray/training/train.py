@@ -21,6 +21,7 @@ from rebeca_ray.data.feedback import with_rated
 from rebeca_ray.data.histories import Histories, build_histories, user_table
 from rebeca_ray.data.items import EmbeddedItems, read_image_embeds
 from rebeca_ray.errors import InputError, UserError
+from rebeca_ray.log import current_settings, set_run_id
 from rebeca_ray.prior.checkpoint import TrainedPrior, save_prior
 from rebeca_ray.prior.denoisers import Prior
 from rebeca_ray.prior.scaler import EmbedScaler
@@ -71,7 +72,9 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
     )
     x0_ID = scaler.scale(torch.from_numpy(items.image_embeds)).numpy()
     drop_torn_record(join(config.storage, config.run_name, "checkpoint_manager_snapshot.json"))
+    set_run_id(config.run_name)
     result = build_trainer(config, histories, x0_ID).fit()
+    set_run_id(None)
     state, last = read_best(result)
     prior = trained_prior(config, items, scaler, histories, state=state, last=last)
     prior = calibrate_prior(prior, histories, x0_ID, seed=config.optimization.seed)
@@ -94,6 +97,7 @@ def build_trainer(config: TrainConfig, histories: Histories, x0_ID: np.ndarray) 
             "histories": histories,
             "validation": ray.put(validation_batch(histories, config)),
             "live": sys.stderr.isatty(),
+            "log": current_settings(),
         },
         datasets={"users": stream_of(histories, config)} if is_streamed(histories) else {},
         scaling_config=ScalingConfig(

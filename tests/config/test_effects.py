@@ -59,12 +59,14 @@ NOT_IN_A_RUN_NAME = {
     "interactions": {"path": True},
     "items": True,
     "catalog": True,
+    "log_level": True,
     "out": True,
     "storage": True,
     "workers": True,
 }
 NOT_DESCRIBED = {
     "catalog": True,
+    "log_level": True,
     "run_date": True,
     "run_id": True,
     "error_budget": True,
