@@ -78,5 +78,5 @@ def explained(snapshot: Snapshot, path: str = "") -> Iterator[None]:
         raise InputError(
             f"{run}: {file}is missing or damaged ({describe(error)}); "
             "`rebeca catalog verify` names every such file: restore it, or `rebeca catalog rollback`, "
-            "if a snapshot before can do without it; or generate into another root"
+            "if an earlier snapshot does without it; or generate into another root"
         ) from None

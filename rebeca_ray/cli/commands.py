@@ -47,7 +47,7 @@ ImagesPerSecond = Annotated[
     float | None,
     typer.Option(
         min=0,
-        help="Images per second of one decoder actor. Default: the rate of the catalog's last run.",
+        help="Images per second of one decoder actor. Default: the rate of the catalog's previous run.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, with plain numbers and stable keys.")]
@@ -151,7 +151,7 @@ def estimate(
     images_per_second: ImagesPerSecond = None,
     as_json: AsJson = False,
 ) -> None:
-    """Forecast `rebeca generate` for tonight: items, time, GPU time, data and cost, beside the last run.
+    """Forecast `rebeca generate` for tonight: items, time, GPU time, data and cost, beside the previous run.
 
     Overrides describe another cluster.
     """

@@ -130,7 +130,7 @@ def nightly(nights: Sequence[Night], garbage: Garbage | None, catalog: str) -> s
 
 def estimate_table(forecast: Cost, last: Cost | None) -> Table:
     """Return the forecast of a run beside the actual cost of the last one."""
-    table = Table("", "tonight", "last run")
+    table = Table("", "tonight", "previous run")
     last_figures = last.model_dump() if last else {}
     for name, value in forecast.model_dump().items():
         label = ESTIMATE_LABELS.get(name, name)

@@ -283,7 +283,7 @@ class GateSettings(Settings):
     max_drop: Annotated[float | None, Field(gt=0, le=1), Effect.NOTHING] = 0.2
     """Largest relative drop of users, items, effect, like probability or diversity since last time."""
     max_rise: Annotated[float | None, Field(gt=0, le=1), Effect.NOTHING] = 0.05
-    """Largest absolute rise of the failed, filtered or duplicate fraction since the last snapshot."""
+    """Largest absolute rise of the failed, filtered or duplicate fraction since the previous snapshot."""
     min_sample: Annotated[Positive, Effect.NOTHING] = 100
     """Fewest judged items at which their quality can stop a run."""
 

@@ -1,6 +1,6 @@
 """Assemble one snapshot, bucket by bucket.
 
-decisions + plan + images + last night's snapshot -> items, users, errors, changes -> the file list
+decisions + plan + images + previous snapshot -> items, users, errors, changes -> the file list
 
 Every item is accounted for: requested = new + carried + population + failed + filtered, and deferred where
 time ran out before a user's first items.

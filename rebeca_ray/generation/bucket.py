@@ -1,8 +1,8 @@
 """Assemble one bucket.
 
-decisions + its part of the plan + its images + last night's items -> its public tables
+decisions + its part of the plan + its images + the previous snapshot -> its public tables
 
-A bucket without changes is carried over by reference: last night's files are listed again, and no embedding
+A bucket without changes is carried over by reference: the previous files are listed again, and no embedding
 or pixel is read. Everything of one bucket is in memory, of others nothing but the population pool.
 """
 
@@ -71,7 +71,7 @@ class Bucket:
         return self.carry_by_reference() if self.unchanged() else self.rebuild()
 
     def unchanged(self) -> bool:
-        """Return whether last night's files say exactly what tonight's would.
+        """Return whether the previous files say exactly what tonight's would.
 
         `origin` counts too: an item that was new then is carried now.
         """
@@ -91,7 +91,7 @@ class Bucket:
         return True
 
     def keeps_items(self, decision: Decision, last: PublishedUser) -> bool:
-        """Return whether a user has exactly the items of last night."""
+        """Return whether a user has exactly the items of the previous snapshot."""
         if decision.action is not Action.POOL:
             return decision.action is Action.CARRY
         pool = self.work.pool_decision
@@ -104,7 +104,7 @@ class Bucket:
         )
 
     def carry_by_reference(self) -> BucketResult:
-        """List last night's files again."""
+        """List the previous files again."""
         assert self.previous is not None
         files: list[FileRow] = [
             row
@@ -164,7 +164,7 @@ class Bucket:
         index = RenderedIndex.read(self.context.run.root, files)
         row = pc.index_in(plan["item_id"].combine_chunks(), value_set=index.item_id)
 
-        # Users whose planned items are not all rendered are stale: they keep last night's items.
+        # Users whose planned items are not all rendered are stale: they keep their previous items.
         to_render = is_among(plan, self.users_with(Action.PLAN))
         unrendered = pc.and_(to_render, pc.is_null(row))
         stale = set(plan["user_id"].filter(unrendered).to_pylist())
@@ -222,7 +222,7 @@ class Bucket:
         return pa.table([columns[name] if name in columns else plan[name] for name in names], schema=schema)
 
     def kept_items(self, users: set[str], *, rescored: pa.Table) -> pa.Table:
-        """Return last night's items of some users, at most as many as each requests now.
+        """Return the previous items of some users, at most as many as each requests now.
 
         Items that were rescored get their new like probabilities and ranks.
         """
@@ -250,7 +250,7 @@ class Bucket:
         return set_column(items, "user_id", pa.array(users, pa.string()))
 
     def users_table(self, bucket: BucketTables) -> pa.Table:
-        """Return the rows that the next night compares. A stale user keeps last night's row, or has none."""
+        """Return the rows that the next night compares. A stale user keeps the previous row, or has none."""
         num_items, num_failed = tally(bucket.items["user_id"]), tally(bucket.errors["user_id"])
         rows = []
         for user, decision in self.decisions.items():

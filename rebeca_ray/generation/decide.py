@@ -1,6 +1,6 @@
-"""Decide, before anything is sampled, which requested users get new items and which keep those of last night.
+"""Decide, before anything is sampled, which requested users get new items and which keep their items.
 
-request, bucket by bucket + histories + last night's `users` -> work/…/decisions
+request, bucket by bucket + histories + `users` of the previous snapshot -> work/…/decisions
 
 Shapes: G users to plan.
 """
@@ -197,7 +197,7 @@ def decide_user(
     bucket: int,
     histories: Histories | None,
 ) -> Decision:
-    """Return the decision on one requested user. `last` is their row of last night's `users`."""
+    """Return the decision on one requested user. `last` is their row of the previous `users`."""
     digest, activity = known.get(request.user_id, ("", 0))
     cold_start = request.user_id not in known
     decision = Decision(
@@ -221,7 +221,7 @@ def decide_user(
 
 
 def with_action(decision: Decision, last: PublishedUser | None, context: RunContext) -> Decision:
-    """Return the decision with its action and generation. `last` is the user's row of last night."""
+    """Return the decision with its action and generation. `last` is the user's previous row."""
     action, generation = decide_action(decision, last, context)
     return replace(decision, action=action, generation=generation)
 
@@ -259,7 +259,7 @@ def turn(user_id: str, date: datetime.date, refresh: RefreshSettings) -> int:
 def decide_pool(context: RunContext, *, pool_size: int) -> Decision | None:
     """Return the decision on the population pool; None without a cold-start user who needs it.
 
-    The pool never shrinks: it keeps last night's size where tonight's is smaller.
+    The pool never shrinks: it keeps the previous size where tonight's is smaller.
     """
     if pool_size == 0:
         return None
@@ -284,7 +284,7 @@ def decide_pool(context: RunContext, *, pool_size: int) -> Decision | None:
 
 
 def last_users(previous: Snapshot | None, bucket: int, num_buckets: int) -> dict[str, PublishedUser]:
-    """Return last night's `users` of a bucket."""
+    """Return the previous snapshot's `users` of a bucket."""
     return published_users(previous.bucket("users", bucket, num_buckets)) if previous else {}
 
 

@@ -1,4 +1,4 @@
-"""Decisions: for every requested user, whether to plan new items or to keep those of last night.
+"""Decisions: for every requested user, whether to plan new items or to keep their items.
 
 Decisions of a bucket are one Parquet file in the run's work folder; `Decisions` sums up all of them.
 """
@@ -23,7 +23,7 @@ class Action(StrEnum):
     """What a run does for a user."""
 
     PLAN = "plan"  # draw new items
-    CARRY = "carry"  # keep last night's items
+    CARRY = "carry"  # keep the previous items
     RESCORE = "rescore"  # keep them, judged and ranked by tonight's selector
     POOL = "pool"  # share the population pool
 

@@ -58,7 +58,7 @@ def refusals(manifest: Manifest, before: Manifest | None, gate: GateSettings) ->
         if former and gate.max_drop is not None and value < (1 - gate.max_drop) * former:
             drop = 1 - value / former
             reasons.append(
-                f"{name} is {value:g}, {drop:.1%} below the last snapshot's {former:g} "
+                f"{name} is {value:g}, {drop:.1%} below the previous snapshot's {former:g} "
                 f"(gate.max_drop is {gate.max_drop:.1%})"
             )
     for name, bound in bounds(gate, "max_").items():
@@ -69,7 +69,7 @@ def refusals(manifest: Manifest, before: Manifest | None, gate: GateSettings) ->
             reasons.append(f"{name} is {value:.2%}, {value - bound:.2%} above gate.max_{name} {bound:.2%}")
         if former is not None and gate.max_rise is not None and value > former + gate.max_rise:
             reasons.append(
-                f"{name} is {value:.2%}, {value - former:.2%} above the last snapshot's {former:.2%} "
+                f"{name} is {value:.2%}, {value - former:.2%} above the previous snapshot's {former:.2%} "
                 f"(gate.max_rise is {gate.max_rise:.2%})"
             )
     return reasons

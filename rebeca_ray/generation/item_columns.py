@@ -41,7 +41,7 @@ COMPARED = [*KEY, *UPDATABLE]
 
 
 def changes_table(items: pa.Table, before: pa.Table | None) -> pa.Table:
-    """Return `schemas.CHANGES` of items of a bucket against those of the snapshot before."""
+    """Return `schemas.CHANGES` of items of a bucket against those of the previous snapshot."""
     now = items.select(COMPARED)
     before = now.slice(0, 0) if before is None else before.select(COMPARED)
     keys, keys_before = (

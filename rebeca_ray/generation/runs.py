@@ -32,7 +32,7 @@ def describe_run(config: GenerateConfig, versions: dict[str, str], previous: str
         **flat("config", config.model_dump(mode="json", exclude=NOT_COMPARED_ON_RESUME)),
         **{f"version of {name}": version for name, version in versions.items()},
         **{f"content of {name}": open_parquet(uri, name).digest() for name, uri in inputs.items() if uri},
-        "snapshot before": previous,
+        "previous snapshot": previous,
     }
     return dict(json.loads(json.dumps(description)))  # as it is read back
 

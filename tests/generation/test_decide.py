@@ -74,7 +74,7 @@ def decision(**changes: Any) -> Decision:
 
 
 def last(**changes: Any) -> PublishedUser:
-    """The row of the same user in the last snapshot."""
+    """The row of the same user in the previous snapshot."""
     values: dict[str, Any] = {
         "user_id": "anna",
         "num_images": 3,

@@ -192,7 +192,7 @@ def test_a_drop_against_the_last_snapshot_refuses(name: str) -> None:
     assert refusals(manifest_of(**{name: 0.81 * former}), before, gate) == []
     (reason,) = refusals(manifest_of(**{name: 0.79 * former}), before, gate)
     assert reason == (
-        f"{name} is {0.79 * former:g}, 21.0% below the last snapshot's {former:g} (gate.max_drop is 20.0%)"
+        f"{name} is {0.79 * former:g}, 21.0% below the previous snapshot's {former:g} (gate.max_drop is 20.0%)"
     )
     assert refusals(manifest_of(**{name: 0.79 * former}), None, gate) == []
 
@@ -202,7 +202,7 @@ def test_a_rise_against_the_last_snapshot_refuses(name: str) -> None:
     gate = GateSettings(max_filtered=None, max_duplicates=None)
     assert refusals(manifest_of(**{name: 0.05}), manifest_of(**{name: 0.01}), gate) == []
     (reason,) = refusals(manifest_of(**{name: 0.07}), manifest_of(**{name: 0.01}), gate)
-    assert reason == f"{name} is 7.00%, 6.00% above the last snapshot's 1.00% (gate.max_rise is 5.00%)"
+    assert reason == f"{name} is 7.00%, 6.00% above the previous snapshot's 1.00% (gate.max_rise is 5.00%)"
 
 
 def test_figures_of_few_items_stop_nothing() -> None:

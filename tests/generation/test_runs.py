@@ -170,7 +170,7 @@ def test_added_interactions_are_named(job: GenerateConfig, tmp_path: Path) -> No
 def test_another_previous_snapshot_is_named(job: GenerateConfig, caplog: pytest.LogCaptureFixture) -> None:
     begin(job.catalog, "first", TODAY, described(job, before=None))
     assert starts_anew(choose(job))
-    assert f"cannot be resumed: snapshot before was None, is {BEFORE!r}; a new run starts" in caplog.text
+    assert f"cannot be resumed: previous snapshot was None, is {BEFORE!r}; a new run starts" in caplog.text
 
 
 @pytest.mark.parametrize(
