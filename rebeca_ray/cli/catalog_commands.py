@@ -7,7 +7,9 @@ import typer
 from rebeca_ray.cli import output
 from rebeca_ray.cli.runner import plain_errors, print_result
 
-app = typer.Typer(no_args_is_help=True, help="Look at published catalogs, verify, publish and export them.")
+app = typer.Typer(
+    no_args_is_help=True, help="List, verify, publish, roll back, clean up and export snapshots."
+)
 exports = typer.Typer(no_args_is_help=True, help="Export the published snapshot for systems without Parquet.")
 app.add_typer(exports, name="export")
 
@@ -101,7 +103,7 @@ def publish(
 
 @app.command()
 def rollback(catalog: Catalog) -> None:
-    """Publish the snapshot that the published one followed."""
+    """Publish the snapshot that the current one was made from."""
     from rebeca_ray.catalog.snapshots import roll_back
 
     with plain_errors():

@@ -82,7 +82,7 @@ class Effect(StrEnum):
     | nothing | no item: only publishing, prices and schedules | no | no | no |
 
     *Item identity* covers a decoder's fingerprint, the keys of a plan and the name of a training run.
-    A field whose type is a section has no mark, because the section's fields have theirs.
+    A section has no mark (*by field* in the tables), because its fields have theirs.
     """
 
     ITEM = "item"

@@ -25,7 +25,7 @@ This page is generated from the models in `rebeca_ray/config/`. Run `make docs` 
 ## How a config is read
 
 - **YAML.** `rebeca generate --config generate.yaml` reads one YAML file. `jobs/configs/` has an example per
-  job. `1e-4` is a number, `2026-03-01` a date, and only `true` and `false` are truth values.
+  job. `1e-4` is a number, `2026-03-01` a date, and only `true` and `false` are booleans.
 - **Sections.** A section is a mapping in the file, or the name of a YAML file beside it: `embed: embed.yaml`.
 - **Overrides.** Arguments `key.sub=value` replace values of the file, and are read as YAML:
   `rebeca generate --config generate.yaml decoder.batch_size=32`.

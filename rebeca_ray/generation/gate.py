@@ -36,7 +36,7 @@ def check_plan(run: Run, gate: GateSettings) -> tuple[PermutationTest | None, st
         return test, None
     return test, (
         f"run {run.run_id}: what the prior draws pleases its own users no more than others: "
-        f"like probability {test.matched_mean:.4f}, {test.null_mean:.4f} when dealt at random "
+        f"like probability {test.matched_mean:.4f}, {test.null_mean:.4f} when shuffled between users "
         f"(p = {test.p_value:.4f} with {test.num_users} users; gate.max_p_value is {gate.max_p_value:g})"
     )
 

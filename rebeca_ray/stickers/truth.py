@@ -75,7 +75,7 @@ class TruthCheck:
         """Return `(letter, description, figure)` in the order of a report."""
         return [
             ("a", "generated, for their own users", self.matched),
-            ("b", "the same items dealt to random users", self.shuffled),
+            ("b", "the same items shuffled between users", self.shuffled),
             ("c", "random real items", self.random_real),
             ("d", "from the prior without user condition", self.no_user),
             ("e", "the users' own held-out liked items", self.held_out),
