@@ -7,9 +7,7 @@ import typer
 from rebeca_ray.cli import output
 from rebeca_ray.cli.runner import plain_errors, print_result
 
-app = typer.Typer(
-    no_args_is_help=True, help="List, verify, publish, roll back, clean up and export snapshots."
-)
+app = typer.Typer(no_args_is_help=True, help="List, verify, publish, clean up and export snapshots.")
 exports = typer.Typer(no_args_is_help=True, help="Export the published snapshot for systems without Parquet.")
 app.add_typer(exports, name="export")
 

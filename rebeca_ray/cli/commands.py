@@ -14,9 +14,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Generate personal image recommendations every night (REBECA on Ray).",
 )
-stickers = typer.Typer(
-    no_args_is_help=True, help="Work with the bundled stickers and their simulated ratings."
-)
+stickers = typer.Typer(no_args_is_help=True, help="Use the bundled stickers and simulated ratings.")
 app.callback()(log_options)
 app.add_typer(stickers, name="stickers")
 app.add_typer(catalog_commands.app, name="catalog")
@@ -206,15 +204,11 @@ def serve(
     config: Config,
     overrides: Overrides = None,
     http_port: Annotated[int, typer.Option(help="Port for HTTP requests.")] = 8000,
-    grpc_port: Annotated[
-        int, typer.Option(help="Port for gRPC requests, which decoder.triton.url must name.")
-    ] = 8001,
+    grpc_port: Annotated[int, typer.Option(help="Port for gRPC: that of decoder.triton.url.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Port for Prometheus metrics.")] = 8002,
     instances: Annotated[
         int,
-        typer.Option(
-            min=1, help="Copies of the decoder. With two, one encodes images while the other runs the UNet."
-        ),
+        typer.Option(min=1, help="Copies of the decoder: two encode and decode at once."),
     ] = 1,
 ) -> None:
     """Serve the decoder of a `rebeca generate` config with Triton on 127.0.0.1, until interrupted."""
