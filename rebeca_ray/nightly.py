@@ -66,12 +66,16 @@ def run_nightly(config: NightlyConfig) -> tuple[list[Night], Garbage | None]:
 
 
 def published_date(config: NightlyConfig, date: datetime.date) -> datetime.date | None:
-    """Return the published date, None before the first. Raises InputError if `date` is before it."""
+    """Return the latest date that was published, None before the first.
+
+    A date that was rolled back stays so: it counts. Raises InputError if `date` is before it.
+    """
     pointer, _ = read_pointer(config.generate.catalog)
-    last = datetime.date.fromisoformat(pointer.run_date) if pointer.run_date else None
+    dates = [pointer.run_date, *(entry["run_date"] for entry in pointer.withdrawn)]
+    last = max((datetime.date.fromisoformat(text) for text in dates if text), default=None)
     if last is not None and date < last:
         raise InputError(
-            f"catalog {config.generate.catalog}: run_date {date} is before {last}, which is published; "
+            f"catalog {config.generate.catalog}: run_date {date} is before {last}, which was published; "
             "a night only goes forward "
             "(`rebeca generate` publishes any date, and `rebeca catalog rollback` goes back)"
         )

@@ -1,22 +1,44 @@
 """Garbage collection: snapshots beyond those kept, runs that were given up, images without a reference.
 
-The record goes first (a manifest, a run's `run.json`), then everything it refers to: a collection that dies
-on the way has only left more to collect.
+records of runs - runs that are needed -> their folders -> files of our own names -> those that no kept
+snapshot lists
+
+A file goes only if a record of this catalog names its run, and if its name is one that we give. The first
+thing to go is what makes a run visible (a manifest, a `run.json`), the last is its record: a collection that
+dies on the way has only left more to collect.
 """
 
+import logging
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+from rebeca_ray.catalog.file_list import read_all_lists, read_file_list
+from rebeca_ray.catalog.layout import image_folder, snapshot_folder, work_folder
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.manifest import Manifest
 from rebeca_ray.catalog.pointer import Pointer, read_pointer
-from rebeca_ray.catalog.read import open_snapshot
-from rebeca_ray.catalog.runs import unfinished_runs
+from rebeca_ray.catalog.runs import (
+    RunRecord,
+    has_record,
+    read_records,
+    record_uri,
+    unfinished_runs,
+    write_record,
+)
 from rebeca_ray.catalog.snapshots import LEASE_SECONDS, read_manifests
 from rebeca_ray.errors import InputError
-from rebeca_ray.storage.filesystem import delete, delete_files, join, list_files, list_folders
+from rebeca_ray.storage.filesystem import delete, delete_files, join, list_files, remove_empty_folders
+
+log = logging.getLogger(__name__)
 
 MAX_HOURS = 100_000
+PARTIAL = r"(\.partial\S*)?$"  # a writer that was killed left it
+IN_SNAPSHOT = re.compile(
+    r"(manifest\.json|files-\d+\.parquet|(items|users|errors|changes)/bucket=\d+/part-\d+\.parquet)" + PARTIAL
+)
+IN_IMAGES = re.compile(r"bucket=\d+/(part|compacted)-[0-9a-f-]+\.parquet" + PARTIAL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +46,12 @@ class Garbage:
     """Everything a collection removes, in its order."""
 
     manifests: list[str]  # of snapshots, which are gone from here on
-    folders: list[str]  # of those snapshots, of runs given up, and leftovers of a collection that died
-    files: list[str]  # images, and tables of snapshots with other files still in use
+    work: list[str]  # folders of runs that were given up
+    files: list[str]  # tables and images
+    folders: list[str]  # of these files, on a disk and if nothing else is in them
+    records: list[str]  # of runs that have nothing left
     kept: list[str]  # run ids of the snapshots that stay
+    runs: list[str]  # run ids: all that lose anything
 
 
 def collect(root: str, *, keep: int, grace_hours: float, dry_run: bool = False) -> Garbage:
@@ -43,66 +68,116 @@ def collect(root: str, *, keep: int, grace_hours: float, dry_run: bool = False) 
         raise InputError(
             f"keep {keep}, grace_hours {grace_hours}: keep at least one, for 0 to {MAX_HOURS:,} hours"
         )
-    with hold_lease(root, "gc", LEASE_SECONDS):
+    with hold_lease(root, "gc", LEASE_SECONDS) as lease:
+        adopt_runs(root, lease.catalog_id)
         garbage = find_garbage(root, keep=keep, now=datetime.now(UTC), grace=timedelta(hours=grace_hours))
         if not dry_run:
+            lease.doom(garbage.runs)
             remove(garbage)
+            lease.doom([])
     return garbage
 
 
 def remove(garbage: Garbage) -> None:
     for manifest in garbage.manifests:
         delete(manifest)
-    for folder in garbage.folders:
-        if folder.rpartition("/")[0].endswith("/work"):
-            delete(join(folder, "run.json"))
+    for folder in garbage.work:
+        delete(join(folder, "run.json"))
         delete(folder)
     delete_files(garbage.files)
+    for folder in garbage.folders:
+        remove_empty_folders(folder)
+    for record in garbage.records:
+        delete(record)
 
 
 def find_garbage(root: str, *, keep: int, now: datetime, grace: timedelta) -> Garbage:
     """Return everything that may be removed, in its order.
 
-    Raises InputError for a manifest that cannot be read: nobody knows which files its snapshot needs.
+    A snapshot whose manifest is damaged stays, with all files that its file lists name. Without a readable
+    list, nobody knows which files it needs, so no file goes but the work of dead runs.
     """
     root = root.rstrip("/")
+    pointer, _ = read_pointer(root)
     snapshots, errors = read_manifests(root)
-    for folder, error in errors.items():
-        raise InputError(f"{error}; nothing was collected: remove or restore {join(root, folder)} first")
     recent = {run.run_id for run in unfinished_runs(root).values() if now - run.began_at < grace}
-    kept = kept_snapshots(snapshots, read_pointer(root)[0], keep, now, grace)
+    kept = kept_snapshots(snapshots, pointer, keep, now, grace)
     kept |= {manifest.run_id for manifest in snapshots if manifest.run_id in recent}
-    needed = {
-        path
-        for manifest in snapshots
-        if manifest.run_id in kept
-        for path in open_snapshot(root, manifest.path).files["path"].to_pylist()
-    }
-    folders = [join(root, "work", name) for name in runs_in(root, "work") if run_of(name) not in recent]
-    dead = [join(root, "images", name) for name in runs_in(root, "images") if run_of(name) not in recent]
-    for date in list_folders(join(root, "snapshots")):
-        names = list_folders(join(root, "snapshots", date))
-        dead += [join(root, "snapshots", date, name) for name in names if run_of(name) not in kept | recent]
-    files = []
-    for folder in dead:
-        existing = list_files(folder)
-        unneeded = [file for file in existing if file.removeprefix(f"{root}/") not in needed]
-        if len(unneeded) == len(existing):
-            folders.append(folder)
-        else:
-            files += unneeded
-    manifests = [
-        join(root, manifest.path, "manifest.json") for manifest in snapshots if manifest.run_id not in kept
-    ]
-    return Garbage(manifests=manifests, folders=folders, files=files, kept=sorted(kept))
+    needed: set[str] = set()
+    unknown = False
+    for manifest in snapshots:
+        if manifest.run_id in kept:
+            try:
+                needed.update(listed_files(root, manifest))
+            except InputError as error:
+                log.warning("%s; no tables and no images are collected until then", error)
+                unknown = True
+    for folder, damage in errors.items():
+        log.warning("%s; its files stay, remove or restore %s", damage, join(root, folder))
+        try:
+            needed |= read_all_lists(root, folder)
+        except InputError:
+            unknown = True
+    damaged = {folder.rpartition("run_id=")[2] for folder in errors}
+    garbage = Garbage(manifests=[], work=[], files=[], folders=[], records=[], kept=sorted(kept), runs=[])
+    for record in read_records(root, pointer.catalog_id or ""):
+        if record.run_id in kept | recent | damaged:
+            continue
+        garbage.runs.append(record.run_id)
+        work = work_folder(root, record.run_id)
+        has_work = bool(list_files(work))
+        if has_work:
+            garbage.work.append(work)
+        files = [] if unknown else list(files_of(root, record))
+        unneeded = [file for file in files if file.removeprefix(f"{root}/") not in needed]
+        if unneeded:
+            garbage.folders.extend(join(root, folder) for folder in folders_of(record))
+        garbage.manifests.extend(file for file in unneeded if file.endswith("/manifest.json"))
+        garbage.files.extend(file for file in unneeded if not file.endswith("/manifest.json"))
+        if len(unneeded) == len(files) and not unknown:
+            garbage.records.append(record_uri(root, record.run_id))
+        elif not unneeded and not has_work:
+            garbage.runs.remove(record.run_id)
+    return garbage
 
 
-def runs_in(root: str, folder: str) -> list[str]:
-    return list_folders(join(root, folder))
+def listed_files(root: str, manifest: Manifest) -> list[str]:
+    """Return the files of a snapshot, below the root."""
+    paths: list[str] = read_file_list(root, manifest.path, manifest.files)["path"].to_pylist()
+    return paths
 
 
-def run_of(name: str) -> str:
-    return name.removeprefix("run_id=")
+def files_of(root: str, record: RunRecord) -> Iterator[str]:
+    """Yield the files of a run outside its work folder that have names of ours."""
+    for folder, name in folders_of(record).items():
+        start = join(root, folder, "")
+        yield from (file for file in list_files(join(root, folder)) if name.match(file.removeprefix(start)))
+
+
+def folders_of(record: RunRecord) -> dict[str, re.Pattern[str]]:
+    """Return the folders of a run outside its work folder, below the root, and the names in them."""
+    folders = {image_folder(record.run_id): IN_IMAGES}
+    if record.run_date is not None:
+        folders[snapshot_folder(record.run_date, record.run_id)] = IN_SNAPSHOT
+    return folders
+
+
+def adopt_runs(root: str, catalog_id: str) -> None:
+    """Write the records of runs that an older version made: all that manifests, lists and work name."""
+    pointer, _ = read_pointer(root)
+    if pointer.run_id is None or has_record(root, pointer.run_id):
+        return
+    snapshots, _ = read_manifests(root)
+    dates: dict[str, str | None] = {}
+    for manifest in snapshots:
+        for path in listed_files(root, manifest):
+            if made := re.match(r"(?:images|snapshots/run_date=([^/]+))/run_id=([^/]+)/", path):
+                dates[made[2]] = made[1] or dates.get(made[2])
+    dates |= {run.run_id: run.run_date for run in unfinished_runs(root).values()}
+    dates |= {manifest.run_id: manifest.run_date for manifest in snapshots}
+    for run_id, run_date in sorted(dates.items(), key=lambda entry: entry[0] == pointer.run_id):
+        # The published run's is written last: it says that all are there.
+        write_record(root, RunRecord(catalog_id=catalog_id, run_id=run_id, run_date=run_date))
 
 
 def kept_snapshots(

@@ -1,6 +1,7 @@
 """The folders and files of a catalog, and the identity of one run.
 
-    <root>/latest.json                              the published snapshot, and the lease
+    <root>/latest.json                              the published snapshot, the lease, and the catalog's id
+    <root>/runs/<id>.json                           the catalog's id and a run: written before its folders
     <root>/snapshots/run_date=<date>/run_id=<id>/
         manifest.json                               written last
         files-<token>.parquet                       one row per file
@@ -22,6 +23,9 @@ import os
 import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 from rebeca_ray.config.fields import absolute
 from rebeca_ray.errors import InputError
@@ -75,11 +79,24 @@ class Run:
     @property
     def images(self) -> str:
         """The run's image files, below the root."""
-        return f"images/run_id={self.run_id}"
+        return image_folder(self.run_id)
 
     def table(self, name: str, bucket: int) -> str:
         """The part file of a table of the snapshot, below the root."""
         return f"{self.snapshot}/{name}/bucket={bucket}/part-{self.fencing_token:06d}.parquet"
+
+
+def inside(path: str) -> str:
+    """Return a path that a record names below its root. Raises ValueError for one that leads elsewhere.
+
+    Nobody but us should write such records, but what they name is read, and later removed.
+    """
+    if any(part in ("", ".", "..") for part in path.split("/")):
+        raise ValueError(f"{path!r} is no path below the root")
+    return path
+
+
+InnerPath = Annotated[str, AfterValidator(inside)]
 
 
 def snapshot_folder(run_date: str, run_id: str) -> str:
@@ -88,6 +105,11 @@ def snapshot_folder(run_date: str, run_id: str) -> str:
 
 def work_folder(root: str, run_id: str) -> str:
     return join(root, f"work/run_id={run_id}")
+
+
+def image_folder(run_id: str) -> str:
+    """Return the folder of a run's image files, below the root."""
+    return f"images/run_id={run_id}"
 
 
 def outside(root: str, out: str, name: str) -> str:

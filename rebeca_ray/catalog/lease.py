@@ -11,12 +11,14 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from rebeca_ray.catalog.pointer import LeaseState, Pointer, change_pointer, read_pointer, replaced_by
-from rebeca_ray.errors import LeaseHeldError, UserError
+from rebeca_ray.catalog.pointer import POINTER, LeaseState, Pointer, change_pointer, moved, read_pointer
+from rebeca_ray.errors import LeaseHeldError, ResumableError, UserError
+from rebeca_ray.storage.filesystem import delete, join
 
 BEATS = 4  # heartbeats in the time after which a silent lease is taken over
 
@@ -30,7 +32,9 @@ class Lease:
         self.lost: LeaseHeldError | None = None
         self.released = threading.Event()
         self.wait_for_silence()
-        self.fencing_token = change_pointer(root, self.take).fencing_token
+        taken = change_pointer(root, self.take)
+        self.fencing_token, self.catalog_id = taken.fencing_token, taken.catalog_id or ""
+        self.published = taken.run_id  # what this run replaces
 
     def wait_for_silence(self) -> None:
         """Return once the lease is free, or its holder was silent for its time.
@@ -69,7 +73,8 @@ class Lease:
             "beat": 0,
             "seconds": self.seconds,
         }
-        return replace(pointer, fencing_token=token, lease=lease)
+        catalog_id = pointer.catalog_id or uuid.uuid4().hex
+        return replace(pointer, catalog_id=catalog_id, fencing_token=token, lease=lease)
 
     def held(self, pointer: Pointer) -> LeaseState:
         """Return the lease as it stands. Raises LeaseHeldError if another run holds it by now."""
@@ -93,6 +98,8 @@ class Lease:
             try:
                 change_pointer(self.root, self.beat)
             except LeaseHeldError as error:
+                if self.released.is_set():
+                    return  # it was given up while this beat was on its way
                 self.lost = error
                 while not self.released.wait(1):  # repeated until it is heard: Ray may be waiting in C
                     os.kill(os.getpid(), signal.SIGINT)
@@ -107,21 +114,44 @@ class Lease:
     def publish(self, *, run_id: str, run_date: str, snapshot: str, forced: bool = False) -> None:
         """Point readers at a complete snapshot.
 
-        Raises LeaseHeldError if another run holds the lease by now.
+        Raises LeaseHeldError if another run holds the lease by now, and ResumableError if somebody published
+        another snapshot by hand, or rolled one back, since the lease was taken.
         """
 
         def move(pointer: Pointer) -> Pointer:
             self.held(pointer)
-            return replace(
-                pointer,
-                run_id=run_id,
-                run_date=run_date,
-                snapshot=snapshot,
-                forced=forced,
-                previously_published=replaced_by(pointer, run_id),
-            )
+            if pointer.run_id not in (self.published, run_id):
+                raise ResumableError(
+                    f"catalog {self.root}: run {pointer.run_id} was published by hand while run {run_id} was "
+                    f"at work, which follows {self.published}. Its snapshot {snapshot} stays unpublished; "
+                    "start again for one that follows what is published now"
+                )
+            return moved(pointer, run_id=run_id, run_date=run_date, snapshot=snapshot, forced=forced)
 
         change_pointer(self.root, move)
+
+    def doom(self, run_ids: Collection[str]) -> None:
+        """Name the runs that garbage collection removes next; none once they are gone.
+
+        Raises LeaseHeldError if the lease is lost, or if one of them was published meanwhile.
+        """
+
+        def name(pointer: Pointer) -> Pointer:
+            self.held(pointer)
+            if pointer.run_id in run_ids:
+                raise LeaseHeldError(
+                    f"catalog {self.root}: run {pointer.run_id} was published while garbage was being "
+                    "collected; nothing was removed, collect again"
+                )
+            return replace(pointer, doomed=tuple(sorted(run_ids)))
+
+        change_pointer(self.root, name)
+
+    def remove_pointer(self) -> None:
+        """Remove the pointer of a catalog that was never published, and end this lease with it."""
+        self.released.set()
+        self.check()
+        delete(join(self.root, POINTER))
 
     def release(self) -> None:
         def free(pointer: Pointer) -> Pointer:

@@ -4,25 +4,25 @@ The manifest is the public contract of a snapshot, and it only grows. Version 3 
 `read_manifest` translates them, so the rest of the package knows the current names alone.
 """
 
-import hashlib
-from typing import NotRequired
+from typing import Annotated, NotRequired
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import TypedDict
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.figures import GateFigures
-from rebeca_ray.catalog.layout import snapshot_folder
-from rebeca_ray.errors import Failure, InputError, StorageError, describe
-from rebeca_ray.storage.filesystem import join, open_filesystem
-from rebeca_ray.storage.objects import JsonObject, read_json
-from rebeca_ray.storage.store import classify, failure_types
+from rebeca_ray.catalog.layout import InnerPath, snapshot_folder
+from rebeca_ray.errors import InputError, LeaseHeldError
+from rebeca_ray.storage.filesystem import join, storage_errors
+from rebeca_ray.storage.objects import JsonObject, encode_json, read_json
+from rebeca_ray.storage.store import open_store
 
 REPAIR = (
     "restore it, or publish another snapshot with `rebeca catalog publish` and remove {path}/manifest.json"
 )
+
+
+RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]  # a part of paths
 
 
 class FileRow(TypedDict):
@@ -136,22 +136,24 @@ class Cost(Record):
 class FileList(Record):
     """The Parquet file that lists all files of a snapshot, below the catalog's root."""
 
-    path: str
+    path: InnerPath
     rows: int
     bytes: int
     sha256: str
 
 
 class Manifest(Record):
-    """One snapshot. `previous_path` is the folder of the snapshot that it follows."""
+    """One snapshot, of one catalog. `previous_path` is the folder of the snapshot that it follows."""
 
     schema_version: int
-    run_id: str
-    run_date: str
+    catalog_id: str | None = None
+    run_id: RunId
+    run_date: RunId
     fencing_token: int
     created_at: str
     previous_run_id: str | None
-    previous_path: str | None
+    previous_path: InnerPath | None
+    inputs: str | None = None  # digest of everything that the run was made from
     counts: Counts
     decisions: DecisionCounts
     carried_buckets: int
@@ -233,23 +235,31 @@ def renamed_from_version_3(values: JsonObject) -> JsonObject:
     return renamed
 
 
-def read_file_list(root: str, path: str, files: FileList) -> pa.Table:
-    """Return the file list (`schemas.FILES`) after comparing it with the checksum in the manifest."""
-    try:
-        filesystem, base = open_filesystem(root)
-        data = filesystem.cat_file(join(base, files.path))
-        if hashlib.sha256(data).hexdigest() == files.sha256:
-            # One thread: a short command may end before pyarrow's threads do.
-            return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
-        reason = "its sha256 is not the manifest's"
-    except (pa.ArrowException, *failure_types()) as error:
-        reason = describe(error)
-        if classify(error) not in (Failure.DAMAGED, Failure.MISSING):
-            raise StorageError(
-                f"catalog {root}: {files.path} cannot be read ({reason}); "
-                "check the network and the credentials"
-            ) from None
-    raise InputError(
-        f"catalog {root}: the file list of snapshot {path} is missing or damaged ({reason}); "
-        f"{REPAIR.format(path=path)}"
-    )
+def write_manifest(manifest: Manifest, root: str, version: str | None) -> None:
+    """Write the manifest of a snapshot in place of the one of `version`.
+
+    Raises LeaseHeldError if another attempt at the same run wrote one since that version was read.
+    """
+    uri = join(root, manifest.path, "manifest.json")
+    data = encode_json(manifest.model_dump())
+    with storage_errors(uri):
+        store = open_store(uri)
+        if store.compare_and_swap(data, version):
+            return
+        written = store.read_versioned()  # the answer to a stored write may be lost
+    if written is None or written[0] != data:
+        raise LeaseHeldError(
+            f"catalog {root}: run {manifest.run_id} was finished by another attempt; "
+            "this one publishes nothing"
+        )
+
+
+def manifest_version(uri: str) -> str | None:
+    """Return the version of a stored manifest, None if there is none.
+
+    An attempt reads it before it checks its lease: if it falls asleep after the check, it cannot replace the
+    manifest of its heir.
+    """
+    with storage_errors(uri):
+        stored = open_store(uri).read_versioned()
+    return stored[1] if stored else None

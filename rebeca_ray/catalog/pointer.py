@@ -5,20 +5,21 @@ read_pointer -> change -> swap, a compare-and-swap of the store. Repeated while 
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
+from rebeca_ray.catalog.layout import InnerPath
 from rebeca_ray.errors import InputError, LeaseHeldError, UserError
 from rebeca_ray.storage.filesystem import join, storage_errors, unreadable
 from rebeca_ray.storage.objects import encode_json
 from rebeca_ray.storage.store import failure_types, open_store
 
 POINTER = "latest.json"
-REMEMBERED = 100  # snapshots published before
+REMEMBERED = 100  # snapshots published before, or withdrawn
 TRIES = 20  # swaps, while other writers come between
 
 
@@ -29,7 +30,7 @@ class LeaseState(TypedDict):
     fencing_token: int
     holder: str
     beat: int
-    seconds: float
+    seconds: Annotated[float, Field(gt=0, le=86_400)]  # a waiting run takes it on trust
 
 
 class Replaced(TypedDict):
@@ -39,20 +40,31 @@ class Replaced(TypedDict):
     replaced_at: str
 
 
+class Withdrawn(TypedDict):
+    """A snapshot that somebody rolled back. No night makes its date again."""
+
+    run_id: str
+    run_date: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pointer:
     """The published snapshot, the highest fencing token so far, and the writer's lease.
 
-    Before the first publication, the snapshot is None.
+    Before the first publication, the snapshot is None. Garbage collection names the runs that it is about to
+    remove in `doomed`, in one swap with the check of its lease: nobody can publish or resume them any more.
     """
 
+    catalog_id: str | None = None  # of an older version, until the next lease
     fencing_token: int = 0
     run_id: str | None = None
     run_date: str | None = None
-    snapshot: str | None = None  # its folder, below the root
+    snapshot: InnerPath | None = None  # its folder, below the root
     forced: bool = False  # published although the quality gate refused it
     lease: LeaseState | None = None
     previously_published: tuple[Replaced, ...] = ()  # the latest at the end; gc needs them
+    withdrawn: tuple[Withdrawn, ...] = ()
+    doomed: tuple[str, ...] = ()  # run ids
 
 
 POINTERS = TypeAdapter(Pointer)
@@ -114,13 +126,26 @@ def change_pointer(root: str, change: Callable[[Pointer], Pointer]) -> Pointer:
     )
 
 
-def replaced_by(pointer: Pointer, run_id: str) -> tuple[Replaced, ...]:
-    """Return the snapshots published before, once `run_id` is published. The times serve gc alone."""
-    if pointer.run_id is None or pointer.run_id == run_id:
-        return pointer.previously_published
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    replaced = Replaced(run_id=pointer.run_id, replaced_at=now)
-    return (*pointer.previously_published, replaced)[-REMEMBERED:]
+def moved(pointer: Pointer, *, run_id: str, run_date: str, snapshot: str, forced: bool) -> Pointer:
+    """Return the pointer with another snapshot published.
+
+    Raises InputError for one that garbage collection is removing.
+    """
+    if run_id in pointer.doomed:
+        raise InputError(f"run {run_id}: its snapshot is being collected; publish another")
+    before = pointer.previously_published
+    if pointer.run_id is not None and pointer.run_id != run_id:
+        now = datetime.now(UTC).isoformat(timespec="seconds")  # for gc alone
+        before = (*before, Replaced(run_id=pointer.run_id, replaced_at=now))[-REMEMBERED:]
+    return replace(
+        pointer,
+        run_id=run_id,
+        run_date=run_date,
+        snapshot=snapshot,
+        forced=forced,
+        previously_published=before,
+        withdrawn=tuple(entry for entry in pointer.withdrawn if entry["run_id"] != run_id),
+    )
 
 
 def swap(root: str, pointer: Pointer, version: str | None) -> bool:

@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.manifest import Manifest, read_file_list, read_manifest
+from rebeca_ray.catalog.file_list import read_file_list
+from rebeca_ray.catalog.manifest import Manifest, read_manifest
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read_errors import check_columns, explained, sorted_users
 from rebeca_ray.catalog.row_groups import EncodedImage, complete, read_users

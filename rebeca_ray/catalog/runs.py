@@ -1,11 +1,30 @@
-"""Runs that began and did not end: their work folders hold what a later attempt resumes from."""
+"""The runs that wrote to a catalog: a record of each, and the work of those that did not end.
 
+A record is written before the run's first folder, and removed after its last. Nothing is ever deleted from a
+catalog that such a record does not name.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime
 
 from rebeca_ray.catalog.layout import work_folder
-from rebeca_ray.storage.filesystem import join, list_folders
+from rebeca_ray.errors import InputError
+from rebeca_ray.storage.filesystem import delete, exists, join, list_files, list_folders
 from rebeca_ray.storage.objects import JsonObject, read_json, write_json
+
+RUN = "run_id="
+# The folders of a catalog, and the start of the names in them; None: no folders of runs.
+FOLDERS = {"snapshots": "run_date=", "images": RUN, "work": RUN, "runs": None, "rated": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """`runs/<id>.json`: this catalog's run has or had folders here."""
+
+    catalog_id: str
+    run_id: str
+    run_date: str | None  # None: of an older version, and only its images are left
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +39,33 @@ class BegunRun:
     @property
     def began_at(self) -> datetime:
         return datetime.fromisoformat(self.begun_at)
+
+
+def record_uri(root: str, run_id: str) -> str:
+    return join(root, "runs", f"{run_id}.json")
+
+
+def write_record(root: str, record: RunRecord) -> None:
+    """Write the record of a run, before any folder of it."""
+    write_json(asdict(record), record_uri(root, record.run_id))
+
+
+def has_record(root: str, run_id: str) -> bool:
+    return exists(record_uri(root, run_id))
+
+
+def read_records(root: str, catalog_id: str) -> list[RunRecord]:
+    """Return the records of this catalog's runs. Those of a catalog that was copied over it are left out."""
+    with ThreadPoolExecutor(16) as pool:
+        values = list(pool.map(read_json, list_files(join(root, "runs"), ".json")))
+    records = [
+        RunRecord(**{name: record[name] for name in ("catalog_id", "run_id", "run_date")})
+        for record in values
+        if record
+    ]
+    return [
+        record for record in records if record.catalog_id in ("", catalog_id)
+    ]  # "": before its first lease
 
 
 def unfinished_runs(root: str) -> dict[str, BegunRun]:
@@ -40,3 +86,26 @@ def unfinished_runs(root: str) -> dict[str, BegunRun]:
 def write_begun(root: str, run: BegunRun) -> None:
     """Write `run.json`, before the run writes anything else."""
     write_json(asdict(run), join(work_folder(root, run.run_id), "run.json"))
+
+
+def require_own_root(root: str) -> None:
+    """Raise InputError, naming it, if the root holds a folder that no catalog has.
+
+    Names that begin with a dot or an underscore are those of tools, and `lost+found` is the disk's.
+    """
+    foreign = [name for name in list_folders(root) if name not in FOLDERS and name != "lost+found"]
+    for folder, start in FOLDERS.items():
+        if start is not None:
+            names = list_folders(join(root, folder))
+            foreign += [f"{folder}/{name}" for name in names if not name.startswith(start)]
+    if foreign := [name for name in foreign if not name.rpartition("/")[2].startswith((".", "_"))]:
+        raise InputError(
+            f"catalog {root}: holds a folder that is not a catalog's ({foreign[0]}); "
+            "move it elsewhere, or choose another folder for the catalog"
+        )
+
+
+def remove_run(root: str, run_id: str) -> None:
+    """Remove the work and the record of a run that left nothing else."""
+    delete(work_folder(root, run_id))
+    delete(record_uri(root, run_id))

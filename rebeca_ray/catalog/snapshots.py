@@ -5,14 +5,23 @@ This is for operators. Readers follow the pointer.
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from typing_extensions import TypedDict
 
 from rebeca_ray.catalog.layout import work_folder
-from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.manifest import Manifest, read_manifest
-from rebeca_ray.catalog.pointer import read_pointer
+from rebeca_ray.catalog.pointer import (
+    REMEMBERED,
+    Pointer,
+    Withdrawn,
+    change_pointer,
+    moved,
+    read_pointer,
+)
 from rebeca_ray.catalog.read import open_snapshot
 from rebeca_ray.catalog.verify import verify
-from rebeca_ray.errors import InputError, QualityGateError
+from rebeca_ray.errors import InputError, LeaseHeldError, QualityGateError
 from rebeca_ray.storage.filesystem import delete, exists, join, list_files
 
 log = logging.getLogger(__name__)
@@ -69,27 +78,25 @@ def find_snapshot(root: str, run_id: str) -> Manifest:
 
 
 def publish_snapshot(root: str, run_id: str) -> Manifest:
-    """Point readers at a complete snapshot and return its manifest.
+    """Point readers at a complete snapshot and return its manifest, also while a run is at work.
 
     A snapshot that the quality gate refused is published too, and the pointer records it. Raises InputError
-    if there is no such snapshot, QualityGateError if a file of it is missing, LeaseHeldError while a run is
-    at work.
+    if there is no such snapshot, QualityGateError if a file of it is missing.
     """
-    find_snapshot(root, run_id)  # a mistyped id writes nothing
-    with hold_lease(
-        root, f"publish of {run_id}", LEASE_SECONDS
-    ) as lease:  # nothing is collected from here on
-        manifest = find_snapshot(root, run_id)
-        if wrong := verify(open_snapshot(root, manifest.path), "metadata"):
-            raise QualityGateError(
-                f"catalog {root}: run {run_id} is not published: {wrong[0]} ({len(wrong)} such)"
-            )
-        lease.publish(
-            run_id=run_id,
-            run_date=manifest.run_date,
-            snapshot=manifest.path,
-            forced=bool(manifest.gate.refused),
+    manifest = verified(root, run_id)
+    manifests, _ = read_manifests(root)
+
+    def move(pointer: Pointer) -> Pointer:
+        # A lost pointer begins again: under the catalog's own id, and beyond all tokens that were given.
+        pointer = replace(
+            pointer,
+            catalog_id=pointer.catalog_id or manifest.catalog_id,
+            fencing_token=max(pointer.fencing_token, *(made.fencing_token for made in manifests)),
         )
+        return moved(pointer, **publication(manifest))
+
+    pointer = change_pointer(root, move)
+    if pointer.lease is None or pointer.lease["run_id"] != run_id:
         delete(work_folder(root, run_id))  # nothing is left to resume
     return manifest
 
@@ -97,15 +104,83 @@ def publish_snapshot(root: str, run_id: str) -> Manifest:
 def roll_back(root: str) -> Manifest:
     """Publish the snapshot that the published one followed, and return its manifest.
 
-    Raises InputError if it is gone.
+    The same swap records what was withdrawn: a run that is at work does not publish over it, and no night
+    makes its date again. Raises InputError if there is no earlier snapshot, LeaseHeldError if another one is
+    published meanwhile.
     """
     pointer, _ = read_pointer(root)
-    if pointer.run_id is None:
+    if pointer.run_id is None or pointer.run_date is None:
         raise InputError(f"catalog {root}: nothing is published there; there is nothing to roll back")
-    before = find_snapshot(root, pointer.run_id).previous_run_id
+    before = previous_of(root, pointer)
     if before is None:
         raise InputError(
             f"catalog {root}: run {pointer.run_id} is the first there was; "
             "publish another with `rebeca catalog publish`"
         )
-    return publish_snapshot(root, before)
+    manifest = verified(root, before)
+    withdrawn = Withdrawn(run_id=pointer.run_id, run_date=pointer.run_date)
+
+    def move(current: Pointer) -> Pointer:
+        if current.run_id != withdrawn["run_id"]:
+            raise LeaseHeldError(
+                f"catalog {root}: run {current.run_id} was published meanwhile; "
+                "look at it and roll back again"
+            )
+        back = moved(current, **publication(manifest))
+        return replace(back, withdrawn=(*back.withdrawn, withdrawn)[-REMEMBERED:])
+
+    change_pointer(root, move)
+    return manifest
+
+
+class Publication(TypedDict):
+    """What the pointer says of a snapshot."""
+
+    run_id: str
+    run_date: str
+    snapshot: str
+    forced: bool
+
+
+def publication(manifest: Manifest) -> Publication:
+    return Publication(
+        run_id=manifest.run_id,
+        run_date=manifest.run_date,
+        snapshot=manifest.path,
+        forced=bool(manifest.gate.refused),
+    )
+
+
+def verified(root: str, run_id: str) -> Manifest:
+    """Return the manifest of a complete snapshot. Raises QualityGateError if a file of it is missing."""
+    manifest = find_snapshot(root, run_id)
+    if wrong := verify(open_snapshot(root, manifest.path), "metadata"):
+        raise QualityGateError(
+            f"catalog {root}: run {run_id} is not published: {wrong[0]} ({len(wrong)} such)"
+        )
+    return manifest
+
+
+def require_pointer(root: str) -> None:
+    """Raise InputError if `latest.json` is lost: there are snapshots, and nobody says which is published."""
+    if read_pointer(root)[1] is None and (manifests := read_manifests(root)[0]):
+        newest = manifests[-1].run_id
+        raise InputError(
+            f"catalog {root}: latest.json is missing, but there are {len(manifests)} snapshots; restore it "
+            f"or publish one: `rebeca catalog publish {root} --run-id {newest}`"
+        )
+
+
+def previous_of(root: str, pointer: Pointer) -> str | None:
+    """Return the run id of the snapshot that the published one followed, None for the first.
+
+    If its manifest is damaged, this is the snapshot that was published before it and not withdrawn.
+    """
+    assert pointer.run_id is not None
+    try:
+        return find_snapshot(root, pointer.run_id).previous_run_id
+    except InputError as error:
+        log.warning("%s", error)
+        no_more = {pointer.run_id, *(entry["run_id"] for entry in pointer.withdrawn)}
+        before = [entry["run_id"] for entry in pointer.previously_published]
+        return next((run_id for run_id in reversed(before) if run_id not in no_more), None)

@@ -244,10 +244,10 @@ def registered(snapshot: Snapshot, namespace: str, changes: Mapping[str, tuple[i
 
 def collected(garbage: Garbage, *, dry_run: bool = False) -> str:
     """Return a line on collected garbage; of a dry run also each path that would go."""
-    paths = [*garbage.manifests, *garbage.folders, *garbage.files] if dry_run else []
+    paths = [*garbage.manifests, *garbage.work, *garbage.files] if dry_run else []
     summary = (
         f"{'would remove' if dry_run else 'removed'} {len(garbage.manifests):,} snapshots, "
-        f"{len(garbage.folders):,} folders and {len(garbage.files):,} files; "
+        f"the work of {len(garbage.work):,} dead runs and {len(garbage.files):,} files; "
         f"kept {len(garbage.kept):,} snapshots"
     )
     return "\n".join([*(escape(path) for path in paths), summary])

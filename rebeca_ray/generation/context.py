@@ -56,6 +56,7 @@ class RunContext:
     previous: Snapshot | None
     requested: int  # items
     began_at: datetime
+    inputs: str | None = None  # digest, for the manifest
     in_process: bool = False  # run all stages in this process, without Ray
 
     @property

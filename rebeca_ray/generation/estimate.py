@@ -6,7 +6,7 @@ from math import ceil
 from rebeca_ray.catalog.layout import Run, new_run_id
 from rebeca_ray.catalog.manifest import Cost, StageFigures
 from rebeca_ray.catalog.read import published
-from rebeca_ray.catalog.runs import BegunRun, write_begun
+from rebeca_ray.catalog.runs import BegunRun, remove_run, write_begun, write_record
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.errors import InputError
@@ -16,7 +16,7 @@ from rebeca_ray.generation.decisions import Decisions
 from rebeca_ray.generation.plan import request_histories
 from rebeca_ray.generation.progress import Progress
 from rebeca_ray.generation.request import check_request
-from rebeca_ray.storage.filesystem import delete
+from rebeca_ray.generation.runs import record_of
 
 
 def estimate(config: GenerateConfig, *, images_per_second: float | None = None) -> Cost:
@@ -50,15 +50,16 @@ def estimate(config: GenerateConfig, *, images_per_second: float | None = None) 
         requested=requested,
         began_at=now,
     )
-    # With a record, no garbage collection takes the work folder meanwhile.
+    # With `run.json`, no garbage collection takes the work folder meanwhile. With a record, a later one does.
     begun_at = now.isoformat(timespec="seconds")
     record = BegunRun(run_id=context.run.run_id, run_date="estimate", begun_at=begun_at, described={})
+    write_record(config.catalog, record_of(config.catalog, record))
     write_begun(config.catalog, record)
     try:
         histories = request_histories(config, context.run)
         decisions = decide_all(context, histories, lambda: None)
     finally:
-        delete(context.run.work)
+        remove_run(config.catalog, context.run.run_id)
     return forecast(context, decisions, images_per_second)
 
 

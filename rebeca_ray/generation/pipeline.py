@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from rebeca_ray.catalog.layout import Run
+from rebeca_ray.catalog.gc import adopt_runs
+from rebeca_ray.catalog.layout import Run, work_folder
 from rebeca_ray.catalog.lease import Lease, hold_lease
 from rebeca_ray.catalog.manifest import (
     GateOutcome,
@@ -19,10 +20,13 @@ from rebeca_ray.catalog.manifest import (
     PermutationFigures,
     Quality,
     StageFigures,
+    manifest_version,
+    write_manifest,
 )
-from rebeca_ray.catalog.pointer import Pointer, read_pointer
+from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import Snapshot, published
-from rebeca_ray.catalog.runs import unfinished_runs
+from rebeca_ray.catalog.runs import read_records, remove_run, require_own_root, unfinished_runs
+from rebeca_ray.catalog.snapshots import require_pointer
 from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.decoder.build import check_decoder
 from rebeca_ray.decoder.files import identify_decoder
@@ -38,13 +42,12 @@ from rebeca_ray.generation.plan import plan_items, request_histories
 from rebeca_ray.generation.progress import Progress, watchdog
 from rebeca_ray.generation.render import busy_seconds, check_renderer, render_all
 from rebeca_ray.generation.request import check_request
-from rebeca_ray.generation.runs import begin, choose_run, describe_run
+from rebeca_ray.generation.runs import begin, choose_run, describe_run, inputs_digest, is_made_already
 from rebeca_ray.log import set_run_id
 from rebeca_ray.ray_runtime import require_room, start_ray
 from rebeca_ray.schemas import SCHEMA_VERSION
 from rebeca_ray.storage.failures import user_error
-from rebeca_ray.storage.filesystem import delete, exists
-from rebeca_ray.storage.objects import write_json
+from rebeca_ray.storage.filesystem import delete, exists, remove_empty_folders
 from rebeca_ray.storage.writable import require_writable
 
 log = logging.getLogger(__name__)
@@ -75,21 +78,31 @@ def generate_catalog(
     nothing else, `never` starts a new run.) `retry_failed` renders its failed rows again. `force` publishes a
     snapshot that the quality gate refuses; manifest and pointer record it. `limits.publish_by` is the next
     such time after `since`, or after the run began. `in_process` runs all stages in this process, without
-    Ray. Raises UserErrors; their exit codes are the job's.
+    Ray. If the published snapshot is what this job would make, nothing is done. Raises UserErrors; their exit
+    codes are the job's.
     """
     # Everything that bad input can break is checked before the first write.
     decoder = identify_decoder(config.decoder)
     requested = check_request(config, decoder)
     first_ever = not exists(config.catalog)
     require_writable(config.catalog, "catalog")
+    require_own_root(config.catalog)
+    require_pointer(config.catalog)
     models = identify_models(config, decoder)
     published(config.catalog)
     with (
-        remove_empty_catalog_on_error(config.catalog, first_ever),
         hold_lease(config.catalog, config.run_id or "starting", config.limits.lease_seconds) as lease,
+        remove_empty_catalog_on_error(config.catalog, lease, first_ever=first_ever),
     ):
         previous = published(config.catalog)
+        adopt_runs(config.catalog, lease.catalog_id)
         description = describe_run(config, models.versions, previous.path if previous else None)
+        if previous:
+            delete(work_folder(config.catalog, previous.run_id))  # of a run that was killed past its end
+            same = is_made_already(previous.manifest, config, config.date(), description)
+            if same and resume != "never" and not retry_failed:
+                log.info(f"run {previous.run_id} has published exactly this already: nothing is done")
+                return Generated(manifest=previous.manifest, seconds={})
         run_id, begun = choose_run(
             config, config.date(), description, resume=resume, retry_failed=retry_failed
         )
@@ -112,6 +125,7 @@ def generate_catalog(
             previous=previous,
             requested=requested,
             began_at=min(begun.began_at, since or begun.began_at),
+            inputs=inputs_digest(description),
             in_process=in_process,
         )
         progress = Progress()
@@ -148,23 +162,27 @@ def remove_work_on_error(run: Run, lease: Lease, *, resumed: bool) -> Iterator[N
             raise ResumableError(f"{cause}. Start run {run.run_id} again: it resumes") from None
         if isinstance(cause, InputError) and not resumed and not exists(run.plan_marker):
             lease.check()
-            delete(run.work)
+            remove_run(run.root, run.run_id)
         raise
 
 
 @contextmanager
-def remove_empty_catalog_on_error(root: str, first_ever: bool) -> Iterator[None]:
-    """Remove a catalog that this job created, if bad input ends its first run."""
+def remove_empty_catalog_on_error(root: str, lease: Lease, *, first_ever: bool) -> Iterator[None]:
+    """Remove a catalog that this job created, if bad input ends its first run: the pointer last."""
     try:
         yield
     except Exception as error:
         if (
             isinstance(user_error(error), InputError | StorageError)
             and first_ever
-            and read_pointer(root)[0] == Pointer(fencing_token=1)
+            and read_pointer(root)[0].run_id is None
             and not unfinished_runs(root)
         ):
-            delete(root)
+            lease.check()
+            for record in read_records(root, lease.catalog_id):
+                remove_run(root, record.run_id)
+            lease.remove_pointer()
+            remove_empty_folders(root)
         raise
 
 
@@ -202,9 +220,10 @@ def make_snapshot(
         reasons = refusals(manifest, previous.manifest if previous else None, config.gate)
         reasons = [refusal, *reasons] if refusal else reasons
         gate = GateOutcome(refused=reasons, forced=bool(reasons) and force)
-        manifest = manifest.model_copy(update={"gate": gate})
+        manifest = manifest.model_copy(update={"gate": gate, "catalog_id": lease.catalog_id})
+        version = manifest_version(run.manifest)  # before the check: see there
         lease.check()
-        write_json(manifest.model_dump(), run.manifest)
+        write_manifest(manifest, run.root, version)
     if reasons and not force:
         raise QualityGateError(
             f"run {run.run_id}: {'; '.join(reasons)}. Its snapshot {run.snapshot} stays unpublished; "
@@ -249,6 +268,7 @@ def describe_snapshot(
         bytes=assembled.bytes,
         bytes_written=assembled.bytes_written,
         files=assembled.files,
+        inputs=context.inputs,
         quality=quality,
         measured=Measured(stages=stages),
         forecast=forecast(context, decisions) if previous else None,

@@ -5,10 +5,13 @@ import json
 import logging
 
 from rebeca_ray.catalog.layout import new_run_id
-from rebeca_ray.catalog.runs import BegunRun, unfinished_runs, write_begun
+from rebeca_ray.catalog.manifest import Manifest
+from rebeca_ray.catalog.pointer import read_pointer
+from rebeca_ray.catalog.runs import BegunRun, RunRecord, unfinished_runs, write_begun, write_record
 from rebeca_ray.config.fields import NOT_COMPARED, fields_with
 from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.errors import InputError
+from rebeca_ray.identity import hash128
 from rebeca_ray.storage.filesystem import join, list_folders
 from rebeca_ray.storage.objects import JsonObject, read_json
 from rebeca_ray.storage.parquet import open_parquet
@@ -35,6 +38,29 @@ def describe_run(config: GenerateConfig, versions: dict[str, str], previous: str
         "previous snapshot": previous,
     }
     return dict(json.loads(json.dumps(description)))  # as it is read back
+
+
+def inputs_digest(description: Description) -> str:
+    """Return a digest of a run's inputs, for its manifest: all but the snapshot it follows."""
+    inputs = {name: value for name, value in description.items() if name != "previous snapshot"}
+    return hash128(json.dumps(inputs, sort_keys=True))
+
+
+def is_made_already(
+    published: Manifest, config: GenerateConfig, run_date: datetime.date, description: Description
+) -> bool:
+    """Return whether the published snapshot is what this job would make.
+
+    It is of the same date and inputs, and no item failed or waits for time. So a job that is repeated after
+    its success, or after it was killed past it, succeeds and changes nothing.
+    """
+    counts = published.counts
+    return (
+        published.inputs == inputs_digest(description)
+        and published.run_date == run_date.isoformat()
+        and config.run_id in (None, published.run_id)
+        and not (counts.failed or counts.deferred or counts.stale_users)
+    )
 
 
 def flat(prefix: str, values: Description) -> Description:
@@ -99,7 +125,8 @@ def candidate_runs(config: GenerateConfig, run_date: datetime.date) -> dict[str,
 
     Raises InputError if the named run ended before.
     """
-    begun = unfinished_runs(config.catalog)
+    doomed = read_pointer(config.catalog)[0].doomed  # gc removes what is left of them
+    begun = {run_id: run for run_id, run in unfinished_runs(config.catalog).items() if run_id not in doomed}
     if config.run_id is None:
         return {run_id: run for run_id, run in begun.items() if run.run_date == run_date.isoformat()}
     if config.run_id in begun:
@@ -132,5 +159,11 @@ def begin(root: str, run_id: str, run_date: datetime.date, description: Descript
         begun_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         described=description,
     )
+    write_record(root, record_of(root, begun))
     write_begun(root, begun)
     return begun
+
+
+def record_of(root: str, begun: BegunRun) -> RunRecord:
+    catalog_id = read_pointer(root)[0].catalog_id or ""
+    return RunRecord(catalog_id=catalog_id, run_id=begun.run_id, run_date=begun.run_date)

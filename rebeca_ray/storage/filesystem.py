@@ -3,6 +3,7 @@
 URI -> `open_store` (store.py) -> filesystem and path -> lists, removals, and the errors people see
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -113,6 +114,16 @@ def remove_objects(filesystem: AbstractFileSystem, paths: list[str]) -> None:
         for path in paths:
             with suppress(FileNotFoundError):
                 filesystem.rm_file(path)
+
+
+def remove_empty_folders(uri: str) -> None:
+    """Remove a folder of a disk, its subfolders and its parent, as far as they are empty."""
+    filesystem, path = open_filesystem(uri)
+    if is_local(filesystem):
+        inner = sorted((folder for folder, _, _ in os.walk(path)), key=len, reverse=True)
+        for folder in (*inner, os.path.dirname(path.rstrip("/"))):
+            with suppress(OSError):  # not empty
+                os.rmdir(folder)
 
 
 def unreadable(name: str, error: BaseException) -> UserError:

@@ -97,11 +97,16 @@ class LocalStore:
         return {}
 
 
+def lock_file(path: Path) -> Path:
+    """Return the file that guards changes of `path`. It stays, because another process may wait for it."""
+    return path.with_name(f".{path.stem}.lock")
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock file beside `path`. Raises InputError if another process keeps it for LOCK_SECONDS."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.stem}.lock").open("w") as lock:
+    with lock_file(path).open("w") as lock:
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:

@@ -21,6 +21,7 @@ from rebeca_ray.catalog.exports.image_objects import export_images, read_export
 from rebeca_ray.catalog.exports.key_values import KeyValues, export_key_values
 from rebeca_ray.catalog.layout import POPULATION_USER
 from rebeca_ray.catalog.lease import hold_lease
+from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import Snapshot, read_catalog
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import LayoutSettings
@@ -351,15 +352,15 @@ def test_a_real_redis_loads_a_snapshot_and_then_the_next_nights_difference(
     _, tuesday = night(on_store, USERS[:6], 1)
     done = export_key_values(tuesday, f"{root}/kv", "redis", key_prefix="rec/", since=monday.run_id)
     assert (done.users, done.removed) == (1, 3)
-    assert done.folder == f"{root}/kv/redis/run_id={tuesday.run_id},since={monday.run_id}"
+    assert done.folder == f"{root}/kv/redis/run_id={tuesday.run_id},since={monday.run_id}/token=2"
+    assert read_pointer(f"{root}/kv/redis")[0].snapshot == done.folder.removeprefix(f"{root}/kv/redis/")
     load(done)
     assert held() == items_by_user(tuesday)
 
 
-def test_incomplete_key_values_have_no_description(
+def test_an_export_of_key_values_that_dies_leaves_the_earlier_one_whole(
     config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This holds too where the export overwrites the parts of an earlier one."""
     out = f"{config.catalog}-kv"
     _, monday = night(config, USERS[:2])
     done = export_key_values(monday, out, "redis", key_prefix="one:")
@@ -369,10 +370,26 @@ def test_incomplete_key_values_have_no_description(
     def die(*_: Any) -> None:
         raise StorageError("the store is gone")
 
-    monkeypatch.setattr(key_values, "for_each_bucket", die)
-    with pytest.raises(StorageError):
-        export_key_values(monday, out, "redis", key_prefix="two:")
-    assert not description.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(key_values, "for_each_bucket", die)
+        with pytest.raises(StorageError):
+            export_key_values(monday, out, "redis", key_prefix="two:")
+    assert json.loads(description.read_text())["key_prefix"] == "one:"
+    assert read_pointer(f"{out}/redis")[0].snapshot == f"run_id={monday.run_id}/token=1"
+
+    # What it left goes with the next export. The latest seven stay, and everything that is not ours.
+    left = Path(out, "redis", f"run_id={monday.run_id}", "token=2", "part-00000.resp")
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    theirs = left.with_name("notes.txt")
+    theirs.write_text("theirs")
+    for token in range(3, 10):
+        export_key_values(monday, out, "redis")
+        assert description.exists() is (token < 9)
+    assert not left.exists()
+    assert theirs.read_text() == "theirs"
+    tokens = [path.parent.name for path in sorted(Path(out, "redis").rglob("export.json"))]
+    assert tokens == [f"token={token}" for token in range(3, 10)]
 
 
 def test_json_lines_have_one_line_per_user_with_urls(on_store: GenerateConfig, root: str) -> None:

@@ -138,7 +138,7 @@ def test_the_last_published_snapshots_stay(published: str | None, replaced: str,
     snapshots = [
         synthetic_manifest(
             Run(root="", run_date="2026-03-01", run_id=name, fencing_token=1),
-            FileList(path="", rows=0, bytes=0, sha256=""),
+            FileList(path="files.parquet", rows=0, bytes=0, sha256=""),
             previous_run_id=before,
             created_at=at,
             gate=GateOutcome(refused=["too dark"] if name in "CR" else [], forced=name == "C"),

@@ -17,6 +17,7 @@ import pytest
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import Run
+from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.manifest import Counts, DecisionCounts, Manifest
 from rebeca_ray.catalog.read import open_snapshot, published, read_catalog
 from rebeca_ray.config.decoder import DecoderSettings
@@ -370,6 +371,8 @@ def test_a_request_may_have_dictionary_encoded_users(config: GenerateConfig, tmp
 def test_a_run_id_is_used_once(config: GenerateConfig) -> None:
     prepared = prepare(config)
     assembled(config, prepared)
+    with hold_lease(config.catalog, "a pointer", 60):
+        pass
     with pytest.raises(UserError, match=f"run_id {prepared.run.run_id} was used before; choose another"):
         generate_catalog(config.model_copy(update={"run_id": prepared.run.run_id}))
 

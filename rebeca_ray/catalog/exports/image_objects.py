@@ -21,14 +21,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.layout import POPULATION_USER, outside
+from rebeca_ray.catalog.exports.old_exports import remove_old_exports
+from rebeca_ray.catalog.layout import POPULATION_USER, inside, outside
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.catalog.row_groups import EncodedImage
 from rebeca_ray.errors import InputError, StorageError, UserError
 from rebeca_ray.ray_runtime import for_each_bucket
-from rebeca_ray.storage.filesystem import delete, delete_files, join, list_files, list_folders, storage_errors
+from rebeca_ray.storage.filesystem import delete_files, join, list_files, list_folders, storage_errors
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import read_table, write_table
 from rebeca_ray.storage.store import open_store
@@ -87,8 +88,13 @@ def read_export(out: str, folder: str | None = None) -> ImageExport | None:
     folder = folder or read_pointer(out)[0].snapshot
     values = read_json(join(out, folder, "manifest.json")) if folder else None
     try:
-        return None if values is None else ImageExport(**values)
-    except TypeError:
+        if values is None:
+            return None
+        export = ImageExport(**values)
+        for path in (export.folder, export.before or export.folder, *export.files):
+            inside(path)
+        return export
+    except (TypeError, ValueError, AttributeError):
         raise InputError(
             f"export {out}: holds something else than an export of images; choose another folder"
         ) from None
@@ -139,8 +145,9 @@ def export_images(snapshot: Snapshot, out: str, url_base: str) -> Exported:
         )
         write_json(asdict(export), join(out, job.folder, "manifest.json"))
         lease.publish(run_id=export.run_id, run_date=export.run_date, snapshot=job.folder)
-        if before_last:
-            delete(join(out, before_last.folder))
+        remove_old_exports(
+            join(out, "urls"), lease, description="manifest.json", parts=r"bucket=\d+\.parquet", keep=2
+        )
     return done
 
 

@@ -1,7 +1,11 @@
 """A snapshot as key-value files, for the bulk load of a serving store: per user, the items as JSON.
 
+    <out>/<format>/run_id=<id>[,since=<id>]/token=<n>/part-<bucket>.*
+    <out>/<format>/run_id=<id>[,since=<id>]/token=<n>/export.json     description, written last
+    <out>/<format>/latest.json                                        latest complete export, and the lease
+
 Items are sorted best first. `jsonl` has one line per user. `redis` has commands in the protocol of Redis, for
-`redis-cli --pipe`. Each bucket has one part file.
+`redis-cli --pipe`. Each bucket has one part file. The seven latest exports stay.
 """
 
 import json
@@ -11,18 +15,21 @@ from typing import Literal, NotRequired, TypedDict
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rebeca_ray.catalog.exports.image_objects import read_export
+from rebeca_ray.catalog.exports.image_objects import LEASE_SECONDS, read_export
+from rebeca_ray.catalog.exports.old_exports import remove_old_exports
 from rebeca_ray.catalog.layout import outside
+from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.config.fields import absolute
 from rebeca_ray.errors import InputError
 from rebeca_ray.ray_runtime import for_each_bucket
-from rebeca_ray.storage.filesystem import delete, join, open_filesystem
+from rebeca_ray.storage.filesystem import join, open_filesystem
 from rebeca_ray.storage.objects import HashingSink, write_json
 from rebeca_ray.storage.parquet import read_table
 
 Format = Literal["jsonl", "redis"]
 COLUMNS = ["user_id", "rank", "item_id", "like_probability"]  # `origin` would age without a change
+DESCRIPTION, KEPT = "export.json", 7
 ENDINGS = {"jsonl": "jsonl", "redis": "resp"}
 
 
@@ -69,28 +76,32 @@ def export_key_values(
 
     `DEL`, or a line with `"items": null`, removes a departed user. `images` is the folder of an image export
     of this snapshot: with it, every item has its `image_url`. The key of the population pool is `key_prefix`
-    alone. The folder's `export.json` describes the export, and is written last. Raises InputError if `since`
-    or `images` do not fit the snapshot.
+    alone. Every export has a folder of its own, so an earlier one stays whole. Raises InputError if `since`
+    or `images` do not fit the snapshot, LeaseHeldError while another export of this format writes to `out`.
     """
     out = outside(snapshot.root, out, "out")
     if since is not None:
         snapshot.back_to(since)  # raises before anything is written
     urls = None if images is None else url_files(snapshot, absolute(images))
-    folder = join(out, format, f"run_id={snapshot.run_id}{f',since={since}' if since else ''}")
-    delete(join(folder, "export.json"))  # an earlier one describes parts that are now overwritten
+    base = join(out, format)
+    with hold_lease(base, f"export of {snapshot.run_id}", LEASE_SECONDS) as lease:
+        name = f"run_id={snapshot.run_id}{f',since={since}' if since else ''}/token={lease.fencing_token}"
+        folder = join(base, name)
 
-    def work(bucket: int) -> PartFile | None:
-        return export_bucket(snapshot, folder, format, key_prefix, since, urls, bucket)
+        def work(bucket: int) -> PartFile | None:
+            return export_bucket(snapshot, folder, format, key_prefix, since, urls, bucket)
 
-    parts = [part for part in for_each_bucket(work, range(snapshot.manifest.num_buckets)) if part]
-    description = {
-        "run_id": snapshot.run_id,
-        "since": since,
-        "format": format,
-        "key_prefix": key_prefix,
-        "files": [asdict(part) for part in parts],
-    }
-    write_json(description, join(folder, "export.json"))
+        parts = [part for part in for_each_bucket(work, range(snapshot.manifest.num_buckets)) if part]
+        description = {
+            "run_id": snapshot.run_id,
+            "since": since,
+            "format": format,
+            "key_prefix": key_prefix,
+            "files": [asdict(part) for part in parts],
+        }
+        write_json(description, join(folder, DESCRIPTION))
+        lease.publish(run_id=snapshot.run_id, run_date=snapshot.manifest.run_date, snapshot=name)
+        remove_old_exports(base, lease, description=DESCRIPTION, parts=r"part-\d+\.(jsonl|resp)", keep=KEPT)
     return KeyValues(
         folder=folder,
         files=[part.path for part in parts],
