@@ -15,35 +15,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from rebeca_ray.catalog.pointer import LeaseState, Pointer, change_pointer, read_pointer, replaced_by
+from rebeca_ray.catalog.pointer import Kind, LeaseState, Pointer, change_pointer, read_pointer, replaced_by
 from rebeca_ray.errors import LeaseHeldError, UserError
 
 BEATS = 4  # heartbeats in the time after which a silent lease is taken over
 
 
 class Lease:
-    """The right to write to a catalog, while it lasts."""
+    """The right to write to a catalog, or to another folder with a pointer, while it lasts."""
 
-    def __init__(self, root: str, run_id: str, seconds: float) -> None:
-        self.root, self.run_id, self.seconds = root, run_id, seconds
+    def __init__(self, root: str, run_id: str, seconds: float, kind: Kind = "catalog") -> None:
+        self.root, self.run_id, self.seconds, self.kind = root, run_id, seconds, kind
         self.holder = secrets.token_hex(8)  # another attempt at the same run is another holder
         self.lost: LeaseHeldError | None = None
         self.released = threading.Event()
         self.wait_for_silence()
-        self.fencing_token = change_pointer(root, self.take).fencing_token
+        self.fencing_token = change_pointer(root, self.take, kind).fencing_token
 
     def wait_for_silence(self) -> None:
         """Return once the lease is free, or its holder was silent for its time.
 
         Raises LeaseHeldError at a heartbeat.
         """
-        lease = self.watched = read_pointer(self.root)[0].lease
+        lease = self.watched = read_pointer(self.root, self.kind)[0].lease
         if lease is None:
             return
         deadline = time.monotonic() + lease["seconds"]
         while time.monotonic() < deadline:
             time.sleep(min(0.5, lease["seconds"] / BEATS))
-            now = read_pointer(self.root)[0].lease
+            now = read_pointer(self.root, self.kind)[0].lease
             if now is None:
                 self.watched = None
                 return
@@ -52,7 +52,7 @@ class Lease:
 
     def refused(self, lease: LeaseState) -> LeaseHeldError:
         return LeaseHeldError(
-            f"catalog {self.root}: run {lease['run_id']} (fencing token {lease['fencing_token']}) "
+            f"{self.kind} {self.root}: run {lease['run_id']} (fencing token {lease['fencing_token']}) "
             "is at work on it; wait for it, or stop it and start again"
         )
 
@@ -76,7 +76,7 @@ class Lease:
         if pointer.lease is None or pointer.lease.get("holder") != self.holder:
             heir = f"run {pointer.lease['run_id']}" if pointer.lease else "one that has ended"
             raise LeaseHeldError(
-                f"catalog {self.root}: run {self.run_id} (fencing token {self.fencing_token}) "
+                f"{self.kind} {self.root}: run {self.run_id} (fencing token {self.fencing_token}) "
                 f"was silent for more than {self.seconds:g} s and lost its lease to {heir}; "
                 "it publishes nothing, start it again to resume"
             )
@@ -91,7 +91,7 @@ class Lease:
         """Beat until released. An unreachable store is no loss: an heir would have to reach it first."""
         while not self.released.wait(self.seconds / BEATS):
             try:
-                change_pointer(self.root, self.beat)
+                change_pointer(self.root, self.beat, self.kind)
             except LeaseHeldError as error:
                 self.lost = error
                 while not self.released.wait(1):  # repeated until it is heard: Ray may be waiting in C
@@ -102,7 +102,7 @@ class Lease:
 
     def check(self) -> None:
         """Raise LeaseHeldError if another run holds the lease by now."""
-        self.held(read_pointer(self.root)[0])
+        self.held(read_pointer(self.root, self.kind)[0])
 
     def publish(self, *, run_id: str, run_date: str, snapshot: str, forced: bool = False) -> None:
         """Point readers at a complete snapshot.
@@ -121,7 +121,7 @@ class Lease:
                 previously_published=replaced_by(pointer, run_id),
             )
 
-        change_pointer(self.root, move)
+        change_pointer(self.root, move, self.kind)
 
     def release(self) -> None:
         def free(pointer: Pointer) -> Pointer:
@@ -129,18 +129,18 @@ class Lease:
             return replace(pointer, lease=None)
 
         try:
-            change_pointer(self.root, free)
+            change_pointer(self.root, free, self.kind)
         except UserError:
             return  # another run holds it by now, or the store is out of reach: then it expires
 
 
 @contextmanager
-def hold_lease(root: str, run_id: str, seconds: float) -> Iterator[Lease]:
-    """Hold the lease of the catalog at `root` inside the block. A run that loses it is interrupted there.
+def hold_lease(root: str, run_id: str, seconds: float, kind: Kind = "catalog") -> Iterator[Lease]:
+    """Hold the lease of the catalog, or of another `kind` of folder, at `root` inside the block.
 
-    Raises LeaseHeldError if another run is at work, or takes over.
+    A run that loses it is interrupted there. Raises LeaseHeldError if another run is at work, or takes over.
     """
-    lease = Lease(root, run_id, seconds)
+    lease = Lease(root, run_id, seconds, kind)
     main = threading.current_thread() is threading.main_thread()
 
     def interrupt(*_: object) -> None:

@@ -23,6 +23,7 @@ from rebeca_ray.catalog.manifest import (
 from rebeca_ray.catalog.pointer import Pointer, read_pointer
 from rebeca_ray.catalog.read import Snapshot, published
 from rebeca_ray.catalog.runs import unfinished_runs
+from rebeca_ray.catalog.versions import current_version
 from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.decoder.build import check_decoder
 from rebeca_ray.decoder.files import identify_decoder
@@ -77,12 +78,14 @@ def generate_catalog(
     such time after `since`, or after the run began. `in_process` runs all stages in this process, without
     Ray. Raises UserErrors; their exit codes are the job's.
     """
+    run_date = config.date(since)  # read once: the run may begin before midnight and check its input after it
     # Everything that bad input can break is checked before the first write.
     decoder = identify_decoder(config.decoder)
-    requested = check_request(config, decoder)
+    pinned = with_current_versions(config)
+    requested = check_request(pinned, decoder)
     first_ever = not exists(config.catalog)
     require_writable(config.catalog, "catalog")
-    models = identify_models(config, decoder)
+    models = identify_models(pinned, decoder)
     published(config.catalog)
     with (
         remove_empty_catalog_on_error(config.catalog, first_ever),
@@ -90,18 +93,16 @@ def generate_catalog(
     ):
         previous = published(config.catalog)
         description = describe_run(config, models.versions, previous.path if previous else None)
-        run_id, begun = choose_run(
-            config, config.date(), description, resume=resume, retry_failed=retry_failed
-        )
+        run_id, begun = choose_run(config, run_date, description, resume=resume, retry_failed=retry_failed)
         lease.run_id = run_id
         check_executors(config, in_process)
         resumed = begun is not None
-        begun = begun or begin(config.catalog, run_id, config.date(), description)
+        begun = begun or begin(config.catalog, run_id, run_date, description)
         set_run_id(run_id)
         if resumed:
             log.info(f"resuming run {run_id}, begun at {begun.begun_at}")
         context = RunContext(
-            config=config,
+            config=pinned,
             run=Run(
                 root=config.catalog.rstrip("/"),
                 run_date=begun.run_date,
@@ -123,6 +124,12 @@ def generate_catalog(
         delete(context.run.work)
     seconds = {name: stage.seconds for name, stage in progress.stages.items()}
     return Generated(manifest=manifest, seconds=seconds)
+
+
+def with_current_versions(config: GenerateConfig) -> GenerateConfig:
+    """Return the config with today's versions of prior and items, which all stages of this attempt read."""
+    items = config.items and current_version(config.items, "items")
+    return config.model_copy(update={"prior": current_version(config.prior, "prior"), "items": items})
 
 
 def check_executors(config: GenerateConfig, in_process: bool) -> None:
