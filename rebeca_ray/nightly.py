@@ -14,14 +14,11 @@ from rebeca_ray.data.items import embed_items
 from rebeca_ray.errors import InputError, LeaseHeldError, ResumableError, UserError
 from rebeca_ray.generation.pipeline import Generated, generate_catalog
 from rebeca_ray.log import set_run_id
+from rebeca_ray.prior.checkpoint import load_prior
 from rebeca_ray.storage.failures import user_error
-from rebeca_ray.storage.filesystem import join
-from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.training.train import train_prior
 
 log = logging.getLogger(__name__)
-
-TRAINED = "nightly.json"  # beside a prior: the date it was trained for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +35,10 @@ def run_nightly(config: NightlyConfig) -> tuple[list[Night], Garbage | None]:
 
     A missed date or a training that fails costs no later date its catalog. Its error is raised at the end.
     """
-    tonight = config.run_date or datetime.datetime.now(datetime.UTC).date()
+    since = datetime.datetime.now(datetime.UTC)  # read once: all dates share one `publish_by`
+    tonight = config.run_date or since.date()
     last = published_date(config, tonight)
     nights, trouble = [], None
-    since = datetime.datetime.now(datetime.UTC)  # all dates share one `publish_by`
     for date in dates_due(last, tonight, config.catch_up):
         set_run_id(None)  # the run of the date before is over
         try:
@@ -97,27 +94,29 @@ def run_night(config: NightlyConfig, date: datetime.date, since: datetime.dateti
     """Embed, train if due, generate and publish for one date."""
     trouble = None
     if config.embed is not None:
-        new = embed_items(dated(config.embed, date), only_new=True)
+        new = embed_items(dated(config.embed, date), only_new=True, run_date=date)
         log.info("%s: %s new items embedded", date, f"{new:,}")
     if config.train is not None:
         train = dated(config.train, date)
         if training_is_due(train.out, date, config.train_every_days):
             trouble = train_for(train, date, config.generate.catalog)
-    published_date(config, date)  # training holds no lease, so a later date may be published by now
+    published_date(config, date)  # training holds no lease of the catalog: is a later date published by now?
     generate = dated(config.generate, date).model_copy(update={"run_date": date})
     return Night(run_date=date, generated=generate_catalog(generate, since=since), trouble=trouble)
 
 
 def train_for(train: TrainConfig, date: datetime.date, catalog: str) -> UserError | None:
-    """Train the prior for a date. Returns the error of a failed training if an earlier prior remains."""
+    """Train the prior for a date. Returns the error of a failed training if an earlier prior remains.
+
+    Raises LeaseHeldError if another process trains it now.
+    """
     if train.catalog is None:
         train = train.model_copy(update={"catalog": catalog})
     try:
-        train_prior(train)
-        write_json({"run_date": date.isoformat()}, join(train.out, TRAINED))
+        train_prior(train, run_date=date)
     except Exception as error:
         reason = user_error(error)
-        if reason is None or read_json(join(train.out, "config.json")) is None:
+        if reason is None or isinstance(reason, LeaseHeldError) or not loads(train.out):
             raise
         log.warning("%s: training failed, the previous prior is used: %s", date, reason)
         return reason
@@ -125,6 +124,18 @@ def train_for(train: TrainConfig, date: datetime.date, catalog: str) -> UserErro
 
 
 def training_is_due(prior: str, date: datetime.date, every_days: int) -> bool:
-    """Return whether the prior is missing, or at least `every_days` old on `date`."""
-    trained = (read_json(join(prior, TRAINED)) or {}).get("run_date")
-    return trained is None or (date - datetime.date.fromisoformat(trained)).days >= every_days
+    """Return whether the prior does not load, or is `every_days` old on `date`, or of unknown age."""
+    trained = read_pointer(prior, "prior")[0].run_date
+    if trained is None or (date - datetime.date.fromisoformat(trained)).days >= every_days:
+        return True
+    return not loads(prior)
+
+
+def loads(prior: str) -> bool:
+    """Return whether the prior can be read as a whole."""
+    try:
+        load_prior(prior)
+    except UserError as error:
+        log.warning("%s", error)
+        return False
+    return True

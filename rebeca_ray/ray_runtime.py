@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import log as package_log
-from rebeca_ray.errors import InputError, ResumableError
+from rebeca_ray.errors import InputError
+from rebeca_ray.ray_start import connect
 
 log = logging.getLogger(__name__)
 
@@ -53,21 +54,8 @@ def start_ray() -> None:
         os.environ.setdefault(name, value)
     import ray
 
-    # Its warning matters only to a Ray that listens to other machines.
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     if not ray.is_initialized():
-        try:
-            ray.init(
-                address=os.environ.get("RAY_ADDRESS"),
-                log_to_driver=True,
-                logging_level=logging.WARNING,
-            )
-        except Exception as error:  # its type depends on the part of Ray that did not answer in time
-            reason = str(error).split(". ")[0][:200]
-            raise ResumableError(
-                f"Ray could not be started or joined ({reason}); look at RAY_ADDRESS and the machine's load, "
-                "start again"
-            ) from None
+        connect()
     context = ray.data.DataContext.get_current()  # this sets up Ray Data's log, so the rest comes after it
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # a UserError in a stage arrives as one
@@ -83,7 +71,7 @@ def start_ray() -> None:
 
 def may_grow() -> bool:
     """Return whether Ray is a cluster, which may still grow, and not one started on this machine."""
-    return os.environ.get("RAY_ADDRESS", "local") != "local"
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
 def require_room(

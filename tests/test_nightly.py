@@ -12,12 +12,13 @@ from rebeca_ray import nightly
 from rebeca_ray.catalog.gc import Garbage
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.manifest import Manifest
+from rebeca_ray.catalog.versions import replace_version
 from rebeca_ray.config.jobs import GenerateConfig, NightlyConfig, dated
 from rebeca_ray.config.load import load_config
-from rebeca_ray.errors import InputError, QualityGateError, ResumableError
+from rebeca_ray.errors import InputError, LeaseHeldError, QualityGateError, ResumableError
 from rebeca_ray.generation.pipeline import Generated
 from rebeca_ray.nightly import dates_due, run_nightly, training_is_due
-from rebeca_ray.storage.objects import write_json
+from rebeca_ray.prior.checkpoint import load_prior, publish_prior
 from tests.conftest import REPO, publish
 
 DATES = st.dates(datetime.date(2026, 1, 1), datetime.date(2027, 1, 1))
@@ -39,12 +40,23 @@ def test_the_dates_due_are_the_latest_missed_ones_and_tonight(
         assert (due[-1] - due[0]).days == len(due) - 1
 
 
-def test_training_is_due_when_the_prior_is_missing_or_old(tmp_path: Path) -> None:
+def test_training_is_due_when_the_prior_is_missing_or_old_or_does_not_load(
+    tmp_path: Path, tiny_prior: str, caplog: pytest.LogCaptureFixture
+) -> None:
     date = datetime.date(2026, 3, 10)
-    assert training_is_due(str(tmp_path), date, 7)
-    write_json({"run_date": "2026-03-04"}, str(tmp_path / "nightly.json"))
-    assert not training_is_due(str(tmp_path), date, 7)
-    assert training_is_due(str(tmp_path), date, 6)
+    out = str(tmp_path / "trained")
+    assert training_is_due(out, date, 7)
+    assert training_is_due(tiny_prior, date, 7)  # a copy has no date
+    with replace_version(out, "prior", "train") as version:
+        publish_prior(load_prior(tiny_prior), version, datetime.date(2026, 3, 4))
+    assert not training_is_due(out, date, 7)
+    assert training_is_due(out, date, 6)
+    weights = next(Path(out).rglob("model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert training_is_due(out, date, 7)
+    assert "model.safetensors is not the file config.json describes" in caplog.text
+    (weights.parent / "config.json").unlink()
+    assert training_is_due(out, date, 7)
 
 
 def test_the_date_is_filled_into_paths_and_sections_come_from_files(tmp_path: Path) -> None:
@@ -144,7 +156,7 @@ def test_a_training_that_fails_does_not_cost_the_catalog(
 ) -> None:
     nights = stub(monkeypatch)
 
-    def diverges(_: object) -> None:
+    def diverges(*_: object, **__: object) -> None:
         raise InputError("training diverged")
 
     monkeypatch.setattr(nightly, "train_prior", diverges)
@@ -165,6 +177,39 @@ def test_a_training_that_fails_does_not_cost_the_catalog(
     with pytest.raises(InputError, match="training diverged"):
         run_nightly(missing)
     assert nights.dates == ["2026-03-05"]  # without a prior nothing can be drawn
+
+
+def test_a_training_of_another_process_ends_the_night(
+    config: NightlyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nights = stub(monkeypatch)
+
+    def is_held(*_: object, **__: object) -> None:
+        raise LeaseHeldError("prior: run train is at work on it")
+
+    monkeypatch.setattr(nightly, "train_prior", is_held)
+    train = load_config(NightlyConfig, REPO / "jobs" / "configs" / "nightly_stickers.yaml").train
+    assert train is not None
+    train = train.model_copy(update={"out": config.generate.prior})
+    with pytest.raises(LeaseHeldError, match="is at work on it"):
+        run_nightly(config.model_copy(update={"train": train}))
+    assert nights.dates == []
+
+
+def test_the_date_of_a_night_is_read_once(config: NightlyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock passes midnight with every reading."""
+    nights = stub(monkeypatch)
+    readings = iter(datetime.datetime(2026, 3, day, 23, 59, tzinfo=datetime.UTC) for day in range(5, 20))
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:  # type: ignore[override]
+            return next(readings)
+
+    monkeypatch.setattr(datetime, "datetime", Clock)
+    run_nightly(config.model_copy(update={"run_date": None}))
+    assert nights.dates == ["2026-03-05"]
+    assert nights.since.day == 5
 
 
 def test_a_resumable_night_is_never_skipped(config: NightlyConfig, monkeypatch: pytest.MonkeyPatch) -> None:

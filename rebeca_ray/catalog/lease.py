@@ -16,7 +16,15 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from rebeca_ray.catalog.pointer import POINTER, LeaseState, Pointer, change_pointer, moved, read_pointer
+from rebeca_ray.catalog.pointer import (
+    POINTERS_OF,
+    Kind,
+    LeaseState,
+    Pointer,
+    change_pointer,
+    moved,
+    read_pointer,
+)
 from rebeca_ray.errors import LeaseHeldError, ResumableError, UserError
 from rebeca_ray.storage.filesystem import delete, join
 
@@ -24,15 +32,15 @@ BEATS = 4  # heartbeats in the time after which a silent lease is taken over
 
 
 class Lease:
-    """The right to write to a catalog, while it lasts."""
+    """The right to write to a catalog, or to another folder with a pointer, while it lasts."""
 
-    def __init__(self, root: str, run_id: str, seconds: float) -> None:
-        self.root, self.run_id, self.seconds = root, run_id, seconds
+    def __init__(self, root: str, run_id: str, seconds: float, kind: Kind = "catalog") -> None:
+        self.root, self.run_id, self.seconds, self.kind = root, run_id, seconds, kind
         self.holder = secrets.token_hex(8)  # another attempt at the same run is another holder
         self.lost: LeaseHeldError | None = None
         self.released = threading.Event()
         self.wait_for_silence()
-        taken = change_pointer(root, self.take)
+        taken = change_pointer(root, self.take, kind)
         self.fencing_token, self.catalog_id = taken.fencing_token, taken.catalog_id or ""
         self.published = taken.run_id  # what this run replaces
 
@@ -41,13 +49,13 @@ class Lease:
 
         Raises LeaseHeldError at a heartbeat.
         """
-        lease = self.watched = read_pointer(self.root)[0].lease
+        lease = self.watched = read_pointer(self.root, self.kind)[0].lease
         if lease is None:
             return
         deadline = time.monotonic() + lease["seconds"]
         while time.monotonic() < deadline:
             time.sleep(min(0.5, lease["seconds"] / BEATS))
-            now = read_pointer(self.root)[0].lease
+            now = read_pointer(self.root, self.kind)[0].lease
             if now is None:
                 self.watched = None
                 return
@@ -56,7 +64,7 @@ class Lease:
 
     def refused(self, lease: LeaseState) -> LeaseHeldError:
         return LeaseHeldError(
-            f"catalog {self.root}: run {lease['run_id']} (fencing token {lease['fencing_token']}) "
+            f"{self.kind} {self.root}: run {lease['run_id']} (fencing token {lease['fencing_token']}) "
             "is at work on it; wait for it, or stop it and start again"
         )
 
@@ -81,7 +89,7 @@ class Lease:
         if pointer.lease is None or pointer.lease.get("holder") != self.holder:
             heir = f"run {pointer.lease['run_id']}" if pointer.lease else "one that has ended"
             raise LeaseHeldError(
-                f"catalog {self.root}: run {self.run_id} (fencing token {self.fencing_token}) "
+                f"{self.kind} {self.root}: run {self.run_id} (fencing token {self.fencing_token}) "
                 f"was silent for more than {self.seconds:g} s and lost its lease to {heir}; "
                 "it publishes nothing, start it again to resume"
             )
@@ -96,7 +104,7 @@ class Lease:
         """Beat until released. An unreachable store is no loss: an heir would have to reach it first."""
         while not self.released.wait(self.seconds / BEATS):
             try:
-                change_pointer(self.root, self.beat)
+                change_pointer(self.root, self.beat, self.kind)
             except LeaseHeldError as error:
                 if self.released.is_set():
                     return  # it was given up while this beat was on its way
@@ -109,7 +117,7 @@ class Lease:
 
     def check(self) -> None:
         """Raise LeaseHeldError if another run holds the lease by now."""
-        self.held(read_pointer(self.root)[0])
+        self.held(read_pointer(self.root, self.kind)[0])
 
     def publish(self, *, run_id: str, run_date: str, snapshot: str, forced: bool = False) -> None:
         """Point readers at a complete snapshot.
@@ -122,13 +130,13 @@ class Lease:
             self.held(pointer)
             if pointer.run_id not in (self.published, run_id):
                 raise ResumableError(
-                    f"catalog {self.root}: run {pointer.run_id} was published by hand while run {run_id} was "
-                    f"at work, which follows {self.published}. Its snapshot {snapshot} stays unpublished; "
+                    f"{self.kind} {self.root}: run {pointer.run_id} was published by hand while run {run_id} "
+                    f"was at work, which follows {self.published}. Its snapshot {snapshot} stays unpublished; "
                     "start again for one that follows what is published now"
                 )
             return moved(pointer, run_id=run_id, run_date=run_date, snapshot=snapshot, forced=forced)
 
-        change_pointer(self.root, move)
+        change_pointer(self.root, move, self.kind)
 
     def doom(self, run_ids: Collection[str]) -> None:
         """Name the runs that garbage collection removes next; none once they are gone.
@@ -140,18 +148,18 @@ class Lease:
             self.held(pointer)
             if pointer.run_id in run_ids:
                 raise LeaseHeldError(
-                    f"catalog {self.root}: run {pointer.run_id} was published while garbage was being "
+                    f"{self.kind} {self.root}: run {pointer.run_id} was published while garbage was being "
                     "collected; nothing was removed, collect again"
                 )
             return replace(pointer, doomed=tuple(sorted(run_ids)))
 
-        change_pointer(self.root, name)
+        change_pointer(self.root, name, self.kind)
 
     def remove_pointer(self) -> None:
         """Remove the pointer of a catalog that was never published, and end this lease with it."""
         self.released.set()
         self.check()
-        delete(join(self.root, POINTER))
+        delete(join(self.root, POINTERS_OF[self.kind]))
 
     def release(self) -> None:
         def free(pointer: Pointer) -> Pointer:
@@ -159,18 +167,18 @@ class Lease:
             return replace(pointer, lease=None)
 
         try:
-            change_pointer(self.root, free)
+            change_pointer(self.root, free, self.kind)
         except UserError:
             return  # another run holds it by now, or the store is out of reach: then it expires
 
 
 @contextmanager
-def hold_lease(root: str, run_id: str, seconds: float) -> Iterator[Lease]:
-    """Hold the lease of the catalog at `root` inside the block. A run that loses it is interrupted there.
+def hold_lease(root: str, run_id: str, seconds: float, kind: Kind = "catalog") -> Iterator[Lease]:
+    """Hold the lease of the catalog, or of another `kind` of folder, at `root` inside the block.
 
-    Raises LeaseHeldError if another run is at work, or takes over.
+    A run that loses it is interrupted there. Raises LeaseHeldError if another run is at work, or takes over.
     """
-    lease = Lease(root, run_id, seconds)
+    lease = Lease(root, run_id, seconds, kind)
     main = threading.current_thread() is threading.main_thread()
 
     def interrupt(*_: object) -> None:

@@ -1,5 +1,7 @@
 """`latest.json`, the one mutable object of a catalog: the published snapshot, and the writer's lease.
 
+A folder with versions (versions.py) has such a pointer too, in a file of another name.
+
 read_pointer -> change -> swap, a compare-and-swap of the store. Repeated while other writers come between.
 """
 
@@ -7,7 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
@@ -19,6 +21,8 @@ from rebeca_ray.storage.objects import encode_json
 from rebeca_ray.storage.store import failure_types, open_store
 
 POINTER = "latest.json"
+Kind = Literal["catalog", "prior", "items"]
+POINTERS_OF: dict[Kind, str] = {"catalog": POINTER, "prior": "prior.json", "items": "items.json"}
 REMEMBERED = 100  # snapshots published before, or withdrawn
 TRIES = 20  # swaps, while other writers come between
 
@@ -70,16 +74,16 @@ class Pointer:
 POINTERS = TypeAdapter(Pointer)
 
 
-def read_pointer(root: str) -> tuple[Pointer, str | None]:
+def read_pointer(root: str, kind: Kind = "catalog") -> tuple[Pointer, str | None]:
     """Return the pointer and its version, for a swap; an empty pointer and None before the first.
 
     Raises InputError if the pointer is damaged or may not be read, StorageError if its store does not answer.
     """
-    store = open_store(join(root, POINTER))
+    store = open_store(join(root, POINTERS_OF[kind]))
     try:
         versioned = store.read_versioned()
     except failure_types() as error:
-        raise unreadable(f"catalog {root}", error) from None
+        raise unreadable(f"{kind} {root}", error) from None
     if versioned is None:
         return Pointer(), None
     data, version = versioned
@@ -87,7 +91,7 @@ def read_pointer(root: str) -> tuple[Pointer, str | None]:
         values = json.dumps(renamed_from_version_3(json.loads(data)))
         return POINTERS.validate_json(values, strict=True), version
     except (ValueError, RecursionError):  # pydantic's ValidationError is a ValueError
-        raise damaged(root) from None
+        raise damaged(root, kind) from None
 
 
 def renamed_from_version_3(values: Any) -> Any:
@@ -100,29 +104,30 @@ def renamed_from_version_3(values: Any) -> Any:
     return {names.get(name, name): renamed_from_version_3(value) for name, value in values.items()}
 
 
-def damaged(root: str) -> UserError:
-    return InputError(
-        f"catalog {root}: {POINTER} is damaged; remove it, and publish one of the snapshots "
-        "that `rebeca catalog list` shows"
-    )
+def damaged(root: str, kind: Kind = "catalog") -> UserError:
+    remedy = "publish one of the snapshots that `rebeca catalog list` shows"
+    if kind != "catalog":
+        remedy = "write a new version: `rebeca embed`, `rebeca train` or `rebeca distill`"
+    return InputError(f"{kind} {root}: {POINTERS_OF[kind]} is damaged; remove it, and {remedy}")
 
 
-def change_pointer(root: str, change: Callable[[Pointer], Pointer]) -> Pointer:
+def change_pointer(root: str, change: Callable[[Pointer], Pointer], kind: Kind = "catalog") -> Pointer:
     """Replace the pointer by `change` of it, and return the new one. Repeats if another writer was faster.
 
     Passes on any error of `change`. Raises LeaseHeldError if other writers are faster TRIES times.
     """
     for _ in range(TRIES):
-        current, version = read_pointer(root)
+        current, version = read_pointer(root, kind)
         changed = change(current)
-        if changed == current or swap(root, changed, version):
+        if changed == current or swap(root, changed, version, kind):
             return changed
         # The answer to a stored write may be lost. The client then writes again and is refused, because
         # its own write changed the version. So compare the content before the next try.
-        if read_pointer(root)[0] == changed:
+        if read_pointer(root, kind)[0] == changed:
             return changed
     raise LeaseHeldError(
-        f"catalog {root}: {POINTER} was changed by others {TRIES} times in a row; look who writes there"
+        f"{kind} {root}: {POINTERS_OF[kind]} was changed by others {TRIES} times in a row; "
+        "look who writes there"
     )
 
 
@@ -148,9 +153,9 @@ def moved(pointer: Pointer, *, run_id: str, run_date: str, snapshot: str, forced
     )
 
 
-def swap(root: str, pointer: Pointer, version: str | None) -> bool:
+def swap(root: str, pointer: Pointer, version: str | None, kind: Kind = "catalog") -> bool:
     """Write `pointer` if the stored one still has `version`. Return whether it did."""
-    uri = join(root, POINTER)
+    uri = join(root, POINTERS_OF[kind])
     store = open_store(uri)
     with storage_errors(uri):
         return store.compare_and_swap(encode_json(asdict(pointer)), version)

@@ -1,5 +1,6 @@
 """The `rebeca` command. Each command imports its work when it runs, so that `--help` answers at once."""
 
+import datetime
 import signal
 from pathlib import Path
 from typing import Annotated, Literal
@@ -123,8 +124,14 @@ def generate(
         if settings := read_config(GenerateConfig, config, overrides, dry_run=dry_run):
             from rebeca_ray.generation.pipeline import generate_catalog
 
-            settings = dated(settings, settings.date())
-            generated = generate_catalog(settings, resume=resume, retry_failed=retry_failed, force=force)
+            now = datetime.datetime.now(datetime.UTC)
+            generated = generate_catalog(
+                dated(settings, settings.date(now)),
+                resume=resume,
+                retry_failed=retry_failed,
+                force=force,
+                since=now,
+            )
             print_result(output.published(generated, settings.catalog))
 
 
@@ -162,7 +169,8 @@ def estimate(
             from rebeca_ray.catalog.read import published
             from rebeca_ray.generation.estimate import estimate as forecast_run
 
-            settings = dated(settings, settings.date())
+            date = settings.date()
+            settings = dated(settings.model_copy(update={"run_date": date}), date)
             forecast = forecast_run(settings, images_per_second=images_per_second)
             snapshot = published(settings.catalog)
             last = snapshot.manifest.actual if snapshot else None

@@ -198,9 +198,9 @@ class GenerateConfig(JobConfig):
     error_budget: Annotated[FractionBelow1, Effect.NOTHING] = 0.001
     """Fraction of requested items that may fail. If more fail, nothing is published."""
 
-    def date(self) -> datetime.date:
-        """Return the date of the snapshot."""
-        return self.run_date or datetime.datetime.now(datetime.UTC).date()
+    def date(self, now: datetime.datetime | None = None) -> datetime.date:
+        """Return the date of the snapshot. Without one in the config it is that of `now`, in UTC."""
+        return self.run_date or (now or datetime.datetime.now(datetime.UTC)).date()
 
 
 class NightlyConfig(JobConfig):

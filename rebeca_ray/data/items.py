@@ -1,8 +1,11 @@
 """Items: embed images with open_clip in a Ray Data stage, and read embedded items back.
 
-items (images) -> `embed_items` -> embedded items, a folder with a marker -> `read_image_embeds`
+items (images) -> `embed_items` -> embedded items, in versions -> `open_items` -> `read_image_embeds`
+
+A version lists its files, so that one with a few new items shares the files of the version before.
 """
 
+import datetime
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +14,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
+from rebeca_ray.catalog.versions import ROOT, VERSIONS, current_version, replace_version
 from rebeca_ray.config.jobs import EmbedConfig
 from rebeca_ray.data.clip import EmbedImages, clip_fingerprint
 from rebeca_ray.data.validation import check_columns, check_ids, check_rows
 from rebeca_ray.errors import InputError, shown
 from rebeca_ray.ray_runtime import ExcludeIds, require_room, start_ray, with_log
-from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, open_filesystem
+from rebeca_ray.storage.filesystem import arrow_filesystem, join, list_files, open_filesystem
 from rebeca_ray.storage.objects import JsonObject, read_json, write_json
 from rebeca_ray.storage.parquet import ParquetInput, open_parquet
 from rebeca_ray.storage.writable import require_own, require_writable
 
-MARKER = "embedding.json"  # beside embedded items: their number, and the CLIP that made them
+MARKER = "embedding.json"  # in a version: the CLIP that made the embeddings, their number, and their files
 ROWS_AT_ONCE = 10_000
 UNFINISHED: JsonObject = {"clip": None, "rows": None}
 
@@ -35,11 +39,12 @@ class EmbeddedItems:
     clip: str | None
 
 
-def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:
-    """Embed every item of `config.items` and write `config.out`, a folder of Parquet files.
+def embed_items(config: EmbedConfig, *, only_new: bool = False, run_date: datetime.date | None = None) -> int:
+    """Embed every item of `config.items`, and publish the embeddings as a new version of `config.out`.
 
     Returns how many items were embedded. `only_new` keeps the embeddings in `config.out` and adds items whose
-    `item_id` is new. If another CLIP made the existing ones, all items are embedded again.
+    `item_id` is new. If another CLIP made the existing ones, all items are embedded again. The pointer
+    records `run_date`, by default today in UTC. Raises LeaseHeldError if another process writes `config.out`.
     """
     source = open_parquet(config.items, "items")
     check_columns(source, schemas.ITEMS, instead={"image_embeds": "nothing is left to embed"})
@@ -48,20 +53,41 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:
         raise InputError(
             f"out {config.out}: holds the items themselves and would be replaced; choose another folder"
         )
-    filesystem, _ = open_filesystem(config.items)
-    out_filesystem, out_path = open_filesystem(config.out)
-    require_own(config.out, "out", MARKER, "clip")
+    require_own(config.out, "out", {"items.json": "fencing_token", MARKER: "clip"})
     fingerprint = clip_fingerprint(config.clip)
     require_writable(config.out, "out")
+    with replace_version(config.out, "items", "embed") as version:
+        # Embeddings of another CLIP cannot be compared with new ones, so only the same CLIP's are kept.
+        marker = read_json(join(version.previous, MARKER)) or {}
+        kept: np.ndarray | None = None
+        files = list[str]()
+        before = files_of(version.previous)
+        if only_new and marker.get("clip") == fingerprint:
+            kept, files = read_item_ids(open_items(version.previous)), before
+            if np.isin(item_id, kept).all():
+                return 0
+        dataset = embed_images(config, source, kept)
+        folder = version.begin(fingerprint)
+        filesystem, path = open_filesystem(folder)
+        dataset.write_parquet(path, filesystem=arrow_filesystem(filesystem))
+        embedded = int(dataset.count())
+        files = [*files, *files_of(folder)]
+        meta = {
+            "clip": fingerprint,
+            "clip_name": config.clip,
+            "rows": embedded + (0 if kept is None else len(kept)),
+            "files": files,
+        }
+        write_json(meta, join(folder, MARKER))
+        version.publish(
+            run_date or datetime.datetime.now(datetime.UTC).date(),
+            uses={version_of(file) for file in [*files, *before]},
+        )
+    return embedded
 
-    # Embeddings of another CLIP cannot be compared with new ones, so only those of the same CLIP are kept.
-    marker = read_json(join(config.out, MARKER)) or {}
-    kept = None
-    if only_new and marker.get("clip") == fingerprint:
-        kept = read_item_ids(open_parquet(config.out, "items"))
-        if np.isin(item_id, kept).all():
-            return 0
 
+def embed_images(config: EmbedConfig, source: ParquetInput, kept: np.ndarray | None) -> Any:
+    """Return the embedded items as a Ray Dataset in memory, without those whose ids are in `kept`."""
     start_ray()
     require_room(
         "num_actors",
@@ -72,12 +98,13 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:
     )
     import ray
 
+    filesystem, _ = open_filesystem(config.items)
     items = ray.data.read_parquet(source.files, filesystem=arrow_filesystem(filesystem))
     if kept is not None:
         items = items.map_batches(ExcludeIds(pa.array(kept)), batch_format="pyarrow", batch_size=None)
     # A small file is one block, and one actor would embed it alone.
     blocks = items.repartition(target_num_rows_per_block=config.batch_size)
-    dataset = blocks.map_batches(
+    return blocks.map_batches(
         with_log(EmbedImages),
         fn_constructor_args=(config.clip, config.device),
         batch_size=config.batch_size,
@@ -86,20 +113,36 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:
         num_cpus=config.cpus_per_actor,
         num_gpus=1 if config.device == "cuda" else 0,
     ).materialize()
-    if kept is None:
-        delete(config.out)  # only now, since the new ones are complete
 
-    # The marker is complete only after the files: after a crash in between, the next run embeds all items.
-    write_json(UNFINISHED, join(config.out, MARKER))
-    dataset.write_parquet(out_path, filesystem=arrow_filesystem(out_filesystem))
-    embedded = dataset.count()
-    meta = {
-        "clip": fingerprint,
-        "clip_name": config.clip,
-        "rows": embedded + (0 if kept is None else len(kept)),
-    }
-    write_json(meta, join(config.out, MARKER))
-    return embedded
+
+def files_of(folder: str) -> list[str]:
+    """Return the Parquet files of a version, below the folder of all versions, sorted.
+
+    A version in the root has all files of the root, but none of the versions below it.
+    """
+    root, separator, _ = folder.rpartition(f"/{VERSIONS}/")
+    if (marker := read_json(join(folder, MARKER))) and "files" in marker:
+        return list(marker["files"])
+    start = f"{(root if separator else folder).rstrip('/')}/"
+    files = [uri.removeprefix(start) for uri in list_files(folder, ".parquet")]
+    return [file for file in files if separator or version_of(file) == ROOT]
+
+
+def version_of(file: str) -> str:
+    """Return the name of the version that wrote a file of `files_of`."""
+    return file.split("/")[1] if file.startswith(f"{VERSIONS}/") else ROOT
+
+
+def open_items(uri: str) -> ParquetInput:
+    """Open embedded items: the published version of a folder, one version, or any Parquet files.
+
+    Raises as `open_parquet` does.
+    """
+    folder = current_version(uri, "items")
+    root, separator, _ = folder.rpartition(f"/{VERSIONS}/")
+    return open_parquet(
+        folder, "items", files=[join(root, file) for file in files_of(folder)] if separator else None
+    )
 
 
 def read_image_embeds(uri: str) -> EmbeddedItems:
@@ -107,7 +150,7 @@ def read_image_embeds(uri: str) -> EmbeddedItems:
 
     Raises InputError for a missing column, nulls, repeated ids, and embeddings that are zero or not finite.
     """
-    items = open_parquet(uri, "items")
+    items = open_items(uri)
     _, clip = embedded_with(items)
     item_id = read_item_ids(items)
     column = items.read(["image_embeds"])["image_embeds"].combine_chunks()
@@ -199,7 +242,7 @@ def embedded_with(items: ParquetInput) -> tuple[int, str | None]:
 
 def check_items_fit(uri: str, prior: JsonObject) -> None:
     """Raise InputError for real items with embeddings of another size or CLIP than the prior's."""
-    items = open_parquet(uri, "items")
+    items = open_items(uri)
     embed_dim, clip = embedded_with(items)
     expected_dim = prior["scaler"]["embed_dim"]
     if embed_dim != expected_dim or (clip and prior["clip"] and clip != prior["clip"]):

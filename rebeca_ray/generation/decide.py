@@ -16,6 +16,7 @@ import pyarrow as pa
 from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import POPULATION_USER, Run
 from rebeca_ray.catalog.read import Snapshot
+from rebeca_ray.catalog.versions import current_version
 from rebeca_ray.config.sections import RefreshSettings
 from rebeca_ray.data.histories import Histories
 from rebeca_ray.generation.context import RunContext
@@ -151,7 +152,7 @@ def known_users(context: RunContext, histories: Histories | None, bucket: int) -
     """
     if context.models.user_encoder == "none":
         return {}
-    files = [f"{context.config.prior.rstrip('/')}/users.parquet"]
+    files = [join(current_version(context.config.prior, "prior"), "users.parquet")]
     if context.models.user_encoder == "history":
         assert histories is not None
         numbers = range(bucket, len(histories.users_of_bucket), context.num_buckets)

@@ -27,6 +27,7 @@ from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import Snapshot, published
 from rebeca_ray.catalog.runs import read_records, remove_run, require_own_root, unfinished_runs
 from rebeca_ray.catalog.snapshots import require_pointer
+from rebeca_ray.catalog.versions import current_version
 from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.decoder.build import check_decoder
 from rebeca_ray.decoder.files import identify_decoder
@@ -81,14 +82,16 @@ def generate_catalog(
     Ray. If the published snapshot is what this job would make, nothing is done. Raises UserErrors; their exit
     codes are the job's.
     """
+    run_date = config.date(since)  # read once: the run may begin before midnight and check its input after it
     # Everything that bad input can break is checked before the first write.
     decoder = identify_decoder(config.decoder)
-    requested = check_request(config, decoder)
+    pinned = with_current_versions(config)
+    requested = check_request(pinned, decoder)
     first_ever = not exists(config.catalog)
     require_writable(config.catalog, "catalog")
     require_own_root(config.catalog)
     require_pointer(config.catalog)
-    models = identify_models(config, decoder)
+    models = identify_models(pinned, decoder)
     published(config.catalog)
     with (
         hold_lease(config.catalog, config.run_id or "starting", config.limits.lease_seconds) as lease,
@@ -99,22 +102,20 @@ def generate_catalog(
         description = describe_run(config, models.versions, previous.path if previous else None)
         if previous:
             delete(work_folder(config.catalog, previous.run_id))  # of a run that was killed past its end
-            same = is_made_already(previous.manifest, config, config.date(), description)
+            same = is_made_already(previous.manifest, config, run_date, description)
             if same and resume != "never" and not retry_failed:
                 log.info(f"run {previous.run_id} has published exactly this already: nothing is done")
                 return Generated(manifest=previous.manifest, seconds={})
-        run_id, begun = choose_run(
-            config, config.date(), description, resume=resume, retry_failed=retry_failed
-        )
+        run_id, begun = choose_run(config, run_date, description, resume=resume, retry_failed=retry_failed)
         lease.run_id = run_id
         check_executors(config, in_process)
         resumed = begun is not None
-        begun = begun or begin(config.catalog, run_id, config.date(), description)
+        begun = begun or begin(config.catalog, run_id, run_date, description)
         set_run_id(run_id)
         if resumed:
             log.info(f"resuming run {run_id}, begun at {begun.begun_at}")
         context = RunContext(
-            config=config,
+            config=pinned,
             run=Run(
                 root=config.catalog.rstrip("/"),
                 run_date=begun.run_date,
@@ -137,6 +138,12 @@ def generate_catalog(
         delete(context.run.work)
     seconds = {name: stage.seconds for name, stage in progress.stages.items()}
     return Generated(manifest=manifest, seconds=seconds)
+
+
+def with_current_versions(config: GenerateConfig) -> GenerateConfig:
+    """Return the config with today's versions of prior and items, which all stages of this attempt read."""
+    items = config.items and current_version(config.items, "items")
+    return config.model_copy(update={"prior": current_version(config.prior, "prior"), "items": items})
 
 
 def check_executors(config: GenerateConfig, in_process: bool) -> None:

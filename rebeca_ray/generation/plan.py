@@ -24,7 +24,7 @@ from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.data.feedback import find_rated
 from rebeca_ray.data.histories import Histories, build_histories
-from rebeca_ray.data.items import embedded_with, read_image_embeds, read_item_ids
+from rebeca_ray.data.items import embedded_with, open_items, read_image_embeds, read_item_ids
 from rebeca_ray.errors import InputError
 from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.dataflow import Actors, Stage, run_graph
@@ -42,7 +42,7 @@ from rebeca_ray.prior.checkpoint import load_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.storage.filesystem import delete, join, list_files
 from rebeca_ray.storage.objects import read_json, write_json
-from rebeca_ray.storage.parquet import open_parquet, write_table
+from rebeca_ray.storage.parquet import write_table
 
 ITEMS_PER_FILE = 20_000
 TILES_PER_BATCH = 4  # several tiles of the sampler per batch, so that padding costs little
@@ -106,7 +106,7 @@ def request_histories(config: GenerateConfig, run: Run) -> Histories | None:
     if config.interactions is None or config.items is None:
         return None
     everything = config.interactions.model_copy(update={"hold_out": 0.0, "min_likes": 0})
-    items = open_parquet(config.items, "items")
+    items = open_items(config.items)
     item_id, rated_id, rated_uri = read_item_ids(items), np.array([], str), None
     generated = find_rated(config.catalog, config.interactions.path, item_id, *embedded_with(items))
     if generated.num_rows:

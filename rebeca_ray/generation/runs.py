@@ -10,6 +10,7 @@ from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.runs import BegunRun, RunRecord, unfinished_runs, write_begun, write_record
 from rebeca_ray.config.fields import NOT_COMPARED, fields_with
 from rebeca_ray.config.jobs import GenerateConfig, Resume
+from rebeca_ray.data.items import open_items
 from rebeca_ray.errors import InputError
 from rebeca_ray.identity import hash128
 from rebeca_ray.storage.filesystem import join, list_folders
@@ -26,15 +27,15 @@ NOT_COMPARED_ON_RESUME = fields_with(GenerateConfig, NOT_COMPARED)
 
 def describe_run(config: GenerateConfig, versions: dict[str, str], previous: str | None) -> Description:
     """Return the inputs of a run: settings, models, digests of its tables, and the snapshot it follows."""
-    inputs = {
-        "request": config.request,
-        "items": config.items,
-        "interactions": config.interactions and config.interactions.path,
-    }
+    tables = {"request": open_parquet(config.request, "request")}
+    if config.items:
+        tables["items"] = open_items(config.items)
+    if config.interactions:
+        tables["interactions"] = open_parquet(config.interactions.path, "interactions")
     description = {
         **flat("config", config.model_dump(mode="json", exclude=NOT_COMPARED_ON_RESUME)),
         **{f"version of {name}": version for name, version in versions.items()},
-        **{f"content of {name}": open_parquet(uri, name).digest() for name, uri in inputs.items() if uri},
+        **{f"content of {name}": table.digest() for name, table in tables.items()},
         "previous snapshot": previous,
     }
     return dict(json.loads(json.dumps(description)))  # as it is read back

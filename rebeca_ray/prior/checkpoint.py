@@ -1,5 +1,8 @@
 """Write and read a prior directory: self-describing, and complete for sampling.
 
+A job publishes each prior as a new version of its folder (catalog/versions.py). Readers take a folder with
+versions, one version, or a plain copy of one.
+
 config.json            network, diffusion, scaler, sampling, versions, sha256 of the other files
 model.safetensors      the averaged weights, and the user table of an `id` prior
 selector.safetensors   the selector, if the ratings had both likes and dislikes
@@ -12,6 +15,7 @@ This module imports torch late: a process that only reads a prior's tables start
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import tempfile
@@ -24,11 +28,12 @@ import pyarrow.parquet as pq
 from pydantic import ConfigDict, Field
 
 import rebeca_ray
+from rebeca_ray.catalog.versions import NewVersion, current_version
 from rebeca_ray.config.fields import Fraction, Settings, Size
 from rebeca_ray.config.load import parse_config
 from rebeca_ray.config.sections import DiffusionSettings, NetworkSettings, PriorSampling
 from rebeca_ray.errors import InputError, UserError, describe
-from rebeca_ray.storage.filesystem import join, open_filesystem
+from rebeca_ray.storage.filesystem import join, open_filesystem, storage_errors
 from rebeca_ray.storage.objects import JsonObject, read_json, write_json
 from rebeca_ray.storage.store import failure_types
 from rebeca_ray.storage.writable import require_writable
@@ -46,6 +51,7 @@ if TYPE_CHECKING:
 FORMAT = 4
 UNFINISHED = "unfinished"
 USER_ROWS = "user_rows"  # the table's name among the weights
+MARKERS = {"prior.json": "fencing_token", "config.json": "format"}  # of a folder that a job may replace
 
 
 class ScalerSettings(Settings):
@@ -108,47 +114,70 @@ class TrainedPrior:
         return torch.where((index_G < 0)[:, None, None], null_GUH, self.user_rows[index_G.clamp(min=0)])
 
 
+def publish_prior(prior: TrainedPrior, version: NewVersion, run_date: datetime.date | None) -> None:
+    """Write the prior as a new version, named by its fingerprint, and publish it.
+
+    The pointer records `run_date`, by default today in UTC. Raises LeaseHeldError if another writer holds the
+    lease by now, and StorageError if the store fails. Either leaves the published prior as it was.
+    """
+    run_date = run_date or datetime.datetime.now(datetime.UTC).date()
+    with tempfile.TemporaryDirectory() as scratch:
+        config = write_files(prior, Path(scratch))
+        upload(Path(scratch), version.begin(fingerprint(config)))
+        version.publish(run_date)
+
+
 def save_prior(prior: TrainedPrior, out: str) -> None:
-    """Write the directory `out` (local or `s3://`); `config.json` comes last, so that no half of it loads."""
+    """Write the prior's files into the folder `out`; `config.json` comes last, so no half of it loads."""
+    require_writable(out, "prior")
+    with tempfile.TemporaryDirectory() as scratch:
+        write_files(prior, Path(scratch))
+        write_json({"format": UNFINISHED}, join(out, "config.json"))
+        upload(Path(scratch), out)
+
+
+def upload(folder: Path, uri: str) -> None:
+    """Copy the files of a folder below `uri`. `config.json` comes last."""
+    filesystem, path = open_filesystem(uri)
+    with storage_errors(uri):
+        filesystem.makedirs(path, exist_ok=True)
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
+            filesystem.put_file(str(file), f"{path}/{file.name}")
+
+
+def write_files(prior: TrainedPrior, folder: Path) -> JsonObject:
+    """Write the files of a prior into a local folder; return its config."""
     from safetensors.torch import save
 
-    require_writable(out, "prior")
-    filesystem, path = open_filesystem(out)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        weights = {name: tensor.contiguous() for name, tensor in prior.network.state_dict().items()}
-        if prior.user_rows is not None:
-            weights[USER_ROWS] = prior.user_rows.contiguous()
-        # The weights' metadata repeat scaler and CLIP, because a wrong config.json could lie beside them.
-        data = save(weights, metadata=trained_with(prior.scaler.to_dict(), prior.clip))
-        (folder / "model.safetensors").write_bytes(with_sorted_metadata(data))
-        if prior.selector is not None:
-            selector = {name: tensor.contiguous() for name, tensor in prior.selector.state_dict().items()}
-            (folder / "selector.safetensors").write_bytes(save(selector))
-        if prior.users is not None:
-            pq.write_table(prior.users, folder / "users.parquet", compression="zstd")
-        hashed = {
-            file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())
-        }
-        (folder / "training.csv").write_text(prior.curve)
-        config = {
-            "format": FORMAT,
-            "rebeca_ray": rebeca_ray.__version__,
-            "network": prior.settings.model_dump(),
-            "diffusion": prior.diffusion.model_dump(),
-            "sampling": prior.sampling.model_dump(),
-            "condition_dropout": prior.condition_dropout,
-            "scaler": prior.scaler.to_dict(),
-            "num_users": 0 if prior.users is None else prior.users.num_rows,
-            "clip": prior.clip,
-            "metrics": prior.metrics,
-            "sha256": hashed,
-        }
-        (folder / "README.md").write_text(model_card(config))
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        write_json({"format": UNFINISHED}, join(out, "config.json"))
-        for name in [*hashed, "training.csv", "README.md", "config.json"]:
-            filesystem.put_file(str(folder / name), f"{path}/{name}")
+    weights = {name: tensor.contiguous() for name, tensor in prior.network.state_dict().items()}
+    if prior.user_rows is not None:
+        weights[USER_ROWS] = prior.user_rows.contiguous()
+    # The weights' metadata repeat scaler and CLIP, because a wrong config.json could lie beside them.
+    data = save(weights, metadata=trained_with(prior.scaler.to_dict(), prior.clip))
+    (folder / "model.safetensors").write_bytes(with_sorted_metadata(data))
+    if prior.selector is not None:
+        selector = {name: tensor.contiguous() for name, tensor in prior.selector.state_dict().items()}
+        (folder / "selector.safetensors").write_bytes(save(selector))
+    if prior.users is not None:
+        pq.write_table(prior.users, folder / "users.parquet", compression="zstd")
+    hashed = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+    (folder / "training.csv").write_text(prior.curve)
+    config = {
+        "format": FORMAT,
+        "rebeca_ray": rebeca_ray.__version__,
+        "network": prior.settings.model_dump(),
+        "diffusion": prior.diffusion.model_dump(),
+        "sampling": prior.sampling.model_dump(),
+        "condition_dropout": prior.condition_dropout,
+        "scaler": prior.scaler.to_dict(),
+        "num_users": 0 if prior.users is None else prior.users.num_rows,
+        "clip": prior.clip,
+        "metrics": prior.metrics,
+        "sha256": hashed,
+    }
+    (folder / "README.md").write_text(model_card(config))
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return config
 
 
 def with_sorted_metadata(safetensors: bytes) -> bytes:
@@ -171,14 +200,15 @@ def trained_with(scaler: dict[str, float], clip: str | None) -> dict[str, str]:
 
 
 def load_prior(uri: str, device: str = "cpu") -> TrainedPrior:
-    """Load a prior directory. Raises InputError if it is missing, incomplete, altered, or another format."""
+    """Load the published prior of a folder. Raises InputError unless it is complete and of this format."""
     from safetensors.torch import load
 
     from rebeca_ray.prior.denoisers import Prior
     from rebeca_ray.prior.scaler import EmbedScaler
     from rebeca_ray.prior.selector import Selector
 
-    config = read_prior_config(uri)
+    uri = current_version(uri, "prior")
+    config = read_config(uri)
     data = verified_file(uri, "model.safetensors", config)
     metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
     for name, expected in trained_with(config["scaler"], config["clip"]).items():
@@ -248,7 +278,12 @@ def verified_file(uri: str, name: str, config: JsonObject) -> bytes:
 
 
 def read_prior_config(uri: str) -> JsonObject:
-    """Return the `config.json` of a prior. Raises InputError if it is missing or has another format."""
+    """Return the `config.json` of the published prior of a folder. Raises InputError as `load_prior` does."""
+    return read_config(current_version(uri, "prior"))
+
+
+def read_config(uri: str) -> JsonObject:
+    """Return the `config.json` in a folder. Raises InputError if it is missing or has another format."""
     config = read_json(join(uri, "config.json"))
     if config is None:
         raise InputError(

@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 
 from rebeca_ray.catalog.read import Snapshot, read_catalog
+from rebeca_ray.catalog.versions import current_version
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import EmbedConfig, GenerateConfig, TrainConfig
 from rebeca_ray.config.load import parse_config
@@ -98,7 +99,7 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
     with phases("Write the report"):
         page = write_report(
             out,
-            prior=Path(generate.prior),
+            prior=Path(current_version(generate.prior, "prior")),
             snapshot=snapshot,
             interactions=interactions,
             check=check,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from jinja2 import Environment, PackageLoader, select_autoescape
+from jinja2 import Environment, PackageLoader
 
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.data.interactions import Interactions
@@ -53,9 +53,10 @@ def write_report(
     phases: dict[str, float],
 ) -> Path:
     """Write `out/report.html` and return its path."""
-    template = Environment(
-        loader=PackageLoader("rebeca_ray.stickers", "."), autoescape=select_autoescape()
-    ).get_template("report.html.j2")
+    # The name ends with `.j2`, so a choice by ending would escape nothing.
+    template = Environment(loader=PackageLoader("rebeca_ray.stickers", "."), autoescape=True).get_template(
+        "report.html.j2"
+    )
     page = out / "report.html"
     out.mkdir(parents=True, exist_ok=True)
     page.write_text(

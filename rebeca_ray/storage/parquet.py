@@ -9,6 +9,7 @@ footer is read again.
 
 import hashlib
 import json
+import posixpath
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -152,13 +153,14 @@ class ParquetInput:
         )
 
 
-def open_parquet(uri: str, what: str) -> ParquetInput:
+def open_parquet(uri: str, what: str, *, files: list[str] | None = None) -> ParquetInput:
     """Open a Parquet file or a folder of Parquet files, without reading a footer twice in this process.
 
-    Raises InputError, naming `what`, if there is no file, or one that is not Parquet or repeats a column
-    name. Files that differ in their columns are refused too: a reader would drop columns silently.
+    `files` are the addresses of all files, if its writer listed them. Raises InputError, naming `what`, if
+    there is no file, or one that is not Parquet or repeats a column name. Files that differ in their columns
+    are refused too: a reader would drop columns silently.
     """
-    listing = list_parquet(uri, what)
+    listing = list_parquet(uri, what, files)
     return ParquetInput(uri=uri, what=what, listing=listing, footers=remembered_footers(uri, what, listing))
 
 
@@ -172,15 +174,24 @@ def read_table(uri: str, what: str, columns: list[str] | None = None) -> pa.Tabl
     return ParquetInput(uri=uri, what=what, listing=listing, footers=footers).read(columns)
 
 
-def list_parquet(uri: str, what: str) -> tuple[InputFile, ...]:
-    """Return the Parquet files of `uri` in the order of their paths. Raises InputError if there is none."""
+def list_parquet(uri: str, what: str, only: list[str] | None = None) -> tuple[InputFile, ...]:
+    """Return the Parquet files of `uri` in the order of their paths. Raises InputError if there is none.
+
+    `only` are the addresses of all files, if they are known. Raises InputError if one of them is missing.
+    """
     filesystem, path = open_filesystem(uri)
     filesystem.invalidate_cache()
     try:
-        if filesystem.isfile(path):
+        if only:
+            infos = listed_files(filesystem, [open_filesystem(file)[1] for file in only], f"{what} {uri}")
+        elif filesystem.isfile(path):
             infos = {path: filesystem.info(path)}
         else:
-            infos = filesystem.find(path, detail=True)
+            infos = {
+                name: info
+                for name, info in filesystem.find(path, detail=True).items()
+                if not is_hidden(str(name).removeprefix(path))
+            }
         files = [
             listed(filesystem, str(name), info)
             for name, info in infos.items()
@@ -191,6 +202,19 @@ def list_parquet(uri: str, what: str) -> tuple[InputFile, ...]:
     if not files:
         raise InputError(f"{what} {uri}: not found; give a Parquet file, or a folder that holds some")
     return tuple(sorted(files))
+
+
+def listed_files(filesystem: AbstractFileSystem, paths: list[str], name: str) -> dict[str, dict[str, Any]]:
+    """Return the entries of `paths` in one listing of their common folder."""
+    entries = filesystem.find(posixpath.commonpath(map(posixpath.dirname, paths)), detail=True)
+    if missing := [path for path in paths if path not in entries]:
+        raise InputError(f"{name}: file {missing[0]} is missing; restore it, or write the table again")
+    return {path: entries[path] for path in paths}
+
+
+def is_hidden(path: str) -> bool:
+    """Return whether a path below a folder is no data: one of its names begins with `_` or `.`."""
+    return any(name.startswith(("_", ".")) for name in path.split("/"))
 
 
 def listed(filesystem: AbstractFileSystem, path: str, info: dict[str, Any]) -> InputFile:

@@ -35,8 +35,11 @@ def require_writable(uri: str, what: str) -> None:
                 folder.rmdir()
 
 
-def require_own(uri: str, what: str, marker: str, key: str) -> None:
-    """Raise UserError unless `uri` is empty or holds a JSON `marker` with `key`: the job replaces it."""
+def require_own(uri: str, what: str, markers: dict[str, str]) -> None:
+    """Raise UserError unless `uri` is empty, or one of the JSON `markers` in it has its key.
+
+    The job replaces it.
+    """
     filesystem, path = open_filesystem(uri)
     try:
         occupied = filesystem.exists(path) and (filesystem.isfile(path) or filesystem.ls(path))
@@ -44,8 +47,8 @@ def require_own(uri: str, what: str, marker: str, key: str) -> None:
         raise InputError(
             f"{what} {uri}: cannot be read ({describe(error)}); check the path and the credentials"
         ) from None
-    if occupied and key not in (read_json(join(uri, marker)) or {}):
+    if occupied and not any(key in (read_json(join(uri, name)) or {}) for name, key in markers.items()):
         raise InputError(
-            f"{what} {uri}: holds something else (no {marker} of ours) and would be replaced; "
+            f"{what} {uri}: holds something else (no {' or '.join(markers)} of ours) and would be replaced; "
             "choose another folder"
         )

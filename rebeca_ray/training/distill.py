@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from rebeca_ray.catalog.versions import replace_version
 from rebeca_ray.config.jobs import DistillConfig
 from rebeca_ray.config.sections import PriorSampling, SamplerSettings
 from rebeca_ray.data.feedback import with_rated
@@ -24,7 +25,7 @@ from rebeca_ray.data.histories import build_histories
 from rebeca_ray.data.items import check_items_fit, read_image_embeds
 from rebeca_ray.errors import InputError, QualityGateError
 from rebeca_ray.noise import item_noise
-from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior, read_prior_config, save_prior
+from rebeca_ray.prior.checkpoint import MARKERS, TrainedPrior, load_prior, publish_prior, read_prior_config
 from rebeca_ray.prior.denoisers import LIKE, Prior
 from rebeca_ray.prior.diffusion import Denoiser, Diffusion
 from rebeca_ray.prior.sampling import dpm_solver_pp_2m, guided_denoiser, sample_liked
@@ -59,15 +60,23 @@ class Trajectories:
 def distill_prior(config: DistillConfig) -> dict[str, float]:
     """Distill `config.prior` into `config.out`; return the figures of student and teacher.
 
-    Raises InputError for a teacher that cannot be distilled. Raises QualityGateError and writes nothing in
-    two cases: the selector likes the student's samples less than `config.min_quality` times as much as the
+    Raises InputError for a teacher that cannot be distilled. Raises QualityGateError and publishes nothing
+    in two cases: the selector likes the student's samples less than `config.min_quality` times as much as the
     teacher's, or they differ less than `config.min_diversity` times as much. A `history` prior is judged on
     users that the student did not learn on.
     """
     teacher = load_prior(config.prior, config.device)
     check_teacher(teacher, config)
-    require_own(config.out, "out", "config.json", "format")
+    require_own(config.out, "out", MARKERS)
     require_writable(config.out, "out")
+    with replace_version(config.out, "prior", "distill") as version:
+        student, figures = fit_and_judge(teacher, config)
+        publish_prior(replace(student, metrics={**teacher.metrics, **figures}), version, None)
+    return figures
+
+
+def fit_and_judge(teacher: TrainedPrior, config: DistillConfig) -> tuple[TrainedPrior, dict[str, float]]:
+    """Return the student, and the figures of student and teacher. Raises QualityGateError for a bad one."""
     torch.manual_seed(config.seed)
     diffusion = Diffusion.build(teacher.diffusion, config.device)
     timesteps = diffusion.inference_timesteps(config.num_inference_steps)
@@ -92,8 +101,7 @@ def distill_prior(config: DistillConfig) -> dict[str, float]:
                 f"min_{figure} is {least:.1%}; "
                 "raise num_trajectories, max_epochs or num_inference_steps"
             )
-    save_prior(replace(student, metrics={**teacher.metrics, **figures}), config.out)
-    return figures
+    return student, figures
 
 
 def check_teacher(teacher: TrainedPrior, config: DistillConfig) -> None:

@@ -1,11 +1,16 @@
 """Train the prior with Ray Train: from interactions and embedded items to a prior directory."""
 
 import csv
+import datetime
 import hashlib
 import io
 import logging
+import signal
 import statistics
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +20,7 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, Ru
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rebeca_ray import identity
+from rebeca_ray.catalog.versions import replace_version
 from rebeca_ray.config.jobs import TrainConfig
 from rebeca_ray.config.sections import PriorSampling
 from rebeca_ray.data.feedback import with_rated
@@ -22,7 +28,7 @@ from rebeca_ray.data.histories import Histories, build_histories, user_table
 from rebeca_ray.data.items import EmbeddedItems, read_image_embeds
 from rebeca_ray.errors import InputError, UserError
 from rebeca_ray.log import current_settings, set_run_id
-from rebeca_ray.prior.checkpoint import TrainedPrior, save_prior
+from rebeca_ray.prior.checkpoint import MARKERS, TrainedPrior, publish_prior
 from rebeca_ray.prior.denoisers import Prior
 from rebeca_ray.prior.scaler import EmbedScaler
 from rebeca_ray.prior.user_blocks import Batch
@@ -38,21 +44,33 @@ log = logging.getLogger(__name__)
 VALIDATION_SAMPLES = 8192
 
 
-def train_prior(config: TrainConfig) -> dict[str, float]:
-    """Train a prior by `config` and write its directory; return the metrics of the best epoch.
+def train_prior(config: TrainConfig, *, run_date: datetime.date | None = None) -> dict[str, float]:
+    """Train a prior by `config` and publish it in `config.out`; return the metrics of the best epoch.
+
+    The pointer records `run_date`, by default today in UTC. Raises LeaseHeldError if another process writes
+    `config.out`. Any error leaves the published prior as it was.
+    """
+    items = read_image_embeds(config.items)
+    require_own(config.out, "out", MARKERS)
+    require_writable(config.out, "out")
+    require_writable(config.storage, "storage")
+    with replace_version(config.out, "prior", "train") as version:
+        prior = fit_prior(config, items)
+        publish_prior(prior, version, run_date)
+    return prior.metrics
+
+
+def fit_prior(config: TrainConfig, items: EmbeddedItems) -> TrainedPrior:
+    """Return the prior of the best epoch, calibrated.
 
     Interactions stream to the workers through Ray Data, one row per user. Item embeddings are in Ray's object
     store, once per node. A killed run resumes from its last epoch if it is started again with the same
     storage and run name. Raises InputError if the loss diverges; the best epoch's checkpoint stays in the
     storage.
     """
-    items = read_image_embeds(config.items)
     scaler = EmbedScaler.fit(torch.from_numpy(items.image_embeds), clamp=config.embed_clamp)
     if config.catalog is not None:
         items = with_rated(items, config.catalog, config.interactions.path)
-    require_own(config.out, "out", "config.json", "format")
-    require_writable(config.out, "out")
-    require_writable(config.storage, "storage")
     histories = build_histories(config.interactions, items.item_id, config.storage)
     start_ray()
     workers = config.workers
@@ -73,13 +91,28 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
     x0_ID = scaler.scale(torch.from_numpy(items.image_embeds)).numpy()
     drop_torn_record(join(config.storage, config.run_name, "checkpoint_manager_snapshot.json"))
     set_run_id(config.run_name)
-    result = build_trainer(config, histories, x0_ID).fit()
+    with sigint_kept():
+        result = build_trainer(config, histories, x0_ID).fit()
     set_run_id(None)
     state, last = read_best(result)
     prior = trained_prior(config, items, scaler, histories, state=state, last=last)
-    prior = calibrate_prior(prior, histories, x0_ID, seed=config.optimization.seed)
-    save_prior(prior, config.out)
-    return prior.metrics
+    return calibrate_prior(prior, histories, x0_ID, seed=config.optimization.seed)
+
+
+@contextmanager
+def sigint_kept() -> Iterator[None]:
+    """Keep the handler of SIGINT, which Ray Train replaces, and end an interrupt as one.
+
+    Ray Train would end the process with code 0, and would still take a SIGINT long after its workers ended.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def build_trainer(config: TrainConfig, histories: Histories, x0_ID: np.ndarray) -> TorchTrainer:

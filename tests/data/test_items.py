@@ -1,26 +1,35 @@
 """Embedding items with the bundled CLIP through Ray Data."""
 
+import datetime
 import io
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import open_clip
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from rebeca_ray import schemas
+from rebeca_ray.catalog.lease import hold_lease
+from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.config.jobs import EmbedConfig
+from rebeca_ray.data import items
 from rebeca_ray.data.clip import clip_fingerprint, load_clip
 from rebeca_ray.data.items import embed_items, read_image_embeds
-from rebeca_ray.errors import UserError
+from rebeca_ray.errors import InputError, LeaseHeldError, StorageError, UserError
 from rebeca_ray.stickers import CLIP, EMBED_DIM, ITEMS
+from rebeca_ray.storage.parquet import ParquetInput
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -106,7 +115,9 @@ def test_an_item_that_is_no_image_is_named_and_the_last_embedding_stays(
     )
     assert "Traceback" not in out.stdout + out.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        ".items.lock",
         "embedding.json",
+        "items.json",
         "yesterday.parquet",
     ]
 
@@ -134,7 +145,7 @@ def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path: Path) -> N
     (tmp_path / "data" / "catalog").mkdir(parents=True)
     with pytest.raises(
         UserError,
-        match=r"holds something else \(no embedding.json of ours\) and would be replaced; choose another",
+        match=r"holds something else \(no items.json or embedding.json of ours\) and would be replaced",
     ):
         embed_items(
             EmbedConfig(
@@ -191,3 +202,143 @@ def test_embeddings_that_have_no_direction_are_refused_by_name(tmp_path: Path, b
         UserError, match=r"1 of 4 image_embeds are zero or not finite \(c\); embed those items again"
     ):
         read_image_embeds(str(tmp_path / "items.parquet"))
+
+
+class Embedded:
+    """Stands for a Ray Dataset: its rows are written in two files, and `between` runs after the first."""
+
+    def __init__(self, config: EmbedConfig, table: pa.Table, between: Callable[[], None]) -> None:
+        vector = np.full((table.num_rows, 8), len(config.clip), np.float32)
+        column = pa.FixedSizeListArray.from_arrays(pa.array(vector.ravel()), type=schemas.image_embeds(8))
+        self.table = table.append_column("image_embeds", column)
+        self.between = between
+
+    def write_parquet(self, path: str, **_: object) -> None:
+        Path(path).mkdir(parents=True)
+        pq.write_table(self.table.slice(0, 1), f"{path}/0.parquet")
+        self.between()
+        pq.write_table(self.table.slice(1), f"{path}/1.parquet")
+
+    def count(self) -> int:
+        return self.table.num_rows
+
+
+class World(NamedTuple):
+    """An embedding without Ray: `reads` gets the ids and values that a reader sees half-way."""
+
+    config: EmbedConfig
+    reads: list[list[str]]
+    error: list[BaseException]
+
+    def put(self, *names: str) -> None:
+        image = pq.read_table(ITEMS)["image"][0].as_py()
+        table = pa.table({"item_id": names, "image": [image] * len(names)}, schema=schemas.ITEMS)
+        pq.write_table(table, self.config.items)
+
+    def ids(self) -> list[str]:
+        return sorted(read_image_embeds(self.config.out).item_id.tolist())
+
+    def files(self) -> list[str]:
+        return sorted(
+            str(path.relative_to(self.config.out)) for path in Path(self.config.out).rglob("*.parquet")
+        )
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    config = EmbedConfig(
+        items=str(tmp_path / "items.parquet"), clip=f"local-dir:{CLIP}", out=str(tmp_path / "out")
+    )
+    world = World(config, [], [])
+
+    def between() -> None:
+        if Path(config.out, "items.json").exists():
+            with suppress(InputError):
+                world.reads.append(world.ids())
+        for error in world.error:
+            raise error
+
+    def embed(config: EmbedConfig, source: ParquetInput, kept: np.ndarray | None) -> Embedded:
+        table = source.read(["item_id"])
+        if kept is not None:
+            table = table.filter(pc.invert(pc.is_in(table["item_id"], value_set=pa.array(kept))))
+        return Embedded(config, table, between)
+
+    monkeypatch.setattr(items, "embed_images", embed)
+    monkeypatch.setattr(items, "clip_fingerprint", lambda _: "clip")
+    return world
+
+
+def test_new_items_join_the_others_and_no_reader_sees_half(world: World) -> None:
+    world.put("a", "b")
+    assert embed_items(world.config) == 2
+    world.put("a", "b", "c", "d")
+    assert embed_items(world.config, only_new=True) == 2
+    folders = ["_versions/00000001-clip", "_versions/00000002-clip"]
+    assert world.files() == [f"{folder}/{part}.parquet" for folder in folders for part in "01"]
+    assert world.ids() == ["a", "b", "c", "d"]
+    assert embed_items(world.config, only_new=True) == 0  # nothing is new, so nothing is published
+    assert read_pointer(world.config.out, "items")[0].fencing_token == 3
+    assert embed_items(world.config) == 4  # all again: readers of the previous version can finish
+    assert world.reads == [["a", "b"], ["a", "b", "c", "d"]]
+    assert len(world.files()) == 6
+    pinned = read_image_embeds(f"{world.config.out}/{folders[1]}")
+    assert sorted(pinned.item_id.tolist()) == ["a", "b", "c", "d"]
+    assert pinned.clip == "clip"
+    world.put("a", "b", "c", "d", "e", "f")
+    assert embed_items(world.config, only_new=True, run_date=datetime.date(2026, 3, 1)) == 2
+    assert len(world.files()) == 4  # the all again, and the two new ones
+    assert world.ids() == ["a", "b", "c", "d", "e", "f"]
+    assert read_pointer(world.config.out, "items")[0].run_date == "2026-03-01"
+
+
+def test_an_older_layout_is_read_and_extended(world: World) -> None:
+    world.put("a", "b", "c")
+    out = Path(world.config.out)
+    out.mkdir()
+    column = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(8, np.float32)), type=schemas.image_embeds(8))
+    pq.write_table(pa.table({"item_id": ["a"], "image_embeds": column}), out / "part.parquet")
+    (out / "embedding.json").write_text('{"clip": "clip", "rows": 1}')
+    assert world.ids() == ["a"]
+    assert embed_items(world.config, only_new=True) == 2
+    assert world.reads == [["a"]]
+    assert world.ids() == ["a", "b", "c"]
+    world.put("a", "b", "c", "d", "e")
+    assert embed_items(world.config, only_new=True) == 2
+    assert world.ids() == ["a", "b", "c", "d", "e"]
+    assert embed_items(world.config) == 5
+    assert (out / "part.parquet").exists()  # the previous version lists it
+    world.put("a", "b", "c", "d", "e", "f", "g")
+    assert embed_items(world.config, only_new=True) == 2
+    assert not (out / "part.parquet").exists()
+    assert not (out / "embedding.json").exists()
+    assert world.ids() == ["a", "b", "c", "d", "e", "f", "g"]
+
+
+@pytest.mark.parametrize("error", [StorageError("disk full"), KeyboardInterrupt()])
+def test_an_embedding_that_fails_leaves_the_items(world: World, error: BaseException) -> None:
+    world.put("a", "b")
+    embed_items(world.config)
+    world.put("a", "b", "c", "d")
+    world.error.append(error)
+    with pytest.raises(type(error)):
+        embed_items(world.config, only_new=True)
+    assert world.ids() == ["a", "b"]
+    assert len(world.files()) == 2
+
+
+def test_one_of_two_embeddings_works(world: World) -> None:
+    world.put("a", "b")
+    with (
+        hold_lease(world.config.out, "embed", 1.0, "items"),
+        pytest.raises(LeaseHeldError, match="^items .*out: run embed .* is at work on it"),
+    ):
+        embed_items(world.config)
+
+
+def test_a_listed_file_that_is_gone_is_named(world: World) -> None:
+    world.put("a", "b")
+    embed_items(world.config)
+    next(Path(world.config.out).rglob("0.parquet")).unlink()
+    with pytest.raises(InputError, match=r"^items .*: file .*0.parquet is missing; restore it"):
+        read_image_embeds(world.config.out)

@@ -44,7 +44,7 @@ READERS: list[Callable[[str], Any]] = [
     lambda uri: read_json(f"{uri}/a.json"),
 ]
 WRITERS: list[Callable[[str], Any]] = [
-    lambda uri: require_own(uri, "out", "embedding.json", "clip"),
+    lambda uri: require_own(uri, "out", {"items.json": "fencing_token", "embedding.json": "clip"}),
     lambda uri: require_writable(uri, "out"),
 ]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rebeca_ray import schemas
+from rebeca_ray.catalog.versions import current_version
 from rebeca_ray.config.jobs import DistillConfig
 from rebeca_ray.config.sections import NetworkSettings, PriorSampling, SamplerSettings
 from rebeca_ray.errors import QualityGateError, UserError
@@ -118,7 +119,8 @@ def test_the_student_comes_near_its_teacher_in_a_few_passes(teacher: str) -> Non
     )
     assert len(calls) == 4  # no second, unconditional half
     losses = [
-        float(line.split(",")[1]) for line in (Path(config.out) / "training.csv").read_text().splitlines()[1:]
+        float(line.split(",")[1])
+        for line in Path(current_version(config.out, "prior"), "training.csv").read_text().splitlines()[1:]
     ]
     assert losses[-1] < 0.2 * losses[0]
 
@@ -127,7 +129,8 @@ def test_below_the_bar_nothing_is_written(teacher: str) -> None:
     config = configure(teacher, min_quality=1.01, max_epochs=1)
     with pytest.raises(QualityGateError, match=r"of the teacher's quality, min_quality is 101.0%"):
         distill_prior(config)
-    assert not (Path(config.out) / "config.json").exists()
+    with pytest.raises(UserError, match="no config.json there"):
+        load_prior(config.out)
 
 
 @pytest.mark.parametrize(

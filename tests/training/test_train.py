@@ -1,7 +1,10 @@
 """Training with Ray Train: balanced users, two workers, kill and resume, and a prior that learned."""
 
+import datetime
+import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,24 +18,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 
 from rebeca_ray import schemas
+from rebeca_ray.catalog.lease import hold_lease
+from rebeca_ray.catalog.pointer import read_pointer
+from rebeca_ray.catalog.versions import current_version
 from rebeca_ray.config.jobs import TrainConfig
 from rebeca_ray.config.sections import SamplerSettings
 from rebeca_ray.data.histories import build_histories
 from rebeca_ray.data.items import read_image_embeds
-from rebeca_ray.errors import UserError
-from rebeca_ray.prior.checkpoint import load_prior
+from rebeca_ray.errors import LeaseHeldError, StorageError, UserError
+from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked
 from rebeca_ray.prior.scaler import EmbedScaler
 from rebeca_ray.prior.user_blocks import USERS_PER_BLOCK, Batch, Rated, UserBlock
 from rebeca_ray.prior.users import UserTable
 from rebeca_ray.storage.parquet import read_table
+from rebeca_ray.training import train
 from rebeca_ray.training.loop import train_epoch
 from rebeca_ray.training.state import DenoisingLoss, TrainState
 from rebeca_ray.training.train import drop_torn_record, run_name, train_prior
-from tests.conftest import D
+from tests.conftest import D, untrained_prior
 
 
 @pytest.fixture
@@ -62,6 +70,10 @@ def world(tmp_path: Path) -> dict[str, str]:
         "items": str(tmp_path / "items.parquet"),
         "folder": str(tmp_path),
     }
+
+
+def training_csv(config: TrainConfig) -> list[str]:
+    return Path(current_version(config.out, "prior"), "training.csv").read_text().splitlines()
 
 
 def configure(world: dict[str, str], user_encoder: str = "id", **optimization: object) -> TrainConfig:
@@ -129,7 +141,7 @@ def test_the_prior_learns_who_likes_what_and_a_rerun_changes_nothing(
         drawn[:, None], prior.scaler.scale(centres)[None], dim=-1
     ).argmax(1)
     assert (nearest == torch.arange(2).repeat_interleave(20)).float().mean() >= 0.95
-    lines = (Path(config.out) / "training.csv").read_text().splitlines()
+    lines = training_csv(config)
     assert lines[0] == "epoch,train_loss,val_loss,learning_rate,samples_per_second"
     assert float(lines[-1].split(",")[1]) < 0.7 * float(lines[1].split(",")[1])
     assert train_prior(config) == metrics  # the finished run is read again, not repeated
@@ -145,7 +157,8 @@ def test_a_loss_that_diverges_at_once_keeps_nothing(world: dict[str, str]) -> No
     )
     with pytest.raises(UserError, match=message):
         train_prior(config)
-    assert not (Path(config.out) / "config.json").exists()
+    with pytest.raises(UserError, match="no config.json there"):
+        load_prior(config.out)
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -233,7 +246,9 @@ def test_users_that_are_streamed_reach_one_of_two_workers_each(world: dict[str, 
 def test_a_folder_that_holds_something_else_is_not_overwritten(world: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "config.json").write_text('{"theirs": 1}')
-    with pytest.raises(UserError, match=r"out .*project: holds something else \(no config.json of ours\)"):
+    with pytest.raises(
+        UserError, match=r"out .*project: holds something else \(no prior.json or config.json of ours\)"
+    ):
         train_prior(configure(world).model_copy(update={"out": str(tmp_path / "project")}))
     assert [path.name for path in (tmp_path / "project").iterdir()] == ["config.json"]
 
@@ -260,8 +275,10 @@ def start_training(config: TrainConfig, folder: Path, ray_address: str) -> subpr
     script = textwrap.dedent(
         """
         import sys
+        from rebeca_ray.catalog import versions
         from rebeca_ray.config.jobs import TrainConfig
         from rebeca_ray.training.train import train_prior
+        versions.LEASE_SECONDS = 2.0
         print(train_prior(TrainConfig.model_validate_json(open(sys.argv[1]).read())))
         """
     )
@@ -304,10 +321,84 @@ def test_killed_workers_and_drivers_go_on_from_the_last_epoch(
             min(epochs_in(out)) > 3
         )  # keeping a checkpoint takes its time: the last two may not have been kept yet
     assert epochs_in(out)[-1] == 12
-    epochs = [
-        int(line.split(",")[0]) for line in (Path(config.out) / "training.csv").read_text().splitlines()[1:]
-    ]
+    epochs = [int(line.split(",")[0]) for line in training_csv(config)[1:]]
     assert epochs == list(range(1, 13))
+
+
+def test_one_of_two_trainings_works_and_a_kill_leaves_the_prior(
+    world: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fit is replaced by a prior with other weights each time."""
+    config = configure(world)
+    seeds = iter(range(9))
+
+    def fit(config: TrainConfig, _: object) -> TrainedPrior:
+        prior = untrained_prior(config.network.model_copy(update={"user_encoder": "history"}))
+        prior.network.null_user_UH.data.fill_(next(seeds))
+        return prior
+
+    monkeypatch.setattr(train, "fit_prior", fit)
+    train_prior(config, run_date=datetime.date(2026, 3, 1))
+    first = load_prior(config.out).fingerprint
+    assert current_version(config.out, "prior").endswith(f"_versions/00000001-{first}")
+    assert read_pointer(config.out, "prior")[0].run_date == "2026-03-01"
+
+    with (
+        hold_lease(config.out, "train", 1.0, "prior"),
+        pytest.raises(LeaseHeldError, match="^prior .*prior: run train .* is at work on it"),
+    ):
+        train_prior(config)
+
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            textwrap.dedent(
+                """
+                import os, signal, sys
+                from rebeca_ray.catalog import versions
+                from rebeca_ray.prior import checkpoint
+                from rebeca_ray.prior.checkpoint import load_prior, publish_prior
+                from rebeca_ray.storage import store
+                versions.LEASE_SECONDS = 1.0
+                prior = load_prior(sys.argv[1])
+                prior.network.null_user_UH.data.fill_(77)
+                versions.NewVersion.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+                with versions.replace_version(sys.argv[1], "prior", "train") as version:
+                    publish_prior(prior, version, None)
+                """
+            ),
+            config.out,
+        ],
+        timeout=120,
+        check=False,
+    )
+    assert process.returncode == -signal.SIGKILL
+    assert load_prior(config.out).fingerprint == first
+    assert len(list(Path(config.out, "_versions").iterdir())) == 2
+    train_prior(config)
+    second = load_prior(config.out).fingerprint
+    names = sorted(path.name for path in Path(config.out, "_versions").iterdir())
+    assert names == [f"00000001-{first}", f"00000004-{second}"]
+
+
+def test_a_full_disk_leaves_the_prior(world: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure(world)
+    prior = untrained_prior(config.network.model_copy(update={"user_encoder": "history"}))
+    monkeypatch.setattr(train, "fit_prior", lambda *_: prior)
+    train_prior(config)
+    before = load_prior(config.out).fingerprint
+
+    def full(self: object, local: str, remote: str) -> None:
+        if "selector" in remote or "training" in remote:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        shutil.copy(local, remote)
+
+    monkeypatch.setattr(LocalFileSystem, "put_file", full)
+    with pytest.raises(StorageError, match="cannot be written .No space left on device"):
+        train_prior(config)
+    assert load_prior(config.out).fingerprint == before
+    assert len(list(Path(config.out, "_versions").iterdir())) == 1
 
 
 def test_items_without_embeddings_are_refused(world: dict[str, str]) -> None:

@@ -1,0 +1,188 @@
+"""Start Ray on this machine, or join a cluster. Each failure is one line with its remedy.
+
+A Ray that starts here listens on loopback alone. Only its user may read its token, `~/.ray/auth_token`.
+"""
+
+import errno
+import logging
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from rebeca_ray.errors import InputError, ResumableError, UserError, describe
+
+PROBE_SECONDS, PROBES_LAST = 5, 20  # of one connection to a cluster's address, and of all tries together
+GCS_WAIT = "RAY_gcs_server_port_wait_time_s"  # tries of 40 s to reach a cluster; Ray's default is 20 of them
+MIN_FREE_BYTES = 200 * 2**20  # in the temporary folder: Ray's logs and sockets, without spilled objects
+UNUSABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+TOO_LONG = "AF_UNIX path length"
+log = logging.getLogger(__name__)
+
+
+def connect() -> None:
+    """Join the cluster of `RAY_ADDRESS` or of this machine; if there is none, start Ray here.
+
+    Raises InputError for a setting or a machine that a person must change, and ResumableError for a cluster
+    that does not answer within a minute.
+    """
+    import ray
+    from ray._private import ray_constants, services
+
+    # Its warning matters only to a Ray that listens to other machines.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    address = os.environ.get("RAY_ADDRESS") or None
+    try:
+        is_client = address is not None and "://" in address
+        find: Any = services.canonicalize_bootstrap_address  # None: start here
+        cluster = address if is_client else find(address)
+        if address is None and cluster is not None and not listens(cluster):
+            log.warning("a Ray at %s was killed and left its address; another starts here", cluster)
+            address, cluster = "local", None
+        if cluster is None:
+            check_temporary_folder()
+            protect_token()
+            ray_constants.ENABLE_RAY_CLUSTER = False  # Ray's switch for loopback, on every system
+        else:
+            await_answer(cluster)
+            os.environ.setdefault(GCS_WAIT, "1")
+        ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
+    except UserError:
+        raise
+    except Exception as error:  # its type depends on the part of Ray that failed
+        raise explained(error, address) from None
+
+
+def protect_token() -> None:
+    """Make Ray's token file private. A missing one is made, empty: Ray fills it when it starts.
+
+    Raises InputError if the file cannot be made or changed.
+    """
+    elsewhere = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if elsewhere or os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return
+    token = Path.home() / ".ray" / "auth_token"
+    try:
+        token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        token.touch(mode=0o600)
+        if token.stat().st_mode & 0o077:
+            token.chmod(0o600)
+    except OSError as error:
+        raise InputError(
+            f"HOME {Path.home()}: Ray's token {token} cannot be written ({describe(error)}); "
+            "set HOME to a writable folder, or the token in RAY_AUTH_TOKEN"
+        ) from None
+
+
+def temporary_folder() -> Path:
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
+
+
+def check_temporary_folder() -> None:
+    """Raise InputError unless Ray's temporary folder can be written and has space."""
+    folder = temporary_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise temporary_folder_fails(describe(error)) from None
+    if free < MIN_FREE_BYTES:
+        raise temporary_folder_fails(f"{free / 2**20:.0f} MiB free, Ray needs {MIN_FREE_BYTES / 2**20:.0f}")
+
+
+def temporary_folder_fails(reason: str) -> InputError:
+    return InputError(
+        f"Ray's temporary folder {temporary_folder()}: cannot be used ({reason}); "
+        "free space there, or set RAY_TMPDIR to another folder with a short path"
+    )
+
+
+def await_answer(address: str) -> None:
+    """Return once something listens at a cluster's address. Raises ResumableError if nothing does soon."""
+    deadline = time.monotonic() + PROBES_LAST
+    while True:
+        try:
+            probe(address)
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise no_answer(address, describe(error)) from None
+            time.sleep(1)
+
+
+def probe(address: str) -> None:
+    """Raise OSError unless something listens at `host:port` or `ray://host:port` (by default 10001)."""
+    parts = urlsplit(address if "://" in address else f"ray://{address}")
+    socket.create_connection((parts.hostname or "", parts.port or 10001), timeout=PROBE_SECONDS).close()
+
+
+def listens(address: str) -> bool:
+    try:
+        probe(address)
+    except OSError:
+        return False
+    return True
+
+
+def no_answer(address: str, reason: str) -> ResumableError:
+    return ResumableError(
+        f"RAY_ADDRESS {address}: no Ray answers there ({reason}); "
+        "start that cluster, or unset RAY_ADDRESS to start Ray here"
+    )
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and its causes, the outermost first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def explained(error: BaseException, address: str | None) -> UserError:
+    """Return the error to raise for a failure of Ray's start."""
+    causes = list(chain(error))
+    text = " ".join(" ".join(str(cause).split()) for cause in causes)
+    name = f"Ray at {address}" if address else "Ray"
+    if "no authentication token was found" in text:
+        return InputError(
+            f"{name}: asks for a token, and none is set; "
+            "copy the cluster's token to ~/.ray/auth_token, or give it in RAY_AUTH_TOKEN"
+        )
+    if "token is invalid" in text or "nauthenticated" in text or "InvalidAuthToken" in text:
+        return InputError(
+            f"{name}: refuses the token; copy the cluster's token to ~/.ray/auth_token, "
+            "or give it in RAY_AUTH_TOKEN"
+        )
+    if "ersion mismatch" in text:
+        return InputError(
+            f"{name}: runs other versions of Ray or Python ({versions_in(text)}); "
+            "install the same versions here and there"
+        )
+    if TOO_LONG in text:
+        return temporary_folder_fails("its path is too long for a socket")
+    for cause in causes:
+        if isinstance(cause, OSError) and cause.errno in UNUSABLE:
+            return temporary_folder_fails(describe(cause))
+    if address == "auto":
+        return InputError(
+            "RAY_ADDRESS auto: no Ray runs on this machine; start one, or unset RAY_ADDRESS to start Ray here"
+        )
+    if isinstance(error, ValueError):
+        return InputError(f"RAY_ADDRESS {address}: {describe(error)}; give host:port, auto or local")
+    if address not in (None, "local") and isinstance(error, ConnectionError):
+        return no_answer(address or "", describe(error))
+    return ResumableError(
+        f"{name}: could not be started or joined ({describe(error).split('. ')[0]}); "
+        "look at RAY_ADDRESS and the machine's load, start again"
+    )
+
+
+def versions_in(text: str) -> str:
+    """Return the versions that Ray's message compares."""
+    return text.partition("ersion mismatch")[2].lstrip(": ")[:200]
