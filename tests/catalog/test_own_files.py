@@ -142,12 +142,12 @@ def test_a_collection_that_lost_its_lease_removes_nothing(
 
     def steal(*_: object, **__: object) -> object:
         change_pointer(root, lambda pointer: replace(pointer, lease=None))
-        return found
+        return garbage
 
     from rebeca_ray.catalog import gc
 
     now = gc.datetime.now(gc.UTC)
-    found = gc.find_garbage(root, keep=1, now=now, grace=gc.timedelta(0))
+    garbage = gc.find_garbage(root, keep=1, now=now, grace=gc.timedelta(0))
     monkeypatch.setattr(gc, "find_garbage", steal)
     with pytest.raises(LeaseHeldError):
         collect(root, keep=1, grace_hours=0)
