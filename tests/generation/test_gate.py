@@ -192,9 +192,9 @@ def test_a_drop_against_the_last_snapshot_refuses(name: str) -> None:
     assert refusals(manifest_of(**{name: 0.81 * former}), before, gate) == []
     (reason,) = refusals(manifest_of(**{name: 0.79 * former}), before, gate)
     assert reason == (
-        f"{name} is {0.79 * former:g}, 21.0% below the previous snapshot's {former:g} (gate.max_drop is 20.0%)"
+        f"{name} is {0.79 * former:g}, 21.0% below the previous snapshot's {former:g} "
+        "(gate.max_drop is 20.0%)"
     )
-    assert refusals(manifest_of(**{name: 0.79 * former}), None, gate) == []
 
 
 @pytest.mark.parametrize("name", ["failed", "filtered", "duplicates"])
