@@ -5,7 +5,8 @@ from datetime import datetime
 
 from rebeca_ray.catalog.layout import work_folder
 from rebeca_ray.storage.filesystem import join, list_folders
-from rebeca_ray.storage.objects import JsonObject, read_json, write_json
+from rebeca_ray.storage.objects import JsonObject
+from rebeca_ray.storage.records import read_record, write_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +26,11 @@ class BegunRun:
 def unfinished_runs(root: str) -> dict[str, BegunRun]:
     """Return the runs with a work folder by their id, the latest last.
 
-    A published run keeps one for a moment only.
+    A published run keeps one for a moment only. A run whose `run.json` is damaged cannot be resumed: it is
+    left out, with a warning.
     """
     folders = list_folders(join(root, "work"))
-    values = (read_json(join(root, "work", name, "run.json")) for name in folders)
+    values = (read_record(join(root, "work", name, "run.json")) for name in folders)
     runs = [
         BegunRun(**{field: record[field] for field in ("run_id", "run_date", "begun_at", "described")})
         for record in values
@@ -39,4 +41,4 @@ def unfinished_runs(root: str) -> dict[str, BegunRun]:
 
 def write_begun(root: str, run: BegunRun) -> None:
     """Write `run.json`, before the run writes anything else."""
-    write_json(asdict(run), join(work_folder(root, run.run_id), "run.json"))
+    write_record(asdict(run), join(work_folder(root, run.run_id), "run.json"))

@@ -74,7 +74,8 @@ def forecast(context: RunContext, decisions: Decisions, images_per_second: float
     batch, actors = config.decoder.batch_size, config.decoder.num_actors
     images = decisions.planned_items
     render = seconds_of(stages.get("render"), padded(images, batch, actors), actors, images_per_second, batch)
-    plan = seconds_of(stages.get("plan"), images, config.sampler.num_actors, None, 1)
+    planned = images + decisions.rescored_items
+    plan = seconds_of(stages.get("plan"), planned, config.sampler.num_actors, None, 1)
 
     # Stages without actors, and the tables, grow with the request.
     growth = context.requested / previous.manifest.counts.requested if previous else 1.0
@@ -90,7 +91,7 @@ def forecast(context: RunContext, decisions: Decisions, images_per_second: float
         requested_items=context.requested,
         planned_users=decisions.planned_users,
         images=images,
-        seconds=(plan if images else 0.0, render if images else 0.0, other),
+        seconds=(plan if planned else 0.0, render if images else 0.0, other),
         bytes_written=int(images * bytes_per_image + tables_bytes * growth),
     )
 
