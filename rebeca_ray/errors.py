@@ -50,6 +50,19 @@ class ResumableError(UserError):
     exit_code = 75
 
 
+class DamagedFilesError(ResumableError):
+    """Files that a run needs are missing or damaged: their reasons by path. The run makes them again."""
+
+    def __init__(self, reasons: dict[str, str]) -> None:
+        path, reason = next(iter(reasons.items()))
+        others = f" and {len(reasons) - 1} more files" if len(reasons) > 1 else ""
+        super().__init__(f"{path}{others}: {reason}; expected the written file; start again, it is redone")
+        self.reasons = reasons
+
+    def __reduce__(self) -> tuple[type["DamagedFilesError"], tuple[dict[str, str]]]:
+        return DamagedFilesError, (self.reasons,)
+
+
 class ServerLostError(ResumableError):
     """The Triton server gave no answer and did not come back."""
 

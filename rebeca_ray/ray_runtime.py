@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -103,7 +103,9 @@ def require_room(
             raise InputError(f"{shortage}; {remedy}, or submit to a cluster that has them")
 
 
+A = TypeVar("A")
 T = TypeVar("T")
+TASK_SECONDS = 3600  # without an end of any task, after which they count as stuck
 
 
 def with_log(work: Callable[..., T]) -> Callable[..., T]:
@@ -137,29 +139,78 @@ def for_each_bucket(
     *,
     in_process: bool = False,
 ) -> list[T]:
-    """Return `work` of some buckets, in order; call `on_progress` whenever one is done.
+    """Return `work` of some buckets; see `for_each`."""
+    return for_each(work, buckets, on_progress, in_process=in_process)
 
-    Each bucket is a Ray task. A single one, and all of them with `in_process`, are done in this process.
+
+def for_each(
+    work: Callable[[A], T],
+    values: Sequence[A],
+    on_progress: Callable[[], None] | None = None,
+    *,
+    in_process: bool = False,
+) -> list[T]:
+    """Return `work` of some values, in order; call `on_progress` whenever one is done.
+
+    Each value is a Ray task. A single one, and all of them with `in_process`, are done in this process.
+    `work`, with everything it refers to, is stored once for all tasks. Raises ResumableError if no task ends
+    for TASK_SECONDS.
     """
-    if in_process or len(buckets) < 2:
-        return [work(bucket) for bucket in buckets]
+    if in_process or len(values) < 2:
+        results = []
+        for value in values:
+            results.append(work(value))
+            if on_progress:
+                on_progress()
+        return results
     import ray
 
     start_ray()
-    task: Any = ray.remote(with_log(work))
-    tasks = pending = [task.remote(bucket) for bucket in buckets]
+    shared = ray.put(with_log(work))
+    task: Any = ray.remote(call)
+    tasks = pending = [task.remote(shared, value) for value in values]
     while pending:
-        _, pending = ray.wait(pending, fetch_local=False)
+        done, pending = ray.wait(pending, timeout=TASK_SECONDS, fetch_local=False)
+        if not done:
+            for stuck in pending:
+                ray.cancel(stuck, force=True)
+            raise ResumableError(
+                f"{len(pending)} of {len(tasks)} Ray tasks are at work, and none ended within "
+                f"{TASK_SECONDS / 60:g} min; look at the store and the cluster's load, start again"
+            )
         if on_progress:
             on_progress()
     return list(ray.get(tasks))
 
 
+def call(work: Callable[[A], T], value: A) -> T:
+    return work(value)
+
+
+class Shared(Generic[T]):
+    """A value that Ray stores once, to be sent with small tasks; `in_process` it is kept as it is."""
+
+    def __init__(self, value: T, *, in_process: bool) -> None:
+        self.value: T | None = value
+        self.reference: Any = None
+        if not in_process:
+            import ray
+
+            self.value, self.reference = None, ray.put(value)
+
+    def get(self) -> T:
+        if self.reference is None:
+            return cast(T, self.value)
+        import ray
+
+        return cast(T, ray.get(self.reference))
+
+
 class ExcludeIds:
     """Rows in; rows out whose `item_id` is not among `ids`."""
 
-    def __init__(self, ids: pa.Array) -> None:
-        self.ids = ids
+    def __init__(self, ids: pa.Array, *, in_process: bool = False) -> None:
+        self.ids = Shared(ids, in_process=in_process)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return batch.filter(pc.invert(pc.is_in(batch["item_id"], value_set=self.ids)))
+        return batch.filter(pc.invert(pc.is_in(batch["item_id"], value_set=self.ids.get())))

@@ -49,6 +49,7 @@ from rebeca_ray.prior.selector import Selector
 from rebeca_ray.prior.users import UserTable
 from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.parquet import read_table, write_table
+from rebeca_ray.storage.records import read_record, write_record
 from tests.seaweedfs import seaweedfs
 
 REPO = Path(__file__).parents[1]
@@ -351,20 +352,27 @@ def write_plan(context: RunContext, *, break_first: bool = False) -> Decisions:
     decisions = decide_all(context, histories, lambda: None)
     plan_items(context, histories, decisions, Progress())
     if break_first:
-        uri = f"{context.run.work}/{read_plan(context.run)[0].path}"
-        planned = read_table(uri, "plan")
-        values = planned["image_embeds"].combine_chunks().flatten().to_numpy().copy()
-        values[0] = np.nan
-        index = planned.column_names.index("image_embeds")
-        kind = planned.schema.field(index).type
-        broken = pa.FixedSizeListArray.from_arrays(pa.array(values), type=kind)
-        write_table(
-            planned.set_column(index, planned.schema.field(index), broken),
-            uri,
-            row_group_size=100,
-            embed_column="image_embeds",
-        )
+        break_first_item(context.run)
     return decisions
+
+
+def break_first_item(run: Run) -> None:
+    """Give the first planned item an embedding that no decoder can draw, and record the changed file."""
+    values = read_record(run.plan_marker) or {}
+    part = values["parts"][0]
+    uri = f"{run.work}/{part['path']}"
+    planned = read_table(uri, "plan")
+    embeds = planned["image_embeds"].combine_chunks().flatten().to_numpy().copy()
+    embeds[0] = np.nan
+    index = planned.column_names.index("image_embeds")
+    kind = planned.schema.field(index).type
+    broken = planned.set_column(
+        index,
+        planned.schema.field(index),
+        pa.FixedSizeListArray.from_arrays(pa.array(embeds), type=kind),
+    )
+    part |= write_table(broken, uri, row_group_size=100, embed_column="image_embeds")
+    write_record(values, run.plan_marker)
 
 
 def render_rows(context: RunContext, shard: int, planned: pa.Table, attempt: int = 0) -> list[PartRecord]:

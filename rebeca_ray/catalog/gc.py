@@ -25,7 +25,7 @@ from rebeca_ray.catalog.runs import (
     read_records,
     record_uri,
     unfinished_runs,
-    write_record,
+    write_run_record,
 )
 from rebeca_ray.catalog.snapshots import LEASE_SECONDS, read_manifests
 from rebeca_ray.errors import InputError
@@ -177,7 +177,7 @@ def adopt_runs(root: str, catalog_id: str) -> None:
     dates |= {manifest.run_id: manifest.run_date for manifest in snapshots}
     for run_id, run_date in sorted(dates.items(), key=lambda entry: entry[0] == pointer.run_id):
         # The published run's is written last: it says that all are there.
-        write_record(root, RunRecord(catalog_id=catalog_id, run_id=run_id, run_date=run_date))
+        write_run_record(root, RunRecord(catalog_id=catalog_id, run_id=run_id, run_date=run_date))
 
 
 def kept_snapshots(

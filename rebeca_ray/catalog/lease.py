@@ -131,8 +131,8 @@ class Lease:
             if pointer.run_id not in (self.published, run_id):
                 raise ResumableError(
                     f"{self.kind} {self.root}: run {pointer.run_id} was published by hand while "
-                    f"run {run_id} was at work, which follows {self.published}. Its snapshot {snapshot} stays unpublished; "
-                    "start again for one that follows what is published now"
+                    f"run {run_id} was at work, which follows {self.published}. Its snapshot {snapshot} "
+                    "stays unpublished; start again for one that follows what is published now"
                 )
             return moved(pointer, run_id=run_id, run_date=run_date, snapshot=snapshot, forced=forced)
 

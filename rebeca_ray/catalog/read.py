@@ -6,9 +6,9 @@ A snapshot is pinned: it never changes, whatever is published after it. It can b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -269,17 +269,34 @@ class Snapshot:
             chosen = chosen.filter(pc.is_in(chosen["bucket"], value_set=numbers))
         return list(chosen["path"].to_pylist())
 
-    def bucket(self, name: str, bucket: int, num_buckets: int, columns: list[str] | None = None) -> pa.Table:
-        """Return rows of the users of one of `num_buckets` buckets.
+    def only(self, *names: str) -> Snapshot:
+        """Return this snapshot with the files of some tables alone: it is cheaper to send to a Ray task."""
+        chosen = pc.is_in(self.files["table"], value_set=pa.array(names, pa.string()))
+        return replace(self, files=self.files.filter(chosen).combine_chunks())
 
-        Reads files of other buckets only where the snapshot was cut into another number of buckets.
-        """
+    def bucket_files(self, name: str, bucket: int, num_buckets: int) -> pa.Table:
+        """Return the rows of `schemas.FILES` that may hold users of one of `num_buckets` buckets."""
         files = self.files.filter(pc.equal(self.files["table"], name))
         step = math.gcd(self.num_buckets, num_buckets)  # both are the same hash, modulo
         near = [other % step == bucket % step for other in files["bucket"].to_pylist()]
-        files = files.filter(pa.array(near, pa.bool_()))
+        return files.filter(pa.array(near, pa.bool_()))
+
+    def bucket(
+        self,
+        name: str,
+        bucket: int,
+        num_buckets: int,
+        columns: list[str] | None = None,
+        *,
+        without: Collection[str] = (),
+    ) -> pa.Table:
+        """Return rows of the users of one of `num_buckets` buckets, but for those in the files `without`.
+
+        Reads files of other buckets only where the snapshot was cut into another number of buckets.
+        """
+        paths = self.bucket_files(name, bucket, num_buckets)["path"].to_pylist()
         read = None if columns is None else [*dict.fromkeys([*columns, "user_id"])]
-        table = self.read_files(name, files["path"].to_pylist(), read)
+        table = self.read_files(name, [path for path in paths if path not in without], read)
         if self.num_buckets != num_buckets:
             inside = [bucket_of(user, num_buckets) == bucket for user in table["user_id"].to_pylist()]
             table = table.filter(pa.array(inside, pa.bool_()))

@@ -12,6 +12,7 @@ from rebeca_ray.catalog.layout import work_folder
 from rebeca_ray.errors import InputError
 from rebeca_ray.storage.filesystem import delete, exists, join, list_files, list_folders
 from rebeca_ray.storage.objects import JsonObject, read_json, write_json
+from rebeca_ray.storage.records import read_record, write_record
 
 RUN = "run_id="
 # The folders of a catalog, and the start of the names in them; None: no folders of runs.
@@ -45,7 +46,7 @@ def record_uri(root: str, run_id: str) -> str:
     return join(root, "runs", f"{run_id}.json")
 
 
-def write_record(root: str, record: RunRecord) -> None:
+def write_run_record(root: str, record: RunRecord) -> None:
     """Write the record of a run, before any folder of it."""
     write_json(asdict(record), record_uri(root, record.run_id))
 
@@ -71,10 +72,11 @@ def read_records(root: str, catalog_id: str) -> list[RunRecord]:
 def unfinished_runs(root: str) -> dict[str, BegunRun]:
     """Return the runs with a work folder by their id, the latest last.
 
-    A published run keeps one for a moment only.
+    A published run keeps one for a moment only. A run whose `run.json` is damaged cannot be resumed: it is
+    left out, with a warning.
     """
     folders = list_folders(join(root, "work"))
-    values = (read_json(join(root, "work", name, "run.json")) for name in folders)
+    values = (read_record(join(root, "work", name, "run.json")) for name in folders)
     runs = [
         BegunRun(**{field: record[field] for field in ("run_id", "run_date", "begun_at", "described")})
         for record in values
@@ -85,7 +87,7 @@ def unfinished_runs(root: str) -> dict[str, BegunRun]:
 
 def write_begun(root: str, run: BegunRun) -> None:
     """Write `run.json`, before the run writes anything else."""
-    write_json(asdict(run), join(work_folder(root, run.run_id), "run.json"))
+    write_record(asdict(run), join(work_folder(root, run.run_id), "run.json"))
 
 
 def require_own_root(root: str) -> None:

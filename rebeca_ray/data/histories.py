@@ -9,8 +9,8 @@ per bucket groups, checks and writes it, so that no process holds more than a bu
 import logging
 import math
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,8 +30,8 @@ from rebeca_ray.data.validation import check_columns
 from rebeca_ray.errors import InputError
 from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
 from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, open_filesystem
-from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import ParquetInput, open_parquet, read_table, write_table
+from rebeca_ray.storage.records import ListedFile, damage_among, read_record, write_record
 from rebeca_ray.storage.store import failure_types
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,8 @@ class Histories:
     uri: str
     users_of_bucket: list[int]
     digest: str  # of the histories of all users
+    sizes: list[int] = field(default_factory=list)  # bytes of each file
+    sha256: list[str] = field(default_factory=list)
     rated: str | None = None  # for generation: the file of rated generated items, counted after the real ones
 
     @property
@@ -61,11 +63,27 @@ class Histories:
         """Return [buckets], the user_index of the first user of each bucket."""
         return np.concatenate([[0], np.cumsum(self.users_of_bucket)[:-1]])
 
+    def written_files(self) -> list[ListedFile]:
+        """Return the file of each bucket as it was written, below `uri`."""
+        return [
+            ListedFile(path=bucket_file("", bucket).strip("/"), bytes=size, sha256=sha256)
+            for bucket, (size, sha256) in enumerate(zip(self.sizes, self.sha256, strict=True))
+        ]
+
     def file(self, bucket: int) -> str:
         return bucket_file(self.uri, bucket)
 
     def bucket_of(self, user_id: str) -> int:
         return bucket_of(user_id, len(self.users_of_bucket))
+
+
+class WrittenBucket(NamedTuple):
+    """The users of a bucket, a digest of their histories, and the size and checksum of the file."""
+
+    users: int
+    digest: str
+    size: int
+    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +111,12 @@ def build_histories(
     source = open_parquet(settings.path, "interactions")
     columns = check_columns(source, schemas.INTERACTIONS)
     out = join(storage, f"histories-{fingerprint(settings, source, item_id)[:12]}")
-    if record := read_json(join(out, MARKER)):
-        return Histories(**record)
+    if record := read_record(join(out, MARKER)):
+        histories = Histories(**record)
+        if not (damaged := damage_among(out, histories.written_files())):
+            return histories
+        name, reason = next(iter(damaged.items()))
+        log.warning(f"{join(out, name)}: {reason}; all histories are built again")
 
     order = np.argsort(item_id)
     items = ItemIndex(sorted_id=item_id[order], row=order)
@@ -108,7 +130,7 @@ def build_histories(
             split = join(out, "split")
             split_by_bucket(source, columns, split, num_buckets)
             counted = build_buckets(settings, split, items, out, num_buckets)
-        users_of_bucket, digests = (list(column) for column in zip(*counted, strict=True))
+        users_of_bucket, digests, sizes, sha256 = (list(column) for column in zip(*counted, strict=True))
         if not sum(users_of_bucket):
             raise no_users(settings)
     except Exception:  # not after an interrupt: another attempt may be writing by now
@@ -117,8 +139,10 @@ def build_histories(
         raise
 
     # The marker comes last: a folder without it is incomplete and is built again.
-    histories = Histories(uri=out, users_of_bucket=users_of_bucket, digest=hash128(*digests))
-    write_json(asdict(histories), join(out, MARKER))
+    histories = Histories(
+        uri=out, users_of_bucket=users_of_bucket, digest=hash128(*digests), sizes=sizes, sha256=sha256
+    )
+    write_record(asdict(histories), join(out, MARKER))
     return histories
 
 
@@ -159,15 +183,15 @@ def split_by_bucket(source: ParquetInput, columns: list[str], split: str, num_bu
 
 def build_buckets(
     settings: InteractionSettings, split: str, items: ItemIndex, out: str, num_buckets: int
-) -> list[tuple[int, str]]:
-    """Build every bucket in a Ray task and remove `split`. Returns the users and digest of each bucket."""
+) -> list[WrittenBucket]:
+    """Build every bucket in a Ray task and remove `split`."""
     import ray
 
     shared = ray.put(items)
 
     def build(row: dict[str, Any]) -> dict[str, Any]:
-        users, digest = build_bucket(settings, split, ray.get(shared), out, int(row["id"]))
-        return {"bucket": row["id"], "users": users, "digest": digest}
+        written = build_bucket(settings, split, ray.get(shared), out, int(row["id"]))
+        return {"bucket": row["id"], **written._asdict()}
 
     built = (
         ray.data.range(num_buckets, override_num_blocks=num_buckets)
@@ -176,7 +200,8 @@ def build_buckets(
         .sort_values("bucket")
     )
     delete(split)
-    return list(zip(built["users"].astype(int).tolist(), built["digest"].tolist(), strict=True))
+    columns = (built[name].tolist() for name in WrittenBucket._fields)
+    return [WrittenBucket(*values) for values in zip(*columns, strict=True)]
 
 
 class AddBucket:
@@ -200,15 +225,12 @@ class AddBucket:
 
 def build_bucket(
     settings: InteractionSettings, split: str, items: ItemIndex, out: str, bucket: int
-) -> tuple[int, str]:
-    """Build one bucket from its split interactions. Returns as `write_bucket` does."""
+) -> WrittenBucket:
+    """Build one bucket from its split interactions."""
     folder = join(split, f"bucket={bucket}")
     filesystem, path = open_filesystem(folder)
     if not filesystem.exists(path):  # no user has this bucket
-        write_table(
-            schemas.HISTORIES.empty_table(), bucket_file(out, bucket), row_group_size=USERS_PER_ROW_GROUP
-        )
-        return 0, ""
+        return write_histories(schemas.HISTORIES.empty_table(), out, bucket)
     ratings = known_items(normalise(read_table(folder, "interactions"), settings.path), items, settings)
     return write_bucket(interactions_of(ratings, settings), items, settings.path, out, bucket)
 
@@ -234,11 +256,18 @@ def known_items(ratings: pa.Table, items: ItemIndex, settings: InteractionSettin
 
 def write_bucket(
     interactions: Interactions, items: ItemIndex, uri: str, out: str, bucket: int
-) -> tuple[int, str]:
-    """Write the file of one bucket. Returns its number of users and a digest of their histories."""
-    table = histories_table(interactions, index_items(interactions, items, uri), bucket)
-    write_table(table, bucket_file(out, bucket), row_group_size=USERS_PER_ROW_GROUP)
-    return table.num_rows, hash128(*table["user_id"].to_pylist(), *table["history_digest"].to_pylist())
+) -> WrittenBucket:
+    """Write the interactions of one bucket."""
+    return write_histories(
+        histories_table(interactions, index_items(interactions, items, uri), bucket), out, bucket
+    )
+
+
+def write_histories(table: pa.Table, out: str, bucket: int) -> WrittenBucket:
+    """Write the file of one bucket."""
+    written = write_table(table, bucket_file(out, bucket), row_group_size=USERS_PER_ROW_GROUP)
+    digest = hash128(*table["user_id"].to_pylist(), *table["history_digest"].to_pylist())
+    return WrittenBucket(table.num_rows, digest, written["bytes"], written["sha256"])
 
 
 def histories_table(interactions: Interactions, item_index: np.ndarray, bucket: int) -> pa.Table:

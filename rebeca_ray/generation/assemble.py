@@ -3,10 +3,10 @@
 decisions + plan + images + previous snapshot -> items, users, errors, changes -> the file list
 
 Every item is accounted for: requested = new + carried + population + failed + filtered, and deferred where
-time ran out before a user's first items.
+time ran out before a user's first items. Each is counted by itself (outcomes.py).
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -18,16 +18,25 @@ import pyarrow.compute as pc
 from rebeca_ray import schemas
 from rebeca_ray.catalog.counts import OUTCOMES
 from rebeca_ray.catalog.figures import GateFigures, figures_of
-from rebeca_ray.catalog.layout import Run
+from rebeca_ray.catalog.layout import POPULATION_USER, Run
 from rebeca_ray.catalog.manifest import Counts, DecisionCounts, FileList, FileRow
-from rebeca_ray.errors import ErrorBudgetExceededError, QualityGateError, ResumableError
-from rebeca_ray.generation.assembly import Assembly, BucketResult, ImageFile, Pool
+from rebeca_ray.errors import (
+    DamagedFilesError,
+    ErrorBudgetExceededError,
+    InputError,
+    QualityGateError,
+    ResumableError,
+)
+from rebeca_ray.generation.assembly import Assembly, BucketInput, BucketResult, ImageFile, Pool
 from rebeca_ray.generation.bucket import Bucket, UnrenderedItemsError
 from rebeca_ray.generation.context import RunContext
-from rebeca_ray.generation.decisions import Decisions
+from rebeca_ray.generation.decisions import Action, Decisions
+from rebeca_ray.generation.outcomes import COUNTED, num_filtered
+from rebeca_ray.generation.parts import PartRecord
 from rebeca_ray.generation.plan import read_plan
+from rebeca_ray.generation.previous import damage_of_tables
 from rebeca_ray.generation.render import Rendered
-from rebeca_ray.ray_runtime import for_each_bucket
+from rebeca_ray.ray_runtime import for_each
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.parquet import read_table, write_table
 
@@ -54,16 +63,28 @@ def assemble(
 ) -> Assembled:
     """Write the snapshot's tables and its file list.
 
-    Raises ResumableError if an item is unaccounted for, ErrorBudgetExceededError if too many failed,
-    QualityGateError if none is fit to be shown.
+    Raises ResumableError if an item is unaccounted for, DamagedFilesError for files that must be made again,
+    ErrorBudgetExceededError if too many items failed, QualityGateError if none is fit to be shown.
     """
-    work = assembly_of(context, decisions, rendered)
+    inputs = inputs_of(context, decisions, rendered)
+    work = assembly_of(context, decisions, rendered, inputs)
 
-    def assemble_bucket(bucket: int) -> BucketResult:
-        return Bucket.read(work, bucket).assemble()
+    def assemble_bucket(bucket: BucketInput) -> BucketResult:
+        try:
+            return Bucket.read(work, bucket).assemble()
+        except DamagedFilesError as error:
+            return BucketResult(files=[], images=[], counts={}, sums={}, live_rows={}, damaged=error.reasons)
+        except InputError:  # of a reader, which did not compare the whole file
+            if context.previous is None:
+                raise
+            damaged = damage_of_tables(context.previous, context, bucket.bucket)
+            if not damaged.keys() - work.damaged.keys():
+                raise
+            return BucketResult(files=[], images=[], counts={}, sums={}, live_rows={}, damaged=damaged)
 
-    buckets = range(context.num_buckets)
-    results = for_each_bucket(assemble_bucket, buckets, on_progress, in_process=context.in_process)
+    results = for_each(assemble_bucket, inputs, on_progress, in_process=context.in_process)
+    if damaged := {path: reason for result in results for path, reason in result.damaged.items()}:
+        raise DamagedFilesError(damaged)
     if unrendered := sum(result.unrendered for result in results):
         raise incomplete(
             context.run, f"{unrendered:,} of {decisions.planned_items:,} planned items were not rendered"
@@ -75,7 +96,7 @@ def assemble(
             f"run {context.run.run_id}: not one of {counts.requested} items has an image fit to be shown; "
             "look at decoder.safety. Nothing is published"
         )
-    images = image_rows(work, results)
+    images = image_rows(context, [file for bucket in inputs for file in bucket.files], results)
     tables = [row for result in results for row in result.files]
     rows = sorted(tables + images, key=lambda row: (row["table"], row["bucket"], row["file"]))
     return Assembled(
@@ -97,34 +118,54 @@ def assemble(
     )
 
 
-def assembly_of(context: RunContext, decisions: Decisions, rendered: Rendered) -> Assembly:
-    """Number the image files, and put together the inputs of all buckets, the population pool among them."""
+def inputs_of(context: RunContext, decisions: Decisions, rendered: Rendered) -> list[BucketInput]:
+    """Number the image files, and give each bucket its decisions, its part of the plan and its images."""
     first = context.previous.manifest.next_file if context.previous else 0
-    records = sorted(rendered.files, key=lambda record: record.path)
-    files = [ImageFile(number=first + index, record=record) for index, record in enumerate(records)]
+    parts, files = defaultdict[int, list[PartRecord]](list), defaultdict[int, list[ImageFile]](list)
+    for part in read_plan(context.run):
+        parts[part.bucket].append(part)
+    for index, record in enumerate(sorted(rendered.files, key=lambda record: record.path)):
+        files[record.bucket].append(ImageFile(number=first + index, record=record))
+    decided = {file.bucket: file for file in decisions.files if not file.to_plan}
+    return [
+        BucketInput(bucket=bucket, decided=decided[bucket], parts=parts[bucket], files=files[bucket])
+        for bucket in range(context.num_buckets)
+    ]
+
+
+def assembly_of(
+    context: RunContext, decisions: Decisions, rendered: Rendered, inputs: list[BucketInput]
+) -> Assembly:
+    """Put together the inputs that all buckets share, the population pool among them."""
+    first = context.previous.manifest.next_file if context.previous else 0
     work = Assembly(
         context=context,
-        parts=read_plan(context.run),
-        files=files,
         timed_out=rendered.timed_out,
         now=datetime.now(UTC),
         metadata=file_metadata(context.versions),
         first_file=first,
-        first_compacted=first + len(files),
+        first_compacted=first + len(rendered.files),
         pool_decision=decisions.pool,
+        damaged=decisions.damaged,
     )
     if decisions.pool is None:
         return work
     try:
-        tables = Bucket(work, decisions.pool.bucket, [decisions.pool]).join()
+        bucket = Bucket(work, inputs[decisions.pool.bucket], [decisions.pool])
+        tables = bucket.join()
     except UnrenderedItemsError as error:
         raise incomplete(
             context.run, f"{error.count} items of the population pool were not rendered"
         ) from None
+    last = bucket.last.get(POPULATION_USER)
+    filtered = tables.filtered.get(POPULATION_USER, 0)
+    if last and decisions.pool.action in (Action.CARRY, Action.RESCORE):
+        filtered = num_filtered(last)
     pool = Pool(
         decision=decisions.pool,
         items=tables.items,
         num_failed=tables.errors.num_rows,
+        num_filtered=filtered,
         stale=bool(tables.stale),
     )
     return replace(work, pool=pool)
@@ -147,6 +188,14 @@ def check_counts(context: RunContext, results: list[BucketResult]) -> Counts:
 
     Raises ResumableError unless every requested item is accounted for.
     """
+    for bucket, result in enumerate(results):
+        accounted = sum(result.counts[outcome] for outcome in OUTCOMES)
+        if accounted != result.counts["requested"]:
+            raise incomplete(
+                context.run,
+                f"{result.counts['requested']:,} items requested in bucket {bucket}, {accounted:,} accounted "
+                f"for ({result.counts})",
+            )
     summed = total([result.counts for result in results])
     accounted = sum(summed[outcome] for outcome in OUTCOMES)
     if accounted != context.requested:
@@ -154,8 +203,7 @@ def check_counts(context: RunContext, results: list[BucketResult]) -> Counts:
             context.run,
             f"{context.requested:,} items requested, {accounted:,} accounted for ({dict(summed)})",
         )
-    names = (*OUTCOMES, "users", "stale_users")
-    return Counts(requested=context.requested, **{name: summed[name] for name in names})
+    return Counts(**{name: summed[name] for name in COUNTED})
 
 
 def check_failures(context: RunContext, counts: Counts, results: list[BucketResult]) -> None:
@@ -176,7 +224,7 @@ def check_failures(context: RunContext, counts: Counts, results: list[BucketResu
     )
 
 
-def image_rows(work: Assembly, results: list[BucketResult]) -> list[FileRow]:
+def image_rows(context: RunContext, files: list[ImageFile], results: list[BucketResult]) -> list[FileRow]:
     """Return the image files of this run, and those of earlier runs in use, as rows of `schemas.FILES`."""
     live = total([result.live_rows for result in results])
     rendered: list[FileRow] = [
@@ -189,10 +237,10 @@ def image_rows(work: Assembly, results: list[BucketResult]) -> list[FileRow]:
             "bytes": file.record.bytes,
             "sha256": file.record.sha256,
         }
-        for file in work.files
+        for file in files
     ]
     compacted = [row for result in results for row in result.images]
-    previous = work.context.previous
+    previous = context.previous
     earlier: list[FileRow] = [
         row
         for row in (previous.files.to_pylist() if previous else [])

@@ -2,21 +2,21 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from rebeca_ray.catalog.figures import QualitySums
 from rebeca_ray.catalog.manifest import FileRow
 from rebeca_ray.generation.context import RunContext
-from rebeca_ray.generation.decisions import Decision
+from rebeca_ray.generation.decisions import Decision, DecisionsFile
 from rebeca_ray.generation.parts import PartRecord
-from rebeca_ray.storage.filesystem import join, open_filesystem
+from rebeca_ray.generation.previous import Damage
+from rebeca_ray.storage.records import read_columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,7 @@ class Pool:
     decision: Decision
     items: pa.Table
     num_failed: int = 0
+    num_filtered: int = 0
     stale: bool = False
 
 
@@ -42,15 +43,24 @@ class Assembly:
     """The inputs that all buckets of a run share."""
 
     context: RunContext
-    parts: list[PartRecord]  # of the plan
-    files: list[ImageFile]
     timed_out: bool
     now: datetime
     metadata: dict[str, str]  # of every file but images
     first_file: int  # number of this run's first image file
     first_compacted: int  # number of the first file that bucket 0 may write when it compacts
     pool_decision: Decision | None
+    damaged: Damage = field(default_factory=dict)  # files of the previous snapshot
     pool: Pool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketInput:
+    """The inputs that one bucket has for itself: its decisions, its part of the plan, its images."""
+
+    bucket: int
+    decided: DecisionsFile
+    parts: list[PartRecord]  # of the plan
+    files: list[ImageFile]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +74,7 @@ class BucketResult:
     live_rows: dict[int, int]  # by image file
     by_reference: bool = False
     unrendered: int = 0  # planned items with neither image nor error, though time did not run out
+    damaged: Damage = field(default_factory=dict)  # files that were read, and could not be
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +83,7 @@ class BucketTables:
 
     items: pa.Table
     errors: pa.Table
+    filtered: dict[str, int]  # by user: items that were rendered, and not fit to be shown
     stale: set[str]
 
 
@@ -102,13 +114,10 @@ class RenderedIndex:
 
     @classmethod
     def read(cls, root: str, files: Sequence[ImageFile]) -> Self:
-        """Read the index of some image files, without pixels."""
-        filesystem, base = open_filesystem(root)
+        """Read the index of some image files, without pixels. Raises DamagedFilesError for a damaged one."""
 
         def index(file: ImageFile) -> pa.Table:
-            # Without a cache, so that the pixels between the columns are not read.
-            with filesystem.open(join(base, file.record.path), "rb", cache_type="none") as handle:
-                table = pq.read_table(handle, columns=list(INDEX_COLUMNS))
+            table = read_columns(root, file.record.path, list(INDEX_COLUMNS))
             count = table.num_rows
             numbers = {
                 "file": np.full(count, file.number),

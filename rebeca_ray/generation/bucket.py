@@ -14,13 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.counts import DEFERRED, FAILED, FILTERED, OUTCOMES, tally
+from rebeca_ray.catalog.counts import tally
 from rebeca_ray.catalog.figures import quality_sums
-from rebeca_ray.catalog.layout import POPULATION_USER
 from rebeca_ray.catalog.manifest import FileRow
-from rebeca_ray.generation.assembly import Assembly, BucketResult, BucketTables, RenderedIndex
+from rebeca_ray.errors import ResumableError
+from rebeca_ray.generation.assembly import Assembly, BucketInput, BucketResult, BucketTables, RenderedIndex
 from rebeca_ray.generation.compact import compact
-from rebeca_ray.generation.decide import last_users
 from rebeca_ray.generation.decisions import Action, Decision, PublishedUser
 from rebeca_ray.generation.item_columns import (
     COMPARED,
@@ -30,8 +29,11 @@ from rebeca_ray.generation.item_columns import (
     set_column,
     without_pool,
 )
+from rebeca_ray.generation.outcomes import count_carried, count_outcomes
+from rebeca_ray.generation.previous import bucket_paths, damaged_numbers, last_users, without_images
 from rebeca_ray.storage.filesystem import join
-from rebeca_ray.storage.parquet import read_table, write_table
+from rebeca_ray.storage.parquet import write_table
+from rebeca_ray.storage.records import read_recorded
 
 ITEM_ROW_GROUP = 2000
 PLAN_COLUMNS = [
@@ -52,19 +54,22 @@ class UnrenderedItemsError(Exception):
 class Bucket:
     """One bucket of a run."""
 
-    def __init__(self, work: Assembly, bucket: int, decisions: list[Decision]) -> None:
-        self.work, self.context, self.bucket = work, work.context, bucket
+    def __init__(self, work: Assembly, inputs: BucketInput, decisions: list[Decision]) -> None:
+        self.work, self.context, self.inputs, self.bucket = work, work.context, inputs, inputs.bucket
         self.decisions = {decision.user_id: decision for decision in decisions}
         self.previous = work.context.previous
-        self.last = last_users(self.previous, bucket, self.context.num_buckets)
+        self.last = last_users(self.previous, self.context, self.bucket, work.damaged)
 
     @classmethod
-    def read(cls, work: Assembly, bucket: int) -> Self:
-        """Read the decisions on the users of a bucket. The population pool belongs to one of the buckets."""
-        rows = read_table(work.context.run.decisions(bucket), "decisions").to_pylist()
+    def read(cls, work: Assembly, inputs: BucketInput) -> Self:
+        """Read the decisions on the users of a bucket. The population pool belongs to one of the buckets.
+
+        Raises DamagedFilesError for a damaged file of decisions.
+        """
+        rows = read_recorded(work.context.run.work, inputs.decided).to_pylist()
         pool = work.pool_decision
-        own_pool = [pool] if pool is not None and pool.bucket == bucket else []
-        return cls(work, bucket, [*map(Decision.from_dict, rows), *own_pool])
+        own_pool = [pool] if pool is not None and pool.bucket == inputs.bucket else []
+        return cls(work, inputs, [*map(Decision.from_dict, rows), *own_pool])
 
     def assemble(self) -> BucketResult:
         """Write the bucket's tables. Every requested item is counted once."""
@@ -82,9 +87,13 @@ class Bucket:
             self.last
         ):
             return False
+        if bucket_paths(previous, self.context, self.bucket) & self.work.damaged.keys():
+            return False
         for user, decision in self.decisions.items():
             last = self.last.get(user)
             if last is None or last.planned_by == previous.run_id or last.stale:
+                return False
+            if last.planned_on > self.context.date:  # a clock was ahead: the row gets tonight's date
                 return False
             if not self.keeps_items(decision, last):
                 return False
@@ -111,17 +120,11 @@ class Bucket:
             for row in self.previous.files.to_pylist()
             if row["bucket"] == self.bucket and row["table"] in ("items", "users")
         ]
-        counts = dict.fromkeys((*OUTCOMES, "users", "stale_users"), 0)
-        for user, last in self.last.items():
-            if user != POPULATION_USER:
-                counts[schemas.POPULATION if last.cold_start else schemas.CARRIED] += last.num_items
-                counts[FILTERED] += last.num_images - last.num_items
-                counts["users"] += last.num_items > 0
-        items = self.previous.bucket("items", self.bucket, self.context.num_buckets, LOCATION)
+        items = self.previous.bucket("items", self.bucket, self.context.num_buckets, [*LOCATION, "origin"])
         return BucketResult(
             files=files,
             images=[],
-            counts=counts,
+            counts=count_carried(items, self.last, self.decisions.values()),
             sums={},
             live_rows=self.live_rows(items),
             by_reference=True,
@@ -137,7 +140,7 @@ class Bucket:
         before = None
         if self.previous:
             items, images = compact(self.work, self.bucket, items)
-            before = self.previous.bucket("items", self.bucket, self.context.num_buckets, COMPARED)
+            before = self.previous_items(COMPARED)
         tables = {
             "items": items,
             "users": self.users_table(bucket),
@@ -149,7 +152,7 @@ class Bucket:
         return BucketResult(
             files=files,
             images=images,
-            counts=self.count(bucket),
+            counts=count_outcomes(bucket, self.decisions.values(), self.last, self.work.pool),
             sums=quality_sums(without_pool(items)),
             live_rows=self.live_rows(items),
         )
@@ -157,11 +160,12 @@ class Bucket:
     def join(self) -> BucketTables:
         """Join new, kept and pooled items: ranks without gaps, sorted by user and rank.
 
-        Raises UnrenderedItemsError for planned items without image and error, unless time ran out.
+        Raises UnrenderedItemsError for planned items without image and error, unless time ran out,
+        ResumableError for a plan with another number of items than were decided on.
         """
         plan = self.read_plan()
-        files = [file for file in self.work.files if file.record.bucket == self.bucket]
-        index = RenderedIndex.read(self.context.run.root, files)
+        self.check_plan(plan)
+        index = RenderedIndex.read(self.context.run.root, self.inputs.files)
         row = pc.index_in(plan["item_id"].combine_chunks(), value_set=index.item_id)
 
         # Users whose planned items are not all rendered are stale: they keep their previous items.
@@ -184,6 +188,7 @@ class Bucket:
             self.pooled_items([decision for decision in pooled if decision.action is Action.POOL]),
         ]
         failed = pc.is_valid(error)
+        unfit = pc.invert(pc.or_(fit, failed))
         errors = {
             "item_id": done["item_id"].filter(failed),
             "user_id": done["user_id"].filter(failed),
@@ -193,7 +198,10 @@ class Bucket:
         }
         items = pa.concat_tables(tables).sort_by([("user_id", "ascending"), ("rank", "ascending")])
         return BucketTables(
-            items=close_gaps(items), errors=pa.table(errors, schema=schemas.ERRORS), stale=stale
+            items=close_gaps(items),
+            errors=pa.table(errors, schema=schemas.ERRORS),
+            filtered=tally(done["user_id"].filter(unfit)),
+            stale=stale,
         )
 
     def users_with(self, action: Action) -> set[str]:
@@ -201,11 +209,27 @@ class Bucket:
 
     def read_plan(self) -> pa.Table:
         """Return the bucket's part of the plan, each item once."""
-        work = self.context.run.work
-        paths = [join(work, part.path) for part in self.work.parts if part.bucket == self.bucket]
-        if not paths:
+        if not self.inputs.parts:
             return schemas.plan(self.context.embed_dim).empty_table().select(PLAN_COLUMNS)
-        return pa.concat_tables([read_table(path, "plan", PLAN_COLUMNS) for path in paths])
+        work = self.context.run.work
+        return pa.concat_tables([read_recorded(work, part, PLAN_COLUMNS) for part in self.inputs.parts])
+
+    def check_plan(self, plan: pa.Table) -> None:
+        """Raise ResumableError unless every user to plan has as many planned items as were decided on."""
+        planned = tally(plan["user_id"])
+        for user in sorted(self.users_with(Action.PLAN)):
+            expected = self.decisions[user].num_images
+            if planned.get(user, 0) != expected:
+                raise ResumableError(
+                    f"run {self.context.run.run_id}: the plan has {planned.get(user, 0)} items of user "
+                    f"{user!r}, expected {expected}; nothing is published, start it again to resume"
+                )
+
+    def previous_items(self, columns: list[str] | None = None) -> pa.Table:
+        """Return the previous items of the bucket, without those in damaged files of items."""
+        assert self.previous is not None
+        num_buckets, damaged = self.context.num_buckets, self.work.damaged
+        return self.previous.bucket("items", self.bucket, num_buckets, columns, without=damaged)
 
     def new_items(self, plan: pa.Table, index: RenderedIndex, row: pa.Array) -> pa.Table:
         """Return planned items that were rendered, with the location of their images."""
@@ -229,8 +253,9 @@ class Bucket:
         schema = schemas.items(self.context.embed_dim)
         if not users or self.previous is None:
             return schema.empty_table()
-        items = self.previous.bucket("items", self.bucket, self.context.num_buckets)
+        items = self.previous_items()
         items = items.filter(is_among(items, users)).select(schema.names).cast(schema)
+        items = without_images(items, damaged_numbers(self.previous, self.work.damaged))
         row = pc.index_in(items["item_id"], value_set=rescored["item_id"].combine_chunks()).combine_chunks()
         for name in ("like_probability", "rank"):
             items = set_column(items, name, pc.coalesce(rescored[name].take(row), items[name]))
@@ -259,8 +284,17 @@ class Bucket:
                 if last:
                     # A user who wants more than before is planned again the next night.
                     num_images = min(last.num_images, decision.num_images)
+                    num_kept = num_items.get(user, 0)
+                    # So is one whose previous items could not all be kept.
+                    lost = max(0, min(last.num_items, num_images) - num_kept)
                     rows.append(
-                        replace(last, num_images=num_images, num_items=num_items.get(user, 0), stale=True)
+                        replace(
+                            last,
+                            num_images=num_images,
+                            num_items=num_kept,
+                            num_failed=last.num_failed + lost,
+                            stale=True,
+                        )
                     )
                 continue
             rows.append(self.published_user(decision, last, num_items.get(user, 0), num_failed.get(user, 0)))
@@ -284,28 +318,10 @@ class Bucket:
             generation=decision.generation,
             prior=last.prior if last and kept and not rescored else prior,
             settings_digest=decision.settings_digest,
-            planned_on=last.planned_on if last and kept else self.context.date,
+            # A clock that was ahead counts as tonight's.
+            planned_on=min(last.planned_on, self.context.date) if last and kept else self.context.date,
             planned_by=last.planned_by if last and kept else self.context.run.run_id,
         )
-
-    def count(self, bucket: BucketTables) -> dict[str, int]:
-        """Count every requested item as one of OUTCOMES. Nobody requests the pool itself."""
-        items = without_pool(bucket.items)
-        origins = tally(items["origin"])
-        num_items, num_failed = tally(items["user_id"]), tally(bucket.errors["user_id"])
-        counts = {outcome: origins.get(outcome, 0) for outcome in OUTCOMES}
-        pool = self.work.pool
-        for user, decision in self.decisions.items():
-            if user == POPULATION_USER:
-                continue
-            pooled = decision.action is Action.POOL
-            missing = decision.num_images - num_items.get(user, 0)
-            failures = (pool.num_failed if pool else 0) if pooled else num_failed.get(user, 0)
-            failed = min(missing, failures)
-            stale = user in bucket.stale or (pooled and pool is not None and pool.stale)
-            counts[FAILED] += failed
-            counts[DEFERRED if stale else FILTERED] += missing - failed
-        return {**counts, "users": len(num_items), "stale_users": len(bucket.stale - {POPULATION_USER})}
 
     def live_rows(self, items: pa.Table) -> dict[int, int]:
         """Return how many rows of each image file are in use.

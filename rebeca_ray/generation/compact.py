@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from rebeca_ray.storage.filesystem import join, open_filesystem
+from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.parquet import write_table
+from rebeca_ray.storage.records import listed, read_recorded
 
 if TYPE_CHECKING:
     from rebeca_ray.catalog.manifest import FileRow
@@ -72,7 +72,9 @@ def mostly_dead(work: Assembly, previous: Snapshot, bucket: int, items: pa.Table
         return np.array([], int)  # files then serve several buckets
     ours = pc.and_(pc.equal(previous.files["table"], "images"), pc.equal(previous.files["bucket"], bucket))
     images = previous.files.filter(ours)
-    last = previous.bucket("items", bucket, work.context.num_buckets, ["image_file", "image_row"])
+    last = previous.bucket(
+        "items", bucket, work.context.num_buckets, ["image_file", "image_row"], without=work.damaged
+    )
     # A file may serve other buckets too, from before their number changed. Their rows are unknown here.
     used_here = rows_in_use(last)
     counted = zip(images["file"].to_pylist(), images["live_rows"].to_pylist(), strict=True)
@@ -94,11 +96,15 @@ def rows_in_use(items: pa.Table) -> dict[int, int]:
 
 
 def read_images(previous: Snapshot, files: np.ndarray, rows: np.ndarray) -> pa.Table:
-    """Return whole rows of image files, in their order; both arrays are sorted."""
-    filesystem, root = open_filesystem(previous.root)
-    tables = []
-    for file in np.unique(files):
-        path, _ = previous.image_files[int(file)]
-        with filesystem.open(join(root, path), "rb") as handle:
-            tables.append(pq.read_table(handle).take(rows[files == file]))
+    """Return whole rows of image files, in their order; both arrays are sorted.
+
+    Raises DamagedFilesError for a file that is not as it was written: a copy would get a new checksum.
+    """
+    images = previous.files.filter(pc.equal(previous.files["table"], "images"))
+    images = images.filter(pc.is_in(images["file"], value_set=pa.array(np.unique(files), pa.int32())))
+    listed_files = {row["file"]: listed(row) for row in images.to_pylist()}
+    tables = [
+        read_recorded(previous.root, listed_files[int(file)]).take(rows[files == file])
+        for file in np.unique(files)
+    ]
     return pa.concat_tables(tables)

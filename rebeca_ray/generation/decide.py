@@ -6,7 +6,8 @@ Shapes: G users to plan.
 """
 
 import datetime
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Set
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 
@@ -15,7 +16,6 @@ import pyarrow as pa
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import POPULATION_USER, Run
-from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.catalog.versions import current_version
 from rebeca_ray.config.sections import RefreshSettings
 from rebeca_ray.data.histories import Histories
@@ -25,17 +25,20 @@ from rebeca_ray.generation.decisions import (
     Action,
     Decision,
     Decisions,
+    DecisionsFile,
     PublishedUser,
     RenderKey,
     decisions_table,
-    published_users,
     render_keys,
 )
+from rebeca_ray.generation.previous import Damage, read_known, read_previous
 from rebeca_ray.identity import bucket_of, hash128
 from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.storage.filesystem import join
-from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import open_parquet, read_table, write_table
+from rebeca_ray.storage.records import damage_among, read_record, write_record
+
+log = logging.getLogger(__name__)
 
 ROWS_PER_GROUP = 20_000
 Known = dict[str, tuple[str, int]]  # user -> digest and length of their history
@@ -54,35 +57,50 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class BucketDecisions:
-    """What must be known of a bucket to cut the work of all buckets into shards."""
+    """What must be known of a bucket to cut the work of all buckets into shards, and to read it again."""
 
     planned: np.ndarray  # [G, 4], see `keys_and_sizes`
     pool_size: int  # images that the most demanding cold-start user wants
+    rescored_items: int
+    files: list[DecisionsFile]
+    last_pool: PublishedUser | None  # of the previous snapshot, in the bucket of the population pool
+    pool_is_lost: bool
+    damaged: Damage
 
 
 def decide_all(
     context: RunContext, histories: Histories | None, on_progress: Callable[[], None]
 ) -> Decisions:
-    """Decide on every requested user. A resumed run reads its earlier decisions."""
-    marker = join(context.run.work, "decisions.json")
-    if values := read_json(marker):
-        return Decisions.from_dict(values)
+    """Decide on every requested user. A resumed run reads its earlier decisions, if they are intact."""
+    run, num_buckets = context.run, context.num_buckets
+    marker = join(run.work, "decisions.json")
+    if values := read_record(marker):
+        decisions = Decisions.from_dict(values)
+        damaged = damage_among(run.work, decisions.files)
+        if not damaged:
+            return decisions
+        path, reason = next(iter(damaged.items()))
+        log.warning(f"{join(run.work, path)}: {reason}; all users are decided on again")
     limits = context.config.limits
     by_urgency = limits.publish_by is not None or limits.max_gpu_hours is not None
+    known_damage = read_known(run.work)
     split_request(context)
 
     def decide(bucket: int) -> BucketDecisions:
-        return decide_bucket(context, histories, bucket, by_urgency)
+        return decide_bucket(context, histories, bucket, by_urgency, known_damage)
 
-    buckets = range(context.num_buckets)
-    parts = for_each_bucket(decide, buckets, on_progress, in_process=context.in_process)
-    pool = decide_pool(context, pool_size=max(part.pool_size for part in parts))
-    planned = [part.planned for part in parts]
+    parts = for_each_bucket(decide, range(num_buckets), on_progress, in_process=context.in_process)
+    pool = decide_pool(context, parts, pool_size=max(part.pool_size for part in parts))
+    planned, files = [part.planned for part in parts], [file for part in parts for file in part.files]
+    rescored_items = sum(part.rescored_items for part in parts)
     if pool and pool.action is not Action.CARRY:
         # One more file beside those of the buckets.
-        write_decisions([pool], context.run.decisions(context.num_buckets, "to-plan"))
+        files.append(write_decisions([pool], run, num_buckets, to_plan=True))
     if pool and pool.action is Action.PLAN:
         planned.append(keys_and_sizes([pool], by_urgency))
+    last_pool = parts[bucket_of(POPULATION_USER, num_buckets)].last_pool
+    if pool and pool.action is Action.RESCORE and last_pool:
+        rescored_items += last_pool.num_items
     planned_G4 = np.concatenate(planned)
     boundaries = cut(planned_G4, context.config.layout.items_per_shard)
     decisions = Decisions(
@@ -92,8 +110,16 @@ def decide_all(
         planned_users=len(planned_G4),
         planned_items=int(planned_G4[:, 3].sum()),
         shards=len(boundaries) + 1 if len(planned_G4) else 0,
+        rescored_items=rescored_items,
+        files=files,
+        damaged={path: reason for part in parts for path, reason in part.damaged.items()},
     )
-    write_json(asdict(decisions), marker)
+    for path, reason in decisions.damaged.items():
+        log.warning(
+            f"catalog {run.root}: {path}: {reason}; the users with items in it are planned again, "
+            "and later snapshots do without it"
+        )
+    write_record(asdict(decisions), marker)
     return decisions
 
 
@@ -171,23 +197,42 @@ def known_users(context: RunContext, histories: Histories | None, bucket: int) -
 
 
 def decide_bucket(
-    context: RunContext, histories: Histories | None, bucket: int, by_urgency: bool
+    context: RunContext, histories: Histories | None, bucket: int, by_urgency: bool, known_damage: Damage
 ) -> BucketDecisions:
     """Decide on the users of one bucket, and write the decisions."""
     known = known_users(context, histories, bucket)
-    last = last_users(context.previous, bucket, context.num_buckets)
+    requests = read_requests(context, bucket)
+    previous = read_previous(context, bucket, {request.user_id for request in requests}, known_damage)
     decisions = [
-        decide_user(context, request, known, last.get(request.user_id), bucket, histories)
-        for request in read_requests(context, bucket)
+        planned_if_lost(
+            decide_user(context, request, known, previous.users.get(request.user_id), bucket, histories),
+            previous.lost,
+        )
+        for request in requests
     ]
     decisions.sort(key=lambda decision: (decision.histories_bucket, decision.user_id))
-    write_decisions(decisions, context.run.decisions(bucket))
+    files = [write_decisions(decisions, context.run, bucket, to_plan=False)]
     to_plan = [decision for decision in decisions if decision.action in (Action.PLAN, Action.RESCORE)]
     if to_plan:
-        write_decisions(to_plan, context.run.decisions(bucket, "to-plan"))
+        files.append(write_decisions(to_plan, context.run, bucket, to_plan=True))
+    rescored = (decision.user_id for decision in decisions if decision.action is Action.RESCORE)
     planned = [decision for decision in to_plan if decision.action is Action.PLAN]
     pool_sizes = [decision.num_images for decision in decisions if decision.action is Action.POOL]
-    return BucketDecisions(planned=keys_and_sizes(planned, by_urgency), pool_size=max(pool_sizes, default=0))
+    return BucketDecisions(
+        planned=keys_and_sizes(planned, by_urgency),
+        pool_size=max(pool_sizes, default=0),
+        rescored_items=sum(previous.users[user].num_items for user in rescored),
+        files=files,
+        last_pool=previous.users.get(POPULATION_USER),
+        pool_is_lost=POPULATION_USER in previous.lost,
+        damaged=previous.damaged,
+    )
+
+
+def planned_if_lost(decision: Decision, lost: Set[str]) -> Decision:
+    """Return the decision to plan a user again whose previous items cannot be kept."""
+    keeps = decision.action in (Action.CARRY, Action.RESCORE)
+    return replace(decision, action=Action.PLAN) if keeps and decision.user_id in lost else decision
 
 
 def decide_user(
@@ -232,7 +277,8 @@ def decide_action(decision: Decision, last: PublishedUser | None, context: RunCo
     refresh = context.config.refresh
     if last is None:
         return Action.PLAN, 0
-    if turn(decision.user_id, context.date, refresh) != turn(decision.user_id, last.planned_on, refresh):
+    planned_on = min(last.planned_on, context.date)  # a clock that was ahead counts as tonight's
+    if turn(decision.user_id, context.date, refresh) != turn(decision.user_id, planned_on, refresh):
         return Action.PLAN, last.generation + 1
     if last.num_items == 0:  # none was fit to be shown
         return Action.PLAN, last.generation + 1
@@ -257,7 +303,7 @@ def turn(user_id: str, date: datetime.date, refresh: RefreshSettings) -> int:
     return (date.toordinal() + int(hash128("turn", user_id)[:12], 16)) // period
 
 
-def decide_pool(context: RunContext, *, pool_size: int) -> Decision | None:
+def decide_pool(context: RunContext, parts: list[BucketDecisions], *, pool_size: int) -> Decision | None:
     """Return the decision on the population pool; None without a cold-start user who needs it.
 
     The pool never shrinks: it keeps the previous size where tonight's is smaller.
@@ -265,7 +311,7 @@ def decide_pool(context: RunContext, *, pool_size: int) -> Decision | None:
     if pool_size == 0:
         return None
     bucket = bucket_of(POPULATION_USER, context.num_buckets)
-    last = last_users(context.previous, bucket, context.num_buckets).get(POPULATION_USER)
+    last = parts[bucket].last_pool
     decision = Decision(
         user_id=POPULATION_USER,
         action=Action.PLAN,
@@ -281,13 +327,12 @@ def decide_pool(context: RunContext, *, pool_size: int) -> Decision | None:
         priority=float(np.finfo(np.float32).max),  # many users wait for it
         activity=0,
     )
-    return with_action(decision, last, context)
+    lost = {POPULATION_USER} if parts[bucket].pool_is_lost else set[str]()
+    return planned_if_lost(with_action(decision, last, context), lost)
 
 
-def last_users(previous: Snapshot | None, bucket: int, num_buckets: int) -> dict[str, PublishedUser]:
-    """Return the previous snapshot's `users` of a bucket."""
-    return published_users(previous.bucket("users", bucket, num_buckets)) if previous else {}
-
-
-def write_decisions(decisions: list[Decision], uri: str) -> None:
-    write_table(decisions_table(decisions), uri, row_group_size=ROWS_PER_GROUP)
+def write_decisions(decisions: list[Decision], run: Run, bucket: int, *, to_plan: bool) -> DecisionsFile:
+    uri = run.decisions(bucket, "to-plan" if to_plan else "all")
+    written = write_table(decisions_table(decisions), uri, row_group_size=ROWS_PER_GROUP)
+    path = uri.removeprefix(f"{run.work}/")
+    return DecisionsFile(bucket=bucket, to_plan=to_plan, path=path, **written)

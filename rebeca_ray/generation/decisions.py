@@ -4,7 +4,7 @@ Decisions of a bucket are one Parquet file in the run's work folder; `Decisions`
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import date
 from enum import StrEnum
 from typing import Self
@@ -70,6 +70,18 @@ class PublishedUser:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecisionsFile:
+    """A file of `schemas.DECISIONS` below the run's work folder, as it was written."""
+
+    bucket: int  # the number of buckets for the population pool's
+    to_plan: bool  # else all users of the bucket
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Decisions:
     """All decisions of a run, counted."""
 
@@ -80,12 +92,30 @@ class Decisions:
     planned_users: int
     planned_items: int  # images to render, if nothing was rendered before
     shards: int
+    rescored_items: int = 0  # rows of the plan with nothing to render
+    files: list[DecisionsFile] = field(default_factory=list)
+    damaged: dict[str, str] = field(default_factory=dict)  # files of the previous snapshot, with the reasons
 
     @classmethod
     def from_dict(cls, values: JsonObject) -> Self:
         pool = values["pool"] and Decision.from_dict(values["pool"])
         boundaries = [(first, second, third) for first, second, third in values["boundaries"]]
-        return cls(**{**values, "pool": pool, "boundaries": boundaries})
+        files = [DecisionsFile(**file) for file in values["files"]]
+        return cls(**{**values, "pool": pool, "boundaries": boundaries, "files": files})
+
+    @property
+    def to_plan(self) -> list[DecisionsFile]:
+        """Return the files with the users to plan and to rescore, by bucket."""
+        return [file for file in self.files if file.to_plan]
+
+    def decided(self, bucket: int) -> DecisionsFile:
+        """Return the file with the decisions on all users of a bucket."""
+        return next(file for file in self.files if file.bucket == bucket and not file.to_plan)
+
+    def fingerprint(self) -> str:
+        """Return a hash of everything that planning takes from the decisions."""
+        files = sorted(file.sha256 for file in self.to_plan)
+        return hash128(*files, repr(self.boundaries), str(self.by_urgency))
 
 
 def decisions_table(decisions: list[Decision]) -> pa.Table:

@@ -6,7 +6,7 @@ from math import ceil
 from rebeca_ray.catalog.layout import Run, new_run_id
 from rebeca_ray.catalog.manifest import Cost, StageFigures
 from rebeca_ray.catalog.read import published
-from rebeca_ray.catalog.runs import BegunRun, remove_run, write_begun, write_record
+from rebeca_ray.catalog.runs import BegunRun, remove_run, write_begun, write_run_record
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.errors import InputError
@@ -53,7 +53,7 @@ def estimate(config: GenerateConfig, *, images_per_second: float | None = None) 
     # With `run.json`, no garbage collection takes the work folder meanwhile. With a record, a later one does.
     begun_at = now.isoformat(timespec="seconds")
     record = BegunRun(run_id=context.run.run_id, run_date="estimate", begun_at=begun_at, described={})
-    write_record(config.catalog, record_of(config.catalog, record))
+    write_run_record(config.catalog, record_of(config.catalog, record))
     write_begun(config.catalog, record)
     try:
         histories = request_histories(config, context.run)
@@ -75,7 +75,8 @@ def forecast(context: RunContext, decisions: Decisions, images_per_second: float
     batch, actors = config.decoder.batch_size, config.decoder.num_actors
     images = decisions.planned_items
     render = seconds_of(stages.get("render"), padded(images, batch, actors), actors, images_per_second, batch)
-    plan = seconds_of(stages.get("plan"), images, config.sampler.num_actors, None, 1)
+    planned = images + decisions.rescored_items
+    plan = seconds_of(stages.get("plan"), planned, config.sampler.num_actors, None, 1)
 
     # Stages without actors, and the tables, grow with the request.
     growth = context.requested / previous.manifest.counts.requested if previous else 1.0
@@ -91,7 +92,7 @@ def forecast(context: RunContext, decisions: Decisions, images_per_second: float
         requested_items=context.requested,
         planned_users=decisions.planned_users,
         images=images,
-        seconds=(plan if images else 0.0, render if images else 0.0, other),
+        seconds=(plan if planned else 0.0, render if images else 0.0, other),
         bytes_written=int(images * bytes_per_image + tables_bytes * growth),
     )
 

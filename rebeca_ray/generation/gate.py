@@ -6,16 +6,17 @@ Shapes: U users, N candidates of theirs, F factors of the selector.
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.manifest import Manifest
 from rebeca_ray.config.sections import GateSettings
 from rebeca_ray.evaluation.permutation import PermutationTest, permutation_test
-from rebeca_ray.storage.filesystem import list_files, open_filesystem
+from rebeca_ray.generation.plan import read_plan
+from rebeca_ray.storage.records import read_columns
 
 MAX_FILES, MAX_USERS, MAX_ITEMS_PER_USER = 20, 2000, 10  # a sample of the plan is enough
 NO_BOUNDS = {"max_p_value", "max_drop", "max_rise", "min_sample"}  # they bound no figure of a snapshot
+COLUMNS = ["user_id", "rank", "user_factors", "sampled_factors", "origin"]
 MIN_USERS = 20  # with fewer, the test stops no run
 
 
@@ -26,7 +27,7 @@ def check_plan(run: Run, gate: GateSettings) -> tuple[PermutationTest | None, st
     was chosen: chosen candidates would please the selector whoever they were sampled for. Items of the
     population pool are left out. Without a selector, or for fewer than two users, there is no test.
     """
-    test = plan_test(read_sample(run.plan))
+    test = plan_test(read_sample(run))
     if (
         test is None
         or test.num_users < MIN_USERS
@@ -96,19 +97,15 @@ def judged(manifest: Manifest, gate: GateSettings) -> dict[str, float | None]:
     }
 
 
-def read_sample(plan: str) -> pa.Table:
+def read_sample(run: Run) -> pa.Table:
     """Personal rows of at most 2,000 users, from files spread evenly over the plan."""
-    filesystem, _ = open_filesystem(plan)
-    files = [open_filesystem(file)[1] for file in list_files(plan, ".parquet")]
+    files = sorted(part.path for part in read_plan(run))
     if not files:
         return pa.table({"user_id": pa.array([], pa.string())})
     files = [files[number] for number in np.unique(np.linspace(0, len(files) - 1, MAX_FILES).astype(int))]
     parts = []
     for path in files:
-        with filesystem.open(path, "rb") as file:
-            table = pq.read_table(
-                file, columns=["user_id", "rank", "user_factors", "sampled_factors", "origin"]
-            )
+        table = read_columns(run.work, path, COLUMNS)
         personal = pc.and_(pc.equal(table["origin"], "new"), pc.is_valid(table["user_factors"]))
         table = table.filter(pc.and_(personal, pc.less(table["rank"], MAX_ITEMS_PER_USER)))
         users = pc.unique(table["user_id"])

@@ -13,8 +13,9 @@ import pyarrow.compute as pc
 
 from rebeca_ray.identity import hash128
 from rebeca_ray.storage.filesystem import join
-from rebeca_ray.storage.objects import JsonObject, write_json
+from rebeca_ray.storage.objects import JsonObject
 from rebeca_ray.storage.parquet import write_table
+from rebeca_ray.storage.records import write_record
 
 BUSY = "busy_seconds"  # the column in which actors report the time per row; never written
 
@@ -93,7 +94,7 @@ class WriteParts:
         )
         if self.records:
             key = "-".join(str(value) for value in values.values())
-            write_json(asdict(record), join(self.records, f"{key}-{name}.json"))
+            write_record(asdict(record), join(self.records, f"{key}-{name}.json"))
         return record
 
 

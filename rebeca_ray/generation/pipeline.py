@@ -5,6 +5,7 @@ No reader sees anything before the last step.
 
 import datetime
 import logging
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,17 +30,26 @@ from rebeca_ray.catalog.runs import read_records, remove_run, require_own_root, 
 from rebeca_ray.catalog.snapshots import require_pointer
 from rebeca_ray.catalog.versions import current_version
 from rebeca_ray.config.jobs import GenerateConfig, Resume
+from rebeca_ray.data.histories import Histories
 from rebeca_ray.decoder.build import check_decoder
 from rebeca_ray.decoder.files import identify_decoder
-from rebeca_ray.errors import InputError, QualityGateError, ResumableError, StorageError
+from rebeca_ray.errors import (
+    DamagedFilesError,
+    InputError,
+    QualityGateError,
+    ResumableError,
+    StorageError,
+)
 from rebeca_ray.evaluation.permutation import PermutationTest
 from rebeca_ray.generation.assemble import Assembled, assemble
+from rebeca_ray.generation.compact import MAX_FILES
 from rebeca_ray.generation.context import RunContext, identify_models
 from rebeca_ray.generation.decide import decide_all
 from rebeca_ray.generation.decisions import Decisions
 from rebeca_ray.generation.estimate import actual_cost, forecast
 from rebeca_ray.generation.gate import check_plan, refusals
 from rebeca_ray.generation.plan import plan_items, request_histories
+from rebeca_ray.generation.previous import note_damage
 from rebeca_ray.generation.progress import Progress, watchdog
 from rebeca_ray.generation.render import busy_seconds, check_renderer, render_all
 from rebeca_ray.generation.request import check_request
@@ -53,6 +63,8 @@ from rebeca_ray.storage.writable import require_writable
 
 log = logging.getLogger(__name__)
 
+MAX_REPAIRS = 3  # times that stages run again because files were damaged
+MAX_FILE_NUMBER = 2**31 - 1  # `items.image_file` is an int32
 ASSEMBLE_RESERVE = 1.5  # times the last assembling: rendering stops so long before `publish_by`
 
 
@@ -93,9 +105,12 @@ def generate_catalog(
     require_pointer(config.catalog)
     models = identify_models(pinned, decoder)
     published(config.catalog)
+    progress = Progress(dump_to=tempfile.gettempdir())
+    minutes = config.limits.stall_minutes
     with (
         hold_lease(config.catalog, config.run_id or "starting", config.limits.lease_seconds) as lease,
         remove_empty_catalog_on_error(config.catalog, lease, first_ever=first_ever),
+        watchdog(progress, minutes, on_stall=lease.release),
     ):
         previous = published(config.catalog)
         adopt_runs(config.catalog, lease.catalog_id)
@@ -108,6 +123,7 @@ def generate_catalog(
                 return Generated(manifest=previous.manifest, seconds={})
         run_id, begun = choose_run(config, run_date, description, resume=resume, retry_failed=retry_failed)
         lease.run_id = run_id
+        progress.enter("check")
         check_executors(config, in_process)
         resumed = begun is not None
         begun = begun or begin(config.catalog, run_id, run_date, description)
@@ -125,15 +141,13 @@ def generate_catalog(
             models=models,
             previous=previous,
             requested=requested,
-            began_at=min(begun.began_at, since or begun.began_at),
+            # A clock that was ahead counts as now.
+            began_at=min(begun.began_at, since or begun.began_at, datetime.datetime.now(datetime.UTC)),
             inputs=inputs_digest(description),
             in_process=in_process,
         )
-        progress = Progress()
-        with (
-            remove_work_on_error(context.run, lease, resumed=resumed),
-            watchdog(progress, config.limits.stall_minutes, dump_to=context.run.work, on_stall=lease.release),
-        ):
+        progress.dump_to = context.run.work
+        with remove_work_on_error(context.run, lease, resumed=resumed):
             manifest = make_snapshot(context, lease, progress, retry_failed=retry_failed, force=force)
         delete(context.run.work)
     seconds = {name: stage.seconds for name, stage in progress.stages.items()}
@@ -196,12 +210,34 @@ def remove_empty_catalog_on_error(root: str, lease: Lease, *, first_ever: bool) 
 def make_snapshot(
     context: RunContext, lease: Lease, progress: Progress, *, retry_failed: bool, force: bool
 ) -> Manifest:
-    """Run the stages one after the other. A resumed run finds some of them done."""
-    config, run, previous = context.config, context.run, context.previous
+    """Run the stages one after the other. A resumed run finds some of them done.
+
+    Stages that read a damaged file run again without it.
+    """
     with progress.stage("histories"):
-        histories = request_histories(config, run)
+        histories = request_histories(context.config, context.run)
+    for _ in range(MAX_REPAIRS):
+        try:
+            return run_stages(context, histories, lease, progress, retry_failed=retry_failed, force=force)
+        except DamagedFilesError as error:
+            note_damage(context, error.reasons)
+    return run_stages(context, histories, lease, progress, retry_failed=retry_failed, force=force)
+
+
+def run_stages(
+    context: RunContext,
+    histories: Histories | None,
+    lease: Lease,
+    progress: Progress,
+    *,
+    retry_failed: bool,
+    force: bool,
+) -> Manifest:
+    """Decide, plan, test the plan, render, assemble, judge and publish."""
+    config, run, previous = context.config, context.run, context.previous
     with progress.stage("decide"):
         decisions = decide_all(context, histories, progress.move)
+        check_file_numbers(context, decisions)
     if previous:
         expected = forecast(context, decisions)
         log.info(
@@ -239,6 +275,20 @@ def make_snapshot(
         )
     lease.publish(run_id=run.run_id, run_date=run.run_date, snapshot=run.snapshot, forced=bool(reasons))
     return manifest
+
+
+def check_file_numbers(context: RunContext, decisions: Decisions) -> None:
+    """Raise InputError if the numbers of image files could pass the largest int32 tonight.
+
+    A rendered item needs at most one file, and compaction numbers MAX_FILES per bucket.
+    """
+    first = context.previous.manifest.next_file if context.previous else 0
+    needed = decisions.planned_items + context.num_buckets * MAX_FILES
+    if first + needed > MAX_FILE_NUMBER:
+        raise InputError(
+            f"catalog {context.run.root}: the next image file has number {first:,}, and this run may need "
+            f"{needed:,} more; numbers end at {MAX_FILE_NUMBER:,}: generate into another root"
+        )
 
 
 def describe_snapshot(
@@ -302,7 +352,7 @@ def check_cluster(config: GenerateConfig) -> None:
         spare_cpus=1,
         decoder_slots=decoder.num_actors if served else 0,
     )
-    check_renderer(decoder)
+    check_renderer(decoder, config.limits.stall_minutes)
 
 
 def deadline_of(context: RunContext, spent_seconds: float) -> float | None:

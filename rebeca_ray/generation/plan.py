@@ -8,6 +8,7 @@ items.
 """
 
 import hashlib
+import logging
 import time
 from dataclasses import asdict, replace
 from typing import Any
@@ -25,7 +26,7 @@ from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.data.feedback import find_rated
 from rebeca_ray.data.histories import Histories, build_histories
 from rebeca_ray.data.items import embedded_with, open_items, read_image_embeds, read_item_ids
-from rebeca_ray.errors import InputError
+from rebeca_ray.errors import InputError, ResumableError
 from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.dataflow import Actors, Stage, run_graph
 from rebeca_ray.generation.decisions import Action, Decisions, render_keys, shards_of
@@ -40,9 +41,11 @@ from rebeca_ray.prior.candidates import (
 )
 from rebeca_ray.prior.checkpoint import load_prior
 from rebeca_ray.prior.diffusion import Diffusion
-from rebeca_ray.storage.filesystem import delete, join, list_files
-from rebeca_ray.storage.objects import read_json, write_json
+from rebeca_ray.storage.filesystem import delete, join
 from rebeca_ray.storage.parquet import write_table
+from rebeca_ray.storage.records import damage_among, read_record, write_record
+
+log = logging.getLogger(__name__)
 
 ITEMS_PER_FILE = 20_000
 TILES_PER_BATCH = 4  # several tiles of the sampler per batch, so that padding costs little
@@ -54,17 +57,26 @@ def plan_items(
 ) -> None:
     """Write the run's plan, `shard=<s>/bucket=<b>/`. Every item of a planned user becomes exactly one row.
 
-    A complete plan is never made again: a resumed run reads it. Raises InputError if the prior was replaced
-    meanwhile.
+    A complete plan is never made again: a resumed run reads it, if it is intact. Raises InputError if the
+    prior was replaced meanwhile, ResumableError for a plan that lacks rows.
     """
     run, config = context.run, context.config
-    if read_json(run.plan_marker):
+    if has_plan(run, decisions):
         return
-    delete(run.plan)  # an attempt that died left a part of one
-    files = list_files(join(run.work, "decisions", "to-plan"), ".parquet")
+    for folder in (run.plan, join(run.work, "shards")):
+        delete(folder)  # of an attempt that died, or of a plan that differs
+    files = [join(run.work, file.path) for file in decisions.to_plan]
+    rescored_from = context.previous if decisions.rescored_items else None
     planner = Stage(
         work=PlanUsers,
-        arguments=(config, context.versions, histories, context.previous, decisions),
+        # Each actor gets a copy of these, so without the long lists of files.
+        arguments=(
+            config,
+            context.versions,
+            histories,
+            rescored_from and rescored_from.only("items"),
+            replace(decisions, files=[], damaged={}),
+        ),
         batch_size=users_per_batch(config),
         actors=Actors(
             count=config.sampler.num_actors,
@@ -83,13 +95,50 @@ def plan_items(
     if files:
         stages = [planner, Stage(work=writer, batch_size=ITEMS_PER_FILE)]
         batches = run_graph(files, stages, in_process=context.in_process)
-        records = progress.follow("plan", batches, total=decisions.planned_items)
-    write_json({"parts": [asdict(record) for record in records]}, run.plan_marker)
+        total = decisions.planned_items + decisions.rescored_items
+        records = progress.follow("plan", batches, total=total)
+    if problem := missing_rows(records, decisions):
+        raise ResumableError(f"run {run.run_id}: {problem}; nothing is published, start it again to resume")
+    write_record(
+        {"decisions": decisions.fingerprint(), "parts": [asdict(record) for record in records]},
+        run.plan_marker,
+    )
+
+
+def has_plan(run: Run, decisions: Decisions) -> bool:
+    """Return whether the run has a complete and intact plan of these decisions."""
+    values = read_record(run.plan_marker)
+    if values is None or values["decisions"] != decisions.fingerprint():
+        return False
+    parts = read_plan(run)
+    problem = missing_rows(parts, decisions)
+    for path, reason in damage_among(run.work, parts).items():
+        problem = f"{join(run.work, path)}: {reason}"
+    if problem:
+        log.warning(f"{problem}; all items are planned again")
+    return problem is None
+
+
+def missing_rows(parts: list[PartRecord], decisions: Decisions) -> str | None:
+    """Return the difference between the rows of a plan and the items that were decided on; None if equal."""
+    rows = {NOT_RENDERED: 0, 0: 0}
+    for part in parts:
+        rows[min(part.shard, 0)] += part.rows
+    expected = {NOT_RENDERED: decisions.rescored_items, 0: decisions.planned_items}
+    if rows == expected:
+        return None
+    return (
+        f"the plan has {rows[0]:,} new and {rows[NOT_RENDERED]:,} rescored items, "
+        f"expected {expected[0]:,} and {expected[NOT_RENDERED]:,}"
+    )
 
 
 def read_plan(run: Run) -> list[PartRecord]:
-    """Return the records of a complete plan."""
-    return [PartRecord.from_dict(values) for values in (read_json(run.plan_marker) or {})["parts"]]
+    """Return the records of a complete plan. Raises ResumableError without one."""
+    values = read_record(run.plan_marker)
+    if values is None:
+        raise ResumableError(f"{run.plan_marker}: is missing or damaged; expected the plan; start again")
+    return [PartRecord.from_dict(part) for part in values["parts"]]
 
 
 def users_per_batch(config: GenerateConfig) -> int:

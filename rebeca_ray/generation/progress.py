@@ -22,7 +22,6 @@ from rebeca_ray.storage.filesystem import join, open_filesystem
 log = logging.getLogger(__name__)
 
 STALLED = ResumableError.exit_code
-UNWATCHED = ("histories", "test")  # one step each, without progress in between
 SECONDS_BETWEEN_LINES = 20  # of progress in the log
 POLLS = 20  # in the time after which a run counts as stalled
 
@@ -44,7 +43,8 @@ class StageClock:
 class Progress:
     """The stages of one attempt, timed, and the time of the last progress."""
 
-    def __init__(self) -> None:
+    def __init__(self, dump_to: str = "") -> None:
+        self.dump_to = dump_to  # the folder for the state of a run that stalls
         self.stages: dict[str, StageClock] = {}
         self.moved_at = time.monotonic()
         self.current = "starting"
@@ -53,6 +53,11 @@ class Progress:
     def move(self) -> None:
         """Note progress: the watchdog waits from now on."""
         self.moved_at = time.monotonic()
+
+    def enter(self, name: str) -> None:
+        """Note the beginning of a step that is not timed."""
+        self.current = name
+        self.move()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -95,14 +100,12 @@ class Progress:
 
 
 def log_progress(name: str, rows: int, total: int, seconds: float) -> None:
-    remaining = (total - rows) * seconds / rows
+    remaining = max(0, total - rows) * seconds / rows
     log.info(f"{name}: {rows:,} of {total:,}, {rows / seconds:.1f} per second, ETA {remaining / 60:.0f} min")
 
 
 @contextmanager
-def watchdog(
-    progress: Progress, minutes: float | None, *, dump_to: str, on_stall: Callable[[], None]
-) -> Iterator[None]:
+def watchdog(progress: Progress, minutes: float | None, *, on_stall: Callable[[], None]) -> Iterator[None]:
     """End the process with code 75 after `minutes` without progress in the block. Dump its state first."""
     if minutes is None:
         yield
@@ -111,8 +114,8 @@ def watchdog(
 
     def watch() -> None:
         while not done.wait(60 * minutes / POLLS):
-            if progress.current not in UNWATCHED and time.monotonic() - progress.moved_at > 60 * minutes:
-                where = dump_state(progress, dump_to)
+            if time.monotonic() - progress.moved_at > 60 * minutes:
+                where = dump_state(progress, progress.dump_to)
                 problem = (
                     f"no progress for {minutes:g} min in stage {progress.current} (limits.stall_minutes)"
                 )

@@ -12,19 +12,18 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.build import build_decoder, check_decoder
 from rebeca_ray.decoder.interface import DecodedImage, Rows
-from rebeca_ray.errors import ServerLostError
+from rebeca_ray.errors import ResumableError, ServerLostError
 from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.dataflow import Actors, Stage, run_graph
 from rebeca_ray.generation.decisions import Decisions
@@ -32,13 +31,20 @@ from rebeca_ray.generation.parts import PartRecord, WriteParts, with_busy_second
 from rebeca_ray.generation.plan import read_plan
 from rebeca_ray.generation.progress import Progress
 from rebeca_ray.ray_runtime import ExcludeIds
-from rebeca_ray.storage.filesystem import join, list_files, open_filesystem
-from rebeca_ray.storage.objects import read_json, write_json
+from rebeca_ray.storage.filesystem import delete_files, join, list_files, open_filesystem, storage_errors
+from rebeca_ray.storage.records import (
+    damage_among,
+    read_columns,
+    read_record,
+    read_recorded,
+    write_record,
+)
 
 log = logging.getLogger(__name__)
 
 ROW_GROUP = 100
 MAX_CLOCK_DIFFERENCE = 60  # seconds, between the actors' clocks and ours
+CHECK_SHARE = 0.9  # of the watchdog's time, for the check of the renderer
 BATCHES_PER_CALL = 4  # of a server, which waits for nothing but between calls
 COLUMNS = ["item_id", "bucket", "image_embeds", "prompt", "negative_prompt"]
 
@@ -54,13 +60,13 @@ class ShardMarker:
 
     @classmethod
     def read(cls, run: Run, shard: int) -> Self | None:
-        values = read_json(run.shard_marker(shard))
+        values = read_record(run.shard_marker(shard))
         if values is None:
             return None
         return cls(**{**values, "files": [PartRecord.from_dict(record) for record in values["files"]]})
 
     def write(self, run: Run, shard: int) -> None:
-        write_json(asdict(self), run.shard_marker(shard))
+        write_record(asdict(self), run.shard_marker(shard))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +92,11 @@ def render_all(
     """
     files: list[PartRecord] = []
     timed_out = False
-    for shard in range(decisions.shards):
-        marker = ShardMarker.read(context.run, shard)
+    markers = [ShardMarker.read(context.run, shard) for shard in range(decisions.shards)]
+    lost = lost_images(context.run, [record for marker in markers if marker for record in marker.files])
+    for shard, marker in enumerate(markers):
+        if marker and any(record.path in lost for record in marker.files):
+            marker = None
         can_continue = marker is not None and marker.timed_out and has_time(deadline)
         if marker is None or can_continue or (retry_failed and marker.failed):
             earlier = None if can_continue else marker
@@ -95,6 +104,21 @@ def render_all(
         files += marker.files
         timed_out = timed_out or marker.timed_out
     return Rendered(files=files, timed_out=timed_out)
+
+
+def lost_images(run: Run, records: list[PartRecord]) -> set[str]:
+    """Return the image files, of those a marker names, that are missing or have another size."""
+    if not records:
+        return set()
+    filesystem, root = open_filesystem(run.root)
+    filesystem.invalidate_cache()
+    with storage_errors(run.root, "list"):
+        sizes = {
+            str(path): info["size"]
+            for path, info in filesystem.find(join(root, run.images), detail=True).items()
+        }
+    unlisted = [record for record in records if sizes.get(join(root, record.path)) != record.bytes]
+    return set(damage_among(run.root, unlisted, hashed=False))  # a listing may miss a file
 
 
 def has_time(deadline: float | None, margin: float = 0.0) -> bool:
@@ -113,32 +137,42 @@ def render_shard(
     With the marker of an `earlier` attempt, its failed rows are rendered again.
     """
     run = context.run
-    records = read_records(run, shard)
+    records = intact_records(run, shard)
     attempt = max([earlier.attempt + 1 if earlier else 0, *(record.attempt for record in records)])
     done = rendered_ids(run, records, with_failed=lambda record: earlier is None or record.attempt == attempt)
     # Sorted by bucket, so that few files hold rows of two buckets.
     parts = sorted((part for part in read_plan(run) if part.shard == shard), key=lambda part: part.bucket)
-    total = sum(part.rows for part in parts)
-    if len(done) < total and has_time(deadline):
+    planned = planned_ids(run, parts)
+    remaining = len(planned) - (pc.sum(pc.is_in(planned, value_set=done)).as_py() or 0)
+    if remaining and has_time(deadline):
         files = [join(run.work, part.path) for part in parts]
         stages = render_stages(context, shard, done, attempt, deadline)
         batches = run_graph(files, stages, columns=COLUMNS, in_process=context.in_process)
-        progress.follow("render", batches, total=total - len(done))
-        records = read_records(run, shard)
-    rendered = sum(record.rows for record in records)
-    failed = sum(record.failed for record in records)
-    if rendered != total or attempt:
-        # Some items were rendered twice, or not at all: count their ids.
-        every = rendered_ids(run, records, with_failed=lambda record: True)
+        written = progress.follow("render", batches, total=remaining)
+        # A listing may miss a record, so those that the graph returned count too.
+        by_path = {record.path: record for record in [*records, *written, *read_records(run, shard)]}
+        records = list(by_path.values())
+    # Some items may have been rendered twice, or not at all: the ids tell.
+    every = rendered_ids(run, records, with_failed=lambda record: True)
+    good = every
+    if any(record.failed for record in records):
         good = rendered_ids(run, records, with_failed=lambda record: False)
-        rendered, failed = len(every), len(every) - len(good)
-    complete = rendered == total
-    marker = ShardMarker(attempt=attempt, files=records, timed_out=not complete, failed=failed)
-    if not complete and has_time(deadline, margin=MAX_CLOCK_DIFFERENCE):
+    missing, failed = (
+        pc.sum(pc.invert(pc.is_in(planned, value_set=ids))).as_py() or 0 for ids in (every, good)
+    )
+    marker = ShardMarker(attempt=attempt, files=records, timed_out=missing > 0, failed=failed - missing)
+    if missing and has_time(deadline, margin=MAX_CLOCK_DIFFERENCE):
         # Rows were lost. Without a marker the next attempt renders them.
-        return ShardMarker(attempt=attempt, files=records, timed_out=False, failed=failed)
+        return replace(marker, timed_out=False)
     marker.write(run, shard)
     return marker
+
+
+def planned_ids(run: Run, parts: list[PartRecord]) -> pa.Array:
+    """Return the ids of the items in some files of the plan. Raises DamagedFilesError for a damaged one."""
+    with ThreadPoolExecutor(16) as pool:
+        tables = list(pool.map(lambda part: read_recorded(run.work, part, ["item_id"]), parts))
+    return pa.concat_tables(tables)["item_id"].combine_chunks() if tables else pa.array([], pa.string())
 
 
 def render_stages(
@@ -170,15 +204,33 @@ def render_stages(
         shard=shard,
         attempt=attempt,
     )
-    exclude = [Stage(work=ExcludeIds(done), batch_size=None)] if len(done) else []
-    return [*exclude, renderer, Stage(work=writer, batch_size=context.config.layout.images_per_file)]
+    stages = [renderer, Stage(work=writer, batch_size=context.config.layout.images_per_file)]
+    if not len(done):
+        return stages
+    return [Stage(work=ExcludeIds(done, in_process=context.in_process), batch_size=None), *stages]
 
 
 def read_records(run: Run, shard: int) -> list[PartRecord]:
     """Return the records of a shard's complete files."""
+    return list(records_by_uri(run, shard).values())
+
+
+def records_by_uri(run: Run, shard: int) -> dict[str, PartRecord]:
+    uris = list_files(run.records(shard), ".json")
     with ThreadPoolExecutor(16) as pool:
-        values = pool.map(read_json, list_files(run.records(shard), ".json"))
-        return [PartRecord.from_dict(record) for record in values if record]
+        values = dict(zip(uris, pool.map(read_record, uris), strict=True))
+    return {uri: PartRecord.from_dict(record) for uri, record in values.items() if record}
+
+
+def intact_records(run: Run, shard: int) -> list[PartRecord]:
+    """Return the records of a shard whose files are as they were written. The others are removed."""
+    records = records_by_uri(run, shard)
+    damaged = damage_among(run.root, records.values())
+    for path, reason in damaged.items():
+        log.warning(f"{join(run.root, path)}: {reason}; its items are rendered again")
+    delete_files([uri for uri, record in records.items() if record.path in damaged])
+    delete_files([join(run.root, path) for path in damaged])
+    return [record for record in records.values() if record.path not in damaged]
 
 
 def busy_seconds(run: Run, decisions: Decisions) -> float:
@@ -192,12 +244,9 @@ def rendered_ids(run: Run, records: list[PartRecord], with_failed: Callable[[Par
 
     Failed items count only in files that `with_failed` accepts.
     """
-    filesystem, root = open_filesystem(run.root)
 
     def ids(record: PartRecord) -> pa.Array:
-        # Without a cache, so that the pixels between the columns are not read.
-        with filesystem.open(join(root, record.path), "rb", cache_type="none") as file:
-            table = pq.read_table(file, columns=["item_id", "error"])
+        table = read_columns(run.root, record.path, ["item_id", "error"])
         if not with_failed(record):
             table = table.filter(pc.is_null(table["error"]))
         return table["item_id"].combine_chunks()
@@ -207,8 +256,11 @@ def rendered_ids(run: Run, records: list[PartRecord], with_failed: Callable[[Par
     return pc.unique(pa.concat_arrays(arrays)) if arrays else pa.array([], pa.string())
 
 
-def check_renderer(decoder: DecoderSettings) -> None:
-    """Check the server or safety checker where a render actor would run, before anything is planned."""
+def check_renderer(decoder: DecoderSettings, minutes: float | None) -> None:
+    """Check the server or safety checker where a render actor would run, before anything is planned.
+
+    Raises ResumableError if the check does not end in nearly `minutes`, before the watchdog does.
+    """
     if decoder.backend == "local" and not decoder.safety.checker:
         return
     import ray
@@ -220,8 +272,16 @@ def check_renderer(decoder: DecoderSettings) -> None:
         "resources": {"decoder_slot": 1.0} if served else {},
     }
     check = ray.remote(max_retries=0)(check_decoder).options(**options)
+    result = check.remote(decoder)
+    deadline = None if minutes is None else 60 * CHECK_SHARE * minutes
     try:
-        ray.get(check.remote(decoder))
+        ray.get(result, timeout=deadline)
+    except ray.exceptions.GetTimeoutError:
+        ray.cancel(result, force=True)
+        raise ResumableError(
+            f"decoder: its check on a node did not end within {deadline} s "
+            "(limits.stall_minutes); look for a node with its resources, and at its server; start again"
+        ) from None
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
 

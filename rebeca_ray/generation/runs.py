@@ -7,7 +7,7 @@ import logging
 from rebeca_ray.catalog.layout import new_run_id
 from rebeca_ray.catalog.manifest import Manifest
 from rebeca_ray.catalog.pointer import read_pointer
-from rebeca_ray.catalog.runs import BegunRun, RunRecord, unfinished_runs, write_begun, write_record
+from rebeca_ray.catalog.runs import BegunRun, RunRecord, unfinished_runs, write_begun, write_run_record
 from rebeca_ray.config.fields import NOT_COMPARED, fields_with
 from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.data.items import open_items
@@ -160,7 +160,7 @@ def begin(root: str, run_id: str, run_date: datetime.date, description: Descript
         begun_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         described=description,
     )
-    write_record(root, record_of(root, begun))
+    write_run_record(root, record_of(root, begun))
     write_begun(root, begun)
     return begun
 

@@ -12,7 +12,7 @@ from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.manifest import manifest_version, write_manifest
 from rebeca_ray.catalog.pointer import change_pointer, read_pointer, swap
 from rebeca_ray.catalog.read import open_snapshot, read_catalog
-from rebeca_ray.catalog.runs import RunRecord, read_records, write_record
+from rebeca_ray.catalog.runs import RunRecord, read_records, write_run_record
 from rebeca_ray.catalog.snapshots import find_snapshot, list_snapshots, publish_snapshot, roll_back
 from rebeca_ray.catalog.verify import verify
 from rebeca_ray.config.jobs import GenerateConfig
@@ -66,7 +66,7 @@ def test_runs_of_a_catalog_that_was_copied_over_this_one_stay(three_nights: Gene
     first = run_ids(root)[0]
     catalog_id = read_pointer(root)[0].catalog_id
     assert {record.run_id for record in read_records(root, catalog_id or "")} >= {first}
-    write_record(root, RunRecord(catalog_id="another", run_id=first, run_date="2026-03-02"))
+    write_run_record(root, RunRecord(catalog_id="another", run_id=first, run_date="2026-03-02"))
     assert collect(root, keep=1, grace_hours=0).files == []
     assert first in run_ids(root)
     assert verify(open_snapshot(root, find_snapshot(root, first).path), "full") == []

@@ -194,7 +194,7 @@ def test_a_killed_attempt_at_failed_items_is_resumed(
     assert read_marker(context, 0).failed == 16
 
     with monkeypatch.context() as patch:
-        patch.setattr(render_module, "write_json", killed)
+        patch.setattr(render_module, "write_record", killed)
         with pytest.raises(KeyboardInterrupt):
             render(context, decisions, retry_failed=True)
     assert read_marker(context, 0).attempt == 0

@@ -1,7 +1,7 @@
 """The quality gate: a prior that samples the same for everybody stops a run before it is rendered."""
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from rebeca_ray.catalog.manifest import Counts, Manifest, PermutationFigures, Qu
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import GateSettings
 from rebeca_ray.generation.gate import MAX_ITEMS_PER_USER, check_plan, plan_test, read_sample, refusals
+from rebeca_ray.generation.parts import PartRecord
 from rebeca_ray.prior.checkpoint import load_prior, save_prior
 from rebeca_ray.prior.selector import Selector
+from rebeca_ray.storage.records import write_record
 from tests.conftest import D, plan, prior_users, write_tiny_prior
 
 NUM_FACTORS = 4
@@ -43,9 +45,28 @@ def write_plan(folder: Path, *, users: int, personal: bool, items: int = 3, orig
     run = Run(root=str(folder), run_date="2026-01-01", run_id="run", fencing_token=1)
     Path(run.plan).mkdir(parents=True)
     half = table.num_rows // 2
-    pq.write_table(table.slice(0, half), f"{run.plan}/a.parquet")
-    pq.write_table(table.slice(half), f"{run.plan}/b.parquet")
+    record_plan(run, {"a.parquet": table.slice(0, half), "b.parquet": table.slice(half)})
     return run
+
+
+def record_plan(run: Run, tables: dict[str, pa.Table]) -> None:
+    """Write the files of a plan and their record."""
+    parts = []
+    for name, table in tables.items():
+        pq.write_table(table, f"{run.plan}/{name}")
+        part = PartRecord(
+            bucket=0,
+            shard=0,
+            attempt=0,
+            path=f"plan/{name}",
+            rows=table.num_rows,
+            bytes=1,
+            sha256="",
+            failed=0,
+            busy_seconds=0.0,
+        )
+        parts.append(asdict(part))
+    write_record({"decisions": "", "parts": parts}, run.plan_marker)
 
 
 def test_a_personal_plan_passes_with_its_figures(tmp_path: Path) -> None:
@@ -82,7 +103,7 @@ def test_items_of_the_population_pool_are_not_tested(tmp_path: Path) -> None:
 
 
 def test_a_large_plan_is_sampled(tmp_path: Path) -> None:
-    sample = read_sample(write_plan(tmp_path, users=2500, personal=True, items=12).plan)
+    sample = read_sample(write_plan(tmp_path, users=2500, personal=True, items=12))
     _, counts = np.unique(sample["user_id"].to_numpy(zero_copy_only=False), return_counts=True)
     assert len(counts) == 2000
     assert counts.max() == MAX_ITEMS_PER_USER
@@ -101,10 +122,10 @@ def test_a_prior_that_ignores_its_users_fails_whatever_the_selector_chose(
     planned = plan(config.model_copy(update={"prior": uri}), pa.table({"user_id": users}))
     run = Run(root=str(tmp_path), run_date="2026-01-01", run_id="run", fencing_token=1)
     Path(run.plan).mkdir(parents=True)
-    pq.write_table(planned, f"{run.plan}/a.parquet")
+    record_plan(run, {"a.parquet": planned})
     assert "pleases its own users no more than others" in str(check_plan(run, GateSettings())[1])
     chosen = [float(value) for value in planned["like_probability"].to_pylist()]
-    test = plan_test(read_sample(run.plan))
+    test = plan_test(read_sample(run))
     assert test is not None
     # The chosen items please the selector, whoever they were drawn for.
     assert np.mean(chosen) > test.matched_mean + 3 * test.null_std

@@ -54,7 +54,7 @@ with plain_errors():
     pipeline.generate_catalog(GenerateConfig.model_validate_json(sys.argv[1]))
 """
 HANG = "render.RenderImages = HangsLater"  # so that a kill always comes in the middle
-DIE_PLANNING = "plan.write_json = lambda *_: os._exit(9)"  # all items are planned, without the marker
+DIE_PLANNING = "plan.write_record = lambda *_: os._exit(9)"  # all items are planned, without the marker
 DIE_PUBLISHING = "Lease.publish = lambda *_, **__: os._exit(9)"  # the manifest exists, without the pointer
 
 

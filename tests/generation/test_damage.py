@@ -1,0 +1,212 @@
+"""Damaged files: an unfinished run makes its work again, and a published file costs its users alone."""
+
+import datetime
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rebeca_ray.catalog.read import Snapshot, read_catalog
+from rebeca_ray.catalog.verify import verify
+from rebeca_ray.config.jobs import GenerateConfig
+from rebeca_ray.config.sections import LayoutSettings
+from rebeca_ray.decoder.local import LocalDecoder
+from rebeca_ray.generation import decide, previous
+from rebeca_ray.generation.pipeline import generate_catalog
+from tests.conftest import NO_GATE, USERS, snapshot_of
+from tests.generation.test_plan import write_histories, write_history_prior
+
+MONDAY = datetime.date(2026, 3, 2)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "truncated": truncate,
+    "flipped": flip,
+    "empty": lambda path: path.write_bytes(b""),
+    "removed": lambda path: path.unlink(),
+    "garbage": lambda path: path.write_bytes(b'{"parts": [], "files": [7]}'),
+}
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: no handler of the package catches it."""
+
+
+def by_user(snapshot: Snapshot) -> dict[str, list[tuple[str, int, str]]]:
+    rows = snapshot.items(["user_id", "item_id", "rank", "origin"]).to_pylist()
+    users: dict[str, list[tuple[str, int, str]]] = {}
+    for row in rows:
+        users.setdefault(row["user_id"], []).append((row["item_id"], row["rank"], row["origin"]))
+    return users
+
+
+@pytest.fixture
+def half_done(config: GenerateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GenerateConfig:
+    """The config of a run that was killed with one shard of two rendered, and half of the other."""
+    ratings = write_histories(tmp_path, user_0=[(1, 5.0), (2, 1.0)], user_1=[(3, 4.0), (4, 2.0)])
+    pq.write_table(pa.table({"user_id": [*USERS[:2], "nobody"]}), config.request)
+    config = config.model_copy(
+        update={
+            "prior": write_history_prior(tmp_path, "history"),
+            "interactions": ratings,
+            "run_date": MONDAY,
+            "gate": NO_GATE,
+            "layout": LayoutSettings(num_buckets=2, items_per_shard=5, images_per_file=2),
+            "decoder": config.decoder.model_copy(update={"batch_size": 2}),
+        }
+    )
+    calls = 0
+    whole = LocalDecoder.decode
+
+    def decode(self: LocalDecoder, rows: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 3:
+            raise Killed
+        return whole(self, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalDecoder, "decode", decode)
+        with pytest.raises(Killed):
+            generate_catalog(config, in_process=True)
+    return config
+
+
+def test_any_damaged_work_file_of_an_unfinished_run_is_made_again(
+    half_done: GenerateConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For each work file and image file in turn, damaged in each way: the run ends with the same items."""
+    root, copy = Path(half_done.catalog), tmp_path / "copy"
+    shutil.move(root, copy)
+
+    def resumed() -> dict[str, list[tuple[str, int, str]]]:
+        generate_catalog(half_done, in_process=True)
+        snapshot = read_catalog(half_done.catalog)
+        assert verify(snapshot, "full") == []
+        items = by_user(snapshot)
+        shutil.rmtree(root)
+        return items
+
+    shutil.copytree(copy, root)
+    expected = resumed()
+    assert sum(map(len, expected.values())) == 12
+    files = sorted(
+        path.relative_to(copy)
+        for folder in ("work", "images")
+        for path in (copy / folder).rglob("*")
+        if path.is_file()
+    )
+    kinds = {str(file).split("/")[2].split("-")[0] for file in files}
+    assert kinds == {
+        "decisions", "decisions.json", "plan", "plan.json", "records", "shards", "run.json", "request",
+        "histories", *{str(file).split("/")[2] for file in files if file.parts[0] == "images"},
+    }  # fmt: skip
+    for number, file in enumerate(files):
+        # Each file is damaged in one way of five here; neighbours of its kind get the others.
+        name = list(DAMAGES)[number % len(DAMAGES)]
+        for damage in [name] if len(files) > 5 and file.suffix != ".json" else DAMAGES:
+            shutil.copytree(copy, root)
+            DAMAGES[damage](root / file)
+            assert resumed() == expected, (damage, file)
+
+
+PUBLISHED = ("items", "users", "images", "errors", "changes")
+
+
+@pytest.fixture
+def two_buckets(config: GenerateConfig) -> GenerateConfig:
+    """The config of a catalog of two nights with two buckets, the pool among them."""
+    pq.write_table(pa.table({"user_id": [*USERS, "nobody"]}), config.request)
+    layout = LayoutSettings(num_buckets=2, images_per_file=4)
+    config = config.model_copy(update={"layout": layout, "num_images": 2, "run_date": MONDAY})
+    for day in range(2):
+        snapshot_of(config.model_copy(update={"run_date": MONDAY + datetime.timedelta(days=day)}))
+    return config.model_copy(update={"run_date": MONDAY + datetime.timedelta(days=2)})
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "removed"])
+def test_any_damaged_published_file_costs_the_users_with_items_in_it(
+    two_buckets: GenerateConfig, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    root, copy = Path(two_buckets.catalog), tmp_path / "copy"
+    before = read_catalog(two_buckets.catalog)
+    expected = {user: [item for item, _, _ in items] for user, items in by_user(before).items()}
+    shutil.copytree(root, copy)
+    for row in before.files.to_pylist():
+        if row["table"] in ("errors", "changes"):
+            continue  # no later snapshot holds them
+        shutil.rmtree(root)
+        shutil.copytree(copy, root)
+        DAMAGES[damage](root / row["path"])
+        assert any(row["path"] in line for line in verify(read_catalog(str(root)), "full"))
+        caplog.clear()
+        manifest = snapshot_of(two_buckets)
+        snapshot = read_catalog(str(root))
+        assert verify(snapshot, "full") == []
+        warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+        assert len(warnings) == 1, caplog.messages
+        assert row["path"] in warnings[0].getMessage()
+        assert "planned again" in warnings[0].getMessage()
+        items = by_user(snapshot)
+        assert {user: [item for item, _, _ in kept] for user, kept in items.items()} == expected
+        # Users of the other bucket keep their items, but for those who share the pool.
+        here = set(before.table("users").filter(in_bucket(before, row["bucket"]))["user_id"].to_pylist())
+        new = {user for user, kept in items.items() if any(origin == "new" for _, _, origin in kept)}
+        assert new <= here
+        assert new or manifest.counts.population
+
+
+def in_bucket(snapshot: Snapshot, bucket: int) -> pa.Array:
+    from rebeca_ray.identity import bucket_of
+
+    users = snapshot.table("users")["user_id"].to_pylist()
+    return pa.array([bucket_of(user, snapshot.num_buckets) == bucket for user in users])
+
+
+@pytest.mark.parametrize("table", ["items", "images"])
+def test_damage_that_only_assembling_meets_costs_its_users_too(
+    two_buckets: GenerateConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    table: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """No file of this night is hashed in advance; most users are planned anew, so files are compacted."""
+    monkeypatch.setattr(previous, "HASHED_BYTES", 0)
+    monkeypatch.setattr("rebeca_ray.generation.compact.MIN_LIVE", 1.1)
+    before = read_catalog(two_buckets.catalog)
+    row = next(row for row in before.files.to_pylist() if row["table"] == table and row["bucket"] == 0)
+    users = sorted({user for user in before.table("users")["user_id"].to_pylist() if user})
+    counts = pa.array([1 if user == users[0] else 2 for user in users], pa.int32())
+    pq.write_table(pa.table({"user_id": users, "num_images": counts}), two_buckets.request)
+    flip(Path(two_buckets.catalog, row["path"]))
+    manifest = snapshot_of(two_buckets)
+    snapshot = read_catalog(two_buckets.catalog)
+    assert row["path"] in caplog.text
+    assert verify(snapshot, "full") == []
+    assert manifest.counts.requested == 2 * len(users) - 1
+    assert row["path"] not in snapshot.files["path"].to_pylist()
+
+
+def test_a_decisions_file_that_no_listing_shows_costs_nobody_anything(
+    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files come from the record, so that a listing without one of them changes nothing."""
+    for module in (decide, previous):
+        monkeypatch.setattr(f"{module.__name__}.list_files", lambda *_: [], raising=False)
+    manifest = snapshot_of(config)
+    assert (manifest.counts.requested, manifest.counts.new, manifest.counts.filtered) == (16, 16, 0)
