@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import log as package_log
-from rebeca_ray.errors import InputError
+from rebeca_ray.errors import InputError, ResumableError
 from rebeca_ray.ray_start import connect
 
 log = logging.getLogger(__name__)
