@@ -1,6 +1,7 @@
 """Start and join Ray: the token, loopback, and one line for each failure."""
 
 import errno
+import json
 import os
 import shutil
 import socket
