@@ -20,6 +20,7 @@ PROBE_SECONDS, PROBES_LAST = 5, 20  # of one connection to a cluster's address, 
 GCS_WAIT = "RAY_gcs_server_port_wait_time_s"  # tries of 40 s to reach a cluster; Ray's default is 20 of them
 MIN_FREE_BYTES = 200 * 2**20  # in the temporary folder: Ray's logs and sockets, without spilled objects
 UNUSABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 TOO_LONG = "AF_UNIX path length"
 log = logging.getLogger(__name__)
 
@@ -31,22 +32,25 @@ def connect() -> None:
     that does not answer within a minute.
     """
     import ray
-    from ray._private import ray_constants, services
+    from ray._private import services
 
     # Its warning matters only to a Ray that listens to other machines.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS") or None
+    find: Any = services.canonicalize_bootstrap_address  # None: start here
     try:
-        is_client = address is not None and "://" in address
-        find: Any = services.canonicalize_bootstrap_address  # None: start here
-        cluster = address if is_client else find(address)
-        if address is None and cluster is not None and not listens(cluster):
+        stay_on_loopback(False)
+        cluster = address if is_client(address) else find(address)
+        if cluster and is_here(address) and not listens(cluster):
+            stay_on_loopback(True)  # one that another job started
+            cluster = find(address)
+        if address is None and cluster and not listens(cluster):
             log.warning("a Ray at %s was killed and left its address; another starts here", cluster)
             address, cluster = "local", None
         if cluster is None:
             check_temporary_folder()
             protect_token()
-            ray_constants.ENABLE_RAY_CLUSTER = False  # Ray's switch for loopback, on every system
+            stay_on_loopback(True)
         else:
             await_answer(cluster)
             os.environ.setdefault(GCS_WAIT, "1")
@@ -55,6 +59,29 @@ def connect() -> None:
         raise
     except Exception as error:  # its type depends on the part of Ray that failed
         raise explained(error, address) from None
+
+
+def is_client(address: str | None) -> bool:
+    return address is not None and "://" in address
+
+
+def is_here(address: str | None) -> bool:
+    """Return whether an address means this machine."""
+    return address in (None, "auto") or urlsplit(f"ray://{address}").hostname in LOOPBACK
+
+
+def stay_on_loopback(only: bool) -> None:
+    """Make this machine's address 127.0.0.1 for Ray, or the one that other machines reach.
+
+    Ray's switch, whose name is of other systems, holds on every system. Its processes read the environment.
+    """
+    from ray._private import ray_constants
+
+    ray_constants.ENABLE_RAY_CLUSTER = not only
+    if only:
+        os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    else:
+        os.environ.pop(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, None)
 
 
 def protect_token() -> None:

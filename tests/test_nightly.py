@@ -99,7 +99,7 @@ def stub(monkeypatch: pytest.MonkeyPatch, **failing: Exception) -> Nights:
     nights = Nights({f"2026-03-{day.removeprefix('day')}": error for day, error in failing.items()})
     monkeypatch.setattr(nightly, "generate_catalog", nights)
     monkeypatch.setattr(
-        nightly, "collect", lambda root, **_: Garbage(manifests=[], folders=[], files=[], kept=[])
+        nightly, "collect", lambda root, **_: no_garbage
     )
     return nights
 
@@ -233,7 +233,7 @@ def test_a_night_before_the_published_one_is_refused(
     )
     with pytest.raises(
         InputError,
-        match="run_date 2026-03-05 is before 2026-03-06, which is published; a night only goes forward",
+        match="run_date 2026-03-05 is before 2026-03-06, which was published; a night only goes forward",
     ):
         run_nightly(config)
     assert nights.dates == []

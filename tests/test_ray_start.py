@@ -206,20 +206,37 @@ def test_a_path_too_long_for_sockets_is_named(home: Path) -> None:
     assert ended.stderr.splitlines()[-1].startswith(line)
 
 
+@pytest.mark.parametrize(
+    ("token", "message"), [(None, "asks for a token, and none is set; "), ("f" * 64, "refuses the token; ")]
+)
+def test_a_token_that_is_missing_or_wrong_is_named(
+    home: Path, ray_local: str, token: str | None, message: str
+) -> None:
+    if token:
+        (home / ".ray").mkdir()
+        (home / ".ray" / "auth_token").write_text(token)
+    ended = run("ray_runtime.start_ray()", RAY_ADDRESS=ray_local, RAY_AUTH_MODE="token")
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith(f"error: Ray at {ray_local}: {message}")
+    assert "Traceback" not in ended.stderr
+
+
 def test_a_ray_that_starts_here_is_private_and_refuses_too_many_actors(home: Path) -> None:
     """Every listening socket of its processes is on loopback."""
     ended = run(
         """
         import json, os, re
+        from contextlib import suppress
         from pathlib import Path
         import psutil
         ray_runtime.start_ray()
         process = psutil.Process()
         sockets = set()
         for child in [process, *process.children(recursive=True)]:
-            for link in Path(f"/proc/{child.pid}/fd").iterdir():
-                if match := re.fullmatch(r"socket:.(\\d+).", os.readlink(link)):
-                    sockets.add(match[1])
+            with suppress(FileNotFoundError):  # it was closed in between
+                for link in Path(f"/proc/{child.pid}/fd").iterdir():
+                    if match := re.fullmatch(r"socket:.(\\d+).", os.readlink(link)):
+                        sockets.add(match[1])
         listening = []
         for name in ("tcp", "tcp6"):
             for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:

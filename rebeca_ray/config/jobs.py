@@ -61,7 +61,7 @@ class EmbedConfig(JobConfig):
     """CLIP model that embeds the images, by its open_clip name: `local-dir:…`, `hf-hub:…`, or
     `architecture/pretrained-tag`."""
     out: Annotated[Location, Effect.NOTHING]
-    """Folder that receives the embedded items."""
+    """Folder that receives a new version of the embedded items."""
     batch_size: Annotated[Size, Effect.PLAN] = 256
     """Images per forward pass."""
     num_actors: Annotated[SmallCount, Effect.SPEED] = 1
@@ -73,7 +73,7 @@ class EmbedConfig(JobConfig):
 
 
 class TrainConfig(JobConfig):
-    """`rebeca train`: interactions + embedded items -> a prior directory."""
+    """`rebeca train`: interactions + embedded items -> a prior."""
 
     preset: Annotated[Literal["paper-v1", "paper-v2", "stickers"] | None, Effect.ITEM] = None
     """Named starting point of the sections `network`, `diffusion` and `optimization`.
@@ -86,7 +86,7 @@ class TrainConfig(JobConfig):
     """Folder of a catalog whose generated items are rated too. Their embeddings are read there.
     By default, ratings of generated items are left out."""
     out: Annotated[Location, Effect.NOTHING]
-    """Folder that receives the prior."""
+    """Folder that receives a new version of the prior."""
     network: NetworkSettings = NetworkSettings()
     """Network of the prior."""
     diffusion: DiffusionSettings = DiffusionSettings()
@@ -125,7 +125,7 @@ class DistillConfig(JobConfig):
     prior: Annotated[Location, Effect.CONTENT]
     """Folder of the teacher, written by `rebeca train`."""
     out: Annotated[Location, Effect.NOTHING]
-    """Folder that receives the student."""
+    """Folder that receives the student as a new version."""
     interactions: InteractionSettings | None = None
     """Ratings of the users to learn from. A teacher with the user encoder `history` needs them."""
     items: Annotated[Location | None, Effect.CONTENT] = None
@@ -149,10 +149,10 @@ class DistillConfig(JobConfig):
     """Learning rate of the student at the start."""
     min_quality: Annotated[Weight, Effect.NOTHING] = 0.98
     """Smallest ratio of the student's mean like probability to the teacher's.
-    Below it, nothing is written."""
+    Below it, nothing is published."""
     min_diversity: Annotated[Weight, Effect.NOTHING] = 0.9
     """Smallest ratio of the student's mean distance between samples of a user to the teacher's.
-    Below it, nothing is written."""
+    Below it, nothing is published."""
     device: Annotated[Device, Effect.PLAN] = "cpu"
     """Device that trains the student."""
     seed: Annotated[Seed, Effect.ITEM] = 0

@@ -352,7 +352,7 @@ def main() -> None:
     results, data = RESULTS / "prior_quality.json", arguments.data.absolute()
     seeds: dict[str, dict[str, Any]] = json.loads(results.read_text()) if results.exists() else {}
     items = str(data / "items")
-    if arguments.seeds and not (data / "items" / "embedding.json").exists():
+    if arguments.seeds and not (data / "items" / "items.json").exists():
         embed_items(load_config(EmbedConfig, ROOT / "jobs/configs/embed_stickers.yaml", [f"out={items}"]))
     for seed in arguments.seeds:
         seeds[str(seed)] = one_seed(seed, data, arguments.users, items)

@@ -145,7 +145,7 @@ def measure_workers(num_workers: int, data: Path) -> dict[str, float]:
     from rebeca_ray.training.train import train_prior
 
     configs = Path(__file__).parents[2] / "jobs" / "configs"
-    if not (data / "items" / "embedding.json").exists():
+    if not (data / "items" / "items.json").exists():
         embed_items(load_config(EmbedConfig, configs / "embed_stickers.yaml", [f"out={data}/items"]))
     simulate(2000, 0, data)
     overrides = [

@@ -137,7 +137,15 @@ def test_a_list_without_a_published_snapshot_gives_the_command() -> None:
 
 
 def test_a_dry_collection_lists_each_path() -> None:
-    garbage = Garbage(manifests=["a/manifest.json"], folders=["b"], files=[], kept=["c", "d"])
+    garbage = Garbage(
+        manifests=["a/manifest.json"],
+        work=["b"],
+        files=[],
+        folders=[],
+        records=[],
+        kept=["c", "d"],
+        runs=["a", "b"],
+    )
     summary = "1 snapshots, 1 folders and 0 files; kept 2 snapshots"
     assert output.collected(garbage) == f"removed {summary}"
     assert output.collected(garbage, dry_run=True).split("\n") == [
