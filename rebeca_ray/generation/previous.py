@@ -101,6 +101,14 @@ def damage_of_tables(
     return (budget or HashedBytes(None)).check(previous.root, files)
 
 
+def damage_of_all_tables(context: RunContext) -> Damage:
+    """Return the damage among all files with users and items, each hashed."""
+    if context.previous is None:
+        return {}
+    rows = context.previous.only("users", "items").files.to_pylist()
+    return damage_among(context.previous.root, map(listed, rows))
+
+
 def bucket_paths(previous: Snapshot, context: RunContext, bucket: int) -> Set[str]:
     names = ("users", "items")
     files = (previous.bucket_files(name, bucket, context.num_buckets)["path"] for name in names)

@@ -16,7 +16,7 @@ from rebeca_ray.catalog.verify import verify
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import LayoutSettings
 from rebeca_ray.decoder.local import LocalDecoder
-from rebeca_ray.generation import decide, previous
+from rebeca_ray.generation import previous
 from rebeca_ray.generation.pipeline import generate_catalog
 from rebeca_ray.identity import bucket_of
 from tests.conftest import NO_GATE, USERS, snapshot_of
@@ -209,11 +209,10 @@ def test_damage_that_only_assembling_meets_costs_its_users_too(
     assert row["path"] not in snapshot.files["path"].to_pylist()
 
 
-def test_a_decisions_file_that_no_listing_shows_costs_nobody_anything(
-    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
+def test_one_damaged_manifest_of_an_old_snapshot_stops_no_night(
+    two_buckets: GenerateConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Files come from the record, so that a listing without one of them changes nothing."""
-    for module in (decide, previous):
-        monkeypatch.setattr(f"{module.__name__}.list_files", lambda *_: [], raising=False)
-    manifest = snapshot_of(config)
-    assert (manifest.counts.requested, manifest.counts.new, manifest.counts.filtered) == (16, 16, 0)
+    old, *_ = sorted(Path(two_buckets.catalog).glob("snapshots/*/*/manifest.json"))
+    truncate(old)
+    assert snapshot_of(two_buckets).counts.carried == 14
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
