@@ -98,9 +98,8 @@ def config(config: GenerateConfig) -> NightlyConfig:
 def stub(monkeypatch: pytest.MonkeyPatch, **failing: Exception) -> Nights:
     nights = Nights({f"2026-03-{day.removeprefix('day')}": error for day, error in failing.items()})
     monkeypatch.setattr(nightly, "generate_catalog", nights)
-    monkeypatch.setattr(
-        nightly, "collect", lambda root, **_: no_garbage
-    )
+    nothing = Garbage(manifests=[], work=[], files=[], folders=[], records=[], kept=[], runs=[])
+    monkeypatch.setattr(nightly, "collect", lambda root, **_: nothing)
     return nights
 
 

@@ -4,11 +4,17 @@ import logging
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import cloudpickle
+import numpy as np
+import pyarrow as pa
 import pytest
 
-from rebeca_ray.errors import InputError
-from rebeca_ray.ray_runtime import progress_only, require_room
+from rebeca_ray import ray_runtime
+from rebeca_ray.errors import InputError, ResumableError
+from rebeca_ray.ray_runtime import ExcludeIds, for_each_bucket, progress_only, require_room
 
 
 @pytest.fixture(params=[None, "local"])
@@ -116,3 +122,43 @@ def test_lines_of_workers_show_once_on_the_driver_with_the_run_id(ray_local: str
         "INFO run the-run: the driver ends",
     ):
         assert everything.count(line) == 1, everything
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_work_that_refers_to_much_is_stored_once_and_sent_as_a_reference() -> None:
+    """Ray refuses a function of more than 100 MB; the tasks of large catalogs refer to more."""
+    much = np.arange(20_000_000)
+    ids = pa.array([f"{number:032x}" for number in range(100_000)])
+
+    def work(bucket: int) -> int:
+        return int(much[bucket])
+
+    assert for_each_bucket(work, [3, 5]) == [3, 5]
+    exclude = ExcludeIds(ids)
+    assert len(cloudpickle.dumps(exclude)) < 10_000
+    rows = pa.table({"item_id": ["another", ids[7]]})
+    assert exclude(rows)["item_id"].to_pylist() == ["another"]
+    assert ExcludeIds(ids, in_process=True)(rows)["item_id"].to_pylist() == ["another"]
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_tasks_of_which_none_ends_are_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ray_runtime, "TASK_SECONDS", 1)
+
+    def wait_for_ever(_: int) -> None:
+        while not (tmp_path / "never").exists():
+            time.sleep(0.1)
+
+    with pytest.raises(
+        ResumableError, match="2 of 2 Ray tasks are at work, and none ended within 0.0166667 min"
+    ):
+        for_each_bucket(wait_for_ever, [0, 1])
+
+
+def test_progress_shows_without_ray_too() -> None:
+    done = []
+    assert for_each_bucket(lambda bucket: bucket + 1, [1, 2], lambda: done.append(1), in_process=True) == [
+        2,
+        3,
+    ]
+    assert done == [1, 1]

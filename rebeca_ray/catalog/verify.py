@@ -20,6 +20,7 @@ from rebeca_ray.catalog.layout import POPULATION_USER
 from rebeca_ray.catalog.manifest import FileRow
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.catalog.read_errors import explained
+from rebeca_ray.errors import InputError
 from rebeca_ray.identity import bucket_of
 from rebeca_ray.schemas import TABLES
 from rebeca_ray.storage.filesystem import exists, join, open_filesystem
@@ -83,7 +84,13 @@ def check_counts(snapshot: Snapshot, files: list[FileRow]) -> Iterator[str]:
         yield f"manifest: {counts.requested:,} items requested, but {accounted:,} accounted for"
     rows = {name: sum(row["rows"] for row in files if row["table"] == name) for name in TABLES}
     bucket = bucket_of(POPULATION_USER, snapshot.num_buckets)
-    users = snapshot.bucket("users", bucket, snapshot.num_buckets, ["user_id", "num_items"])
+    try:
+        users = snapshot.bucket("users", bucket, snapshot.num_buckets, ["user_id", "num_items"])
+    except InputError as error:
+        if not exists(join(snapshot.root, snapshot.path, "manifest.json")):
+            raise  # the snapshot was collected
+        yield str(error)
+        return
     pool = sum(users.filter(pc.equal(users["user_id"], POPULATION_USER))["num_items"].to_pylist())
     if rows["items"] - pool != counts.published:
         yield f"items: {rows['items'] - pool:,} rows are listed, the manifest counts {counts.published:,}"

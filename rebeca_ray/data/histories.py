@@ -230,7 +230,7 @@ def build_bucket(
     folder = join(split, f"bucket={bucket}")
     filesystem, path = open_filesystem(folder)
     if not filesystem.exists(path):  # no user has this bucket
-        return write_histories(schemas.HISTORIES.empty_table(), out, bucket)
+        return write_histories(schemas.HISTORIES.empty_table(), out, bucket)._replace(digest="")
     ratings = known_items(normalise(read_table(folder, "interactions"), settings.path), items, settings)
     return write_bucket(interactions_of(ratings, settings), items, settings.path, out, bucket)
 

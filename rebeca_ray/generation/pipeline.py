@@ -49,7 +49,7 @@ from rebeca_ray.generation.decisions import Decisions
 from rebeca_ray.generation.estimate import actual_cost, forecast
 from rebeca_ray.generation.gate import check_plan, refusals
 from rebeca_ray.generation.plan import plan_items, request_histories
-from rebeca_ray.generation.previous import note_damage
+from rebeca_ray.generation.previous import damage_of_all_tables, note_damage
 from rebeca_ray.generation.progress import Progress, watchdog
 from rebeca_ray.generation.render import busy_seconds, check_renderer, render_all
 from rebeca_ray.generation.request import check_request
@@ -221,6 +221,11 @@ def make_snapshot(
             return run_stages(context, histories, lease, progress, retry_failed=retry_failed, force=force)
         except DamagedFilesError as error:
             note_damage(context, error.reasons)
+        except InputError:  # of a planning actor, which reads the items to rescore in part
+            damaged = damage_of_all_tables(context) if progress.current == "plan" else {}
+            if not damaged:
+                raise
+            note_damage(context, damaged)
     return run_stages(context, histories, lease, progress, retry_failed=retry_failed, force=force)
 
 

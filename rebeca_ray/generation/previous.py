@@ -6,7 +6,7 @@ that damage in files that nobody reads is found too.
 """
 
 import logging
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -20,7 +20,7 @@ from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.decisions import PublishedUser, published_users
 from rebeca_ray.identity import hash128
 from rebeca_ray.storage.filesystem import delete, delete_files, join
-from rebeca_ray.storage.records import ListedFile, damage_among, listed, read_record, write_record
+from rebeca_ray.storage.records import FileRecord, ListedFile, damage_among, listed, read_record, write_record
 
 log = logging.getLogger(__name__)
 
@@ -80,15 +80,15 @@ class HashedBytes:
     def __init__(self, remaining: int | None) -> None:
         self.remaining = remaining
 
-    def check(self, root: str, files: list[ListedFile]) -> Damage:
-        """Return the damage among some files: by hash while the budget lasts, else by size."""
-        hashed, sized = list[ListedFile](), list[ListedFile]()
+    def check(self, root: str, files: Sequence[FileRecord], *, sized: bool = True) -> Damage:
+        """Return the damage among some files: by hash while the budget lasts, then by size, if `sized`."""
+        hashed, others = list[FileRecord](), list[FileRecord]()
         for file in files:
             fits = self.remaining is None or file.bytes <= self.remaining
-            (hashed if fits else sized).append(file)
+            (hashed if fits else others).append(file)
             if fits and self.remaining is not None:
                 self.remaining -= file.bytes
-        return damage_among(root, hashed) | damage_among(root, sized, hashed=False)
+        return damage_among(root, hashed) | damage_among(root, others if sized else [], hashed=False)
 
 
 def damage_of_tables(
@@ -99,6 +99,14 @@ def damage_of_tables(
     tables = [previous.bucket_files(name, bucket, context.num_buckets).to_pylist() for name in names]
     files = [listed(row) for rows in tables for row in rows]
     return (budget or HashedBytes(None)).check(previous.root, files)
+
+
+def damage_of_all_tables(context: RunContext) -> Damage:
+    """Return the damage among all files with users and items, each hashed."""
+    if context.previous is None:
+        return {}
+    rows = context.previous.only("users", "items").files.to_pylist()
+    return damage_among(context.previous.root, map(listed, rows))
 
 
 def bucket_paths(previous: Snapshot, context: RunContext, bucket: int) -> Set[str]:

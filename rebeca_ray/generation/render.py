@@ -29,7 +29,9 @@ from rebeca_ray.generation.dataflow import Actors, Stage, run_graph
 from rebeca_ray.generation.decisions import Decisions
 from rebeca_ray.generation.parts import PartRecord, WriteParts, with_busy_seconds
 from rebeca_ray.generation.plan import read_plan
+from rebeca_ray.generation.previous import HashedBytes
 from rebeca_ray.generation.progress import Progress
+from rebeca_ray.generation.suspects import Suspects, was_started_again
 from rebeca_ray.ray_runtime import ExcludeIds
 from rebeca_ray.storage.filesystem import delete_files, join, list_files, open_filesystem, storage_errors
 from rebeca_ray.storage.records import (
@@ -44,6 +46,7 @@ log = logging.getLogger(__name__)
 
 ROW_GROUP = 100
 MAX_CLOCK_DIFFERENCE = 60  # seconds, between the actors' clocks and ours
+HASHED_BYTES = 16 * 2**30  # of the images of finished shards, when a run is resumed
 CHECK_SHARE = 0.9  # of the watchdog's time, for the check of the renderer
 BATCHES_PER_CALL = 4  # of a server, which waits for nothing but between calls
 COLUMNS = ["item_id", "bucket", "image_embeds", "prompt", "negative_prompt"]
@@ -107,7 +110,10 @@ def render_all(
 
 
 def lost_images(run: Run, records: list[PartRecord]) -> set[str]:
-    """Return the image files, of those a marker names, that are missing or have another size."""
+    """Return the image files, of those that markers name, that are missing or damaged.
+
+    Beyond HASHED_BYTES, the sizes in one listing are compared.
+    """
     if not records:
         return set()
     filesystem, root = open_filesystem(run.root)
@@ -118,7 +124,9 @@ def lost_images(run: Run, records: list[PartRecord]) -> set[str]:
             for path, info in filesystem.find(join(root, run.images), detail=True).items()
         }
     unlisted = [record for record in records if sizes.get(join(root, record.path)) != record.bytes]
-    return set(damage_among(run.root, unlisted, hashed=False))  # a listing may miss a file
+    damaged = damage_among(run.root, unlisted, hashed=False)  # a listing may miss a file
+    rest = [record for record in records if record.path not in damaged]
+    return {*damaged, *HashedBytes(HASHED_BYTES).check(run.root, rest, sized=False)}
 
 
 def has_time(deadline: float | None, margin: float = 0.0) -> bool:
@@ -183,7 +191,7 @@ def render_stages(
     rows = decoder.batch_size * (BATCHES_PER_CALL if served else 1)
     renderer = Stage(
         work=RenderImages,
-        arguments=(decoder, deadline, context.in_process),
+        arguments=(decoder, deadline, context.in_process, join(context.run.work, "suspects")),
         batch_size=rows,
         rows_per_block=rows,
         actors=Actors(
@@ -289,22 +297,34 @@ def check_renderer(decoder: DecoderSettings, minutes: float | None) -> None:
 class RenderImages:
     """Actor: one planned row in, one row of `schemas.IMAGES` with its bucket out, in order.
 
-    After `deadline`, no row comes out.
+    After `deadline`, no row comes out. With a folder for `suspects`, a row that kills its process costs no
+    other row.
     """
 
     def __init__(
-        self, settings: DecoderSettings, deadline: float | None = None, in_process: bool = False
+        self,
+        settings: DecoderSettings,
+        deadline: float | None = None,
+        in_process: bool = False,
+        suspects: str | None = None,
     ) -> None:
         self.settings, self.deadline, self.in_process = settings, deadline, in_process
+        self.suspects: Suspects | None = None
+        if suspects:
+            # In this process a death ends the attempt, and nothing else would tell of it.
+            self.suspects = Suspects(suspects, watchful=in_process or was_started_again())
         self.decoder = build_decoder(settings)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if not has_time(self.deadline):
             batch = batch.slice(0, 0)
         started = time.perf_counter()
-        images = self.render(batch) if batch.num_rows else schemas.IMAGES.empty_table()
+        images = self.drawn(batch) if batch.num_rows else schemas.IMAGES.empty_table()
         images = images.append_column("bucket", batch["bucket"])
         return with_busy_seconds(images, time.perf_counter() - started)
+
+    def drawn(self, batch: pa.Table) -> pa.Table:
+        return self.suspects.render(batch, self.render) if self.suspects else self.render(batch)
 
     def render(self, batch: pa.Table) -> pa.Table:
         item_ids = batch["item_id"].to_pylist()

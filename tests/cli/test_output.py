@@ -146,7 +146,7 @@ def test_a_dry_collection_lists_each_path() -> None:
         kept=["c", "d"],
         runs=["a", "b"],
     )
-    summary = "1 snapshots, 1 folders and 0 files; kept 2 snapshots"
+    summary = "1 snapshots, the work of 1 dead runs and 0 files; kept 2 snapshots"
     assert output.collected(garbage) == f"removed {summary}"
     assert output.collected(garbage, dry_run=True).split("\n") == [
         "a/manifest.json",

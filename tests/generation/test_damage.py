@@ -16,8 +16,9 @@ from rebeca_ray.catalog.verify import verify
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import LayoutSettings
 from rebeca_ray.decoder.local import LocalDecoder
-from rebeca_ray.generation import decide, previous
+from rebeca_ray.generation import previous
 from rebeca_ray.generation.pipeline import generate_catalog
+from rebeca_ray.identity import bucket_of
 from tests.conftest import NO_GATE, USERS, snapshot_of
 from tests.generation.test_plan import write_histories, write_history_prior
 
@@ -27,6 +28,19 @@ MONDAY = datetime.date(2026, 3, 2)
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def flip_pages(path: Path, column: str) -> None:
+    """Flip a bit of a column's values, which a reader of other columns does not notice."""
+    group = pq.read_metadata(path).row_group(0)
+    chunk = next(
+        group.column(number)
+        for number in range(group.num_columns)
+        if group.column(number).path_in_schema.startswith(column)
+    )
+    data = bytearray(path.read_bytes())
+    data[chunk.data_page_offset + chunk.total_compressed_size - 2] ^= 1
     path.write_bytes(data)
 
 
@@ -125,9 +139,6 @@ def test_any_damaged_work_file_of_an_unfinished_run_is_made_again(
             assert resumed() == expected, (damage, file)
 
 
-PUBLISHED = ("items", "users", "images", "errors", "changes")
-
-
 @pytest.fixture
 def two_buckets(config: GenerateConfig) -> GenerateConfig:
     """The config of a catalog of two nights with two buckets, the pool among them."""
@@ -146,6 +157,7 @@ def test_any_damaged_published_file_costs_the_users_with_items_in_it(
     root, copy = Path(two_buckets.catalog), tmp_path / "copy"
     before = read_catalog(two_buckets.catalog)
     expected = {user: [item for item, _, _ in items] for user, items in by_user(before).items()}
+    users = before.table("users")["user_id"].to_pylist()
     shutil.copytree(root, copy)
     for row in before.files.to_pylist():
         if row["table"] in ("errors", "changes"):
@@ -165,17 +177,10 @@ def test_any_damaged_published_file_costs_the_users_with_items_in_it(
         items = by_user(snapshot)
         assert {user: [item for item, _, _ in kept] for user, kept in items.items()} == expected
         # Users of the other bucket keep their items, but for those who share the pool.
-        here = set(before.table("users").filter(in_bucket(before, row["bucket"]))["user_id"].to_pylist())
+        here = {user for user in users if bucket_of(user, before.num_buckets) == row["bucket"]}
         new = {user for user, kept in items.items() if any(origin == "new" for _, _, origin in kept)}
         assert new <= here
         assert new or manifest.counts.population
-
-
-def in_bucket(snapshot: Snapshot, bucket: int) -> pa.Array:
-    from rebeca_ray.identity import bucket_of
-
-    users = snapshot.table("users")["user_id"].to_pylist()
-    return pa.array([bucket_of(user, snapshot.num_buckets) == bucket for user in users])
 
 
 @pytest.mark.parametrize("table", ["items", "images"])
@@ -189,24 +194,25 @@ def test_damage_that_only_assembling_meets_costs_its_users_too(
     monkeypatch.setattr(previous, "HASHED_BYTES", 0)
     monkeypatch.setattr("rebeca_ray.generation.compact.MIN_LIVE", 1.1)
     before = read_catalog(two_buckets.catalog)
-    row = next(row for row in before.files.to_pylist() if row["table"] == table and row["bucket"] == 0)
-    users = sorted({user for user in before.table("users")["user_id"].to_pylist() if user})
-    counts = pa.array([1 if user == users[0] else 2 for user in users], pa.int32())
-    pq.write_table(pa.table({"user_id": users, "num_images": counts}), two_buckets.request)
-    flip(Path(two_buckets.catalog, row["path"]))
+    first, second, *_ = (user for user in USERS if bucket_of(user, 2) == 0)
+    file = before.items(["image_file"], [second])["image_file"][-1].as_py()
+    rows = [row for row in before.files.to_pylist() if row["table"] == table and row["bucket"] == 0]
+    row = next(row for row in rows if table == "items" or row["file"] == file)
+    counts = pa.array([1 if user == first else 2 for user in USERS], pa.int32())
+    pq.write_table(pa.table({"user_id": USERS, "num_images": counts}), two_buckets.request)
+    flip_pages(Path(two_buckets.catalog, row["path"]), "image_embeds" if table == "items" else "image.bytes")
     manifest = snapshot_of(two_buckets)
     snapshot = read_catalog(two_buckets.catalog)
-    assert row["path"] in caplog.text
+    assert f"{row['path']}: its sha256 is not the recorded one; this run makes its items again" in caplog.text
     assert verify(snapshot, "full") == []
-    assert manifest.counts.requested == 2 * len(users) - 1
+    assert manifest.counts.requested == 2 * len(USERS) - 1
     assert row["path"] not in snapshot.files["path"].to_pylist()
 
 
-def test_a_decisions_file_that_no_listing_shows_costs_nobody_anything(
-    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
+def test_one_damaged_manifest_of_an_old_snapshot_stops_no_night(
+    two_buckets: GenerateConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Files come from the record, so that a listing without one of them changes nothing."""
-    for module in (decide, previous):
-        monkeypatch.setattr(f"{module.__name__}.list_files", lambda *_: [], raising=False)
-    manifest = snapshot_of(config)
-    assert (manifest.counts.requested, manifest.counts.new, manifest.counts.filtered) == (16, 16, 0)
+    old, *_ = sorted(Path(two_buckets.catalog).glob("snapshots/*/*/manifest.json"))
+    truncate(old)
+    assert snapshot_of(two_buckets).counts.carried == 14
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
