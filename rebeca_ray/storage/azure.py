@@ -13,7 +13,7 @@ import pyarrow.fs
 from fsspec.spec import AbstractFileSystem
 
 from rebeca_ray.errors import Failure, InputError, describe
-from rebeca_ray.storage.remote import bucket_of_path, check_endpoint, exact_filesystem
+from rebeca_ray.storage.remote import bucket_of_path, check_endpoint, exact_filesystem, remove_each
 
 
 class AzureStore:
@@ -70,6 +70,9 @@ class AzureStore:
         headers = {"content_type": content_type, "cache_control": cache_control}
         given = {name: value for name, value in headers.items() if value is not None}
         self.filesystem.pipe_file(self.path, data, content_settings=given or None)
+
+    def remove(self, paths: list[str]) -> None:
+        remove_each(self.filesystem, paths)
 
     def scan_filesystem(self) -> pyarrow.fs.FileSystem:
         """Return adlfs without read-ahead. Arrow's own client finds other credentials than adlfs does."""

@@ -13,7 +13,7 @@ import pyarrow.fs
 from fsspec.spec import AbstractFileSystem
 
 from rebeca_ray.errors import Failure, InputError, describe
-from rebeca_ray.storage.remote import bucket_of_path, check_endpoint, exact_filesystem
+from rebeca_ray.storage.remote import bucket_of_path, check_endpoint, exact_filesystem, remove_each
 
 
 class GcsStore:
@@ -75,6 +75,9 @@ class GcsStore:
         if cache_control:
             options["fixed_key_metadata"] = {"cache_control": cache_control}
         self.filesystem.pipe_file(self.path, data, **options)
+
+    def remove(self, paths: list[str]) -> None:
+        remove_each(self.filesystem, paths)
 
     def scan_filesystem(self) -> pyarrow.fs.FileSystem:
         """Return gcsfs without read-ahead. Arrow's own client finds other credentials than gcsfs does."""

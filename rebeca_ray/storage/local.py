@@ -33,7 +33,9 @@ class LocalStore:
         self.uri = uri
         self.filesystem: AbstractFileSystem
         self.path: str
-        self.filesystem, self.path = fsspec.core.url_to_fs(uri)
+        # fsspec.core.url_to_fs would take `::` in a path for a chain of file systems.
+        self.filesystem = fsspec.filesystem("file")
+        self.path = os.path.abspath(uri.partition("://")[2] if "://" in uri else uri)
 
     def read_versioned(self) -> tuple[bytes, str] | None:
         """Return the file and a digest of its content, or None if there is no file."""
@@ -53,7 +55,7 @@ class LocalStore:
 
     def put(self, data: bytes, *, content_type: str | None = None, cache_control: str | None = None) -> None:
         """Write the file beside its target, then rename it. A disk keeps no headers."""
-        path = Path(self.path)
+        path = Path(os.path.realpath(self.path))  # a link stays, and its target is written
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(f"{path}.partial-{os.getpid()}")
         try:
@@ -65,6 +67,10 @@ class LocalStore:
         finally:
             with suppress(OSError):  # or it would hide the first error
                 partial.unlink(missing_ok=True)
+
+    def remove(self, paths: list[str]) -> None:
+        for path in paths:
+            Path(path).unlink(missing_ok=True)
 
     def scan_filesystem(self) -> pyarrow.fs.FileSystem:
         return pyarrow.fs.LocalFileSystem()

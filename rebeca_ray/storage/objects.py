@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypedDict
@@ -27,13 +28,13 @@ class HashingSink:
 
     def __init__(self, filesystem: AbstractFileSystem, path: str) -> None:
         self.local = is_local(filesystem)
-        self.path = path
+        self.path = os.path.realpath(path) if self.local else path  # a link stays, its target is written
         self.digest = hashlib.sha256()
         self.size = 0
         with storage_errors(path):
             if self.local:
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self.file = filesystem.open(f"{path}.partial" if self.local else path, "wb")
+                Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+            self.file = filesystem.open(f"{self.path}.partial" if self.local else path, "wb")
 
     closed = False
 

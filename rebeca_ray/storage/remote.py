@@ -1,5 +1,7 @@
 """Serve every object store behind HTTP: exact reads for Arrow, and a quick check of the endpoint."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -9,18 +11,51 @@ import pyarrow.fs
 from fsspec.spec import AbstractFileSystem
 
 PROBE_SECONDS = 5
+THREADS = 16
 
 
 class ExactHandler(pyarrow.fs.FSSpecHandler):  # type: ignore[misc]
-    """Read the requested bytes alone. fsspec would read 5 MB ahead of every read, through unused columns."""
+    """Read the requested bytes alone, and take every path as it is.
+
+    fsspec would read 5 MB ahead of every read, through unused columns. It would remove and copy all objects
+    that a path with `*`, `?` or `[` matches.
+    """
 
     def open_input_file(self, path: str) -> pa.PythonFile:
         return pa.PythonFile(self.fs.open(path, mode="rb", cache_type="none"), mode="r")
+
+    def delete_dir(self, path: str) -> None:
+        remove_each(self.fs, self.fs.find(path))
+
+    def delete_dir_contents(self, path: str, missing_dir_ok: bool) -> None:
+        self.delete_dir(path)
+
+    def delete_file(self, path: str) -> None:
+        self.fs.rm_file(path)
+
+    def move(self, src: str, dest: str) -> None:
+        self.fs.cp_file(src, dest)
+        self.fs.rm_file(src)
+
+    def copy_file(self, src: str, dest: str) -> None:
+        self.fs.cp_file(src, dest)
 
 
 def exact_filesystem(filesystem: AbstractFileSystem) -> pyarrow.fs.FileSystem:
     """Return the same filesystem for pyarrow and Ray Data, without read-ahead."""
     return pyarrow.fs.PyFileSystem(ExactHandler(filesystem))
+
+
+def remove_each(filesystem: AbstractFileSystem, paths: list[str]) -> None:
+    """Remove objects one by one, by their exact paths. A missing one is no error."""
+
+    def remove(path: str) -> None:
+        with suppress(FileNotFoundError):
+            filesystem.rm_file(path)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in pool.map(remove, paths):  # raises the first error
+            pass
 
 
 @cache

@@ -79,6 +79,11 @@ class Handler(BaseHTTPRequestHandler):
         if upload := self.server.uploads.get(query.get("upload_id", "")):
             self.continue_upload(upload, body)
             return
+        if copy := re.fullmatch(r"/storage/v1/b/(.+)/o/(.+)/rewriteTo/b/(.+)/o/(.+)", path):
+            source, target = (f"{copy[first]}/{unquote(copy[first + 1])}" for first in (1, 3))
+            blob = self.server.store(target, self.server.blobs[source].data, {}, None)
+            self.answer(200, {"done": True, "resource": blob and metadata(target, blob)})
+            return
         bucket = path.split("/")[5]
         if query["uploadType"] == "resumable":
             key = str(len(self.server.uploads) + 1)
