@@ -20,12 +20,6 @@ class InputError(UserError):
     exit_code = 2
 
 
-class StorageError(UserError):
-    """A store that answered before fails, after all retries."""
-
-    exit_code = 2
-
-
 class ErrorBudgetExceededError(UserError):
     """More items failed than the run allows. Nothing was published."""
 
@@ -50,6 +44,10 @@ class ResumableError(UserError):
     exit_code = 75
 
 
+class StorageError(ResumableError):
+    """A store fails, after all retries."""
+
+
 class ServerLostError(ResumableError):
     """The Triton server gave no answer and did not come back."""
 
@@ -58,9 +56,9 @@ class Failure(StrEnum):
     """Say why a store failed, in the same words for every store."""
 
     MISSING = auto()  # no such file
-    DENIED = auto()  # no permission
+    DENIED = auto()  # no permission, or no credentials
     FULL = auto()  # no free space, or a read-only disk
-    UNREACHABLE = auto()  # no server, no credentials, or answers cut off in the middle
+    UNREACHABLE = auto()  # no server, a busy one, or answers cut off in the middle
     DAMAGED = auto()  # the file was read, but its content is broken
     FAILED = auto()  # any other answer of the store
 

@@ -14,7 +14,7 @@ from rebeca_ray.data.items import embed_items
 from rebeca_ray.errors import InputError, LeaseHeldError, ResumableError, UserError
 from rebeca_ray.generation.pipeline import Generated, generate_catalog
 from rebeca_ray.log import set_run_id
-from rebeca_ray.storage.failures import user_error
+from rebeca_ray.storage.failures import only_warn, user_error
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.training.train import train_prior
@@ -55,11 +55,12 @@ def run_nightly(config: NightlyConfig) -> tuple[list[Night], Garbage | None]:
             log.warning("the night of %s failed and is skipped: %s", date, reason)
             trouble = trouble or reason
     set_run_id(None)
-    garbage = (
-        collect(config.generate.catalog, keep=config.keep_snapshots, grace_hours=config.grace_hours)
-        if nights
-        else None
-    )
+    garbage = None
+    if nights:
+        with only_warn("collecting garbage"):
+            garbage = collect(
+                config.generate.catalog, keep=config.keep_snapshots, grace_hours=config.grace_hours
+            )
     if trouble:
         raise trouble
     return nights, garbage

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from rebeca_ray import log as package_log
 from rebeca_ray.errors import InputError, ResumableError
+from rebeca_ray.termination import unwind_on_sigterm
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ def start_ray() -> None:
                 f"Ray could not be started or joined ({reason}); look at RAY_ADDRESS and the machine's load, "
                 "start again"
             ) from None
+    unwind_on_sigterm()  # Ray's own handler ends with code 15, and its stack in C++ is printed without one
     context = ray.data.DataContext.get_current()  # this sets up Ray Data's log, so the rest comes after it
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # a UserError in a stage arrives as one

@@ -15,6 +15,7 @@ from rebeca_ray.catalog.runs import unfinished_runs
 from rebeca_ray.catalog.snapshots import LEASE_SECONDS, read_manifests
 from rebeca_ray.errors import InputError
 from rebeca_ray.storage.filesystem import delete, delete_files, join, list_files, list_folders
+from rebeca_ray.storage.leftovers import remove_leftovers
 
 MAX_HOURS = 100_000
 
@@ -47,6 +48,7 @@ def collect(root: str, *, keep: int, grace_hours: float, dry_run: bool = False) 
         garbage = find_garbage(root, keep=keep, now=datetime.now(UTC), grace=timedelta(hours=grace_hours))
         if not dry_run:
             remove(garbage)
+            remove_leftovers(root, datetime.now(UTC) - timedelta(hours=grace_hours))
     return garbage
 
 

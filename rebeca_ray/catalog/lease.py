@@ -6,6 +6,7 @@ carry an old token in their names and are never listed. A stale run cannot publi
 compare-and-swap of the same object.
 """
 
+import logging
 import os
 import secrets
 import signal
@@ -17,6 +18,9 @@ from dataclasses import replace
 
 from rebeca_ray.catalog.pointer import LeaseState, Pointer, change_pointer, read_pointer, replaced_by
 from rebeca_ray.errors import LeaseHeldError, UserError
+from rebeca_ray.storage.swap_probe import require_swaps
+
+log = logging.getLogger(__name__)
 
 BEATS = 4  # heartbeats in the time after which a silent lease is taken over
 
@@ -29,8 +33,14 @@ class Lease:
         self.holder = secrets.token_hex(8)  # another attempt at the same run is another holder
         self.lost: LeaseHeldError | None = None
         self.released = threading.Event()
+        self.fencing_token = 0
+        require_swaps(root)
         self.wait_for_silence()
-        self.fencing_token = change_pointer(root, self.take).fencing_token
+        try:
+            self.fencing_token = change_pointer(root, self.take).fencing_token
+        except (KeyboardInterrupt, SystemExit):
+            self.release()  # it may be taken already
+            raise
 
     def wait_for_silence(self) -> None:
         """Return once the lease is free, or its holder was silent for its time.
@@ -130,8 +140,10 @@ class Lease:
 
         try:
             change_pointer(self.root, free)
-        except UserError:
-            return  # another run holds it by now, or the store is out of reach: then it expires
+        except LeaseHeldError:
+            return  # another run holds it by now
+        except UserError as error:
+            log.warning("the lease is not freed and expires in %g s: %s", self.seconds, error)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import open_snapshot
 from rebeca_ray.catalog.verify import verify
 from rebeca_ray.errors import InputError, QualityGateError
+from rebeca_ray.storage.failures import only_warn
 from rebeca_ray.storage.filesystem import delete, exists, join, list_files
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,8 @@ def publish_snapshot(root: str, run_id: str) -> Manifest:
             snapshot=manifest.path,
             forced=bool(manifest.gate.refused),
         )
-        delete(work_folder(root, run_id))  # nothing is left to resume
+        with only_warn(f"removing {work_folder(root, run_id)}"):
+            delete(work_folder(root, run_id))  # nothing is left to resume
     return manifest
 
 

@@ -1,7 +1,9 @@
 """Run one command: options in, a log as the options say, truthful exit code out."""
 
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,7 @@ import typer
 
 from rebeca_ray import log
 from rebeca_ray.console import console
+from rebeca_ray.termination import unwind_on_sigterm
 
 if TYPE_CHECKING:
     from rebeca_ray.config.jobs import JobConfig
@@ -87,7 +90,12 @@ def print_result(result: Any, *, as_json: bool = False) -> None:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """End the process with one line and the exit code of a UserError, also of one raised inside Ray."""
+    """End the process with one line and the exit code of a UserError, also of one raised inside Ray.
+
+    SIGTERM unwinds the command: it frees its lease and ends with code 143.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    unwind_on_sigterm()
     try:
         yield
     except Exception as error:
@@ -99,3 +107,6 @@ def plain_errors() -> Iterator[None]:
         # Ray Data appends advice on retries to the first line.
         print(f"error: {str(reason).splitlines()[0]}", file=sys.stderr)
         raise SystemExit(reason.exit_code) from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)

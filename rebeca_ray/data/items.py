@@ -16,7 +16,7 @@ from rebeca_ray.data.clip import EmbedImages, clip_fingerprint
 from rebeca_ray.data.validation import check_columns, check_ids, check_rows
 from rebeca_ray.errors import InputError, shown
 from rebeca_ray.ray_runtime import ExcludeIds, require_room, start_ray, with_log
-from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, open_filesystem
+from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, open_filesystem, sync_files
 from rebeca_ray.storage.objects import JsonObject, read_json, write_json
 from rebeca_ray.storage.parquet import ParquetInput, open_parquet
 from rebeca_ray.storage.writable import require_own, require_writable
@@ -92,6 +92,7 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:
     # The marker is complete only after the files: after a crash in between, the next run embeds all items.
     write_json(UNFINISHED, join(config.out, MARKER))
     dataset.write_parquet(out_path, filesystem=arrow_filesystem(out_filesystem))
+    sync_files(config.out)
     embedded = dataset.count()
     meta = {
         "clip": fingerprint,

@@ -42,7 +42,7 @@ from rebeca_ray.generation.runs import begin, choose_run, describe_run
 from rebeca_ray.log import set_run_id
 from rebeca_ray.ray_runtime import require_room, start_ray
 from rebeca_ray.schemas import SCHEMA_VERSION
-from rebeca_ray.storage.failures import user_error
+from rebeca_ray.storage.failures import only_warn, user_error
 from rebeca_ray.storage.filesystem import delete, exists
 from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.writable import require_writable
@@ -120,7 +120,8 @@ def generate_catalog(
             watchdog(progress, config.limits.stall_minutes, dump_to=context.run.work, on_stall=lease.release),
         ):
             manifest = make_snapshot(context, lease, progress, retry_failed=retry_failed, force=force)
-        delete(context.run.work)
+        with only_warn(f"removing {context.run.work}"):
+            delete(context.run.work)
     seconds = {name: stage.seconds for name, stage in progress.stages.items()}
     return Generated(manifest=manifest, seconds=seconds)
 

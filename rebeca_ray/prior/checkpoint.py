@@ -27,10 +27,10 @@ import rebeca_ray
 from rebeca_ray.config.fields import Fraction, Settings, Size
 from rebeca_ray.config.load import parse_config
 from rebeca_ray.config.sections import DiffusionSettings, NetworkSettings, PriorSampling
-from rebeca_ray.errors import InputError, UserError, describe
-from rebeca_ray.storage.filesystem import join, open_filesystem
+from rebeca_ray.errors import Failure, InputError, StorageError, UserError, describe
+from rebeca_ray.storage.filesystem import join, open_filesystem, storage_errors
 from rebeca_ray.storage.objects import JsonObject, read_json, write_json
-from rebeca_ray.storage.store import failure_types
+from rebeca_ray.storage.store import classify, failure_types, open_store
 from rebeca_ray.storage.writable import require_writable
 
 if TYPE_CHECKING:
@@ -113,7 +113,6 @@ def save_prior(prior: TrainedPrior, out: str) -> None:
     from safetensors.torch import save
 
     require_writable(out, "prior")
-    filesystem, path = open_filesystem(out)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         weights = {name: tensor.contiguous() for name, tensor in prior.network.state_dict().items()}
@@ -148,7 +147,8 @@ def save_prior(prior: TrainedPrior, out: str) -> None:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         write_json({"format": UNFINISHED}, join(out, "config.json"))
         for name in [*hashed, "training.csv", "README.md", "config.json"]:
-            filesystem.put_file(str(folder / name), f"{path}/{name}")
+            with storage_errors(join(out, name)):
+                open_store(join(out, name)).put((folder / name).read_bytes())
 
 
 def with_sorted_metadata(safetensors: bytes) -> bytes:
@@ -236,7 +236,8 @@ def verified_file(uri: str, name: str, config: JsonObject) -> bytes:
     try:
         data: bytes = filesystem.cat_file(f"{path}/{name}")
     except failure_types() as error:
-        raise InputError(
+        kind = StorageError if classify(error) is Failure.UNREACHABLE else InputError
+        raise kind(
             f"prior {uri}: {name} cannot be read ({describe(error)}); copy the whole directory again"
         ) from None
     if hashlib.sha256(data).hexdigest() != config["sha256"].get(name):

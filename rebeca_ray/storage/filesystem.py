@@ -13,10 +13,11 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from rebeca_ray.errors import Failure, InputError, StorageError, UserError, describe
+from rebeca_ray.storage.local import sync
 from rebeca_ray.storage.remote import exact_filesystem
 from rebeca_ray.storage.store import classify, failure_types, open_store
 
-PARTICIPLES = {"write": "written", "list": "listed", "remove": "removed"}
+PARTICIPLES = {"write": "written", "list": "listed", "remove": "removed", "read": "read"}
 
 
 def open_filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
@@ -45,7 +46,7 @@ def join(uri: str, *parts: str) -> str:
 
 @contextmanager
 def storage_errors(uri: str, action: str = "write") -> Iterator[None]:
-    """Raise a StorageError if the store fails, after all retries, to do `action` (write, list, remove)."""
+    """Raise a StorageError if the store fails, after all retries, to do `action` (a key of PARTICIPLES)."""
     try:
         yield
     except failure_types() as error:
@@ -77,11 +78,23 @@ def list_folders(uri: str) -> list[str]:
     )
 
 
+def sync_files(uri: str) -> None:
+    """Bring the files below a local folder, which a library wrote, to the disk. Do nothing elsewhere."""
+    filesystem, path = open_filesystem(uri)
+    if is_local(filesystem):
+        with storage_errors(uri):
+            for file in Path(path).rglob("*"):
+                if file.exists():
+                    sync(file)
+            sync(Path(path))
+
+
 def exists(uri: str) -> bool:
     """Return whether there is a file or folder at `uri` now."""
     filesystem, path = open_filesystem(uri)
     filesystem.invalidate_cache()
-    return bool(filesystem.exists(path))
+    with storage_errors(uri, "read"):
+        return bool(filesystem.exists(path))
 
 
 def delete(uri: str) -> None:

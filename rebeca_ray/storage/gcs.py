@@ -6,13 +6,14 @@ gcp-storage-emulator ignores `ifGenerationMatch`. Nothing here has run against G
 """
 
 import sys
+from datetime import datetime
 from typing import Any, ClassVar
 
 import fsspec
 import pyarrow.fs
 from fsspec.spec import AbstractFileSystem
 
-from rebeca_ray.errors import Failure, InputError, describe
+from rebeca_ray.errors import Failure, InputError, StorageError, describe
 from rebeca_ray.storage.remote import bucket_of_path, check_endpoint, exact_filesystem, remove_each
 
 
@@ -79,6 +80,9 @@ class GcsStore:
     def remove(self, paths: list[str]) -> None:
         remove_each(self.filesystem, paths)
 
+    def abort_uploads(self, before: datetime) -> int:
+        return 0
+
     def scan_filesystem(self) -> pyarrow.fs.FileSystem:
         """Return gcsfs without read-ahead. Arrow's own client finds other credentials than gcsfs does."""
         return exact_filesystem(self.filesystem)
@@ -88,7 +92,8 @@ class GcsStore:
         try:
             check_endpoint(endpoint)
         except (OSError, ValueError) as error:
-            raise InputError(
+            kind = InputError if isinstance(error, ValueError) else StorageError  # the endpoint is no URL
+            raise kind(
                 f"{self.uri}: its server cannot be reached ({describe(error)}); "
                 f"look at STORAGE_EMULATOR_HOST ({endpoint}) and the network"
             ) from None

@@ -4,6 +4,7 @@ URI -> `open_store` -> LocalStore | S3Store | GcsStore | AzureStore -> the metho
 """
 
 import re
+from datetime import datetime
 from typing import ClassVar, Protocol
 
 import pyarrow.fs
@@ -19,8 +20,8 @@ from rebeca_ray.storage.s3 import S3Store
 class Store(Protocol):
     """A store, opened at one object or prefix.
 
-    The verbs are read_versioned, compare_and_swap, put, remove, scan_filesystem, probe and classify. The
-    fsspec `filesystem` does the rest, such as lists and streams. Creating a store asks no server.
+    The fsspec `filesystem` does everything else, such as lists and streams. Creating a store asks no
+    server.
 
     A path is a name, never a pattern. Do not call `rm`, `copy`, `get`, `put`, `cat` or `glob` of a
     filesystem: they take `*`, `?` and `[` for patterns.
@@ -59,6 +60,13 @@ class Store(Protocol):
 
     def remove(self, paths: list[str]) -> None:
         """Remove the objects with exactly these paths. A missing one is no error."""
+        ...
+
+    def abort_uploads(self, before: datetime) -> int:
+        """Abort the unfinished uploads below the prefix that began before a time; return their number.
+
+        Where the store does it by itself, as those of Google and Microsoft after a week, do nothing.
+        """
         ...
 
     def scan_filesystem(self) -> pyarrow.fs.FileSystem:

@@ -36,6 +36,7 @@ class FakeGcs(ThreadingHTTPServer):
         self.uploads: dict[str, tuple[str, dict[str, Any], bytearray]] = {}
         self.generations = count(1)
         self.lose_answers = 0
+        self.ignores_conditions = False
         self.forbidden = ""  # a prefix of `bucket/key` that may not be read
 
     def store(self, name: str, data: bytes, properties: dict[str, Any], expected: str | None) -> Blob | None:
@@ -99,7 +100,8 @@ class Handler(BaseHTTPRequestHandler):
             properties["contentType"] = head.decode().partition(": ")[2]
             body = data.removesuffix(b"\n--==0==--")
         name = f"{bucket}/{properties['name']}"
-        self.finish_upload(name, self.server.store(name, body, properties, query.get("ifGenerationMatch")))
+        condition = None if self.server.ignores_conditions else query.get("ifGenerationMatch")
+        self.finish_upload(name, self.server.store(name, body, properties, condition))
 
     def do_DELETE(self) -> None:
         path, query = self.address()

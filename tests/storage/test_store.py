@@ -231,7 +231,7 @@ def test_an_unreachable_server_fails_fast(
     monkeypatch.setenv(variable, value)
     monkeypatch.setattr(fsspec.get_filesystem_class(uri.partition(":")[0]), "_cache", {})
     check_endpoint.cache_clear()
-    with pytest.raises(InputError, match=rf"^{uri}: its server cannot be reached \(.*refused.*127.0.0.1:9"):
+    with pytest.raises(StorageError, match=rf"^{uri}: its server cannot be reached \(.*refused.*127.0.0.1:9"):
         open_store(uri)
 
 
@@ -291,7 +291,9 @@ def test_failures_have_the_same_names_on_every_store() -> None:
         (pa.ArrowInvalid("a"), Failure.DAMAGED),
         (OSError("AWS Error NO_SUCH_KEY during GetObject"), Failure.MISSING),
         (OSError("AWS Error SLOW_DOWN during GetObject"), Failure.FAILED),
-        (NoCredentialsError(), Failure.UNREACHABLE),
+        (NoCredentialsError(), Failure.DENIED),
+        (OSError(121, "a"), Failure.UNREACHABLE),
+        (ConnectionResetError("a"), Failure.UNREACHABLE),
         (StorageError("a"), None),
         (KeyError("a"), None),
     ]
