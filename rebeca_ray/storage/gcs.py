@@ -11,10 +11,17 @@ from typing import Any, ClassVar
 
 import fsspec
 import pyarrow.fs
+from aiohttp import ClientTimeout
 from fsspec.spec import AbstractFileSystem
 
 from rebeca_ray.errors import Failure, InputError, StorageError, describe
-from rebeca_ray.storage.remote import bucket_of_path, check_endpoint, exact_filesystem, remove_each
+from rebeca_ray.storage.remote import (
+    bucket_of_path,
+    check_endpoint,
+    exact_filesystem,
+    remove_each,
+    set_deadline,
+)
 
 
 class GcsStore:
@@ -28,7 +35,10 @@ class GcsStore:
         self.filesystem: AbstractFileSystem
         self.path: str
         try:
-            self.filesystem, self.path = fsspec.core.url_to_fs(uri)
+            self.filesystem, self.path = fsspec.core.url_to_fs(
+                uri, requests_timeout=ClientTimeout(sock_connect=5, sock_read=30)
+            )
+            set_deadline(self.filesystem, "_request")
         except ImportError:
             raise InputError(
                 f"{uri}: gcsfs is not installed; expected for gs://; pip install 'rebeca-ray[gcs]'"

@@ -1,17 +1,21 @@
 """Serve every object store behind HTTP: exact reads for Arrow, and a quick check of the endpoint."""
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pyarrow as pa
 import pyarrow.fs
+from fsspec.asyn import sync_wrapper
 from fsspec.spec import AbstractFileSystem
 
 PROBE_SECONDS = 5
 THREADS = 16
+DEADLINE_SECONDS = 120  # of a request with all its retries
 
 
 class ExactHandler(pyarrow.fs.FSSpecHandler):  # type: ignore[misc]
@@ -56,6 +60,28 @@ def remove_each(filesystem: AbstractFileSystem, paths: list[str]) -> None:
     with ThreadPoolExecutor(THREADS) as pool:
         for _ in pool.map(remove, paths):  # raises the first error
             pass
+
+
+def set_deadline(filesystem: AbstractFileSystem, method: str) -> None:
+    """Let a client's `method`, through which all its requests go, raise ConnectionError after the deadline.
+
+    The clients retry a silent server for up to half an hour.
+    """
+    request = getattr(filesystem, method)
+    if hasattr(request, "unbounded"):  # fsspec keeps one client for all callers
+        return
+
+    async def bounded(*arguments: Any, **options: Any) -> Any:
+        try:
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                return await request(*arguments, **options)
+        except TimeoutError:  # the client would retry this one
+            raise ConnectionError(f"no answer within {DEADLINE_SECONDS:g} s") from None
+
+    bounded.unbounded = request  # type: ignore[attr-defined]
+    setattr(filesystem, method, bounded)
+    if hasattr(filesystem, method.removeprefix("_")):  # its form for callers outside the event loop
+        setattr(filesystem, method.removeprefix("_"), sync_wrapper(bounded, obj=filesystem))
 
 
 @cache

@@ -26,7 +26,7 @@ from botocore.exceptions import (
 from fsspec.spec import AbstractFileSystem
 
 from rebeca_ray.errors import Failure, InputError, StorageError, describe
-from rebeca_ray.storage.remote import bucket_of_path
+from rebeca_ray.storage.remote import bucket_of_path, set_deadline
 
 PATIENT: dict[str, Any] = {
     "connect_timeout": 5,
@@ -59,6 +59,7 @@ class S3Store:
         # s3fs keeps one client per set of arguments. Other arguments would make a second client, with a
         # listing cache of its own: every caller gets its filesystem here.
         self.filesystem, self.path = fsspec.core.url_to_fs(uri, config_kwargs=PATIENT)
+        set_deadline(self.filesystem, "_call_s3")
         self.bucket = bucket_of_path(self.path)
         if not self.bucket:
             raise InputError(f"{uri}: names no bucket; give {self.example}")
@@ -197,7 +198,6 @@ def arrow_client(bucket: str, endpoint: str | None, region: str | None) -> pyarr
         region=region or ("us-east-1" if endpoint else pyarrow.fs.resolve_s3_region(bucket)),
         connect_timeout=PATIENT["connect_timeout"],
         request_timeout=PATIENT["read_timeout"],
-        retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(
-            max_attempts=PATIENT["retries"]["total_max_attempts"]
-        ),
+        # A silent server ends after four times the read timeout, which is the deadline of remote.py.
+        retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=4),
     )
