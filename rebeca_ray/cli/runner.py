@@ -13,6 +13,7 @@ import typer
 
 from rebeca_ray import log
 from rebeca_ray.console import console
+from rebeca_ray.errors import redacted
 from rebeca_ray.termination import unwind_on_sigterm
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def read_config(
     config = load_config(model, path, overrides)
     log.set_level_of_config(config.log_level)
     if dry_run:
-        console.print_json(config.model_dump_json())
+        console.print_json(redacted(config.model_dump_json()))
         return None
     return config
 
@@ -85,7 +86,7 @@ def print_result(result: Any, *, as_json: bool = False) -> None:
     if as_json:
         console.print_json(json.dumps(result), sort_keys=False)
     else:
-        console.print(result)
+        console.print(redacted(result) if isinstance(result, str) else result, markup=False)
 
 
 @contextmanager
@@ -105,7 +106,7 @@ def plain_errors() -> Iterator[None]:
         if reason is None:
             raise
         # Ray Data appends advice on retries to the first line.
-        print(f"error: {str(reason).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {redacted(str(reason)).splitlines()[0]}", file=sys.stderr)
         raise SystemExit(reason.exit_code) from None
     finally:
         if threading.current_thread() is threading.main_thread():

@@ -1,6 +1,8 @@
 """Each error a person can fix ends its command with one line and its own exit code."""
 
 import errno
+import logging
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from fsspec.exceptions import FSTimeoutError
 from ray.exceptions import RayTaskError
 from ray.train import WorkerGroupError
 
-from rebeca_ray import errors
+from rebeca_ray import errors, log
 from rebeca_ray.catalog.pointer import Pointer, read_pointer
 from rebeca_ray.cli.runner import plain_errors
 from rebeca_ray.errors import UserError
@@ -52,6 +54,37 @@ def test_exit_codes_also_through_rays_wrappers(
             raise raised
         assert caught.value.code == code
         assert capsys.readouterr().err == "error: a\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("postgresql://user:p/w@x@host/db: no", "postgresql://user:***@host/db: no"),
+        ("http://:pw@host:9000", "http://:***@host:9000"),
+        (
+            "https://b/a?X-Amz-Signature=ab&X-Amz-Credential=k/1&n=1",
+            "https://b/a?X-Amz-Signature=***&X-Amz-Credential=***&n=1",
+        ),
+        ("https://b/a?sv=1&sig=ab%3D", "https://b/a?sv=1&sig=***"),
+        ("BlobEndpoint=http://b/a;AccountKey=ab==;", "BlobEndpoint=http://b/a;AccountKey=***;"),
+        ("host=h password=pw user=u", "host=h password=*** user=u"),
+        ("abfss://box@name.dfs.core.windows.net/token=3/a", None),
+        ("override 'key=1': expected key.sub=value", None),
+    ],
+)
+def test_no_error_shows_a_password(
+    text: str, expected: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = expected or text
+    for raised in (errors.InputError(text), OSError(5, text)):
+        with pytest.raises(SystemExit), plain_errors():
+            raise raised
+        assert expected in capsys.readouterr().err
+    assert str(pickle.loads(pickle.dumps(errors.InputError(text)))) == expected
+    assert errors.describe(ValueError(text)) == expected
+    for formatter in (log.HumanFormatter(), log.JsonFormatter()):
+        record = logging.LogRecord("rebeca_ray.x", 20, "x.py", 1, "at %s", (text,), None)
+        assert expected in formatter.format(record)
 
 
 def test_a_bug_keeps_its_traceback() -> None:
