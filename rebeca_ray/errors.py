@@ -1,5 +1,6 @@
 """The errors that a person can fix. Each has the exit code of its job."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from enum import StrEnum, auto
@@ -13,15 +14,12 @@ class UserError(ValueError):
 
     exit_code: int
 
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(redacted(text) if isinstance(text, str) else text for text in arguments))
+
 
 class InputError(UserError):
     """The input or the config is invalid, or a file cannot be used."""
-
-    exit_code = 2
-
-
-class StorageError(UserError):
-    """A store that answered before fails, after all retries."""
 
     exit_code = 2
 
@@ -50,6 +48,10 @@ class ResumableError(UserError):
     exit_code = 75
 
 
+class StorageError(ResumableError):
+    """A store fails, after all retries."""
+
+
 class DamagedFilesError(ResumableError):
     """Files that a run needs are missing or damaged: their reasons by path. The run makes them again."""
 
@@ -71,11 +73,26 @@ class Failure(StrEnum):
     """Say why a store failed, in the same words for every store."""
 
     MISSING = auto()  # no such file
-    DENIED = auto()  # no permission
+    DENIED = auto()  # no permission, or no credentials
     FULL = auto()  # no free space, or a read-only disk
-    UNREACHABLE = auto()  # no server, no credentials, or answers cut off in the middle
+    UNREACHABLE = auto()  # no server, a busy one, or answers cut off in the middle
     DAMAGED = auto()  # the file was read, but its content is broken
     FAILED = auto()  # any other answer of the store
+
+
+SECRET = r"[\w.-]*(?:sig|signature|token|secret|passw|pwd|credential|accesskey|auth|key)[\w-]*"
+SECRETS = (
+    (re.compile(r"(://[^\s:/@]*):[^\s'\"]*@"), r"\1:***@"),  # a password may hold `/` and `@` itself
+    (re.compile(rf"(?i)([?&;]{SECRET})=[^\s&;'\")]+"), r"\1=***"),  # presigned, or a connection string
+    (re.compile(r"(?i)\b(AccountKey|SharedAccess\w+|\w*passw(?:or)?d|pwd)=[^\s&;'\")]+"), r"\1=***"),
+)
+
+
+def redacted(text: str) -> str:
+    """Return a text without the passwords of its URLs, presigned queries and connection strings."""
+    for pattern, replacement in SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -88,13 +105,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def shown(value: object) -> str:
     """Return a value as an error shows it: at most 60 characters."""
     try:
-        text = repr(value[:60] if isinstance(value, str) else value)
+        text = repr(redacted(value)[:60] if isinstance(value, str) else value)
     except ValueError:  # an integer with more digits than Python prints
         text = "a number of thousands of digits"
+    except RecursionError:
+        text = "a value nested too deeply"
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def describe(error: BaseException) -> str:
     """Return one line for an exception: its system message if it has one."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split())[:200]
+    return redacted(" ".join(str(text).split()))[:200]

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal, TextIO
 
+from rebeca_ray.errors import redacted
+
 PACKAGE = "rebeca_ray"
 Level = Literal["debug", "info", "warning", "error"]
 LEVEL, JSON_LINES = "REBECA_LOG_LEVEL", "REBECA_LOG_JSON"  # environment variables of the command line
@@ -57,7 +59,7 @@ class HumanFormatter(logging.Formatter):
         run_id = getattr(record, "run_id", None)
         moment = time.strftime("%H:%M:%S", time.gmtime(record.created))
         line = f"{moment} {record.levelname}{f' run {run_id}' if run_id else ''}: {record.getMessage()}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        return redacted(f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line)
 
 
 class JsonFormatter(logging.Formatter):
@@ -69,10 +71,10 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "run_id": getattr(record, "run_id", None),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": redacted(record.getMessage()),
         }
         if record.exc_info:
-            fields["traceback"] = self.formatException(record.exc_info)
+            fields["traceback"] = redacted(self.formatException(record.exc_info))
         return json.dumps(fields, ensure_ascii=False)
 
 

@@ -15,7 +15,7 @@ from rebeca_ray.errors import InputError, LeaseHeldError, ResumableError, UserEr
 from rebeca_ray.generation.pipeline import Generated, generate_catalog
 from rebeca_ray.log import set_run_id
 from rebeca_ray.prior.checkpoint import load_prior
-from rebeca_ray.storage.failures import user_error
+from rebeca_ray.storage.failures import only_warn, user_error
 from rebeca_ray.training.train import train_prior
 
 log = logging.getLogger(__name__)
@@ -52,11 +52,12 @@ def run_nightly(config: NightlyConfig) -> tuple[list[Night], Garbage | None]:
             log.warning("the night of %s failed and is skipped: %s", date, reason)
             trouble = trouble or reason
     set_run_id(None)
-    garbage = (
-        collect(config.generate.catalog, keep=config.keep_snapshots, grace_hours=config.grace_hours)
-        if nights
-        else None
-    )
+    garbage = None
+    if nights:
+        with only_warn("collecting garbage"):
+            garbage = collect(
+                config.generate.catalog, keep=config.keep_snapshots, grace_hours=config.grace_hours
+            )
     if trouble:
         raise trouble
     return nights, garbage

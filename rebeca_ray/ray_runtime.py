@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from rebeca_ray import log as package_log
 from rebeca_ray.errors import InputError, ResumableError
 from rebeca_ray.ray_start import connect
+from rebeca_ray.termination import unwind_on_sigterm
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ def start_ray() -> None:
 
     if not ray.is_initialized():
         connect()
+    unwind_on_sigterm()  # Ray's own handler ends with code 15, and its stack in C++ is printed without one
     context = ray.data.DataContext.get_current()  # this sets up Ray Data's log, so the rest comes after it
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # a UserError in a stage arrives as one

@@ -30,6 +30,7 @@ from rebeca_ray.catalog.runs import (
 from rebeca_ray.catalog.snapshots import LEASE_SECONDS, read_manifests
 from rebeca_ray.errors import InputError
 from rebeca_ray.storage.filesystem import delete, delete_files, join, list_files, remove_empty_folders
+from rebeca_ray.storage.leftovers import remove_leftovers
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ def collect(root: str, *, keep: int, grace_hours: float, dry_run: bool = False) 
         if not dry_run:
             lease.doom(garbage.runs)
             remove(garbage)
+            remove_leftovers(root, datetime.now(UTC) - timedelta(hours=grace_hours))
             lease.doom([])
     return garbage
 

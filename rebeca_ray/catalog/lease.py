@@ -6,6 +6,7 @@ carry an old token in their names and are never listed. A stale run cannot publi
 compare-and-swap of the same object.
 """
 
+import logging
 import os
 import secrets
 import signal
@@ -27,6 +28,9 @@ from rebeca_ray.catalog.pointer import (
 )
 from rebeca_ray.errors import LeaseHeldError, ResumableError, UserError
 from rebeca_ray.storage.filesystem import delete, join
+from rebeca_ray.storage.swap_probe import require_swaps
+
+log = logging.getLogger(__name__)
 
 BEATS = 4  # heartbeats in the time after which a silent lease is taken over
 
@@ -39,8 +43,14 @@ class Lease:
         self.holder = secrets.token_hex(8)  # another attempt at the same run is another holder
         self.lost: LeaseHeldError | None = None
         self.released = threading.Event()
+        self.fencing_token = 0
+        require_swaps(root)
         self.wait_for_silence()
-        taken = change_pointer(root, self.take, kind)
+        try:
+            taken = change_pointer(root, self.take, kind)
+        except (KeyboardInterrupt, SystemExit):
+            self.release()  # it may be taken already
+            raise
         self.fencing_token, self.catalog_id = taken.fencing_token, taken.catalog_id or ""
         self.published = taken.run_id  # what this run replaces
 
@@ -168,8 +178,10 @@ class Lease:
 
         try:
             change_pointer(self.root, free, self.kind)
-        except UserError:
-            return  # another run holds it by now, or the store is out of reach: then it expires
+        except LeaseHeldError:
+            return  # another run holds it by now
+        except UserError as error:
+            log.warning("the lease is not freed and expires in %g s: %s", self.seconds, error)
 
 
 @contextmanager

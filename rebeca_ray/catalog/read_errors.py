@@ -63,7 +63,7 @@ def explained(snapshot: Snapshot, path: str = "") -> Iterator[None]:
         broken = classify(error) in (Failure.MISSING, Failure.DAMAGED)
         try:
             gone = broken and not exists(join(snapshot.root, snapshot.path, "manifest.json"))
-        except failure_types():
+        except StorageError:
             broken, gone = False, False
         if not broken:
             raise StorageError(

@@ -22,6 +22,7 @@ from rebeca_ray.catalog.pointer import (
 from rebeca_ray.catalog.read import open_snapshot
 from rebeca_ray.catalog.verify import verify
 from rebeca_ray.errors import InputError, LeaseHeldError, QualityGateError
+from rebeca_ray.storage.failures import only_warn
 from rebeca_ray.storage.filesystem import delete, exists, join, list_files
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,8 @@ def publish_snapshot(root: str, run_id: str) -> Manifest:
 
     pointer = change_pointer(root, move)
     if pointer.lease is None or pointer.lease["run_id"] != run_id:
-        delete(work_folder(root, run_id))  # nothing is left to resume
+        with only_warn(f"removing {work_folder(root, run_id)}"):
+            delete(work_folder(root, run_id))  # nothing is left to resume
     return manifest
 
 

@@ -204,7 +204,7 @@ def manifest_json(manifest: Manifest) -> JsonObject:
 def verified(snapshot: Snapshot, level: str, damage: Sequence[str]) -> str:
     """Return a line per thing that is wrong with a snapshot, or that nothing is."""
     if damage:
-        return "\n".join(escape(line) for line in damage)
+        return "\n".join(damage)
     return f"run {snapshot.run_id}: nothing wrong ({level}: {snapshot.files.num_rows:,} files)"
 
 
@@ -250,7 +250,7 @@ def collected(garbage: Garbage, *, dry_run: bool = False) -> str:
         f"the work of {len(garbage.work):,} dead runs and {len(garbage.files):,} files; "
         f"kept {len(garbage.kept):,} snapshots"
     )
-    return "\n".join([*(escape(path) for path in paths), summary])
+    return "\n".join([*paths, summary])
 
 
 def serving(*, http_port: int, grpc_port: int, metrics_port: int) -> str:

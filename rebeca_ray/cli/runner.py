@@ -1,7 +1,9 @@
 """Run one command: options in, a log as the options say, truthful exit code out."""
 
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,8 @@ import typer
 
 from rebeca_ray import log
 from rebeca_ray.console import console
+from rebeca_ray.errors import redacted
+from rebeca_ray.termination import unwind_on_sigterm
 
 if TYPE_CHECKING:
     from rebeca_ray.config.jobs import JobConfig
@@ -72,7 +76,7 @@ def read_config(
     config = load_config(model, path, overrides)
     log.set_level_of_config(config.log_level)
     if dry_run:
-        console.print_json(config.model_dump_json())
+        console.print_json(redacted(config.model_dump_json()))
         return None
     return config
 
@@ -82,12 +86,17 @@ def print_result(result: Any, *, as_json: bool = False) -> None:
     if as_json:
         console.print_json(json.dumps(result), sort_keys=False)
     else:
-        console.print(result)
+        console.print(redacted(result) if isinstance(result, str) else result, markup=False)
 
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """End the process with one line and the exit code of a UserError, also of one raised inside Ray."""
+    """End the process with one line and the exit code of a UserError, also of one raised inside Ray.
+
+    SIGTERM unwinds the command: it frees its lease and ends with code 143.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    unwind_on_sigterm()
     try:
         yield
     except Exception as error:
@@ -97,5 +106,8 @@ def plain_errors() -> Iterator[None]:
         if reason is None:
             raise
         # Ray Data appends advice on retries to the first line.
-        print(f"error: {str(reason).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {redacted(str(reason)).splitlines()[0]}", file=sys.stderr)
         raise SystemExit(reason.exit_code) from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)

@@ -14,6 +14,7 @@ from rebeca_ray.errors import InputError, did_you_mean, shown
 
 C = TypeVar("C", bound=Settings)
 MAX_BYTES = 100_000  # of a config
+MAX_LEVELS = 10  # of sections in an override; the deepest there is has three
 
 
 def load_config(model: type[C], path: str | Path, overrides: list[str] | None = None) -> C:
@@ -121,6 +122,10 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise InputError(f"override {shown(override)}: expected key.sub=value")
     *parents, leaf = key.split(".")
+    if len(parents) > MAX_LEVELS:
+        raise InputError(
+            f"override {shown(override)}: goes {len(parents):,} sections deep; sections go three levels down"
+        )
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):

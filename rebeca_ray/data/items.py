@@ -20,7 +20,7 @@ from rebeca_ray.data.clip import EmbedImages, clip_fingerprint
 from rebeca_ray.data.validation import check_columns, check_ids, check_rows
 from rebeca_ray.errors import InputError, shown
 from rebeca_ray.ray_runtime import ExcludeIds, require_room, start_ray, with_log
-from rebeca_ray.storage.filesystem import arrow_filesystem, join, list_files, open_filesystem
+from rebeca_ray.storage.filesystem import arrow_filesystem, join, list_files, open_filesystem, sync_files
 from rebeca_ray.storage.objects import JsonObject, read_json, write_json
 from rebeca_ray.storage.parquet import ParquetInput, open_parquet
 from rebeca_ray.storage.writable import require_own, require_writable
@@ -70,6 +70,7 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False, run_date: dateti
         folder = version.begin(fingerprint)
         filesystem, path = open_filesystem(folder)
         dataset.write_parquet(path, filesystem=arrow_filesystem(filesystem))
+        sync_files(folder)
         embedded = int(dataset.count())
         files = [*files, *files_of(folder)]
         meta = {

@@ -255,7 +255,7 @@ def convert_pickle(pickle: Path, out: Path) -> int:
     if not out.parent.is_dir():
         raise InputError(f"{out}: the folder {out.parent} does not exist; make it first")
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     try:
         content = torch.load(pickle, map_location="cpu", weights_only=True)
@@ -284,5 +284,5 @@ def convert_pickle(pickle: Path, out: Path) -> int:
             )
 
     collect(content, "")
-    save_file(tensors, out)
+    out.write_bytes(save(tensors))  # save_file would ignore the umask
     return len(tensors)

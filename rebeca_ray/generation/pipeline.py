@@ -57,7 +57,7 @@ from rebeca_ray.generation.runs import begin, choose_run, describe_run, inputs_d
 from rebeca_ray.log import set_run_id
 from rebeca_ray.ray_runtime import require_room, start_ray
 from rebeca_ray.schemas import SCHEMA_VERSION
-from rebeca_ray.storage.failures import user_error
+from rebeca_ray.storage.failures import only_warn, user_error
 from rebeca_ray.storage.filesystem import delete, exists, remove_empty_folders
 from rebeca_ray.storage.writable import require_writable
 
@@ -149,7 +149,8 @@ def generate_catalog(
         progress.dump_to = context.run.work
         with remove_work_on_error(context.run, lease, resumed=resumed):
             manifest = make_snapshot(context, lease, progress, retry_failed=retry_failed, force=force)
-        delete(context.run.work)
+        with only_warn(f"removing {context.run.work}"):
+            delete(context.run.work)
     seconds = {name: stage.seconds for name, stage in progress.stages.items()}
     return Generated(manifest=manifest, seconds=seconds)
 

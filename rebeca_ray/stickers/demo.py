@@ -134,11 +134,13 @@ def prepare_folders(out: Path, data: Path) -> None:
 
 def print_next_steps(page: Path, data: Path, config: GenerateConfig, run_date: str) -> None:
     """Print where the results are, and commands to go on with."""
+    from rich.markup import escape
+
     console.rule()
     console.print(
-        f"[bold]Report:[/bold]   {page}\n"
-        f"[bold]Catalog:[/bold]  {config.catalog}\n"
-        f"[bold]Prior:[/bold]    {config.prior}"
+        f"[bold]Report:[/bold]   {escape(str(page))}\n"
+        f"[bold]Catalog:[/bold]  {escape(config.catalog)}\n"
+        f"[bold]Prior:[/bold]    {escape(config.prior)}"
     )
     tomorrow = date.fromisoformat(run_date) + timedelta(days=1)
     console.print(

@@ -6,14 +6,15 @@ where it is installed. Nothing here has run against Microsoft's servers.
 """
 
 import sys
+from datetime import datetime
 from typing import Any, ClassVar
 
 import fsspec
 import pyarrow.fs
 from fsspec.spec import AbstractFileSystem
 
-from rebeca_ray.errors import Failure, InputError, describe
-from rebeca_ray.storage.remote import bucket_of_path, check_endpoint, exact_filesystem
+from rebeca_ray.errors import Failure, InputError, StorageError, describe
+from rebeca_ray.storage.remote import bucket_of_path, check_endpoint, exact_filesystem, remove_each
 
 
 class AzureStore:
@@ -71,6 +72,12 @@ class AzureStore:
         given = {name: value for name, value in headers.items() if value is not None}
         self.filesystem.pipe_file(self.path, data, content_settings=given or None)
 
+    def remove(self, paths: list[str]) -> None:
+        remove_each(self.filesystem, paths)
+
+    def abort_uploads(self, before: datetime) -> int:
+        return 0
+
     def scan_filesystem(self) -> pyarrow.fs.FileSystem:
         """Return adlfs without read-ahead. Arrow's own client finds other credentials than adlfs does."""
         return exact_filesystem(self.filesystem)
@@ -80,7 +87,8 @@ class AzureStore:
         try:
             check_endpoint(endpoint)
         except (OSError, ValueError) as error:
-            raise InputError(
+            kind = InputError if isinstance(error, ValueError) else StorageError  # the endpoint is no URL
+            raise kind(
                 f"{self.uri}: its server cannot be reached ({describe(error)}); "
                 f"look at the account ({endpoint}) and the network"
             ) from None

@@ -1,9 +1,15 @@
 """Recognise the failures a person can repair, behind Ray's wrappers and a store's own errors."""
 
-from rebeca_ray.errors import Failure, StorageError, UserError, describe
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rebeca_ray.errors import Failure, LeaseHeldError, StorageError, UserError, describe
 from rebeca_ray.storage.store import classify
 
-ENVIRONMENT = (Failure.DENIED, Failure.FULL, Failure.UNREACHABLE)
+log = logging.getLogger(__name__)
+
+ENVIRONMENT = (Failure.DENIED, Failure.FULL, Failure.UNREACHABLE, Failure.FAILED)
 
 
 def user_error(error: BaseException | None) -> UserError | None:
@@ -27,10 +33,22 @@ def storage_error(error: BaseException) -> UserError | None:
 
     Returns None for every other error: a missing file, for instance, may be a bug in the code.
     """
-    if classify(error) not in ENVIRONMENT:
+    if classify(error) not in ENVIRONMENT or isinstance(error, BrokenPipeError):  # a closed standard output
         return None
     file = getattr(error, "filename", None)
     return StorageError(
         f"{file or 'storage'}: {describe(error)}; nothing was published; "
         "mend the place, or give another, and run again"
     )
+
+
+@contextmanager
+def only_warn(action: str) -> Iterator[None]:
+    """Log a failure of the store or a lost lease, where everything that counts is already stored."""
+    try:
+        yield
+    except Exception as error:
+        reason = user_error(error)
+        if not isinstance(reason, StorageError | LeaseHeldError):
+            raise
+        log.warning("%s failed: %s", action, reason)

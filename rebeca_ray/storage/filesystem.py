@@ -4,6 +4,7 @@ URI -> `open_store` (store.py) -> filesystem and path -> lists, removals, and th
 """
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,10 +14,11 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from rebeca_ray.errors import Failure, InputError, StorageError, UserError, describe
+from rebeca_ray.storage.local import sync
 from rebeca_ray.storage.remote import exact_filesystem
 from rebeca_ray.storage.store import classify, failure_types, open_store
 
-PARTICIPLES = {"write": "written", "list": "listed", "remove": "removed"}
+PARTICIPLES = {"write": "written", "list": "listed", "remove": "removed", "read": "read"}
 
 
 def open_filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
@@ -45,7 +47,7 @@ def join(uri: str, *parts: str) -> str:
 
 @contextmanager
 def storage_errors(uri: str, action: str = "write") -> Iterator[None]:
-    """Raise a StorageError if the store fails, after all retries, to do `action` (write, list, remove)."""
+    """Raise a StorageError if the store fails, after all retries, to do `action` (a key of PARTICIPLES)."""
     try:
         yield
     except failure_types() as error:
@@ -77,43 +79,58 @@ def list_folders(uri: str) -> list[str]:
     )
 
 
+def sync_files(uri: str) -> None:
+    """Bring the files below a local folder, which a library wrote, to the disk. Do nothing elsewhere."""
+    filesystem, path = open_filesystem(uri)
+    if is_local(filesystem):
+        with storage_errors(uri):
+            for file in Path(path).rglob("*"):
+                if file.exists():
+                    sync(file)
+            sync(Path(path))
+
+
 def exists(uri: str) -> bool:
     """Return whether there is a file or folder at `uri` now."""
     filesystem, path = open_filesystem(uri)
     filesystem.invalidate_cache()
-    return bool(filesystem.exists(path))
+    with storage_errors(uri, "read"):
+        return bool(filesystem.exists(path))
 
 
 def delete(uri: str) -> None:
     """Remove a file, or a folder and all its files. A missing one is no error."""
-    filesystem, path = open_filesystem(uri)
-    filesystem.invalidate_cache()
-    with storage_errors(uri, "remove"), suppress(FileNotFoundError):
-        filesystem.rm(path, recursive=True)
+    store = open_store(uri)
+    store.filesystem.invalidate_cache()
+    with storage_errors(uri, "remove"):
+        if is_local(store.filesystem):
+            remove_tree(Path(store.path))
+        else:
+            # A name can be that of an object and of a folder. Azure keeps empty folders.
+            below = store.filesystem.find(store.path, withdirs=True)
+            store.remove([name for name in dict.fromkeys([*reversed(below), store.path]) if "/" in name])
 
 
 def delete_files(uris: list[str]) -> None:
-    """Remove files of one store, on an object store many per request. A missing file is no error."""
+    """Remove files of one store, on S3 many per request. A missing file is no error."""
     if not uris:
         return
-    filesystem, _ = open_filesystem(uris[0])
-    paths = [open_filesystem(uri)[1] for uri in uris]
     with storage_errors(uris[0], "remove"):
-        if is_local(filesystem):
-            for path in paths:
-                Path(path).unlink(missing_ok=True)
-        else:
-            remove_objects(filesystem, paths)
+        open_store(uris[0]).remove([open_filesystem(uri)[1] for uri in uris])
 
 
-def remove_objects(filesystem: AbstractFileSystem, paths: list[str]) -> None:
-    """Remove objects together, or one by one if the store refuses that because one is missing."""
-    try:
-        filesystem.rm(paths)
-    except FileNotFoundError:
-        for path in paths:
-            with suppress(FileNotFoundError):
-                filesystem.rm_file(path)
+def remove_tree(path: Path) -> None:
+    """Remove a file or a folder on a disk. Of a link to a folder, the folder's content alone goes.
+
+    Links inside the folder go without their targets.
+    """
+    if path.is_symlink() and path.is_dir():
+        for inner in path.iterdir():
+            shutil.rmtree(inner) if inner.is_dir() and not inner.is_symlink() else inner.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_empty_folders(uri: str) -> None:

@@ -6,14 +6,22 @@ gcp-storage-emulator ignores `ifGenerationMatch`. Nothing here has run against G
 """
 
 import sys
+from datetime import datetime
 from typing import Any, ClassVar
 
 import fsspec
 import pyarrow.fs
+from aiohttp import ClientTimeout
 from fsspec.spec import AbstractFileSystem
 
-from rebeca_ray.errors import Failure, InputError, describe
-from rebeca_ray.storage.remote import bucket_of_path, check_endpoint, exact_filesystem
+from rebeca_ray.errors import Failure, InputError, StorageError, describe
+from rebeca_ray.storage.remote import (
+    bucket_of_path,
+    check_endpoint,
+    exact_filesystem,
+    remove_each,
+    set_deadline,
+)
 
 
 class GcsStore:
@@ -27,7 +35,10 @@ class GcsStore:
         self.filesystem: AbstractFileSystem
         self.path: str
         try:
-            self.filesystem, self.path = fsspec.core.url_to_fs(uri)
+            self.filesystem, self.path = fsspec.core.url_to_fs(
+                uri, requests_timeout=ClientTimeout(sock_connect=5, sock_read=30)
+            )
+            set_deadline(self.filesystem, "_request")
         except ImportError:
             raise InputError(
                 f"{uri}: gcsfs is not installed; expected for gs://; pip install 'rebeca-ray[gcs]'"
@@ -76,6 +87,12 @@ class GcsStore:
             options["fixed_key_metadata"] = {"cache_control": cache_control}
         self.filesystem.pipe_file(self.path, data, **options)
 
+    def remove(self, paths: list[str]) -> None:
+        remove_each(self.filesystem, paths)
+
+    def abort_uploads(self, before: datetime) -> int:
+        return 0
+
     def scan_filesystem(self) -> pyarrow.fs.FileSystem:
         """Return gcsfs without read-ahead. Arrow's own client finds other credentials than gcsfs does."""
         return exact_filesystem(self.filesystem)
@@ -85,7 +102,8 @@ class GcsStore:
         try:
             check_endpoint(endpoint)
         except (OSError, ValueError) as error:
-            raise InputError(
+            kind = InputError if isinstance(error, ValueError) else StorageError  # the endpoint is no URL
+            raise kind(
                 f"{self.uri}: its server cannot be reached ({describe(error)}); "
                 f"look at STORAGE_EMULATOR_HOST ({endpoint}) and the network"
             ) from None

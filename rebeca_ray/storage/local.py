@@ -6,10 +6,14 @@ A write goes to a file beside the target and is then renamed. Compare-and-swap t
 import fcntl
 import hashlib
 import os
+import re
+import secrets
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from errno import EDQUOT, ENOSPC, EROFS
+from datetime import datetime
+from errno import EBUSY, EDQUOT, EHOSTUNREACH, EINVAL, ENETUNREACH, ENOSPC, EREMOTEIO, EROFS, ESTALE
 from pathlib import Path
 from typing import ClassVar
 
@@ -33,7 +37,9 @@ class LocalStore:
         self.uri = uri
         self.filesystem: AbstractFileSystem
         self.path: str
-        self.filesystem, self.path = fsspec.core.url_to_fs(uri)
+        # fsspec.core.url_to_fs would take `::` in a path for a chain of file systems.
+        self.filesystem = fsspec.filesystem("file")
+        self.path = os.path.abspath(uri.partition("://")[2] if "://" in uri else uri)
 
     def read_versioned(self) -> tuple[bytes, str] | None:
         """Return the file and a digest of its content, or None if there is no file."""
@@ -53,18 +59,26 @@ class LocalStore:
 
     def put(self, data: bytes, *, content_type: str | None = None, cache_control: str | None = None) -> None:
         """Write the file beside its target, then rename it. A disk keeps no headers."""
-        path = Path(self.path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(f"{path}.partial-{os.getpid()}")
+        path = Path(os.path.realpath(self.path))  # a link stays, and its target is written
+        make_folder(path.parent)
+        partial = partial_of(path)
         try:
             with partial.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
+            sync(path.parent)
         finally:
             with suppress(OSError):  # or it would hide the first error
                 partial.unlink(missing_ok=True)
+
+    def remove(self, paths: list[str]) -> None:
+        for path in paths:
+            Path(path).unlink(missing_ok=True)
+
+    def abort_uploads(self, before: datetime) -> int:
+        return 0
 
     def scan_filesystem(self) -> pyarrow.fs.FileSystem:
         return pyarrow.fs.LocalFileSystem()
@@ -82,8 +96,14 @@ class LocalStore:
             return Failure.MISSING
         if isinstance(error, PermissionError):
             return Failure.DENIED
-        if getattr(error, "errno", None) in (ENOSPC, EDQUOT, EROFS):
+        number = getattr(error, "errno", None)
+        if number in (ENOSPC, EDQUOT, EROFS):
             return Failure.FULL
+        # s3fs translates the answers of a server that is broken or busy to the first two numbers.
+        if number in (EREMOTEIO, EBUSY, ESTALE, EHOSTUNREACH, ENETUNREACH):
+            return Failure.UNREACHABLE
+        if isinstance(error, ConnectionError | TimeoutError):
+            return Failure.UNREACHABLE
         if isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None):
             return Failure.DAMAGED
         return Failure.FAILED if isinstance(error, OSError) else None
@@ -102,10 +122,38 @@ def lock_file(path: Path) -> Path:
     return path.with_name(f".{path.stem}.lock")
 
 
+def partial_of(path: Path) -> Path:
+    """Return the name of a file until it is complete. No two processes, of any machine, share one."""
+    return Path(f"{path}.partial-{socket.gethostname()[:32]}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+PARTIAL = re.compile(r"\.partial-.+-\d+-[0-9a-f]{8}$")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents, so that they outlast a crash of the machine."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk: a crash may otherwise undo a rename."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != EINVAL:  # a file system mounted over a network may not sync folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock file beside `path`. Raises InputError if another process keeps it for LOCK_SECONDS."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with lock_file(path).open("w") as lock:
         deadline = time.monotonic() + LOCK_SECONDS
         while True:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypedDict
@@ -10,6 +11,7 @@ from fsspec.spec import AbstractFileSystem
 
 from rebeca_ray.errors import InputError
 from rebeca_ray.storage.filesystem import is_local, open_filesystem, storage_errors, unreadable
+from rebeca_ray.storage.local import make_folder, partial_of, sync
 from rebeca_ray.storage.store import failure_types, open_store
 
 JsonObject = dict[str, Any]
@@ -27,13 +29,14 @@ class HashingSink:
 
     def __init__(self, filesystem: AbstractFileSystem, path: str) -> None:
         self.local = is_local(filesystem)
-        self.path = path
+        self.path = os.path.realpath(path) if self.local else path  # a link stays, its target is written
         self.digest = hashlib.sha256()
         self.size = 0
         with storage_errors(path):
             if self.local:
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self.file = filesystem.open(f"{path}.partial" if self.local else path, "wb")
+                make_folder(Path(self.path).parent)
+                self.partial = partial_of(Path(self.path))
+            self.file = filesystem.open(str(self.partial) if self.local else path, "wb")
 
     closed = False
 
@@ -57,9 +60,13 @@ class HashingSink:
         self.closed = True
         try:
             with storage_errors(self.path):
+                if self.local:
+                    self.file.flush()
+                    os.fsync(self.file.fileno())
                 self.file.close()  # on a full disk, this often fails first
                 if self.local:
-                    Path(f"{self.path}.partial").replace(self.path)
+                    self.partial.replace(self.path)
+                    sync(Path(self.path).parent)
         except BaseException:
             self.discard()
             raise
@@ -74,7 +81,7 @@ class HashingSink:
                 self.file.discard()
                 self.file.closed = True  # or the garbage collector would write it
         if self.local:
-            Path(f"{self.path}.partial").unlink(missing_ok=True)
+            self.partial.unlink(missing_ok=True)
 
     def record(self) -> FileDigest:
         """Return the size and checksum, against which a reader can check the file."""

@@ -5,18 +5,28 @@ or from the instance's role, never from a config file. The version of an object 
 """
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import datetime
 from functools import cache
+from itertools import chain
 from typing import Any, ClassVar
 
 import botocore.exceptions
 import fsspec
 import pyarrow.fs
-from aiohttp import ClientPayloadError
-from botocore.exceptions import BotoCoreError, HTTPClientError
+from aiohttp import ClientError
+from botocore.exceptions import (
+    BotoCoreError,
+    HTTPClientError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+)
 from fsspec.spec import AbstractFileSystem
 
-from rebeca_ray.errors import Failure, InputError, describe
-from rebeca_ray.storage.remote import bucket_of_path
+from rebeca_ray.errors import Failure, InputError, StorageError, describe
+from rebeca_ray.storage.remote import bucket_of_path, set_deadline
 
 PATIENT: dict[str, Any] = {
     "connect_timeout": 5,
@@ -29,6 +39,10 @@ HASTY: dict[str, Any] = {
     "read_timeout": 10,
     "retries": {"mode": "standard", "total_max_attempts": 3},
 }
+KEYS_PER_DELETION = 1000  # the limit of S3
+DELETIONS_AT_ONCE = 4
+# The client refuses before it asks: no credentials, or an impossible name of a bucket.
+REFUSED_HERE = (NoCredentialsError, PartialCredentialsError, ParamValidationError)
 STALE = (409, 412)  # HTTP status: the object is being changed, or was changed
 
 
@@ -45,6 +59,7 @@ class S3Store:
         # s3fs keeps one client per set of arguments. Other arguments would make a second client, with a
         # listing cache of its own: every caller gets its filesystem here.
         self.filesystem, self.path = fsspec.core.url_to_fs(uri, config_kwargs=PATIENT)
+        set_deadline(self.filesystem, "_call_s3")
         self.bucket = bucket_of_path(self.path)
         if not self.bucket:
             raise InputError(f"{uri}: names no bucket; give {self.example}")
@@ -76,6 +91,46 @@ class S3Store:
             self.path, data, **{name: value for name, value in headers.items() if value is not None}
         )
 
+    def remove(self, paths: list[str]) -> None:
+        """Remove objects, many per request. s3fs would ignore the refusal of a single one."""
+        with ThreadPoolExecutor(DELETIONS_AT_ONCE) as pool:
+            batches = [
+                paths[start : start + KEYS_PER_DELETION] for start in range(0, len(paths), KEYS_PER_DELETION)
+            ]
+            for refusal in chain.from_iterable(pool.map(self.remove_batch, batches)):
+                if refusal.get("Code") != "NoSuchKey":
+                    kind = PermissionError if refusal.get("Code") == "AccessDenied" else OSError
+                    raise kind(f"{refusal.get('Key')}: {refusal.get('Message') or refusal.get('Code')}")
+        self.filesystem.invalidate_cache()
+
+    def remove_batch(self, paths: list[str]) -> list[dict[str, str]]:
+        """Remove the objects of one request; return the refusals of single ones."""
+        keys = [{"Key": path.removeprefix(f"{self.bucket}/")} for path in paths]
+        answer = self.filesystem.call_s3(
+            "delete_objects", Bucket=self.bucket, Delete={"Objects": keys, "Quiet": True}
+        )
+        return list(answer.get("Errors", []))
+
+    def abort_uploads(self, before: datetime) -> int:
+        prefix = self.path.removeprefix(self.bucket).strip("/")
+        page: dict[str, Any] = {"Bucket": self.bucket, "Prefix": f"{prefix}/" if prefix else ""}
+        aborted = 0
+        while True:
+            answer = self.filesystem.call_s3("list_multipart_uploads", **page)
+            for upload in answer.get("Uploads", []):
+                if upload["Initiated"] < before:
+                    with suppress(FileNotFoundError):  # it was finished or aborted in the meantime
+                        self.filesystem.call_s3(
+                            "abort_multipart_upload",
+                            Bucket=self.bucket,
+                            Key=upload["Key"],
+                            UploadId=upload["UploadId"],
+                        )
+                        aborted += 1
+            if not answer.get("IsTruncated"):
+                return aborted
+            page |= {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
+
     def scan_filesystem(self) -> pyarrow.fs.FileSystem:
         """Return Arrow's own client. It takes a third of the time of s3fs, and finds the same credentials."""
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
@@ -85,8 +140,9 @@ class S3Store:
         endpoint = endpoint_url() or "the one of AWS"
         try:
             check_reachable(endpoint, self.bucket)
-        except (BotoCoreError, OSError, ValueError) as error:  # ValueError: the endpoint is no URL
-            raise InputError(
+        except (BotoCoreError, OSError, ValueError) as error:
+            kind = InputError if isinstance(error, ValueError) else StorageError  # the endpoint is no URL
+            raise kind(
                 f"{self.uri}: its server cannot be reached ({describe(error)}); "
                 f"look at AWS_ENDPOINT_URL ({endpoint}) and the network"
             ) from None
@@ -94,7 +150,9 @@ class S3Store:
     @staticmethod
     def classify(error: BaseException) -> Failure | None:
         """Return why botocore or Arrow's client raised `error`. s3fs raises OSErrors, as a disk does."""
-        if isinstance(error, BotoCoreError | ClientPayloadError):
+        if isinstance(error, REFUSED_HERE):
+            return Failure.DENIED
+        if isinstance(error, BotoCoreError | ClientError):
             return Failure.UNREACHABLE
         # Arrow's client raises an OSError without a number, as Arrow does for a broken file.
         text = str(error) if isinstance(error, OSError) else ""
@@ -104,8 +162,8 @@ class S3Store:
 
     @staticmethod
     def failure_types() -> tuple[type[Exception], ...]:
-        """BotoCoreError: no credentials, no endpoint. ClientPayloadError: every answer was cut off."""
-        return BotoCoreError, ClientPayloadError
+        """BotoCoreError: no credentials, no endpoint. aiohttp's ClientError: every answer was cut off."""
+        return BotoCoreError, ClientError
 
     @staticmethod
     def iceberg_properties() -> dict[str, str]:
@@ -140,7 +198,6 @@ def arrow_client(bucket: str, endpoint: str | None, region: str | None) -> pyarr
         region=region or ("us-east-1" if endpoint else pyarrow.fs.resolve_s3_region(bucket)),
         connect_timeout=PATIENT["connect_timeout"],
         request_timeout=PATIENT["read_timeout"],
-        retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(
-            max_attempts=PATIENT["retries"]["total_max_attempts"]
-        ),
+        # A silent server ends after four times the read timeout, which is the deadline of remote.py.
+        retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=4),
     )

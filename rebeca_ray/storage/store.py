@@ -4,6 +4,7 @@ URI -> `open_store` -> LocalStore | S3Store | GcsStore | AzureStore -> the metho
 """
 
 import re
+from datetime import datetime
 from typing import ClassVar, Protocol
 
 import pyarrow.fs
@@ -19,8 +20,11 @@ from rebeca_ray.storage.s3 import S3Store
 class Store(Protocol):
     """A store, opened at one object or prefix.
 
-    The verbs are read_versioned, compare_and_swap, put, scan_filesystem, probe and classify. The
-    fsspec `filesystem` does the rest, such as lists and streams. Creating a store asks no server.
+    The fsspec `filesystem` does everything else, such as lists and streams. Creating a store asks no
+    server.
+
+    A path is a name, never a pattern. Do not call `rm`, `copy`, `get`, `put`, `cat` or `glob` of a
+    filesystem: they take `*`, `?` and `[` for patterns.
     """
 
     schemes: ClassVar[tuple[str, ...]]  # the first is the canonical one
@@ -51,6 +55,17 @@ class Store(Protocol):
         """Write the object, so that a reader sees the old one or the new one, never a part.
 
         Object stores keep both headers for web servers. A local disk keeps neither.
+        """
+        ...
+
+    def remove(self, paths: list[str]) -> None:
+        """Remove the objects with exactly these paths. A missing one is no error."""
+        ...
+
+    def abort_uploads(self, before: datetime) -> int:
+        """Abort the unfinished uploads below the prefix that began before a time; return their number.
+
+        Where the store does it by itself, as those of Google and Microsoft after a week, do nothing.
         """
         ...
 
@@ -97,18 +112,36 @@ def open_store(uri: str) -> Store:
 def normalize(uri: str) -> str:
     """Return the one spelling of a location: `s3a://b/c` becomes `s3://b/c`, `file:///a` becomes `/a`.
 
-    Raises InputError for a known scheme without `//`, and for a `file://` URI with a host.
+    Raises InputError for a known scheme without `//`, for a `file://` URI with a host, and for an address
+    that some client would not take literally.
     """
+    if "://" in uri and "::" in uri:
+        raise InputError(f"{uri}: holds '::', which chains file systems; give a name without it")
     scheme = scheme_of(uri)
     kind = next((kind for kind in STORES if scheme in kind.schemes), None)
     if "://" not in uri or kind is None:
         return uri
     rest = uri.partition("://")[2]
-    if kind is not LocalStore:
+    local = kind is LocalStore
+    for character in "?#%" if local else "?#":
+        if character in rest:
+            remedy = "give the plain path" if local else "give a name without it"
+            raise InputError(f"{uri}: holds {character!r}, which clients read in different ways; {remedy}")
+    if not local:
+        require_literal_key(uri, rest)
         return f"{kind.schemes[0]}://{rest}"
     if not rest.startswith("/"):
         raise InputError(f"{uri}: has a host or a relative path; give {LocalStore.example}")
     return rest
+
+
+def require_literal_key(uri: str, key: str) -> None:
+    """Raise InputError for folder names that an object store keeps, and its clients or web servers drop."""
+    if "//" in key:
+        raise InputError(f"{uri}: holds an empty folder name (//); give an address without it")
+    for folder in (".", ".."):
+        if folder in key.split("/"):
+            raise InputError(f"{uri}: holds the folder {folder!r}; give an address without it")
 
 
 def scheme_of(uri: str) -> str:

@@ -4,10 +4,10 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from rebeca_ray.errors import InputError, describe
-from rebeca_ray.storage.filesystem import is_local, join, open_filesystem
+from rebeca_ray.errors import Failure, InputError, StorageError, describe
+from rebeca_ray.storage.filesystem import is_local, join, open_filesystem, unreadable
 from rebeca_ray.storage.objects import read_json
-from rebeca_ray.storage.store import failure_types
+from rebeca_ray.storage.store import classify, failure_types
 
 
 def require_writable(uri: str, what: str) -> None:
@@ -25,7 +25,8 @@ def require_writable(uri: str, what: str) -> None:
         filesystem.pipe_file(probe, b"")
         filesystem.rm_file(probe)
     except failure_types() as error:
-        raise InputError(
+        kind = StorageError if classify(error) is Failure.UNREACHABLE else InputError
+        raise kind(
             f"{what} {uri}: cannot be written ({describe(error)}); "
             "choose another place or mend its permissions"
         ) from None
@@ -44,9 +45,7 @@ def require_own(uri: str, what: str, markers: dict[str, str]) -> None:
     try:
         occupied = filesystem.exists(path) and (filesystem.isfile(path) or filesystem.ls(path))
     except failure_types() as error:
-        raise InputError(
-            f"{what} {uri}: cannot be read ({describe(error)}); check the path and the credentials"
-        ) from None
+        raise unreadable(f"{what} {uri}", error) from None
     if occupied and not any(key in (read_json(join(uri, name)) or {}) for name, key in markers.items()):
         raise InputError(
             f"{what} {uri}: holds something else (no {' or '.join(markers)} of ours) and would be replaced; "

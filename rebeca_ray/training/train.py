@@ -35,6 +35,7 @@ from rebeca_ray.prior.user_blocks import Batch
 from rebeca_ray.ray_runtime import require_room, start_ray
 from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, open_filesystem
 from rebeca_ray.storage.objects import JsonObject, read_json
+from rebeca_ray.storage.store import open_store
 from rebeca_ray.storage.writable import require_own, require_writable
 from rebeca_ray.training.calibrate import calibrate_prior, training_blocks
 from rebeca_ray.training.loop import STATE, is_streamed, train_loop_per_worker
@@ -122,6 +123,7 @@ def build_trainer(config: TrainConfig, histories: Histories, x0_ID: np.ndarray) 
     """
     workers = config.workers
     on_gpu = workers.device == "cuda"
+    storage = open_store(config.storage)
     return TorchTrainer(
         train_loop_per_worker,
         train_loop_config={
@@ -143,7 +145,8 @@ def build_trainer(config: TrainConfig, histories: Histories, x0_ID: np.ndarray) 
         ),
         run_config=RunConfig(
             name=config.run_name,
-            storage_path=config.storage,
+            storage_path=storage.path,
+            storage_filesystem=storage.scan_filesystem(),  # Ray would decode the path as a URI
             logging_config=LoggingConfig(log_level="WARNING"),
             failure_config=FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=CheckpointConfig(

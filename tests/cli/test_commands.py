@@ -13,6 +13,7 @@ import typer
 
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.cli.commands import app
+from rebeca_ray.cli.runner import print_result
 from rebeca_ray.config.jobs import GenerateConfig
 from tests.conftest import USERS
 from tests.generation.test_nights import night
@@ -88,7 +89,12 @@ def test_lazy_public_names() -> None:
             ["generate", "--config", "jobs/configs/generate_stickers.yaml", "decoder.guidance=3"],
             "did you mean 'decoder_guidance_scale'",
         ),
+        (
+            ["generate", "--config", "jobs/configs/generate_stickers.yaml", f"{'a.' * 3000}a=1"],
+            "goes 3,000 sections deep; sections go three levels down",
+        ),
         (["catalog", "show", "/nothing/here"], "nothing is published there"),
+        (["catalog", "show", "/nothing/[red]a[/bold]"], "/nothing/[red]a[/bold]: nothing is published"),
         (["catalog", "show", "ftp://bucket/catalog"], "is not supported; give a local path or s3://"),
     ],
 )
@@ -184,6 +190,11 @@ def test_damage_is_printed_also_as_json_and_is_an_error(published: Snapshot) -> 
         )
     assert json.loads(out.stdout)["damage"] == [f"{path}: is missing"]
     assert json.loads(out.stdout)["ok"] is False
+
+
+def test_a_path_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    print_result("exported decoder -> /data/[red]a[/bold]/postgresql://user:pw@host")
+    assert capsys.readouterr().out == "exported decoder -> /data/[red]a[/bold]/postgresql://user:***@host\n"
 
 
 def test_people_read_units(published: Snapshot) -> None:

@@ -1,20 +1,28 @@
 """Each error a person can fix ends its command with one line and its own exit code."""
 
+import errno
+import logging
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from aiohttp import ClientPayloadError, ServerDisconnectedError
+from botocore.exceptions import EndpointConnectionError, NoCredentialsError
+from fsspec.exceptions import FSTimeoutError
 from ray.exceptions import RayTaskError
 from ray.train import WorkerGroupError
 
-from rebeca_ray import errors
+from rebeca_ray import errors, log
+from rebeca_ray.catalog.pointer import Pointer, read_pointer
 from rebeca_ray.cli.runner import plain_errors
 from rebeca_ray.errors import UserError
+from rebeca_ray.termination import SIGTERM_LINE
 
 EXIT_CODES = {
     errors.InputError: 2,
-    errors.StorageError: 2,
+    errors.StorageError: 75,
     errors.ErrorBudgetExceededError: 3,
     errors.QualityGateError: 4,
     errors.LeaseHeldError: 5,
@@ -48,6 +56,37 @@ def test_exit_codes_also_through_rays_wrappers(
         assert capsys.readouterr().err == "error: a\n"
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("postgresql://user:p/w@x@host/db: no", "postgresql://user:***@host/db: no"),
+        ("http://:pw@host:9000", "http://:***@host:9000"),
+        (
+            "https://b/a?X-Amz-Signature=ab&X-Amz-Credential=k/1&n=1",
+            "https://b/a?X-Amz-Signature=***&X-Amz-Credential=***&n=1",
+        ),
+        ("https://b/a?sv=1&sig=ab%3D", "https://b/a?sv=1&sig=***"),
+        ("BlobEndpoint=http://b/a;AccountKey=ab==;", "BlobEndpoint=http://b/a;AccountKey=***;"),
+        ("host=h password=pw user=u", "host=h password=*** user=u"),
+        ("abfss://box@name.dfs.core.windows.net/token=3/a", None),
+        ("override 'key=1': expected key.sub=value", None),
+    ],
+)
+def test_no_error_shows_a_password(
+    text: str, expected: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = expected or text
+    for raised in (errors.InputError(text), OSError(5, text)):
+        with pytest.raises(SystemExit), plain_errors():
+            raise raised
+        assert expected in capsys.readouterr().err
+    assert str(pickle.loads(pickle.dumps(errors.InputError(text)))) == expected
+    assert errors.describe(ValueError(text)) == expected
+    for formatter in (log.HumanFormatter(), log.JsonFormatter()):
+        record = logging.LogRecord("rebeca_ray.x", 20, "x.py", 1, "at %s", (text,), None)
+        assert expected in formatter.format(record)
+
+
 def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError), plain_errors():
         _ = 1 / 0
@@ -69,6 +108,82 @@ def test_an_error_in_an_actors_constructor_is_one_line(capsys: pytest.CaptureFix
         ray.data.range(2).map_batches(Stage, compute=pool, num_cpus=0.5).materialize()
     assert caught.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: no such model"
+
+
+FAILURES = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EREMOTEIO, "We encountered an internal error."),
+    OSError(errno.EBUSY, "Reduce your request rate."),
+    OSError(errno.EIO, "Input/output error"),
+    PermissionError("Access Denied"),
+    ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+    TimeoutError("too late"),
+    FSTimeoutError(),
+    ServerDisconnectedError(),
+    ClientPayloadError("cut off"),
+    EndpointConnectionError(endpoint_url="http://127.0.0.1:9"),
+    NoCredentialsError(),
+    OSError("When reading information: AWS Error NETWORK_CONNECTION during HeadObject operation"),
+]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+def test_a_failing_store_is_one_line_wherever_it_is_noticed(
+    failure: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for raised in (failure, RayTaskError("stage", "a traceback\nof lines", failure).as_instanceof_cause()):
+        with pytest.raises(SystemExit) as caught, plain_errors():
+            raise raised
+        assert caught.value.code == 75
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: storage: ")
+
+
+def test_a_closed_standard_output_is_no_failure_of_a_store() -> None:
+    with pytest.raises(BrokenPipeError), plain_errors():
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+SIGTERM_COMMAND = """
+import time
+from rebeca_ray.catalog.lease import hold_lease
+from rebeca_ray.cli.runner import plain_errors, run_script
+from rebeca_ray.ray_runtime import start_ray
+
+def main(root: str, with_ray: bool = False) -> None:
+    with plain_errors(), hold_lease(root, "run", 60):
+        if with_ray:
+            start_ray()
+            import ray
+            print("ready", flush=True)
+            ray.data.range(10).map(lambda row: (time.sleep(60), row)[1]).materialize()
+        print("ready", flush=True)
+        time.sleep(60)
+
+if __name__ == "__main__":
+    run_script(main)
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["--with-ray"]])
+def test_sigterm_frees_the_lease_and_ends_with_code_143(tmp_path: Path, options: list[str]) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SIGTERM_COMMAND)
+    process = subprocess.Popen(
+        [sys.executable, script, tmp_path / "catalog", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert stderr.splitlines()[-1] == SIGTERM_LINE.decode().strip()
+    assert "Traceback" not in stderr
+    assert "*** SIGTERM" not in stderr
+    assert read_pointer(str(tmp_path / "catalog"))[0] == Pointer(fencing_token=1)
 
 
 SCRIPT = """

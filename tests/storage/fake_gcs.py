@@ -36,6 +36,7 @@ class FakeGcs(ThreadingHTTPServer):
         self.uploads: dict[str, tuple[str, dict[str, Any], bytearray]] = {}
         self.generations = count(1)
         self.lose_answers = 0
+        self.ignores_conditions = False
         self.forbidden = ""  # a prefix of `bucket/key` that may not be read
 
     def store(self, name: str, data: bytes, properties: dict[str, Any], expected: str | None) -> Blob | None:
@@ -79,6 +80,11 @@ class Handler(BaseHTTPRequestHandler):
         if upload := self.server.uploads.get(query.get("upload_id", "")):
             self.continue_upload(upload, body)
             return
+        if copy := re.fullmatch(r"/storage/v1/b/(.+)/o/(.+)/rewriteTo/b/(.+)/o/(.+)", path):
+            source, target = (f"{copy[first]}/{unquote(copy[first + 1])}" for first in (1, 3))
+            blob = self.server.store(target, self.server.blobs[source].data, {}, None)
+            self.answer(200, {"done": True, "resource": blob and metadata(target, blob)})
+            return
         bucket = path.split("/")[5]
         if query["uploadType"] == "resumable":
             key = str(len(self.server.uploads) + 1)
@@ -94,7 +100,8 @@ class Handler(BaseHTTPRequestHandler):
             properties["contentType"] = head.decode().partition(": ")[2]
             body = data.removesuffix(b"\n--==0==--")
         name = f"{bucket}/{properties['name']}"
-        self.finish_upload(name, self.server.store(name, body, properties, query.get("ifGenerationMatch")))
+        condition = None if self.server.ignores_conditions else query.get("ifGenerationMatch")
+        self.finish_upload(name, self.server.store(name, body, properties, condition))
 
     def do_DELETE(self) -> None:
         path, query = self.address()

@@ -1,4 +1,4 @@
-"""Unusable storage, local and on a real S3 server: one line, exit code 2, in seconds, no file left behind."""
+"""Unusable storage, local and on a real S3 server: one line and exit code, in seconds, no file left."""
 
 import errno
 import http.server
@@ -17,16 +17,27 @@ from ray.exceptions import RayTaskError
 from s3fs import S3FileSystem
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.pointer import Pointer, read_pointer
+from rebeca_ray.catalog.pointer import Pointer, change_pointer, read_pointer
 from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.cli.runner import plain_errors
 from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.data.validation import check_columns
+from rebeca_ray.errors import StorageError
 from rebeca_ray.prior.checkpoint import read_prior_config
+from rebeca_ray.storage import remote
 from rebeca_ray.storage import s3 as s3_module
-from rebeca_ray.storage.filesystem import delete, open_filesystem
+from rebeca_ray.storage.filesystem import (
+    delete,
+    delete_files,
+    exists,
+    list_files,
+    list_folders,
+    open_filesystem,
+)
+from rebeca_ray.storage.gcs import GcsStore
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import open_parquet, read_table, write_table
+from rebeca_ray.storage.s3 import S3Store
 from rebeca_ray.storage.writable import require_own, require_writable
 
 TABLE = pa.table({"user_id": ["a"], "item_id": ["b"]})
@@ -64,11 +75,11 @@ def s3(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[p
 
 
 def assert_one_line(
-    work: Callable[[str], Any], uri: str, words: str, capsys: pytest.CaptureFixture[str]
+    work: Callable[[str], Any], uri: str, words: str, capsys: pytest.CaptureFixture[str], code: int = 2
 ) -> None:
     with pytest.raises(SystemExit) as caught, plain_errors():
         work(uri)
-    assert caught.value.code == 2
+    assert caught.value.code == code
     message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert message.count("\n") == 1
@@ -134,7 +145,49 @@ def test_an_unreachable_server_fails_fast(
         )
         s3.setenv("AWS_ENDPOINT_URL", url)
         work = READERS[0] if endpoint != "closed" else WRITERS[1]
-        assert_one_line(work, "s3://rebeca/in", "its server cannot be reached (", capsys)
+        code = 2 if endpoint == "nonsense" else 75
+        assert_one_line(work, "s3://rebeca/in", "its server cannot be reached (", capsys, code)
+
+
+@pytest.fixture
+def silent_server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Yield a root in a store that accepts connections and never answers. The deadline is short."""
+    monkeypatch.setattr(remote, "DEADLINE_SECONDS", 0.3)
+    scheme = request.param
+    monkeypatch.setattr({"s3": S3Store, "gs": GcsStore}[scheme], "probe", lambda self: None)
+    monkeypatch.setattr(fsspec.get_filesystem_class(scheme), "_cache", {})
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        for name in ("AWS_ENDPOINT_URL", "STORAGE_EMULATOR_HOST"):
+            monkeypatch.setenv(name, url)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+            monkeypatch.setenv(name, "us-east-1")
+        yield f"{scheme}://bucket/root"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("silent_server", ["s3", "gs"], indirect=True)
+def test_a_silent_server_ends_every_operation_at_the_deadline(silent_server: str) -> None:
+    operations: list[Callable[[str], Any]] = [
+        lambda uri: read_json(f"{uri}/a.json"),
+        lambda uri: write_json({}, f"{uri}/a.json"),
+        lambda uri: write_table(TABLE, f"{uri}/a.parquet", row_group_size=10),
+        lambda uri: open_parquet(uri, "the table"),
+        lambda uri: require_own(uri, "out", "embedding.json", "clip"),
+        lambda uri: require_writable(uri, "out"),
+        lambda uri: delete_files([f"{uri}/a.json"]),
+        lambda uri: change_pointer(uri, lambda pointer: pointer),
+        list_files,
+        list_folders,
+        exists,
+        delete,
+        read_pointer,
+    ]
+    for operation in operations:
+        with pytest.raises(StorageError, match=r"no answer within 0\.3 s"):
+            operation(silent_server)
 
 
 class Hiccups(http.server.BaseHTTPRequestHandler):
@@ -219,7 +272,7 @@ def test_a_full_disk_leaves_no_half_file(
     monkeypatch.setattr(LocalFileOpener, moment, full, raising=False)
     with pytest.raises(SystemExit) as caught, plain_errors():
         write_table(TABLE, f"{tmp_path}/a.parquet", row_group_size=10)
-    assert caught.value.code == 2
+    assert caught.value.code == 75
     assert capsys.readouterr().err == (
         f"error: {tmp_path}/a.parquet: cannot be written (No space left on device); "
         "check the path, its free space and the credentials\n"
@@ -247,7 +300,7 @@ def test_a_failure_inside_ray_ends_in_one_line(number: int, capsys: pytest.Captu
         raise RayTaskError(
             "stage", "a traceback\nof lines", OSError(number, "the reason", "/data/file")
         ).as_instanceof_cause()
-    assert caught.value.code == 2
+    assert caught.value.code == 75
     assert capsys.readouterr().err.startswith("error: /data/file: the reason; ")
 
 

@@ -22,6 +22,7 @@ from rebeca_ray.errors import UserError
 from rebeca_ray.storage.filesystem import delete, list_files, list_folders, open_filesystem
 from rebeca_ray.storage.objects import HashingSink, read_json, write_json
 from rebeca_ray.storage.parquet import read_table, write_table
+from rebeca_ray.storage.swap_probe import require_swaps
 from tests.faulty_s3 import FAULTS, Fault, FaultyS3, faulty_s3, forever, seeded
 
 TABLE = pa.table({"user_id": [f"user-{number}" for number in range(1000)], "rank": list(range(1000))})
@@ -204,6 +205,7 @@ def test_a_lease_is_acquired_once_and_publishes_once(proxy: FaultyS3, root: str)
 
 @pytest.mark.parametrize("fault", ["lost", "cut"])
 def test_a_lease_survives_lost_answers(proxy: FaultyS3, root: str, fault: Fault) -> None:
+    require_swaps(root)
     proxy.misbehave([fault], "PUT /")
     with hold_lease(root, "run", 60) as lease:
         assert faults(proxy) == [fault]
@@ -283,7 +285,7 @@ def test_a_permanent_outage_ends_with_a_one_line_error(
     for name in ends:
         with pytest.raises(SystemExit) as ended, plain_errors():
             DOWN[name](root)
-        assert ended.value.code == 2
+        assert ended.value.code == 75
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")
         assert root.removeprefix("s3://") in line

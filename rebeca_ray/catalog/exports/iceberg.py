@@ -14,7 +14,7 @@ from rebeca_ray.catalog.layout import outside
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.catalog.read_errors import explained
 from rebeca_ray.config.fields import absolute
-from rebeca_ray.errors import Failure, InputError, UserError, describe
+from rebeca_ray.errors import Failure, InputError, StorageError, UserError, describe
 from rebeca_ray.schemas import TABLES, VERSION_3_NAMES
 from rebeca_ray.storage.store import classify, iceberg_properties
 
@@ -98,7 +98,8 @@ def open_iceberg(catalog: str, warehouse: str) -> "Catalog":
 
 
 def refused(catalog: str, error: Exception) -> UserError:
-    return InputError(
+    kind = StorageError if classify(error) in (Failure.UNREACHABLE, Failure.FAILED) else InputError
+    return kind(
         f"iceberg {catalog}: cannot be used ({describe(error)}); "
         "give a database as sqlite:////absolute/path.db, "
         "and a warehouse as file:///absolute/path or s3://bucket/prefix"

@@ -29,6 +29,7 @@ from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.catalog.row_groups import EncodedImage
 from rebeca_ray.errors import InputError, StorageError, UserError
 from rebeca_ray.ray_runtime import for_each_bucket
+from rebeca_ray.storage.failures import only_warn
 from rebeca_ray.storage.filesystem import delete_files, join, list_files, list_folders, storage_errors
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import read_table, write_table
@@ -145,9 +146,10 @@ def export_images(snapshot: Snapshot, out: str, url_base: str) -> Exported:
         )
         write_json(asdict(export), join(out, job.folder, "manifest.json"))
         lease.publish(run_id=export.run_id, run_date=export.run_date, snapshot=job.folder)
-        remove_old_exports(
-            join(out, "urls"), lease, description="manifest.json", parts=r"bucket=\d+\.parquet", keep=2
-        )
+        with only_warn(f"removing earlier exports from {out}"):
+            remove_old_exports(
+                join(out, "urls"), lease, description="manifest.json", parts=r"bucket=\d+\.parquet", keep=2
+            )
     return done
 
 
