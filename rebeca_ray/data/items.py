@@ -12,7 +12,14 @@ import pyarrow.compute as pc
 
 from rebeca_ray import schemas
 from rebeca_ray.config.jobs import EmbedConfig
-from rebeca_ray.data.clip import EmbedImages, clip_fingerprint
+from rebeca_ray.data.bad_images import (
+    errors_in,
+    read_bad_images,
+    refuse_bad_images,
+    warn_of_bad_images,
+    write_bad_images,
+)
+from rebeca_ray.data.clip import ERROR, EmbedImages, clip_fingerprint
 from rebeca_ray.data.validation import check_columns, check_ids, check_rows
 from rebeca_ray.errors import InputError, shown
 from rebeca_ray.ray_runtime import ExcludeIds, require_room, start_ray, with_log
@@ -40,6 +47,7 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:
 
     Returns how many items were embedded. `only_new` keeps the embeddings in `config.out` and adds items whose
     `item_id` is new. If another CLIP made the existing ones, all items are embedded again.
+    Raises InputError, naming them, for images that cannot be read, unless `config.bad_images` drops them.
     """
     source = open_parquet(config.items, "items")
     check_columns(source, schemas.ITEMS, instead={"image_embeds": "nothing is left to embed"})
@@ -48,20 +56,51 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:
         raise InputError(
             f"out {config.out}: holds the items themselves and would be replaced; choose another folder"
         )
-    filesystem, _ = open_filesystem(config.items)
-    out_filesystem, out_path = open_filesystem(config.out)
     require_own(config.out, "out", MARKER, "clip")
-    fingerprint = clip_fingerprint(config.clip)
+    fingerprint = clip_fingerprint(config.clip, config.background)
     require_writable(config.out, "out")
 
     # Embeddings of another CLIP cannot be compared with new ones, so only those of the same CLIP are kept.
     marker = read_json(join(config.out, MARKER)) or {}
-    kept = None
+    done, bad_images = None, {}
     if only_new and marker.get("clip") == fingerprint:
-        kept = read_item_ids(open_parquet(config.out, "items"))
-        if np.isin(item_id, kept).all():
+        done = read_item_ids(open_parquet(config.out, "items"))
+        if config.bad_images == "drop":
+            known_ids = set(item_id.tolist())
+            bad_images = {item: why for item, why in read_bad_images(config.out).items() if item in known_ids}
+        if np.isin(item_id, [*done, *bad_images]).all():
+            warn_of_bad_images(config.items, bad_images, len(item_id), config.out)
             return 0
 
+    dataset = embed_with_ray(config, source, None if done is None else pa.array([*done, *bad_images]))
+    new_bad_images = errors_in(dataset)
+    embedded = dataset.count() - len(new_bad_images)
+    bad_images |= new_bad_images
+    if config.bad_images == "refuse" or not (embedded or done is not None):
+        refuse_bad_images(config.items, bad_images, len(item_id))
+    warn_of_bad_images(config.items, bad_images, len(item_id), config.out)
+    if done is None:
+        delete(config.out)  # only now, since the new ones are complete
+
+    # The marker is complete only after the files: after a crash in between, the next run embeds all items.
+    write_json(UNFINISHED, join(config.out, MARKER))
+    if embedded:
+        filesystem, path = open_filesystem(config.out)
+        readable = dataset.map_batches(without_errors, batch_format="pyarrow", batch_size=None)
+        readable.write_parquet(path, filesystem=arrow_filesystem(filesystem))
+    write_bad_images(bad_images, config.out)
+    meta = {
+        "clip": fingerprint,
+        "clip_name": config.clip,
+        "rows": embedded + (0 if done is None else len(done)),
+        "bad_images": len(bad_images),
+    }
+    write_json(meta, join(config.out, MARKER))
+    return embedded
+
+
+def embed_with_ray(config: EmbedConfig, source: ParquetInput, exclude: pa.Array | None) -> Any:
+    """Return the dataset that EmbedImages makes of the items, computed; without the ids of `exclude`."""
     start_ray()
     require_room(
         "num_actors",
@@ -72,34 +111,26 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:
     )
     import ray
 
+    filesystem, _ = open_filesystem(config.items)
     items = ray.data.read_parquet(source.files, filesystem=arrow_filesystem(filesystem))
-    if kept is not None:
-        items = items.map_batches(ExcludeIds(pa.array(kept)), batch_format="pyarrow", batch_size=None)
+    if exclude is not None:
+        items = items.map_batches(ExcludeIds(exclude), batch_format="pyarrow", batch_size=None)
     # A small file is one block, and one actor would embed it alone.
     blocks = items.repartition(target_num_rows_per_block=config.batch_size)
-    dataset = blocks.map_batches(
+    return blocks.map_batches(
         with_log(EmbedImages),
-        fn_constructor_args=(config.clip, config.device),
+        fn_constructor_args=(config.clip, config.device, config.background),
         batch_size=config.batch_size,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=config.num_actors),
         num_cpus=config.cpus_per_actor,
         num_gpus=1 if config.device == "cuda" else 0,
     ).materialize()
-    if kept is None:
-        delete(config.out)  # only now, since the new ones are complete
 
-    # The marker is complete only after the files: after a crash in between, the next run embeds all items.
-    write_json(UNFINISHED, join(config.out, MARKER))
-    dataset.write_parquet(out_path, filesystem=arrow_filesystem(out_filesystem))
-    embedded = dataset.count()
-    meta = {
-        "clip": fingerprint,
-        "clip_name": config.clip,
-        "rows": embedded + (0 if kept is None else len(kept)),
-    }
-    write_json(meta, join(config.out, MARKER))
-    return embedded
+
+def without_errors(batch: pa.Table) -> pa.Table:
+    """Return the rows whose image could be read."""
+    return batch.filter(pc.is_null(batch[ERROR])).drop_columns([ERROR])
 
 
 def read_image_embeds(uri: str) -> EmbeddedItems:

@@ -102,7 +102,8 @@ def test_an_item_that_is_no_image_is_named_and_the_last_embedding_stays(
     )
     assert out.returncode == 2
     assert out.stderr.splitlines()[-1].startswith(
-        f"error: items: the image of {some[1]['item_id']!r} cannot be decoded"
+        f"error: items {tmp_path}/items.parquet: 1 of 3 images cannot be decoded "
+        f"({some[1]['item_id']!r} is no image"
     )
     assert "Traceback" not in out.stdout + out.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
