@@ -13,6 +13,9 @@ from safetensors import SafetensorError, safe_open
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.fields import Effect, fields_with
+from rebeca_ray.decoder.adapters import inspect_ip_adapter
+from rebeca_ray.decoder.inspection import inspect_model, inspect_safety_checker, inspect_vae
+from rebeca_ray.decoder.lora import inspect_lora
 from rebeca_ray.errors import InputError
 from rebeca_ray.storage.objects import JsonObject
 
@@ -166,7 +169,26 @@ def identify_decoder(settings: DecoderSettings) -> DecoderIdentity:
         description = read_export(settings)
         return DecoderIdentity(embed_dim=description["embed_dim"], weights=description["weights"])
     files = find_decoder(settings)
-    return DecoderIdentity(embed_dim=read_embed_dim(files.ip_adapter), weights=hash_weights(files))
+    embed_dim = read_embed_dim(files.ip_adapter)
+    inspect_files(settings, files)
+    return DecoderIdentity(embed_dim=embed_dim, weights=hash_weights(files))
+
+
+def inspect_files(settings: DecoderSettings, files: DecoderFiles) -> None:
+    """Raise InputError for files that are not whole, of another kind, or would have no effect."""
+    unet, text_encoder = inspect_model(settings.model, files.model, own_vae=files.vae is None)
+    if settings.image_size is None and not isinstance(unet.config.get("sample_size"), int):
+        raise InputError(
+            f"decoder.model {settings.model}: unet has sample_size {unet.config.get('sample_size')}; "
+            "expected one number; set decoder.image_size"
+        )
+    inspect_ip_adapter(settings.ip_adapter, files.ip_adapter, unet)
+    if files.vae:
+        inspect_vae(str(settings.vae), files.vae, files.model, unet)
+    if files.lora:
+        inspect_lora(f"decoder.lora {settings.lora}", files.lora, unet.shapes, text_encoder.shapes)
+    if settings.safety.checker == "stable-diffusion":
+        inspect_safety_checker(settings.model, files.model)
 
 
 def read_export(settings: DecoderSettings) -> JsonObject:
