@@ -32,7 +32,8 @@ def inspect_ip_adapter(name: str, file: Path, unet: Part) -> None:
         if shapes.get(key) != expected.get(key):
             raise InputError(
                 f"{what}: {key} is {in_words(shapes.get(key))}; "
-                f"expected {in_words(expected.get(key))}, as the model's unet reads it; give a plain adapter of the model's base"
+                f"expected {in_words(expected.get(key))}, as the model's unet reads it; "
+                "give a plain adapter of the model's base"
             )
 
 

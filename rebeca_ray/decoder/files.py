@@ -259,9 +259,14 @@ def hash_weights(files: DecoderFiles) -> dict[str, str]:
     weights = {}
     for name, file in by_role.items():
         if file.suffix in (".safetensors", ".json", ".txt"):  # merges.txt is half of a tokenizer
-            with file.open("rb") as opened:
-                weights[name] = hashlib.file_digest(opened, "sha256").hexdigest()
+            weights[name] = hash_file(file)
     return dict(sorted(weights.items()))
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file as hex digits."""
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def convert_pickle(pickle: Path, out: Path) -> int:

@@ -23,8 +23,9 @@ from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.build import build_decoder, check_decoder
+from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.decoder.interface import DecodedImage, Rows
-from rebeca_ray.errors import ServerLostError
+from rebeca_ray.errors import InputError, ServerLostError
 from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.dataflow import Actors, Stage, run_graph
 from rebeca_ray.generation.decisions import Decisions
@@ -149,7 +150,7 @@ def render_stages(
     rows = decoder.batch_size * (BATCHES_PER_CALL if served else 1)
     renderer = Stage(
         work=RenderImages,
-        arguments=(decoder, deadline, context.in_process),
+        arguments=(decoder, deadline, context.in_process, context.versions["decoder"]),
         batch_size=rows,
         rows_per_block=rows,
         actors=Actors(
@@ -229,14 +230,24 @@ def check_renderer(decoder: DecoderSettings) -> None:
 class RenderImages:
     """Actor: one planned row in, one row of `schemas.IMAGES` with its bucket out, in order.
 
-    After `deadline`, no row comes out.
+    After `deadline`, no row comes out. `fingerprint` is that of the run's decoder. Raises InputError if the
+    files are those of another decoder by now.
     """
 
     def __init__(
-        self, settings: DecoderSettings, deadline: float | None = None, in_process: bool = False
+        self,
+        settings: DecoderSettings,
+        deadline: float | None = None,
+        in_process: bool = False,
+        fingerprint: str | None = None,
     ) -> None:
         self.settings, self.deadline, self.in_process = settings, deadline, in_process
         self.decoder = build_decoder(settings)
+        # After loading, so that files which were replaced meanwhile are seen too.
+        if fingerprint not in (None, identify_decoder(settings).fingerprint(settings)):
+            raise InputError(
+                f"decoder {settings.model}: was replaced while this run was rendering; run again"
+            )
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if not has_time(self.deadline):
