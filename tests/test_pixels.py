@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from rebeca_ray.errors import InputError
 from rebeca_ray.pixels import MAX_PIXELS, open_image, see_image
+from tests.conftest import REPO
 
 SIZE = (40, 24)
 RED = (200, 30, 30)
@@ -317,3 +318,13 @@ except InputError as error:
     assert "too many pixels" in message
     assert int(megabytes) < 20
     assert out.stderr == b""
+
+
+def test_images_are_opened_in_one_place() -> None:
+    opening = [
+        str(path.relative_to(REPO))
+        for folder in ("rebeca_ray", "serving", "infra", "jobs")
+        for path in (REPO / folder).rglob("*.py")
+        if "Image.open(" in path.read_text()
+    ]
+    assert opening == ["rebeca_ray/pixels.py"]

@@ -51,7 +51,8 @@ def read_shapes(what: str, path: Path) -> Shapes:
     """Return the shape of every tensor of a file. Raises InputError, naming `what`, for a damaged file."""
     try:
         with safe_open(path, framework="numpy") as weights:
-            return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+            names = weights.keys()
+            return {name: tuple(weights.get_slice(name).get_shape()) for name in names}
     except (SafetensorError, OSError):
         raise InputError(
             f"{what}: {path.parent.name}/{path.name} is damaged or missing; expected a whole safetensors "

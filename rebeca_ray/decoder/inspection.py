@@ -139,15 +139,18 @@ def inspect_vae(name: str, folder: Path, model: Path, unet: Part) -> None:
     vae = read_part(what, folder)
     check_vae(what, vae, unet)
     # Latents of another base have another scale: the autoencoder would draw nonsense of them.
-    own = model / "vae" / "config.json"
-    if own.is_file() and vae.config.get("_class_name", VAES[0]) != "AutoencoderTiny":
-        expected = read_json_file(what, own).get("scaling_factor", 0.18215)
-        found = vae.config.get("scaling_factor", 0.18215)
-        if found != expected:
-            raise InputError(
-                f"{what}: has the scaling_factor {found}, the model's autoencoder has {expected}; "
-                "expected the same; give an autoencoder of the same base as the model"
-            )
+    replaced = model / "vae" / "config.json"
+    scales = [scale_of(vae.config), scale_of(read_json_file(what, replaced)) if replaced.is_file() else None]
+    if None not in scales and scales[0] != scales[1]:
+        raise InputError(
+            f"{what}: has the scaling_factor {scales[0]}, the model's autoencoder has {scales[1]}; "
+            "expected the same; give an autoencoder of the same base as the model"
+        )
+
+
+def scale_of(config: JsonObject) -> float | None:
+    """Return the scale of an autoencoder's latents; None for a small one, which scales them itself."""
+    return config.get("scaling_factor", 0.18215) if config.get("_class_name", VAES[0]) == VAES[0] else None
 
 
 def inspect_safety_checker(name: str, folder: Path) -> None:
