@@ -13,7 +13,7 @@ def inspect_ip_adapter(name: str, file: Path, unet: Part) -> None:
     """Raise InputError for an adapter of another base than the UNet, or with weights it would not use."""
     what = f"decoder.ip_adapter {name}"
     shapes, width = read_shapes(what, file), cross_width(unet)
-    adapter_width = shapes.get("image_proj.norm.weight", (0,))[0]
+    adapter_width = next(iter(shapes.get("image_proj.norm.weight", ())), 0)
     if adapter_width != width:
         raise InputError(
             f"{what}: makes image tokens of width {adapter_width}{base_of(adapter_width)}, the model reads "

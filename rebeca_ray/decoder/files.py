@@ -235,10 +235,10 @@ def read_embed_dim(ip_adapter: Path) -> int:
     try:
         with safe_open(ip_adapter, framework="numpy") as weights:
             return int(weights.get_slice("image_proj.proj.weight").get_shape()[1])
-    except SafetensorError as error:
+    except (SafetensorError, IndexError) as error:
         raise InputError(
             f"decoder.ip_adapter {ip_adapter}: no image_proj.proj.weight to read ({error}); "
-            "give a plain adapter such as ip-adapter_sd15.safetensors: "
+            "expected a projection of one image embedding; give a plain adapter such as ip-adapter_sd15.safetensors: "
             "those called plus, full or faceid read other embeddings"
         ) from None
 

@@ -80,6 +80,10 @@ def check_unet(what: str, unet: Part, kind: str) -> None:
     require_tensor(what, unet, "conv_in.weight", {1: 4})
     require_tensor(what, unet, "conv_out.weight", {0: 4})
     width = cross_width(unet)
+    if type(width) is not int:
+        raise InputError(
+            f"{what}: unet has cross_attention_dim {width}; expected a whole number; copy the whole model"
+        )
     for name in cross_attentions(unet):
         require_tensor(what, unet, f"{name}.to_k.weight", {1: width})
 
@@ -89,13 +93,13 @@ def check_text_encoder(what: str, text_encoder: Part, unet: Part) -> None:
     kind = str(text_encoder.config.get("model_type", "clip_text_model"))
     if not kind.startswith("clip"):
         raise InputError(f"{what}: text_encoder is a {kind}; expected a CLIP text model; {GIVE}")
-    (tokens,) = [
-        shape for name, shape in text_encoder.shapes.items() if name.endswith("token_embedding.weight")
-    ] or [(0, 0)]
+    ends = "token_embedding.weight"
+    tokens = next((shape for name, shape in text_encoder.shapes.items() if name.endswith(ends)), ())
     width = cross_width(unet)
-    if tokens[1] != width:
+    if tokens[1:] != (width,):
+        actual = tokens[1] if len(tokens) == 2 else "unknown"
         raise InputError(
-            f"{what}: text_encoder has the width {tokens[1]}, the unet reads {width}{base_of(width)}; "
+            f"{what}: text_encoder has the width {actual}, the unet reads {width}{base_of(width)}; "
             "expected the same; copy both from one model"
         )
 
@@ -165,7 +169,7 @@ def inspect_safety_checker(name: str, folder: Path) -> None:
 def cross_width(unet: Part) -> int:
     """Return the width of the text and image tokens that a UNet reads."""
     width: Any = unet.config.get("cross_attention_dim", 1280)
-    return int(width[0] if isinstance(width, list) else width)
+    return width[0] if isinstance(width, list) and width else width
 
 
 def base_of(width: int) -> str:
@@ -175,14 +179,13 @@ def base_of(width: int) -> str:
 
 def cross_attentions(unet: Part) -> list[str]:
     """Return the names of the attentions that read tokens, in the order of IP-Adapter: down, up, middle."""
-    ends = ".attn2.to_k.weight"
+    blocks, ends = ("down_blocks", "up_blocks", "mid_block"), ".attn2.to_k.weight"
     names = [name.removesuffix(".to_k.weight") for name in unet.shapes if name.endswith(ends)]
 
     def order(name: str) -> tuple[int, list[int]]:
-        blocks = ("down_blocks", "up_blocks", "mid_block")
         return blocks.index(name.partition(".")[0]), [int(part) for part in name.split(".") if part.isdigit()]
 
-    return sorted(names, key=order)
+    return sorted((name for name in names if name.startswith(blocks)), key=order)
 
 
 def require_tensor(what: str, part: Part, name: str, sizes: dict[int, int]) -> None:
@@ -194,7 +197,7 @@ def require_tensor(what: str, part: Part, name: str, sizes: dict[int, int]) -> N
             f"{what}: {part.folder.name} has no {name}, it has {first or 'no tensors'} …; expected the "
             "weights of a diffusers model; save them again with diffusers"
         )
-    if any(shape[axis] != size for axis, size in sizes.items()):
+    if any(shape[axis : axis + 1] != (size,) for axis, size in sizes.items()):
         raise InputError(
             f"{what}: {part.folder.name} has {name} of shape {list(shape)}, its config.json says "
             f"{', '.join(str(size) for size in sizes.values())}; expected weights and config of one model; "

@@ -9,6 +9,7 @@ Shapes: R rank, I inputs and O outputs of a layer; a convolution has a kernel be
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -72,6 +73,8 @@ def match_layers(what: str, lora: Shapes, unet: Shapes, text_encoder: Shapes) ->
                 f"{what}: {layer} has {' and '.join(sides)} alone; expected a down and an up; "
                 "copy the file again"
             )
+        if prod(lora.get(sides.get("alpha", ""), ())) != 1:
+            raise InputError(f"{what}: {layer} has several alphas; expected one number; {GIVE}")
         check_shapes(f"{what}: {layer}", lora[sides["down"]], lora[sides["up"]], shapes[weight])
         layers.append(Layer(weight=weight, down=sides["down"], up=sides["up"], alpha=sides.get("alpha")))
     return layers
@@ -79,7 +82,7 @@ def match_layers(what: str, lora: Shapes, unet: Shapes, text_encoder: Shapes) ->
 
 def check_shapes(where: str, down: tuple[int, ...], up: tuple[int, ...], weight: tuple[int, ...]) -> None:
     """Raise InputError if a layer does not fit its weight."""
-    whole = len(down) == len(up) >= 2 and up[1] == down[0] and {*up[2:]} <= {1}
+    whole = len(down) == len(up) >= 2 and up[1] == down[0] > 0 and {*up[2:]} <= {1}
     # A linear layer may be written as a convolution of 1 x 1, and the other way round.
     same_kernel = whole and (down[2:] == weight[2:] or {*down[2:], *weight[2:]} <= {1})
     if not same_kernel or (up[0], down[1]) != weight[:2]:

@@ -81,6 +81,10 @@ def wider(weights: dict[str, torch.Tensor], width: int) -> dict[str, torch.Tenso
     }
 
 
+def flattened(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.flatten() for name, value in weights.items()}
+
+
 WRONG: list[tuple[str, Spoil, str]] = [
     (
         "SDXL",
@@ -140,6 +144,11 @@ WRONG: list[tuple[str, Spoil, str]] = [
         in_json("unet/config.json", cross_attention_dim=768),
         "to_k.weight of shape .*, its config.json says 768|text_encoder has the width 16",
     ),
+    ("no width", in_json("unet/config.json", cross_attention_dim=None), "unet has cross_attention_dim None"),
+    ("no widths", in_json("unet/config.json", cross_attention_dim=[]), r"unet has cross_attention_dim \[\]"),
+    ("flat weights", in_weights(UNET, flattened), "conv_in.weight of shape"),
+    ("flat words", in_weights(TEXT, flattened), "has the width unknown"),
+    ("a flat adapter", in_weights(ADAPTER, flattened), "no image_proj.proj.weight to read"),
     (
         "EMA keys",
         in_weights(UNET, lambda w: {f"model_ema.{k.replace('.', '')}": v for k, v in w.items()}),

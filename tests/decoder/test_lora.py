@@ -153,6 +153,11 @@ def test_a_lora_without_effect_is_refused(tiny_decoder: DecoderSettings, tmp_pat
         ({"conv_in.weight": torch.ones(1)}, "conv_in.weight is no part of a plain LoRA"),
         ({}, "holds no tensors"),
         (
+            {key: value.repeat(2) if "alpha" in key else value for key, value in good.items()},
+            "several alphas",
+        ),
+        (kohya("lora_unet_", KEY, torch.zeros(0, 16), torch.zeros(32, 0)), "a down of 0 x 16"),
+        (
             kohya("lora_unet_", CONV, *pair(16, 16, 1, 1)),
             "a down of 3 x 16 x 1 x 1 .* the model's weight is 16 x 16 x 3 x 3",
         ),
