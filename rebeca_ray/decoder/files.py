@@ -238,8 +238,8 @@ def read_embed_dim(ip_adapter: Path) -> int:
     except (SafetensorError, IndexError) as error:
         raise InputError(
             f"decoder.ip_adapter {ip_adapter}: no image_proj.proj.weight to read ({error}); "
-            "expected a projection of one image embedding; give a plain adapter such as ip-adapter_sd15.safetensors: "
-            "those called plus, full or faceid read other embeddings"
+            "expected a projection of one image embedding; give a plain adapter such as "
+            "ip-adapter_sd15.safetensors: those called plus, full or faceid read other embeddings"
         ) from None
 
 
