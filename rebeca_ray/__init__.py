@@ -14,7 +14,7 @@ _PUBLIC = {
     "load_config": "rebeca_ray.config.jobs",
     "generate_catalog": "rebeca_ray.generation.pipeline",
     "train_prior": "rebeca_ray.training.train",
-    "embed_items": "rebeca_ray.data.items",
+    "embed_items": "rebeca_ray.data.embedding",
     "UserError": "rebeca_ray.errors",
 }
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rebeca_ray.catalog.gc import Garbage, collect
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.config.jobs import NightlyConfig, TrainConfig, dated
-from rebeca_ray.data.items import embed_items
+from rebeca_ray.data.embedding import embed_items
 from rebeca_ray.errors import InputError, LeaseHeldError, ResumableError, UserError
 from rebeca_ray.generation.pipeline import Generated, generate_catalog
 from rebeca_ray.log import set_run_id

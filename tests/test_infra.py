@@ -23,6 +23,7 @@ from click.exceptions import ClickException
 from pydantic import ValidationError
 from ray.dashboard.modules.job.cli import logs, status, submit
 
+from rebeca_ray.decoder.triton_server import CLOSED_APIS
 from tests.conftest import REPO
 from tests.manifests import (
     ALL,
@@ -296,6 +297,10 @@ def test_the_patch_adds_a_triton_server_to_each_worker(name: str) -> None:
     assert {"--model-control-mode=none", "--grpc-address=127.0.0.1", "--http-address=127.0.0.1"} <= set(
         triton["args"]
     )
+    # As `rebeca serve` does, behind a key that differs from pod to pod.
+    assert {"name": "POD_UID", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}} in triton["env"]
+    closed = f"{CLOSED_APIS}:closed=$(POD_UID)"
+    assert {f"--http-restricted-api={closed}", f"--grpc-restricted-protocol={closed}"} <= set(triton["args"])
     assert triton["securityContext"]["readOnlyRootFilesystem"] is True
     mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in triton["volumeMounts"]}
     assert mounts == {"/repository": True, "/models": True, "/tmp": False, "/dev/shm": False}

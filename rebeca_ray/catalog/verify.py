@@ -22,6 +22,7 @@ from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.catalog.read_errors import explained
 from rebeca_ray.errors import InputError
 from rebeca_ray.identity import bucket_of
+from rebeca_ray.pixels import open_image
 from rebeca_ray.schemas import TABLES
 from rebeca_ray.storage.filesystem import exists, join, open_filesystem
 
@@ -161,17 +162,13 @@ def check_items(snapshot: Snapshot, row: FileRow, image_files: dict[int, FileRow
 
 def check_images(snapshot: Snapshot, row: FileRow, level: Level) -> Iterator[str]:
     """Decode the images of one file, and compare their sizes with the table."""
-    from PIL import Image
-
     filesystem, root = open_filesystem(snapshot.root)
     with filesystem.open(join(root, row["path"]), "rb") as file:
         images = pq.read_table(file, columns=["item_id", "image", "width", "height"]).to_pylist()
     for image in spread([image for image in images if image["image"]], level):
         try:
-            with Image.open(io.BytesIO(image["image"]["bytes"])) as picture:
-                picture.load()
-                size = picture.size
-        except OSError as error:
+            size = open_image(image["image"]["bytes"]).size
+        except InputError as error:
             yield f"{row['path']}: the image of {image['item_id']} cannot be decoded ({error})"
             continue
         expected = (image["width"], image["height"])

@@ -9,6 +9,7 @@ root itself. Readers of Parquet folders take no name that begins with `_` for da
 
 import datetime
 import logging
+import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -54,7 +55,7 @@ class NewVersion:
         self.previous_name = ROOT if self.previous == root else self.previous.rpartition("/")[2]
         self.name: str | None = None
         # Whatever is newer than the published version was never finished: its writer held an earlier lease.
-        self.remove(name for name in list_folders(join(root, VERSIONS)) if name > self.previous_name)
+        self.remove(name for name in versions_in(root) if name > self.previous_name)
 
     def begin(self, fingerprint: str) -> str:
         """Return the folder for the files of the new version."""
@@ -73,7 +74,7 @@ class NewVersion:
         )
         kept = {self.name, self.previous_name, *uses}
         self.name = None
-        self.remove(name for name in [ROOT, *list_folders(join(self.root, VERSIONS))] if name not in kept)
+        self.remove(name for name in [ROOT, *versions_in(self.root)] if name not in kept)
 
     def discard(self) -> None:
         """Remove the new version if it is not published."""
@@ -90,6 +91,11 @@ class NewVersion:
                     delete(join(self.root, VERSIONS, name))
         except UserError as error:
             log.warning("%s %s: an old version is not removed yet: %s", self.kind, self.root, error)
+
+
+def versions_in(root: str) -> list[str]:
+    """Return the names of all versions. Another folder beside them is not ours."""
+    return [name for name in list_folders(join(root, VERSIONS)) if re.fullmatch(r"\d{8}-[\w.-]+", name)]
 
 
 def remove_older_layout(root: str, kind: Kind) -> None:

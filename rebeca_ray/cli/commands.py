@@ -78,7 +78,7 @@ def embed(config: Config, overrides: Overrides = None, dry_run: DryRun = False) 
 
     with plain_errors():
         if settings := read_config(EmbedConfig, config, overrides, dry_run=dry_run):
-            from rebeca_ray.data.items import embed_items
+            from rebeca_ray.data.embedding import embed_items
 
             print_result(output.embedded(embed_items(settings), settings.out))
 

@@ -66,8 +66,8 @@ class DecoderSettings(Settings):
     """Replacement for the model's autoencoder, such as `madebyollin/taesd`.
     By default, the model's autoencoder is taken."""
     lora: Annotated[ModelName | None, Effect.CONTENT] = None
-    """LoRA weights that are merged into the UNet at load: a path, or `owner/name/file.safetensors` of a hub.
-    By default, none are merged."""
+    """LoRA weights that are merged into the UNet and the text encoder at load: a path, or
+    `owner/name/file.safetensors` of a hub. By default, none are merged."""
     backend: Annotated[Literal["local", "triton"], Effect.CLIENT] = "local"
     """Process that decodes: `local` is the render actor, `triton` the server on its node."""
     triton: TritonSettings = TritonSettings()

@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from PIL import ImageColor
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from rebeca_ray.storage.store import normalize
@@ -47,6 +48,17 @@ def as_typed(value: Any) -> Any:
     return str(value) if type(value) in (int, datetime.date) else value
 
 
+def as_hexadecimal(color: str) -> str:
+    """Return a color as `#rrggbb`. Raises ValueError for anything but an opaque color."""
+    try:
+        red, green, blue, *opacity = bytes(ImageColor.getrgb(color))
+    except ValueError:
+        opacity = [0]
+    if opacity:
+        raise ValueError("is no opaque color; give a name such as white, or '#rrggbb' in quotes")
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
 MAX_IMAGES = 32_767  # a rank is an int16
 Location = Annotated[str, AfterValidator(absolute)]
 ModelName = Annotated[str, AfterValidator(expand)]  # a hub id, or a directory on every node
@@ -66,6 +78,7 @@ Rating = Annotated[float, Field(ge=-1e6, le=1e6)]
 Price = Annotated[float, Field(ge=0, le=1e6)]
 Duration = Annotated[float, Field(gt=0, le=10**7)]  # in the unit that the field's name gives
 Cpus = Annotated[float, Field(gt=0, le=1000)]
+Color = Annotated[str, AfterValidator(as_hexadecimal)]
 Device = Literal["cpu", "cuda"]
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.fields import (
     MAX_IMAGES,
+    Color,
     Cpus,
     Device,
     Effect,
@@ -62,6 +63,12 @@ class EmbedConfig(JobConfig):
     `architecture/pretrained-tag`."""
     out: Annotated[Location, Effect.NOTHING]
     """Folder that receives a new version of the embedded items."""
+    background: Annotated[Color, Effect.ITEM] = "#ffffff"
+    """Color behind transparent images, as a name or as `'#rrggbb'` in quotes. Another color embeds all items
+    again, as another CLIP does."""
+    bad_images: Annotated[Literal["refuse", "drop"], Effect.ITEM] = "refuse"
+    """Treatment of items whose image cannot be read: `refuse` ends the job, `drop` leaves them out and lists
+    them in `bad_images.json` beside the embedded items."""
     batch_size: Annotated[Size, Effect.PLAN] = 256
     """Images per forward pass."""
     num_actors: Annotated[SmallCount, Effect.SPEED] = 1

@@ -9,13 +9,22 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from rebeca_ray.config.fields import Effect, Settings, absolute, as_typed, effect_of, expand, section_of
+from rebeca_ray.config.fields import (
+    Effect,
+    Settings,
+    absolute,
+    as_hexadecimal,
+    as_typed,
+    effect_of,
+    expand,
+    section_of,
+)
 from rebeca_ray.config.jobs import DistillConfig, EmbedConfig, GenerateConfig, NightlyConfig, TrainConfig
 from rebeca_ray.config.presets import PRESETS
 
 JOBS: tuple[type[Settings], ...] = (EmbedConfig, TrainConfig, DistillConfig, GenerateConfig, NightlyConfig)
 KINDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}
-CHECKED = {absolute: "location", expand: "model name", as_typed: "identifier"}
+CHECKED = {absolute: "location", expand: "model name", as_typed: "identifier", as_hexadecimal: "color"}
 COMPARISONS = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
 INTRODUCTION = """\
 # Configuration

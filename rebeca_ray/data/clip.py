@@ -1,39 +1,42 @@
 """CLIP by open_clip: load a model, fingerprint its weights, embed images."""
 
 import hashlib
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from rebeca_ray import schemas
-from rebeca_ray.errors import InputError, describe, did_you_mean, shown
+from rebeca_ray.errors import InputError, did_you_mean
+from rebeca_ray.pixels import see_image
+
+READING = "as a person sees them"  # in the fingerprint; change it whenever `see_image` sees another picture
+ERROR = "rebeca_image_error"  # the column with the reason why an image cannot be read, or null
 
 
 class EmbedImages:
     """Embed images as a Ray Data actor: a batch of encoded images in, one embedding per row out.
 
-    Adds `image_embeds` [D] and drops `image`. Embeddings are not normalised, as IP-Adapter was trained on.
-    Raises InputError, naming the item, for an image that cannot be decoded.
+    Adds `image_embeds` [D] and ERROR, and drops `image`. Embeddings are not normalised, as IP-Adapter was
+    trained on. An image that cannot be read has the embedding of a blank one beside its error.
     """
 
-    def __init__(self, clip: str, device: str) -> None:
+    def __init__(self, clip: str, device: str, background: str) -> None:
         import torch
 
-        self.torch, self.device = torch, device
+        self.torch, self.device, self.background = torch, device, background
         self.model, self.preprocess = load_clip(clip)
         self.model = self.model.eval().to(device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        encoded = pc.struct_field(batch["image"], "bytes")  # null where the whole struct is null
-        images = [
-            self.preprocess(open_image(value, item))
-            for value, item in zip(encoded.to_pylist(), batch["item_id"], strict=True)
-        ]
+        images, errors = [], []
+        for value in batch["image"].to_pylist():
+            image, error = read_image(value, self.background)
+            images.append(self.preprocess(image))
+            errors.append(error)
         with self.torch.inference_mode():
             embeds = (
                 self.model.encode_image(self.torch.stack(images).to(self.device), normalize=False)
@@ -45,21 +48,27 @@ class EmbedImages:
         column = pa.FixedSizeListArray.from_arrays(
             pa.array(embeds.ravel()), type=schemas.image_embeds(embeds.shape[1])
         )
-        others = [name for name in batch.column_names if name not in ("image", "image_embeds")]
-        return batch.select(others).append_column("image_embeds", column)
+        others = [name for name in batch.column_names if name not in ("image", "image_embeds", ERROR)]
+        return (
+            batch.select(others)
+            .append_column("image_embeds", column)
+            .append_column(ERROR, pa.array(errors, pa.string()))
+        )
 
 
-def open_image(encoded: bytes | None, item_id: pa.Scalar) -> Any:
-    """Decode the image of one item to RGB. Raises InputError, naming the item."""
-    from PIL import Image, UnidentifiedImageError
-
+def read_image(value: dict[str, Any] | None, background: str) -> tuple[Image.Image, str | None]:
+    """Return the picture in one value of a column `image`, or a blank one and the reason."""
     try:
-        return Image.open(io.BytesIO(encoded or b"")).convert("RGB")
-    except Exception as error:  # decoders raise errors of any type for a broken file
-        why = "not an image" if isinstance(error, UnidentifiedImageError) else describe(error)
-        raise InputError(
-            f"items: the image of {shown(item_id.as_py())} cannot be decoded ({why}); mend or drop that item"
-        ) from None
+        if value is None:
+            raise InputError("is null")
+        encoded = value.get("bytes")
+        if encoded is None and value.get("path"):
+            raise InputError("has a path alone and null bytes; write the file's content into `bytes`")
+        if not encoded:
+            raise InputError("has no bytes")
+        return see_image(encoded, background), None
+    except InputError as error:
+        return Image.new("RGB", (8, 8)), str(error)
 
 
 def load_clip(name: str) -> tuple[Any, Any]:
@@ -87,16 +96,18 @@ def load_clip(name: str) -> tuple[Any, Any]:
     return model, preprocess
 
 
-def clip_fingerprint(name: str) -> str:
-    """Return 16 hex digits for a CLIP: a hash of the files of a local directory, otherwise of the name.
+def clip_fingerprint(name: str, background: str = "#ffffff") -> str:
+    """Return 16 hex digits for a CLIP, the rule by which its images are read, and their background.
 
-    Raises InputError in the driver for a CLIP that would fail in every actor.
+    A CLIP in a local directory is known by its files, any other by its name. Raises InputError in the driver
+    for a CLIP that would fail in every actor.
     """
+    digest = hashlib.sha256(f"{READING}\0{background}\0".encode())
     if not name.startswith("local-dir:"):
         load_clip(name)  # downloads it once, before every actor would
-        return hashlib.sha256(name.encode()).hexdigest()[:16]
+        digest.update(name.encode())
+        return digest.hexdigest()[:16]
     folder = Path(name.removeprefix("local-dir:"))
-    digest = hashlib.sha256()
     for file in ("open_clip_config.json", "open_clip_model.safetensors"):
         if not (folder / file).is_file():
             raise InputError(f"clip {name!r}: {file} is not in {folder}; give a directory saved by open_clip")

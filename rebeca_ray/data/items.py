@@ -1,11 +1,10 @@
-"""Items: embed images with open_clip in a Ray Data stage, and read embedded items back.
+"""Embedded items: open a version of them, and read ids and embeddings.
 
-items (images) -> `embed_items` -> embedded items, in versions -> `open_items` -> `read_image_embeds`
+embedding.py -> embedded items, in versions -> `open_items` -> `read_image_embeds`
 
 A version lists its files, so that one with a few new items shares the files of the version before.
 """
 
-import datetime
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,20 +13,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.versions import ROOT, VERSIONS, current_version, replace_version
-from rebeca_ray.config.jobs import EmbedConfig
-from rebeca_ray.data.clip import EmbedImages, clip_fingerprint
+from rebeca_ray.catalog.versions import ROOT, VERSIONS, current_version
 from rebeca_ray.data.validation import check_columns, check_ids, check_rows
 from rebeca_ray.errors import InputError, shown
-from rebeca_ray.ray_runtime import ExcludeIds, require_room, start_ray, with_log
-from rebeca_ray.storage.filesystem import arrow_filesystem, join, list_files, open_filesystem, sync_files
-from rebeca_ray.storage.objects import JsonObject, read_json, write_json
+from rebeca_ray.storage.filesystem import join, list_files
+from rebeca_ray.storage.objects import JsonObject, read_json
 from rebeca_ray.storage.parquet import ParquetInput, open_parquet
-from rebeca_ray.storage.writable import require_own, require_writable
 
 MARKER = "embedding.json"  # in a version: the CLIP that made the embeddings, their number, and their files
 ROWS_AT_ONCE = 10_000
-UNFINISHED: JsonObject = {"clip": None, "rows": None}
+UNFINISHED: JsonObject = {"clip": None, "rows": None}  # the marker of an older version that was killed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,83 +32,6 @@ class EmbeddedItems:
     item_id: np.ndarray
     image_embeds: np.ndarray
     clip: str | None
-
-
-def embed_items(config: EmbedConfig, *, only_new: bool = False, run_date: datetime.date | None = None) -> int:
-    """Embed every item of `config.items`, and publish the embeddings as a new version of `config.out`.
-
-    Returns how many items were embedded. `only_new` keeps the embeddings in `config.out` and adds items whose
-    `item_id` is new. If another CLIP made the existing ones, all items are embedded again. The pointer
-    records `run_date`, by default today in UTC. Raises LeaseHeldError if another process writes `config.out`.
-    """
-    source = open_parquet(config.items, "items")
-    check_columns(source, schemas.ITEMS, instead={"image_embeds": "nothing is left to embed"})
-    item_id = read_item_ids(source)
-    if f"{config.items}/".startswith(f"{config.out.rstrip('/')}/"):
-        raise InputError(
-            f"out {config.out}: holds the items themselves and would be replaced; choose another folder"
-        )
-    require_own(config.out, "out", {"items.json": "fencing_token", MARKER: "clip"})
-    fingerprint = clip_fingerprint(config.clip)
-    require_writable(config.out, "out")
-    with replace_version(config.out, "items", "embed") as version:
-        # Embeddings of another CLIP cannot be compared with new ones, so only the same CLIP's are kept.
-        marker = read_json(join(version.previous, MARKER)) or {}
-        kept: np.ndarray | None = None
-        files = list[str]()
-        before = files_of(version.previous)
-        if only_new and marker.get("clip") == fingerprint:
-            kept, files = read_item_ids(open_items(version.previous)), before
-            if np.isin(item_id, kept).all():
-                return 0
-        dataset = embed_images(config, source, kept)
-        folder = version.begin(fingerprint)
-        filesystem, path = open_filesystem(folder)
-        dataset.write_parquet(path, filesystem=arrow_filesystem(filesystem))
-        sync_files(folder)
-        embedded = int(dataset.count())
-        files = [*files, *files_of(folder)]
-        meta = {
-            "clip": fingerprint,
-            "clip_name": config.clip,
-            "rows": embedded + (0 if kept is None else len(kept)),
-            "files": files,
-        }
-        write_json(meta, join(folder, MARKER))
-        version.publish(
-            run_date or datetime.datetime.now(datetime.UTC).date(),
-            uses={version_of(file) for file in [*files, *before]},
-        )
-    return embedded
-
-
-def embed_images(config: EmbedConfig, source: ParquetInput, kept: np.ndarray | None) -> Any:
-    """Return the embedded items as a Ray Dataset in memory, without those whose ids are in `kept`."""
-    start_ray()
-    require_room(
-        "num_actors",
-        workers=config.num_actors,
-        cpus=config.cpus_per_actor,
-        device=config.device,
-        spare_cpus=1,
-    )
-    import ray
-
-    filesystem, _ = open_filesystem(config.items)
-    items = ray.data.read_parquet(source.files, filesystem=arrow_filesystem(filesystem))
-    if kept is not None:
-        items = items.map_batches(ExcludeIds(pa.array(kept)), batch_format="pyarrow", batch_size=None)
-    # A small file is one block, and one actor would embed it alone.
-    blocks = items.repartition(target_num_rows_per_block=config.batch_size)
-    return blocks.map_batches(
-        with_log(EmbedImages),
-        fn_constructor_args=(config.clip, config.device),
-        batch_size=config.batch_size,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=config.num_actors),
-        num_cpus=config.cpus_per_actor,
-        num_gpus=1 if config.device == "cuda" else 0,
-    ).materialize()
 
 
 def files_of(folder: str) -> list[str]:

@@ -27,9 +27,10 @@ class DenoisingLoop:
         self.scheduler = build_scheduler(settings.scheduler, networks.scheduler_config)
         try:
             self.scheduler.set_timesteps(settings.num_inference_steps)
-        except ValueError as error:
+        except ValueError:
             raise InputError(
-                f"decoder.num_inference_steps {settings.num_inference_steps}: {' '.join(str(error).split())}"
+                f"decoder.num_inference_steps {settings.num_inference_steps}: more than the scheduler "
+                f"{settings.scheduler} of this model takes; give fewer"
             ) from None
         self.latent_size = networks.image_size // networks.vae_scale_factor
 

@@ -20,7 +20,7 @@ from torch.export import Dim
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.engines import load_networks
-from rebeca_ray.decoder.files import find_decoder, hash_weights
+from rebeca_ray.decoder.files import DecoderIdentity, hash_file, identify_decoder
 from rebeca_ray.decoder.interface import Rows
 from rebeca_ray.decoder.networks import Networks, Signature, Tensors
 from rebeca_ray.errors import InputError
@@ -52,6 +52,7 @@ def export_decoder(settings: DecoderSettings, out: Path) -> dict[str, Path]:
             "export: decoder.device is cuda, torch sees no GPU here; set decoder.device=cpu: "
             "the graphs are the same"
         )
+    identity = identify_decoder(settings)
     networks = load_networks(settings.model_copy(update={"compile": False}))
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -68,14 +69,16 @@ def export_decoder(settings: DecoderSettings, out: Path) -> dict[str, Path]:
     (unfinished / "scheduler" / "scheduler_config.json").write_text(
         json.dumps(networks.scheduler_config, indent=2, default=str)
     )
-    # The description lists the size of every file, so that a reader recognises a partial copy.
-    files = {
-        str(path.relative_to(unfinished)): path.stat().st_size
-        for path in sorted(unfinished.rglob("*"))
-        if path.is_file()
+    # The description lists every file, so that a reader recognises a partial copy and a replaced graph.
+    paths = {
+        str(path.relative_to(unfinished)): path for path in sorted(unfinished.rglob("*")) if path.is_file()
+    }
+    listing = {
+        "files": {name: path.stat().st_size for name, path in paths.items()},
+        "sha256": {name: hash_file(path) for name, path in paths.items()},
     }
     (unfinished / "decoder.json").write_text(
-        json.dumps({**describe_export(settings, networks), "files": files}, indent=2)
+        json.dumps({**describe_export(settings, networks, identity), **listing}, indent=2)
     )
     unfinished.rename(out)
     return {name: out / f"{name}.onnx" for name in graphs}
@@ -125,7 +128,7 @@ def export_network(network: Any, inputs: Tensors, signature: Signature, path: Pa
         )
 
 
-def describe_export(settings: DecoderSettings, networks: Networks) -> JsonObject:
+def describe_export(settings: DecoderSettings, networks: Networks, identity: DecoderIdentity) -> JsonObject:
     """Return the origin, sizes and versions of the graphs, for the loader of the export."""
     return {
         "family": networks.family.name,
@@ -133,7 +136,7 @@ def describe_export(settings: DecoderSettings, networks: Networks) -> JsonObject
         "ip_adapter": settings.ip_adapter,
         "vae": settings.vae,
         "lora": settings.lora,
-        "weights": hash_weights(find_decoder(settings)),
+        "weights": identity.weights,
         "dtype": settings.dtype,
         "embed_dim": networks.embed_dim,
         "latent_channels": networks.latent_channels,

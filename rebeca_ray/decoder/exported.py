@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.decoder.files import hash_file
 from rebeca_ray.decoder.networks import DTYPES, Family, Network, Networks, Signature
 from rebeca_ray.errors import InputError
 from rebeca_ray.storage.objects import JsonObject
@@ -18,9 +19,17 @@ def exported_networks(
 ) -> Networks:
     """Return the networks in `settings.engine_dir`; `load(folder, name, signature)` loads each.
 
-    `description` is the folder's `decoder.json`, as `files.read_export` returns it.
+    `description` is the folder's `decoder.json`, as `files.read_export` returns it. Raises InputError for a
+    file that is not the exported one.
     """
     folder = Path(str(settings.engine_dir))
+    # Exports from before checksums have none.
+    for name, sha256 in description.get("sha256", {}).items():
+        if hash_file(folder / name) != sha256:
+            raise InputError(
+                f"decoder.engine_dir {folder}: {name} is not the file that was exported, its sha256 differs; "
+                "copy the whole folder again"
+            )
     networks = {name: load(folder, name, signature) for name, signature in family.signatures.items()}
     return Networks(
         family=family,

@@ -13,6 +13,9 @@ from safetensors import SafetensorError, safe_open
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.fields import Effect, fields_with
+from rebeca_ray.decoder.adapters import inspect_ip_adapter
+from rebeca_ray.decoder.inspection import inspect_model, inspect_safety_checker, inspect_vae
+from rebeca_ray.decoder.lora import inspect_lora
 from rebeca_ray.errors import InputError
 from rebeca_ray.storage.objects import JsonObject
 
@@ -166,7 +169,26 @@ def identify_decoder(settings: DecoderSettings) -> DecoderIdentity:
         description = read_export(settings)
         return DecoderIdentity(embed_dim=description["embed_dim"], weights=description["weights"])
     files = find_decoder(settings)
-    return DecoderIdentity(embed_dim=read_embed_dim(files.ip_adapter), weights=hash_weights(files))
+    embed_dim = read_embed_dim(files.ip_adapter)
+    inspect_files(settings, files)
+    return DecoderIdentity(embed_dim=embed_dim, weights=hash_weights(files))
+
+
+def inspect_files(settings: DecoderSettings, files: DecoderFiles) -> None:
+    """Raise InputError for files that are not whole, of another kind, or would have no effect."""
+    unet, text_encoder = inspect_model(settings.model, files.model, own_vae=files.vae is None)
+    if settings.image_size is None and not isinstance(unet.config.get("sample_size"), int):
+        raise InputError(
+            f"decoder.model {settings.model}: unet has sample_size {unet.config.get('sample_size')}; "
+            "expected one number; set decoder.image_size"
+        )
+    inspect_ip_adapter(settings.ip_adapter, files.ip_adapter, unet)
+    if files.vae:
+        inspect_vae(str(settings.vae), files.vae, files.model, unet)
+    if files.lora:
+        inspect_lora(f"decoder.lora {settings.lora}", files.lora, unet.shapes, text_encoder.shapes)
+    if settings.safety.checker == "stable-diffusion":
+        inspect_safety_checker(settings.model, files.model)
 
 
 def read_export(settings: DecoderSettings) -> JsonObject:
@@ -213,11 +235,11 @@ def read_embed_dim(ip_adapter: Path) -> int:
     try:
         with safe_open(ip_adapter, framework="numpy") as weights:
             return int(weights.get_slice("image_proj.proj.weight").get_shape()[1])
-    except SafetensorError as error:
+    except (SafetensorError, IndexError) as error:
         raise InputError(
             f"decoder.ip_adapter {ip_adapter}: no image_proj.proj.weight to read ({error}); "
-            "give a plain adapter such as ip-adapter_sd15.safetensors: "
-            "those called plus, full or faceid read other embeddings"
+            "expected a projection of one image embedding; give a plain adapter such as "
+            "ip-adapter_sd15.safetensors: those called plus, full or faceid read other embeddings"
         ) from None
 
 
@@ -237,9 +259,14 @@ def hash_weights(files: DecoderFiles) -> dict[str, str]:
     weights = {}
     for name, file in by_role.items():
         if file.suffix in (".safetensors", ".json", ".txt"):  # merges.txt is half of a tokenizer
-            with file.open("rb") as opened:
-                weights[name] = hashlib.file_digest(opened, "sha256").hexdigest()
+            weights[name] = hash_file(file)
     return dict(sorted(weights.items()))
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file as hex digits."""
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def convert_pickle(pickle: Path, out: Path) -> int:

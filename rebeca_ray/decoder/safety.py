@@ -50,10 +50,10 @@ class StableDiffusionChecker:
             self.model = StableDiffusionSafetyChecker.from_pretrained(
                 model, subfolder="safety_checker", use_safetensors=True
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise InputError(
-                f"decoder.safety.checker stable-diffusion: {settings.model} has none "
-                f"({' '.join(str(error).split())[:200]}); give module:function, or set it to null"
+                f"decoder.safety.checker stable-diffusion: {settings.model} has none that loads "
+                f"({type(error).__name__}); give module:function, or set it to null"
             ) from None
         self.model = self.model.to(settings.device).eval()
 

@@ -4,7 +4,6 @@
 for. That machine is compared with this one before anything is loaded.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.exported import check_names, exported_networks
+from rebeca_ray.decoder.files import hash_file
 from rebeca_ray.decoder.networks import Family, Networks, Signature
 from rebeca_ray.errors import InputError
 from rebeca_ray.storage.objects import JsonObject
@@ -66,12 +66,6 @@ def check_engines(folder: Path, machine: dict[str, str], batch_size: int) -> Non
     for name, sha256 in sidecar["plans"].items():
         if not (folder / name).is_file() or hash_file(folder / name) != sha256:
             raise InputError(f"engines in {folder}: {name} is missing or damaged; {rebuild}")
-
-
-def hash_file(path: Path) -> str:
-    """Return the sha256 of a file as hex digits."""
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def load_tensorrt_networks(settings: DecoderSettings, family: Family, description: JsonObject) -> Networks:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -25,6 +26,8 @@ from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.decoder.triton_client import parameters
 from rebeca_ray.errors import InputError
 
+CLOSED_APIS = "shared-memory,trace,logging"
+
 
 @contextmanager
 def triton_server(
@@ -47,7 +50,7 @@ def triton_server(
             for option in (f"--{name}-port={port}", f"--{name}-address=127.0.0.1")
         ]
         process = subprocess.Popen(
-            [*command, "--disable-auto-complete-config", "--exit-timeout-secs=20"],
+            [*command, *closed_apis(), "--disable-auto-complete-config", "--exit-timeout-secs=20"],
             env=os.environ | environment,
         )
         try:
@@ -60,6 +63,15 @@ def triton_server(
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def closed_apis() -> list[str]:
+    """Return the options that close what our client never calls, behind a key that nobody learns.
+
+    A caller of shared memory reads and writes this machine's memory, and one of traces and logs writes files.
+    """
+    key = f"{CLOSED_APIS}:closed={secrets.token_hex(16)}"
+    return [f"--http-restricted-api={key}", f"--grpc-restricted-protocol={key}"]
 
 
 def require_free(ports: dict[str, int]) -> None:

@@ -22,8 +22,9 @@ from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.build import build_decoder, check_decoder
+from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.decoder.interface import DecodedImage, Rows
-from rebeca_ray.errors import ResumableError, ServerLostError
+from rebeca_ray.errors import InputError, ResumableError, ServerLostError
 from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.dataflow import Actors, Stage, run_graph
 from rebeca_ray.generation.decisions import Decisions
@@ -191,7 +192,13 @@ def render_stages(
     rows = decoder.batch_size * (BATCHES_PER_CALL if served else 1)
     renderer = Stage(
         work=RenderImages,
-        arguments=(decoder, deadline, context.in_process, join(context.run.work, "suspects")),
+        arguments=(
+            decoder,
+            deadline,
+            context.in_process,
+            join(context.run.work, "suspects"),
+            context.versions["decoder"],
+        ),
         batch_size=rows,
         rows_per_block=rows,
         actors=Actors(
@@ -298,7 +305,8 @@ class RenderImages:
     """Actor: one planned row in, one row of `schemas.IMAGES` with its bucket out, in order.
 
     After `deadline`, no row comes out. With a folder for `suspects`, a row that kills its process costs no
-    other row.
+    other row. `fingerprint` is that of the run's decoder: raises InputError if the files are those of another
+    decoder by now.
     """
 
     def __init__(
@@ -307,6 +315,7 @@ class RenderImages:
         deadline: float | None = None,
         in_process: bool = False,
         suspects: str | None = None,
+        fingerprint: str | None = None,
     ) -> None:
         self.settings, self.deadline, self.in_process = settings, deadline, in_process
         self.suspects: Suspects | None = None
@@ -314,6 +323,11 @@ class RenderImages:
             # In this process a death ends the attempt, and nothing else would tell of it.
             self.suspects = Suspects(suspects, watchful=in_process or was_started_again())
         self.decoder = build_decoder(settings)
+        # After loading, so that files which were replaced meanwhile are seen too.
+        if fingerprint not in (None, identify_decoder(settings).fingerprint(settings)):
+            raise InputError(
+                f"decoder {settings.model}: was replaced while this run was rendering; run again"
+            )
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if not has_time(self.deadline):

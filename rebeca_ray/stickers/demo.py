@@ -19,8 +19,8 @@ from rebeca_ray.config.jobs import EmbedConfig, GenerateConfig, TrainConfig
 from rebeca_ray.config.load import parse_config
 from rebeca_ray.config.sections import SamplerSettings
 from rebeca_ray.console import console
+from rebeca_ray.data.embedding import embed_items
 from rebeca_ray.data.interactions import Interactions, read_interactions
-from rebeca_ray.data.items import embed_items
 from rebeca_ray.decoder.interface import Rows
 from rebeca_ray.decoder.local import LocalDecoder
 from rebeca_ray.errors import InputError

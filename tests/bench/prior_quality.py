@@ -32,8 +32,9 @@ from rich.table import Table
 from rebeca_ray.config.jobs import DistillConfig, EmbedConfig, TrainConfig
 from rebeca_ray.config.load import load_config
 from rebeca_ray.config.sections import InteractionSettings, SamplerSettings, SelectionSettings
+from rebeca_ray.data.embedding import embed_items
 from rebeca_ray.data.histories import build_histories
-from rebeca_ray.data.items import embed_items, read_image_embeds
+from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.evaluation.permutation import permutation_test
 from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior
 from rebeca_ray.prior.diffusion import Diffusion

@@ -140,7 +140,7 @@ def measure_workers(num_workers: int, data: Path) -> dict[str, float]:
     """Return samples per second of some epochs on the stickers, one thread and 1,024 samples per worker."""
     from rebeca_ray.config.jobs import EmbedConfig, TrainConfig
     from rebeca_ray.config.load import load_config
-    from rebeca_ray.data.items import embed_items
+    from rebeca_ray.data.embedding import embed_items
     from rebeca_ray.stickers.simulate import simulate
     from rebeca_ray.training.train import train_prior
 

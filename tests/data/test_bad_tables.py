@@ -4,6 +4,7 @@ Each error is one line that names table, column and remedy, and the job writes n
 """
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,11 @@ from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import EmbedConfig, GenerateConfig
 from rebeca_ray.config.sections import InteractionSettings
 from rebeca_ray.data import histories as histories_module
-from rebeca_ray.data.clip import EmbedImages
+from rebeca_ray.data.clip import read_image
+from rebeca_ray.data.embedding import embed_items
 from rebeca_ray.data.histories import build_histories
 from rebeca_ray.data.interactions import read_interactions
-from rebeca_ray.data.items import embed_items, read_image_embeds
+from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.decoder.files import DecoderIdentity, identify_decoder
 from rebeca_ray.errors import InputError, UserError
 from rebeca_ray.generation.pipeline import generate_catalog
@@ -386,22 +388,27 @@ def bomb() -> bytes:
 
 
 @pytest.mark.parametrize(
-    "encoded",
-    [None, b"", b"text", picture()[:40], picture()[:20], bomb(), b"\xff\xd8\xff\xe0", LONG.encode()],
+    ("value", "reason"),
+    [
+        (None, "is null"),
+        ({"bytes": None, "path": None}, "has no bytes"),
+        ({"bytes": b"", "path": "a.png"}, "has no bytes"),
+        ({"bytes": None, "path": "a.png"}, "has a path alone and null bytes; write the file's content into"),
+        ({"bytes": b"text", "path": None}, "is no image that can be read; expected PNG, JPEG"),
+        ({"bytes": picture()[:40], "path": None}, "is a broken image|is no image"),
+        ({"bytes": picture()[:20], "path": None}, "is a broken image|is no image"),
+        ({"bytes": bomb(), "path": None}, "is a broken image|is no image"),
+        ({"bytes": b"\xff\xd8\xff\xe0", "path": None}, "is a broken image|is no image"),
+        ({"bytes": LONG.encode(), "path": None}, "is no image that can be read"),
+    ],
 )
-def test_a_broken_image_is_refused_with_its_item(
-    encoded: bytes | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stage = object.__new__(EmbedImages)  # without the CLIP, since the image fails before it
-    stage.preprocess = lambda image: pytest.fail("an image was made of it") if image is None else image
-    for image in ([{"bytes": encoded, "path": None}], [None]):
-        batch = pa.table({"item_id": ["the-item"], "image": pa.array(image, schemas.IMAGE)})
-        with pytest.raises(
-            UserError,
-            match=r"^items: the image of 'the-item' cannot be decoded \(.+\); mend or drop that item$",
-        ) as caught:
-            stage(batch)
-        assert len(str(caught.value)) < 400
+def test_a_broken_image_has_a_reason_in_one_line(value: dict[str, Any] | None, reason: str) -> None:
+    image, error = read_image(value, "#ffffff")
+    assert image.mode == "RGB"
+    assert error is not None
+    assert re.match(reason, error)
+    assert len(error) < 200
+    assert len(error.splitlines()) == 1
 
 
 @pytest.mark.usefixtures("ray_local")

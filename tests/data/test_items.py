@@ -24,9 +24,10 @@ from rebeca_ray import schemas
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.config.jobs import EmbedConfig
-from rebeca_ray.data import items
+from rebeca_ray.data import embedding
 from rebeca_ray.data.clip import clip_fingerprint, load_clip
-from rebeca_ray.data.items import embed_items, read_image_embeds
+from rebeca_ray.data.embedding import Kept, embed_items
+from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.errors import InputError, LeaseHeldError, StorageError, UserError
 from rebeca_ray.stickers import CLIP, EMBED_DIM, ITEMS
 from rebeca_ray.storage.parquet import ParquetInput
@@ -111,7 +112,8 @@ def test_an_item_that_is_no_image_is_named_and_the_last_embedding_stays(
     )
     assert out.returncode == 2
     assert out.stderr.splitlines()[-1].startswith(
-        f"error: items: the image of {some[1]['item_id']!r} cannot be decoded"
+        f"error: items {tmp_path}/items.parquet: 1 of 3 images cannot be decoded "
+        f"({some[1]['item_id']!r} is no image"
     )
     assert "Traceback" not in out.stdout + out.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -222,6 +224,9 @@ class Embedded:
     def count(self) -> int:
         return self.table.num_rows
 
+    def map_batches(self, *_: object, **__: object) -> "Embedded":
+        return self  # no image of it is bad
+
 
 class World(NamedTuple):
     """An embedding without Ray: `reads` gets the ids and values that a reader sees half-way."""
@@ -258,14 +263,15 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
         for error in world.error:
             raise error
 
-    def embed(config: EmbedConfig, source: ParquetInput, kept: np.ndarray | None) -> Embedded:
+    def embed(config: EmbedConfig, source: ParquetInput, kept: Kept) -> Embedded:
         table = source.read(["item_id"])
-        if kept is not None:
-            table = table.filter(pc.invert(pc.is_in(table["item_id"], value_set=pa.array(kept))))
+        known = pa.array(kept.item_id, pa.string())
+        table = table.filter(pc.invert(pc.is_in(table["item_id"], value_set=known)))
         return Embedded(config, table, between)
 
-    monkeypatch.setattr(items, "embed_images", embed)
-    monkeypatch.setattr(items, "clip_fingerprint", lambda _: "clip")
+    monkeypatch.setattr(embedding, "embed_images", embed)
+    monkeypatch.setattr(embedding, "clip_fingerprint", lambda *_: "clip")
+    monkeypatch.setattr(embedding, "errors_in", lambda _: {})
     return world
 
 

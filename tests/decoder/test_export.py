@@ -14,8 +14,8 @@ from rebeca_ray.decoder.denoising import DenoisingLoop
 from rebeca_ray.decoder.engines import find_family, load_networks
 from rebeca_ray.decoder.export import export_decoder
 from rebeca_ray.decoder.families.sd import FAMILY
-from rebeca_ray.decoder.files import identify_decoder
-from rebeca_ray.decoder.tensorrt_engine import check_engines, hash_file
+from rebeca_ray.decoder.files import hash_file, identify_decoder
+from rebeca_ray.decoder.tensorrt_engine import check_engines
 from rebeca_ray.errors import InputError, UserError
 from tests.decoder.test_denoising import loop_for, psnr, rows_for
 
@@ -80,6 +80,29 @@ def test_an_export_of_another_decoder_is_refused(
         UserError, match=r"half: unet.onnx has 4 bytes, \d+ were exported; copy the whole folder again"
     ):
         identify_decoder(exported.model_copy(update={"engine_dir": str(tmp_path / "half")}))
+
+
+def test_a_graph_that_was_replaced_is_refused(exported: DecoderSettings, tmp_path: Path) -> None:
+    """Of the same size, so that only its checksum differs."""
+    for name in ("unet.onnx", "vae_decoder.onnx", "tokenizer/tokenizer.json"):
+        folder = tmp_path / name.replace("/", "-")
+        shutil.copytree(str(exported.engine_dir), folder)
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+        replaced = exported.model_copy(update={"engine_dir": str(folder)})
+        assert identify_decoder(replaced) == identify_decoder(exported)  # reads no graph
+        with pytest.raises(
+            InputError, match=f"{name} is not the file that was exported, its sha256 differs; copy"
+        ):
+            load_networks(replaced)
+    # An export from before checksums is loaded.
+    path = tmp_path / "unet.onnx" / "decoder.json"
+    shutil.copy(Path(str(exported.engine_dir)) / "unet.onnx", tmp_path / "unet.onnx")
+    description = json.loads(path.read_text())
+    assert description["sha256"].keys() == description["files"].keys()
+    path.write_text(json.dumps({key: value for key, value in description.items() if key != "sha256"}))
+    load_networks(exported.model_copy(update={"engine_dir": str(path.parent)}))
 
 
 def test_an_export_of_an_unknown_family_is_refused(exported: DecoderSettings, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -135,6 +137,26 @@ def test_a_malformed_request_is_refused_alone(server: DecoderSettings, rows: Row
         client.infer(MODEL, request_inputs(too_many))
     short = client.infer(MODEL, [inputs["image_embeds"], inputs["seed"]])  # the rest is optional
     assert short.as_numpy("image_size")[0, 0] > 0
+
+
+def test_shared_memory_traces_and_logs_are_closed(server: DecoderSettings, ports: dict[str, int]) -> None:
+    client = grpcclient.InferenceServerClient(server.triton.url)
+    for call in (
+        client.get_system_shared_memory_status,
+        client.get_cuda_shared_memory_status,
+        lambda: client.register_system_shared_memory("all", "/psm", 8),
+        client.unregister_system_shared_memory,
+        client.get_trace_settings,
+        lambda: client.update_trace_settings(settings={"trace_level": ["TENSORS"]}),
+        client.get_log_settings,
+        lambda: client.update_log_settings({"log_file": "/tmp/log"}),
+    ):
+        with pytest.raises(InferenceServerException, match="This protocol is restricted"):
+            call()
+    for path in ("systemsharedmemory/status", "cudasharedmemory/status", "trace/setting", "logging"):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(f"http://127.0.0.1:{ports['http_port']}/v2/{path}", timeout=5)
+        assert caught.value.code == 403
 
 
 def test_a_refused_request_raises_an_input_error(server: DecoderSettings, rows: Rows) -> None:

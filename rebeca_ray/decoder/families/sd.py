@@ -9,7 +9,10 @@ Shapes: B batch, D embed dim, L text tokens, K image tokens, T tokens of any kin
 C latent channels, R red green blue, Y X pixels or latents.
 """
 
-from collections.abc import Sequence
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,13 @@ from torch import nn
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.conditioning import Conditioning
 from rebeca_ray.decoder.files import DecoderFiles, find_decoder
+from rebeca_ray.decoder.headers import find_weights
 from rebeca_ray.decoder.interface import Rows
+from rebeca_ray.decoder.lora import merge_lora
 from rebeca_ray.decoder.networks import DTYPES, Family, Networks, Signature, Tensors
-from rebeca_ray.errors import InputError
+from rebeca_ray.errors import InputError, describe
+
+log = logging.getLogger(__name__)
 
 
 class TextEncoder(nn.Module):
@@ -136,36 +143,69 @@ def load_networks(settings: DecoderSettings) -> Networks:
 
 
 def load_pipeline(settings: DecoderSettings, files: DecoderFiles, dtype: torch.dtype) -> Any:
-    """Return diffusers' pipeline with its LoRA merged and its IP-Adapter loaded."""
-    from diffusers import AutoModel, StableDiffusionPipeline
+    """Return diffusers' pipeline with its LoRA merged and its IP-Adapter loaded.
+
+    The files have passed `inspect_files`; InputError says what still does not load.
+    """
+    from diffusers import StableDiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     # Both libraries warn about the missing safety checker and show bars in every actor.
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    parts: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
-    try:
-        if files.vae:
-            parts["vae"] = AutoModel.from_pretrained(str(files.vae), dtype=dtype, use_safetensors=True)
-        pipeline: Any = StableDiffusionPipeline.from_pretrained(
-            files.model, dtype=dtype, use_safetensors=True, **parts
+    with loading(f"decoder.model {settings.model}"):
+        parts = load_parts(settings, files, dtype)
+        pipeline: Any = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
-        # The LoRA is merged before the adapter replaces the attention processors.
-        if files.lora:
-            pipeline.load_lora_weights(str(files.lora.parent), weight_name=files.lora.name)
-            pipeline.fuse_lora()
-            pipeline.unload_lora_weights()
-        adapter = files.ip_adapter
+    # The LoRA is merged before the adapter replaces the attention processors.
+    if files.lora:
+        merge_lora(f"decoder.lora {settings.lora}", files.lora, pipeline.unet, pipeline.text_encoder)
+    adapter = files.ip_adapter
+    with loading(f"decoder.ip_adapter {settings.ip_adapter}"):
         pipeline.load_ip_adapter(
             str(adapter.parent), subfolder="", weight_name=adapter.name, image_encoder_folder=None
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"decoder {settings.model}: cannot be loaded ({' '.join(str(error).split())[:300]})"
-        ) from None
     return pipeline
+
+
+def load_parts(settings: DecoderSettings, files: DecoderFiles, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the parts of the pipeline, each by its own class: old models name classes that are gone."""
+    import diffusers
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    def load(kind: Any, folder: Path) -> Any:
+        _, variant = find_weights(f"decoder.model {settings.model}", folder)
+        return kind.from_pretrained(str(folder), variant=variant, dtype=dtype, use_safetensors=True)
+
+    config = json.loads((files.model / "scheduler" / "scheduler_config.json").read_text())
+    # The class fills in the settings that its config leaves out.
+    scheduler = getattr(diffusers, str(config.get("_class_name")), diffusers.DPMSolverMultistepScheduler)
+    return {
+        "unet": load(diffusers.UNet2DConditionModel, files.model / "unet"),
+        "vae": load(diffusers.AutoModel, files.vae or files.model / "vae"),
+        "text_encoder": load(CLIPTextModel, files.model / "text_encoder"),
+        "tokenizer": CLIPTokenizer.from_pretrained(files.model / "tokenizer"),
+        "scheduler": scheduler.from_config(config),
+    }
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Raise what diffusers or transformers raise as an InputError of one line; the log has their text."""
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError, torch.AcceleratorError, MemoryError):
+        raise
+    except Exception as error:  # they raise errors of any type
+        log.debug("%s: %s", what, describe(error))
+        raise InputError(
+            f"{what}: cannot be loaded ({type(error).__name__}); expected files that diffusers saved; "
+            "save or copy them again (the log at level debug has the reason)"
+        ) from None
 
 
 def load_tokenizers(folder: Path) -> dict[str, Any]:

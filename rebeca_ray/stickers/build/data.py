@@ -1,7 +1,6 @@
 """Shared by the training scripts of the bundled models: items in memory, augmentation, resumable state."""
 
 import csv
-import io
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 
+from rebeca_ray.pixels import see_image
 from rebeca_ray.stickers import ITEMS, is_held_out
 
 log = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ def load_stickers(path: Path = ITEMS) -> Stickers:
 
 def to_pixels(encoded: list[bytes]) -> np.ndarray:
     """Decode images of one size, uint8 [N, H, W, 3]."""
-    return np.stack([np.asarray(Image.open(io.BytesIO(image)).convert("RGB")) for image in encoded])
+    return np.stack([np.asarray(see_image(image)) for image in encoded])
 
 
 def class_ids(values: list[str]) -> tuple[torch.Tensor, list[str]]:

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from rebeca_ray.log import configure
+from rebeca_ray.pixels import open_image
 from rebeca_ray.stickers import ASSETS, IMAGE_SIZE
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ def draw_icon(icons: IconSet, name: str) -> Image.Image | None:
     png = bytes(
         resvg_py.svg_to_bytes(svg_string=svg, width=IMAGE_SIZE, height=IMAGE_SIZE, skip_system_fonts=True)
     )
-    return Image.open(io.BytesIO(png))
+    return open_image(png)
 
 
 def icon_of(entry: Emoji, names: dict[str, str]) -> str | None:
@@ -175,7 +176,7 @@ def drawings(node_modules: Path) -> Iterator[tuple[dict[str, str], Image.Image]]
         for style, (package, folder) in DATASOURCE.items():
             path = node_modules / package / folder / entry["image"]
             if path.exists():
-                yield {"item_id": f"{style}-{code}", "style": style, **columns}, Image.open(path)
+                yield {"item_id": f"{style}-{code}", "style": style, **columns}, open_image(path.read_bytes())
         for style, icons in icon_sets.items():
             image = draw_icon(icons, icon_name) if icon_name else None
             if image is not None:

@@ -1,0 +1,144 @@
+"""Embed the images of items with open_clip, in a Ray Data stage, and publish the embeddings as a version.
+
+items (images) -> `EmbedImages` -> rows without an error -> a new version of the embedded items
+"""
+
+import datetime
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rebeca_ray import schemas
+from rebeca_ray.catalog.versions import replace_version
+from rebeca_ray.config.jobs import EmbedConfig
+from rebeca_ray.data.bad_images import (
+    errors_in,
+    read_bad_images,
+    refuse_bad_images,
+    warn_of_bad_images,
+    write_bad_images,
+)
+from rebeca_ray.data.clip import ERROR, EmbedImages, clip_fingerprint
+from rebeca_ray.data.items import MARKER, files_of, open_items, read_item_ids, version_of
+from rebeca_ray.data.validation import check_columns
+from rebeca_ray.errors import InputError
+from rebeca_ray.ray_runtime import ExcludeIds, require_room, start_ray, with_log
+from rebeca_ray.storage.filesystem import arrow_filesystem, join, open_filesystem, sync_files
+from rebeca_ray.storage.objects import read_json, write_json
+from rebeca_ray.storage.parquet import ParquetInput, open_parquet
+from rebeca_ray.storage.writable import require_own, require_writable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What a version takes over from the previous one: embedded items, their files, and bad images."""
+
+    item_id: np.ndarray = field(default_factory=lambda: np.array([], str))
+    files: list[str] = field(default_factory=list)
+    bad_images: dict[str, str] = field(default_factory=dict)
+
+
+def embed_items(config: EmbedConfig, *, only_new: bool = False, run_date: datetime.date | None = None) -> int:
+    """Embed every item of `config.items`, and publish the embeddings as a new version of `config.out`.
+
+    Returns how many items were embedded. `only_new` keeps the embeddings in `config.out` and adds items whose
+    `item_id` is new. If another CLIP made the existing ones, all items are embedded again. The pointer
+    records `run_date`, by default today in UTC. Raises LeaseHeldError if another process writes `config.out`,
+    and InputError, naming them, for images that cannot be read, unless `config.bad_images` drops them.
+    """
+    source = open_parquet(config.items, "items")
+    check_columns(source, schemas.ITEMS, instead={"image_embeds": "nothing is left to embed"})
+    item_id = read_item_ids(source)
+    if f"{config.items}/".startswith(f"{config.out.rstrip('/')}/"):
+        raise InputError(
+            f"out {config.out}: holds the items themselves and would be replaced; choose another folder"
+        )
+    require_own(config.out, "out", {"items.json": "fencing_token", MARKER: "clip"})
+    fingerprint = clip_fingerprint(config.clip, config.background)
+    require_writable(config.out, "out")
+    with replace_version(config.out, "items", "embed") as version:
+        before = files_of(version.previous)
+        kept = kept_of(config, version.previous, fingerprint, item_id) if only_new else Kept()
+        if len(kept.files) and np.isin(item_id, [*kept.item_id, *kept.bad_images]).all():
+            warn_of_bad_images(config.items, kept.bad_images, len(item_id), version.previous)
+            return 0
+        dataset = embed_images(config, source, kept)
+        new_bad_images = errors_in(dataset)
+        embedded = int(dataset.count()) - len(new_bad_images)
+        bad_images = kept.bad_images | new_bad_images
+        if config.bad_images == "refuse" or not (embedded or len(kept.item_id)):
+            refuse_bad_images(config.items, bad_images, len(item_id))
+        folder = version.begin(fingerprint)
+        warn_of_bad_images(config.items, bad_images, len(item_id), folder)
+        if embedded:
+            filesystem, path = open_filesystem(folder)
+            readable = dataset.map_batches(without_errors, batch_format="pyarrow", batch_size=None)
+            readable.write_parquet(path, filesystem=arrow_filesystem(filesystem))
+            sync_files(folder)
+        write_bad_images(bad_images, folder)
+        files = [*kept.files, *files_of(folder)]
+        meta = {
+            "clip": fingerprint,
+            "clip_name": config.clip,
+            "rows": embedded + len(kept.item_id),
+            "bad_images": len(bad_images),
+            "files": files,
+        }
+        write_json(meta, join(folder, MARKER))
+        version.publish(
+            run_date or datetime.datetime.now(datetime.UTC).date(),
+            uses={version_of(file) for file in [*files, *before]},
+        )
+    return embedded
+
+
+def kept_of(config: EmbedConfig, previous: str, fingerprint: str, item_id: np.ndarray) -> Kept:
+    """Return what stays of the previous version: nothing of another CLIP's, whose embeddings do not compare."""
+    if (read_json(join(previous, MARKER)) or {}).get("clip") != fingerprint:
+        return Kept()
+    known_ids = set(item_id.tolist())
+    bad_images = read_bad_images(previous) if config.bad_images == "drop" else {}
+    return Kept(
+        item_id=read_item_ids(open_items(previous)),
+        files=files_of(previous),
+        bad_images={item: reason for item, reason in bad_images.items() if item in known_ids},
+    )
+
+
+def embed_images(config: EmbedConfig, source: ParquetInput, kept: Kept) -> Any:
+    """Return the rows of EmbedImages as a Ray Dataset in memory, without the items that are kept."""
+    start_ray()
+    require_room(
+        "num_actors",
+        workers=config.num_actors,
+        cpus=config.cpus_per_actor,
+        device=config.device,
+        spare_cpus=1,
+    )
+    import ray
+
+    filesystem, _ = open_filesystem(config.items)
+    items = ray.data.read_parquet(source.files, filesystem=arrow_filesystem(filesystem), partitioning=None)
+    if exclude := [*kept.item_id, *kept.bad_images]:
+        items = items.map_batches(
+            ExcludeIds(pa.array(exclude, pa.string())), batch_format="pyarrow", batch_size=None
+        )
+    # A small file is one block, and one actor would embed it alone.
+    blocks = items.repartition(target_num_rows_per_block=config.batch_size)
+    return blocks.map_batches(
+        with_log(EmbedImages),
+        fn_constructor_args=(config.clip, config.device, config.background),
+        batch_size=config.batch_size,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=config.num_actors),
+        num_cpus=config.cpus_per_actor,
+        num_gpus=1 if config.device == "cuda" else 0,
+    ).materialize()
+
+
+def without_errors(batch: pa.Table) -> pa.Table:
+    """Return the rows whose image could be read."""
+    return batch.filter(pc.is_null(batch[ERROR])).drop_columns([ERROR])
