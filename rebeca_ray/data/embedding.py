@@ -96,7 +96,7 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False, run_date: dateti
 
 
 def kept_of(config: EmbedConfig, previous: str, fingerprint: str, item_id: np.ndarray) -> Kept:
-    """Return what stays of the previous version: nothing of another CLIP's, whose embeddings do not compare."""
+    """Return what stays of the previous version. Embeddings of different CLIPs cannot be compared."""
     if (read_json(join(previous, MARKER)) or {}).get("clip") != fingerprint:
         return Kept()
     known_ids = set(item_id.tolist())

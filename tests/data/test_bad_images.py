@@ -12,7 +12,7 @@ import pytest
 from rebeca_ray import schemas
 from rebeca_ray.catalog.versions import current_version
 from rebeca_ray.config.jobs import EmbedConfig
-from rebeca_ray.data import items as items_module
+from rebeca_ray.data import embedding
 from rebeca_ray.data.bad_images import describe_bad
 from rebeca_ray.data.clip import ERROR, read_image
 from rebeca_ray.data.embedding import embed_items
@@ -46,7 +46,7 @@ class ReadImages:
 
 @pytest.fixture
 def without_clip(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(items_module, "EmbedImages", ReadImages)
+    monkeypatch.setattr(embedding, "EmbedImages", ReadImages)
 
 
 def beside(config: EmbedConfig, name: str) -> Path:
