@@ -48,14 +48,14 @@ def as_typed(value: Any) -> Any:
     return str(value) if type(value) in (int, datetime.date) else value
 
 
-def as_hexadecimal(color: str) -> str:
-    """Return a color as `#rrggbb`. Raises ValueError for anything but an opaque color."""
+def as_hexadecimal(colour: str) -> str:
+    """Return a colour as `#rrggbb`. Raises ValueError for anything but an opaque colour."""
     try:
-        red, green, blue, *opacity = bytes(ImageColor.getrgb(color))
+        red, green, blue, *opacity = bytes(ImageColor.getrgb(colour))
     except ValueError:
         opacity = [0]
     if opacity:
-        raise ValueError("is no opaque color; give a name such as white, or '#rrggbb' in quotes")
+        raise ValueError("is no opaque colour; give a name such as white, or '#rrggbb' in quotes")
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 
@@ -78,7 +78,7 @@ Rating = Annotated[float, Field(ge=-1e6, le=1e6)]
 Price = Annotated[float, Field(ge=0, le=1e6)]
 Duration = Annotated[float, Field(gt=0, le=10**7)]  # in the unit that the field's name gives
 Cpus = Annotated[float, Field(gt=0, le=1000)]
-Color = Annotated[str, AfterValidator(as_hexadecimal)]
+Colour = Annotated[str, AfterValidator(as_hexadecimal)]
 Device = Literal["cpu", "cuda"]
 
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.fields import (
     MAX_IMAGES,
-    Color,
+    Colour,
     Cpus,
     Device,
     Effect,
@@ -63,9 +63,9 @@ class EmbedConfig(JobConfig):
     `architecture/pretrained-tag`."""
     out: Annotated[Location, Effect.NOTHING]
     """Folder that receives a new version of the embedded items."""
-    background: Annotated[Color, Effect.ITEM] = "#ffffff"
-    """Color behind transparent images, as a name or as `'#rrggbb'` in quotes. Another color embeds all items
-    again, as another CLIP does."""
+    background: Annotated[Colour, Effect.ITEM] = "#ffffff"
+    """Colour behind transparent images, as a name or as `'#rrggbb'` in quotes. Another colour embeds all
+    items again, as another CLIP does."""
     bad_images: Annotated[Literal["refuse", "drop"], Effect.ITEM] = "refuse"
     """Treatment of items whose image cannot be read: `refuse` ends the job, `drop` leaves them out and lists
     them in `bad_images.json` beside the embedded items."""

@@ -24,7 +24,7 @@ from rebeca_ray.config.presets import PRESETS
 
 JOBS: tuple[type[Settings], ...] = (EmbedConfig, TrainConfig, DistillConfig, GenerateConfig, NightlyConfig)
 KINDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}
-CHECKED = {absolute: "location", expand: "model name", as_typed: "identifier", as_hexadecimal: "color"}
+CHECKED = {absolute: "location", expand: "model name", as_typed: "identifier", as_hexadecimal: "colour"}
 COMPARISONS = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
 INTRODUCTION = """\
 # Configuration

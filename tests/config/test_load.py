@@ -15,7 +15,7 @@ from rebeca_ray.config.jobs import (
     TrainConfig,
     dated,
 )
-from rebeca_ray.config.load import load_config
+from rebeca_ray.config.load import load_config, parse_config
 from rebeca_ray.errors import InputError
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
@@ -149,3 +149,13 @@ def test_a_config_with_a_date_is_dated_without_other_changes(
     request = {"request": "/requests/{run_date}.parquet"}
     if isinstance(config, GenerateConfig):
         assert dated(config.model_copy(update=request), date).request == "/requests/2026-11-23.parquet"
+
+
+def test_a_colour_has_one_spelling_and_is_opaque() -> None:
+    values = {"items": "a", "clip": "b", "out": "c"}
+    for colour in ("white", "#FFF", "#ffffff", "rgb(255, 255, 255)"):
+        config = parse_config(EmbedConfig, {**values, "background": colour}, where="file")
+        assert config.background == "#ffffff"
+    for colour in ("#00000000", "rgba(0, 0, 0, 1)", "rgb(300, 0, 0)", "whitest", "ffffff"):
+        with pytest.raises(InputError, match="is no opaque colour; give a name such as white, or '#rrggbb'"):
+            parse_config(EmbedConfig, {**values, "background": colour}, where="file")
