@@ -233,8 +233,8 @@ def test_a_ray_that_starts_here_is_private_and_refuses_too_many_actors(home: Pat
         process = psutil.Process()
         sockets = set()
         for child in [process, *process.children(recursive=True)]:
-            with suppress(FileNotFoundError):  # it was closed in between
-                for link in Path(f"/proc/{child.pid}/fd").iterdir():
+            for link in Path(f"/proc/{child.pid}/fd").iterdir():
+                with suppress(FileNotFoundError):  # it was closed in between
                     if match := re.fullmatch(r"socket:.(\\d+).", os.readlink(link)):
                         sockets.add(match[1])
         listening = []

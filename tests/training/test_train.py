@@ -382,6 +382,16 @@ def test_one_of_two_trainings_works_and_a_kill_leaves_the_prior(
     assert names == [f"00000001-{first}", f"00000004-{second}"]
 
 
+@pytest.mark.parametrize(("code", "kind"), [(0, KeyboardInterrupt), (143, SystemExit)])
+def test_an_interrupted_fit_ends_as_an_interrupt(code: int, kind: type[BaseException]) -> None:
+    """Ray Train replaces the handler of SIGINT and ends the process with code 0."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(kind), train.sigint_kept():  # noqa: PT012
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise SystemExit(code)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_a_full_disk_leaves_the_prior(world: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     config = configure(world)
     prior = untrained_prior(config.network.model_copy(update={"user_encoder": "history"}))
