@@ -35,7 +35,7 @@ from rebeca_ray.config.sections import DiffusionSettings, NetworkSettings, Prior
 from rebeca_ray.errors import InputError, UserError, describe
 from rebeca_ray.storage.filesystem import join, open_filesystem, storage_errors
 from rebeca_ray.storage.objects import JsonObject, read_json, write_json
-from rebeca_ray.storage.store import failure_types
+from rebeca_ray.storage.store import failure_types, open_store
 from rebeca_ray.storage.writable import require_writable
 
 if TYPE_CHECKING:
@@ -138,11 +138,9 @@ def save_prior(prior: TrainedPrior, out: str) -> None:
 
 def upload(folder: Path, uri: str) -> None:
     """Copy the files of a folder below `uri`. `config.json` comes last."""
-    filesystem, path = open_filesystem(uri)
-    with storage_errors(uri):
-        filesystem.makedirs(path, exist_ok=True)
-        for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
-            filesystem.put_file(str(file), f"{path}/{file.name}")
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
+        with storage_errors(join(uri, file.name)):
+            open_store(join(uri, file.name)).put(file.read_bytes())
 
 
 def write_files(prior: TrainedPrior, folder: Path) -> JsonObject:

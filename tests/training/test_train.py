@@ -4,7 +4,6 @@ import datetime
 import errno
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from fsspec.implementations.local import LocalFileSystem
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.lease import hold_lease
@@ -35,6 +33,7 @@ from rebeca_ray.prior.sampling import sample_liked
 from rebeca_ray.prior.scaler import EmbedScaler
 from rebeca_ray.prior.user_blocks import USERS_PER_BLOCK, Batch, Rated, UserBlock
 from rebeca_ray.prior.users import UserTable
+from rebeca_ray.storage.local import LocalStore
 from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.training import train
 from rebeca_ray.training.loop import train_epoch
@@ -399,12 +398,14 @@ def test_a_full_disk_leaves_the_prior(world: dict[str, str], monkeypatch: pytest
     train_prior(config)
     before = load_prior(config.out).fingerprint
 
-    def full(self: object, local: str, remote: str) -> None:
-        if "selector" in remote or "training" in remote:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        shutil.copy(local, remote)
+    put = LocalStore.put
 
-    monkeypatch.setattr(LocalFileSystem, "put_file", full)
+    def full(self: LocalStore, data: bytes) -> None:
+        if "training" in self.path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        put(self, data)
+
+    monkeypatch.setattr(LocalStore, "put", full)
     with pytest.raises(StorageError, match="cannot be written .No space left on device"):
         train_prior(config)
     assert load_prior(config.out).fingerprint == before
