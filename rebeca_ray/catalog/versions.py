@@ -92,7 +92,7 @@ class NewVersion:
 
 
 def remove_older_layout(root: str, kind: Kind) -> None:
-    """Remove the files of the version that an older rebeca_ray wrote into the root itself, its marker last."""
+    """Remove the files of a version of the older layout, its marker last."""
     marker, *others = OLDER_LAYOUT[kind]
     names = [uri.removeprefix(f"{root.rstrip('/')}/") for uri in list_files(root)]
     if marker in names:  # or they are somebody else's files
