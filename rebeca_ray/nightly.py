@@ -136,7 +136,7 @@ def loads(prior: str) -> bool:
     """Return whether the prior can be read as a whole."""
     try:
         load_prior(prior)
-    except UserError as error:
+    except InputError as error:  # a store that does not answer says nothing about the prior
         log.warning("%s", error)
         return False
     return True

@@ -9,14 +9,24 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
+from ray._private import ray_constants, services
 
 from rebeca_ray import ray_start
 from rebeca_ray.errors import InputError, ResumableError
 from rebeca_ray.ray_runtime import may_grow
-from rebeca_ray.ray_start import await_answer, check_temporary_folder, explained, listens, protect_token
+from rebeca_ray.ray_start import (
+    await_answer,
+    check_temporary_folder,
+    connect,
+    explained,
+    listens,
+    protect_token,
+)
 
 
 @pytest.fixture
@@ -170,6 +180,40 @@ def test_only_a_cluster_may_grow(monkeypatch: pytest.MonkeyPatch, address: str |
     assert may_grow() is grows
 
 
+@pytest.fixture
+def joins(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str | None, bool]]]:
+    """Record the address of each `ray.init`, and whether Ray would stay on loopback."""
+    calls = list[tuple[str | None, bool]]()
+    monkeypatch.setattr(
+        ray, "init", lambda address, **_: calls.append((address, not ray_constants.ENABLE_RAY_CLUSTER))
+    )
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv(ray_start.GCS_WAIT, "1")
+    yield calls
+    ray_start.stay_on_loopback(False)
+
+
+@pytest.mark.parametrize(("host", "loopback"), [("127.0.0.1", True), ("0.0.0.0", False)])
+def test_a_cluster_of_this_machine_is_joined_where_it_listens(
+    joins: list[tuple[str | None, bool]], monkeypatch: pytest.MonkeyPatch, host: str, loopback: bool
+) -> None:
+    with socket.create_server((host, 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        connect()
+    assert joins == [(address, loopback)]
+
+
+def test_the_address_of_a_killed_ray_is_no_reason_to_wait(
+    joins: list[tuple[str | None, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.setattr(services, "canonicalize_bootstrap_address", lambda _: address)
+    connect()
+    assert joins == [("local", True)]
+
+
 def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a script in a process of its own, with the errors of a command."""
     text = (
@@ -221,6 +265,15 @@ def test_a_token_that_is_missing_or_wrong_is_named(
     assert "Traceback" not in ended.stderr
 
 
+def test_another_version_is_named(ray_local: str) -> None:
+    ended = run("import ray; ray.__version__ = '9.9.9'; ray_runtime.start_ray()", RAY_ADDRESS=ray_local)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith(
+        f"error: Ray at {ray_local}: runs other versions of Ray or Python ("
+    )
+    assert "9.9.9" in ended.stderr.splitlines()[-1]
+
+
 def test_a_ray_that_starts_here_is_private_and_refuses_too_many_actors(home: Path) -> None:
     """Every listening socket of its processes is on loopback."""
     ended = run(
@@ -233,8 +286,8 @@ def test_a_ray_that_starts_here_is_private_and_refuses_too_many_actors(home: Pat
         process = psutil.Process()
         sockets = set()
         for child in [process, *process.children(recursive=True)]:
-            with suppress(FileNotFoundError):  # it was closed in between
-                for link in Path(f"/proc/{child.pid}/fd").iterdir():
+            for link in Path(f"/proc/{child.pid}/fd").iterdir():
+                with suppress(FileNotFoundError):  # it was closed in between
                     if match := re.fullmatch(r"socket:.(\\d+).", os.readlink(link)):
                         sockets.add(match[1])
         listening = []

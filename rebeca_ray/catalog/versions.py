@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 VERSIONS = "_versions"
 ROOT = ""  # the name of the version in the older layout
 LEASE_SECONDS = 60.0
+# The marker first: a folder without it holds no version of the older layout.
 OLDER_LAYOUT: dict[Kind, tuple[str, ...]] = {
     "prior": ("config.json", "*.safetensors", "users.parquet", "training.csv", "README.md", "nightly.json"),
     "items": ("embedding.json", "*.parquet"),
@@ -99,15 +100,12 @@ def versions_in(root: str) -> list[str]:
 
 
 def remove_older_layout(root: str, kind: Kind) -> None:
-    """Remove the files of the version that an older rebeca_ray wrote into the root itself."""
-    names = {uri.removeprefix(f"{root.rstrip('/')}/"): uri for uri in list_files(root)}
-    delete_files(
-        [
-            uri
-            for name, uri in names.items()
-            if "/" not in name and any(fnmatch(name, pattern) for pattern in OLDER_LAYOUT[kind])
-        ]
-    )
+    """Remove the files of a version of the older layout, its marker last."""
+    marker, *others = OLDER_LAYOUT[kind]
+    names = [uri.removeprefix(f"{root.rstrip('/')}/") for uri in list_files(root)]
+    if marker in names:  # or they are somebody else's files
+        old = [name for name in names if "/" not in name and any(fnmatch(name, other) for other in others)]
+        delete_files([join(root, name) for name in [*old, marker]])
 
 
 @contextmanager

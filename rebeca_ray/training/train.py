@@ -109,7 +109,9 @@ def sigint_kept() -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except SystemExit:
+    except SystemExit as error:
+        if error.code:
+            raise
         raise KeyboardInterrupt from None
     finally:
         if threading.current_thread() is threading.main_thread():

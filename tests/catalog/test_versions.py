@@ -85,6 +85,13 @@ def test_the_older_layout_is_a_version_like_any_other(root: str) -> None:
     ]
 
 
+def test_files_of_others_in_the_root_stay(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("theirs")
+    for value in (1, 2, 3):
+        write(str(tmp_path), value)
+    assert (tmp_path / "README.md").read_text() == "theirs"
+
+
 @pytest.mark.parametrize("error", [StorageError("disk full"), KeyboardInterrupt()])
 def test_a_writer_that_fails_leaves_the_published_version_alone(root: str, error: BaseException) -> None:
     name = write(root, 1)

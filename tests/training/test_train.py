@@ -4,7 +4,6 @@ import datetime
 import errno
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from fsspec.implementations.local import LocalFileSystem
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.lease import hold_lease
@@ -35,6 +33,7 @@ from rebeca_ray.prior.sampling import sample_liked
 from rebeca_ray.prior.scaler import EmbedScaler
 from rebeca_ray.prior.user_blocks import USERS_PER_BLOCK, Batch, Rated, UserBlock
 from rebeca_ray.prior.users import UserTable
+from rebeca_ray.storage.local import LocalStore
 from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.training import train
 from rebeca_ray.training.loop import train_epoch
@@ -380,6 +379,16 @@ def test_one_of_two_trainings_works_and_a_kill_leaves_the_prior(
     assert names == [f"00000001-{first}", f"00000004-{second}"]
 
 
+@pytest.mark.parametrize(("code", "kind"), [(0, KeyboardInterrupt), (143, SystemExit)])
+def test_an_interrupted_fit_ends_as_an_interrupt(code: int, kind: type[BaseException]) -> None:
+    """Ray Train replaces the handler of SIGINT and ends the process with code 0."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(kind), train.sigint_kept():  # noqa: PT012
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise SystemExit(code)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_a_full_disk_leaves_the_prior(world: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     config = configure(world)
     prior = untrained_prior(config.network.model_copy(update={"user_encoder": "history"}))
@@ -387,12 +396,14 @@ def test_a_full_disk_leaves_the_prior(world: dict[str, str], monkeypatch: pytest
     train_prior(config)
     before = load_prior(config.out).fingerprint
 
-    def full(self: object, local: str, remote: str) -> None:
-        if "selector" in remote or "training" in remote:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        shutil.copy(local, remote)
+    put = LocalStore.put
 
-    monkeypatch.setattr(LocalFileSystem, "put_file", full)
+    def full(self: LocalStore, data: bytes) -> None:
+        if "training" in self.path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        put(self, data)
+
+    monkeypatch.setattr(LocalStore, "put", full)
     with pytest.raises(StorageError, match="cannot be written .No space left on device"):
         train_prior(config)
     assert load_prior(config.out).fingerprint == before
