@@ -17,12 +17,14 @@ from s3fs import S3FileSystem
 
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.pointer import Pointer, change_pointer, read_pointer
+from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.cli.runner import plain_errors
 from rebeca_ray.errors import UserError
 from rebeca_ray.storage.filesystem import delete, list_files, list_folders, open_filesystem
 from rebeca_ray.storage.objects import HashingSink, read_json, write_json
 from rebeca_ray.storage.parquet import read_table, write_table
 from rebeca_ray.storage.swap_probe import require_swaps
+from tests.catalog.large import write_snapshot
 from tests.faulty_s3 import FAULTS, Fault, FaultyS3, faulty_s3, forever, seeded
 
 TABLE = pa.table({"user_id": [f"user-{number}" for number in range(1000)], "rank": list(range(1000))})
@@ -239,6 +241,17 @@ def test_a_temporary_outage_does_not_lose_the_lease(
         assert lease.lost is None
         assert lease.fencing_token == 1
         assert [thread.name for thread in threading.enumerate()].count("lease") == 1
+
+
+def test_a_healthy_file_is_not_damaged_by_an_answer_that_is_cut_off(proxy: FaultyS3, root: str) -> None:
+    write_snapshot(root, rows_per_group=100)
+    snapshot = read_catalog(root)
+    expected = snapshot.table("items")
+    for fault in FAULTS:
+        proxy.misbehave([fault] * 2, "HEAD /")
+        assert snapshot.table("items").equals(expected)
+        assert snapshot.dataset("items").count_rows() == expected.num_rows
+        assert [request for request in proxy.requests if request.method == "HEAD"] == []
 
 
 DOWN: dict[str, Callable[[str], Any]] = {
