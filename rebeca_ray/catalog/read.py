@@ -153,9 +153,12 @@ class Snapshot:
     def dataset_of(self, name: str, paths: list[str]) -> pyarrow.dataset.Dataset:
         """Return some files of a table as a dataset. Columns that are younger than a file are null there."""
         store = open_store(self.root)
-        files, schema = [join(store.path, path) for path in paths], self.stored_schema(name)
         scan = store.scan_filesystem()
-        return pyarrow.dataset.dataset(files, schema=schema, filesystem=scan, format=PARQUET)
+        # Arrow would believe an answer of the store that is cut off, and call an intact file damaged.
+        fragments = [
+            PARQUET.make_fragment(join(store.path, path), scan, file_size=self.sizes[path]) for path in paths
+        ]
+        return pyarrow.dataset.FileSystemDataset(fragments, self.stored_schema(name), PARQUET, scan)
 
     def read_files(self, name: str, paths: list[str], columns: list[str] | None) -> pa.Table:
         """Return all rows of some files of a table. Raises InputError naming the file that cannot be read."""
@@ -323,6 +326,11 @@ class Snapshot:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out everything derived from the file list: it is large, and a Ray task needs little of it."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """The size of every file by its path."""
+        return dict(zip(self.files["path"].to_pylist(), self.files["bytes"].to_pylist(), strict=True))
 
     @cached_property
     def user_files(self) -> UserFiles:

@@ -158,6 +158,8 @@ class S3Store:
         text = str(error) if isinstance(error, OSError) else ""
         if "NO_SUCH_KEY" in text:
             return Failure.MISSING
+        if "HTTP status 416" in text:  # the file is shorter than its listing says
+            return Failure.DAMAGED
         return Failure.FAILED if type(error) is OSError and "AWS Error" in text else None
 
     @staticmethod

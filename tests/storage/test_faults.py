@@ -3,11 +3,13 @@
 import asyncio
 import gc
 import hashlib
+import itertools
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,14 +17,21 @@ import pyarrow as pa
 import pytest
 from s3fs import S3FileSystem
 
+from rebeca_ray.catalog.exports.iceberg import register_snapshot
+from rebeca_ray.catalog.exports.image_objects import export_images
+from rebeca_ray.catalog.exports.key_values import export_key_values
+from rebeca_ray.catalog.gc import collect
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.pointer import Pointer, change_pointer, read_pointer
+from rebeca_ray.catalog.read import read_catalog
+from rebeca_ray.catalog.verify import verify
 from rebeca_ray.cli.runner import plain_errors
 from rebeca_ray.errors import UserError
 from rebeca_ray.storage.filesystem import delete, list_files, list_folders, open_filesystem
 from rebeca_ray.storage.objects import HashingSink, read_json, write_json
 from rebeca_ray.storage.parquet import read_table, write_table
 from rebeca_ray.storage.swap_probe import require_swaps
+from tests.catalog.large import write_snapshot
 from tests.faulty_s3 import FAULTS, Fault, FaultyS3, faulty_s3, forever, seeded
 
 TABLE = pa.table({"user_id": [f"user-{number}" for number in range(1000)], "rank": list(range(1000))})
@@ -239,6 +248,44 @@ def test_a_temporary_outage_does_not_lose_the_lease(
         assert lease.lost is None
         assert lease.fencing_token == 1
         assert [thread.name for thread in threading.enumerate()].count("lease") == 1
+
+
+def test_a_healthy_file_is_not_damaged_by_an_answer_that_is_cut_off(proxy: FaultyS3, root: str) -> None:
+    write_snapshot(root, rows_per_group=100)
+    snapshot = read_catalog(root)
+    expected = snapshot.table("items")
+    for fault in FAULTS:
+        proxy.misbehave([fault] * 2, "HEAD /")
+        assert snapshot.table("items").equals(expected)
+        assert snapshot.dataset("items").count_rows() == expected.num_rows
+        assert [request for request in proxy.requests if request.method == "HEAD"] == []
+
+
+def test_an_export_to_a_disk_ends_in_one_line_when_the_store_goes_down(
+    proxy: FaultyS3,
+    root: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(S3FileSystem, "retries", 1)
+    write_snapshot(root, rows_per_group=100)
+    snapshot = read_catalog(root)
+    exports: list[Callable[[], Any]] = [
+        lambda: export_key_values(snapshot, f"{tmp_path}/values", "jsonl"),
+        lambda: export_images(snapshot, f"{tmp_path}/images", "/images"),
+        lambda: register_snapshot(snapshot, f"sqlite:////{tmp_path}/iceberg.db", str(tmp_path), "rebeca"),
+        lambda: snapshot.table("items"),
+        lambda: verify(snapshot, "full"),
+        lambda: collect(root, keep=1, grace_hours=1),
+    ]
+    for export in exports:
+        proxy.misbehave(itertools.chain([""], forever("gone")))
+        with pytest.raises(SystemExit) as ended, plain_errors():
+            export()
+        assert ended.value.code == 75
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
 
 
 DOWN: dict[str, Callable[[str], Any]] = {

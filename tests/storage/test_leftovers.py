@@ -52,7 +52,7 @@ def test_a_store_that_ignores_conditions_gets_no_lease(careless_root: str) -> No
         hold_lease(careless_root, "run", 60),
     ):
         raise AssertionError("held")
-    assert list_files(careless_root) == []
+    assert {*list_files(careless_root)} <= {careless_root}  # SeaweedFS keeps the folder for a while
 
 
 def test_the_proof_leaves_nothing_behind_and_is_made_once(root: str, monkeypatch: pytest.MonkeyPatch) -> None:

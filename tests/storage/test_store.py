@@ -291,6 +291,7 @@ def test_failures_have_the_same_names_on_every_store() -> None:
         (pa.ArrowInvalid("a"), Failure.DAMAGED),
         (OSError("AWS Error NO_SUCH_KEY during GetObject"), Failure.MISSING),
         (OSError("AWS Error SLOW_DOWN during GetObject"), Failure.FAILED),
+        (OSError("AWS Error UNKNOWN (HTTP status 416) during GetObject"), Failure.DAMAGED),
         (NoCredentialsError(), Failure.DENIED),
         (OSError(121, "a"), Failure.UNREACHABLE),
         (ConnectionResetError("a"), Failure.UNREACHABLE),
