@@ -34,8 +34,8 @@ from rebeca_ray.generation.decisions import Action, Decisions
 from rebeca_ray.generation.outcomes import COUNTED, num_filtered
 from rebeca_ray.generation.parts import PartRecord
 from rebeca_ray.generation.plan import read_plan
-from rebeca_ray.generation.previous import damage_of_tables
 from rebeca_ray.generation.render import Rendered
+from rebeca_ray.generation.repair.previous import damage_of_tables
 from rebeca_ray.ray_runtime import for_each
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.parquet import read_table, write_table

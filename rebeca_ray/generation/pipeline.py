@@ -43,9 +43,9 @@ from rebeca_ray.generation.decisions import Decisions
 from rebeca_ray.generation.estimate import actual_cost, forecast
 from rebeca_ray.generation.gate import check_plan, refusals
 from rebeca_ray.generation.plan import plan_items, request_histories
-from rebeca_ray.generation.previous import damage_of_all_tables, note_damage
 from rebeca_ray.generation.progress import Progress, watchdog
 from rebeca_ray.generation.render import busy_seconds, check_renderer, render_all
+from rebeca_ray.generation.repair.previous import damage_of_all_tables, note_damage
 from rebeca_ray.generation.request import check_request
 from rebeca_ray.generation.runs import begin, choose_run, describe_run
 from rebeca_ray.log import set_run_id

@@ -29,9 +29,9 @@ from rebeca_ray.generation.dataflow import Actors, Stage, run_graph
 from rebeca_ray.generation.decisions import Decisions
 from rebeca_ray.generation.parts import PartRecord, WriteParts, with_busy_seconds
 from rebeca_ray.generation.plan import read_plan
-from rebeca_ray.generation.previous import HashedBytes
 from rebeca_ray.generation.progress import Progress
-from rebeca_ray.generation.suspects import Suspects, was_started_again
+from rebeca_ray.generation.repair.previous import HashedBytes
+from rebeca_ray.generation.repair.suspects import Suspects, was_started_again
 from rebeca_ray.ray_runtime import ExcludeIds
 from rebeca_ray.storage.filesystem import delete_files, join, list_files, open_filesystem, storage_errors
 from rebeca_ray.storage.records import (

@@ -16,8 +16,8 @@ from rebeca_ray.catalog.verify import verify
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import LayoutSettings
 from rebeca_ray.decoder.local import LocalDecoder
-from rebeca_ray.generation import previous
 from rebeca_ray.generation.pipeline import generate_catalog
+from rebeca_ray.generation.repair import previous
 from rebeca_ray.identity import bucket_of
 from tests.conftest import NO_GATE, USERS, snapshot_of
 from tests.generation.test_plan import write_histories, write_history_prior
