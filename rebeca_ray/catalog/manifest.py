@@ -5,11 +5,12 @@ The manifest is the public contract of a snapshot, and it only grows. Version 3 
 """
 
 import hashlib
+from datetime import datetime
 from typing import NotRequired
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from typing_extensions import TypedDict
 
 from rebeca_ray import schemas
@@ -170,6 +171,13 @@ class Manifest(Record):
     measured: Measured
     forecast: Cost | None = None
     actual: Cost | None = None
+
+    @field_validator("created_at")
+    @classmethod
+    def check_time(cls, value: str) -> str:
+        if datetime.fromisoformat(value).tzinfo is None:
+            raise ValueError("has no time zone")
+        return value
 
     @property
     def path(self) -> str:

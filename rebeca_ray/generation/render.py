@@ -287,7 +287,7 @@ def check_renderer(decoder: DecoderSettings, minutes: float | None) -> None:
     except ray.exceptions.GetTimeoutError:
         ray.cancel(result, force=True)
         raise ResumableError(
-            f"decoder: its check on a node did not end within {deadline} s "
+            f"decoder: its check on a node did not end within {deadline:g} s "
             "(limits.stall_minutes); look for a node with its resources, and at its server; start again"
         ) from None
     except ray.exceptions.RayTaskError as error:
