@@ -53,16 +53,11 @@ class StorageError(ResumableError):
 
 
 class DamagedFilesError(ResumableError):
-    """Files that a run needs are missing or damaged: their reasons by path. The run makes them again."""
+    """Files that a run needs are missing or damaged: the reasons by path. The run makes them again."""
 
-    def __init__(self, reasons: dict[str, str]) -> None:
-        path, reason = next(iter(reasons.items()))
-        others = f" and {len(reasons) - 1} more files" if len(reasons) > 1 else ""
-        super().__init__(f"{path}{others}: {reason}; expected the written file; start again, it is redone")
-        self.reasons = reasons
-
-    def __reduce__(self) -> tuple[type["DamagedFilesError"], tuple[dict[str, str]]]:
-        return DamagedFilesError, (self.reasons,)
+    def __init__(self, message: str, reasons: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.reasons = reasons or {}
 
 
 class ServerLostError(ResumableError):

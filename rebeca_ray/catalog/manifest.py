@@ -4,9 +4,10 @@ The manifest is the public contract of a snapshot, and it only grows. Version 3 
 `read_manifest` translates them, so the rest of the package knows the current names alone.
 """
 
+from datetime import datetime
 from typing import Annotated, NotRequired
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from typing_extensions import TypedDict
 
 from rebeca_ray import schemas
@@ -172,6 +173,13 @@ class Manifest(Record):
     measured: Measured
     forecast: Cost | None = None
     actual: Cost | None = None
+
+    @field_validator("created_at")
+    @classmethod
+    def check_time(cls, value: str) -> str:
+        if datetime.fromisoformat(value).tzinfo is None:
+            raise ValueError("has no time zone")
+        return value
 
     @property
     def path(self) -> str:

@@ -34,11 +34,12 @@ from rebeca_ray.generation.decisions import Action, Decisions
 from rebeca_ray.generation.outcomes import COUNTED, num_filtered
 from rebeca_ray.generation.parts import PartRecord
 from rebeca_ray.generation.plan import read_plan
-from rebeca_ray.generation.previous import damage_of_tables
 from rebeca_ray.generation.render import Rendered
+from rebeca_ray.generation.repair.previous import damage_of_tables
 from rebeca_ray.ray_runtime import for_each
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.parquet import read_table, write_table
+from rebeca_ray.storage.records import damaged_files
 
 T = TypeVar("T")
 
@@ -84,7 +85,7 @@ def assemble(
 
     results = for_each(assemble_bucket, inputs, on_progress, in_process=context.in_process)
     if damaged := {path: reason for result in results for path, reason in result.damaged.items()}:
-        raise DamagedFilesError(damaged)
+        raise damaged_files(damaged)
     if unrendered := sum(result.unrendered for result in results):
         raise incomplete(
             context.run, f"{unrendered:,} of {decisions.planned_items:,} planned items were not rendered"

@@ -15,7 +15,7 @@ from rebeca_ray.catalog.manifest import FileRow
 from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.decisions import Decision, DecisionsFile
 from rebeca_ray.generation.parts import PartRecord
-from rebeca_ray.generation.previous import Damage
+from rebeca_ray.generation.repair.previous import Damage
 from rebeca_ray.storage.records import read_columns
 
 

@@ -2,8 +2,8 @@
 
 decisions + its part of the plan + its images + the previous snapshot -> its public tables
 
-A bucket without changes is carried over by reference: the previous files are listed again, and no embedding
-or pixel is read. Everything of one bucket is in memory, of others nothing but the population pool.
+A bucket without changes is carried over by reference: the previous files are listed again, and joining reads
+no embedding or pixel. Everything of one bucket is in memory, of others nothing but the population pool.
 """
 
 from dataclasses import asdict, replace
@@ -30,7 +30,7 @@ from rebeca_ray.generation.item_columns import (
     without_pool,
 )
 from rebeca_ray.generation.outcomes import count_carried, count_outcomes
-from rebeca_ray.generation.previous import bucket_paths, damaged_numbers, last_users, without_images
+from rebeca_ray.generation.repair.previous import bucket_paths, damaged_numbers, last_users, without_images
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.parquet import write_table
 from rebeca_ray.storage.records import read_recorded

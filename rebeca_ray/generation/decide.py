@@ -31,7 +31,7 @@ from rebeca_ray.generation.decisions import (
     decisions_table,
     render_keys,
 )
-from rebeca_ray.generation.previous import Damage, read_known, read_previous
+from rebeca_ray.generation.repair.previous import Damage, read_known, read_previous
 from rebeca_ray.identity import bucket_of, hash128
 from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.storage.filesystem import join

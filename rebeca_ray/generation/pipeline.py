@@ -49,9 +49,9 @@ from rebeca_ray.generation.decisions import Decisions
 from rebeca_ray.generation.estimate import actual_cost, forecast
 from rebeca_ray.generation.gate import check_plan, refusals
 from rebeca_ray.generation.plan import plan_items, request_histories
-from rebeca_ray.generation.previous import damage_of_all_tables, note_damage
 from rebeca_ray.generation.progress import Progress, watchdog
 from rebeca_ray.generation.render import busy_seconds, check_renderer, render_all
+from rebeca_ray.generation.repair.previous import damage_of_all_tables, note_damage
 from rebeca_ray.generation.request import check_request
 from rebeca_ray.generation.runs import begin, choose_run, describe_run, inputs_digest, is_made_already
 from rebeca_ray.log import set_run_id
@@ -64,6 +64,7 @@ from rebeca_ray.storage.writable import require_writable
 log = logging.getLogger(__name__)
 
 MAX_REPAIRS = 3  # times that stages run again because files were damaged
+MAX_CLOCK_DIFFERENCE = datetime.timedelta(minutes=5)  # between the machines of two nights
 MAX_FILE_NUMBER = 2**31 - 1  # `items.image_file` is an int32
 ASSEMBLE_RESERVE = 1.5  # times the last assembling: rendering stops so long before `publish_by`
 
@@ -244,6 +245,7 @@ def run_stages(
     with progress.stage("decide"):
         decisions = decide_all(context, histories, progress.move)
         check_file_numbers(context, decisions)
+        check_clock(context)
     if previous:
         expected = forecast(context, decisions)
         log.info(
@@ -294,6 +296,17 @@ def check_file_numbers(context: RunContext, decisions: Decisions) -> None:
         raise InputError(
             f"catalog {context.run.root}: the next image file has number {first:,}, and this run may need "
             f"{needed:,} more; numbers end at {MAX_FILE_NUMBER:,}: generate into another root"
+        )
+
+
+def check_clock(context: RunContext) -> None:
+    """Warn of a previous snapshot from the future: its dates count as tonight's."""
+    now = datetime.datetime.now(datetime.UTC)
+    made = context.previous.manifest.created_at if context.previous else now.isoformat()
+    if datetime.datetime.fromisoformat(made) > now + MAX_CLOCK_DIFFERENCE:
+        log.warning(
+            f"catalog {context.run.root}: the previous snapshot was made at {made}, and it is "
+            f"{now.isoformat(timespec='seconds')} now; set the clock that is wrong"
         )
 
 

@@ -30,9 +30,9 @@ from rebeca_ray.generation.dataflow import Actors, Stage, run_graph
 from rebeca_ray.generation.decisions import Decisions
 from rebeca_ray.generation.parts import PartRecord, WriteParts, with_busy_seconds
 from rebeca_ray.generation.plan import read_plan
-from rebeca_ray.generation.previous import HashedBytes
 from rebeca_ray.generation.progress import Progress
-from rebeca_ray.generation.suspects import Suspects, was_started_again
+from rebeca_ray.generation.repair.previous import HashedBytes
+from rebeca_ray.generation.repair.suspects import Suspects, was_started_again
 from rebeca_ray.ray_runtime import ExcludeIds
 from rebeca_ray.storage.filesystem import delete_files, join, list_files, open_filesystem, storage_errors
 from rebeca_ray.storage.records import (
@@ -294,7 +294,7 @@ def check_renderer(decoder: DecoderSettings, minutes: float | None) -> None:
     except ray.exceptions.GetTimeoutError:
         ray.cancel(result, force=True)
         raise ResumableError(
-            f"decoder: its check on a node did not end within {deadline} s "
+            f"decoder: its check on a node did not end within {deadline:g} s "
             "(limits.stall_minutes); look for a node with its resources, and at its server; start again"
         ) from None
     except ray.exceptions.RayTaskError as error:

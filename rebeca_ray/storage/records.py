@@ -118,6 +118,14 @@ def damage_among(root: str, files: Iterable[FileRecord], *, hashed: bool = True)
         return {path: reason for path, reason in pool.map(check, files) if reason}
 
 
+def damaged_files(reasons: dict[str, str]) -> DamagedFilesError:
+    """Return the error for files that are missing or damaged: the reasons by path."""
+    path, reason = next(iter(reasons.items()))
+    others = f" and {len(reasons) - 1} more files" if len(reasons) > 1 else ""
+    message = f"{path}{others}: {reason}; expected the file as it was written; start again, it is redone"
+    return DamagedFilesError(message, reasons)
+
+
 def read_recorded(root: str, file: FileRecord, columns: list[str] | None = None) -> pa.Table:
     """Return a Parquet file below `root` after comparing it with its record.
 
@@ -128,13 +136,13 @@ def read_recorded(root: str, file: FileRecord, columns: list[str] | None = None)
     try:
         data = filesystem.cat_file(path)
         if hashlib.sha256(data).hexdigest() != file.sha256:
-            raise DamagedFilesError({file.path: "its sha256 is not the recorded one"})
+            raise damaged_files({file.path: "its sha256 is not the recorded one"})
         return pq.read_table(pa.BufferReader(data), columns=columns)
     except MISSING:
-        raise DamagedFilesError({file.path: "is missing"}) from None
+        raise damaged_files({file.path: "is missing"}) from None
     except (pa.ArrowException, *failure_types()) as error:
         if classify(error) is Failure.DAMAGED:
-            raise DamagedFilesError({file.path: describe(error)}) from None
+            raise damaged_files({file.path: describe(error)}) from None
         raise unreadable(uri, error) from None
 
 
@@ -150,10 +158,10 @@ def read_columns(root: str, path: str, columns: list[str]) -> pa.Table:
         with filesystem.open(inside, "rb", cache_type="none") as file:
             return pq.read_table(file, columns=columns, page_checksum_verification=True)
     except MISSING:
-        raise DamagedFilesError({path: "is missing"}) from None
+        raise damaged_files({path: "is missing"}) from None
     except (pa.ArrowException, *failure_types()) as error:
         if classify(error) is Failure.DAMAGED:
-            raise DamagedFilesError({path: describe(error)}) from None
+            raise damaged_files({path: describe(error)}) from None
         raise unreadable(uri, error) from None
 
 

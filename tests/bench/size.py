@@ -23,13 +23,13 @@ from rebeca_ray.catalog.layout import Run
 from rebeca_ray.config.decoder import DecoderSettings, SafetySettings
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import LayoutSettings
-from rebeca_ray.generation.assembly import Assembly, ImageFile
+from rebeca_ray.generation.assembly import Assembly, BucketInput, ImageFile
 from rebeca_ray.generation.bucket import Bucket
 from rebeca_ray.generation.context import Models, RunContext
 from rebeca_ray.generation.decide import cut, write_decisions
 from rebeca_ray.generation.decisions import Action, Decision
 from rebeca_ray.generation.parts import PartRecord
-from rebeca_ray.storage.parquet import read_table, write_table
+from rebeca_ray.storage.parquet import WrittenTable, read_table, write_table
 
 USERS, ITEMS_PER_USER, D = 10_000, 10, 1024
 IMAGES_PER_FILE, FILES = 2_500, 44_000
@@ -58,12 +58,15 @@ def bucket(folder: Path, scale: float) -> dict[str, float]:
         )
         for user in users
     ]
-    write_decisions(decisions, run.decisions(0))
+    bucket = BucketInput(
+        bucket=0,
+        decided=write_decisions(decisions, run, 0, to_plan=False),
+        parts=write_plan(run, users),
+        files=write_images(run, len(users) * ITEMS_PER_USER),
+    )
     count = len(users) * ITEMS_PER_USER
     work = Assembly(
         context=context_of(run, requested=count),
-        parts=write_plan(run, users),
-        files=write_images(run, count),
         timed_out=False,
         now=datetime.now(UTC),
         metadata={},
@@ -72,7 +75,7 @@ def bucket(folder: Path, scale: float) -> dict[str, float]:
         pool_decision=None,
     )
     started = time.perf_counter()
-    result = Bucket.read(work, 0).assemble()
+    result = Bucket.read(work, bucket).assemble()
     assert result.counts["new"] == count
     items = next(row for row in result.files if row["table"] == "items")
     return {"seconds": time.perf_counter() - started, "items_mb": items["bytes"] / 1e6}
@@ -105,11 +108,9 @@ def context_of(run: Run, requested: int) -> RunContext:
     )
 
 
-def record_of(path: str, rows: int) -> PartRecord:
-    """Return the record of one part of bucket 0, without its checksum."""
-    return PartRecord(
-        bucket=0, shard=0, attempt=0, path=path, rows=rows, bytes=0, sha256="", failed=0, busy_seconds=0.0
-    )
+def record_of(path: str, written: WrittenTable) -> PartRecord:
+    """Return the record of one part of bucket 0."""
+    return PartRecord(bucket=0, shard=0, attempt=0, path=path, **written, failed=0, busy_seconds=0.0)
 
 
 def write_plan(run: Run, users: list[str]) -> list[PartRecord]:
@@ -131,13 +132,13 @@ def write_plan(run: Run, users: list[str]) -> list[PartRecord]:
             "nearest_similarity": random.random(len(indices), np.float32),
             "origin": ["new"] * len(indices),
         }
-        write_table(
+        written = write_table(
             pa.table(columns),
             f"{run.plan}/{number}.parquet",
             row_group_size=20_000,
             embed_column="image_embeds",
         )
-        parts.append(record_of(f"plan/{number}.parquet", len(indices)))
+        parts.append(record_of(f"plan/{number}.parquet", written))
     return parts
 
 
@@ -155,10 +156,10 @@ def write_images(run: Run, count: int) -> list[ImageFile]:
         indices = range(start, min(start + IMAGES_PER_FILE, count))
         rows = [{**image, "item_id": f"{index:032x}"} for index in indices]
         path = f"{run.images}/bucket=0/{number}.parquet"
-        write_table(
+        written = write_table(
             pa.Table.from_pylist(rows, schema=schemas.IMAGES), f"{run.root}/{path}", row_group_size=100
         )
-        files.append(ImageFile(number=number, record=record_of(path, len(rows))))
+        files.append(ImageFile(number=number, record=record_of(path, written)))
     return files
 
 

@@ -103,6 +103,8 @@ def test_a_damaged_file_list_is_named(large: Snapshot, damage: str) -> None:
         ("embed_dim", "64", "Input should be a valid integer"),
         ("num_buckets", 0, "Input should be greater than 0"),
         ("num_buckets", -3, "Input should be greater than 0"),
+        ("created_at", "soon", "Value error, Invalid isoformat string: 'soon'"),
+        ("created_at", "2026-01-01T00:00:00", "Value error, has no time zone"),
         ("previous_path", 7, "Input should be a valid string"),
         ("run_id", ..., "Field required"),
         ("files", ..., "Field required"),

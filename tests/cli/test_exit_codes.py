@@ -27,6 +27,7 @@ EXIT_CODES = {
     errors.QualityGateError: 4,
     errors.LeaseHeldError: 5,
     errors.ResumableError: 75,
+    errors.DamagedFilesError: 75,
     errors.ServerLostError: 75,
 }
 

@@ -19,7 +19,7 @@ from rebeca_ray.generation import plan as plan_module
 from rebeca_ray.generation import render as render_module
 from rebeca_ray.generation.decisions import published_users
 from rebeca_ray.generation.estimate import forecast
-from rebeca_ray.generation.pipeline import MAX_FILE_NUMBER, check_file_numbers
+from rebeca_ray.generation.pipeline import MAX_FILE_NUMBER, check_clock, check_file_numbers
 from rebeca_ray.generation.progress import Progress
 from rebeca_ray.prior.selector import Selector
 from tests.conftest import USERS, D, context_of, decide, prior_users, run_of, snapshot_of, write_tiny_prior
@@ -162,3 +162,16 @@ def test_a_snapshot_of_a_clock_that_was_ahead_changes_nobody_and_gets_tonights_d
     assert (counts.new, counts.carried) == (0, 16)
     users = published_users(read_catalog(config.catalog).table("users"))
     assert {row.planned_on for row in users.values()} == {MONDAY}
+
+
+def test_a_previous_snapshot_from_the_future_is_told(
+    cut: GenerateConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    snapshot_of(cut)
+    context = context_of(cut)
+    assert context.previous is not None
+    check_clock(context)
+    assert caplog.messages == []
+    manifest = context.previous.manifest.model_copy(update={"created_at": "2999-01-01T00:00:00+00:00"})
+    check_clock(replace(context, previous=replace(context.previous, manifest=manifest)))
+    assert "the previous snapshot was made at 2999-01-01T00:00:00+00:00, and it is 20" in caplog.text

@@ -16,10 +16,11 @@ from rebeca_ray.catalog.verify import verify
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import LayoutSettings
 from rebeca_ray.decoder.local import LocalDecoder
-from rebeca_ray.generation import previous
 from rebeca_ray.generation.pipeline import generate_catalog
+from rebeca_ray.generation.render import Rendered
+from rebeca_ray.generation.repair import previous
 from rebeca_ray.identity import bucket_of
-from tests.conftest import NO_GATE, USERS, snapshot_of
+from tests.conftest import NO_GATE, USERS, assembled, prepare, publish, snapshot_of
 from tests.generation.test_plan import write_histories, write_history_prior
 
 MONDAY = datetime.date(2026, 3, 2)
@@ -67,6 +68,10 @@ def by_user(snapshot: Snapshot) -> dict[str, list[tuple[str, int, str]]]:
     for row in rows:
         users.setdefault(row["user_id"], []).append((row["item_id"], row["rank"], row["origin"]))
     return users
+
+
+def ids_by_user(snapshot: Snapshot) -> dict[str, list[str]]:
+    return {user: [item for item, _, _ in items] for user, items in by_user(snapshot).items()}
 
 
 @pytest.fixture
@@ -156,7 +161,7 @@ def test_any_damaged_published_file_costs_the_users_with_items_in_it(
 ) -> None:
     root, copy = Path(two_buckets.catalog), tmp_path / "copy"
     before = read_catalog(two_buckets.catalog)
-    expected = {user: [item for item, _, _ in items] for user, items in by_user(before).items()}
+    expected = ids_by_user(before)
     users = before.table("users")["user_id"].to_pylist()
     shutil.copytree(root, copy)
     for row in before.files.to_pylist():
@@ -175,7 +180,7 @@ def test_any_damaged_published_file_costs_the_users_with_items_in_it(
         assert row["path"] in warnings[0].getMessage()
         assert "planned again" in warnings[0].getMessage()
         items = by_user(snapshot)
-        assert {user: [item for item, _, _ in kept] for user, kept in items.items()} == expected
+        assert ids_by_user(snapshot) == expected
         # Users of the other bucket keep their items, but for those who share the pool.
         here = {user for user in users if bucket_of(user, before.num_buckets) == row["bucket"]}
         new = {user for user, kept in items.items() if any(origin == "new" for _, _, origin in kept)}
@@ -216,3 +221,27 @@ def test_one_damaged_manifest_of_an_old_snapshot_stops_no_night(
     truncate(old)
     assert snapshot_of(two_buckets).counts.carried == 14
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+def test_users_whose_items_are_lost_are_planned_again_on_a_later_night_when_time_runs_out(
+    two_buckets: GenerateConfig,
+) -> None:
+    """Without time to render, they go without those items. The snapshot does without the file at once."""
+    before = read_catalog(two_buckets.catalog)
+    first = next(user for user in USERS if bucket_of(user, 2) == 0)
+    file = before.items(["image_file"], [first])["image_file"][0].as_py()
+    (row,) = (row for row in before.files.to_pylist() if row["table"] == "images" and row["file"] == file)
+    Path(two_buckets.catalog, row["path"]).unlink()
+    prepared = prepare(two_buckets)
+    manifest = assembled(two_buckets, prepared._replace(rendered=Rendered(files=[], timed_out=True)))
+    publish(two_buckets.catalog, prepared.run)
+    snapshot = read_catalog(two_buckets.catalog)
+    assert verify(snapshot, "full") == []
+    assert row["path"] not in snapshot.files["path"].to_pylist()
+    counts = manifest.counts
+    assert 0 < counts.deferred < counts.requested == counts.carried + counts.population + counts.deferred
+    later = snapshot_of(two_buckets.model_copy(update={"run_date": MONDAY + datetime.timedelta(days=3)}))
+    assert later.counts.requested == 16
+    assert (later.counts.deferred, later.counts.filtered) == (0, 0)
+    now = ids_by_user(read_catalog(two_buckets.catalog))
+    assert {user: len(items) for user, items in now.items()} == dict.fromkeys(ids_by_user(before), 2)

@@ -12,10 +12,10 @@ from rebeca_ray import schemas
 from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.generation import render as render_module
-from rebeca_ray.generation import suspects as suspects_module
 from rebeca_ray.generation.pipeline import generate_catalog
 from rebeca_ray.generation.render import RenderImages
-from rebeca_ray.generation.suspects import REASON, Suspects
+from rebeca_ray.generation.repair import suspects as suspects_module
+from rebeca_ray.generation.repair.suspects import REASON, Suspects
 from rebeca_ray.storage.filesystem import delete
 from tests.conftest import NO_GATE, snapshot_of
 
