@@ -49,9 +49,10 @@ def rank(
     """Rank the items that a user has not rated yet."""
     with plain_errors():
         snapshot = read_catalog(catalog)
-        rated = read_interactions(InteractionSettings(path=interactions, hold_out=0.0, min_likes=0))
+        settings = InteractionSettings(path=interactions, hold_out=0.0, min_likes=0)
+        rated = read_interactions(settings)
         real = read_image_embeds(items)
-        known = with_rated(real, catalog, interactions)
+        known = with_rated(real, catalog, settings)
         if snapshot.manifest.embed_dim != real.image_embeds.shape[1]:
             raise InputError(
                 f"items {items}: embeddings of size {real.image_embeds.shape[1]}, "

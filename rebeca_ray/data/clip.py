@@ -17,7 +17,7 @@ from rebeca_ray.errors import InputError, describe, did_you_mean, shown
 class EmbedImages:
     """Embed images as a Ray Data actor: a batch of encoded images in, one embedding per row out.
 
-    Adds `image_embeds` [D] and drops `image`. Embeddings are not normalised, as IP-Adapter was trained on.
+    Returns `item_id` and `image_embeds` [D]. Embeddings are not normalised, as IP-Adapter was trained on.
     Raises InputError, naming the item, for an image that cannot be decoded.
     """
 
@@ -45,8 +45,7 @@ class EmbedImages:
         column = pa.FixedSizeListArray.from_arrays(
             pa.array(embeds.ravel()), type=schemas.image_embeds(embeds.shape[1])
         )
-        others = [name for name in batch.column_names if name not in ("image", "image_embeds")]
-        return batch.select(others).append_column("image_embeds", column)
+        return pa.table({"item_id": batch["item_id"], "image_embeds": column})
 
 
 def open_image(encoded: bytes | None, item_id: pa.Scalar) -> Any:

@@ -24,14 +24,16 @@ from rebeca_ray.data.interactions import (
     interactions_of,
     no_users,
     normalise,
+    open_interactions,
     read_columns,
 )
+from rebeca_ray.data.streaming import stream
 from rebeca_ray.data.validation import check_columns
 from rebeca_ray.errors import InputError
 from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
 from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, open_filesystem
 from rebeca_ray.storage.objects import read_json, write_json
-from rebeca_ray.storage.parquet import ParquetInput, open_parquet, read_table, write_table
+from rebeca_ray.storage.parquet import ParquetInput, read_table, write_table
 from rebeca_ray.storage.store import failure_types
 
 log = logging.getLogger(__name__)
@@ -90,7 +92,7 @@ def build_histories(
     embedding.
     """
     # The name of the folder is a hash of everything in it, so a complete folder of that name serves again.
-    source = open_parquet(settings.path, "interactions")
+    source = open_interactions(settings)
     columns = check_columns(source, schemas.INTERACTIONS)
     out = join(storage, f"histories-{fingerprint(settings, source, item_id)[:12]}")
     if record := read_json(join(out, MARKER)):
@@ -129,31 +131,27 @@ def fingerprint(settings: InteractionSettings, source: ParquetInput, item_id: np
     )
 
 
-def split_by_bucket(source: ParquetInput, columns: list[str], split: str, num_buckets: int) -> None:
+def split_by_bucket(source: ParquetInput, columns: pa.Schema, split: str, num_buckets: int) -> None:
     """Write the interactions into one folder per bucket below `split`, with Ray Data."""
-    import ray
     from ray.data import ExecutionResources
 
     from rebeca_ray.ray_runtime import start_ray, with_log
 
     start_ray()
-    filesystem, _ = open_filesystem(source.uri)
     split_filesystem, split_path = open_filesystem(split)
     delete(split)
-    interactions = ray.data.read_parquet(source.files, filesystem=arrow_filesystem(filesystem))
+    interactions = stream(source, columns, ROWS_PER_BLOCK)
     interactions.context.execution_options.resource_limits = ExecutionResources(
         object_store_memory=BYTES_IN_FLIGHT
     )
     interactions.context.target_max_block_size = BYTES_PER_BLOCK
     (
-        interactions.select_columns(columns)
-        .map_batches(
+        interactions.map_batches(
             with_log(AddBucket(num_buckets, source.uri)),
             batch_format="pyarrow",
             batch_size=ROWS_PER_BLOCK,
             zero_copy_batch=True,
-        )
-        .write_parquet(split_path, filesystem=arrow_filesystem(split_filesystem), partition_cols=["bucket"])
+        ).write_parquet(split_path, filesystem=arrow_filesystem(split_filesystem), partition_cols=["bucket"])
     )
 
 

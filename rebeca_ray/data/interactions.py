@@ -18,13 +18,12 @@ from rebeca_ray.data.validation import (
     check_ids,
     check_rows,
     check_texts,
-    plain,
     refuse,
     row_numbers,
 )
 from rebeca_ray.errors import InputError
 from rebeca_ray.identity import hash128
-from rebeca_ray.storage.parquet import ParquetInput, open_parquet
+from rebeca_ray.storage.parquet import ParquetInput, open_table
 
 FIRST_TIME, LAST_TIME = (
     np.datetime64("0001-01-01", "us").astype(int),
@@ -53,7 +52,7 @@ def read_interactions(settings: InteractionSettings) -> Interactions:
 
     Raises InputError, naming the defect, the number of rows that have it, and examples.
     """
-    interactions = interactions_of(read_columns(open_parquet(settings.path, "interactions")), settings)
+    interactions = interactions_of(read_columns(open_interactions(settings)), settings)
     if not interactions.num_users:
         raise no_users(settings)
     return interactions
@@ -102,6 +101,11 @@ def interactions_of(table: pa.Table, settings: InteractionSettings) -> Interacti
     )
 
 
+def open_interactions(settings: InteractionSettings) -> ParquetInput:
+    """Open the interactions, in Parquet or CSV files, with the settings' names of their columns."""
+    return open_table(settings.path, "interactions", columns={})
+
+
 def read_columns(interactions: ParquetInput) -> pa.Table:
     """Read the interaction columns of the input. Raises as `check_columns` and `normalise` do."""
     columns = check_columns(interactions, schemas.INTERACTIONS)
@@ -109,26 +113,12 @@ def read_columns(interactions: ParquetInput) -> pa.Table:
 
 
 def normalise(table: pa.Table, uri: str) -> pa.Table:
-    """Return the ratings of `uri` in the types of `schemas.INTERACTIONS`, without impressions.
-
-    Raises InputError for a time outside the years 1 to 9999.
-    """
+    """Return the ratings of `uri` in the types of `schemas.INTERACTIONS`, without impressions."""
     table = only_ratings(table, uri)
-    if "timestamp" in table.column_names:
-        # A time is exact to the microsecond. Finer digits are cut off.
-        options = pc.CastOptions(schemas.INTERACTIONS.field("timestamp").type, allow_time_truncate=True)
-        index = table.column_names.index("timestamp")
-        try:
-            table = table.set_column(index, "timestamp", pc.cast(plain(table["timestamp"]), options=options))
-        except pa.ArrowInvalid:
-            raise off_the_calendar(uri) from None
-    if "rating" in table.column_names:
-        # A rating too large for the type becomes infinite, and `validate` refuses it as off the scale.
-        index = table.column_names.index("rating")
-        rating = plain(table["rating"]).cast(pa.float32(), safe=False)
-        table = table.set_column(index, "rating", rating)
+    # A rating too large for the type becomes infinite, and `validate` refuses it as off the scale.
     return table.cast(
-        pa.schema([schemas.INTERACTIONS.field(name).with_nullable(True) for name in table.column_names])
+        pa.schema([schemas.INTERACTIONS.field(name).with_nullable(True) for name in table.column_names]),
+        safe=False,
     )
 
 
@@ -136,7 +126,7 @@ def only_ratings(table: pa.Table, uri: str) -> pa.Table:
     """Return a table without impressions and without `event`. Raises InputError for an unknown event."""
     if "event" not in table.column_names:
         return table
-    event = pc.fill_null(plain(table["event"]), "")
+    event = pc.fill_null(table["event"], "")
     check_texts(event, "interactions", uri, "event")
     bad = pc.invert(pc.is_in(event, value_set=pa.array(["", *schemas.EVENTS])))
     refuse(

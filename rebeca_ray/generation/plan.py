@@ -108,7 +108,7 @@ def request_histories(config: GenerateConfig, run: Run) -> Histories | None:
     everything = config.interactions.model_copy(update={"hold_out": 0.0, "min_likes": 0})
     items = open_parquet(config.items, "items")
     item_id, rated_id, rated_uri = read_item_ids(items), np.array([], str), None
-    generated = find_rated(config.catalog, config.interactions.path, item_id, *embedded_with(items))
+    generated = find_rated(config.catalog, config.interactions, item_id, *embedded_with(items))
     if generated.num_rows:
         rated_id = generated["item_id"].to_numpy(zero_copy_only=False).astype(str)
         rated_uri = join(run.work, "rated.parquet")

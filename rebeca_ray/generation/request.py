@@ -10,8 +10,9 @@ from rebeca_ray.config.fields import MAX_IMAGES
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.load import parse_config
 from rebeca_ray.config.sections import PriorSampling
+from rebeca_ray.data.interactions import open_interactions
 from rebeca_ray.data.items import check_items_fit
-from rebeca_ray.data.validation import check_columns, check_ids, check_numbers, check_rows, check_texts, plain
+from rebeca_ray.data.validation import check_columns, check_ids, check_numbers, check_rows, check_texts
 from rebeca_ray.decoder.files import DecoderIdentity
 from rebeca_ray.errors import InputError
 from rebeca_ray.prior.checkpoint import read_prior_config
@@ -37,7 +38,7 @@ def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
     if config.items is not None:
         check_items_fit(config.items, prior)
     if config.interactions is not None:
-        check_columns(open_parquet(config.interactions.path, "interactions"), schemas.INTERACTIONS)
+        check_columns(open_interactions(config.interactions), schemas.INTERACTIONS)
 
     source = open_parquet(config.request, "request")
     request = source.read(check_columns(source, schemas.REQUEST))
@@ -52,7 +53,7 @@ def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
         return request.num_rows * config.num_images
 
     # A user without a count gets the default of the config.
-    counts = plain(request["num_images"]).drop_null()
+    counts = request["num_images"].drop_null()
     if len(counts):
         least, most = pc.min_max(counts).as_py().values()
         if least < 1 or most > MAX_IMAGES:

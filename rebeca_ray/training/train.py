@@ -49,7 +49,7 @@ def train_prior(config: TrainConfig) -> dict[str, float]:
     items = read_image_embeds(config.items)
     scaler = EmbedScaler.fit(torch.from_numpy(items.image_embeds), clamp=config.embed_clamp)
     if config.catalog is not None:
-        items = with_rated(items, config.catalog, config.interactions.path)
+        items = with_rated(items, config.catalog, config.interactions)
     require_own(config.out, "out", "config.json", "format")
     require_writable(config.out, "out")
     require_writable(config.storage, "storage")
@@ -195,7 +195,9 @@ def stream_of(histories: Histories, config: TrainConfig) -> ray.data.Dataset:
         if users
     ]
     shuffle = ray.data.FileShuffleConfig(seed=config.optimization.seed)
-    users = ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem), shuffle=shuffle)
+    users = ray.data.read_parquet(
+        files, filesystem=arrow_filesystem(filesystem), shuffle=shuffle, partitioning=None
+    )
     users.context.enable_progress_bars = False
     return users
 
