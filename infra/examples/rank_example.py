@@ -153,7 +153,7 @@ def show(
         raise InputError(
             f"user {user!r}: neither in the catalog nor in the interactions; give another with --user"
         )
-    item_id = np.concatenate([real.item_id, generated["item_id"].to_numpy(zero_copy_only=False).astype(str)])
+    item_id = np.concatenate([real.item_id, generated["item_id"].to_numpy(zero_copy_only=False)])
     source = np.repeat(["real", "generated"], [len(real.item_id), generated.num_rows])
     made_ND = np.array(generated["image_embeds"].to_pylist(), np.float32).reshape(
         generated.num_rows, real.image_embeds.shape[1]

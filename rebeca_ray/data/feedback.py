@@ -42,7 +42,7 @@ def with_rated(items: EmbeddedItems, root: str, interactions: InteractionSetting
         return items
     embeds = rated["image_embeds"].combine_chunks().flatten().to_numpy().reshape(rated.num_rows, -1)
     return EmbeddedItems(
-        item_id=np.concatenate([items.item_id, rated["item_id"].to_numpy(zero_copy_only=False).astype(str)]),
+        item_id=np.concatenate([items.item_id, rated["item_id"].to_numpy(zero_copy_only=False)]),
         image_embeds=np.concatenate([items.image_embeds, embeds]),
         clip=items.clip,
     )
@@ -165,5 +165,5 @@ def pair_of(table: pa.Table) -> pa.ChunkedArray:
 
 def each_once(items: pa.Table) -> pa.Table:
     """Return the first row of each `item_id`, sorted by id."""
-    _, first = np.unique(items["item_id"].to_numpy(zero_copy_only=False).astype(str), return_index=True)
-    return items.take(pa.array(first))
+    item_id = items["item_id"].combine_chunks()
+    return items.take(pc.index_in(item_id.unique().sort(), value_set=item_id))

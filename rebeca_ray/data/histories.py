@@ -29,7 +29,7 @@ from rebeca_ray.data.interactions import (
 )
 from rebeca_ray.data.streaming import stream
 from rebeca_ray.data.validation import check_columns
-from rebeca_ray.errors import InputError
+from rebeca_ray.errors import InputError, shown
 from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
 from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, open_filesystem
 from rebeca_ray.storage.objects import read_json, write_json
@@ -70,14 +70,6 @@ class Histories:
         return bucket_of(user_id, len(self.users_of_bucket))
 
 
-@dataclass(frozen=True, kw_only=True)
-class ItemIndex:
-    """The embedded items by id: the sorted ids, and the row of each among the embeddings."""
-
-    sorted_id: np.ndarray
-    row: np.ndarray
-
-
 def bucket_file(uri: str, bucket: int) -> str:
     return join(uri, f"bucket-{bucket:05d}.parquet")
 
@@ -98,8 +90,7 @@ def build_histories(
     if record := read_json(join(out, MARKER)):
         return Histories(**record)
 
-    order = np.argsort(item_id)
-    items = ItemIndex(sorted_id=item_id[order], row=order)
+    items = pa.array(item_id, pa.string())
     num_buckets = multiple_of * math.ceil(source.num_rows / ROWS_PER_BUCKET / multiple_of)
     try:
         # One bucket fits into this process, where no Ray needs to start.
@@ -156,7 +147,7 @@ def split_by_bucket(source: ParquetInput, columns: pa.Schema, split: str, num_bu
 
 
 def build_buckets(
-    settings: InteractionSettings, split: str, items: ItemIndex, out: str, num_buckets: int
+    settings: InteractionSettings, split: str, items: pa.Array, out: str, num_buckets: int
 ) -> list[tuple[int, str]]:
     """Build every bucket in a Ray task and remove `split`. Returns the users and digest of each bucket."""
     import ray
@@ -197,7 +188,7 @@ class AddBucket:
 
 
 def build_bucket(
-    settings: InteractionSettings, split: str, items: ItemIndex, out: str, bucket: int
+    settings: InteractionSettings, split: str, items: pa.Array, out: str, bucket: int
 ) -> tuple[int, str]:
     """Build one bucket from its split interactions. Returns as `write_bucket` does."""
     folder = join(split, f"bucket={bucket}")
@@ -211,14 +202,14 @@ def build_bucket(
     return write_bucket(interactions_of(ratings, settings), items, settings.path, out, bucket)
 
 
-def known_items(ratings: pa.Table, items: ItemIndex, settings: InteractionSettings) -> pa.Table:
+def known_items(ratings: pa.Table, items: pa.Array, settings: InteractionSettings) -> pa.Table:
     """Return the ratings of items that have an embedding, and print the number of the others.
 
     A generated item may have left every snapshot, so a late rating of it is dropped. A rating of a real item
     without an embedding is dropped if `settings.unknown_items` says so. Otherwise it stays, and `index_items`
     refuses it.
     """
-    known = pc.is_in(ratings["item_id"], value_set=pa.array(items.sorted_id, pa.string()))
+    known = pc.is_in(ratings["item_id"], value_set=items)
     if settings.unknown_items == "refuse":
         known = pc.or_(known, pc.invert(pc.match_substring_regex(ratings["item_id"], GENERATED_ID)))
     known = pc.fill_null(known, True)  # `validate` refuses null ids
@@ -231,7 +222,7 @@ def known_items(ratings: pa.Table, items: ItemIndex, settings: InteractionSettin
 
 
 def write_bucket(
-    interactions: Interactions, items: ItemIndex, uri: str, out: str, bucket: int
+    interactions: Interactions, items: pa.Array, uri: str, out: str, bucket: int
 ) -> tuple[int, str]:
     """Write the file of one bucket. Returns its number of users and a digest of their histories."""
     table = histories_table(interactions, index_items(interactions, items, uri), bucket)
@@ -264,18 +255,18 @@ def histories_table(interactions: Interactions, item_index: np.ndarray, bucket: 
     )
 
 
-def index_items(interactions: Interactions, items: ItemIndex, uri: str) -> np.ndarray:
+def index_items(interactions: Interactions, items: pa.Array, uri: str) -> np.ndarray:
     """Return the row of each interaction's item. Raises InputError for rated items without an embedding."""
-    index = np.minimum(np.searchsorted(items.sorted_id, interactions.item_id), len(items.sorted_id) - 1)
-    missing = items.sorted_id[index] != interactions.item_id
+    index = pc.index_in(pa.array(interactions.item_id, pa.string()), value_set=items)
+    missing = index.is_null().to_numpy(zero_copy_only=False)
     if missing.any():
-        names = ", ".join(sorted(set(interactions.item_id[missing]))[:3])
+        names = ", ".join(shown(name)[1:-1] for name in sorted(set(interactions.item_id[missing]))[:3])
         raise InputError(
             f"interactions {uri}: {int(missing.sum())} of {len(missing)} rate an item that has no embedding "
             f"({names}); embed those items with `rebeca embed`, drop their ratings, "
             "or set interactions.unknown_items=drop"
         )
-    return items.row[index].astype(np.int32)
+    return index.to_numpy()
 
 
 def user_table(histories: Histories) -> pa.Table:

@@ -35,9 +35,9 @@ FIRST_TIME, LAST_TIME = (
 class Interactions:
     """N validated interactions of U selected users, sorted by user and time."""
 
-    user_id: np.ndarray  # [U] str, in the order of user_index
+    user_id: np.ndarray  # [U] of str, in the order of user_index
     user_index: np.ndarray  # [N] int32, counts the selected users from 0
-    item_id: np.ndarray  # [N] str
+    item_id: np.ndarray  # [N] of str
     like: np.ndarray  # [N] int8, 0 or 1
     timestamp: np.ndarray  # [N] int64, microseconds; 0 for an unknown time
     held_out: np.ndarray  # [N] bool, never trained on
@@ -73,12 +73,10 @@ def interactions_of(table: pa.Table, settings: InteractionSettings) -> Interacti
     so the order of the file does not matter.
     """
     table = validate(table, settings)
-    user_id, item_id = (
-        table[name].to_numpy(zero_copy_only=False).astype(str) for name in ("user_id", "item_id")
-    )
+    users, user_of = sorted_values(table["user_id"])
+    items, item_of = sorted_values(table["item_id"])
     like = likes(table, settings.like_threshold)
 
-    users, user_of = np.unique(user_id, return_inverse=True)
     # Users with too few likes go, and the others are counted from 0.
     selected = np.bincount(user_of, weights=like, minlength=len(users)) >= settings.min_likes
     new_index = np.cumsum(selected) - 1
@@ -89,16 +87,30 @@ def interactions_of(table: pa.Table, settings: InteractionSettings) -> Interacti
         else np.zeros(len(like), np.int64)
     )
     # By user, then by time. The item decides between equal times, so that the order is total.
-    rows = rows[np.lexsort((item_id[rows], timestamp[rows], user_of[rows]))]
+    rows = rows[np.lexsort((item_of[rows], timestamp[rows], user_of[rows]))]
     user_index = new_index[user_of[rows]].astype(np.int32)
+    item_id = items[item_of[rows]]
     return Interactions(
         user_id=users[selected],
         user_index=user_index,
-        item_id=item_id[rows],
+        item_id=item_id,
         like=like[rows],
         timestamp=timestamp[rows],
-        held_out=hold_out(users[selected], user_index, item_id[rows], settings.hold_out),
+        held_out=hold_out(users[selected], user_index, item_id, settings.hold_out),
     )
+
+
+def sorted_values(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values of a column of texts, sorted and each once, and the position of each row's value.
+
+    The values are Python objects: in an array of numpy's text, the longest would set the size of all.
+    """
+    encoded = column.dictionary_encode().combine_chunks()
+    order = pc.sort_indices(encoded.dictionary).to_numpy()
+    position = np.empty(len(order), np.int64)
+    position[order] = np.arange(len(order))
+    values = encoded.dictionary.take(pa.array(order)).to_numpy(zero_copy_only=False)
+    return values, position[encoded.indices.to_numpy()]
 
 
 def open_interactions(settings: InteractionSettings) -> ParquetInput:

@@ -29,7 +29,7 @@ UNFINISHED: JsonObject = {"clip": None, "rows": None}
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedItems:
-    """I items: their ids [I] and embeddings [I, D] float32. `clip` is None without a marker beside them."""
+    """I items: ids [I] of str, embeddings [I, D] float32. `clip` is None without a marker beside them."""
 
     item_id: np.ndarray
     image_embeds: np.ndarray

@@ -107,10 +107,10 @@ def request_histories(config: GenerateConfig, run: Run) -> Histories | None:
         return None
     everything = config.interactions.model_copy(update={"hold_out": 0.0, "min_likes": 0})
     items = open_parquet(config.items, "items")
-    item_id, rated_id, rated_uri = read_item_ids(items), np.array([], str), None
+    item_id, rated_id, rated_uri = read_item_ids(items), np.array([], object), None
     generated = find_rated(config.catalog, config.interactions, item_id, *embedded_with(items))
     if generated.num_rows:
-        rated_id = generated["item_id"].to_numpy(zero_copy_only=False).astype(str)
+        rated_id = generated["item_id"].to_numpy(zero_copy_only=False)
         rated_uri = join(run.work, "rated.parquet")
         write_table(generated, rated_uri, row_group_size=ITEMS_PER_FILE, embed_column="image_embeds")
     histories = build_histories(
