@@ -101,6 +101,7 @@ def build_histories(
             split = join(out, "split")
             split_by_bucket(source, columns, split, num_buckets)
             counted = build_buckets(settings, split, items, out, num_buckets)
+        source.require_unchanged("it was grouped by user")
         users_of_bucket, digests = (list(column) for column in zip(*counted, strict=True))
         if not sum(users_of_bucket):
             raise no_users(settings)

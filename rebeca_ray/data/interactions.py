@@ -115,7 +115,7 @@ def sorted_values(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 
 def open_interactions(settings: InteractionSettings) -> ParquetInput:
     """Open the interactions, in Parquet or CSV files, with the settings' names of their columns."""
-    return open_table(settings.path, "interactions", columns={})
+    return open_table(settings.path, "interactions", columns=settings.columns.model_dump(exclude_none=True))
 
 
 def read_columns(interactions: ParquetInput) -> pa.Table:

@@ -17,6 +17,7 @@ from rebeca_ray.data.streaming import stream
 from rebeca_ray.data.validation import check_columns, check_ids, check_rows
 from rebeca_ray.errors import InputError, shown
 from rebeca_ray.ray_runtime import ExcludeIds, require_room, start_ray, with_log
+from rebeca_ray.storage.data_file import DataFile
 from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, open_filesystem
 from rebeca_ray.storage.objects import JsonObject, read_json, write_json
 from rebeca_ray.storage.parquet import ParquetInput, open_parquet
@@ -72,7 +73,7 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:
     )
     import ray
 
-    items = stream(source, columns, config.batch_size)
+    items = stream(source, columns, config.batch_size, refuse_paths)
     if kept is not None:
         items = items.map_batches(ExcludeIds(pa.array(kept)), batch_format="pyarrow", batch_size=None)
     # A small file is one block, and one actor would embed it alone.
@@ -86,6 +87,7 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:
         num_cpus=config.cpus_per_actor,
         num_gpus=1 if config.device == "cuda" else 0,
     ).materialize()
+    source.require_unchanged("it was embedded")
     if kept is None:
         delete(config.out)  # only now, since the new ones are complete
 
@@ -102,6 +104,18 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:
     return embedded
 
 
+def refuse_paths(batch: pa.Table, file: DataFile, first_row: int) -> None:
+    """Raise InputError for an image that is a path without bytes."""
+    image = batch["image"].combine_chunks()
+    path = pc.struct_field(image, "path")
+    is_path = pc.and_(pc.is_null(pc.struct_field(image, "bytes")), pc.not_equal(pc.fill_null(path, ""), ""))
+    if rows := np.flatnonzero(is_path.to_numpy(zero_copy_only=False)).tolist():
+        raise InputError(
+            f"items {file.uri}: row {first_row + rows[0]} of {file.name} has an image by path alone "
+            f"({shown(path[rows[0]].as_py())}), expected its bytes; read the file of each path, and write them"
+        )
+
+
 def read_image_embeds(uri: str) -> EmbeddedItems:
     """Read all embedded items of `uri` into memory.
 
@@ -111,6 +125,7 @@ def read_image_embeds(uri: str) -> EmbeddedItems:
     _, clip = embedded_with(items)
     item_id = read_item_ids(items)
     column = items.read(embeds_column(items))["image_embeds"].combine_chunks()
+    items.require_unchanged("it was read")
     return EmbeddedItems(item_id=item_id, image_embeds=checked_embeds(column, item_id, uri), clip=clip)
 
 

@@ -1,6 +1,6 @@
 """The context of one run: everything that its stages share, made once, before the first stage."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, datetime
 from functools import cached_property
 
@@ -56,6 +56,9 @@ class RunContext:
     previous: Snapshot | None
     requested: int  # items
     began_at: datetime
+    inputs: dict[str, str] = field(
+        default_factory=dict
+    )  # digests of the tables that describe the run, by name
     in_process: bool = False  # run all stages in this process, without Ray
 
     @property

@@ -37,8 +37,8 @@ from rebeca_ray.generation.gate import check_plan, refusals
 from rebeca_ray.generation.plan import plan_items, request_histories
 from rebeca_ray.generation.progress import Progress, watchdog
 from rebeca_ray.generation.render import busy_seconds, check_renderer, render_all
-from rebeca_ray.generation.request import check_request
-from rebeca_ray.generation.runs import begin, choose_run, describe_run
+from rebeca_ray.generation.request import check_request, require_same_inputs
+from rebeca_ray.generation.runs import begin, choose_run, describe_run, described_inputs
 from rebeca_ray.log import set_run_id
 from rebeca_ray.ray_runtime import require_room, start_ray
 from rebeca_ray.schemas import SCHEMA_VERSION
@@ -112,6 +112,7 @@ def generate_catalog(
             previous=previous,
             requested=requested,
             began_at=min(begun.began_at, since or begun.began_at),
+            inputs=described_inputs(description),
             in_process=in_process,
         )
         progress = Progress()
@@ -177,6 +178,7 @@ def make_snapshot(
         histories = request_histories(config, run)
     with progress.stage("decide"):
         decisions = decide_all(context, histories, progress.move)
+        require_same_inputs(config, context.inputs, "this run was deciding")
     if previous:
         expected = forecast(context, decisions)
         log.info(

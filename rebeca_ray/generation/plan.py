@@ -41,8 +41,9 @@ from rebeca_ray.prior.candidates import (
 from rebeca_ray.prior.checkpoint import load_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.storage.filesystem import delete, join, list_files
+from rebeca_ray.storage.listing import digest_of, list_data
 from rebeca_ray.storage.objects import read_json, write_json
-from rebeca_ray.storage.parquet import open_parquet, write_table
+from rebeca_ray.storage.parquet import open_parquet, replaced, write_table
 
 ITEMS_PER_FILE = 20_000
 TILES_PER_BATCH = 4  # several tiles of the sampler per batch, so that padding costs little
@@ -64,7 +65,14 @@ def plan_items(
     files = list_files(join(run.work, "decisions", "to-plan"), ".parquet")
     planner = Stage(
         work=PlanUsers,
-        arguments=(config, context.versions, histories, context.previous, decisions),
+        arguments=(
+            config,
+            context.versions,
+            histories,
+            context.previous,
+            decisions,
+            context.inputs.get("items"),
+        ),
         batch_size=users_per_batch(config),
         actors=Actors(
             count=config.sampler.num_actors,
@@ -134,6 +142,7 @@ class PlanUsers:
         histories: Histories | None,
         previous: Snapshot | None,
         decisions: Decisions,
+        items_digest: str | None = None,
     ) -> None:
         self.config, self.versions, self.previous, self.decisions = config, versions, previous, decisions
         self.cached_items: tuple[int, pa.Table] | None = None
@@ -154,6 +163,8 @@ class PlanUsers:
             rated_ID = items.image_embeds
             if histories is not None and histories.rated:
                 rated_ID = np.concatenate([rated_ID, read_image_embeds(histories.rated).image_embeds])
+            if items_digest and digest_of(list_data(config.items, "items")) != items_digest:
+                raise replaced("items", config.items, "this run was planning")
         self.users = UserLoader(self.prior, histories, rated_ID, config.sampler.device)
 
     @torch.inference_mode()

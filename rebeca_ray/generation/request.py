@@ -1,5 +1,6 @@
 """The request: users and their numbers of items, checked against the models before a run writes anything."""
 
+from collections.abc import Mapping
 from typing import cast
 
 import pyarrow as pa
@@ -16,8 +17,9 @@ from rebeca_ray.data.validation import check_columns, check_ids, check_numbers, 
 from rebeca_ray.decoder.files import DecoderIdentity
 from rebeca_ray.errors import InputError
 from rebeca_ray.prior.checkpoint import read_prior_config
+from rebeca_ray.storage.listing import digest_of, list_data
 from rebeca_ray.storage.objects import JsonObject
-from rebeca_ray.storage.parquet import open_parquet
+from rebeca_ray.storage.parquet import open_parquet, replaced
 
 
 def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
@@ -62,6 +64,23 @@ def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
                 f"ask for 1 to {MAX_IMAGES:,} images per user"
             )
     return int(pc.sum(counts).as_py() or 0) + (request.num_rows - len(counts)) * config.num_images
+
+
+def input_digests(config: GenerateConfig) -> dict[str, str]:
+    """Return the digests of a run's tables, by their names."""
+    tables = {"request": config.request, "items": config.items}
+    digests = {name: digest_of(list_data(uri, name)) for name, uri in tables.items() if uri is not None}
+    if config.interactions is not None:
+        digests["interactions"] = digest_of(list_data(config.interactions.path, "interactions", csv=True))
+    return digests
+
+
+def require_same_inputs(config: GenerateConfig, described: Mapping[str, str], action: str) -> None:
+    """Raise InputError if a table is no longer the one that the run was described with."""
+    for name, digest in input_digests(config).items():
+        if described[name] != digest:
+            section = config.interactions if name == "interactions" else None
+            raise replaced(name, section.path if section else getattr(config, name), action)
 
 
 def check_prior_can(config: GenerateConfig, prior: JsonObject) -> None:

@@ -9,9 +9,9 @@ from rebeca_ray.catalog.runs import BegunRun, unfinished_runs, write_begun
 from rebeca_ray.config.fields import NOT_COMPARED, fields_with
 from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.errors import InputError
+from rebeca_ray.generation.request import input_digests
 from rebeca_ray.storage.filesystem import join, list_folders
 from rebeca_ray.storage.objects import JsonObject, read_json
-from rebeca_ray.storage.parquet import open_parquet
 
 log = logging.getLogger(__name__)
 
@@ -23,18 +23,21 @@ NOT_COMPARED_ON_RESUME = fields_with(GenerateConfig, NOT_COMPARED)
 
 def describe_run(config: GenerateConfig, versions: dict[str, str], previous: str | None) -> Description:
     """Return the inputs of a run: settings, models, digests of its tables, and the snapshot it follows."""
-    inputs = {
-        "request": config.request,
-        "items": config.items,
-        "interactions": config.interactions and config.interactions.path,
-    }
     description = {
         **flat("config", config.model_dump(mode="json", exclude=NOT_COMPARED_ON_RESUME)),
         **{f"version of {name}": version for name, version in versions.items()},
-        **{f"content of {name}": open_parquet(uri, name).digest() for name, uri in inputs.items() if uri},
+        **{f"content of {name}": digest for name, digest in input_digests(config).items()},
         "previous snapshot": previous,
     }
     return dict(json.loads(json.dumps(description)))  # as it is read back
+
+
+def described_inputs(description: Description) -> dict[str, str]:
+    """Return the digests of a run's tables in its description, by their names."""
+    prefix = "content of "
+    return {
+        name.removeprefix(prefix): digest for name, digest in description.items() if name.startswith(prefix)
+    }
 
 
 def flat(prefix: str, values: Description) -> Description:

@@ -86,6 +86,15 @@ class ParquetInput:
         """Return a digest of the files by name, size and time of change."""
         return digest_of(self.listing)
 
+    def require_unchanged(self, action: str) -> None:
+        """Raise InputError if a file was replaced or removed since the input was opened; new files may come.
+
+        `action` says in the error what was done meanwhile.
+        """
+        now = list_data(self.uri, self.what, csv=self.files[0].is_csv)
+        if not {*self.listing} <= {*now}:
+            raise replaced(self.what, self.uri, action)
+
     def read(self, schema: pa.Schema) -> pa.Table:
         """Read the columns of `schema` of all files into memory, in its types. Raises as `batches` does."""
 
@@ -103,6 +112,11 @@ class ParquetInput:
         """
         for file, header in zip(self.files, self.headers, strict=True):
             yield from file.batches(schema, rows, header)
+
+
+def replaced(what: str, uri: str, action: str) -> InputError:
+    """Return the error for an input that changed while somebody worked from it."""
+    return InputError(f"{what} {uri}: was replaced while {action}; run again")
 
 
 def open_parquet(uri: str, what: str) -> ParquetInput:
