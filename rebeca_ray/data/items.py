@@ -112,7 +112,7 @@ def refuse_paths(batch: pa.Table, file: DataFile, first_row: int) -> None:
     if rows := np.flatnonzero(is_path.to_numpy(zero_copy_only=False)).tolist():
         raise InputError(
             f"items {file.uri}: row {first_row + rows[0]} of {file.name} has an image by path alone "
-            f"({shown(path[rows[0]].as_py())}), expected its bytes; read the file of each path, and write them"
+            f"({shown(path[rows[0]].as_py())}), expected its bytes; read each file, and write its bytes"
         )
 
 
