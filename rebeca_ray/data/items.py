@@ -60,7 +60,7 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False) -> int:
     kept = None
     if only_new and marker.get("clip") == fingerprint:
         kept = read_item_ids(open_parquet(config.out, "items"))
-        if np.isin(item_id, kept).all():
+        if pc.all(pc.is_in(pa.array(item_id), value_set=pa.array(kept))).as_py():
             return 0
 
     start_ray()

@@ -55,6 +55,8 @@ def type_in(file: DataFile, header: Header, field: pa.Field) -> pa.DataType | No
         )
     if name in folders or (name in schema.names and file.is_csv):
         return field.type
+    if name in schema.names and pa.types.is_null(schema.field(name).type) and header.num_rows == 0:
+        return field.type  # pandas writes an empty table so
     if name not in schema.names or (field.nullable and pa.types.is_null(schema.field(name).type)):
         return None
     return schema.field(name).type

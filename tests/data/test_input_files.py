@@ -376,3 +376,10 @@ def test_many_interactions_are_read_as_few_are(tmp_path: Path, monkeypatch: pyte
     tables = [read_table(built.uri, "histories", columns).sort_by("user_id") for built in (few, many)]
     assert tables[0].equals(tables[1])
     assert tables[0]["num_likes"].to_pylist() == [1, 1, 1, 1, 1, 0, 1, 0]
+
+
+def test_an_empty_file_has_no_types(tmp_path: Path) -> None:
+    """Some writers leave one for each worker that had nothing to write."""
+    write(tmp_path / "a.parquet", {name: pa.nulls(0) for name in RATED})
+    write(tmp_path / "b.parquet", RATED)
+    assert rows_of(tmp_path) == [{name: value[0] for name, value in RATED.items()}]
