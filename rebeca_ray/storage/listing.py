@@ -84,7 +84,14 @@ def list_all(filesystem: AbstractFileSystem, path: str) -> dict[str, dict[str, A
     """Return all files at or below `path` by name."""
     if filesystem.isfile(path):
         return {path: filesystem.info(path)}
-    return {str(name): info for name, info in filesystem.find(path, detail=True).items()}
+    infos = filesystem.find(path, detail=True)
+    # An object store may hold an empty object that stands for a folder, also for this one.
+    folder = str(filesystem._strip_protocol(path)).rstrip("/")
+    return {
+        str(name): info
+        for name, info in infos.items()
+        if info.get("type") != "directory" and not str(name).endswith("/") and str(name) != folder
+    }
 
 
 def listed(filesystem: AbstractFileSystem, path: str, info: dict[str, Any]) -> InputFile:
