@@ -259,26 +259,3 @@ def table(name: str, embed_dim: int, version: int = SCHEMA_VERSION) -> pa.Schema
 def may_be_missing(field: pa.Field) -> bool:
     """Return whether an input table may lack the column."""
     return bool(field.nullable or field.metadata)
-
-
-def compatible(actual: pa.DataType, expected: pa.DataType) -> bool:
-    """Return whether a column of type `actual` can be read as `expected` without a change of meaning."""
-    if pa.types.is_dictionary(actual):
-        actual = actual.value_type
-    if pa.types.is_string(expected):
-        return pa.types.is_string(actual) or pa.types.is_large_string(actual)
-    if pa.types.is_integer(expected):
-        return pa.types.is_integer(actual)
-    if pa.types.is_floating(expected):
-        return pa.types.is_floating(actual) or pa.types.is_integer(actual)
-    if pa.types.is_struct(expected):  # an image: its bytes are required, its path is not
-        index = actual.get_field_index("bytes") if pa.types.is_struct(actual) else -1
-        return index >= 0 and (
-            pa.types.is_binary(actual[index].type) or pa.types.is_large_binary(actual[index].type)
-        )
-    if pa.types.is_fixed_size_list(expected):  # an embedding: the rows tell its size
-        lists = (
-            pa.types.is_fixed_size_list(actual) or pa.types.is_list(actual) or pa.types.is_large_list(actual)
-        )
-        return lists and pa.types.is_floating(actual.value_type)
-    return pa.types.is_timestamp(actual) or pa.types.is_date(actual)

@@ -49,9 +49,10 @@ def rank(
     """Rank the items that a user has not rated yet."""
     with plain_errors():
         snapshot = read_catalog(catalog)
-        rated = read_interactions(InteractionSettings(path=interactions, hold_out=0.0, min_likes=0))
+        settings = InteractionSettings(path=interactions, hold_out=0.0, min_likes=0)
+        rated = read_interactions(settings)
         real = read_image_embeds(items)
-        known = with_rated(real, catalog, interactions)
+        known = with_rated(real, catalog, settings)
         if snapshot.manifest.embed_dim != real.image_embeds.shape[1]:
             raise InputError(
                 f"items {items}: embeddings of size {real.image_embeds.shape[1]}, "
@@ -152,7 +153,7 @@ def show(
         raise InputError(
             f"user {user!r}: neither in the catalog nor in the interactions; give another with --user"
         )
-    item_id = np.concatenate([real.item_id, generated["item_id"].to_numpy(zero_copy_only=False).astype(str)])
+    item_id = np.concatenate([real.item_id, generated["item_id"].to_numpy(zero_copy_only=False)])
     source = np.repeat(["real", "generated"], [len(real.item_id), generated.num_rows])
     made_ND = np.array(generated["image_embeds"].to_pylist(), np.float32).reshape(
         generated.num_rows, real.image_embeds.shape[1]

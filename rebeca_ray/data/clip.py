@@ -20,8 +20,8 @@ ERROR = "rebeca_image_error"  # the column with the reason why an image cannot b
 class EmbedImages:
     """Embed images as a Ray Data actor: a batch of encoded images in, one embedding per row out.
 
-    Adds `image_embeds` [D] and ERROR, and drops `image`. Embeddings are not normalised, as IP-Adapter was
-    trained on. An image that cannot be read has the embedding of a blank one beside its error.
+    Returns `item_id`, `image_embeds` [D] and ERROR. Embeddings are not normalised, as IP-Adapter was trained
+    on. An image that cannot be read has the embedding of a blank one beside its error.
     """
 
     def __init__(self, clip: str, device: str, background: str) -> None:
@@ -48,12 +48,8 @@ class EmbedImages:
         column = pa.FixedSizeListArray.from_arrays(
             pa.array(embeds.ravel()), type=schemas.image_embeds(embeds.shape[1])
         )
-        others = [name for name in batch.column_names if name not in ("image", "image_embeds", ERROR)]
-        return (
-            batch.select(others)
-            .append_column("image_embeds", column)
-            .append_column(ERROR, pa.array(errors, pa.string()))
-        )
+        columns = {"item_id": batch["item_id"], "image_embeds": column, ERROR: pa.array(errors, pa.string())}
+        return pa.table(columns)
 
 
 def read_image(value: dict[str, Any] | None, background: str) -> tuple[Image.Image, str | None]:

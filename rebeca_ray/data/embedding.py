@@ -23,6 +23,7 @@ from rebeca_ray.data.bad_images import (
 )
 from rebeca_ray.data.clip import ERROR, EmbedImages, clip_fingerprint
 from rebeca_ray.data.items import MARKER, files_of, open_items, read_item_ids, version_of
+from rebeca_ray.data.streaming import stream
 from rebeca_ray.data.validation import check_columns
 from rebeca_ray.errors import InputError
 from rebeca_ray.ray_runtime import ExcludeIds, require_room, start_ray, with_log
@@ -36,9 +37,13 @@ from rebeca_ray.storage.writable import require_own, require_writable
 class Kept:
     """What a version takes over from the previous one: embedded items, their files, and bad images."""
 
-    item_id: np.ndarray = field(default_factory=lambda: np.array([], str))
+    item_id: np.ndarray = field(default_factory=lambda: np.array([], object))
     files: list[str] = field(default_factory=list)
     bad_images: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def all_ids(self) -> pa.Array:
+        return pa.array([*self.item_id, *self.bad_images], pa.string())
 
 
 def embed_items(config: EmbedConfig, *, only_new: bool = False, run_date: datetime.date | None = None) -> int:
@@ -50,7 +55,7 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False, run_date: dateti
     and InputError, naming them, for images that cannot be read, unless `config.bad_images` drops them.
     """
     source = open_parquet(config.items, "items")
-    check_columns(source, schemas.ITEMS, instead={"image_embeds": "nothing is left to embed"})
+    columns = check_columns(source, schemas.ITEMS, instead={"image_embeds": "nothing is left to embed"})
     item_id = read_item_ids(source)
     if f"{config.items}/".startswith(f"{config.out.rstrip('/')}/"):
         raise InputError(
@@ -62,10 +67,11 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False, run_date: dateti
     with replace_version(config.out, "items", "embed") as version:
         before = files_of(version.previous)
         kept = kept_of(config, version.previous, fingerprint, item_id) if only_new else Kept()
-        if len(kept.files) and np.isin(item_id, [*kept.item_id, *kept.bad_images]).all():
+        if kept.files and pc.all(pc.is_in(pa.array(item_id), value_set=kept.all_ids)).as_py():
             warn_of_bad_images(config.items, kept.bad_images, len(item_id), version.previous)
             return 0
-        dataset = embed_images(config, source, kept)
+        dataset = embed_images(config, source, columns, kept)
+        source.require_unchanged("it was embedded")
         new_bad_images = errors_in(dataset)
         embedded = int(dataset.count()) - len(new_bad_images)
         bad_images = kept.bad_images | new_bad_images
@@ -108,7 +114,7 @@ def kept_of(config: EmbedConfig, previous: str, fingerprint: str, item_id: np.nd
     )
 
 
-def embed_images(config: EmbedConfig, source: ParquetInput, kept: Kept) -> Any:
+def embed_images(config: EmbedConfig, source: ParquetInput, columns: pa.Schema, kept: Kept) -> Any:
     """Return the rows of EmbedImages as a Ray Dataset in memory, without the items that are kept."""
     start_ray()
     require_room(
@@ -120,12 +126,9 @@ def embed_images(config: EmbedConfig, source: ParquetInput, kept: Kept) -> Any:
     )
     import ray
 
-    filesystem, _ = open_filesystem(config.items)
-    items = ray.data.read_parquet(source.files, filesystem=arrow_filesystem(filesystem), partitioning=None)
-    if exclude := [*kept.item_id, *kept.bad_images]:
-        items = items.map_batches(
-            ExcludeIds(pa.array(exclude, pa.string())), batch_format="pyarrow", batch_size=None
-        )
+    items = stream(source, columns, config.batch_size)
+    if len(kept.all_ids):
+        items = items.map_batches(ExcludeIds(kept.all_ids), batch_format="pyarrow", batch_size=None)
     # A small file is one block, and one actor would embed it alone.
     blocks = items.repartition(target_num_rows_per_block=config.batch_size)
     return blocks.map_batches(

@@ -17,15 +17,16 @@ from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import POPULATION_USER
 from rebeca_ray.catalog.read import Snapshot, open_snapshot
 from rebeca_ray.catalog.snapshots import list_snapshots
-from rebeca_ray.data.interactions import only_ratings
+from rebeca_ray.config.sections import InteractionSettings
+from rebeca_ray.data.interactions import only_ratings, open_interactions
 from rebeca_ray.data.items import EmbeddedItems
-from rebeca_ray.data.validation import check_columns, plain
+from rebeca_ray.data.validation import check_columns
 from rebeca_ray.errors import Failure, InputError, StorageError, UserError, describe
 from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
 from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.storage.failures import user_error
 from rebeca_ray.storage.filesystem import arrow_filesystem, exists, join, list_files, open_filesystem
-from rebeca_ray.storage.parquet import PARQUET, ParquetInput, open_parquet, write_table
+from rebeca_ray.storage.parquet import PARQUET, ParquetInput, write_table
 from rebeca_ray.storage.store import classify, failure_types
 
 log = logging.getLogger(__name__)
@@ -34,21 +35,21 @@ ROWS_PER_GROUP = 2_000
 ROWS_AT_ONCE = 1_000_000  # of interactions
 
 
-def with_rated(items: EmbeddedItems, root: str, interactions: str) -> EmbeddedItems:
+def with_rated(items: EmbeddedItems, root: str, interactions: InteractionSettings) -> EmbeddedItems:
     """Return the real items, followed by the rated generated items of the catalog at `root`, sorted by id."""
     rated = find_rated(root, interactions, items.item_id, items.image_embeds.shape[1], items.clip)
     if not rated.num_rows:
         return items
     embeds = rated["image_embeds"].combine_chunks().flatten().to_numpy().reshape(rated.num_rows, -1)
     return EmbeddedItems(
-        item_id=np.concatenate([items.item_id, rated["item_id"].to_numpy(zero_copy_only=False).astype(str)]),
+        item_id=np.concatenate([items.item_id, rated["item_id"].to_numpy(zero_copy_only=False)]),
         image_embeds=np.concatenate([items.image_embeds, embeds]),
         clip=items.clip,
     )
 
 
 def find_rated(
-    root: str, interactions: str, item_id: np.ndarray, embed_dim: int, clip: str | None
+    root: str, interactions: InteractionSettings, item_id: np.ndarray, embed_dim: int, clip: str | None
 ) -> pa.Table:
     """Return the generated items that `interactions` rate, as `schemas.embedded_items`, sorted by id.
 
@@ -56,7 +57,7 @@ def find_rated(
     It looks for an item among the items of the rating user, and among those that all cold-start users share.
     Items in no snapshot are left out of the result, and `build_histories` leaves out their ratings.
     """
-    rated = ratings_of_others(open_parquet(interactions, "interactions"), item_id)
+    rated = ratings_of_others(open_interactions(interactions), item_id)
     if not rated.num_rows:
         return schemas.embedded_items(embed_dim).empty_table()
     folder = join(root, "rated", f"{clip or 'clip'}-{embed_dim}")
@@ -93,14 +94,13 @@ def ratings_of_others(interactions: ParquetInput, item_id: np.ndarray) -> pa.Tab
     Only a generated item has an id of 32 hex digits that is not among `item_id`.
     """
     columns = check_columns(interactions, schemas.INTERACTIONS)
-    if "event" in columns:  # checked as a whole, so that an error tells the number of the row
-        only_ratings(interactions.read(["event"]), interactions.uri)
+    if "event" in columns.names:  # checked as a whole, so that an error tells the number of the row
+        only_ratings(interactions.read(pa.schema([columns.field("event")])), interactions.uri)
 
-    pairs = [pa.schema({"user_id": pa.string(), "item_id": pa.string()}).empty_table()]
-    names = [name for name in columns if name in ("user_id", "item_id", "event")]
-    for batch in interactions.batches(names, ROWS_AT_ONCE):
+    needed = pa.schema([field for field in columns if field.name in ("user_id", "item_id", "event")])
+    pairs = [pa.schema([field for field in needed if field.name != "event"]).empty_table()]
+    for batch in interactions.batches(needed, ROWS_AT_ONCE):
         ratings = only_ratings(batch, interactions.uri)
-        ratings = pa.table({name: plain(ratings[name]).cast(pa.string()) for name in ("user_id", "item_id")})
         generated = pc.match_substring_regex(ratings["item_id"], GENERATED_ID)
         real = pc.is_in(ratings["item_id"], value_set=pa.array(item_id, pa.string()))
         pairs.append(ratings.filter(pc.and_(generated, pc.invert(real))).drop_null())
@@ -165,5 +165,5 @@ def pair_of(table: pa.Table) -> pa.ChunkedArray:
 
 def each_once(items: pa.Table) -> pa.Table:
     """Return the first row of each `item_id`, sorted by id."""
-    _, first = np.unique(items["item_id"].to_numpy(zero_copy_only=False).astype(str), return_index=True)
-    return items.take(pa.array(first))
+    item_id = items["item_id"].combine_chunks()
+    return items.take(pc.index_in(item_id.unique().sort(), value_set=item_id))

@@ -24,13 +24,15 @@ from rebeca_ray.data.interactions import (
     interactions_of,
     no_users,
     normalise,
+    open_interactions,
     read_columns,
 )
+from rebeca_ray.data.streaming import stream
 from rebeca_ray.data.validation import check_columns
-from rebeca_ray.errors import InputError
+from rebeca_ray.errors import InputError, shown
 from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
 from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, open_filesystem
-from rebeca_ray.storage.parquet import ParquetInput, open_parquet, read_table, write_table
+from rebeca_ray.storage.parquet import ParquetInput, read_table, write_table
 from rebeca_ray.storage.records import ListedFile, damage_among, read_record, write_record
 from rebeca_ray.storage.store import failure_types
 
@@ -86,14 +88,6 @@ class WrittenBucket(NamedTuple):
     sha256: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class ItemIndex:
-    """The embedded items by id: the sorted ids, and the row of each among the embeddings."""
-
-    sorted_id: np.ndarray
-    row: np.ndarray
-
-
 def bucket_file(uri: str, bucket: int) -> str:
     return join(uri, f"bucket-{bucket:05d}.parquet")
 
@@ -108,7 +102,7 @@ def build_histories(
     embedding.
     """
     # The name of the folder is a hash of everything in it, so a complete folder of that name serves again.
-    source = open_parquet(settings.path, "interactions")
+    source = open_interactions(settings)
     columns = check_columns(source, schemas.INTERACTIONS)
     out = join(storage, f"histories-{fingerprint(settings, source, item_id)[:12]}")
     if record := read_record(join(out, MARKER)):
@@ -118,8 +112,7 @@ def build_histories(
         name, reason = next(iter(damaged.items()))
         log.warning(f"{join(out, name)}: {reason}; all histories are built again")
 
-    order = np.argsort(item_id)
-    items = ItemIndex(sorted_id=item_id[order], row=order)
+    items = pa.array(item_id, pa.string())
     num_buckets = multiple_of * math.ceil(source.num_rows / ROWS_PER_BUCKET / multiple_of)
     try:
         # One bucket fits into this process, where no Ray needs to start.
@@ -130,6 +123,7 @@ def build_histories(
             split = join(out, "split")
             split_by_bucket(source, columns, split, num_buckets)
             counted = build_buckets(settings, split, items, out, num_buckets)
+        source.require_unchanged("it was grouped by user")
         users_of_bucket, digests, sizes, sha256 = (list(column) for column in zip(*counted, strict=True))
         if not sum(users_of_bucket):
             raise no_users(settings)
@@ -153,36 +147,32 @@ def fingerprint(settings: InteractionSettings, source: ParquetInput, item_id: np
     )
 
 
-def split_by_bucket(source: ParquetInput, columns: list[str], split: str, num_buckets: int) -> None:
+def split_by_bucket(source: ParquetInput, columns: pa.Schema, split: str, num_buckets: int) -> None:
     """Write the interactions into one folder per bucket below `split`, with Ray Data."""
-    import ray
     from ray.data import ExecutionResources
 
     from rebeca_ray.ray_runtime import start_ray, with_log
 
     start_ray()
-    filesystem, _ = open_filesystem(source.uri)
     split_filesystem, split_path = open_filesystem(split)
     delete(split)
-    interactions = ray.data.read_parquet(source.files, filesystem=arrow_filesystem(filesystem))
+    interactions = stream(source, columns, ROWS_PER_BLOCK)
     interactions.context.execution_options.resource_limits = ExecutionResources(
         object_store_memory=BYTES_IN_FLIGHT
     )
     interactions.context.target_max_block_size = BYTES_PER_BLOCK
     (
-        interactions.select_columns(columns)
-        .map_batches(
+        interactions.map_batches(
             with_log(AddBucket(num_buckets, source.uri)),
             batch_format="pyarrow",
             batch_size=ROWS_PER_BLOCK,
             zero_copy_batch=True,
-        )
-        .write_parquet(split_path, filesystem=arrow_filesystem(split_filesystem), partition_cols=["bucket"])
+        ).write_parquet(split_path, filesystem=arrow_filesystem(split_filesystem), partition_cols=["bucket"])
     )
 
 
 def build_buckets(
-    settings: InteractionSettings, split: str, items: ItemIndex, out: str, num_buckets: int
+    settings: InteractionSettings, split: str, items: pa.Array, out: str, num_buckets: int
 ) -> list[WrittenBucket]:
     """Build every bucket in a Ray task and remove `split`."""
     import ray
@@ -224,7 +214,7 @@ class AddBucket:
 
 
 def build_bucket(
-    settings: InteractionSettings, split: str, items: ItemIndex, out: str, bucket: int
+    settings: InteractionSettings, split: str, items: pa.Array, out: str, bucket: int
 ) -> WrittenBucket:
     """Build one bucket from its split interactions."""
     folder = join(split, f"bucket={bucket}")
@@ -235,14 +225,14 @@ def build_bucket(
     return write_bucket(interactions_of(ratings, settings), items, settings.path, out, bucket)
 
 
-def known_items(ratings: pa.Table, items: ItemIndex, settings: InteractionSettings) -> pa.Table:
+def known_items(ratings: pa.Table, items: pa.Array, settings: InteractionSettings) -> pa.Table:
     """Return the ratings of items that have an embedding, and print the number of the others.
 
     A generated item may have left every snapshot, so a late rating of it is dropped. A rating of a real item
     without an embedding is dropped if `settings.unknown_items` says so. Otherwise it stays, and `index_items`
     refuses it.
     """
-    known = pc.is_in(ratings["item_id"], value_set=pa.array(items.sorted_id, pa.string()))
+    known = pc.is_in(ratings["item_id"], value_set=items)
     if settings.unknown_items == "refuse":
         known = pc.or_(known, pc.invert(pc.match_substring_regex(ratings["item_id"], GENERATED_ID)))
     known = pc.fill_null(known, True)  # `validate` refuses null ids
@@ -255,7 +245,7 @@ def known_items(ratings: pa.Table, items: ItemIndex, settings: InteractionSettin
 
 
 def write_bucket(
-    interactions: Interactions, items: ItemIndex, uri: str, out: str, bucket: int
+    interactions: Interactions, items: pa.Array, uri: str, out: str, bucket: int
 ) -> WrittenBucket:
     """Write the interactions of one bucket."""
     return write_histories(
@@ -295,18 +285,18 @@ def histories_table(interactions: Interactions, item_index: np.ndarray, bucket: 
     )
 
 
-def index_items(interactions: Interactions, items: ItemIndex, uri: str) -> np.ndarray:
+def index_items(interactions: Interactions, items: pa.Array, uri: str) -> np.ndarray:
     """Return the row of each interaction's item. Raises InputError for rated items without an embedding."""
-    index = np.minimum(np.searchsorted(items.sorted_id, interactions.item_id), len(items.sorted_id) - 1)
-    missing = items.sorted_id[index] != interactions.item_id
+    index = pc.index_in(pa.array(interactions.item_id, pa.string()), value_set=items)
+    missing = index.is_null().to_numpy(zero_copy_only=False)
     if missing.any():
-        names = ", ".join(sorted(set(interactions.item_id[missing]))[:3])
+        names = ", ".join(shown(name)[1:-1] for name in sorted(set(interactions.item_id[missing]))[:3])
         raise InputError(
             f"interactions {uri}: {int(missing.sum())} of {len(missing)} rate an item that has no embedding "
             f"({names}); embed those items with `rebeca embed`, drop their ratings, "
             "or set interactions.unknown_items=drop"
         )
-    return items.row[index].astype(np.int32)
+    return index.to_numpy()
 
 
 def user_table(histories: Histories) -> pa.Table:

@@ -18,13 +18,12 @@ from rebeca_ray.data.validation import (
     check_ids,
     check_rows,
     check_texts,
-    plain,
     refuse,
     row_numbers,
 )
 from rebeca_ray.errors import InputError
 from rebeca_ray.identity import hash128
-from rebeca_ray.storage.parquet import ParquetInput, open_parquet
+from rebeca_ray.storage.parquet import ParquetInput, open_table
 
 FIRST_TIME, LAST_TIME = (
     np.datetime64("0001-01-01", "us").astype(int),
@@ -36,9 +35,9 @@ FIRST_TIME, LAST_TIME = (
 class Interactions:
     """N validated interactions of U selected users, sorted by user and time."""
 
-    user_id: np.ndarray  # [U] str, in the order of user_index
+    user_id: np.ndarray  # [U] of str, in the order of user_index
     user_index: np.ndarray  # [N] int32, counts the selected users from 0
-    item_id: np.ndarray  # [N] str
+    item_id: np.ndarray  # [N] of str
     like: np.ndarray  # [N] int8, 0 or 1
     timestamp: np.ndarray  # [N] int64, microseconds; 0 for an unknown time
     held_out: np.ndarray  # [N] bool, never trained on
@@ -53,7 +52,7 @@ def read_interactions(settings: InteractionSettings) -> Interactions:
 
     Raises InputError, naming the defect, the number of rows that have it, and examples.
     """
-    interactions = interactions_of(read_columns(open_parquet(settings.path, "interactions")), settings)
+    interactions = interactions_of(read_columns(open_interactions(settings)), settings)
     if not interactions.num_users:
         raise no_users(settings)
     return interactions
@@ -74,12 +73,10 @@ def interactions_of(table: pa.Table, settings: InteractionSettings) -> Interacti
     so the order of the file does not matter.
     """
     table = validate(table, settings)
-    user_id, item_id = (
-        table[name].to_numpy(zero_copy_only=False).astype(str) for name in ("user_id", "item_id")
-    )
+    users, user_of = sorted_values(table["user_id"])
+    items, item_of = sorted_values(table["item_id"])
     like = likes(table, settings.like_threshold)
 
-    users, user_of = np.unique(user_id, return_inverse=True)
     # Users with too few likes go, and the others are counted from 0.
     selected = np.bincount(user_of, weights=like, minlength=len(users)) >= settings.min_likes
     new_index = np.cumsum(selected) - 1
@@ -90,16 +87,35 @@ def interactions_of(table: pa.Table, settings: InteractionSettings) -> Interacti
         else np.zeros(len(like), np.int64)
     )
     # By user, then by time. The item decides between equal times, so that the order is total.
-    rows = rows[np.lexsort((item_id[rows], timestamp[rows], user_of[rows]))]
+    rows = rows[np.lexsort((item_of[rows], timestamp[rows], user_of[rows]))]
     user_index = new_index[user_of[rows]].astype(np.int32)
+    item_id = items[item_of[rows]]
     return Interactions(
         user_id=users[selected],
         user_index=user_index,
-        item_id=item_id[rows],
+        item_id=item_id,
         like=like[rows],
         timestamp=timestamp[rows],
-        held_out=hold_out(users[selected], user_index, item_id[rows], settings.hold_out),
+        held_out=hold_out(users[selected], user_index, item_id, settings.hold_out),
     )
+
+
+def sorted_values(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values of a column of texts, sorted and each once, and the position of each row's value.
+
+    The values are Python objects: in an array of numpy's text, the longest would set the size of all.
+    """
+    encoded = column.dictionary_encode().combine_chunks()
+    order = pc.sort_indices(encoded.dictionary).to_numpy()
+    position = np.empty(len(order), np.int64)
+    position[order] = np.arange(len(order))
+    values = encoded.dictionary.take(pa.array(order)).to_numpy(zero_copy_only=False)
+    return values, position[encoded.indices.to_numpy()]
+
+
+def open_interactions(settings: InteractionSettings) -> ParquetInput:
+    """Open the interactions, in Parquet or CSV files, with the settings' names of their columns."""
+    return open_table(settings.path, "interactions", columns=settings.columns.model_dump(exclude_none=True))
 
 
 def read_columns(interactions: ParquetInput) -> pa.Table:
@@ -109,26 +125,12 @@ def read_columns(interactions: ParquetInput) -> pa.Table:
 
 
 def normalise(table: pa.Table, uri: str) -> pa.Table:
-    """Return the ratings of `uri` in the types of `schemas.INTERACTIONS`, without impressions.
-
-    Raises InputError for a time outside the years 1 to 9999.
-    """
+    """Return the ratings of `uri` in the types of `schemas.INTERACTIONS`, without impressions."""
     table = only_ratings(table, uri)
-    if "timestamp" in table.column_names:
-        # A time is exact to the microsecond. Finer digits are cut off.
-        options = pc.CastOptions(schemas.INTERACTIONS.field("timestamp").type, allow_time_truncate=True)
-        index = table.column_names.index("timestamp")
-        try:
-            table = table.set_column(index, "timestamp", pc.cast(plain(table["timestamp"]), options=options))
-        except pa.ArrowInvalid:
-            raise off_the_calendar(uri) from None
-    if "rating" in table.column_names:
-        # A rating too large for the type becomes infinite, and `validate` refuses it as off the scale.
-        index = table.column_names.index("rating")
-        rating = plain(table["rating"]).cast(pa.float32(), safe=False)
-        table = table.set_column(index, "rating", rating)
+    # A rating too large for the type becomes infinite, and `validate` refuses it as off the scale.
     return table.cast(
-        pa.schema([schemas.INTERACTIONS.field(name).with_nullable(True) for name in table.column_names])
+        pa.schema([schemas.INTERACTIONS.field(name).with_nullable(True) for name in table.column_names]),
+        safe=False,
     )
 
 
@@ -136,7 +138,7 @@ def only_ratings(table: pa.Table, uri: str) -> pa.Table:
     """Return a table without impressions and without `event`. Raises InputError for an unknown event."""
     if "event" not in table.column_names:
         return table
-    event = pc.fill_null(plain(table["event"]), "")
+    event = pc.fill_null(table["event"], "")
     check_texts(event, "interactions", uri, "event")
     bad = pc.invert(pc.is_in(event, value_set=pa.array(["", *schemas.EVENTS])))
     refuse(

@@ -27,7 +27,7 @@ UNFINISHED: JsonObject = {"clip": None, "rows": None}  # the marker of an older 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedItems:
-    """I items: their ids [I] and embeddings [I, D] float32. `clip` is None without a marker beside them."""
+    """I items: ids [I] of str, embeddings [I, D] float32. `clip` is None without a marker beside them."""
 
     item_id: np.ndarray
     image_embeds: np.ndarray
@@ -72,7 +72,8 @@ def read_image_embeds(uri: str) -> EmbeddedItems:
     items = open_items(uri)
     _, clip = embedded_with(items)
     item_id = read_item_ids(items)
-    column = items.read(["image_embeds"])["image_embeds"].combine_chunks()
+    column = items.read(embeds_column(items))["image_embeds"].combine_chunks()
+    items.require_unchanged("it was read")
     return EmbeddedItems(item_id=item_id, image_embeds=checked_embeds(column, item_id, uri), clip=clip)
 
 
@@ -81,7 +82,7 @@ def check_image_embeds(items: ParquetInput) -> None:
     embed_dim, _ = embedded_with(items)
     item_id = read_item_ids(items)
     start = 0
-    for batch in items.batches(["image_embeds"], ROWS_AT_ONCE):
+    for batch in items.batches(embeds_column(items), ROWS_AT_ONCE):
         column = batch["image_embeds"].combine_chunks()
         values = checked_embeds(column, item_id[start : start + len(column)], items.uri)
         start += len(column)
@@ -127,10 +128,11 @@ def read_item_ids(items: ParquetInput) -> np.ndarray:
 
     Raises InputError for a table without rows, and for ids that are invalid or repeated.
     """
-    table = items.read(["item_id"])
+    column = check_columns(items, pa.schema([schemas.ITEMS.field("item_id")]))
+    table = items.read(column)
     check_rows(table, "items", items.uri)
     check_ids(table["item_id"], "items", items.uri, "item_id", unique="keep one row per item")
-    return table["item_id"].to_numpy(zero_copy_only=False).astype(str)
+    return table["item_id"].to_numpy(zero_copy_only=False)
 
 
 def embedded_with(items: ParquetInput) -> tuple[int, str | None]:
@@ -139,13 +141,12 @@ def embedded_with(items: ParquetInput) -> tuple[int, str | None]:
     The fingerprint is None if there is no marker. Raises InputError for a missing column, a first row without
     an embedding, and an embedding job that did not finish.
     """
-    expected = schemas.embedded_items(1)
-    check_columns(items, expected, instead={"image": "run `rebeca embed` on them first"})
-    column = items.schema.field("image_embeds").type
-    if pa.types.is_fixed_size_list(column):
-        embed_dim = column.list_size
+    column = embeds_column(items)
+    kind = column.field("image_embeds").type
+    if pa.types.is_fixed_size_list(kind):
+        embed_dim = kind.list_size
     else:
-        first: Any = next((batch["image_embeds"] for batch in items.batches(["image_embeds"], 1)), [])
+        first: Any = next((batch["image_embeds"] for batch in items.batches(column, 1)), [])
         embed_dim = len(first[0]) if len(first) and first[0].is_valid else 0
     if not embed_dim:
         raise InputError(
@@ -157,6 +158,13 @@ def embedded_with(items: ParquetInput) -> tuple[int, str | None]:
             f"items {items.uri}: the embedding that wrote them did not finish; run `rebeca embed` again"
         )
     return embed_dim, marker["clip"] if marker else None
+
+
+def embeds_column(items: ParquetInput) -> pa.Schema:
+    """Return the column of embeddings in the type that a read gives it. Raises as `check_columns` does."""
+    instead = {"image": "run `rebeca embed` on them first"}
+    columns = check_columns(items, schemas.embedded_items(1), instead=instead)
+    return pa.schema([columns.field("image_embeds")])
 
 
 def check_items_fit(uri: str, prior: JsonObject) -> None:

@@ -5,7 +5,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray.errors import InputError, did_you_mean, shown
-from rebeca_ray.schemas import compatible, may_be_missing
+from rebeca_ray.schemas import may_be_missing
+from rebeca_ray.storage.columns import stands_for, type_of
+from rebeca_ray.storage.data_file import DataFile, Header
 from rebeca_ray.storage.parquet import ParquetInput
 
 MAX_ID_BYTES, MAX_TEXT_BYTES = 1000, 10_000
@@ -15,36 +17,89 @@ MAX_NUMBER = 2.0**24  # float32 holds every whole number up to here
 
 def check_columns(
     table: ParquetInput, expected: pa.Schema, *, instead: dict[str, str] | None = None
-) -> list[str]:
-    """Return the columns of `expected` that the input has. Optional columns may be missing.
+) -> pa.Schema:
+    """Return the columns of `expected` that the input has, in the types that `ParquetInput.read` gives them.
 
-    Raises InputError for a missing column, with the advice of `instead` where the input has that other
-    column. Raises InputError too for a column of another type in any of the files.
+    Optional columns may be missing. A nullable column of type null is a missing one. Other columns of the
+    input are never read or compared. Raises InputError for a missing column, with the advice of `instead`
+    where the input has that other column, for a column of another type in any file, and for a column that
+    some files lack.
     """
-    names = table.schema.names
-    columns = [field.name for field in expected if field.name in names]
+    fields = []
     for field in expected:
-        if field.name not in names and not may_be_missing(field):
-            advice = [remedy for other, remedy in (instead or {}).items() if other in names]
+        types = [
+            type_in(file, header, field) for file, header in zip(table.files, table.headers, strict=True)
+        ]
+        if all(kind is None for kind in types):
+            named = table.columns.get(field.name)
+            if not may_be_missing(field) or (named is not None and named not in table.names):
+                raise missing_column(table, field.name, instead or {})
+            continue
+        check_type(table, field, types)
+        fields.append(pa.field(field.name, type_of(field.type, [kind for kind in types if kind is not None])))
+    return pa.schema(fields)
+
+
+def type_in(file: DataFile, header: Header, field: pa.Field) -> pa.DataType | None:
+    """Return the type of a declared column in one file, None if the file lacks it.
+
+    Text in a CSV file or in the name of a folder has the declared type. Raises InputError for a column that
+    is there twice.
+    """
+    name, schema = file.stored(field.name), header.schema
+    folders = [folder for folder, _ in file.folders]
+    if [*schema.names, *folders].count(name) > 1:
+        also = "also in the name of its folder" if name in folders else "more than once"
+        raise InputError(
+            f"{file.what} {file.uri}: {file.name} has column {name!r} {also}; rename or drop the others"
+        )
+    if name in folders or (name in schema.names and file.is_csv):
+        return field.type
+    if name in schema.names and pa.types.is_null(schema.field(name).type) and header.num_rows == 0:
+        return field.type  # pandas writes an empty table so
+    if name not in schema.names or (field.nullable and pa.types.is_null(schema.field(name).type)):
+        return None
+    return schema.field(name).type
+
+
+def check_type(table: ParquetInput, field: pa.Field, types: list[pa.DataType | None]) -> None:
+    """Raise InputError if a file has a declared column in another type, or lacks it where another has it."""
+    name = table.columns.get(field.name, field.name)
+    has_it = [
+        kind is not None or name in header.schema.names
+        for kind, header in zip(types, table.headers, strict=True)
+    ]
+    if not all(has_it):
+        other = table.files[has_it.index(not has_it[0])]
+        raise InputError(
+            f"{table.what} {table.uri}: {other.name} and {table.files[0].name} differ in their columns "
+            f"({name}); write all files with the same"
+        )
+    for file, kind in zip(table.files, types, strict=True):
+        is_nested_text = pa.types.is_nested(field.type) and name in dict(file.folders)
+        if kind is not None and (is_nested_text or not stands_for(kind, field.type)):
+            actual = "in the name of a folder" if is_nested_text else kind
             raise InputError(
-                f"{table.what} {table.uri}: column {field.name!r} is missing; "
-                f"{(advice or [did_you_mean(field.name, names)])[0]}"
+                f"{table.what} {table.uri}: column {name!r} is {actual}{file.where}, "
+                f"expected {field.type}; {remedy(kind, field)}"
             )
-    for name in columns:
-        for file, schema in table.schemas.items():
-            actual = schema.field(name).type
-            if not compatible(actual, expected.field(name).type):
-                where = f" in {file.rsplit('/', 1)[-1]}" if len(table.files) > 1 else ""
-                raise InputError(
-                    f"{table.what} {table.uri}: column {name!r} is {actual}{where}, "
-                    f"expected {expected.field(name).type}; cast it and write again"
-                )
-    return columns
 
 
-def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return a column without its dictionary, if it has one."""
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+def remedy(kind: pa.DataType, field: pa.Field) -> str:
+    """Return the advice for a column of another type."""
+    if pa.types.is_struct(field.type) and pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
+        return "read the file of each path, and write its bytes"
+    return "cast it and write again"
+
+
+def missing_column(table: ParquetInput, name: str, instead: dict[str, str]) -> InputError:
+    """Return the error for a missing column."""
+    stored = table.columns.get(name, name)
+    advice = [text for other, text in instead.items() if other in table.names]
+    return InputError(
+        f"{table.what} {table.uri}: column {stored!r} is missing; "
+        f"{(advice or [did_you_mean(stored, table.names)])[0]}"
+    )
 
 
 def check_rows(table: pa.Table, what: str, uri: str) -> None:
@@ -58,7 +113,6 @@ def check_ids(column: pa.ChunkedArray, what: str, uri: str, name: str, *, unique
 
     `unique` is the remedy for repeated ids. Without it ids may repeat.
     """
-    column = plain(column)
     bad = pc.or_kleene(pc.is_null(column), pc.equal(pc.fill_null(column, ""), ""))
     refuse(what, uri, bad, f"an empty {name}", row_numbers(bad), "drop or fill them")
     check_texts(column, what, uri, name, max_bytes=MAX_ID_BYTES)
@@ -78,7 +132,6 @@ def check_texts(
     column: pa.ChunkedArray, what: str, uri: str, name: str, *, max_bytes: int = MAX_TEXT_BYTES
 ) -> None:
     """Raise InputError for texts that are very long or not UTF-8. Null and "" pass."""
-    column = plain(column)
     try:
         column.validate(full=True)
     except pa.ArrowInvalid:
@@ -91,7 +144,7 @@ def check_texts(
 
 def check_numbers(column: pa.ChunkedArray, what: str, uri: str, name: str) -> None:
     """Raise InputError for numbers that are not finite or very large. Null passes."""
-    size = pc.abs(plain(column).cast(pa.float64(), safe=False))
+    size = pc.abs(column.cast(pa.float64(), safe=False))
     bad = pc.fill_null(pc.invert(pc.less(size, MAX_NUMBER)), False)
     refuse(
         what,

@@ -1,6 +1,6 @@
 """The context of one run: everything that its stages share, made once, before the first stage."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, datetime
 from functools import cached_property
 
@@ -56,7 +56,8 @@ class RunContext:
     previous: Snapshot | None
     requested: int  # items
     began_at: datetime
-    inputs: str | None = None  # digest, for the manifest
+    inputs: dict[str, str] = field(default_factory=dict)  # digests of the run's tables, by name
+    inputs_digest: str | None = None  # of everything it is made from, for the manifest
     in_process: bool = False  # run all stages in this process, without Ray
 
     @property

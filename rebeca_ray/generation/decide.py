@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 
 import numpy as np
-import pyarrow as pa
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import POPULATION_USER, Run
 from rebeca_ray.catalog.versions import current_version
 from rebeca_ray.config.sections import RefreshSettings
 from rebeca_ray.data.histories import Histories
+from rebeca_ray.data.validation import check_columns
 from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.decisions import (
     RENDER_KEY,
@@ -140,9 +140,9 @@ def keys_and_sizes(decisions: list[Decision], by_urgency: bool) -> np.ndarray:
 def split_request(context: RunContext) -> None:
     """Write the request below the run's work folder, one file per bucket."""
     num_buckets = context.num_buckets
-    table = open_parquet(context.config.request, "request").read()
-    table = table.select([name for name in schemas.REQUEST.names if name in table.column_names])
-    users = table["user_id"].cast(pa.string()).to_pylist()
+    source = open_parquet(context.config.request, "request")
+    table = source.read(check_columns(source, schemas.REQUEST))
+    users = table["user_id"].to_pylist()
     bucket = np.array([bucket_of(user, num_buckets) for user in users])
     order = np.argsort(bucket, kind="stable")
     table, ends = table.take(order), np.searchsorted(bucket[order], np.arange(num_buckets + 1))

@@ -52,8 +52,15 @@ from rebeca_ray.generation.plan import plan_items, request_histories
 from rebeca_ray.generation.progress import Progress, watchdog
 from rebeca_ray.generation.render import busy_seconds, check_renderer, render_all
 from rebeca_ray.generation.repair.previous import damage_of_all_tables, note_damage
-from rebeca_ray.generation.request import check_request
-from rebeca_ray.generation.runs import begin, choose_run, describe_run, inputs_digest, is_made_already
+from rebeca_ray.generation.request import check_request, require_same_inputs
+from rebeca_ray.generation.runs import (
+    begin,
+    choose_run,
+    describe_run,
+    described_inputs,
+    inputs_digest,
+    is_made_already,
+)
 from rebeca_ray.log import set_run_id
 from rebeca_ray.ray_runtime import require_room, start_ray
 from rebeca_ray.schemas import SCHEMA_VERSION
@@ -144,7 +151,8 @@ def generate_catalog(
             requested=requested,
             # A clock that was ahead counts as now.
             began_at=min(begun.began_at, since or begun.began_at, datetime.datetime.now(datetime.UTC)),
-            inputs=inputs_digest(description),
+            inputs=described_inputs(description),
+            inputs_digest=inputs_digest(description),
             in_process=in_process,
         )
         progress.dump_to = context.run.work
@@ -244,6 +252,7 @@ def run_stages(
     config, run, previous = context.config, context.run, context.previous
     with progress.stage("decide"):
         decisions = decide_all(context, histories, progress.move)
+        require_same_inputs(config, context.inputs, "this run was deciding")
         check_file_numbers(context, decisions)
         check_clock(context)
     if previous:
@@ -344,7 +353,7 @@ def describe_snapshot(
         bytes=assembled.bytes,
         bytes_written=assembled.bytes_written,
         files=assembled.files,
-        inputs=context.inputs,
+        inputs=context.inputs_digest,
         quality=quality,
         measured=Measured(stages=stages),
         forecast=forecast(context, decisions) if previous else None,

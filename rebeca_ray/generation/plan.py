@@ -42,7 +42,7 @@ from rebeca_ray.prior.candidates import (
 from rebeca_ray.prior.checkpoint import load_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.storage.filesystem import delete, join
-from rebeca_ray.storage.parquet import write_table
+from rebeca_ray.storage.parquet import replaced, write_table
 from rebeca_ray.storage.records import damage_among, read_record, write_record
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ def plan_items(
             histories,
             rescored_from and rescored_from.only("items"),
             replace(decisions, files=[], damaged={}),
+            context.inputs.get("items"),
         ),
         batch_size=users_per_batch(config),
         actors=Actors(
@@ -156,10 +157,10 @@ def request_histories(config: GenerateConfig, run: Run) -> Histories | None:
         return None
     everything = config.interactions.model_copy(update={"hold_out": 0.0, "min_likes": 0})
     items = open_items(config.items)
-    item_id, rated_id, rated_uri = read_item_ids(items), np.array([], str), None
-    generated = find_rated(config.catalog, config.interactions.path, item_id, *embedded_with(items))
+    item_id, rated_id, rated_uri = read_item_ids(items), np.array([], object), None
+    generated = find_rated(config.catalog, config.interactions, item_id, *embedded_with(items))
     if generated.num_rows:
-        rated_id = generated["item_id"].to_numpy(zero_copy_only=False).astype(str)
+        rated_id = generated["item_id"].to_numpy(zero_copy_only=False)
         rated_uri = join(run.work, "rated.parquet")
         write_table(generated, rated_uri, row_group_size=ITEMS_PER_FILE, embed_column="image_embeds")
     histories = build_histories(
@@ -183,6 +184,7 @@ class PlanUsers:
         histories: Histories | None,
         previous: Snapshot | None,
         decisions: Decisions,
+        items_digest: str | None = None,
     ) -> None:
         self.config, self.versions, self.previous, self.decisions = config, versions, previous, decisions
         self.cached_items: tuple[int, pa.Table] | None = None
@@ -203,6 +205,8 @@ class PlanUsers:
             rated_ID = items.image_embeds
             if histories is not None and histories.rated:
                 rated_ID = np.concatenate([rated_ID, read_image_embeds(histories.rated).image_embeds])
+            if items_digest not in (None, open_items(config.items).digest()):
+                raise replaced("items", config.items, "this run was planning")
         self.users = UserLoader(self.prior, histories, rated_ID, config.sampler.device)
 
     @torch.inference_mode()

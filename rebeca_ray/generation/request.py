@@ -1,5 +1,6 @@
 """The request: users and their numbers of items, checked against the models before a run writes anything."""
 
+from collections.abc import Mapping
 from typing import cast
 
 import pyarrow as pa
@@ -10,13 +11,15 @@ from rebeca_ray.config.fields import MAX_IMAGES
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.load import parse_config
 from rebeca_ray.config.sections import PriorSampling
-from rebeca_ray.data.items import check_items_fit
-from rebeca_ray.data.validation import check_columns, check_ids, check_numbers, check_rows, check_texts, plain
+from rebeca_ray.data.interactions import open_interactions
+from rebeca_ray.data.items import check_items_fit, open_items
+from rebeca_ray.data.validation import check_columns, check_ids, check_numbers, check_rows, check_texts
 from rebeca_ray.decoder.files import DecoderIdentity
 from rebeca_ray.errors import InputError
 from rebeca_ray.prior.checkpoint import read_prior_config
+from rebeca_ray.storage.listing import digest_of, list_data
 from rebeca_ray.storage.objects import JsonObject
-from rebeca_ray.storage.parquet import open_parquet
+from rebeca_ray.storage.parquet import open_parquet, replaced
 
 
 def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
@@ -37,7 +40,7 @@ def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
     if config.items is not None:
         check_items_fit(config.items, prior)
     if config.interactions is not None:
-        check_columns(open_parquet(config.interactions.path, "interactions"), schemas.INTERACTIONS)
+        check_columns(open_interactions(config.interactions), schemas.INTERACTIONS)
 
     source = open_parquet(config.request, "request")
     request = source.read(check_columns(source, schemas.REQUEST))
@@ -52,7 +55,7 @@ def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
         return request.num_rows * config.num_images
 
     # A user without a count gets the default of the config.
-    counts = plain(request["num_images"]).drop_null()
+    counts = request["num_images"].drop_null()
     if len(counts):
         least, most = pc.min_max(counts).as_py().values()
         if least < 1 or most > MAX_IMAGES:
@@ -61,6 +64,24 @@ def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
                 f"ask for 1 to {MAX_IMAGES:,} images per user"
             )
     return int(pc.sum(counts).as_py() or 0) + (request.num_rows - len(counts)) * config.num_images
+
+
+def input_digests(config: GenerateConfig) -> dict[str, str]:
+    """Return the digests of a run's tables, by their names."""
+    digests = {"request": digest_of(list_data(config.request, "request"))}
+    if config.items is not None:
+        digests["items"] = open_items(config.items).digest()
+    if config.interactions is not None:
+        digests["interactions"] = digest_of(list_data(config.interactions.path, "interactions", csv=True))
+    return digests
+
+
+def require_same_inputs(config: GenerateConfig, described: Mapping[str, str], action: str) -> None:
+    """Raise InputError if a table is no longer the one that the run was described with."""
+    for name, digest in input_digests(config).items():
+        if described[name] != digest:
+            section = config.interactions if name == "interactions" else None
+            raise replaced(name, section.path if section else getattr(config, name), action)
 
 
 def check_prior_can(config: GenerateConfig, prior: JsonObject) -> None:

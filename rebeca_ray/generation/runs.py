@@ -10,12 +10,11 @@ from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.runs import BegunRun, RunRecord, unfinished_runs, write_begun, write_run_record
 from rebeca_ray.config.fields import NOT_COMPARED, fields_with
 from rebeca_ray.config.jobs import GenerateConfig, Resume
-from rebeca_ray.data.items import open_items
 from rebeca_ray.errors import InputError
+from rebeca_ray.generation.request import input_digests
 from rebeca_ray.identity import hash128
 from rebeca_ray.storage.filesystem import join, list_folders
 from rebeca_ray.storage.objects import JsonObject, read_json
-from rebeca_ray.storage.parquet import open_parquet
 
 log = logging.getLogger(__name__)
 
@@ -27,15 +26,10 @@ NOT_COMPARED_ON_RESUME = fields_with(GenerateConfig, NOT_COMPARED)
 
 def describe_run(config: GenerateConfig, versions: dict[str, str], previous: str | None) -> Description:
     """Return the inputs of a run: settings, models, digests of its tables, and the snapshot it follows."""
-    tables = {"request": open_parquet(config.request, "request")}
-    if config.items:
-        tables["items"] = open_items(config.items)
-    if config.interactions:
-        tables["interactions"] = open_parquet(config.interactions.path, "interactions")
     description = {
         **flat("config", config.model_dump(mode="json", exclude=NOT_COMPARED_ON_RESUME)),
         **{f"version of {name}": version for name, version in versions.items()},
-        **{f"content of {name}": table.digest() for name, table in tables.items()},
+        **{f"content of {name}": digest for name, digest in input_digests(config).items()},
         "previous snapshot": previous,
     }
     return dict(json.loads(json.dumps(description)))  # as it is read back
@@ -62,6 +56,14 @@ def is_made_already(
         and config.run_id in (None, published.run_id)
         and not (counts.failed or counts.deferred or counts.stale_users)
     )
+
+
+def described_inputs(description: Description) -> dict[str, str]:
+    """Return the digests of a run's tables in its description, by their names."""
+    prefix = "content of "
+    return {
+        name.removeprefix(prefix): digest for name, digest in description.items() if name.startswith(prefix)
+    }
 
 
 def flat(prefix: str, values: Description) -> Description:

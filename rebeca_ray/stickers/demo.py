@@ -200,7 +200,7 @@ def held_out_likes(
     chosen = (
         interactions.held_out
         & (interactions.like == 1)
-        & np.isin(interactions.user_id[interactions.user_index], list(users))
+        & np.isin(interactions.user_id, list(users))[interactions.user_index]
     )
     row_of = {item: row for row, item in enumerate(stickers.item_id)}
     owners = interactions.user_id[interactions.user_index[chosen]].tolist()

@@ -147,7 +147,7 @@ def known_users(teacher: TrainedPrior, config: DistillConfig) -> tuple[KnownUser
         return everybody, everybody
     items = read_image_embeds(config.items)
     if config.catalog is not None:
-        items = with_rated(items, config.catalog, config.interactions.path)
+        items = with_rated(items, config.catalog, config.interactions)
     x0_ID = teacher.scaler.scale(torch.from_numpy(items.image_embeds)).numpy()
     block = next(training_blocks(build_histories(config.interactions, items.item_id, config.storage)))
     chosen = np.linspace(0, len(block.counts_V) - 1, min(config.num_users, len(block.counts_V))).astype(int)

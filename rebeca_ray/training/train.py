@@ -71,7 +71,7 @@ def fit_prior(config: TrainConfig, items: EmbeddedItems) -> TrainedPrior:
     """
     scaler = EmbedScaler.fit(torch.from_numpy(items.image_embeds), clamp=config.embed_clamp)
     if config.catalog is not None:
-        items = with_rated(items, config.catalog, config.interactions.path)
+        items = with_rated(items, config.catalog, config.interactions)
     histories = build_histories(config.interactions, items.item_id, config.storage)
     start_ray()
     workers = config.workers
@@ -233,7 +233,9 @@ def stream_of(histories: Histories, config: TrainConfig) -> ray.data.Dataset:
         if users
     ]
     shuffle = ray.data.FileShuffleConfig(seed=config.optimization.seed)
-    users = ray.data.read_parquet(files, filesystem=arrow_filesystem(filesystem), shuffle=shuffle)
+    users = ray.data.read_parquet(
+        files, filesystem=arrow_filesystem(filesystem), shuffle=shuffle, partitioning=None
+    )
     users.context.enable_progress_bars = False
     return users
 

@@ -56,7 +56,7 @@ NOT_IN_AN_IMAGE = {
 UNKNOWN_TO_A_SERVER = {"backend", "triton", "num_actors", "cpus_per_actor"}
 NOT_IN_A_PLAN_KEY = {"batch_size", "num_actors", "cpus_per_actor", "device"}
 NOT_IN_A_RUN_NAME = {
-    "interactions": {"path": True},
+    "interactions": {"path": True, "columns": True},
     "items": True,
     "catalog": True,
     "log_level": True,

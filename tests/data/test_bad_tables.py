@@ -148,7 +148,7 @@ def first(value: Any, good: pa.Array, kind: pa.DataType | None = None) -> pa.Arr
 
 
 def is_of(kind: pa.DataType, expected: pa.DataType) -> bool:
-    """Tell whether a column of `kind` may stand for `expected`, independently of `schemas.compatible`."""
+    """Tell whether a column of `kind` may stand for `expected`, independently of `columns.stands_for`."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if pa.types.is_string(expected):
@@ -166,14 +166,16 @@ def is_of(kind: pa.DataType, expected: pa.DataType) -> bool:
         pa.int64(): pa.types.is_floating(expected) or pa.types.is_integer(expected),
     }
     if pa.types.is_timestamp(expected):
-        return kind in (pa.timestamp("us"), pa.date32())
+        return kind in (pa.timestamp("us"), pa.date32(), pa.int64())
     return bool(numeric.get(kind, False))
 
 
 def bad_columns(field: pa.Field) -> Iterator[pa.Array]:
     """Yield the column spoilt in every way of its type."""
     good, kind = good_column(field), field.type
-    yield from (column for column in EVERY_TYPE if not is_of(column.type, kind))
+    for column in EVERY_TYPE:
+        if not is_of(column.type, kind) and not (field.nullable and column.type == pa.null()):
+            yield column
     if not field.nullable:
         yield first(None, good)
         yield pa.nulls(ROWS, good.type)
@@ -297,11 +299,11 @@ def test_files_that_are_no_tables_are_refused(
         pq.write_table(again, path)
         path.write_bytes(whole[:4] + b"\xff" * 60 + path.read_bytes()[64:])
         assert_refused(table, path, "not readable as Parquet (", "; write it again")
-    assert_refused(table, path / "below", "not found; give a Parquet file, or a folder that holds some")
+    assert_refused(table, path / "below", "not found; give a Parquet ")
     assert_refused(table, tmp_path / "nothing", "not found")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes.txt").write_text("nothing")
-    assert_refused(table, tmp_path / "folder", "not found; give a Parquet file, or a folder that holds some")
+    assert_refused(table, tmp_path / "folder", " file (notes.txt); give a Parquet ")
 
     whole_open = LocalFileSystem.open
 

@@ -34,7 +34,7 @@ from tests.generation.test_nights import change_digest, night
 REAL = np.array(["real-0", "real-1"])
 
 
-def rate(path: Path, rows: list[tuple[str, str, float | None, str | None]]) -> str:
+def rate(path: Path, rows: list[tuple[str, str, float | None, str | None]]) -> InteractionSettings:
     """Write interactions: user, item, rating and event."""
     user, item, rating, event = zip(*rows, strict=True)
     pq.write_table(
@@ -48,7 +48,7 @@ def rate(path: Path, rows: list[tuple[str, str, float | None, str | None]]) -> s
         ),
         path,
     )
-    return str(path)
+    return InteractionSettings(path=str(path), hold_out=0.0)
 
 
 def first_items(snapshot: Snapshot, *users: str) -> list[dict[str, Any]]:
@@ -112,8 +112,8 @@ def test_ratings_without_an_embedding_are_refused_for_real_items_and_dropped_for
 ) -> None:
     night(config, USERS[:2])
     rows = [(USERS[0], "real-0", 5.0, None), (USERS[0], "f" * 32, 5.0, None)]
-    settings = InteractionSettings(path=rate(tmp_path / "interactions.parquet", rows))
-    assert find_rated(config.catalog, settings.path, REAL, D, None).num_rows == 0
+    settings = rate(tmp_path / "interactions.parquet", rows)
+    assert find_rated(config.catalog, settings, REAL, D, None).num_rows == 0
     histories = build_histories(settings, REAL, str(tmp_path / "storage"))
     assert pq.read_table(histories.file(0))["item_index"].to_pylist() == [[0]]
     assert "1 of 2 rate an item without an embedding (generated long ago" in caplog.text
@@ -158,23 +158,21 @@ def test_impressions_are_no_ratings(tmp_path: Path) -> None:
         ("a", "real-1", 3.0, ""),
         ("b", "real-1", None, "impression"),
     ]
-    interactions = read_interactions(
-        InteractionSettings(path=rate(tmp_path / "interactions.parquet", rows), hold_out=0.0)
-    )
+    interactions = read_interactions(rate(tmp_path / "interactions.parquet", rows))
     assert interactions.user_id.tolist() == ["a"]
     assert dict(zip(interactions.item_id, interactions.like, strict=True)) == {"real-0": 1, "real-1": 0}
-    path = rate(tmp_path / "interactions.parquet", [("a", "real-0", 5.0, "click")])
+    settings = rate(tmp_path / "interactions.parquet", [("a", "real-0", 5.0, "click")])
     with pytest.raises(
         UserError,
         match=r"1 of 1 rows have an event that is neither rating nor impression \(rows 0\); name it so",
     ):
-        read_interactions(InteractionSettings(path=path))
-    rate(Path(path), [("a", "real-0", 5.0, "rating"), ("a", "f" * 32, 5.0, "click")])
+        read_interactions(settings)
+    rate(Path(settings.path), [("a", "real-0", 5.0, "rating"), ("a", "f" * 32, 5.0, "click")])
     with pytest.raises(
         UserError,
         match=r"1 of 2 rows have an event that is neither rating nor impression \(rows 1\); name it so",
     ):
-        find_rated(str(tmp_path / "catalog"), path, REAL, D, None)
+        find_rated(str(tmp_path / "catalog"), settings, REAL, D, None)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Interactions: errors give counts and examples of every defect. Likes, filter and hold-out are exact."""
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,18 @@ def test_history_digest_knows_the_times(tmp_path: Path) -> None:
         for last in (5, 9)
     ]
     assert days[0] != days[1]
+
+
+def test_one_long_id_costs_no_more_than_its_letters(tmp_path: Path) -> None:
+    """In an array of numpy's text it would set the size of every row: 160 MB here."""
+    rows = 20_000
+    users = ["x" * 1000, *(f"u{row}" for row in range(1, rows))]
+    items = [*(f"i{row}" for row in range(1, rows)), "y" * 1000]
+    path = write(tmp_path, user_id=users, item_id=items, rating=None, timestamp=None)
+    tracemalloc.start()
+    interactions = read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert interactions.user_id[-1] == "x" * 1000
+    assert sorted(interactions.item_id)[-1] == "y" * 1000
+    assert peak < 40e6

@@ -30,7 +30,7 @@ from rebeca_ray.data.embedding import Kept, embed_items
 from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.errors import InputError, LeaseHeldError, StorageError, UserError
 from rebeca_ray.stickers import CLIP, EMBED_DIM, ITEMS
-from rebeca_ray.storage.parquet import ParquetInput
+from rebeca_ray.storage.parquet import ParquetInput, read_table
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -47,6 +47,8 @@ def test_every_item_gets_open_clips_own_embedding(tmp_path: Path) -> None:
     assert embed_items(config) == 30
     items = read_image_embeds(config.out)
     assert items.item_id.tolist() == some["item_id"].to_pylist()
+    assert read_table(config.out, "items").column_names == ["item_id", "image_embeds"]
+    assert "style" in some.column_names  # which nobody declared
     assert items.image_embeds.shape == (30, EMBED_DIM)
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{CLIP}")
     image = preprocess(Image.open(io.BytesIO(some["image"][7]["bytes"].as_py())).convert("RGB"))
@@ -263,8 +265,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
         for error in world.error:
             raise error
 
-    def embed(config: EmbedConfig, source: ParquetInput, kept: Kept) -> Embedded:
-        table = source.read(["item_id"])
+    def embed(config: EmbedConfig, source: ParquetInput, _: pa.Schema, kept: Kept) -> Embedded:
+        table = source.read(pa.schema([("item_id", pa.string())]))
         known = pa.array(kept.item_id, pa.string())
         table = table.filter(pc.invert(pc.is_in(table["item_id"], value_set=known)))
         return Embedded(config, table, between)

@@ -9,7 +9,9 @@ import pytest
 from s3fs import S3FileSystem
 
 from rebeca_ray.catalog.pointer import read_pointer
+from rebeca_ray.data.validation import check_columns
 from rebeca_ray.errors import UserError
+from rebeca_ray.schemas import INTERACTIONS
 from rebeca_ray.storage.objects import HashingSink, read_json, write_json
 from rebeca_ray.storage.parquet import open_parquet, read_table, write_table
 
@@ -59,13 +61,13 @@ def test_other_users_can_read_the_files(tmp_path: Path) -> None:
 
 
 def test_files_of_a_folder_must_have_the_same_columns(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"user_id": ["a"]}), tmp_path / "a.parquet")
-    pq.write_table(pa.table({"user_id": ["b"], "rating": [1.0]}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"user_id": ["a"], "item_id": ["i"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"user_id": ["b"], "item_id": ["i"], "rating": [1.0]}), tmp_path / "b.parquet")
     with pytest.raises(
         UserError,
         match=r"b.parquet and a.parquet differ in their columns \(rating\); write all files with the same",
     ):
-        open_parquet(str(tmp_path), "interactions")
+        check_columns(open_parquet(str(tmp_path), "interactions"), INTERACTIONS)
     (tmp_path / "b.parquet").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"interactions .*: b.parquet is not a readable Parquet file"):
         open_parquet(str(tmp_path), "interactions")
