@@ -32,12 +32,12 @@ from rebeca_ray.config.sections import (
 )
 from rebeca_ray.data.histories import Histories
 from rebeca_ray.decoder.files import identify_decoder
-from rebeca_ray.generation.assemble import assemble
+from rebeca_ray.generation.assemble import assemble, describe_snapshot
 from rebeca_ray.generation.context import RunContext, identify_models
 from rebeca_ray.generation.decide import decide_all
 from rebeca_ray.generation.decisions import Decisions
 from rebeca_ray.generation.parts import PartRecord, WriteParts
-from rebeca_ray.generation.pipeline import describe_snapshot, generate_catalog
+from rebeca_ray.generation.pipeline import generate_catalog
 from rebeca_ray.generation.plan import plan_items, read_plan, request_histories
 from rebeca_ray.generation.progress import Progress
 from rebeca_ray.generation.render import Rendered, RenderImages, render_all

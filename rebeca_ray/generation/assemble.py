@@ -19,7 +19,19 @@ from rebeca_ray import schemas
 from rebeca_ray.catalog.counts import OUTCOMES
 from rebeca_ray.catalog.figures import GateFigures, figures_of
 from rebeca_ray.catalog.layout import POPULATION_USER, Run
-from rebeca_ray.catalog.manifest import Counts, DecisionCounts, FileList, FileRow
+from rebeca_ray.catalog.manifest import (
+    Counts,
+    DecisionCounts,
+    FileList,
+    FileRow,
+    Manifest,
+    Measured,
+    PermutationFigures,
+    Quality,
+    StageFigures,
+)
+from rebeca_ray.catalog.read import Snapshot
+from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.errors import (
     DamagedFilesError,
     ErrorBudgetExceededError,
@@ -27,16 +39,20 @@ from rebeca_ray.errors import (
     QualityGateError,
     ResumableError,
 )
+from rebeca_ray.evaluation.permutation import PermutationTest
 from rebeca_ray.generation.assembly import Assembly, BucketInput, BucketResult, ImageFile, Pool
 from rebeca_ray.generation.bucket import Bucket, UnrenderedItemsError
 from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.decisions import Action, Decisions
+from rebeca_ray.generation.estimate import actual_cost, forecast
 from rebeca_ray.generation.outcomes import COUNTED, num_filtered
 from rebeca_ray.generation.parts import PartRecord
 from rebeca_ray.generation.plan import read_plan
+from rebeca_ray.generation.progress import Progress
 from rebeca_ray.generation.render import Rendered
 from rebeca_ray.generation.repair.previous import damage_of_tables
 from rebeca_ray.ray_runtime import for_each
+from rebeca_ray.schemas import SCHEMA_VERSION
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.parquet import read_table, write_table
 from rebeca_ray.storage.records import damaged_files
@@ -262,3 +278,62 @@ def file_metadata(versions: dict[str, str]) -> dict[str, str]:
         schemas.VERSION_KEY: str(schemas.SCHEMA_VERSION),
         **{f"rebeca.{name}": value for name, value in versions.items()},
     }
+
+
+def describe_snapshot(
+    context: RunContext,
+    decisions: Decisions,
+    assembled: Assembled,
+    permutation: PermutationTest | None,
+    progress: Progress,
+) -> Manifest:
+    """Return the manifest of an assembled snapshot, before the gate judges it."""
+    run, previous, models = context.run, context.previous, context.models
+    stages = measured_stages(context.config, progress, previous)  # first: the cost counts this stage too
+    quality = Quality()
+    if permutation:
+        quality = Quality(permutation=PermutationFigures.model_validate(permutation.figures()))
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        run_id=run.run_id,
+        run_date=run.run_date,
+        fencing_token=run.fencing_token,
+        created_at=assembled.created_at.isoformat(timespec="seconds"),
+        previous_run_id=previous.run_id if previous else None,
+        previous_path=previous.path if previous else None,
+        counts=assembled.counts,
+        decisions=assembled.decisions,
+        carried_buckets=assembled.carried_buckets,
+        figures=assembled.figures,
+        versions=models.versions,
+        decoder_weights=models.decoder_weights,
+        embed_dim=models.embed_dim,
+        clip_fingerprint=models.clip_fingerprint,
+        num_buckets=context.num_buckets,
+        next_file=assembled.next_file,
+        bytes=assembled.bytes,
+        bytes_written=assembled.bytes_written,
+        files=assembled.files,
+        inputs=context.inputs_digest,
+        quality=quality,
+        measured=Measured(stages=stages),
+        forecast=forecast(context, decisions) if previous else None,
+        actual=actual_cost(context, decisions, progress, assembled.bytes_written),
+    )
+
+
+def measured_stages(
+    config: GenerateConfig, progress: Progress, previous: Snapshot | None
+) -> dict[str, StageFigures]:
+    """Return the stages that the next forecast is made from. A stage without work keeps its last figures."""
+    progress.pause()
+    last = previous.manifest.measured.stages if previous else {}
+    stages = {name: stage.figures() for name, stage in progress.stages.items()}
+    for name, section in (("plan", config.sampler), ("render", config.decoder)):
+        if name in progress.stages and progress.stages[name].rows:
+            stages[name] = progress.stages[name].figures(section.num_actors)
+        elif name in last:
+            stages[name] = last[name]
+        else:
+            stages.pop(name, None)
+    return stages

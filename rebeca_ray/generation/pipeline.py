@@ -17,15 +17,11 @@ from rebeca_ray.catalog.lease import Lease, hold_lease
 from rebeca_ray.catalog.manifest import (
     GateOutcome,
     Manifest,
-    Measured,
-    PermutationFigures,
-    Quality,
-    StageFigures,
     manifest_version,
     write_manifest,
 )
 from rebeca_ray.catalog.pointer import read_pointer
-from rebeca_ray.catalog.read import Snapshot, published
+from rebeca_ray.catalog.read import published
 from rebeca_ray.catalog.runs import read_records, remove_run, require_own_root, unfinished_runs
 from rebeca_ray.catalog.snapshots import require_pointer
 from rebeca_ray.catalog.versions import current_version
@@ -40,13 +36,12 @@ from rebeca_ray.errors import (
     ResumableError,
     StorageError,
 )
-from rebeca_ray.evaluation.permutation import PermutationTest
-from rebeca_ray.generation.assemble import Assembled, assemble
+from rebeca_ray.generation.assemble import assemble, describe_snapshot
 from rebeca_ray.generation.compact import MAX_FILES
 from rebeca_ray.generation.context import RunContext, identify_models
 from rebeca_ray.generation.decide import decide_all
 from rebeca_ray.generation.decisions import Decisions
-from rebeca_ray.generation.estimate import actual_cost, forecast
+from rebeca_ray.generation.estimate import forecast
 from rebeca_ray.generation.gate import check_plan, refusals
 from rebeca_ray.generation.plan import plan_items, request_histories
 from rebeca_ray.generation.progress import Progress, watchdog
@@ -63,7 +58,6 @@ from rebeca_ray.generation.runs import (
 )
 from rebeca_ray.log import set_run_id
 from rebeca_ray.ray_runtime import require_room, start_ray
-from rebeca_ray.schemas import SCHEMA_VERSION
 from rebeca_ray.storage.failures import only_warn, user_error
 from rebeca_ray.storage.filesystem import delete, exists, remove_empty_folders
 from rebeca_ray.storage.writable import require_writable
@@ -319,48 +313,6 @@ def check_clock(context: RunContext) -> None:
         )
 
 
-def describe_snapshot(
-    context: RunContext,
-    decisions: Decisions,
-    assembled: Assembled,
-    permutation: PermutationTest | None,
-    progress: Progress,
-) -> Manifest:
-    """Return the manifest of an assembled snapshot, before the gate judges it."""
-    run, previous, models = context.run, context.previous, context.models
-    stages = measured_stages(context.config, progress, previous)  # first: the cost counts this stage too
-    quality = Quality()
-    if permutation:
-        quality = Quality(permutation=PermutationFigures.model_validate(permutation.figures()))
-    return Manifest(
-        schema_version=SCHEMA_VERSION,
-        run_id=run.run_id,
-        run_date=run.run_date,
-        fencing_token=run.fencing_token,
-        created_at=assembled.created_at.isoformat(timespec="seconds"),
-        previous_run_id=previous.run_id if previous else None,
-        previous_path=previous.path if previous else None,
-        counts=assembled.counts,
-        decisions=assembled.decisions,
-        carried_buckets=assembled.carried_buckets,
-        figures=assembled.figures,
-        versions=models.versions,
-        decoder_weights=models.decoder_weights,
-        embed_dim=models.embed_dim,
-        clip_fingerprint=models.clip_fingerprint,
-        num_buckets=context.num_buckets,
-        next_file=assembled.next_file,
-        bytes=assembled.bytes,
-        bytes_written=assembled.bytes_written,
-        files=assembled.files,
-        inputs=context.inputs_digest,
-        quality=quality,
-        measured=Measured(stages=stages),
-        forecast=forecast(context, decisions) if previous else None,
-        actual=actual_cost(context, decisions, progress, assembled.bytes_written),
-    )
-
-
 def check_cluster(config: GenerateConfig) -> None:
     """Raise InputError for actors that would never start, before anything is planned."""
     sampler, decoder = config.sampler, config.decoder
@@ -401,20 +353,3 @@ def deadline_of(context: RunContext, spent_seconds: float) -> float | None:
         remaining = 3600 * limits.max_gpu_hours - spent_seconds
         ends.append(time.time() + remaining / context.config.decoder.num_actors)
     return min(ends, default=None)
-
-
-def measured_stages(
-    config: GenerateConfig, progress: Progress, previous: Snapshot | None
-) -> dict[str, StageFigures]:
-    """Return the stages that the next forecast is made from. A stage without work keeps its last figures."""
-    progress.pause()
-    last = previous.manifest.measured.stages if previous else {}
-    stages = {name: stage.figures() for name, stage in progress.stages.items()}
-    for name, section in (("plan", config.sampler), ("render", config.decoder)):
-        if name in progress.stages and progress.stages[name].rows:
-            stages[name] = progress.stages[name].figures(section.num_actors)
-        elif name in last:
-            stages[name] = last[name]
-        else:
-            stages.pop(name, None)
-    return stages

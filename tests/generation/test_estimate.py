@@ -12,9 +12,9 @@ from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import PriceSettings
 from rebeca_ray.errors import UserError
+from rebeca_ray.generation.assemble import measured_stages
 from rebeca_ray.generation.decisions import Decisions
 from rebeca_ray.generation.estimate import estimate, forecast, padded, seconds_of
-from rebeca_ray.generation.pipeline import measured_stages
 from rebeca_ray.generation.progress import Progress, StageClock
 from rebeca_ray.storage.objects import read_json, write_json
 from tests.conftest import USERS, context_of, snapshot_of
