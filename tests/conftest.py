@@ -63,6 +63,8 @@ LONGEST = (
     "test_triton_client.py",
     "test_pipeline.py",
     "test_weights.py",
+    "test_suspects.py",
+    "test_damage.py",
 )
 
 
