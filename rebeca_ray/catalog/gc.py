@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 MAX_HOURS = 100_000
 PARTIAL = r"(\.partial\S*)?$"  # a writer that was killed left it
 IN_SNAPSHOT = re.compile(
-    r"(manifest\.json|files-\d+\.parquet|(items|users|errors|changes)/bucket=\d+/part-\d+\.parquet)" + PARTIAL
+    r"(\.manifest\.lock|manifest\.json|files-\d+\.parquet"
+    r"|(items|users|errors|changes)/bucket=\d+/part-\d+\.parquet)" + PARTIAL
 )
 IN_IMAGES = re.compile(r"bucket=\d+/(part|compacted)-[0-9a-f-]+\.parquet" + PARTIAL)
 
