@@ -1,6 +1,7 @@
 """The nightly job: dates due, training due, `{run_date}` in paths, and nights that fail."""
 
 import datetime
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from rebeca_ray import nightly
 from rebeca_ray.catalog.gc import Garbage
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.manifest import Manifest
+from rebeca_ray.catalog.pointer import change_pointer
 from rebeca_ray.catalog.versions import replace_version
 from rebeca_ray.config.jobs import GenerateConfig, NightlyConfig, dated
 from rebeca_ray.config.load import load_config
@@ -220,6 +222,23 @@ def test_a_resumable_night_is_never_skipped(config: NightlyConfig, monkeypatch: 
     with pytest.raises(ResumableError, match="storage went away"):
         run_nightly(config)
     assert nights.dates == []  # a later date would keep this one from ever being resumed
+
+
+def test_a_date_that_was_rolled_back_is_not_made_again(
+    config: NightlyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nights = stub(monkeypatch)
+    root = config.generate.catalog
+    for day in ("04", "05"):
+        publish(root, Run(root=root, run_date=f"2026-03-{day}", run_id=f"of {day}", fencing_token=1))
+    withdrawn = ({"run_id": "of 05", "run_date": "2026-03-05"},)
+    change_pointer(
+        root, lambda pointer: replace(pointer, run_id="of 04", run_date="2026-03-04", withdrawn=withdrawn)
+    )
+    assert run_nightly(config) == ([], None)
+    later = config.model_copy(update={"run_date": datetime.date(2026, 3, 6)})
+    assert len(run_nightly(later)[0]) == 1
+    assert nights.dates == ["2026-03-06"]
 
 
 def test_a_night_before_the_published_one_is_refused(
