@@ -15,7 +15,7 @@ from rebeca_ray.errors import InputError, LeaseHeldError, ResumableError, UserEr
 from rebeca_ray.generation.pipeline import Generated, generate_catalog
 from rebeca_ray.log import set_run_id
 from rebeca_ray.prior.checkpoint import load_prior
-from rebeca_ray.storage.failures import only_warn, user_error
+from rebeca_ray.storage.failures import user_error
 from rebeca_ray.training.train import train_prior
 
 log = logging.getLogger(__name__)
@@ -54,10 +54,12 @@ def run_nightly(config: NightlyConfig) -> tuple[list[Night], Garbage | None]:
     set_run_id(None)
     garbage = None
     if nights:
-        with only_warn("collecting garbage"):
+        try:
             garbage = collect(
                 config.generate.catalog, keep=config.keep_snapshots, grace_hours=config.grace_hours
             )
+        except UserError as error:  # the nights are published all the same
+            log.warning("collecting garbage failed, the next night tries again: %s", error)
     if trouble:
         raise trouble
     return nights, garbage

@@ -20,6 +20,7 @@ from rebeca_ray.catalog.figures import GateFigures
 from rebeca_ray.catalog.layout import Run, new_run_id
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.manifest import Counts, DecisionCounts, FileList, Manifest, Measured, StageFigures
+from rebeca_ray.catalog.pointer import Pointer, read_pointer
 from rebeca_ray.catalog.read import published
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import GenerateConfig
@@ -444,6 +445,11 @@ def synthetic_manifest(run: Run, files: FileList, **changes: Any) -> Manifest:
         "measured": Measured(stages={"assemble": StageFigures(seconds=0.0)}),
     }
     return Manifest(**{**values, **changes})
+
+
+def without_id(root: str) -> Pointer:
+    """Return the pointer without the random id of its catalog."""
+    return replace(read_pointer(root)[0], catalog_id=None)
 
 
 def publish(root: str, run: Run) -> None:

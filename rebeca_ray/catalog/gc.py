@@ -10,7 +10,7 @@ dies on the way has only left more to collect.
 
 import logging
 import re
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -29,7 +29,14 @@ from rebeca_ray.catalog.runs import (
 )
 from rebeca_ray.catalog.snapshots import LEASE_SECONDS, read_manifests
 from rebeca_ray.errors import InputError
-from rebeca_ray.storage.filesystem import delete, delete_files, join, list_files, remove_empty_folders
+from rebeca_ray.storage.filesystem import (
+    delete,
+    delete_files,
+    join,
+    list_files,
+    list_folders,
+    remove_empty_folders,
+)
 from rebeca_ray.storage.leftovers import remove_leftovers
 
 log = logging.getLogger(__name__)
@@ -76,7 +83,8 @@ def collect(root: str, *, keep: int, grace_hours: float, dry_run: bool = False) 
         if not dry_run:
             lease.doom(garbage.runs)
             remove(garbage)
-            remove_leftovers(root, datetime.now(UTC) - timedelta(hours=grace_hours))
+            # An hour at least: estimates and trainings write here without this lease.
+            remove_leftovers(root, datetime.now(UTC) - timedelta(hours=max(1, grace_hours)))
             lease.doom([])
     return garbage
 
@@ -123,15 +131,22 @@ def find_garbage(root: str, *, keep: int, now: datetime, grace: timedelta) -> Ga
             unknown = True
     damaged = {folder.rpartition("run_id=")[2] for folder in errors}
     garbage = Garbage(manifests=[], work=[], files=[], folders=[], records=[], kept=sorted(kept), runs=[])
-    for record in read_records(root, pointer.catalog_id or ""):
-        if record.run_id in kept | recent | damaged:
-            continue
+    unkept = [
+        record
+        for record in read_records(root, pointer.catalog_id or "")
+        if record.run_id not in kept | recent | damaged
+    ]
+    working = set(list_folders(join(root, "work")))
+    with ThreadPoolExecutor(16) as pool:
+        files_of_runs = (
+            [[] for _ in unkept] if unknown else list(pool.map(lambda run: files_of(root, run), unkept))
+        )
+    for record, files in zip(unkept, files_of_runs, strict=True):
         garbage.runs.append(record.run_id)
         work = work_folder(root, record.run_id)
-        has_work = bool(list_files(work))
+        has_work = work.rpartition("/")[2] in working
         if has_work:
             garbage.work.append(work)
-        files = [] if unknown else list(files_of(root, record))
         unneeded = [file for file in files if file.removeprefix(f"{root}/") not in needed]
         if unneeded:
             garbage.folders.extend(join(root, folder) for folder in folders_of(record))
@@ -150,11 +165,14 @@ def listed_files(root: str, manifest: Manifest) -> list[str]:
     return paths
 
 
-def files_of(root: str, record: RunRecord) -> Iterator[str]:
-    """Yield the files of a run outside its work folder that have names of ours."""
-    for folder, name in folders_of(record).items():
-        start = join(root, folder, "")
-        yield from (file for file in list_files(join(root, folder)) if name.match(file.removeprefix(start)))
+def files_of(root: str, record: RunRecord) -> list[str]:
+    """Return the files of a run outside its work folder that have names of ours."""
+    return [
+        file
+        for folder, name in folders_of(record).items()
+        for file in list_files(join(root, folder))
+        if name.match(file.removeprefix(join(root, folder, "")))
+    ]
 
 
 def folders_of(record: RunRecord) -> dict[str, re.Pattern[str]]:
@@ -173,9 +191,15 @@ def adopt_runs(root: str, catalog_id: str) -> None:
     snapshots, _ = read_manifests(root)
     dates: dict[str, str | None] = {}
     for manifest in snapshots:
-        for path in listed_files(root, manifest):
+        try:
+            paths = listed_files(root, manifest)
+        except InputError as error:
+            log.warning("%s; what it alone lists is never collected", error)
+            continue
+        for path in paths:
             if made := re.match(r"(?:images|snapshots/run_date=([^/]+))/run_id=([^/]+)/", path):
                 dates[made[2]] = made[1] or dates.get(made[2])
+    dates |= {name.removeprefix("run_id="): None for name in list_folders(join(root, "work"))}
     dates |= {run.run_id: run.run_date for run in unfinished_runs(root).values()}
     dates |= {manifest.run_id: manifest.run_date for manifest in snapshots}
     for run_id, run_date in sorted(dates.items(), key=lambda entry: entry[0] == pointer.run_id):

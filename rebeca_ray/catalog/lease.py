@@ -27,7 +27,7 @@ from rebeca_ray.catalog.pointer import (
     read_pointer,
 )
 from rebeca_ray.errors import LeaseHeldError, ResumableError, UserError
-from rebeca_ray.storage.filesystem import delete, join
+from rebeca_ray.storage.filesystem import delete_swapped, join
 from rebeca_ray.storage.swap_probe import require_swaps
 
 log = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ class Lease:
         """Remove the pointer of a catalog that was never published, and end this lease with it."""
         self.released.set()
         self.check()
-        delete(join(self.root, POINTERS_OF[self.kind]))
+        delete_swapped(join(self.root, POINTERS_OF[self.kind]))
 
     def release(self) -> None:
         def free(pointer: Pointer) -> Pointer:

@@ -155,8 +155,10 @@ class Snapshot:
         store = open_store(self.root)
         scan = store.scan_filesystem()
         # Arrow would believe an answer of the store that is cut off, and call an intact file damaged.
+        files = self.files.filter(pc.is_in(self.files["path"], value_set=pa.array(paths, pa.string())))
+        sizes = dict(zip(files["path"].to_pylist(), files["bytes"].to_pylist(), strict=True))
         fragments = [
-            PARQUET.make_fragment(join(store.path, path), scan, file_size=self.sizes[path]) for path in paths
+            PARQUET.make_fragment(join(store.path, path), scan, file_size=sizes[path]) for path in paths
         ]
         return pyarrow.dataset.FileSystemDataset(fragments, self.stored_schema(name), PARQUET, scan)
 
@@ -326,11 +328,6 @@ class Snapshot:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out everything derived from the file list: it is large, and a Ray task needs little of it."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    @cached_property
-    def sizes(self) -> dict[str, int]:
-        """The size of every file by its path."""
-        return dict(zip(self.files["path"].to_pylist(), self.files["bytes"].to_pylist(), strict=True))
 
     @cached_property
     def user_files(self) -> UserFiles:

@@ -4,15 +4,20 @@ A record is written before the run's first folder, and removed after its last. N
 catalog that such a record does not name.
 """
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime
 
-from rebeca_ray.catalog.layout import work_folder
-from rebeca_ray.errors import InputError
+from pydantic import TypeAdapter
+
+from rebeca_ray.catalog.layout import inside, work_folder
+from rebeca_ray.errors import InputError, ResumableError, StorageError
 from rebeca_ray.storage.filesystem import delete, exists, join, list_files, list_folders
 from rebeca_ray.storage.objects import JsonObject, read_json, write_json
 from rebeca_ray.storage.records import read_record, write_record
+
+log = logging.getLogger(__name__)
 
 RUN = "run_id="
 # The folders of a catalog, and the start of the names in them; None: no folders of runs.
@@ -26,6 +31,9 @@ class RunRecord:
     catalog_id: str
     run_id: str
     run_date: str | None  # None: of an older version, and only its images are left
+
+
+RUN_RECORD = TypeAdapter(RunRecord)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +66,23 @@ def has_record(root: str, run_id: str) -> bool:
 def read_records(root: str, catalog_id: str) -> list[RunRecord]:
     """Return the records of this catalog's runs. Those of a catalog that was copied over it are left out."""
     with ThreadPoolExecutor(16) as pool:
-        values = list(pool.map(read_json, list_files(join(root, "runs"), ".json")))
-    records = [
-        RunRecord(**{name: record[name] for name in ("catalog_id", "run_id", "run_date")})
-        for record in values
-        if record
-    ]
-    return [
-        record for record in records if record.catalog_id in ("", catalog_id)
-    ]  # "": before its first lease
+        records = list(pool.map(read_run_record, list_files(join(root, "runs"), ".json")))
+    # "": before any lease
+    return [record for record in records if record and record.catalog_id in ("", catalog_id)]
+
+
+def read_run_record(uri: str) -> RunRecord | None:
+    """Return one record; None, after a warning, for a file that is none of ours."""
+    try:
+        record = RUN_RECORD.validate_python(read_json(uri))
+        if record_uri(uri.rpartition("/runs/")[0], inside(record.run_id)) == uri:
+            return record
+    except (StorageError, ResumableError):
+        raise
+    except ValueError:  # also pydantic's, and that of a file which is no JSON
+        pass
+    log.warning("%s: is no record of a run of this catalog; it is left alone", uri)
+    return None
 
 
 def unfinished_runs(root: str) -> dict[str, BegunRun]:

@@ -18,7 +18,14 @@ from rebeca_ray.catalog.layout import inside
 from rebeca_ray.catalog.lease import Lease, hold_lease
 from rebeca_ray.catalog.pointer import POINTERS_OF, Kind, damaged
 from rebeca_ray.errors import UserError
-from rebeca_ray.storage.filesystem import delete, delete_files, join, list_files, list_folders
+from rebeca_ray.storage.filesystem import (
+    delete,
+    delete_files,
+    join,
+    list_files,
+    list_folders,
+    remove_empty_folders,
+)
 from rebeca_ray.storage.objects import read_json
 
 log = logging.getLogger(__name__)
@@ -56,7 +63,8 @@ class NewVersion:
         self.previous_name = ROOT if self.previous == root else self.previous.rpartition("/")[2]
         self.name: str | None = None
         # Whatever is newer than the published version was never finished: its writer held an earlier lease.
-        self.remove(name for name in versions_in(root) if name > self.previous_name)
+        if self.previous_name != ROOT:  # a lost pointer costs no version before there is a new one
+            self.remove(name for name in versions_in(root) if name > self.previous_name)
 
     def begin(self, fingerprint: str) -> str:
         """Return the folder for the files of the new version."""
@@ -119,5 +127,11 @@ def replace_version(root: str, kind: Kind, writer: str) -> Iterator[NewVersion]:
         version = NewVersion(root, kind, lease)
         try:
             yield version
+        except Exception:
+            version.discard()
+            if lease.published is None and not versions_in(root):  # a first one that failed leaves nothing
+                lease.remove_pointer()
+                remove_empty_folders(root)
+            raise
         finally:
             version.discard()

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.versions import replace_version
+from rebeca_ray.catalog.versions import replace_version, versions_in
 from rebeca_ray.config.jobs import EmbedConfig
 from rebeca_ray.data.bad_images import (
     errors_in,
@@ -61,7 +61,8 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False, run_date: dateti
         raise InputError(
             f"out {config.out}: holds the items themselves and would be replaced; choose another folder"
         )
-    require_own(config.out, "out", {"items.json": "fencing_token", MARKER: "clip"})
+    if not versions_in(config.out):  # a lost pointer does not make them somebody else's
+        require_own(config.out, "out", {"items.json": "fencing_token", MARKER: "clip"})
     fingerprint = clip_fingerprint(config.clip, config.background)
     require_writable(config.out, "out")
     with replace_version(config.out, "items", "embed") as version:

@@ -145,7 +145,7 @@ class Bucket:
             "items": items,
             "users": self.users_table(bucket),
             "errors": bucket.errors,
-            "changes": changes_table(items, before),
+            "changes": self.with_hidden_departures(changes_table(items, before), items),
         }
         # Some readers stumble over a file without rows.
         files = [self.write(name, table) for name, table in tables.items() if table.num_rows]
@@ -224,6 +224,17 @@ class Bucket:
                     f"run {self.context.run.run_id}: the plan has {planned.get(user, 0)} items of user "
                     f"{user!r}, expected {expected}; nothing is published, start it again to resume"
                 )
+
+    def with_hidden_departures(self, changes: pa.Table, items: pa.Table) -> pa.Table:
+        """Return the changes with users who left and whose items a damaged file hides: without item ids."""
+        if not self.work.damaged:
+            return changes
+        gone = sorted({*self.last} - {*items["user_id"].to_pylist(), *changes["user_id"].to_pylist()})
+        columns = {"item_id": [""] * len(gone), "user_id": gone, "change": ["removed"] * len(gone)}
+        hidden = pa.table(columns, schema=schemas.CHANGES)
+        return pa.concat_tables([changes, hidden]).sort_by(
+            [("user_id", "ascending"), ("item_id", "ascending")]
+        )
 
     def previous_items(self, columns: list[str] | None = None) -> pa.Table:
         """Return the previous items of the bucket, without those in damaged files of items."""

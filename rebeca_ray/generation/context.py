@@ -7,6 +7,7 @@ from functools import cached_property
 import rebeca_ray
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.read import Snapshot
+from rebeca_ray.catalog.versions import current_version
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.decoder.files import DecoderIdentity
 from rebeca_ray.identity import hash128
@@ -44,6 +45,12 @@ def identify_models(config: GenerateConfig, decoder: DecoderIdentity) -> Models:
         can_rescore=prior.selector is not None,
         user_encoder=prior.settings.user_encoder,
     )
+
+
+def with_current_versions(config: GenerateConfig) -> GenerateConfig:
+    """Return the config with today's versions of prior and items, which all stages of this attempt read."""
+    items = config.items and current_version(config.items, "items")
+    return config.model_copy(update={"prior": current_version(config.prior, "prior"), "items": items})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,6 @@ import numpy as np
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import POPULATION_USER, Run
-from rebeca_ray.catalog.versions import current_version
 from rebeca_ray.config.sections import RefreshSettings
 from rebeca_ray.data.histories import Histories
 from rebeca_ray.data.validation import check_columns
@@ -86,10 +85,17 @@ def decide_all(
     known_damage = read_known(run.work)
     split_request(context)
 
-    def decide(bucket: int) -> BucketDecisions:
-        return decide_bucket(context, histories, bucket, by_urgency, known_damage)
+    def decide_on_all(known: Damage) -> list[BucketDecisions]:
+        def decide(bucket: int) -> BucketDecisions:
+            return decide_bucket(context, histories, bucket, by_urgency, known)
 
-    parts = for_each_bucket(decide, range(num_buckets), on_progress, in_process=context.in_process)
+        return for_each_bucket(decide, range(num_buckets), on_progress, in_process=context.in_process)
+
+    parts = decide_on_all(known_damage)
+    damaged = {path: reason for part in parts for path, reason in part.damaged.items()}
+    if damaged.keys() - known_damage.keys():
+        # An image file may serve several buckets, such as that of the population pool: all do without it.
+        parts = decide_on_all(known_damage | damaged)
     pool = decide_pool(context, parts, pool_size=max(part.pool_size for part in parts))
     planned, files = [part.planned for part in parts], [file for part in parts for file in part.files]
     rescored_items = sum(part.rescored_items for part in parts)
@@ -178,7 +184,7 @@ def known_users(context: RunContext, histories: Histories | None, bucket: int) -
     """
     if context.models.user_encoder == "none":
         return {}
-    files = [join(current_version(context.config.prior, "prior"), "users.parquet")]
+    files = [join(context.config.prior, "users.parquet")]
     if context.models.user_encoder == "history":
         assert histories is not None
         numbers = range(bucket, len(histories.users_of_bucket), context.num_buckets)

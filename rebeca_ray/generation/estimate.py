@@ -10,7 +10,7 @@ from rebeca_ray.catalog.runs import BegunRun, remove_run, write_begun, write_run
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.errors import InputError
-from rebeca_ray.generation.context import RunContext, identify_models
+from rebeca_ray.generation.context import RunContext, identify_models, with_current_versions
 from rebeca_ray.generation.decide import decide_all
 from rebeca_ray.generation.decisions import Decisions
 from rebeca_ray.generation.plan import request_histories
@@ -28,6 +28,7 @@ def estimate(config: GenerateConfig, *, images_per_second: float | None = None) 
     """
     if images_per_second is not None and not images_per_second > 0:
         raise InputError(f"images_per_second {images_per_second}: must be more than 0")
+    config = with_current_versions(config)
     decoder = identify_decoder(config.decoder)
     requested = check_request(config, decoder)
     previous = published(config.catalog)

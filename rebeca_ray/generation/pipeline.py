@@ -24,7 +24,6 @@ from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import published
 from rebeca_ray.catalog.runs import read_records, remove_run, require_own_root, unfinished_runs
 from rebeca_ray.catalog.snapshots import require_pointer
-from rebeca_ray.catalog.versions import current_version
 from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.data.histories import Histories
 from rebeca_ray.decoder.build import check_decoder
@@ -38,7 +37,7 @@ from rebeca_ray.errors import (
 )
 from rebeca_ray.generation.assemble import assemble, describe_snapshot
 from rebeca_ray.generation.compact import MAX_FILES
-from rebeca_ray.generation.context import RunContext, identify_models
+from rebeca_ray.generation.context import RunContext, identify_models, with_current_versions
 from rebeca_ray.generation.decide import decide_all
 from rebeca_ray.generation.decisions import Decisions
 from rebeca_ray.generation.estimate import forecast
@@ -46,7 +45,7 @@ from rebeca_ray.generation.gate import check_plan, refusals
 from rebeca_ray.generation.plan import plan_items, request_histories
 from rebeca_ray.generation.progress import Progress, watchdog
 from rebeca_ray.generation.render import busy_seconds, check_renderer, render_all
-from rebeca_ray.generation.repair.previous import damage_of_all_tables, note_damage
+from rebeca_ray.generation.repair.previous import note_damage
 from rebeca_ray.generation.request import check_request, require_same_inputs
 from rebeca_ray.generation.runs import (
     begin,
@@ -158,12 +157,6 @@ def generate_catalog(
     return Generated(manifest=manifest, seconds=seconds)
 
 
-def with_current_versions(config: GenerateConfig) -> GenerateConfig:
-    """Return the config with today's versions of prior and items, which all stages of this attempt read."""
-    items = config.items and current_version(config.items, "items")
-    return config.model_copy(update={"prior": current_version(config.prior, "prior"), "items": items})
-
-
 def check_executors(config: GenerateConfig, in_process: bool) -> None:
     """Start Ray and check that all actors can start; in this process, check the decoder alone."""
     if in_process:
@@ -225,11 +218,7 @@ def make_snapshot(
             return run_stages(context, histories, lease, progress, retry_failed=retry_failed, force=force)
         except DamagedFilesError as error:
             note_damage(context, error.reasons)
-        except InputError:  # of a planning actor, which reads the items to rescore in part
-            damaged = damage_of_all_tables(context) if progress.current == "plan" else {}
-            if not damaged:
-                raise
-            note_damage(context, damaged)
+            retry_failed = retry_failed and "render" not in progress.stages  # or it was done already
     return run_stages(context, histories, lease, progress, retry_failed=retry_failed, force=force)
 
 

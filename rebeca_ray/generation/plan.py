@@ -43,7 +43,7 @@ from rebeca_ray.prior.checkpoint import load_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.storage.filesystem import delete, join
 from rebeca_ray.storage.parquet import replaced, write_table
-from rebeca_ray.storage.records import damage_among, read_record, write_record
+from rebeca_ray.storage.records import damage_among, damaged_files, listed, read_record, write_record
 
 log = logging.getLogger(__name__)
 
@@ -316,11 +316,21 @@ class PlanUsers:
         )
 
     def previous_items(self, bucket: int) -> pa.Table:
-        """Return the previous items of a bucket; caches the last one, because users arrive by bucket."""
+        """Return the previous items of a bucket; caches the last one, because users arrive by bucket.
+
+        Raises DamagedFilesError for a damaged file: the run then does without it.
+        """
         if self.cached_items is None or self.cached_items[0] != bucket:
             assert self.previous is not None
             num_buckets = self.config.layout.num_buckets
-            self.cached_items = (bucket, self.previous.bucket("items", bucket, num_buckets))
+            try:
+                items = self.previous.bucket("items", bucket, num_buckets)
+            except InputError:
+                rows = self.previous.bucket_files("items", bucket, num_buckets).to_pylist()
+                if damaged := damage_among(self.previous.root, map(listed, rows)):
+                    raise damaged_files(damaged) from None
+                raise
+            self.cached_items = (bucket, items)
         return self.cached_items[1]
 
 

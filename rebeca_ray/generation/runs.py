@@ -132,6 +132,11 @@ def candidate_runs(config: GenerateConfig, run_date: datetime.date) -> dict[str,
     begun = {run_id: run for run_id, run in unfinished_runs(config.catalog).items() if run_id not in doomed}
     if config.run_id is None:
         return {run_id: run for run_id, run in begun.items() if run.run_date == run_date.isoformat()}
+    if config.run_id in doomed:
+        raise InputError(
+            f"catalog {config.catalog}: run_id {config.run_id} is being collected; "
+            "choose another, or give none"
+        )
     if config.run_id in begun:
         return {config.run_id: begun[config.run_id]}
     for date in list_folders(join(config.catalog, "snapshots")):

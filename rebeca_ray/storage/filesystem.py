@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from rebeca_ray.errors import Failure, InputError, StorageError, UserError, describe
-from rebeca_ray.storage.local import sync
+from rebeca_ray.storage.local import remove_with_lock, sync
 from rebeca_ray.storage.remote import exact_filesystem
 from rebeca_ray.storage.store import classify, failure_types, open_store
 
@@ -109,6 +109,16 @@ def delete(uri: str) -> None:
             # A name can be that of an object and of a folder. Azure keeps empty folders.
             below = store.filesystem.find(store.path, withdirs=True)
             store.remove([name for name in dict.fromkeys([*reversed(below), store.path]) if "/" in name])
+
+
+def delete_swapped(uri: str) -> None:
+    """Remove an object that compare-and-swap changes, on a disk with its lock file."""
+    store = open_store(uri)
+    if not is_local(store.filesystem):
+        delete(uri)
+        return
+    with storage_errors(uri, "remove"):
+        remove_with_lock(Path(store.path))
 
 
 def delete_files(uris: list[str]) -> None:

@@ -26,7 +26,7 @@ MAGIC = b"PAR1"  # at both ends of a Parquet file
 # Such a name promises Parquet, so a file of that name is never passed over.
 PARQUET_NAME = re.compile(r"\.(parquet|parq|pq)(\.(gz|gzip|zst|bz2|xz|lz4|snappy|zip))?$", re.IGNORECASE)
 CSV_NAME = re.compile(r"\.csv(\.gz)?$", re.IGNORECASE)
-PARTIAL_NAME = re.compile(r"\.partial(-\d+)?$")  # left by a writer of ours that was killed
+PARTIAL_NAME = re.compile(r"\.partial(-\S+)?$")  # left by a writer of ours that was killed
 NULL_FOLDER = "__HIVE_DEFAULT_PARTITION__"  # the name of null, as Spark and Hive write it
 # The file of a log that tells which rows of the files beside it are still valid.
 LOGS = {

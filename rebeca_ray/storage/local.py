@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from errno import EBUSY, EDQUOT, EHOSTUNREACH, EINVAL, ENETUNREACH, ENOSPC, EREMOTEIO, EROFS, ESTALE
 from pathlib import Path
-from typing import ClassVar
+from typing import IO, ClassVar
 
 import fsspec
 import pyarrow as pa
@@ -118,7 +118,7 @@ class LocalStore:
 
 
 def lock_file(path: Path) -> Path:
-    """Return the file that guards changes of `path`. It stays, because another process may wait for it."""
+    """Return the file that guards changes of `path`."""
     return path.with_name(f".{path.stem}.lock")
 
 
@@ -154,16 +154,33 @@ def sync(path: Path) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock file beside `path`. Raises InputError if another process keeps it for LOCK_SECONDS."""
     make_folder(path.parent)
-    with lock_file(path).open("w") as lock:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        with lock_file(path).open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise InputError(
                         f"{lock.name}: another process has held it for {LOCK_SECONDS} s; end that process"
                     ) from None
                 time.sleep(0.02)
-        yield
+                continue
+            if is_still(lock_file(path), lock):
+                yield
+                return
+
+
+def is_still(path: Path, file: IO[str]) -> bool:
+    """Return whether an open file is the one at `path`: its last holder may have removed it."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def remove_with_lock(path: Path) -> None:
+    """Remove a file that compare-and-swap changes, and its lock file."""
+    with locked(path):
+        path.unlink(missing_ok=True)
+        lock_file(path).unlink()

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from rebeca_ray.catalog.versions import replace_version
+from rebeca_ray.catalog.versions import replace_version, versions_in
 from rebeca_ray.config.jobs import DistillConfig
 from rebeca_ray.config.sections import PriorSampling, SamplerSettings
 from rebeca_ray.data.feedback import with_rated
@@ -67,7 +67,8 @@ def distill_prior(config: DistillConfig) -> dict[str, float]:
     """
     teacher = load_prior(config.prior, config.device)
     check_teacher(teacher, config)
-    require_own(config.out, "out", MARKERS)
+    if not versions_in(config.out):  # a lost pointer does not make them somebody else's
+        require_own(config.out, "out", MARKERS)
     require_writable(config.out, "out")
     with replace_version(config.out, "prior", "distill") as version:
         student, figures = fit_and_judge(teacher, config)

@@ -20,7 +20,7 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, Ru
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rebeca_ray import identity
-from rebeca_ray.catalog.versions import replace_version
+from rebeca_ray.catalog.versions import replace_version, versions_in
 from rebeca_ray.config.jobs import TrainConfig
 from rebeca_ray.config.sections import PriorSampling
 from rebeca_ray.data.feedback import with_rated
@@ -52,7 +52,8 @@ def train_prior(config: TrainConfig, *, run_date: datetime.date | None = None) -
     `config.out`. Any error leaves the published prior as it was.
     """
     items = read_image_embeds(config.items)
-    require_own(config.out, "out", MARKERS)
+    if not versions_in(config.out):  # a lost pointer does not make them somebody else's
+        require_own(config.out, "out", MARKERS)
     require_writable(config.out, "out")
     require_writable(config.storage, "storage")
     with replace_version(config.out, "prior", "train") as version:

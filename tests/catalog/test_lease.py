@@ -16,6 +16,7 @@ from rebeca_ray.catalog.lease import Lease, hold_lease
 from rebeca_ray.catalog.pointer import Pointer, change_pointer, read_pointer
 from rebeca_ray.errors import LeaseHeldError
 from tests.catalog.conftest import Start, begin, heard, tell
+from tests.conftest import without_id
 
 SECONDS = 2.0
 AT_WORK = "is at work on it; wait for it, or stop it and start again"
@@ -40,11 +41,6 @@ def stop(process: subprocess.Popen[str], root: str) -> None:
     process.send_signal(signal.SIGSTOP)
 
 
-def stored(root: str) -> Pointer:
-    """Return the pointer without the random id of its catalog."""
-    return replace(read_pointer(root)[0], catalog_id=None)
-
-
 def test_one_of_four_simultaneous_runs_holds_the_lease(root: str, start: Start) -> None:
     processes = {name: start(root, name, "wait", SECONDS) for name in ("a", "b", "c", "d")}
     begin(*processes.values())
@@ -60,7 +56,7 @@ def test_one_of_four_simultaneous_runs_holds_the_lease(root: str, start: Start) 
     published = Pointer(fencing_token=1, run_id=winner, run_date="2026-01-01", snapshot=f"of {winner}")
     catalog_id = read_pointer(root)[0].catalog_id
     assert catalog_id is not None
-    assert stored(root) == published
+    assert without_id(root) == published
     for token in (2, 3):
         with hold_lease(root, "next", SECONDS) as lease:
             assert lease.fencing_token == token
@@ -100,7 +96,7 @@ def test_a_holder_that_is_stopped_too_long_is_replaced_and_ends_on_waking(root: 
         published = Pointer(
             fencing_token=2, run_id="heir", run_date="2026-01-01", snapshot="of heir", forced=True
         )
-        assert stored(f"{root}/{doing}") == published
+        assert without_id(f"{root}/{doing}") == published
 
     assert ended(patient) == (0, "")  # it was silent for less than its time
     assert read_pointer(f"{root}/patient")[0].snapshot == "of patient"
@@ -163,7 +159,7 @@ def test_the_lease_is_released_however_the_block_ends(root: str) -> None:
     assert read_pointer(root)[0].lease is None
     with pytest.raises(SystemExit), hold_lease(root, "leaving", 60):
         raise SystemExit(3)
-    assert stored(root) == Pointer(fencing_token=3)
+    assert without_id(root) == Pointer(fencing_token=3)
     assert signal.getsignal(signal.SIGINT) == before
 
 
@@ -171,7 +167,7 @@ def test_a_lease_of_another_holder_is_not_released(root: str) -> None:
     theirs = {"run_id": "b", "fencing_token": 9, "holder": "b", "beat": 0, "seconds": 60}
     with hold_lease(root, "a", 60):
         change_pointer(root, lambda pointer: replace(pointer, fencing_token=9, lease=theirs))
-    assert stored(root) == Pointer(fencing_token=9, lease=theirs)
+    assert without_id(root) == Pointer(fencing_token=9, lease=theirs)
 
 
 def test_an_interrupt_by_the_user_is_no_lost_lease(tmp_path: Path, start: Start) -> None:
@@ -184,7 +180,7 @@ def test_an_interrupt_by_the_user_is_no_lost_lease(tmp_path: Path, start: Start)
     assert code == -signal.SIGINT
     assert stderr.splitlines()[-1] == "KeyboardInterrupt"
     assert "lost" not in stderr
-    assert stored(root) == Pointer(fencing_token=1)
+    assert without_id(root) == Pointer(fencing_token=1)
 
 
 def test_an_interrupt_for_a_loss_has_no_effect_after_the_end(tmp_path: Path) -> None:

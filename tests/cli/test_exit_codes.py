@@ -15,7 +15,7 @@ from ray.exceptions import RayTaskError
 from ray.train import WorkerGroupError
 
 from rebeca_ray import errors, log
-from rebeca_ray.catalog.pointer import Pointer, read_pointer
+from rebeca_ray.catalog.pointer import Pointer
 from rebeca_ray.cli.runner import plain_errors
 from rebeca_ray.errors import UserError
 from rebeca_ray.termination import SIGTERM_LINE
@@ -184,7 +184,7 @@ def test_sigterm_frees_the_lease_and_ends_with_code_143(tmp_path: Path, options:
     assert stderr.splitlines()[-1] == SIGTERM_LINE.decode().strip()
     assert "Traceback" not in stderr
     assert "*** SIGTERM" not in stderr
-    assert read_pointer(str(tmp_path / "catalog"))[0] == Pointer(fencing_token=1)
+    assert without_id(str(tmp_path / "catalog")) == Pointer(fencing_token=1)
 
 
 SCRIPT = """
@@ -193,6 +193,7 @@ from typing import Annotated
 import typer
 from rebeca_ray.cli.runner import plain_errors, run_script
 from rebeca_ray.errors import {error}
+from tests.conftest import without_id
 
 def main(config: Annotated[str, typer.Option()], name: str = "", fail: bool = False) -> None:
     "Greet."

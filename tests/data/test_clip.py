@@ -34,7 +34,7 @@ def embeds_of(stage: EmbedImages, *images: bytes | None) -> tuple[np.ndarray, li
         }
     )
     out = stage(batch)
-    assert out.column_names == ["item_id", "style", "image_embeds", ERROR]
+    assert out.column_names == ["item_id", "image_embeds", ERROR]
     return np.array(out["image_embeds"].to_pylist(), np.float32), out[ERROR].to_pylist()
 
 

@@ -27,10 +27,10 @@ from rebeca_ray.config.jobs import EmbedConfig
 from rebeca_ray.data import embedding
 from rebeca_ray.data.clip import clip_fingerprint, load_clip
 from rebeca_ray.data.embedding import Kept, embed_items
-from rebeca_ray.data.items import read_image_embeds
+from rebeca_ray.data.items import open_items, read_image_embeds
 from rebeca_ray.errors import InputError, LeaseHeldError, StorageError, UserError
 from rebeca_ray.stickers import CLIP, EMBED_DIM, ITEMS
-from rebeca_ray.storage.parquet import ParquetInput, read_table
+from rebeca_ray.storage.parquet import ParquetInput
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -47,7 +47,7 @@ def test_every_item_gets_open_clips_own_embedding(tmp_path: Path) -> None:
     assert embed_items(config) == 30
     items = read_image_embeds(config.out)
     assert items.item_id.tolist() == some["item_id"].to_pylist()
-    assert read_table(config.out, "items").column_names == ["item_id", "image_embeds"]
+    assert open_items(config.out).names == ["item_id", "image_embeds"]
     assert "style" in some.column_names  # which nobody declared
     assert items.image_embeds.shape == (30, EMBED_DIM)
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{CLIP}")

@@ -175,7 +175,7 @@ def test_a_silent_server_ends_every_operation_at_the_deadline(silent_server: str
         lambda uri: write_json({}, f"{uri}/a.json"),
         lambda uri: write_table(TABLE, f"{uri}/a.parquet", row_group_size=10),
         lambda uri: open_parquet(uri, "the table"),
-        lambda uri: require_own(uri, "out", "embedding.json", "clip"),
+        lambda uri: require_own(uri, "out", {"embedding.json": "clip"}),
         lambda uri: require_writable(uri, "out"),
         lambda uri: delete_files([f"{uri}/a.json"]),
         lambda uri: change_pointer(uri, lambda pointer: pointer),

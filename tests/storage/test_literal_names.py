@@ -45,7 +45,7 @@ def test_every_verb_takes_a_name_as_it_is(root: str) -> None:
         assert not exists(folder)
         assert list_files(folder) == list_folders(folder) == []
         delete(folder)
-        require_own(folder, "out", "marker.json", "key")
+        require_own(folder, "out", {"marker.json": "key"})
         require_writable(folder, "out")
         write_json({"name": name}, f"{folder}/{name}/{name}.json")
         write_table(TABLE, f"{folder}/{name}.parquet", row_group_size=10)

@@ -148,7 +148,12 @@ def export_images(snapshot: Snapshot, out: str, url_base: str) -> Exported:
         lease.publish(run_id=export.run_id, run_date=export.run_date, snapshot=job.folder)
         with only_warn(f"removing earlier exports from {out}"):
             remove_old_exports(
-                join(out, "urls"), lease, description="manifest.json", parts=r"bucket=\d+\.parquet", keep=2
+                join(out, "urls"),
+                lease,
+                last.folder.removeprefix("urls/") if last else None,
+                description="manifest.json",
+                parts=r"bucket=\d+\.parquet",
+                keep=1,
             )
     return done
 

@@ -19,10 +19,12 @@ from rebeca_ray.catalog.exports.image_objects import LEASE_SECONDS, read_export
 from rebeca_ray.catalog.exports.old_exports import remove_old_exports
 from rebeca_ray.catalog.layout import outside
 from rebeca_ray.catalog.lease import hold_lease
+from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.config.fields import absolute
 from rebeca_ray.errors import InputError
 from rebeca_ray.ray_runtime import for_each_bucket
+from rebeca_ray.storage.failures import only_warn
 from rebeca_ray.storage.filesystem import join, open_filesystem
 from rebeca_ray.storage.objects import HashingSink, write_json
 from rebeca_ray.storage.parquet import read_table
@@ -100,8 +102,12 @@ def export_key_values(
             "files": [asdict(part) for part in parts],
         }
         write_json(description, join(folder, DESCRIPTION))
+        previous = read_pointer(base)[0].snapshot
         lease.publish(run_id=snapshot.run_id, run_date=snapshot.manifest.run_date, snapshot=name)
-        remove_old_exports(base, lease, description=DESCRIPTION, parts=r"part-\d+\.(jsonl|resp)", keep=KEPT)
+        with only_warn(f"removing earlier exports from {base}"):
+            remove_old_exports(
+                base, lease, previous, description=DESCRIPTION, parts=r"part-\d+\.(jsonl|resp)", keep=KEPT
+            )
     return KeyValues(
         folder=folder,
         files=[part.path for part in parts],

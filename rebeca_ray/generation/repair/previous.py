@@ -24,7 +24,7 @@ from rebeca_ray.storage.records import FileRecord, ListedFile, damage_among, lis
 
 log = logging.getLogger(__name__)
 
-HASHED_BYTES = 64 * 2**20  # of files of a bucket that are hashed per night
+HASHED_BYTES = 16 * 2**20  # of files of a bucket that are hashed per night
 Damage = dict[str, str]  # files below the catalog's root, with the reasons
 
 
@@ -99,14 +99,6 @@ def damage_of_tables(
     tables = [previous.bucket_files(name, bucket, context.num_buckets).to_pylist() for name in names]
     files = [listed(row) for rows in tables for row in rows]
     return (budget or HashedBytes(None)).check(previous.root, files)
-
-
-def damage_of_all_tables(context: RunContext) -> Damage:
-    """Return the damage among all files with users and items, each hashed."""
-    if context.previous is None:
-        return {}
-    rows = context.previous.only("users", "items").files.to_pylist()
-    return damage_among(context.previous.root, map(listed, rows))
 
 
 def bucket_paths(previous: Snapshot, context: RunContext, bucket: int) -> Set[str]:
