@@ -187,6 +187,7 @@ def joins(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[st
     monkeypatch.setattr(
         ray, "init", lambda address, **_: calls.append((address, not ray_constants.ENABLE_RAY_CLUSTER))
     )
+    monkeypatch.setattr(ray._private.worker, "_global_node", None)  # other tests' Ray may run here
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv(ray_start.GCS_WAIT, "1")
     yield calls

@@ -63,7 +63,8 @@ class NewVersion:
         self.previous_name = ROOT if self.previous == root else self.previous.rpartition("/")[2]
         self.name: str | None = None
         # Whatever is newer than the published version was never finished: its writer held an earlier lease.
-        if self.previous_name != ROOT:  # a lost pointer costs no version before there is a new one
+        # With the first token, the pointer is new or was lost: that costs no version before there is another.
+        if lease.fencing_token > 1:
             self.remove(name for name in versions_in(root) if name > self.previous_name)
 
     def begin(self, fingerprint: str) -> str:

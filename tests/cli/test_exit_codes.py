@@ -19,6 +19,7 @@ from rebeca_ray.catalog.pointer import Pointer
 from rebeca_ray.cli.runner import plain_errors
 from rebeca_ray.errors import UserError
 from rebeca_ray.termination import SIGTERM_LINE
+from tests.conftest import without_id
 
 EXIT_CODES = {
     errors.InputError: 2,
@@ -193,7 +194,6 @@ from typing import Annotated
 import typer
 from rebeca_ray.cli.runner import plain_errors, run_script
 from rebeca_ray.errors import {error}
-from tests.conftest import without_id
 
 def main(config: Annotated[str, typer.Option()], name: str = "", fail: bool = False) -> None:
     "Greet."

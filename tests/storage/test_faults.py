@@ -204,7 +204,7 @@ def test_a_lease_is_acquired_once_and_publishes_once(proxy: FaultyS3, root: str)
         assert [replaced["run_id"] for replaced in pointer.previously_published] == [
             f"run-{before}" for before in range(1, token)
         ]
-        assert replace(pointer, previously_published=()) == Pointer(
+        assert replace(pointer, previously_published=(), catalog_id=None) == Pointer(
             fencing_token=token,
             run_id=f"run-{token}",
             run_date="2026-01-01",
