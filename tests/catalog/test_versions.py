@@ -104,7 +104,8 @@ def test_a_writer_that_fails_leaves_the_published_version_alone(root: str, error
 
 
 def test_the_leftover_of_a_killed_writer_goes_with_the_next_one(root: str) -> None:
-    write_json({"value": 7}, join(root, "_versions", "00000001-fp7", "model.safetensors"))
+    with hold_lease(root, "train", 1.0, "prior"):
+        write_json({"value": 7}, join(root, "_versions", "00000001-fp7", "model.safetensors"))
     with replace_version(root, "prior", "train"):
         assert files(root) == []
     names = [write(root, value) for value in (1, 2)]
@@ -112,6 +113,17 @@ def test_the_leftover_of_a_killed_writer_goes_with_the_next_one(root: str) -> No
     with replace_version(root, "prior", "train"):
         assert value_at(root) == 2
         assert files(root) == [f"_versions/{name}/config.json" for name in names]
+
+
+def test_a_lost_pointer_costs_no_version_before_there_is_another(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    names = [write(root, value) for value in (1, 2)]
+    (tmp_path / "prior.json").unlink()
+    with pytest.raises(ZeroDivisionError), replace_version(root, "prior", "train"):
+        raise ZeroDivisionError
+    assert files(root) == [f"_versions/{name}/config.json" for name in names]
+    write(root, 3)
+    assert value_at(root) == 3
 
 
 def test_one_of_two_writers_works(tmp_path: Path) -> None:
