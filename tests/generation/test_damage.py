@@ -3,7 +3,7 @@
 import datetime
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rebeca_ray.catalog.layout import POPULATION_USER
 from rebeca_ray.catalog.read import Snapshot, read_catalog
 from rebeca_ray.catalog.verify import verify
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import LayoutSettings
 from rebeca_ray.decoder.local import LocalDecoder
+from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.pipeline import generate_catalog
 from rebeca_ray.generation.render import Rendered
 from rebeca_ray.generation.repair import previous
@@ -186,6 +188,30 @@ def test_any_damaged_published_file_costs_the_users_with_items_in_it(
         new = {user for user, kept in items.items() if any(origin == "new" for _, _, origin in kept)}
         assert new <= here
         assert new or manifest.counts.population
+
+
+def test_damage_of_a_shared_image_that_one_bucket_finds_is_known_to_all(
+    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a bucket with a cold-start user hashes the images of the population pool, which is in another."""
+    pool_bucket = bucket_of(POPULATION_USER, 2)
+    cold = next(name for name in map("nobody-{}".format, range(99)) if bucket_of(name, 2) != pool_bucket)
+    pq.write_table(pa.table({"user_id": [*USERS, cold]}), config.request)
+    config = config.model_copy(update={"layout": LayoutSettings(num_buckets=2), "run_date": MONDAY})
+    snapshot_of(config)
+    before = read_catalog(config.catalog)
+    file = before.for_user(POPULATION_USER)["image_file"][0].as_py()
+    flip_pages(Path(config.catalog, before.image_files[file][0]), "image.bytes")
+
+    def read(context: RunContext, bucket: int, requested: Set[str], known: previous.Damage) -> Any:
+        monkeypatch.setattr(previous, "HASHED_BYTES", 0 if bucket == pool_bucket else 2**24)
+        return previous.read_previous(context, bucket, requested, known)
+
+    monkeypatch.setattr("rebeca_ray.generation.decide.read_previous", read)
+    snapshot_of(config.model_copy(update={"run_date": MONDAY + datetime.timedelta(days=1)}))
+    snapshot = read_catalog(config.catalog)
+    assert verify(snapshot, "full") == []
+    assert ids_by_user(snapshot) == ids_by_user(before)
 
 
 @pytest.mark.parametrize("table", ["items", "images"])
