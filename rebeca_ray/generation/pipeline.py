@@ -46,7 +46,7 @@ from rebeca_ray.generation.plan import plan_items, request_histories
 from rebeca_ray.generation.progress import Progress, watchdog
 from rebeca_ray.generation.render import busy_seconds, check_renderer, render_all
 from rebeca_ray.generation.repair.previous import note_damage
-from rebeca_ray.generation.request import check_request, require_same_inputs
+from rebeca_ray.generation.request import check_request, input_digests, require_same_inputs
 from rebeca_ray.generation.runs import (
     begin,
     choose_run,
@@ -115,7 +115,9 @@ def generate_catalog(
     ):
         previous = published(config.catalog)
         adopt_runs(config.catalog, lease.catalog_id)
-        description = describe_run(config, models.versions, previous.path if previous else None)
+        description = describe_run(
+            config, models.versions, previous.path if previous else None, input_digests(pinned)
+        )
         if previous:
             delete(work_folder(config.catalog, previous.run_id))  # of a run that was killed past its end
             same = is_made_already(previous.manifest, config, run_date, description)

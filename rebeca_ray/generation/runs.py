@@ -11,7 +11,6 @@ from rebeca_ray.catalog.runs import BegunRun, RunRecord, unfinished_runs, write_
 from rebeca_ray.config.fields import NOT_COMPARED, fields_with
 from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.errors import InputError
-from rebeca_ray.generation.request import input_digests
 from rebeca_ray.identity import hash128
 from rebeca_ray.storage.filesystem import join, list_folders
 from rebeca_ray.storage.objects import JsonObject, read_json
@@ -24,12 +23,14 @@ Description = JsonObject  # the inputs of a run, by field
 NOT_COMPARED_ON_RESUME = fields_with(GenerateConfig, NOT_COMPARED)
 
 
-def describe_run(config: GenerateConfig, versions: dict[str, str], previous: str | None) -> Description:
+def describe_run(
+    config: GenerateConfig, versions: dict[str, str], previous: str | None, digests: dict[str, str]
+) -> Description:
     """Return the inputs of a run: settings, models, digests of its tables, and the snapshot it follows."""
     description = {
         **flat("config", config.model_dump(mode="json", exclude=NOT_COMPARED_ON_RESUME)),
         **{f"version of {name}": version for name, version in versions.items()},
-        **{f"content of {name}": digest for name, digest in input_digests(config).items()},
+        **{f"content of {name}": digest for name, digest in digests.items()},
         "previous snapshot": previous,
     }
     return dict(json.loads(json.dumps(description)))  # as it is read back

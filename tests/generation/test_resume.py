@@ -26,6 +26,7 @@ from rebeca_ray.decoder.local import LocalDecoder
 from rebeca_ray.errors import UserError
 from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.pipeline import generate_catalog
+from rebeca_ray.generation.request import input_digests
 from rebeca_ray.generation.runs import begin, describe_run
 from rebeca_ray.storage.filesystem import join, list_files, open_filesystem
 from rebeca_ray.storage.objects import read_json
@@ -75,7 +76,9 @@ def planned(config: GenerateConfig) -> str:
 
 
 def record_beginning(context: RunContext) -> None:
-    description = describe_run(context.config, versions_of(context.config), None)
+    description = describe_run(
+        context.config, versions_of(context.config), None, input_digests(context.config)
+    )
     begin(context.config.catalog, context.run.run_id, context.date, description)
 
 

@@ -21,6 +21,7 @@ from rebeca_ray.config.load import apply_override
 from rebeca_ray.config.sections import SamplerSettings
 from rebeca_ray.errors import InputError, StorageError, UserError
 from rebeca_ray.generation.pipeline import remove_work_on_error
+from rebeca_ray.generation.request import input_digests
 from rebeca_ray.generation.runs import Description, begin, choose_run, describe_run, difference
 from rebeca_ray.storage.failures import user_error
 from rebeca_ray.storage.filesystem import delete, exists, join
@@ -56,7 +57,7 @@ def changed(config: GenerateConfig, *overrides: str) -> GenerateConfig:
 def described(
     config: GenerateConfig, versions: dict[str, str] = VERSIONS, before: str | None = BEFORE
 ) -> Description:
-    return describe_run(config, versions, before)
+    return describe_run(config, versions, before, input_digests(config))
 
 
 def choose(

@@ -20,7 +20,7 @@ from rebeca_ray.data.histories import build_histories
 from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.errors import InputError
-from rebeca_ray.generation.request import check_request
+from rebeca_ray.generation.request import check_request, input_digests
 from rebeca_ray.generation.runs import describe_run
 from rebeca_ray.storage import filesystem
 from rebeca_ray.storage.listing import listed
@@ -86,7 +86,7 @@ def test_embedded_items_are_opened_once(inputs: GenerateConfig, reads: Counter[s
 def test_a_night_opens_each_input_once(inputs: GenerateConfig, reads: Counter[str]) -> None:
     """All that reads an input in the process of the driver, and the planning actor in the same process."""
     assert check_request(inputs, identify_decoder(inputs.decoder)) == 16
-    describe_run(inputs, {}, None)
+    describe_run(inputs, {}, None, input_digests(inputs))
     assert snapshot_of(inputs).counts.new == 16
     assert reads == {**ITEMS, **INTERACTIONS, "request.parquet": 1}
 
