@@ -28,7 +28,7 @@ from rebeca_ray.generation.pipeline import generate_catalog
 from tests.conftest import NO_GATE, USERS
 from tests.generation.test_nights import change_digest, request_for
 
-SEEDS, LENGTH = 5, 7
+SEEDS, LENGTH = 3, 7
 COMMANDS = ("generate", "generate", "collect", "roll back", "publish", "values", "images")
 FAILURES = ("killed before", "killed after", "input/output error", "disk full")
 CHANGES = ("replace", "unlink", "rmdir")  # of `os`: every change that others can see
