@@ -180,6 +180,8 @@ def test_no_fault_loses_doubles_or_shows_anything(
     assert {error.exit_code for error in errors} <= {75}, errors
 
     for root in (config.catalog, twin_root):
+        for path in Path(root).rglob("*.partial-*"):
+            os.utime(path, (0, 0))  # the hour passes in which somebody may still be writing it
         collect(root, keep=1, grace_hours=0)
         collect(root, keep=1, grace_hours=0)
         assert unexplained(root) == []

@@ -119,9 +119,7 @@ def test_an_item_that_is_no_image_is_named_and_the_last_embedding_stays(
     )
     assert "Traceback" not in out.stdout + out.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        ".items.lock",
         "embedding.json",
-        "items.json",
         "yesterday.parquet",
     ]
 

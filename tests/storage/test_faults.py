@@ -18,7 +18,6 @@ import pytest
 from s3fs import S3FileSystem
 
 from rebeca_ray.catalog.exports.iceberg import register_snapshot
-from rebeca_ray.catalog.exports.image_objects import export_images
 from rebeca_ray.catalog.exports.key_values import export_key_values
 from rebeca_ray.catalog.gc import collect
 from rebeca_ray.catalog.lease import hold_lease
@@ -274,7 +273,6 @@ def test_an_export_to_a_disk_ends_in_one_line_when_the_store_goes_down(
     snapshot = read_catalog(root)
     exports: list[Callable[[], Any]] = [
         lambda: export_key_values(snapshot, f"{tmp_path}/values", "jsonl"),
-        lambda: export_images(snapshot, f"{tmp_path}/images", "/images"),
         lambda: register_snapshot(snapshot, f"sqlite:////{tmp_path}/iceberg.db", str(tmp_path), "rebeca"),
         lambda: snapshot.table("items"),
         lambda: verify(snapshot, "full"),
