@@ -108,10 +108,6 @@ class Decisions:
         """Return the files with the users to plan and to rescore, by bucket."""
         return [file for file in self.files if file.to_plan]
 
-    def decided(self, bucket: int) -> DecisionsFile:
-        """Return the file with the decisions on all users of a bucket."""
-        return next(file for file in self.files if file.bucket == bucket and not file.to_plan)
-
     def fingerprint(self) -> str:
         """Return a hash of everything that planning takes from the decisions."""
         files = sorted(file.sha256 for file in self.to_plan)
