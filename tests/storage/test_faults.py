@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +18,8 @@ import pyarrow as pa
 import pytest
 from s3fs import S3FileSystem
 
+from rebeca_ray.catalog.exports import image_objects, key_values
 from rebeca_ray.catalog.exports.iceberg import register_snapshot
-from rebeca_ray.catalog.exports.key_values import export_key_values
 from rebeca_ray.catalog.gc import collect
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.pointer import Pointer, change_pointer, read_pointer
@@ -26,6 +27,7 @@ from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.catalog.verify import verify
 from rebeca_ray.cli.runner import plain_errors
 from rebeca_ray.errors import UserError
+from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.storage.filesystem import delete, list_files, list_folders, open_filesystem
 from rebeca_ray.storage.objects import HashingSink, read_json, write_json
 from rebeca_ray.storage.parquet import read_table, write_table
@@ -268,11 +270,15 @@ def test_an_export_to_a_disk_ends_in_one_line_when_the_store_goes_down(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Ray's workers have their own store settings, so the exports work in this process."""
     monkeypatch.setattr(S3FileSystem, "retries", 1)
+    for module in (image_objects, key_values):
+        monkeypatch.setattr(module, "for_each_bucket", partial(for_each_bucket, in_process=True))
     write_snapshot(root, rows_per_group=100)
     snapshot = read_catalog(root)
     exports: list[Callable[[], Any]] = [
-        lambda: export_key_values(snapshot, f"{tmp_path}/values", "jsonl"),
+        lambda: key_values.export_key_values(snapshot, f"{tmp_path}/values", "jsonl"),
+        lambda: image_objects.export_images(snapshot, f"{tmp_path}/images", "/images"),
         lambda: register_snapshot(snapshot, f"sqlite:////{tmp_path}/iceberg.db", str(tmp_path), "rebeca"),
         lambda: snapshot.table("items"),
         lambda: verify(snapshot, "full"),
