@@ -51,6 +51,7 @@ from rebeca_ray.prior.users import UserTable
 from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.parquet import read_table, write_table
 from rebeca_ray.storage.records import read_record, write_record
+from tests.faulty_s3 import proxy as proxy  # a fixture
 from tests.seaweedfs import seaweedfs
 
 REPO = Path(__file__).parents[1]

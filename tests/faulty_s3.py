@@ -1,5 +1,6 @@
 """A proxy on 127.0.0.1 in front of a real S3 server. It injects faults by plan."""
 
+import asyncio
 import itertools
 import random
 import threading
@@ -8,8 +9,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
+
+import pytest
+from s3fs import S3FileSystem
 
 Fault = Literal["", "slow down", "error", "lost", "cut", "late", "gone"]
 FAULTS: tuple[Fault, ...] = ("slow down", "error", "lost", "cut", "late", "gone")
@@ -144,6 +149,19 @@ def faulty_s3(endpoint: str) -> Iterator[FaultyS3]:
         finally:
             proxy.shutdown()
             thread.join()
+
+
+@pytest.fixture
+def proxy(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
+    """Put a faulty proxy before the S3 server. botocore retries without a delay."""
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(S3FileSystem, "_cache", {})
+    at_once = asyncio.sleep
+    monkeypatch.setattr("aiobotocore.endpoint.asyncio", SimpleNamespace(sleep=lambda seconds: at_once(0)))
+    with faulty_s3(s3_server["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield proxy
 
 
 def forever(fault: Fault) -> Iterator[Fault]:

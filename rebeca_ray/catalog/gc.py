@@ -55,12 +55,12 @@ class Garbage:
     """Everything a collection removes, in its order."""
 
     manifests: list[str]  # of snapshots, which are gone from here on
-    work: list[str]  # folders of runs that were given up
+    work: list[str]  # folders of runs that were given up, or were killed after their publication
     files: list[str]  # tables and images
     folders: list[str]  # of these files, on a disk and if nothing else is in them
     records: list[str]  # of runs that have nothing left
     kept: list[str]  # run ids of the snapshots that stay
-    runs: list[str]  # run ids: all that lose anything
+    runs: list[str]  # run ids: all that cannot be published any more
 
 
 def collect(root: str, *, keep: int, grace_hours: float, dry_run: bool = False) -> Garbage:
@@ -118,6 +118,8 @@ def find_garbage(root: str, *, keep: int, now: datetime, grace: timedelta) -> Ga
     unknown = False
     for manifest in snapshots:
         if manifest.run_id in kept:
+            needed |= {f"{manifest.path}/{name}" for name in ("manifest.json", ".manifest.lock")}
+            needed.add(manifest.files.path)
             try:
                 needed.update(listed_files(root, manifest))
             except InputError as error:
@@ -131,17 +133,19 @@ def find_garbage(root: str, *, keep: int, now: datetime, grace: timedelta) -> Ga
             unknown = True
     damaged = {folder.rpartition("run_id=")[2] for folder in errors}
     garbage = Garbage(manifests=[], work=[], files=[], folders=[], records=[], kept=sorted(kept), runs=[])
-    unkept = [
-        record
-        for record in read_records(root, pointer.catalog_id or "")
-        if record.run_id not in kept | recent | damaged
-    ]
+    records = read_records(root, pointer.catalog_id or "")
+    unkept = [record for record in records if record.run_id not in kept | recent | damaged]
     working = set(list_folders(join(root, "work")))
+    # Attempts that were killed left work and files in the folders of a run that was published after all.
+    ended = {pointer.run_id, *(entry["run_id"] for entry in pointer.previously_published)} & kept
+    published = [record for record in records if record.run_id in ended]
+    work_of_published = [work_folder(root, record.run_id) for record in published]
+    garbage.work.extend(work for work in work_of_published if work.rpartition("/")[2] in working)
     with ThreadPoolExecutor(16) as pool:
-        files_of_runs = (
-            [[] for _ in unkept] if unknown else list(pool.map(lambda run: files_of(root, run), unkept))
-        )
-    for record, files in zip(unkept, files_of_runs, strict=True):
+        listed = list(pool.map(lambda run: [] if unknown else files_of(root, run), [*unkept, *published]))
+    for files in listed[len(unkept) :]:
+        garbage.files.extend(file for file in files if file.removeprefix(f"{root}/") not in needed)
+    for record, files in zip(unkept, listed, strict=False):
         garbage.runs.append(record.run_id)
         work = work_folder(root, record.run_id)
         has_work = work.rpartition("/")[2] in working

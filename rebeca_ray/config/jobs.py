@@ -11,6 +11,7 @@ from rebeca_ray.config.fields import (
     Colour,
     Cpus,
     Device,
+    Duration,
     Effect,
     FractionBelow1,
     Identifier,
@@ -77,6 +78,8 @@ class EmbedConfig(JobConfig):
     """CPUs that each embedding actor reserves. Leave some of the cluster's CPUs for reading."""
     device: Annotated[Device, Effect.PLAN] = "cpu"
     """Device that runs the CLIP model."""
+    stall_minutes: Annotated[Duration | None, Effect.NOTHING] = 60
+    """Minutes without a finished batch after which the job ends with exit code 75. Null means no limit."""
 
 
 class TrainConfig(JobConfig):
@@ -108,6 +111,9 @@ class TrainConfig(JobConfig):
     """Folder of checkpoints and histories. A killed run resumes from here."""
     run_name: Annotated[Identifier, Effect.ITEM] = "prior"
     """Prefix of the run's name. A hash of settings and data follows it, so that new data starts a new run."""
+    stall_minutes: Annotated[Duration | None, Effect.NOTHING] = 60
+    """Minutes without progress, such as a finished step, after which the job ends with exit code 75. The
+    calibration is one step. Null means no limit."""
 
     @model_validator(mode="before")
     @classmethod

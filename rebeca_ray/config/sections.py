@@ -278,7 +278,7 @@ class LimitSettings(Settings):
     """Most hours of all decoder actors together. Rendering stops when they are spent."""
     stall_minutes: Annotated[Duration | None, Effect.NOTHING] = 60
     """Minutes without progress after which the job ends with exit code 75, in any step under the lease. The
-    histories and the permutation test are one step each."""
+    permutation test is one step."""
     lease_seconds: Annotated[Duration, Effect.NOTHING] = 60
     """Seconds of silence after which another run may take over the catalog's lease."""
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from rebeca_ray import schemas
 from rebeca_ray.errors import InputError, did_you_mean
 from rebeca_ray.pixels import see_image
+from rebeca_ray.watchdog import Pulse
 
 READING = "as a person sees them"  # in the fingerprint; change it whenever `see_image` sees another picture
 ERROR = "rebeca_image_error"  # the column with the reason why an image cannot be read, or null
@@ -24,14 +25,16 @@ class EmbedImages:
     on. An image that cannot be read has the embedding of a blank one beside its error.
     """
 
-    def __init__(self, clip: str, device: str, background: str) -> None:
+    def __init__(self, clip: str, device: str, background: str, pulse: Pulse | None = None) -> None:
         import torch
 
-        self.torch, self.device, self.background = torch, device, background
+        self.torch, self.device, self.background, self.pulse = torch, device, background, pulse
         self.model, self.preprocess = load_clip(clip)
         self.model = self.model.eval().to(device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        if self.pulse:
+            self.pulse.beat()
         images, errors = [], []
         for value in batch["image"].to_pylist():
             image, error = read_image(value, self.background)

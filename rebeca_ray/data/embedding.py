@@ -31,6 +31,7 @@ from rebeca_ray.storage.filesystem import arrow_filesystem, join, open_filesyste
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import ParquetInput, open_parquet
 from rebeca_ray.storage.writable import require_own, require_writable
+from rebeca_ray.watchdog import Activity, watchdog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +66,19 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False, run_date: dateti
         require_own(config.out, "out", {"items.json": "fencing_token", MARKER: "clip"})
     fingerprint = clip_fingerprint(config.clip, config.background)
     require_writable(config.out, "out")
-    with replace_version(config.out, "items", "embed") as version:
+    activity = Activity()
+    with (
+        replace_version(config.out, "items", "embed") as version,
+        watchdog(activity, config.stall_minutes, on_stall=version.lease.release),
+    ):
         before = files_of(version.previous)
         kept = kept_of(config, version.previous, fingerprint, item_id) if only_new else Kept()
         if kept.files and pc.all(pc.is_in(pa.array(item_id), value_set=kept.all_ids)).as_py():
             warn_of_bad_images(config.items, kept.bad_images, len(item_id), version.previous)
             return 0
-        dataset = embed_images(config, source, columns, kept)
+        activity.enter("embed")
+        dataset = embed_images(config, source, columns, kept, activity)
+        activity.enter("write")
         source.require_unchanged("it was embedded")
         new_bad_images = errors_in(dataset)
         embedded = int(dataset.count()) - len(new_bad_images)
@@ -115,7 +122,9 @@ def kept_of(config: EmbedConfig, previous: str, fingerprint: str, item_id: np.nd
     )
 
 
-def embed_images(config: EmbedConfig, source: ParquetInput, columns: pa.Schema, kept: Kept) -> Any:
+def embed_images(
+    config: EmbedConfig, source: ParquetInput, columns: pa.Schema, kept: Kept, activity: Activity
+) -> Any:
     """Return the rows of EmbedImages as a Ray Dataset in memory, without the items that are kept."""
     start_ray()
     require_room(
@@ -134,7 +143,7 @@ def embed_images(config: EmbedConfig, source: ParquetInput, columns: pa.Schema, 
     blocks = items.repartition(target_num_rows_per_block=config.batch_size)
     return blocks.map_batches(
         with_log(EmbedImages),
-        fn_constructor_args=(config.clip, config.device, config.background),
+        fn_constructor_args=(config.clip, config.device, config.background, activity.listen()),
         batch_size=config.batch_size,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=config.num_actors),

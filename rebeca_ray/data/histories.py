@@ -10,7 +10,7 @@ import logging
 import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,10 +31,12 @@ from rebeca_ray.data.streaming import stream
 from rebeca_ray.data.validation import check_columns
 from rebeca_ray.errors import InputError, shown
 from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
+from rebeca_ray.ray_runtime import for_each_bucket, start_ray, with_log
 from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, open_filesystem
 from rebeca_ray.storage.parquet import ParquetInput, read_table, write_table
 from rebeca_ray.storage.records import ListedFile, damage_among, read_record, write_record
 from rebeca_ray.storage.store import failure_types
+from rebeca_ray.watchdog import Activity, Pulse
 
 log = logging.getLogger(__name__)
 
@@ -93,13 +95,18 @@ def bucket_file(uri: str, bucket: int) -> str:
 
 
 def build_histories(
-    settings: InteractionSettings, item_id: np.ndarray, storage: str, *, multiple_of: int = 1
+    settings: InteractionSettings,
+    item_id: np.ndarray,
+    storage: str,
+    *,
+    multiple_of: int = 1,
+    activity: Activity | None = None,
 ) -> Histories:
     """Group the interactions by user below `storage`, or return an earlier folder of the same input.
 
     `item_id` are the ids of the embedded items, and `item_index` counts into them. The number of buckets is a
-    multiple of `multiple_of`. Raises InputError as `read_interactions` does, and for rated items that have no
-    embedding.
+    multiple of `multiple_of`. Progress is noted in `activity`. Raises InputError as `read_interactions` does,
+    and for rated items that have no embedding.
     """
     # The name of the folder is a hash of everything in it, so a complete folder of that name serves again.
     source = open_interactions(settings)
@@ -120,9 +127,14 @@ def build_histories(
             ratings = known_items(read_columns(source), items, settings)
             counted = [write_bucket(interactions_of(ratings, settings), items, settings.path, out, 0)]
         else:
-            split = join(out, "split")
-            split_by_bucket(source, columns, split, num_buckets)
-            counted = build_buckets(settings, split, items, out, num_buckets)
+            split, activity = join(out, "split"), activity or Activity()
+            split_by_bucket(source, columns, split, num_buckets, activity)
+
+            def build(bucket: int) -> WrittenBucket:
+                return build_bucket(settings, split, items, out, bucket)
+
+            counted = for_each_bucket(build, range(num_buckets), activity.move)
+            delete(split)
         source.require_unchanged("it was grouped by user")
         users_of_bucket, digests, sizes, sha256 = (list(column) for column in zip(*counted, strict=True))
         if not sum(users_of_bucket):
@@ -147,11 +159,11 @@ def fingerprint(settings: InteractionSettings, source: ParquetInput, item_id: np
     )
 
 
-def split_by_bucket(source: ParquetInput, columns: pa.Schema, split: str, num_buckets: int) -> None:
+def split_by_bucket(
+    source: ParquetInput, columns: pa.Schema, split: str, num_buckets: int, activity: Activity
+) -> None:
     """Write the interactions into one folder per bucket below `split`, with Ray Data."""
     from ray.data import ExecutionResources
-
-    from rebeca_ray.ray_runtime import start_ray, with_log
 
     start_ray()
     split_filesystem, split_path = open_filesystem(split)
@@ -163,7 +175,7 @@ def split_by_bucket(source: ParquetInput, columns: pa.Schema, split: str, num_bu
     interactions.context.target_max_block_size = BYTES_PER_BLOCK
     (
         interactions.map_batches(
-            with_log(AddBucket(num_buckets, source.uri)),
+            with_log(AddBucket(num_buckets, source.uri, activity.listen())),
             batch_format="pyarrow",
             batch_size=ROWS_PER_BLOCK,
             zero_copy_batch=True,
@@ -171,36 +183,14 @@ def split_by_bucket(source: ParquetInput, columns: pa.Schema, split: str, num_bu
     )
 
 
-def build_buckets(
-    settings: InteractionSettings, split: str, items: pa.Array, out: str, num_buckets: int
-) -> list[WrittenBucket]:
-    """Build every bucket in a Ray task and remove `split`."""
-    import ray
-
-    shared = ray.put(items)
-
-    def build(row: dict[str, Any]) -> dict[str, Any]:
-        written = build_bucket(settings, split, ray.get(shared), out, int(row["id"]))
-        return {"bucket": row["id"], **written._asdict()}
-
-    built = (
-        ray.data.range(num_buckets, override_num_blocks=num_buckets)
-        .map(build)
-        .to_pandas()
-        .sort_values("bucket")
-    )
-    delete(split)
-    columns = (built[name].tolist() for name in WrittenBucket._fields)
-    return [WrittenBucket(*values) for values in zip(*columns, strict=True)]
-
-
 class AddBucket:
     """Add the `bucket` of the user to every row of a batch."""
 
-    def __init__(self, num_buckets: int, uri: str) -> None:
-        self.num_buckets, self.uri = num_buckets, uri
+    def __init__(self, num_buckets: int, uri: str, pulse: Pulse) -> None:
+        self.num_buckets, self.uri, self.pulse = num_buckets, uri, pulse
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        self.pulse.beat()
         batch = normalise(batch, self.uri)
         users = batch["user_id"].combine_chunks().dictionary_encode()
         of_user = np.array(

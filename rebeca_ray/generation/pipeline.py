@@ -5,7 +5,6 @@ No reader sees anything before the last step.
 
 import datetime
 import logging
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +42,7 @@ from rebeca_ray.generation.decisions import Decisions
 from rebeca_ray.generation.estimate import forecast
 from rebeca_ray.generation.gate import check_plan, refusals
 from rebeca_ray.generation.plan import plan_items, request_histories
-from rebeca_ray.generation.progress import Progress, watchdog
+from rebeca_ray.generation.progress import Progress
 from rebeca_ray.generation.render import busy_seconds, check_renderer, render_all
 from rebeca_ray.generation.repair.previous import note_damage
 from rebeca_ray.generation.request import check_request, input_digests, require_same_inputs
@@ -60,6 +59,7 @@ from rebeca_ray.ray_runtime import require_room, start_ray
 from rebeca_ray.storage.failures import only_warn, user_error
 from rebeca_ray.storage.filesystem import delete, exists, remove_empty_folders
 from rebeca_ray.storage.writable import require_writable
+from rebeca_ray.watchdog import watchdog
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def generate_catalog(
     require_pointer(config.catalog)
     models = identify_models(pinned, decoder)
     published(config.catalog)
-    progress = Progress(dump_to=tempfile.gettempdir())
+    progress = Progress()
     minutes = config.limits.stall_minutes
     with (
         hold_lease(config.catalog, config.run_id or "starting", config.limits.lease_seconds) as lease,
@@ -214,7 +214,7 @@ def make_snapshot(
     Stages that read a damaged file run again without it.
     """
     with progress.stage("histories"):
-        histories = request_histories(context.config, context.run)
+        histories = request_histories(context.config, context.run, progress)
     for _ in range(MAX_REPAIRS):
         try:
             return run_stages(context, histories, lease, progress, retry_failed=retry_failed, force=force)

@@ -44,6 +44,7 @@ from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.storage.filesystem import delete, join
 from rebeca_ray.storage.parquet import replaced, write_table
 from rebeca_ray.storage.records import damage_among, damaged_files, listed, read_record, write_record
+from rebeca_ray.watchdog import Activity
 
 log = logging.getLogger(__name__)
 
@@ -147,11 +148,11 @@ def users_per_batch(config: GenerateConfig) -> int:
     return max(1, TILES_PER_BATCH * config.sampler.batch_size // candidates_per_user)
 
 
-def request_histories(config: GenerateConfig, run: Run) -> Histories | None:
+def request_histories(config: GenerateConfig, run: Run, activity: Activity | None = None) -> Histories | None:
     """Return all ratings of the users, hold-out included, in parts of the catalog's buckets.
 
     Returns None if the config gives no interactions. Generated items that were rated are numbered after the
-    real ones.
+    real ones. Progress is noted in `activity`.
     """
     if config.interactions is None or config.items is None:
         return None
@@ -164,7 +165,11 @@ def request_histories(config: GenerateConfig, run: Run) -> Histories | None:
         rated_uri = join(run.work, "rated.parquet")
         write_table(generated, rated_uri, row_group_size=ITEMS_PER_FILE, embed_column="image_embeds")
     histories = build_histories(
-        everything, np.concatenate([item_id, rated_id]), run.work, multiple_of=config.layout.num_buckets
+        everything,
+        np.concatenate([item_id, rated_id]),
+        run.work,
+        multiple_of=config.layout.num_buckets,
+        activity=activity,
     )
     return replace(histories, rated=rated_uri)
 

@@ -1,29 +1,20 @@
-"""The progress of a run: stages timed, progress logged, and a run that stalls ended so that it can resume."""
+"""The progress of a run: stages timed, and rows counted and logged."""
 
-import faulthandler
-import io
 import logging
-import os
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import pyarrow as pa
 
 from rebeca_ray.catalog.manifest import StageFigures
-from rebeca_ray.errors import ResumableError
 from rebeca_ray.generation.parts import PartRecord
-from rebeca_ray.storage.filesystem import join, open_filesystem
+from rebeca_ray.watchdog import Activity
 
 log = logging.getLogger(__name__)
 
-STALLED = ResumableError.exit_code
 SECONDS_BETWEEN_LINES = 20  # of progress in the log
-POLLS = 20  # in the time after which a run counts as stalled
 
 
 @dataclass(kw_only=True)
@@ -40,24 +31,13 @@ class StageClock:
         )
 
 
-class Progress:
-    """The stages of one attempt, timed, and the time of the last progress."""
+class Progress(Activity):
+    """The stages of one attempt, timed."""
 
-    def __init__(self, dump_to: str = "") -> None:
-        self.dump_to = dump_to  # the folder for the state of a run that stalls
+    def __init__(self) -> None:
+        super().__init__()
         self.stages: dict[str, StageClock] = {}
-        self.moved_at = time.monotonic()
-        self.current = "starting"
         self.since = time.perf_counter()
-
-    def move(self) -> None:
-        """Note progress: the watchdog waits from now on."""
-        self.moved_at = time.monotonic()
-
-    def enter(self, name: str) -> None:
-        """Note the beginning of a step that is not timed."""
-        self.current = name
-        self.move()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -102,63 +82,3 @@ class Progress:
 def log_progress(name: str, rows: int, total: int, seconds: float) -> None:
     remaining = max(0, total - rows) * seconds / rows
     log.info(f"{name}: {rows:,} of {total:,}, {rows / seconds:.1f} per second, ETA {remaining / 60:.0f} min")
-
-
-@contextmanager
-def watchdog(progress: Progress, minutes: float | None, *, on_stall: Callable[[], None]) -> Iterator[None]:
-    """End the process with code 75 after `minutes` without progress in the block. Dump its state first."""
-    if minutes is None:
-        yield
-        return
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(60 * minutes / POLLS):
-            if time.monotonic() - progress.moved_at > 60 * minutes:
-                where = dump_state(progress, progress.dump_to)
-                problem = (
-                    f"no progress for {minutes:g} min in stage {progress.current} (limits.stall_minutes)"
-                )
-                log.error(f"{problem}; its state is in {where}. Start it again: it resumes")
-                on_stall()
-                os._exit(STALLED)  # an orderly end would hang too
-
-    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join(10)
-
-
-def dump_state(progress: Progress, folder: str) -> str:
-    """Write the stacks of the driver's threads and Ray's actors and tasks to `folder`; return the file."""
-    state = io.StringIO()
-    print(f"stage {progress.current}; stages so far: {progress.stages}\n", file=state)
-    with tempfile.TemporaryFile("w+") as stacks:
-        faulthandler.dump_traceback(stacks, all_threads=True)
-        stacks.seek(0)
-        state.write(stacks.read())
-    try:
-        import ray
-        from ray.util.state import list_actors, list_tasks
-
-        print(f"\ncluster {ray.cluster_resources()}\navailable {ray.available_resources()}", file=state)
-        for kind, listed in (
-            ("actor", list_actors(limit=200, timeout=10)),
-            ("task", list_tasks(limit=200, timeout=10)),
-        ):
-            for entry in listed:
-                print(kind, entry, file=state)
-    except Exception as error:  # of any kind: the stacks are worth more than the reason
-        print(f"\nRay does not answer: {type(error).__name__}: {error}", file=state)
-    uri = join(folder, f"stalled-{datetime.now(UTC):%Y%m%dT%H%M%S}.txt")
-    try:
-        filesystem, path = open_filesystem(uri)
-        filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
-        filesystem.pipe_file(path, state.getvalue().encode())
-    except Exception as error:
-        log.error(state.getvalue())
-        return f"the lines above ({uri} cannot be written: {error})"
-    return uri

@@ -32,6 +32,7 @@ from rebeca_ray.prior.user_blocks import TARGETS_PER_HISTORY, USERS_PER_BLOCK, B
 from rebeca_ray.prior.users import History
 from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.training.state import DenoisingLoss, TrainState, user_tokens
+from rebeca_ray.watchdog import Pulse
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     logging.getLogger().setLevel(logging.WARNING)  # else Ray Train prints every report in full
     config = TrainConfig.model_validate(settings["config"])
     histories: Histories = settings["histories"]
+    pulse: Pulse = settings["pulse"]
     x0_ID, validation = ray.get([settings["x0_ID"], settings["validation"]])
     context = train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -83,7 +85,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     ):
         started, epoch = time.perf_counter(), state.epoch + 1
         generator = torch.Generator(device).manual_seed(hash((optimization.seed, epoch, rank)) % 2**63)
-        batches = islice(epoch_batches(users, config, epoch), optimization.steps_per_epoch)
+        batches = islice(beating(epoch_batches(users, config, epoch), pulse), optimization.steps_per_epoch)
         with progress_bar(
             num_steps(histories, config), f"epoch {epoch}", settings["live"] and rank == 0
         ) as bar:
@@ -167,6 +169,13 @@ def epoch_batches(users: UserShare, config: TrainConfig, epoch: int) -> Iterator
             max_history=config.network.max_history,
             seed=(optimization.seed, epoch),
         )
+
+
+def beating(batches: Iterator[Batch], pulse: Pulse) -> Iterator[Batch]:
+    """Yield the batches, with a heartbeat before each."""
+    for batch in batches:
+        pulse.beat()
+        yield batch
 
 
 def targets_per_draw(config: TrainConfig) -> int:

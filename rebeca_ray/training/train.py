@@ -39,6 +39,7 @@ from rebeca_ray.storage.store import open_store
 from rebeca_ray.storage.writable import require_own, require_writable
 from rebeca_ray.training.calibrate import calibrate_prior, training_blocks
 from rebeca_ray.training.loop import STATE, is_streamed, train_loop_per_worker
+from rebeca_ray.watchdog import Activity, Pulse, watchdog
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +57,18 @@ def train_prior(config: TrainConfig, *, run_date: datetime.date | None = None) -
         require_own(config.out, "out", MARKERS)
     require_writable(config.out, "out")
     require_writable(config.storage, "storage")
-    with replace_version(config.out, "prior", "train") as version:
-        prior = fit_prior(config, items)
+    activity = Activity()
+    with (
+        replace_version(config.out, "prior", "train") as version,
+        watchdog(activity, config.stall_minutes, on_stall=version.lease.release),
+    ):
+        prior = fit_prior(config, items, activity)
         publish_prior(prior, version, run_date)
     return prior.metrics
 
 
-def fit_prior(config: TrainConfig, items: EmbeddedItems) -> TrainedPrior:
-    """Return the prior of the best epoch, calibrated.
+def fit_prior(config: TrainConfig, items: EmbeddedItems, activity: Activity) -> TrainedPrior:
+    """Return the prior of the best epoch, calibrated. Progress is noted in `activity`.
 
     Interactions stream to the workers through Ray Data, one row per user. Item embeddings are in Ray's object
     store, once per node. A killed run resumes from its last epoch if it is started again with the same
@@ -71,9 +76,10 @@ def fit_prior(config: TrainConfig, items: EmbeddedItems) -> TrainedPrior:
     storage.
     """
     scaler = EmbedScaler.fit(torch.from_numpy(items.image_embeds), clamp=config.embed_clamp)
+    activity.enter("histories")
     if config.catalog is not None:
         items = with_rated(items, config.catalog, config.interactions)
-    histories = build_histories(config.interactions, items.item_id, config.storage)
+    histories = build_histories(config.interactions, items.item_id, config.storage, activity=activity)
     start_ray()
     workers = config.workers
     require_room(
@@ -93,9 +99,11 @@ def fit_prior(config: TrainConfig, items: EmbeddedItems) -> TrainedPrior:
     x0_ID = scaler.scale(torch.from_numpy(items.image_embeds)).numpy()
     drop_torn_record(join(config.storage, config.run_name, "checkpoint_manager_snapshot.json"))
     set_run_id(config.run_name)
+    activity.enter("training")
     with sigint_kept():
-        result = build_trainer(config, histories, x0_ID).fit()
+        result = build_trainer(config, histories, x0_ID, activity.listen()).fit()
     set_run_id(None)
+    activity.enter("calibration")
     state, last = read_best(result)
     prior = trained_prior(config, items, scaler, histories, state=state, last=last)
     return calibrate_prior(prior, histories, x0_ID, seed=config.optimization.seed)
@@ -119,10 +127,10 @@ def sigint_kept() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def build_trainer(config: TrainConfig, histories: Histories, x0_ID: np.ndarray) -> TorchTrainer:
+def build_trainer(config: TrainConfig, histories: Histories, x0_ID: np.ndarray, pulse: Pulse) -> TorchTrainer:
     """Return the trainer of a run: its workers, its data, its checkpoints and what it does after failures.
 
-    `x0_ID` are the scaled embeddings of all items.
+    `x0_ID` are the scaled embeddings of all items. The workers beat `pulse` at every step.
     """
     workers = config.workers
     on_gpu = workers.device == "cuda"
@@ -136,6 +144,7 @@ def build_trainer(config: TrainConfig, histories: Histories, x0_ID: np.ndarray) 
             "validation": ray.put(validation_batch(histories, config)),
             "live": sys.stderr.isatty(),
             "log": current_settings(),
+            "pulse": pulse,
         },
         datasets={"users": stream_of(histories, config)} if is_streamed(histories) else {},
         scaling_config=ScalingConfig(

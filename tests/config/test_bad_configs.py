@@ -9,6 +9,7 @@ import json
 import math
 import types
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -116,8 +117,11 @@ def bad_values(kind: Any, metadata: list[Any]) -> Iterator[Any]:
                 yield [*good[:index], bad, *good[index + 1 :]]
 
 
-def mistakes(model: type[Settings], above: Key = ()) -> Iterator[tuple[Key, Any]]:
-    """Yield every key below `model` with every value that it must refuse."""
+def mistakes(model: type[Settings], above: Key = (), values: int | None = None) -> Iterator[tuple[Key, Any]]:
+    """Yield every key below `model` with every value that it must refuse, or with so many `values`.
+
+    A job inside another job has a test of its own, so here each of its keys gets a single value.
+    """
     for name, kind, metadata, null, _ in fields_of(model):
         key = (*above, name)
         if not null:
@@ -126,9 +130,9 @@ def mistakes(model: type[Settings], above: Key = ()) -> Iterator[tuple[Key, Any]
             yield from ((key, bad) for bad in SECTION)
             yield (*key, "no_such_key"), 1
             yield (*key, LONG_KEY), 1
-            yield from mistakes(kind, key)
+            yield from mistakes(kind, key, 1 if kind in JOBS else values)
         else:
-            yield from ((key, bad) for bad in bad_values(kind, metadata))
+            yield from ((key, bad) for bad in islice(bad_values(kind, metadata), values))
     yield (*above, "no_such_key"), 1
 
 

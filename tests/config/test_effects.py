@@ -61,6 +61,7 @@ NOT_IN_A_RUN_NAME = {
     "catalog": True,
     "log_level": True,
     "out": True,
+    "stall_minutes": True,
     "storage": True,
     "workers": True,
 }

@@ -31,10 +31,13 @@ from rebeca_ray.data.items import open_items, read_image_embeds
 from rebeca_ray.errors import InputError, LeaseHeldError, StorageError, UserError
 from rebeca_ray.stickers import CLIP, EMBED_DIM, ITEMS
 from rebeca_ray.storage.parquet import ParquetInput
+from rebeca_ray.watchdog import Activity
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_every_item_gets_open_clips_own_embedding(tmp_path: Path) -> None:
+def test_every_item_gets_open_clips_own_embedding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    activity = Activity()
+    monkeypatch.setattr(embedding, "Activity", lambda: activity)
     some = pq.read_table(ITEMS).slice(0, 30)
     pq.write_table(some, tmp_path / "items.parquet")
     config = EmbedConfig(
@@ -45,6 +48,8 @@ def test_every_item_gets_open_clips_own_embedding(tmp_path: Path) -> None:
         cpus_per_actor=0.5,
     )
     assert embed_items(config) == 30
+    assert activity.pulse is not None
+    assert activity.pulse.count() > 0
     items = read_image_embeds(config.out)
     assert items.item_id.tolist() == some["item_id"].to_pylist()
     assert open_items(config.out).names == ["item_id", "image_embeds"]
@@ -263,7 +268,9 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
         for error in world.error:
             raise error
 
-    def embed(config: EmbedConfig, source: ParquetInput, _: pa.Schema, kept: Kept) -> Embedded:
+    def embed(
+        config: EmbedConfig, source: ParquetInput, _: pa.Schema, kept: Kept, activity: Activity
+    ) -> Embedded:
         table = source.read(pa.schema([("item_id", pa.string())]))
         known = pa.array(kept.item_id, pa.string())
         table = table.filter(pc.invert(pc.is_in(table["item_id"], value_set=known)))

@@ -44,7 +44,7 @@ def test_a_run_that_hangs_in_any_step_ends_itself(config: GenerateConfig, step: 
         timeout=300,
     )
     assert process.returncode == 75, process.stderr
-    assert f"no progress for 0.1 min in stage {stage} (limits.stall_minutes)" in process.stderr
+    assert f"no progress for 0.1 min in stage {stage} (stall_minutes)" in process.stderr
 
 
 def test_a_check_of_the_renderer_that_does_not_end_is_given_up(

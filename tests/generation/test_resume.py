@@ -213,7 +213,7 @@ def test_a_run_that_hangs_ends_itself_and_is_resumed(config: GenerateConfig, ray
     assert f"resuming run {run_id}" in output
     (dump,) = Path(work_folder(config.catalog, run_id)).glob("stalled-*.txt")
     message = (
-        f"ERROR run {run_id}: no progress for 0.15 min in stage render (limits.stall_minutes); "
+        f"ERROR run {run_id}: no progress for 0.15 min in stage render (stall_minutes); "
         f"its state is in {dump}. Start it again: it resumes"
     )
     assert [line.partition(" ")[2] for line in output.splitlines() if " ERROR " in line] == [message]

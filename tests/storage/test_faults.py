@@ -1,17 +1,15 @@
 """A faulty store: every write arrives once and complete, and a permanent outage ends with one line."""
 
-import asyncio
 import gc
 import hashlib
 import itertools
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -34,23 +32,10 @@ from rebeca_ray.storage.parquet import read_table, write_table
 from rebeca_ray.storage.swap_probe import require_swaps
 from tests.catalog.large import write_snapshot
 from tests.conftest import without_id
-from tests.faulty_s3 import FAULTS, Fault, FaultyS3, faulty_s3, forever, seeded
+from tests.faulty_s3 import FAULTS, Fault, FaultyS3, forever, seeded
 
 TABLE = pa.table({"user_id": [f"user-{number}" for number in range(1000)], "rank": list(range(1000))})
 PART = 5 * 2**20  # bytes: the smallest part of a multipart upload on S3
-
-
-@pytest.fixture
-def proxy(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    """Put a faulty proxy before the S3 server. botocore retries without a delay."""
-    for name, value in s3_server.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(S3FileSystem, "_cache", {})
-    at_once = asyncio.sleep
-    monkeypatch.setattr("aiobotocore.endpoint.asyncio", SimpleNamespace(sleep=lambda seconds: at_once(0)))
-    with faulty_s3(s3_server["AWS_ENDPOINT_URL"]) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        yield proxy
 
 
 @pytest.fixture

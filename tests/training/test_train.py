@@ -39,6 +39,7 @@ from rebeca_ray.training import train
 from rebeca_ray.training.loop import train_epoch
 from rebeca_ray.training.state import DenoisingLoss, TrainState
 from rebeca_ray.training.train import drop_torn_record, run_name, train_prior
+from rebeca_ray.watchdog import Activity
 from tests.conftest import D, untrained_prior
 
 
@@ -108,14 +109,18 @@ def configure(world: dict[str, str], user_encoder: str = "id", **optimization: o
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize(("user_encoder", "num_workers"), [("id", 1), ("history", 2)])
 def test_the_prior_learns_who_likes_what_and_a_rerun_changes_nothing(
-    world: dict[str, str], user_encoder: str, num_workers: int
+    world: dict[str, str], user_encoder: str, num_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two workers with half the batch each learn as one; the loop itself checks that their weights agree."""
+    activity = Activity()
+    monkeypatch.setattr(train, "Activity", lambda: activity)
     config = configure(world, user_encoder)
     config = config.model_copy(
         update={"workers": config.workers.model_copy(update={"num_workers": num_workers})}
     )
     metrics = train_prior(config)
+    assert activity.pulse is not None
+    assert activity.pulse.count() >= num_workers
     prior = load_prior(config.out)
     if user_encoder == "id":
         assert prior.users is not None
@@ -329,7 +334,7 @@ def test_one_of_two_trainings_works_and_a_kill_leaves_the_prior(
     config = configure(world)
     seeds = iter(range(9))
 
-    def fit(config: TrainConfig, _: object) -> TrainedPrior:
+    def fit(config: TrainConfig, *_: object) -> TrainedPrior:
         prior = untrained_prior(config.network.model_copy(update={"user_encoder": "history"}))
         prior.network.null_user_UH.data.fill_(next(seeds))
         return prior

@@ -1,0 +1,105 @@
+"""The watchdog: workers' heartbeats are progress, and an embedding or a training that hangs ends itself."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from rebeca_ray import schemas
+from rebeca_ray.catalog.pointer import Kind, read_pointer
+from rebeca_ray.config.jobs import EmbedConfig, TrainConfig
+from rebeca_ray.ray_runtime import for_each
+from rebeca_ray.stickers import CLIP, ITEMS
+from rebeca_ray.watchdog import Activity, Pulse
+
+HANG = """
+import sys, time
+from rebeca_ray.config.jobs import EmbedConfig, TrainConfig
+from rebeca_ray.data import embedding
+from rebeca_ray.log import configure
+from rebeca_ray.training import train
+
+configure()
+embedding.embed_images = train.build_histories = lambda *_, **__: time.sleep(3600)
+"""
+EMBED = "embedding.embed_items(EmbedConfig.model_validate_json(sys.argv[1]))"
+TRAIN = "train.train_prior(TrainConfig.model_validate_json(sys.argv[1]))"
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_beats_of_workers_are_progress() -> None:
+    activity = Activity()
+    pulse = activity.listen()
+    assert activity.listen() is pulse
+    started = activity.moved_at
+    activity.seconds_without_progress()
+    assert activity.moved_at == started
+
+    def work(value: int) -> int:
+        pulse.beat()
+        return value
+
+    assert for_each(work, [1, 2]) == [1, 2]
+    while activity.beats == 0:  # a beat is sent, not waited for
+        activity.seconds_without_progress()
+    assert activity.moved_at > started
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_worker_sends_few_beats() -> None:
+    pulse = Pulse()
+    for _ in range(1000):
+        pulse.beat()
+    assert pulse.count() == 1
+    pulse.last_beat = 0.0
+    pulse.beat()
+    assert pulse.count() == 2
+
+
+class SilentPulse:
+    """A pulse whose cluster does not answer."""
+
+    def count(self) -> int:
+        raise ray.exceptions.GetTimeoutError
+
+
+def test_a_cluster_that_does_not_answer_makes_no_progress(caplog: pytest.LogCaptureFixture) -> None:
+    activity = Activity()
+    activity.pulse = cast(Any, SilentPulse())
+    before = activity.moved_at
+    activity.seconds_without_progress()
+    assert activity.moved_at == before
+    assert "the workers' heartbeats cannot be counted: GetTimeoutError" in caplog.text
+
+
+@pytest.mark.parametrize(("work", "stage"), [(EMBED, "embed"), (TRAIN, "histories")])
+def test_an_embedding_or_a_training_that_hangs_ends_itself(tmp_path: Path, work: str, stage: str) -> None:
+    out, kind = str(tmp_path / "out"), cast(Kind, "items" if work == EMBED else "prior")
+    config: EmbedConfig | TrainConfig
+    if work == EMBED:
+        config = EmbedConfig(items=str(ITEMS), clip=f"local-dir:{CLIP}", out=out, stall_minutes=0.05)
+    else:
+        embeds = pa.FixedSizeListArray.from_arrays(
+            pa.array(np.eye(8, dtype=np.float32).ravel()), type=schemas.image_embeds(8)
+        )
+        items = tmp_path / "items.parquet"
+        pq.write_table(pa.table({"item_id": [f"item-{i}" for i in range(8)], "image_embeds": embeds}), items)
+        config = TrainConfig.model_validate(
+            {"interactions": {"path": "none"}, "items": str(items), "out": out, "stall_minutes": 0.05}
+            | {"storage": str(tmp_path / "storage")}
+        )
+    process = subprocess.run(
+        [sys.executable, "-c", HANG + work, config.model_dump_json()],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert process.returncode == 75, process.stderr
+    assert f"no progress for 0.05 min in stage {stage} (stall_minutes)" in process.stderr
+    assert read_pointer(out, kind)[0].lease is None  # another attempt can start at once
