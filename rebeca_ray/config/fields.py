@@ -74,6 +74,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 LearningRate = Annotated[float, Field(gt=0, le=1e6)]
 Weight = Annotated[float, Field(ge=0, le=10)]
 Scale = Annotated[float, Field(ge=1, le=1000)]  # of guidance; 1 means none
+GuidanceWeight = Annotated[float, Field(ge=0, le=100_000)]  # of the selector; 0 means none
 Rating = Annotated[float, Field(ge=-1e6, le=1e6)]
 Price = Annotated[float, Field(ge=0, le=1e6)]
 Duration = Annotated[float, Field(gt=0, le=10**7)]  # in the unit that the field's name gives

@@ -38,6 +38,7 @@ from rebeca_ray.config.sections import (
     PriceSettings,
     RefreshSettings,
     SamplerSettings,
+    ScalingSettings,
     SelectionSettings,
     WorkerSettings,
 )
@@ -101,8 +102,8 @@ class TrainConfig(JobConfig):
     """Network of the prior."""
     diffusion: DiffusionSettings = DiffusionSettings()
     """Diffusion process of the prior."""
-    embed_clamp: Annotated[float, Field(gt=0, le=1000), Effect.ITEM] = 5.0
-    """Bound of an embedding at length sqrt(D). Entries are clamped to ± this, then divided by it."""
+    scaling: ScalingSettings = ScalingSettings()
+    """Space of the prior."""
     optimization: OptimizationSettings = OptimizationSettings()
     """Optimization of the prior."""
     workers: WorkerSettings = WorkerSettings()
@@ -188,6 +189,9 @@ class GenerateConfig(JobConfig):
     A prior with the user encoder `history` needs it."""
     interactions: InteractionSettings | None = None
     """Ratings of the users until now. A prior with the user encoder `history` needs them."""
+    hide_hold_out: Annotated[bool, Effect.ITEM] = False
+    """Whether generation ignores the ratings that training holds out. Turn it on to judge the items by those
+    ratings, and leave it off at night."""
     sampler: SamplerSettings = SamplerSettings()
     """Sampler of the prior."""
     selection: SelectionSettings = SelectionSettings()

@@ -1,5 +1,7 @@
 """Named starting points of a training config. The config's settings override them.
 
+`paper-v1` and `paper-v2` have the papers' sizes and settings, with networks of our own.
+
 The papers do not give the width of the first network. With a single image token, a width below the
 embedding's D would lose part of the noise. So the width here is 1024, the D of the papers' CLIP.
 """

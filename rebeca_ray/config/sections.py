@@ -16,6 +16,7 @@ from rebeca_ray.config.fields import (
     Effect,
     Fraction,
     FractionBelow1,
+    GuidanceWeight,
     LearningRate,
     Location,
     Positive,
@@ -83,10 +84,11 @@ class InteractionSettings(Settings):
 
 
 class NetworkSettings(Settings):
-    """The prior network and its user encoder. The defaults are the authors' later network, with histories."""
+    """The prior network and its user encoder. The defaults have the size of the authors' later network."""
 
     architecture: Annotated[Literal["cross_attention", "decoder_only"], Effect.ITEM] = "cross_attention"
-    """Architecture of the prior: `cross_attention` (the authors' later one) or `decoder_only` (the first)."""
+    """Architecture of the prior: `cross_attention`, after the authors' later one, or `decoder_only`, after
+    their first."""
     num_layers: Annotated[SmallCount, Effect.ITEM] = 6
     """Transformer layers of the prior."""
     num_heads: Annotated[SmallCount, Effect.ITEM] = 8
@@ -123,11 +125,26 @@ class DiffusionSettings(Settings):
     """Prediction target of the network: the noise, the clean embedding, or the velocity."""
 
 
+class ScalingSettings(Settings):
+    """The space of the prior: how embeddings are scaled for the network."""
+
+    normalise: Annotated[bool, Effect.ITEM] = True
+    """Whether embeddings are L2-normalised and multiplied by sqrt(D). If not, they are taken as they are."""
+    clamp: Annotated[float | None, Field(gt=0, le=1000), Effect.ITEM] = 5.0
+    """Bound of an entry before it is scaled. Null means no bound."""
+    scale: Annotated[float, Field(gt=0, le=1000), Effect.ITEM] = 1.0
+    """Factor after the clamp. At 1, normalised embeddings have the deviation of the noise."""
+    clip_sample: Annotated[float | None, Field(gt=0, le=1000), Effect.ITEM] = None
+    """Bound of the denoised embedding at every step of sampling. By default, it is `clamp` times `scale`."""
+
+
 class PriorSampling(Settings):
     """The sampling settings that are chosen after training and saved with the prior."""
 
     prior_guidance_scale: Annotated[Scale, Effect.ITEM]
     """Classifier-free guidance scale that calibration chose."""
+    selector_guidance_scale: Annotated[GuidanceWeight, Effect.ITEM] = 0.0
+    """Selector guidance scale that calibration chose."""
     distilled_steps: Annotated[Size | None, Effect.ITEM] = None
     """Sampling steps built into a distilled prior. By default, the prior is not distilled."""
 
@@ -197,6 +214,9 @@ class SamplerSettings(Settings):
     """Denoising steps per candidate. By default, 16 steps are taken."""
     prior_guidance_scale: Annotated[Scale | None, Effect.ITEM] = None
     """Classifier-free guidance scale of the prior. By default, the scale chosen after training is taken."""
+    selector_guidance_scale: Annotated[GuidanceWeight | None, Effect.ITEM] = None
+    """Strength by which each step moves a candidate to what the selector says the user likes. It costs no
+    network pass, and 0 turns it off. By default, the scale chosen after training is taken."""
     batch_size: Annotated[Size, Field(ge=16), Effect.PLAN] = 256
     """Candidates per forward pass. Short batches are padded to this size."""
     num_actors: Annotated[SmallCount, Effect.SPEED] = 1
@@ -220,6 +240,8 @@ class SamplerSettings(Settings):
                         f"sampler.{name} is set, but a distilled prior has its steps and guidance built in; "
                         "leave it out"
                     )
+            if self.selector_guidance_scale is None:
+                built_in["selector_guidance_scale"] = prior.selector_guidance_scale
             return self.model_copy(update=built_in)
         steps = self.num_inference_steps or min(16, num_train_timesteps)
         if steps > num_train_timesteps:
@@ -227,12 +249,15 @@ class SamplerSettings(Settings):
                 f"sampler.num_inference_steps is {steps}, it was trained on {num_train_timesteps}; "
                 "take at most that many"
             )
-        guidance = self.prior_guidance_scale or prior.prior_guidance_scale
+        guidance, selector_guidance = self.prior_guidance_scale, self.selector_guidance_scale
         return self.model_copy(
             update={
                 "name": self.name or "dpm_solver",
                 "num_inference_steps": steps,
-                "prior_guidance_scale": guidance,
+                "prior_guidance_scale": guidance or prior.prior_guidance_scale,
+                "selector_guidance_scale": (
+                    prior.selector_guidance_scale if selector_guidance is None else selector_guidance
+                ),
             }
         )
 
@@ -240,9 +265,9 @@ class SamplerSettings(Settings):
 class SelectionSettings(Settings):
     """The choice among a user's candidates before decoding."""
 
-    candidates_per_item: Annotated[SmallCount, Effect.ITEM] = 4
+    candidates_per_item: Annotated[SmallCount, Effect.ITEM] = 8
     """Candidates that are sampled per decoded item. At 1, all samples are kept in their order."""
-    diversity: Annotated[Fraction, Effect.ITEM] = 0.3
+    diversity: Annotated[Fraction, Effect.ITEM] = 0.1
     """Weight of the distance to chosen candidates against the like probability. At 0, liking decides."""
     max_item_similarity: Annotated[float, Field(gt=0, le=1), Effect.ITEM] = 0.98
     """Candidates with a higher cosine similarity to an existing item are copies and are chosen last."""

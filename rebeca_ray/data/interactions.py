@@ -86,8 +86,11 @@ def interactions_of(table: pa.Table, settings: InteractionSettings) -> Interacti
         if "timestamp" in table.column_names
         else np.zeros(len(like), np.int64)
     )
-    # By user, then by time. The item decides between equal times, so that the order is total.
-    rows = rows[np.lexsort((item_of[rows], timestamp[rows], user_of[rows]))]
+    # By user, then by time. Between equal times a hash decides: a long history without times is cut to a
+    # random sample, not to the items whose names come last.
+    order, held_key = pair_hashes(users[user_of[rows]], items[item_of[rows]])
+    by_time = np.lexsort((order, timestamp[rows], user_of[rows]))
+    rows, held_key = rows[by_time], held_key[by_time]
     user_index = new_index[user_of[rows]].astype(np.int32)
     item_id = items[item_of[rows]]
     return Interactions(
@@ -96,7 +99,7 @@ def interactions_of(table: pa.Table, settings: InteractionSettings) -> Interacti
         item_id=item_id,
         like=like[rows],
         timestamp=timestamp[rows],
-        held_out=hold_out(users[selected], user_index, item_id, settings.hold_out),
+        held_out=hold_out(held_key, user_index, int(selected.sum()), settings.hold_out),
     )
 
 
@@ -221,15 +224,21 @@ def likes(table: pa.Table, threshold: float) -> np.ndarray:
     return (table["rating"].to_numpy() >= threshold).astype(np.int8)
 
 
-def hold_out(user_id: np.ndarray, user_index: np.ndarray, item_id: np.ndarray, share: float) -> np.ndarray:
-    """Return [N] bool: true for `floor(share * count)` interactions of each user.
+def pair_hashes(user_id: np.ndarray, item_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return two independent hashes of each pair of user and item, each [N] uint64."""
+    digests = (hash128(user, item) for user, item in zip(user_id, item_id, strict=True))
+    halves = np.fromiter(
+        (int(half, 16) for digest in digests for half in (digest[:16], digest[16:])),
+        np.uint64,
+        2 * len(item_id),
+    )
+    return halves[1::2], halves[::2]
 
-    Those with the smallest hash of (user, item) are held out.
-    """
-    pairs = zip(user_id[user_index], item_id, strict=True)
-    keys = np.fromiter((int(hash128(user, item)[:16], 16) for user, item in pairs), np.uint64, len(item_id))
-    order = np.lexsort((keys, user_index))
-    counts = np.bincount(user_index, minlength=len(user_id))
+
+def hold_out(key: np.ndarray, user_index: np.ndarray, num_users: int, share: float) -> np.ndarray:
+    """Return [N] bool: true for the `floor(share * count)` interactions of each user with the least keys."""
+    order = np.lexsort((key, user_index))
+    counts = np.bincount(user_index, minlength=num_users)
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     position = np.arange(len(order)) - starts[user_index[order]]
     held = np.zeros(len(order), bool)

@@ -149,14 +149,15 @@ def users_per_batch(config: GenerateConfig) -> int:
 
 
 def request_histories(config: GenerateConfig, run: Run, activity: Activity | None = None) -> Histories | None:
-    """Return all ratings of the users, hold-out included, in parts of the catalog's buckets.
+    """Return all ratings of the users, in parts of the catalog's buckets.
 
     Returns None if the config gives no interactions. Generated items that were rated are numbered after the
     real ones. Progress is noted in `activity`.
     """
     if config.interactions is None or config.items is None:
         return None
-    everything = config.interactions.model_copy(update={"hold_out": 0.0, "min_likes": 0})
+    held_out = {} if config.hide_hold_out else {"hold_out": 0.0}
+    everything = config.interactions.model_copy(update={"min_likes": 0, **held_out})
     items = open_items(config.items)
     item_id, rated_id, rated_uri = read_item_ids(items), np.array([], object), None
     generated = find_rated(config.catalog, config.interactions, item_id, *embedded_with(items))
@@ -212,7 +213,9 @@ class PlanUsers:
                 rated_ID = np.concatenate([rated_ID, read_image_embeds(histories.rated).image_embeds])
             if items_digest not in (None, open_items(config.items).digest()):
                 raise replaced("items", config.items, "this run was planning")
-        self.users = UserLoader(self.prior, histories, rated_ID, config.sampler.device)
+        self.users = UserLoader(
+            self.prior, histories, rated_ID, config.sampler.device, training_only=config.hide_hold_out
+        )
 
     @torch.inference_mode()
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -248,9 +251,7 @@ class PlanUsers:
         selection = self.config.selection
         count_G = users["num_images"].to_numpy().astype(np.int64)
         sampled_G = count_G * selection.candidates_per_item
-        x_ND, user_N = sample_candidates(
-            self.prior, self.diffusion, self.sampler, vectors.token_GUH, keys, sampled_G
-        )
+        x_ND, user_N = sample_candidates(self.prior, self.diffusion, self.sampler, vectors, keys, sampled_G)
         candidates = judge_candidates(self.prior, vectors.factor_GF, x_ND, user_N, self.real_unit_ID)
         chosen = choose_candidates(candidates, count_G, selection)
 

@@ -10,13 +10,14 @@ from rebeca_ray import schemas
 from rebeca_ray.config.fields import MAX_IMAGES
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.load import parse_config
-from rebeca_ray.config.sections import PriorSampling
+from rebeca_ray.config.sections import DiffusionSettings, PriorSampling
 from rebeca_ray.data.interactions import open_interactions
 from rebeca_ray.data.items import check_items_fit, open_items
 from rebeca_ray.data.validation import check_columns, check_ids, check_numbers, check_rows, check_texts
 from rebeca_ray.decoder.files import DecoderIdentity
 from rebeca_ray.errors import InputError
 from rebeca_ray.prior.checkpoint import read_prior_config
+from rebeca_ray.prior.schedules import check_steps
 from rebeca_ray.storage.listing import digest_of, list_data
 from rebeca_ray.storage.objects import JsonObject
 from rebeca_ray.storage.parquet import open_parquet, replaced
@@ -89,6 +90,9 @@ def check_prior_can(config: GenerateConfig, prior: JsonObject) -> None:
     sampling = parse_config(PriorSampling, prior["sampling"], where=f"prior {config.prior}: sampling")
     try:
         sampler = config.sampler.resolve(sampling, prior["diffusion"]["num_train_timesteps"])
+        if sampling.distilled_steps is None:
+            steps = cast(int, sampler.num_inference_steps)
+            check_steps(DiffusionSettings(**prior["diffusion"]), steps, prior["scaler"]["deviation"])
     except ValueError as error:
         raise InputError(f"prior {config.prior}: {error}") from None
     if cast(float, sampler.prior_guidance_scale) > 1 and prior["condition_dropout"] == 0:

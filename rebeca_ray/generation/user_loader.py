@@ -12,12 +12,11 @@ import pyarrow as pa
 import torch
 
 from rebeca_ray.data.histories import Histories
-from rebeca_ray.prior.candidates import UserVectors
 from rebeca_ray.prior.checkpoint import TrainedPrior
 from rebeca_ray.prior.sampling import USERS_PADDED_TO
 from rebeca_ray.prior.selector import MAX_HISTORY
 from rebeca_ray.prior.user_blocks import Rated, UserBlock
-from rebeca_ray.prior.users import History
+from rebeca_ray.prior.users import History, UserVectors
 from rebeca_ray.storage.parquet import read_table
 
 
@@ -25,12 +24,20 @@ class UserLoader:
     """Loads the vectors of some users at a time.
 
     `rated_ID` are the embeddings of all items that may have been rated: real ones, then generated ones.
+    With `training_only`, the ratings that training held out are left out.
     """
 
     def __init__(
-        self, prior: TrainedPrior, histories: Histories | None, rated_ID: np.ndarray | None, device: str
+        self,
+        prior: TrainedPrior,
+        histories: Histories | None,
+        rated_ID: np.ndarray | None,
+        device: str,
+        *,
+        training_only: bool = False,
     ) -> None:
         self.prior, self.histories, self.rated_ID, self.device = prior, histories, rated_ID, device
+        self.training_only = training_only
         user_ids = [] if prior.users is None else prior.users["user_id"].to_pylist()
         self.user_index = {user: index for index, user in enumerate(user_ids)}
 
@@ -43,7 +50,17 @@ class UserLoader:
         history = self.load_history(users, padding)
         latest = None if history is None else history.latest(self.prior.settings.max_history)
         token_GUH = self.prior.user_tokens(index_G, latest)
-        return UserVectors(token_GUH=token_GUH, factor_GF=self.selector_factors(index_G, history))
+        return UserVectors(
+            token_GUH=token_GUH,
+            factor_GF=self.selector_factors(index_G, history),
+            num_ratings_G=self.num_ratings(latest),
+        )
+
+    def num_ratings(self, history: History | None) -> torch.Tensor | None:
+        """Return the number of ratings [G] behind the tokens; None if the tokens do not come from ratings."""
+        if history is None or self.prior.settings.user_encoder != "history":
+            return None
+        return history.present_BL.sum(1)
 
     def selector_factors(self, index_G: np.ndarray, history: History | None) -> torch.Tensor | None:
         """Return the selector's factors [G, F+1], from histories or the table; 0 for users without a row."""
@@ -65,7 +82,7 @@ class UserLoader:
         rated = Rated.nothing(users.num_rows + padding, max_history)
         user_ids, bucket_G = users["user_id"].to_pylist(), users["histories_bucket"].to_numpy()
         for bucket in np.unique(bucket_G).tolist():
-            block, position_of = read_bucket(self.histories.file(bucket))
+            block, position_of = read_bucket(self.histories.file(bucket), self.training_only)
             rows = [row for row in np.flatnonzero(bucket_G == bucket) if user_ids[row] in position_of]
             if not rows:
                 continue
@@ -77,9 +94,9 @@ class UserLoader:
 
 
 @lru_cache(maxsize=2)
-def read_bucket(uri: str) -> tuple[UserBlock, dict[str, int]]:
+def read_bucket(uri: str, training_only: bool) -> tuple[UserBlock, dict[str, int]]:
     """Return the histories of one bucket, and the position of each of its users."""
     table = read_table(uri, "histories")
     first_user_index = np.zeros(table["bucket"][0].as_py() + 1 if table.num_rows else 1, int)
     positions = {user: position for position, user in enumerate(table["user_id"].to_pylist())}
-    return UserBlock(table, first_user_index, training_only=False), positions
+    return UserBlock(table, first_user_index, training_only=training_only), positions

@@ -24,14 +24,7 @@ from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked
 from rebeca_ray.prior.selection import choose, nearest_items
 from rebeca_ray.prior.selector import Selector, match
-
-
-@dataclass(frozen=True, kw_only=True)
-class UserVectors:
-    """Vectors of G users, followed by rows of padding."""
-
-    token_GUH: torch.Tensor
-    factor_GF: torch.Tensor | None  # of the selector; None without selector or ratings
+from rebeca_ray.prior.users import UserVectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +69,7 @@ def sample_candidates(
     prior: TrainedPrior,
     diffusion: Diffusion,
     sampler: SamplerSettings,
-    token_GUH: torch.Tensor,
+    users: UserVectors,
     keys: Sequence[str],
     count_G: np.ndarray,
 ) -> tuple[torch.Tensor, np.ndarray]:
@@ -92,7 +85,7 @@ def sample_candidates(
     user_N = np.repeat(np.arange(len(count_G)), count_G)
     padding = -len(user_N) % sampler.batch_size
     user_N, seeds = np.pad(user_N, (0, padding), mode="edge"), seeds + seeds[-1:] * padding
-    return sample_liked(prior.network, diffusion, token_GUH, user_N, seeds, sampler), user_N
+    return sample_liked(prior, diffusion, users, user_N, seeds, sampler), user_N
 
 
 def judge_candidates(

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from rebeca_ray.prior.users import History
 
 
-FORMAT = 4
+FORMAT = 5
 UNFINISHED = "unfinished"
 USER_ROWS = "user_rows"  # the table's name among the weights
 MARKERS = {"prior.json": "fencing_token", "config.json": "format"}  # of a folder that a job may replace
@@ -59,7 +59,11 @@ class ScalerSettings(Settings):
 
     embed_dim: Size
     norm: Annotated[float, Field(gt=0, le=1e6)]
-    clamp: Annotated[float, Field(gt=0, le=1000)]
+    normalise: bool
+    clamp: Annotated[float | None, Field(gt=0, le=1000)]
+    scale_factor: Annotated[float, Field(gt=0, le=1000)]
+    clip: Annotated[float | None, Field(gt=0, le=1e6)]
+    deviation: Annotated[float, Field(gt=0, le=1e6)]
 
 
 class PriorConfig(Settings):
@@ -192,7 +196,7 @@ def with_sorted_metadata(safetensors: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + safetensors[8 + size :]
 
 
-def trained_with(scaler: dict[str, float], clip: str | None) -> dict[str, str]:
+def trained_with(scaler: JsonObject, clip: str | None) -> dict[str, str]:
     """Return the metadata of the weights."""
     return {"scaler": json.dumps(scaler, sort_keys=True), "clip": json.dumps(clip)}
 

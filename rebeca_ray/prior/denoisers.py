@@ -70,7 +70,7 @@ class CrossAttentionBlock(nn.Module):
 
 
 class CrossAttentionDenoiser(nn.Module):
-    """The authors' later network.
+    """A network after the authors' later one; it differs in residuals, norms, gates and time features.
 
     A learned linear map cuts the embedding into K tokens of R = ceil(D/K) numbers, each lifted to width H.
     Blocks see the pooled condition through AdaLN-zero, and its tokens (user, rating, time) through
@@ -90,7 +90,6 @@ class CrossAttentionDenoiser(nn.Module):
         self.position_KH = nn.Parameter(0.02 * torch.randn(self.num_tokens, width))
         self.time = TimestepEmbedding(width)
         self.rating = nn.Embedding(3, width)
-        nn.init.normal_(self.rating.weight, std=0.02)
         modulation = nn.Linear(width, settings.num_layers * 6 * width)  # all layers at once
         nn.init.zeros_(modulation.weight)
         nn.init.zeros_(modulation.bias)
@@ -166,7 +165,7 @@ class CausalBlock(nn.Module):
 
 
 class DecoderOnlyDenoiser(nn.Module):
-    """The paper's first network: one causal sequence of user, rating, time and K image tokens.
+    """A network after the paper's first one: a causal sequence of user, rating, time and K image tokens.
 
     The prediction is read from the image tokens. User and rating come first, so that their keys and values
     hold at every timestep.
@@ -182,7 +181,6 @@ class DecoderOnlyDenoiser(nn.Module):
         self.position_SH = nn.Parameter(
             0.02 * torch.randn(settings.num_user_tokens + 2 + self.num_tokens, width)
         )
-        nn.init.normal_(self.rating.weight, std=0.02)
         self.blocks = nn.ModuleList(
             CausalBlock(width, settings.num_heads) for _ in range(settings.num_layers)
         )
@@ -224,7 +222,7 @@ class Prior(nn.Module):
         self.embed_dim = embed_dim
         kind = CrossAttentionDenoiser if settings.architecture == "cross_attention" else DecoderOnlyDenoiser
         self.denoiser = kind(settings, embed_dim)
-        self.null_user_UH = nn.Parameter(0.02 * torch.randn(settings.num_user_tokens, settings.width))
+        self.null_user_UH = nn.Parameter(torch.randn(settings.num_user_tokens, settings.width))
         self.history_encoder: HistoryEncoder | None = None
         if settings.user_encoder == "history":
             self.history_encoder = HistoryEncoder(

@@ -1,9 +1,8 @@
-"""Define the forward process: noise schedules, the training loss, and `denoised` from any `prediction_type`.
+"""Define the forward process: noise, the training loss, and `denoised` from any `prediction_type`.
 
 Shapes: B batch, D embed dim, T training timesteps.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,31 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from rebeca_ray.config.sections import DiffusionSettings
+from rebeca_ray.prior import schedules
 
 Denoiser = Callable[[torch.Tensor, int], torch.Tensor]  # (x_BD, timestep) -> denoised_BD
-
-
-def alphas_cumprod(settings: DiffusionSettings) -> torch.Tensor:
-    """Return the signal power at every training timestep, [T] in float64.
-
-    `linear`: Ho et al. 2020, betas from 1e-4 to 0.02. `squaredcos_cap_v2`: Nichol & Dhariwal 2021, eq. 17.
-    `laplace`: Hang et al. 2024, log-SNR at the quantiles of a Laplace law. The paper's authors used
-    diffusers' form of it (the square root, the 1e-6), and so does this function. The latter two cap betas at
-    0.999.
-    """
-    steps = settings.num_train_timesteps
-    if settings.schedule == "linear":
-        return torch.cumprod(1 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64), 0)
-    share = torch.arange(steps + 1, dtype=torch.float64) / steps
-    if settings.schedule == "laplace":
-        half = 0.5 - share
-        sign = torch.where(half >= 0, 1.0, -1.0)  # 1 for zero, as copysign has it
-        snr = torch.exp(-0.5 * sign * torch.log(1 - 2 * half.abs() + 1e-6))
-        bar = torch.sqrt(snr / (1 + snr))
-    else:
-        bar = torch.cos((share + 0.008) / 1.008 * math.pi / 2) ** 2
-    betas = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
-    return torch.cumprod(1 - betas, 0)
 
 
 @dataclass(frozen=True)
@@ -49,7 +26,7 @@ class Diffusion:
 
     @classmethod
     def build(cls, settings: DiffusionSettings, device: torch.device | str = "cpu") -> "Diffusion":
-        power = alphas_cumprod(settings)
+        power = torch.from_numpy(schedules.alphas_cumprod(settings))
         half_log_snr = 0.5 * (power.log() - (1 - power).log())
         return cls(
             settings, power.sqrt().float().to(device), (1 - power).sqrt().float().to(device), half_log_snr
@@ -95,8 +72,10 @@ class Diffusion:
         return float(self.half_log_snr[following] - self.half_log_snr[timestep])
 
     def inference_timesteps(self, num_inference_steps: int) -> list[int]:
-        """Return `num_inference_steps` timesteps from T-1 downwards, evenly spaced ("trailing")."""
-        steps = self.settings.num_train_timesteps
-        return [
-            round(steps - index * steps / num_inference_steps) - 1 for index in range(num_inference_steps)
-        ]
+        """Return the timesteps of a sampling; see `schedules.inference_timesteps`."""
+        return schedules.inference_timesteps(self.settings.num_train_timesteps, num_inference_steps)
+
+    def posterior_variance(self, timestep: int, deviation: float) -> float:
+        """Return the variance of `x_0` given `x_t`, if the data had this `deviation` and no structure."""
+        alpha, sigma = float(self.alpha[timestep]), float(self.sigma[timestep])
+        return sigma**2 * deviation**2 / (sigma**2 + alpha**2 * deviation**2)

@@ -1,48 +1,99 @@
 """Sample embeddings. A sampler is one function: `(denoise, noise, timesteps, diffusion) -> denoised`.
 
-Shapes: N items, B items of a tile, G users, C users of a tile, D embed dim, U user tokens, H width.
+Shapes: N items, B items of a tile, G users, C users of a tile, D embed dim, U user tokens, H width, F
+factors of the selector.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from rebeca_ray.config.sections import SamplerSettings
 from rebeca_ray.noise import item_noise
-from rebeca_ray.prior.denoisers import LIKE, NULL_RATING, Prior
+from rebeca_ray.prior.checkpoint import TrainedPrior
+from rebeca_ray.prior.denoisers import LIKE, NULL_RATING
 from rebeca_ray.prior.diffusion import Denoiser, Diffusion
+from rebeca_ray.prior.users import UserVectors
 
 USERS_PADDED_TO = 64
+RATINGS_FOR_HALF = 4.0  # of a history, that get half of the guidance
 
 
 def guided_denoiser(
-    prior: Prior, diffusion: Diffusion, user_CUH: torch.Tensor, row_B: torch.Tensor, guidance_scale: float
+    prior: TrainedPrior,
+    diffusion: Diffusion,
+    users: UserVectors,
+    row_B: torch.Tensor,
+    sampler: SamplerSettings,
 ) -> Denoiser:
-    """Return a denoiser with classifier-free guidance towards the likes of user `row_B[i]`.
+    """Return a denoiser that is guided towards the likes of user `row_B[i]`, by a resolved `sampler`.
 
-    The method is Ho & Salimans 2022, eq. 6. Both halves are one doubled batch. The unconditional half has
-    neither user nor rating: one condition for all its rows. At scale 1 it is left out. Guidance acts on the
-    network's prediction. `denoised` is affine in the prediction with weights that sum to one, so acting on
-    `denoised` would be the same. The condition holds at every timestep and is computed once, here.
+    Classifier-free guidance is Ho & Salimans 2022, eq. 6. Both halves are one doubled batch. The
+    unconditional half has neither user nor rating: one condition for all its rows. At scale 1 it is left out.
+    Guidance acts on the network's prediction. `denoised` is affine in the prediction with weights that sum to
+    one, so acting on `denoised` would be the same. The condition holds at every timestep and is computed
+    once, here.
     """
-    users, device = len(user_CUH), user_CUH.device
-    rating_C = torch.full((users,), LIKE, device=device)
-    if guidance_scale != 1:
-        user_CUH = torch.cat([user_CUH, prior.null_user_UH[None]])
+    assert sampler.prior_guidance_scale
+    users_C, device = len(users.token_GUH), users.token_GUH.device
+    token_CUH, is_guided = users.token_GUH, sampler.prior_guidance_scale != 1
+    rating_C = torch.full((users_C,), LIKE, device=device)
+    condition_row, scale_B1 = row_B, scale_by_ratings(users, sampler.prior_guidance_scale)[row_B, None]
+    if is_guided:
+        token_CUH = torch.cat([token_CUH, prior.network.null_user_UH[None]])
         rating_C = torch.cat([rating_C, torch.tensor([NULL_RATING], device=device)])
-        row_B = torch.cat([row_B, torch.full_like(row_B, users)])
-    condition = prior.condition(user_CUH, rating_C).expand(row_B)
+        condition_row = torch.cat([row_B, torch.full_like(row_B, users_C)])
+    condition = prior.network.condition(token_CUH, rating_C).expand(condition_row)
+    pull = selector_guidance(prior, users, row_B, sampler.selector_guidance_scale or 0.0)
 
     def denoise(x_BD: torch.Tensor, timestep: int) -> torch.Tensor:
         timestep_1 = torch.tensor([timestep], device=device)
-        prediction = prior(x_BD, timestep_1, condition)
-        if guidance_scale != 1:
+        prediction = prior.network(x_BD, timestep_1, condition)
+        if is_guided:
             conditional, unconditional = prediction.chunk(2)
-            prediction = unconditional + guidance_scale * (conditional - unconditional)
-        return diffusion.denoised(prediction, x_BD, timestep_1)
+            prediction = unconditional + scale_B1 * (conditional - unconditional)
+        x0_BD = diffusion.denoised(prediction, x_BD, timestep_1)
+        return pull(x0_BD, diffusion.posterior_variance(timestep, prior.scaler.deviation))
 
     return denoise
+
+
+def scale_by_ratings(users: UserVectors, scale: float) -> torch.Tensor:
+    """Return the classifier-free guidance scale of each user [G].
+
+    A taste that a few ratings tell is uncertain, and full guidance would give one sample many times. The part
+    above 1 therefore grows with the number of ratings.
+    """
+    if users.num_ratings_G is None:
+        return torch.full((len(users.token_GUH),), scale, device=users.token_GUH.device)
+    count_G = users.num_ratings_G.float()
+    return 1 + (scale - 1) * count_G / (count_G + RATINGS_FOR_HALF)
+
+
+def selector_guidance(
+    prior: TrainedPrior, users: UserVectors, row_B: torch.Tensor, scale: float
+) -> Callable[[torch.Tensor, float], torch.Tensor]:
+    """Return a function that moves `denoised` [B, D] to what the selector says the users of `row_B` like.
+
+    It is the gradient of the log probability of a like (Dhariwal & Nichol 2021, eq. 10), times `scale` and
+    the variance of `denoised`. The selector is bilinear, so a user's gradient is one vector: neither a
+    backward nor a second forward pass is made. Each user's vector gets the length of the deviation, so that a
+    scale means the same to users with much and with little to tell.
+    """
+    if scale == 0 or prior.selector is None or users.factor_GF is None:
+        return lambda x0_BD, _: x0_BD
+    gradient_GD, offset_G = prior.selector.linear(users.factor_GF)
+    gradient_BD, offset_B = gradient_GD[row_B], offset_G[row_B]
+    direction_BD = prior.scaler.deviation * F.normalize(gradient_BD)
+
+    def pull(x0_BD: torch.Tensor, variance: float) -> torch.Tensor:
+        dislike_B = torch.sigmoid(-((x0_BD * gradient_BD).sum(1) + offset_B))
+        return x0_BD + scale * variance * dislike_B[:, None] * direction_BD
+
+    return pull
 
 
 def ddpm(
@@ -50,7 +101,7 @@ def ddpm(
     noise: Iterator[torch.Tensor],
     timesteps: Sequence[int],
     diffusion: Diffusion,
-    clip: float = 1.0,
+    clip: float,
 ) -> torch.Tensor:
     """Return [B, D] by ancestral sampling (Ho et al. 2020, algorithm 2), the paper's sampler.
 
@@ -78,7 +129,7 @@ def ddim(
     noise: Iterator[torch.Tensor],
     timesteps: Sequence[int],
     diffusion: Diffusion,
-    clip: float = 1.0,
+    clip: float,
 ) -> torch.Tensor:
     """Return [B, D] by DDIM without added noise (Song et al. 2021, eq. 12, eta = 0).
 
@@ -99,7 +150,7 @@ def dpm_solver_pp_2m(
     noise: Iterator[torch.Tensor],
     timesteps: Sequence[int],
     diffusion: Diffusion,
-    clip: float = 1.0,
+    clip: float,
 ) -> torch.Tensor:
     """Return [B, D] by DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), ending at zero noise.
 
@@ -123,7 +174,7 @@ def unipc(
     noise: Iterator[torch.Tensor],
     timesteps: Sequence[int],
     diffusion: Diffusion,
-    clip: float = 1.0,
+    clip: float,
 ) -> torch.Tensor:
     """Return [B, D] by UniPC of second order, B(h) = exp(h) - 1 (Zhao et al. 2023, algorithms 1 and 2).
 
@@ -177,9 +228,9 @@ SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm_solver": dpm_solver_pp_2m, "unipc":
 
 @torch.inference_mode()
 def sample_liked(
-    prior: Prior,
+    prior: TrainedPrior,
     diffusion: Diffusion,
-    user_GUH: torch.Tensor,
+    users: UserVectors,
     row_N: np.ndarray,
     seeds: Sequence[int],
     sampler: SamplerSettings,
@@ -192,7 +243,7 @@ def sample_liked(
     """
     assert sampler.name
     assert sampler.num_inference_steps
-    assert sampler.prior_guidance_scale
+    device, clip = users.token_GUH.device, prior.scaler.clip or math.inf
     timesteps = diffusion.inference_timesteps(sampler.num_inference_steps)
     tiles = []
     for start in range(0, len(row_N), sampler.batch_size):
@@ -201,18 +252,16 @@ def sample_liked(
         tile_seeds = list(seeds[start : start + sampler.batch_size])
         padding = sampler.batch_size - len(rows)
         rows, tile_seeds = np.pad(rows, (0, padding), mode="edge"), [*tile_seeds, *tile_seeds[:1] * padding]
-        users, row_B = np.unique(rows, return_inverse=True)
-        users = np.pad(users, (0, -len(users) % USERS_PADDED_TO), mode="edge")
-        user_CUH = user_GUH[torch.from_numpy(users).to(user_GUH.device)]
+        users_of_tile, row_B = np.unique(rows, return_inverse=True)
+        users_of_tile = np.pad(users_of_tile, (0, -len(users_of_tile) % USERS_PADDED_TO), mode="edge")
         denoise = guided_denoiser(
             prior,
             diffusion,
-            user_CUH,
-            torch.from_numpy(row_B).to(user_GUH.device),
-            sampler.prior_guidance_scale,
+            users.take(torch.from_numpy(users_of_tile).to(device)),
+            torch.from_numpy(row_B).to(device),
+            sampler,
         )
-        noise = item_noise(tile_seeds, prior.embed_dim, user_GUH.device)
-        tiles.append(
-            SAMPLERS[sampler.name](denoise, noise, timesteps, diffusion)[: len(tile_seeds) - padding].cpu()
-        )
+        noise = item_noise(tile_seeds, prior.scaler.embed_dim, device)
+        sampled = SAMPLERS[sampler.name](denoise, noise, timesteps, diffusion, clip)
+        tiles.append(sampled[: len(tile_seeds) - padding].cpu())
     return torch.cat(tiles)

@@ -4,6 +4,7 @@ Shapes: V users of a block, N their interactions, G draws of a batch, m targets 
 history.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
@@ -92,9 +93,30 @@ class UserBlock:
             flat["like"][held],
         )
 
-    def history(self, user_G: np.ndarray, max_history: int, but_Gm: np.ndarray | None = None) -> Rated:
-        """Return the latest `max_history` interactions of each user, without rows `but_Gm`."""
-        row_GL = (self.starts_V + self.counts_V)[user_G, None] - 1 - np.arange(max_history)
+    def part(self, kept_N: np.ndarray) -> "UserBlock":
+        """Return the same users with the interactions that `kept_N` marks."""
+        block = copy.copy(self)
+        user_N = np.repeat(np.arange(len(self.counts_V)), self.counts_V)
+        block.item_index_N, block.like_N, block.timestamp_N = (
+            values[kept_N] for values in (self.item_index_N, self.like_N, self.timestamp_N)
+        )
+        block.counts_V = np.bincount(user_N[kept_N], minlength=len(self.counts_V))
+        block.starts_V = np.cumsum(block.counts_V) - block.counts_V
+        return block
+
+    def history(
+        self,
+        user_G: np.ndarray,
+        max_history: int,
+        but_Gm: np.ndarray | None = None,
+        skip_G: np.ndarray | None = None,
+    ) -> Rated:
+        """Return the latest `max_history` interactions of each user, without rows `but_Gm`.
+
+        `skip_G` of the latest ones are passed over.
+        """
+        first_G = (self.starts_V + self.counts_V)[user_G] - 1 - (0 if skip_G is None else skip_G)
+        row_GL = first_G[:, None] - np.arange(max_history)
         present_GL = row_GL >= self.starts_V[user_G, None]
         if but_Gm is not None:
             present_GL &= (row_GL[:, :, None] != but_Gm[:, None, :]).all(2)
@@ -138,8 +160,12 @@ class UserBlock:
         distinct_G = (pool_Gm.min(1) // POOL_PER_TARGET).clip(1, targets)
         target_Gm = np.take_along_axis(target_Gm, np.arange(targets) % distinct_G[:, None], axis=1)
         order = random.permutation(len(user_G))
+        # A long history is read from any point on, so that no rating is seen as a target only.
+        skip_G = (random.random(len(user_G)) * (1 + (self.counts_V[user_G] - max_history).clip(0))).astype(
+            int
+        )
         for part in np.array_split(order, num_batches(len(user_G), targets, batch_size)):
-            yield self.batch(user_G[part], target_Gm[part], max_history)
+            yield self.batch(user_G[part], target_Gm[part], max_history, skip_G[part])
 
     def targets_by_like(
         self, user_Gm: np.ndarray, like_Gm: np.ndarray, position_Gm: np.ndarray
@@ -159,7 +185,9 @@ class UserBlock:
         start_Gm = self.starts_V[user_Gm] + np.where(like_Gm, num_dislikes_V[user_Gm], 0)
         return by_like[start_Gm + (position_Gm * count_Gm).astype(np.int64)], count_Gm
 
-    def batch(self, user_G: np.ndarray, target_Gm: np.ndarray, max_history: int) -> Batch:
+    def batch(
+        self, user_G: np.ndarray, target_Gm: np.ndarray, max_history: int, skip_G: np.ndarray | None = None
+    ) -> Batch:
         """Return the draws of some users with these targets."""
         rows = target_Gm.ravel()
         return Batch(
@@ -167,7 +195,7 @@ class UserBlock:
             item_index_B=self.item_index_N[rows],
             like_B=self.like_N[rows],
             row_B=np.repeat(np.arange(len(user_G)), target_Gm.shape[1]),
-            history=self.history(user_G, max_history, but_Gm=target_Gm),
+            history=self.history(user_G, max_history, but_Gm=target_Gm, skip_G=skip_G),
         )
 
     def held_out(self, max_history: int, limit: int, *, likes_only: bool = False) -> Batch | None:

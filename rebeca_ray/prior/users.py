@@ -3,6 +3,7 @@
 Shapes: B batch, L interactions of a history, D embed dim, U user tokens, H width.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,27 @@ class History(NamedTuple):
     def latest(self, max_history: int) -> "History":
         """Return the latest `max_history` interactions: the first columns."""
         return History(*(column[:, :max_history] for column in self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserVectors:
+    """Vectors of G users.
+
+    `factor_GF` are the selector's factors; None without a selector or without ratings. `num_ratings_G` are
+    the ratings that the tokens were made from; None if the tokens were learnt.
+    """
+
+    token_GUH: torch.Tensor
+    factor_GF: torch.Tensor | None = None
+    num_ratings_G: torch.Tensor | None = None
+
+    def take(self, row: torch.Tensor) -> "UserVectors":
+        """Return the vectors of some users."""
+        return UserVectors(
+            token_GUH=self.token_GUH[row],
+            factor_GF=None if self.factor_GF is None else self.factor_GF[row],
+            num_ratings_G=None if self.num_ratings_G is None else self.num_ratings_G[row],
+        )
 
 
 class HistoryEncoder(nn.Module):
@@ -85,7 +107,7 @@ class UserTable:
         device: torch.device | str = "cpu",
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        rows = torch.empty(num_users, num_user_tokens, width).normal_(std=0.02, generator=generator)
+        rows = torch.empty(num_users, num_user_tokens, width).normal_(generator=generator)
         self.rows_VUH = rows.to(device)
         self.squares_V = torch.zeros(num_users, device=device)
 

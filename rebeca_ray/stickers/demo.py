@@ -29,6 +29,7 @@ from rebeca_ray.generation.pipeline import generate_catalog
 from rebeca_ray.prior.checkpoint import load_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked
+from rebeca_ray.prior.users import UserVectors
 from rebeca_ray.stickers.build.data import Stickers, load_stickers, to_pixels
 from rebeca_ray.stickers.judge import Judge
 from rebeca_ray.stickers.report import write_report
@@ -70,6 +71,7 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
     embed = parse_config(EmbedConfig, settings_in(data, "embed"), where="demo")
     train = parse_config(TrainConfig, settings_in(data, "train"), where="demo")
     generate = parse_config(GenerateConfig, settings_in(data, "generate"), where="demo")
+    generate = generate.model_copy(update={"hide_hold_out": True})  # the report judges by these ratings
     (data / "generate.yaml").write_text(yaml.safe_dump(settings_in(data, "generate"), sort_keys=False))
 
     with phases("Simulate users"):
@@ -211,11 +213,11 @@ def no_user_images(prior_uri: str, sampler: SamplerSettings, decoder: DecoderSet
     """Return images of the prior without user condition: it gets the rating, but no user."""
     prior = load_prior(prior_uri)
     resolved = sampler.resolve(prior.sampling, prior.diffusion.num_train_timesteps)
-    null_user_1UH = prior.network.null_user_UH.detach()[None]
+    null_user = UserVectors(token_GUH=prior.network.null_user_UH.detach()[None])
     x0 = sample_liked(
-        prior.network,
+        prior,
         Diffusion.build(prior.diffusion),
-        null_user_1UH,
+        null_user,
         np.zeros(NUM_NO_USER, int),
         range(NUM_NO_USER),
         resolved,

@@ -4,8 +4,9 @@ Shapes: G users, N samples of all of them, D embed dim.
 """
 
 import logging
+import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -18,19 +19,35 @@ from rebeca_ray.data.histories import Histories
 from rebeca_ray.prior.checkpoint import TrainedPrior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked
-from rebeca_ray.prior.selection import nearest_items
 from rebeca_ray.prior.selector import MAX_HISTORY, Selector
 from rebeca_ray.prior.user_blocks import UserBlock
+from rebeca_ray.prior.users import UserVectors
 from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.training.selector import fit_selector
 
 log = logging.getLogger(__name__)
 
-GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 9.0)
-MIN_DISTINCT = 0.85  # fraction of a user's samples with distinct nearest items
-NUM_USERS, SAMPLES_PER_USER, STEPS = 40, 25, 12
+SELECTOR_SCALES = (0.0, 4.0, 8.0, 12.0, 16.0, 20.0, 24.0, 32.0)
+MIN_DIVERSITY = 0.7  # mean distance between a user's samples, relative to that without guidance
+NUM_USERS, SAMPLES_PER_USER = 100, 10
 USERS_AT_ONCE = 512
 SELECTOR_BUCKETS = 4  # some two million ratings are enough for the selector's few weights
+
+
+@dataclass(frozen=True)
+class Point:
+    """A scale of selector guidance: like probability by user [G] as the judge sees it, and diversity."""
+
+    scale: float
+    like_G: np.ndarray
+    diversity: float
+
+    def is_as_good_as(self, best: "Point") -> bool:
+        """Return whether the difference to the best point, user by user, is within one standard error."""
+        difference_G = best.like_G - self.like_G
+        return float(difference_G.mean()) <= float(difference_G.std()) / math.sqrt(
+            max(1, len(difference_G) - 1)
+        )
 
 
 def calibrate_prior(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray, seed: int) -> TrainedPrior:
@@ -48,7 +65,7 @@ def calibrate_prior(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray
         message += f": {auc:.1%} of held-out likes before dislikes (area under the ROC curve)"
     log.info(message)
     if prior.condition_dropout > 0 and prior.settings.user_encoder != "none":
-        prior = choose_guidance(prior, histories, x0_ID)
+        prior = choose_guidance(prior, next(training_blocks(histories)), x0_ID, seed)
     if prior.user_rows is not None:
         selector.rows_VF = factors_of_all(selector, histories, x0_ID)
     return prior
@@ -92,50 +109,88 @@ def held_out_auc(selector: Selector, histories: Histories, x0_ID: np.ndarray) ->
     return float(binary_auroc(probability, torch.from_numpy(block.held_like).long()))
 
 
-def choose_guidance(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray) -> TrainedPrior:
-    """Return the prior with the guidance that the selector likes best, while a user's samples stay distinct.
-
-    Samples are distinct if at least 85% of a user's 25 samples have different nearest items. Harder guidance
-    leaves fewer, so the sweep ends at the first scale with too few. The metrics keep the sweep.
-    """
-    assert prior.selector is not None
-    block = next(training_blocks(histories))
-    user_G = np.linspace(0, len(block.counts_V) - 1, min(NUM_USERS, len(block.counts_V))).astype(int)
-    history = block.history(user_G, prior.settings.max_history).look_up(x0_ID)
-    factors = factors_of(prior.selector, block, user_G, x0_ID)
-    tokens = prior.user_tokens(block.user_index_V[user_G], history)
-    timesteps = prior.diffusion.num_train_timesteps
-    steps = min(STEPS, timesteps)
-    row_N = np.repeat(np.arange(len(user_G)), SAMPLES_PER_USER)
-    unit_ID = F.normalize(torch.from_numpy(x0_ID))
-    diffusion = Diffusion.build(prior.diffusion)
-    sweep = []
-    for scale in GUIDANCE_SCALES:
-        sampler = SamplerSettings(num_inference_steps=steps, prior_guidance_scale=scale).resolve(
-            prior.sampling, timesteps
-        )
-        x_ND = sample_liked(prior.network, diffusion, tokens, row_N, range(len(row_N)), sampler)
-        like = float(prior.selector.like_probability(x_ND, factors[torch.from_numpy(row_N)]).mean())
-        nearest_GS = nearest_items(F.normalize(x_ND), unit_ID)[0].view(len(user_G), -1)
-        distinct = float(np.mean([len(row.unique()) / len(row) for row in nearest_GS]))
-        sweep.append((scale, like, distinct))
-        log.info(
-            f"guidance {scale:g}: like probability {like:.3f}, {distinct:.0%} of a user's samples distinct"
-        )
-        if distinct < MIN_DISTINCT:
-            break
-    allowed = [point for point in sweep if point[2] >= MIN_DISTINCT] or [
-        max(sweep, key=lambda point: point[2])
-    ]
-    chosen = max(allowed, key=lambda point: point[1])
-    if chosen[2] < MIN_DISTINCT:
-        log.warning(
-            f"{chosen[2]:.0%} of a user's samples are distinct without guidance, "
-            f"{MIN_DISTINCT:.0%} are expected: the prior has hardly learnt yet, "
-            "or the items are too few to distinguish samples"
-        )
-    metrics = {f"like_probability_at_guidance_{scale:g}": like for scale, like, _ in sweep}
-    metrics |= {f"distinct_at_guidance_{scale:g}": distinct for scale, _, distinct in sweep}
-    return replace(
-        prior, sampling=PriorSampling(prior_guidance_scale=chosen[0]), metrics={**prior.metrics, **metrics}
+def user_vectors(
+    prior: TrainedPrior,
+    block: UserBlock,
+    user_G: np.ndarray,
+    x0_ID: np.ndarray,
+    factor_GF: torch.Tensor | None = None,
+) -> UserVectors:
+    """Return the vectors of some users of a block; their selector's factors unless others are given."""
+    device = prior.network.null_user_UH.device
+    is_history = prior.settings.user_encoder == "history"
+    tokens, counts = [], []
+    for start in range(0, len(user_G), USERS_AT_ONCE):
+        part = user_G[start : start + USERS_AT_ONCE]
+        history = block.history(part, prior.settings.max_history).look_up(x0_ID, device)
+        tokens.append(prior.user_tokens(block.user_index_V[part], history))
+        counts.append(history.present_BL.sum(1))
+    if factor_GF is None and prior.selector is not None:
+        factor_GF = factors_of(prior.selector, block, user_G, x0_ID)
+    return UserVectors(
+        token_GUH=torch.cat(tokens),
+        factor_GF=factor_GF,
+        num_ratings_G=torch.cat(counts) if is_history else None,
     )
+
+
+def choose_guidance(prior: TrainedPrior, block: UserBlock, x0_ID: np.ndarray, seed: int) -> TrainedPrior:
+    """Return the prior with the least selector guidance that is as good as the best, and its figures.
+
+    The judge is another selector, from the other half of the ratings: the guide must not grade itself.
+    Classifier-free guidance stays at 1. It costs a second pass, and twice the candidates gain as much.
+    """
+    halves = np.random.default_rng(seed).random(len(block.item_index_N)) < 0.5
+    parts = (block.part(halves), block.part(~halves))
+    guide, judge = (fit_selector([part], x0_ID, seed + number) for number, part in enumerate(parts, 2))
+    if guide is None or judge is None:
+        return prior
+    user_G = np.linspace(0, len(block.counts_V) - 1, min(NUM_USERS, len(block.counts_V))).astype(int)
+    users = user_vectors(prior, block, user_G, x0_ID, factors_of(guide, parts[0], user_G, x0_ID))
+    factor_GF = factors_of(judge, parts[1], user_G, x0_ID)
+    row_N = np.repeat(np.arange(len(user_G)), SAMPLES_PER_USER)
+    guided, diffusion = replace(prior, selector=guide), Diffusion.build(prior.diffusion)
+    points = []
+    for scale in SELECTOR_SCALES:
+        sampler = SamplerSettings(prior_guidance_scale=1.0, selector_guidance_scale=scale).resolve(
+            prior.sampling, prior.diffusion.num_train_timesteps
+        )
+        x_ND = sample_liked(guided, diffusion, users, row_N, range(len(row_N)), sampler)
+        like_N = judge.like_probability(x_ND, factor_GF[torch.from_numpy(row_N)])
+        like_G = like_N.view(len(user_G), -1).mean(1).numpy()
+        diversity = mean_distance(x_ND.view(len(user_G), SAMPLES_PER_USER, -1))
+        points.append(Point(scale, like_G, diversity))
+        log.info(
+            f"selector guidance {scale:g}: like probability {like_G.mean():.3f}, "
+            f"{diversity / points[0].diversity:.0%} of the diversity without guidance"
+        )
+    chosen = choose_point(points)
+    metrics = {
+        "judged_like_probability": float(chosen.like_G.mean()),
+        "judged_like_probability_without_guidance": float(points[0].like_G.mean()),
+        "diversity_of_unguided": chosen.diversity / points[0].diversity,
+    }
+    return replace(
+        prior,
+        sampling=PriorSampling(prior_guidance_scale=1.0, selector_guidance_scale=chosen.scale),
+        metrics={**prior.metrics, **metrics},
+    )
+
+
+def choose_point(points: list[Point]) -> Point:
+    """Return the point of the least guidance that is as good as the best. The first point has no guidance.
+
+    Allowed are points whose samples stay at least MIN_DIVERSITY as far apart as those without guidance. A
+    point is as good as the best if its like probabilities, user by user, are within one standard error of
+    the best's: a difference that another draw could turn around does not count.
+    """
+    allowed = [point for point in points if point.diversity >= MIN_DIVERSITY * points[0].diversity]
+    best = max(allowed, key=lambda point: float(point.like_G.mean()))
+    return min((point for point in allowed if point.is_as_good_as(best)), key=lambda point: point.scale)
+
+
+def mean_distance(x_GSD: torch.Tensor) -> float:
+    """Return the mean cosine distance between two samples of the same user."""
+    unit_GSD = F.normalize(x_GSD, dim=-1)
+    samples = x_GSD.shape[1]
+    return (1 - float((unit_GSD @ unit_GSD.mT).mean())) * samples / (samples - 1)

@@ -9,6 +9,7 @@ Shapes: G users, N trajectories, S steps of the student, B samples, D embed dim,
 
 import copy
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -29,8 +30,9 @@ from rebeca_ray.prior.checkpoint import MARKERS, TrainedPrior, load_prior, publi
 from rebeca_ray.prior.denoisers import LIKE, Prior
 from rebeca_ray.prior.diffusion import Denoiser, Diffusion
 from rebeca_ray.prior.sampling import dpm_solver_pp_2m, guided_denoiser, sample_liked
+from rebeca_ray.prior.users import UserVectors
 from rebeca_ray.storage.writable import require_own, require_writable
-from rebeca_ray.training.calibrate import USERS_AT_ONCE, factors_of, training_blocks
+from rebeca_ray.training.calibrate import training_blocks, user_vectors
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +40,6 @@ TEACHER_STEPS = 4  # steps of the teacher per step of the student
 TILE = 256
 CHECKED_USERS, CHECKED_SAMPLES = 100, 10
 MIN_USERS = 5  # for a `history` prior: four to learn on, one to judge by
-
-
-@dataclass(frozen=True, kw_only=True)
-class KnownUsers:
-    """Tokens of G users, and the selector's factors if there is a selector."""
-
-    token_GUH: torch.Tensor
-    factor_GF: torch.Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +84,7 @@ def fit_and_judge(teacher: TrainedPrior, config: DistillConfig) -> tuple[Trained
         network=network.eval(),
         sampling=PriorSampling(
             prior_guidance_scale=teacher.sampling.prior_guidance_scale,
+            selector_guidance_scale=teacher.sampling.selector_guidance_scale,
             distilled_steps=config.num_inference_steps,
         ),
         curve="epoch,train_loss\n" + "".join(f"{epoch},{loss:.6g}\n" for epoch, loss in enumerate(losses, 1)),
@@ -129,7 +124,7 @@ def check_teacher(teacher: TrainedPrior, config: DistillConfig) -> None:
         check_items_fit(config.items, read_prior_config(config.prior))
 
 
-def known_users(teacher: TrainedPrior, config: DistillConfig) -> tuple[KnownUsers, KnownUsers]:
+def known_users(teacher: TrainedPrior, config: DistillConfig) -> tuple[UserVectors, UserVectors]:
     """Return up to `config.num_users` users to learn on, evenly spaced, and the users to judge by.
 
     For a `history` prior every fifth user is set apart to judge by, without the teacher's hold-out. Other
@@ -144,7 +139,7 @@ def known_users(teacher: TrainedPrior, config: DistillConfig) -> tuple[KnownUser
         )
         chosen = np.linspace(0, len(rows) - 1, min(config.num_users, len(rows))).astype(int)
         factors = selector.rows_VF[chosen] if selector is not None and selector.rows_VF is not None else None
-        everybody = KnownUsers(token_GUH=rows[chosen], factor_GF=factors)
+        everybody = UserVectors(token_GUH=rows[chosen], factor_GF=factors)
         return everybody, everybody
     items = read_image_embeds(config.items)
     if config.catalog is not None:
@@ -159,35 +154,30 @@ def known_users(teacher: TrainedPrior, config: DistillConfig) -> tuple[KnownUser
         )
     apart = np.arange(len(chosen)) % 5 == 0
 
-    def load_users(user_G: np.ndarray) -> KnownUsers:
-        parts = [user_G[start : start + USERS_AT_ONCE] for start in range(0, len(user_G), USERS_AT_ONCE)]
-        histories = (
-            block.history(part, teacher.settings.max_history).look_up(x0_ID, config.device) for part in parts
-        )
-        tokens = [
-            teacher.user_tokens(block.user_index_V[part], history)
-            for part, history in zip(parts, histories, strict=True)
-        ]
-        return KnownUsers(
-            token_GUH=torch.cat(tokens),
-            factor_GF=None if selector is None else factors_of(selector, block, user_G, x0_ID),
-        )
-
-    return load_users(chosen[~apart]), load_users(chosen[apart])
+    learnt, judged = (
+        user_vectors(teacher, block, user_G, x0_ID) for user_G in (chosen[~apart], chosen[apart])
+    )
+    return learnt, judged
 
 
 @torch.inference_mode()
 def draw_trajectories(
     teacher: TrainedPrior,
     diffusion: Diffusion,
-    users: KnownUsers,
+    users: UserVectors,
     timesteps: Sequence[int],
     count: int,
     seed: int,
 ) -> Trajectories:
-    """Solve `count` guided trajectories of random users, `TEACHER_STEPS` steps for one of the student's."""
+    """Solve `count` guided trajectories of random users, `TEACHER_STEPS` steps for one of the student's.
+
+    The selector does not guide them: its guidance costs no pass, so the student's sampler adds it.
+    """
     row_N = np.random.default_rng(seed).integers(0, len(users.token_GUH), count)
     fine = diffusion.inference_timesteps(TEACHER_STEPS * len(timesteps))
+    sampler = SamplerSettings(selector_guidance_scale=0.0).resolve(
+        teacher.sampling, teacher.diffusion.num_train_timesteps
+    )
     points: list[torch.Tensor] = []
     ends: list[torch.Tensor] = []
     for start in range(0, count, TILE):
@@ -195,9 +185,7 @@ def draw_trajectories(
             log.info(f"{start:,} of {count:,} of the teacher's trajectories solved")
         row = torch.from_numpy(row_N[start : start + TILE]).to(users.token_GUH.device)
         index = torch.arange(len(row), device=row.device)
-        guided = guided_denoiser(
-            teacher.network, diffusion, users.token_GUH[row], index, teacher.sampling.prior_guidance_scale
-        )
+        guided = guided_denoiser(teacher, diffusion, users.take(row), index, sampler)
         passed: list[torch.Tensor] = []
 
         def denoise(
@@ -210,7 +198,11 @@ def draw_trajectories(
         seeds = [seed * 2**40 + number for number in range(start, start + len(row))]
         ends.append(
             dpm_solver_pp_2m(
-                denoise, item_noise(seeds, teacher.network.embed_dim, row.device), fine, diffusion
+                denoise,
+                item_noise(seeds, teacher.network.embed_dim, row.device),
+                fine,
+                diffusion,
+                teacher.scaler.clip or math.inf,
             )
         )
         points.append(torch.stack(passed))
@@ -234,7 +226,7 @@ def targets(drawn: Trajectories, timesteps: Sequence[int], diffusion: Diffusion)
 def fit_student(
     network: Prior,
     diffusion: Diffusion,
-    users: KnownUsers,
+    users: UserVectors,
     drawn: Trajectories,
     timesteps: Sequence[int],
     config: DistillConfig,
@@ -269,7 +261,7 @@ def fit_student(
 
 
 def compare(
-    teacher: TrainedPrior, student: TrainedPrior, diffusion: Diffusion, users: KnownUsers
+    teacher: TrainedPrior, student: TrainedPrior, diffusion: Diffusion, users: UserVectors
 ) -> dict[str, float]:
     """Return the figures of the student against its teacher, with the same users and new noise.
 
@@ -283,11 +275,7 @@ def compare(
     drawn = []
     for prior in (teacher, student):
         sampler = SamplerSettings().resolve(prior.sampling, steps)
-        drawn.append(
-            sample_liked(
-                prior.network, diffusion, users.token_GUH, row_N, range(2**50, 2**50 + len(row_N)), sampler
-            )
-        )
+        drawn.append(sample_liked(prior, diffusion, users, row_N, range(2**50, 2**50 + len(row_N)), sampler))
     cosine = float(F.cosine_similarity(drawn[0], drawn[1]).mean())
     spread = []
     for x_ND in drawn:

@@ -26,7 +26,6 @@ from torch.utils.tensorboard import SummaryWriter
 from rebeca_ray.config.jobs import TrainConfig
 from rebeca_ray.data.histories import Histories
 from rebeca_ray.log import use
-from rebeca_ray.prior.denoisers import Prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.user_blocks import TARGETS_PER_HISTORY, USERS_PER_BLOCK, Batch, UserBlock, num_batches
 from rebeca_ray.prior.users import History
@@ -223,7 +222,7 @@ def train_epoch(
         loss.backward()
         nn.utils.clip_grad_norm_(state.prior.parameters(), config.optimization.gradient_clip)
         state.optimizer.step()
-        state.average.update_parameters(state.prior)
+        state.update_average()
         if state.table:
             gradient = cast(torch.Tensor, cast(torch.Tensor, users).grad)
             state.table.update(
@@ -265,7 +264,7 @@ def validation_loss(
     rows = len(batch.item_index_B)
     timestep_B = torch.randint(0, diffusion.settings.num_train_timesteps, (rows,), generator=generator)
     noise_BD = torch.randn(rows, x0_ID.shape[1], generator=generator)
-    prior = cast(Prior, state.average.module)
+    prior = state.average
     total, count = torch.zeros((), device=device), torch.zeros((), device=device)
     for chunk in np.array_split(np.arange(rows)[rank::world_size], max(1, rows // (world_size * 1024))):
         if len(chunk) == 0:

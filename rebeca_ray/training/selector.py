@@ -1,4 +1,10 @@
-"""Fit the selector to training ratings."""
+"""Fit the selector to training ratings.
+
+Each rating is predicted from the user's other ratings. Their sums per user are computed once, and a step
+takes the rating itself out of them.
+
+Shapes: V users, N ratings, B ratings of a step, I items, D embed dim, F factors.
+"""
 
 from collections.abc import Iterable
 
@@ -7,56 +13,78 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rebeca_ray.prior.selector import MAX_HISTORY, NUM_FACTORS, Selector
+from rebeca_ray.prior.selector import NUM_FACTORS, RatedSums, Selector
 from rebeca_ray.prior.user_blocks import UserBlock
 
 ITEMS_TO_START_FROM = 100_000
-EPOCHS, SAMPLES_PER_USER, BATCH_SIZE, TARGETS, LEARNING_RATE, WEIGHT_DECAY = 5, 64, 1024, 16, 3e-4, 1e-2
+EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 6, 4096, 6e-4, 1e-2
+MOST_FORGOTTEN = 0.5  # of a history, so that short ones are learnt as well
 
 
 def fit_selector(blocks: Iterable[UserBlock], x0_ID: np.ndarray, seed: int) -> Selector | None:
     """Return a selector fitted to the training ratings of some blocks; None unless they have both ratings."""
-    torch.manual_seed(seed)
-    blocks = list(blocks)
-    share = np.concatenate([block.like_N for block in blocks]).mean()
+    generator = torch.Generator().manual_seed(seed)
+    user_N, item_N, like_N = ratings_of(blocks)
+    share = float(like_N.mean())
     if share in (0, 1):
         return None
     x_ID = torch.from_numpy(x0_ID)
     mean_D, scale = x_ID.mean(0), float(x_ID.std())
+    standard_ID = (x_ID - mean_D) / scale
+    torch.manual_seed(seed)
     selector = Selector(x0_ID.shape[1], min(NUM_FACTORS, *x0_ID.shape))
-    start_from_similarity(
-        selector, (x_ID[:: -(-len(x_ID) // ITEMS_TO_START_FROM)] - mean_D) / scale, float(share)
-    )
+    start_from_similarity(selector, standard_ID[:: -(-len(x_ID) // ITEMS_TO_START_FROM)], share)
+    sums = sums_by_user(user_N, item_N, like_N, standard_ID)
     optimizer = torch.optim.AdamW(selector.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=EPOCHS)
-    for epoch in range(EPOCHS):
-        for block in blocks:
-            batches = block.batches(
-                samples_per_user=SAMPLES_PER_USER,
-                like_share=None,
-                batch_size=BATCH_SIZE,
-                targets=TARGETS,
-                max_history=MAX_HISTORY,
-                seed=(seed, epoch),
-            )
-            for batch in batches:
-                history = batch.history.look_up(x0_ID)
-                user_NF = selector.user_factors(
-                    history._replace(item_BLD=(history.item_BLD - mean_D) / scale)
-                )[batch.row_B]
-                logit_N = selector.logit(
-                    (x_ID[torch.from_numpy(batch.item_index_B)] - mean_D) / scale, user_NF
-                )
-                optimizer.zero_grad()
-                F.binary_cross_entropy_with_logits(logit_N, torch.from_numpy(batch.like_B).float()).backward()
-                optimizer.step()
-        decay.step()
+    steps = EPOCHS * -(-len(user_N) // BATCH_SIZE)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
+    for _ in range(EPOCHS):
+        for part in torch.randperm(len(user_N), generator=generator).split(BATCH_SIZE):
+            x_BD, like_B = standard_ID[item_N[part]], like_N[part]
+            others = without(sums.take(user_N[part]), x_BD, like_B)
+            kept_B = 1 - MOST_FORGOTTEN * torch.rand(len(part), generator=generator)
+            user_BF = selector.factors_from(others.shrunk(kept_B))
+            optimizer.zero_grad()
+            F.binary_cross_entropy_with_logits(selector.logit(x_BD, user_BF), like_B).backward()
+            optimizer.step()
+            decay.step()
     # Map the weights from standardised embeddings back to the prior's space.
     with torch.no_grad():
         for layer in (selector.said, selector.factors, selector.popularity):
             layer.weight.div_(scale)
             layer.bias.sub_(layer.weight @ mean_D)
     return selector.eval()
+
+
+def ratings_of(blocks: Iterable[UserBlock]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the user (counted from 0 over all blocks), item row and like of every rating, each [N]."""
+    users, items, likes, first = [], [], [], 0
+    for block in blocks:
+        users.append(first + np.repeat(np.arange(len(block.counts_V)), block.counts_V))
+        items.append(block.item_index_N.astype(np.int64))
+        likes.append(block.like_N.astype(np.float32))
+        first += len(block.counts_V)
+    user_N, item_N, like_N = (torch.from_numpy(np.concatenate(column)) for column in (users, items, likes))
+    return user_N, item_N, like_N
+
+
+def sums_by_user(
+    user_N: torch.Tensor, item_N: torch.Tensor, like_N: torch.Tensor, x_ID: torch.Tensor
+) -> RatedSums:
+    """Return the sums of the embeddings that each user disliked and liked."""
+    users = int(user_N.max()) + 1
+    sum_V2D, count_V2 = torch.zeros(users, 2, x_ID.shape[1]), torch.zeros(users, 2)
+    row_N = 2 * user_N + like_N.long()
+    for part in torch.arange(len(user_N)).split(BATCH_SIZE):
+        sum_V2D.view(-1, x_ID.shape[1]).index_add_(0, row_N[part], x_ID[item_N[part]])
+    count_V2.view(-1).index_add_(0, row_N, torch.ones(len(row_N)))
+    return RatedSums(sum_V2D, count_V2)
+
+
+def without(sums: RatedSums, x_BD: torch.Tensor, like_B: torch.Tensor) -> RatedSums:
+    """Return the sums [B] of users without one rating of each."""
+    mark_B2 = torch.stack([1 - like_B, like_B], dim=1)
+    return RatedSums(sums.sum_G2D - mark_B2[..., None] * x_BD[:, None], sums.count_G2 - mark_B2)
 
 
 @torch.no_grad()

@@ -3,13 +3,13 @@
 Shapes: B samples, D embed dim, U user tokens, H width, G draws that share a history.
 """
 
+import copy
 import math
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rebeca_ray.config.jobs import TrainConfig
 from rebeca_ray.prior.denoisers import NULL_RATING, Prior
@@ -29,7 +29,8 @@ class TrainState:
             self.table = UserTable(
                 num_users, network.num_user_tokens, network.width, seed=optimization.seed, device=device
             )
-        self.average = AveragedModel(self.prior, multi_avg_fn=get_ema_multi_avg_fn(optimization.ema_decay))
+        self.average, self.num_averaged = copy.deepcopy(self.prior).requires_grad_(False), 0
+        self.ema_decay = optimization.ema_decay
         self.optimizer = torch.optim.AdamW(
             self.prior.parameters(),
             lr=optimization.learning_rate,
@@ -49,6 +50,16 @@ class TrainState:
         self.user_learning_rate_per_step = optimization.user_learning_rate / optimization.learning_rate
         self.epoch, self.best_loss, self.stale_epochs, self.diverged = 0, math.inf, 0, ""
         self.curve: list[list[float]] = []
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Add the weights of one step to their running average.
+
+        The decay rises to its value, so that a short training does not keep the random weights it began with.
+        """
+        decay = min(self.ema_decay, (1 + self.num_averaged) / (10 + self.num_averaged))
+        self.num_averaged += 1
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.prior.parameters()), 1 - decay)
 
     @property
     def learning_rate(self) -> float:
@@ -76,8 +87,8 @@ class TrainState:
         return {
             "network": self.prior.state_dict(),
             "table": self.table.state_dict() if self.table else None,
-            "average": self.average.module.state_dict(),
-            "num_averaged": int(self.average.n_averaged),
+            "average": self.average.state_dict(),
+            "num_averaged": self.num_averaged,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "epoch": self.epoch,
@@ -91,8 +102,8 @@ class TrainState:
         self.prior.load_state_dict(state["network"])
         if self.table:
             self.table.load_state_dict(state["table"])
-        self.average.module.load_state_dict(state["average"])
-        self.average.n_averaged.fill_(state["num_averaged"])
+        self.average.load_state_dict(state["average"])
+        self.num_averaged = state["num_averaged"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.epoch, self.best_loss, self.stale_epochs = (

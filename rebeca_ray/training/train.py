@@ -57,6 +57,7 @@ def train_prior(config: TrainConfig, *, run_date: datetime.date | None = None) -
         require_own(config.out, "out", MARKERS)
     require_writable(config.out, "out")
     require_writable(config.storage, "storage")
+    check_network(config, items.image_embeds.shape[1])
     activity = Activity()
     with (
         replace_version(config.out, "prior", "train") as version,
@@ -67,6 +68,17 @@ def train_prior(config: TrainConfig, *, run_date: datetime.date | None = None) -
     return prior.metrics
 
 
+def check_network(config: TrainConfig, embed_dim: int) -> None:
+    """Raise InputError if the network has to predict noise of D numbers that cannot pass through it."""
+    network, target = config.network, config.diffusion.prediction_type
+    if target != "sample" and network.num_tokens * network.width < embed_dim:
+        raise InputError(
+            f"network: {network.num_tokens} tokens of width {network.width} hold fewer than D = {embed_dim} "
+            f"numbers, so the network cannot predict {target}; raise num_tokens or width, "
+            "or set diffusion.prediction_type=sample"
+        )
+
+
 def fit_prior(config: TrainConfig, items: EmbeddedItems, activity: Activity) -> TrainedPrior:
     """Return the prior of the best epoch, calibrated. Progress is noted in `activity`.
 
@@ -75,7 +87,7 @@ def fit_prior(config: TrainConfig, items: EmbeddedItems, activity: Activity) -> 
     storage and run name. Raises InputError if the loss diverges; the best epoch's checkpoint stays in the
     storage.
     """
-    scaler = EmbedScaler.fit(torch.from_numpy(items.image_embeds), clamp=config.embed_clamp)
+    scaler = EmbedScaler.fit(torch.from_numpy(items.image_embeds), config.scaling)
     activity.enter("histories")
     if config.catalog is not None:
         items = with_rated(items, config.catalog, config.interactions)

@@ -8,10 +8,11 @@ sets, of 25 samples per user for 200 users, are:
     (b) the default sampler                 (g) the mean of the user's liked embeddings
     (c) the distilled prior                 (h) a random liked training item of the user
     (d) as (b): users seen in training      (i) the item nearest to that of (h), to exclude copies
-    (e) as (b): users never seen            (j) as (b), chosen among four candidates per item, as by planning
+    (e) as (b): users never seen            (j) as (b), chosen among several candidates, as by planning
+    (k) retrieval: the selector's best real items that the user has not rated
 
-Two sweeps follow: over the guidance, and over the candidates per item for four items per user. MMD and
-Fréchet distance are to the users' pooled held-out liked items.
+Two sweeps follow: over the selector's guidance, and over the candidates per item for four items per user.
+MMD and Fréchet distance are to the users' pooled held-out liked items.
 
     python tests/bench/prior_quality.py [--seeds 101 102 103] [--users 4000] [--data runs/prior_quality]
 """
@@ -43,7 +44,7 @@ from rebeca_ray.prior.selection import choose, nearest_items
 from rebeca_ray.prior.user_blocks import UserBlock
 from rebeca_ray.stickers.simulate import load_world, simulate
 from rebeca_ray.storage.parquet import read_table
-from rebeca_ray.training.calibrate import GUIDANCE_SCALES, factors_of
+from rebeca_ray.training.calibrate import SELECTOR_SCALES, factors_of, user_vectors
 from rebeca_ray.training.distill import distill_prior
 from rebeca_ray.training.train import train_prior
 
@@ -54,6 +55,7 @@ CANDIDATES = (1, 2, 4, 8, 16)
 # Names of permutation figures in the results file.
 PERMUTATION_KEYS = {"matched": "own", "shuffled": "dealt"}
 ITEMS_PER_USER = 4  # in the comparison of candidates
+SWEPT = (*SELECTOR_SCALES, 48.0, 64.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,16 +111,13 @@ def sample(
     prior: TrainedPrior, of: Population, count: int, settings: SamplerSettings | None = None
 ) -> torch.Tensor:
     """Return `count` samples per user, [users, count, D], in the prior's space."""
-    history = of.block.history(of.user_G, prior.settings.max_history).look_up(of.x0_ID)
-    tokens = prior.user_tokens(
-        of.block.user_index_V[of.user_G], history if prior.settings.user_encoder == "history" else None
-    )
+    users = user_vectors(prior, of.block, of.user_G, of.x0_ID)
     sampler = (settings or SamplerSettings()).resolve(prior.sampling, prior.diffusion.num_train_timesteps)
     row_N = np.repeat(np.arange(len(of.user_G)), count)
     x_ND = sample_liked(
-        prior.network,
+        prior,
         Diffusion.build(prior.diffusion),
-        tokens,
+        users,
         row_N,
         range(2**41, 2**41 + len(row_N)),
         sampler,
@@ -199,6 +198,19 @@ def chosen(prior: TrainedPrior, of: Population, drawn: torch.Tensor, count: int)
     return torch.stack(kept)
 
 
+def retrieved(prior: TrainedPrior, of: Population) -> torch.Tensor:
+    """Return the real items that the selector ranks first among those a user has not rated."""
+    assert prior.selector is not None
+    factors = factors_of(prior.selector, of.block, of.user_G, of.x0_ID)
+    x_ID, kept = torch.from_numpy(of.x0_ID), []
+    for user, factor in zip(of.user_G, factors, strict=True):
+        like = prior.selector.like_probability(x_ID, factor.expand(len(x_ID), -1)).clone()
+        start = of.block.starts_V[user]
+        like[of.block.item_index_N[start : start + of.block.counts_V[user]]] = -1
+        kept.append(x_ID[like.topk(SAMPLES).indices])
+    return torch.stack(kept)
+
+
 def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
     """Simulate one population, train and distil its prior, and return the figures of all sets."""
     folder = data / f"seed-{seed}"
@@ -260,17 +272,18 @@ def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
         "g mean of liked embeddings": quality(mean, seen),
         "h random liked training item": quality(torch.from_numpy(x0_ID[liked]), seen),
         "i item nearest to that of (h)": quality(torch.from_numpy(x0_ID[other[liked]]), seen),
-        "j default sampler, 4 candidates per item": quality(
+        "k retrieval by the selector": quality(retrieved(history, seen), seen),
+        "j default settings, candidates chosen": quality(
             chosen(history, seen, drawn[:, : SAMPLES * SelectionSettings().candidates_per_item], SAMPLES),
             seen,
         ),
         "permutation": permuted(history, permuted_users),
-        "guidance": history.sampling.prior_guidance_scale,
+        "guidance": history.sampling.selector_guidance_scale,
         "sweep": {
             f"{scale:g}": quality(
-                sample(history, seen, SAMPLES, SamplerSettings(prior_guidance_scale=scale)), seen
+                sample(history, seen, SAMPLES, SamplerSettings(selector_guidance_scale=scale)), seen
             )
-            for scale in GUIDANCE_SCALES
+            for scale in SWEPT
         },
         "candidates_per_item": {
             str(candidates): quality(
@@ -287,7 +300,7 @@ def plot(seeds: dict[str, dict[str, Any]], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
     sets = (
-        ("sweep", "guidance of the prior", SAMPLES),
+        ("sweep", "selector guidance", SAMPLES),
         ("candidates_per_item", "candidates per item", ITEMS_PER_USER),
     )
     for axis, (name, label, count) in zip(axes, sets, strict=True):

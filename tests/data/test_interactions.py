@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rebeca_ray.config.sections import InteractionSettings
-from rebeca_ray.data.interactions import history_digests, hold_out, read_interactions
+from rebeca_ray.data.interactions import history_digests, hold_out, pair_hashes, read_interactions
 from rebeca_ray.errors import UserError
 
 GOOD = {
@@ -130,12 +130,25 @@ def test_hold_out_takes_the_same_share_of_everyone_whatever_the_order(
     users = np.array([f"u{number}" for number in range(len(counts))])
     user_index = np.repeat(np.arange(len(counts)), counts)
     items = np.array([f"i{number}" for number in range(len(user_index))])
-    held = hold_out(users, user_index, items, share)
+    _, key = pair_hashes(users[user_index], items)
+    held = hold_out(key, user_index, len(counts), share)
     assert np.bincount(user_index, weights=held, minlength=len(counts)).tolist() == [
         float(int(share * count)) for count in counts
     ]
     order = np.random.default_rng(seed).permutation(len(items))
-    assert (hold_out(users, user_index[order], items[order], share) == held[order]).all()
+    assert (hold_out(key[order], user_index[order], len(counts), share) == held[order]).all()
+
+
+def test_histories_without_times_are_in_random_order(tmp_path: Path) -> None:
+    """Their last half is not that of the names: the order by name says nothing about it."""
+    names = [f"i{number:03d}" for number in range(200)]
+    pq.write_table(pa.table({"user_id": ["a"] * 200, "item_id": names}), tmp_path / "one.parquet")
+    pq.write_table(pa.table({"user_id": ["a"] * 200, "item_id": names[::-1]}), tmp_path / "two.parquet")
+    one, two = (read(str(tmp_path / f"{name}.parquet")) for name in ("one", "two"))
+    assert one.item_id.tolist() == two.item_id.tolist()
+    position = np.argsort(one.item_id.astype(str))
+    assert abs(np.corrcoef(position, np.arange(200))[0, 1]) < 0.2
+    assert 30 < sum(name < "i100" for name in one.item_id[100:]) < 70
 
 
 def test_history_digest_changes_with_the_history_alone(tmp_path: Path) -> None:

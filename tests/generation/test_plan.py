@@ -26,6 +26,7 @@ from rebeca_ray.prior.checkpoint import load_prior, save_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked
 from rebeca_ray.prior.selector import Selector
+from rebeca_ray.prior.users import UserVectors
 from tests.conftest import (
     TINY_NETWORK,
     USERS,
@@ -184,10 +185,8 @@ def test_one_candidate_per_item_is_plain_sampling_and_more_allow_a_choice(config
         for user, digest in zip(USERS[:2], digests, strict=False)
     ]
     seeds = [identity.candidate_seed(key, number) for key in keys for number in range(3)]
-    tokens = prior.user_tokens(np.array([0, 1]), None)
-    x = sample_liked(
-        prior.network, Diffusion.build(prior.diffusion), tokens, np.repeat([0, 1], 3), seeds, sampler
-    )
+    users = UserVectors(token_GUH=prior.user_tokens(np.array([0, 1]), None))
+    x = sample_liked(prior, Diffusion.build(prior.diffusion), users, np.repeat([0, 1], 3), seeds, sampler)
     expected = prior.scaler.unscale(x).numpy().astype(np.float16).astype(np.float32)
     np.testing.assert_array_equal(np.array([row["image_embeds"] for row in plain]), expected)
     assert [row["rank"] for row in plain] == [0, 1, 2] * 2

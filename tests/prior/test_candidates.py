@@ -17,6 +17,7 @@ from rebeca_ray.prior.checkpoint import TrainedPrior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.selection import choose
 from rebeca_ray.prior.selector import Selector
+from rebeca_ray.prior.users import UserVectors
 from tests.conftest import TINY_NETWORK, D, untrained_prior
 
 COUNT_G = np.array([3, 1, 2])
@@ -92,12 +93,14 @@ def prior() -> TrainedPrior:
 def test_candidates_come_in_whole_tiles_and_depend_on_their_key_alone(prior: TrainedPrior) -> None:
     diffusion = Diffusion.build(prior.diffusion)
     sampler = SamplerSettings(num_inference_steps=3, batch_size=TILE).resolve(prior.sampling, 100)
-    token_GUH = torch.randn(64, 1, 16, generator=torch.Generator().manual_seed(1))
+    users = UserVectors(token_GUH=torch.randn(64, 1, 16, generator=torch.Generator().manual_seed(1)))
     keys = ["a", "b", "c"]
-    x_ND, user_N = sample_candidates(prior, diffusion, sampler, token_GUH, keys, 4 * COUNT_G)
+    x_ND, user_N = sample_candidates(prior, diffusion, sampler, users, keys, 4 * COUNT_G)
     assert x_ND.shape == (TILE, D)
     assert user_N.tolist() == [0] * 12 + [1] * 4 + [2] * 16
-    alone_ND, _ = sample_candidates(prior, diffusion, sampler, token_GUH[[2, 0]], ["c"], np.array([8]))
+    alone_ND, _ = sample_candidates(
+        prior, diffusion, sampler, users.take(torch.tensor([2, 0])), ["c"], np.array([8])
+    )
     assert torch.equal(alone_ND[:8], x_ND[16:24])
 
     factor_GF = torch.randn(64, 5, generator=torch.Generator().manual_seed(2))

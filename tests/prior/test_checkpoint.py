@@ -10,6 +10,7 @@ import torch
 
 from rebeca_ray.errors import UserError
 from rebeca_ray.prior.checkpoint import load_prior, save_prior
+from rebeca_ray.prior.scaler import EmbedScaler
 from tests.conftest import USERS, D
 
 
@@ -99,7 +100,7 @@ def test_another_format_and_another_network(tiny_prior: str) -> None:
     with pytest.raises(UserError, match="weights do not fit config.json"):
         load_prior(tiny_prior)
     edit(tiny_prior, format=99)
-    with pytest.raises(UserError, match="format 99, this version reads 4"):
+    with pytest.raises(UserError, match="format 99, this version reads 5"):
         load_prior(tiny_prior)
 
 
@@ -117,7 +118,7 @@ def test_fingerprint_follows_the_content_not_the_place(tiny_prior: str, tmp_path
 
 
 @pytest.mark.parametrize(
-    "changes", [{"scaler": {"embed_dim": D, "norm": 4.0, "clamp": 5.0}}, {"clip": "another"}]
+    "changes", [{"scaler": EmbedScaler(embed_dim=D, norm=4.0).to_dict()}, {"clip": "another"}]
 )
 def test_weights_trained_with_another_scaler_or_clip_are_refused(
     tiny_prior: str, changes: dict[str, object]
@@ -141,7 +142,9 @@ def test_a_config_with_any_value_missing_or_of_another_type_is_refused(tiny_prio
     ]
     for section in ("network", "diffusion", "sampling", "scaler"):
         for name, value in right[section].items():
-            bads = [True, [1], 10**30, float("nan"), "no such word", *([] if value is None else [None])]
+            may_be_null = value is None or name in ("clamp", "clip")
+            bads = [[1], 10**30, float("nan"), "no such word", *([] if may_be_null else [None])]
+            bads += [] if isinstance(value, bool) else [True]
             spoilt += [{**right, section: {**right[section], name: bad}} for bad in bads]
     spoilt += [{**right, "sha256": {}}, {**right, "scaler": {"embed_dim": D}}]
     for config in spoilt:

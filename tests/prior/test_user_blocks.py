@@ -71,7 +71,8 @@ def test_everyone_is_drawn_equally_often_from_what_is_not_held_out(
 
 @settings(max_examples=50, deadline=None)
 @given(users=some_users)
-def test_a_history_is_the_latest_of_the_rest_with_days_since_its_own_last(users: Users) -> None:
+def test_a_history_is_a_part_of_the_rest_with_days_since_its_own_last(users: Users) -> None:
+    """At most five in a row, the latest first; where there are no more, all."""
     for batch in draws(block(users)):
         history = batch.history
         for draw, user in enumerate(batch.user_index_G - 1000):
@@ -79,7 +80,8 @@ def test_a_history_is_the_latest_of_the_rest_with_days_since_its_own_last(users:
             items, ages = history.item_index_GL[draw][present], history.age_GL[draw][present]
             targets = set(batch.item_index_B[batch.row_B == draw].tolist())
             kept = [100 * user + row for row, (_, held) in enumerate(users[user]) if not held]
-            assert items.tolist() == [item for item in kept[::-1][:5] if item not in targets]
+            windows = [kept[::-1][skip : skip + 5] for skip in range(max(1, len(kept) - 4))]
+            assert items.tolist() in [[item for item in window if item not in targets] for window in windows]
             assert ages.tolist() == [items[0] - item for item in items]
             assert [users[user][item % 100][0] for item in items] == history.like_GL[draw][present].tolist()
 
@@ -156,3 +158,33 @@ def test_a_draw_leaves_half_of_its_pool_in_the_history(users: Users, like_share:
                 for kind in kinds
             )
             assert len(targets) <= max(1, pool // 2)
+
+
+def test_a_part_has_the_same_users_and_some_of_their_interactions() -> None:
+    whole = block([[(1, False), (0, False), (1, False)], [(0, False)], [(1, False), (1, False)]])
+    part = whole.part(np.array([True, False, True, False, False, True]))
+    assert part.counts_V.tolist() == [2, 0, 1]
+    assert part.user_index_V.tolist() == whole.user_index_V.tolist()
+    assert part.item_index_N.tolist() == [0, 2, 201]
+    history = part.history(np.arange(3), max_history=4)
+    assert [
+        row[present].tolist() for row, present in zip(history.item_index_GL, history.present_GL, strict=True)
+    ] == [[2, 0], [], [201]]
+    assert whole.counts_V.tolist() == [3, 1, 2]
+
+
+def test_a_long_history_is_read_from_any_point_on() -> None:
+    """Training sees other parts of it than the latest; a short one is read as a whole."""
+    users = block([[(1, False)] * 50, [(1, False)] * 3])
+    batches = draws(users, max_history=10, samples_per_user=400)
+    firsts = {
+        int(batch.history.item_index_GL[draw, batch.history.present_GL[draw]][0])
+        for batch in batches
+        for draw, user in enumerate(batch.user_index_G)
+        if user == 1000
+    }
+    assert max(firsts) >= 48
+    assert min(firsts) <= 12
+    for batch in batches:
+        short = batch.history.present_GL[batch.user_index_G == 1001]
+        assert (short.sum(1) >= 2).all()

@@ -104,4 +104,4 @@ def test_two_workers_make_the_update_of_one_with_both_their_batches(tmp_path: Pa
 
 def test_a_new_table_depends_on_its_seed_alone() -> None:
     assert (UserTable(4, 2, 8, seed=1).rows_VUH == UserTable(4, 2, 8, seed=1).rows_VUH).all()
-    assert np.isclose(UserTable(400, 2, 8, seed=2).rows_VUH.std().item(), 0.02, rtol=0.05)
+    assert np.isclose(UserTable(400, 2, 8, seed=2).rows_VUH.std().item(), 1.0, rtol=0.05)

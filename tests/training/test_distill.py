@@ -18,10 +18,9 @@ from rebeca_ray.errors import QualityGateError, UserError
 from rebeca_ray.prior.checkpoint import load_prior, save_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import ddim, sample_liked
-from rebeca_ray.prior.users import UserTable
+from rebeca_ray.prior.users import UserTable, UserVectors
 from rebeca_ray.training.distill import (
     CHECKED_SAMPLES,
-    KnownUsers,
     distill_prior,
     draw_trajectories,
     known_users,
@@ -35,7 +34,7 @@ D = 8
 @pytest.fixture
 def teacher(tmp_path: Path) -> str:
     settings = NetworkSettings(num_layers=2, num_heads=2, width=32, num_tokens=2, user_encoder="id")
-    prior = replace(untrained_prior(settings, D), user_rows=UserTable(6, 1, 32).rows_VUH * 20)
+    prior = replace(untrained_prior(settings, D), user_rows=UserTable(6, 1, 32).rows_VUH / 2)
     save_prior(prior, str(tmp_path / "teacher"))
     return str(tmp_path / "teacher")
 
@@ -88,7 +87,7 @@ def test_the_targets_lead_from_point_to_point_of_a_trajectory(teacher: str) -> N
     timesteps = diffusion.inference_timesteps(4)
     assert prior.user_rows is not None
     drawn = draw_trajectories(
-        prior, diffusion, KnownUsers(token_GUH=prior.user_rows, factor_GF=None), timesteps, 300, seed=3
+        prior, diffusion, UserVectors(token_GUH=prior.user_rows, factor_GF=None), timesteps, 300, seed=3
     )
     goals = dict(zip(timesteps, targets(drawn, timesteps, diffusion), strict=True))
     passed = []
@@ -114,9 +113,8 @@ def test_the_student_comes_near_its_teacher_in_a_few_passes(teacher: str) -> Non
     assert student.user_rows is not None
     sampler = SamplerSettings().resolve(student.sampling, 100)
     rows = torch.arange(6).repeat_interleave(CHECKED_SAMPLES).numpy()
-    sample_liked(
-        student.network, Diffusion.build(student.diffusion), student.user_rows, rows, range(60), sampler
-    )
+    users = UserVectors(token_GUH=student.user_rows)
+    sample_liked(student, Diffusion.build(student.diffusion), users, rows, range(60), sampler)
     assert len(calls) == 4  # no second, unconditional half
     losses = [
         float(line.split(",")[1])

@@ -26,13 +26,13 @@ from rebeca_ray.config.jobs import TrainConfig
 from rebeca_ray.config.sections import SamplerSettings
 from rebeca_ray.data.histories import build_histories
 from rebeca_ray.data.items import read_image_embeds
-from rebeca_ray.errors import LeaseHeldError, StorageError, UserError
+from rebeca_ray.errors import InputError, LeaseHeldError, StorageError, UserError
 from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked
 from rebeca_ray.prior.scaler import EmbedScaler
 from rebeca_ray.prior.user_blocks import USERS_PER_BLOCK, Batch, Rated, UserBlock
-from rebeca_ray.prior.users import UserTable
+from rebeca_ray.prior.users import UserTable, UserVectors
 from rebeca_ray.storage.local import LocalStore
 from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.training import train
@@ -137,9 +137,9 @@ def test_the_prior_learns_who_likes_what_and_a_rerun_changes_nothing(
         prior.scaler.scale(torch.from_numpy(items.image_embeds)).numpy()
     )
     sampler = SamplerSettings(num_inference_steps=10, prior_guidance_scale=2.0).resolve(prior.sampling, 100)
-    tokens = prior.user_tokens(np.array([0, 1]), rated)
+    users = UserVectors(token_GUH=prior.user_tokens(np.array([0, 1]), rated))
     drawn = sample_liked(
-        prior.network, Diffusion.build(prior.diffusion), tokens, np.repeat([0, 1], 20), range(40), sampler
+        prior, Diffusion.build(prior.diffusion), users, np.repeat([0, 1], 20), range(40), sampler
     )
     nearest = torch.nn.functional.cosine_similarity(
         drawn[:, None], prior.scaler.scale(centres)[None], dim=-1
@@ -206,6 +206,17 @@ def test_the_first_step_whose_loss_is_not_finite_is_named(world: dict[str, str])
     batches[2] = replace(batches[2], item_index_B=np.full_like(batches[2].item_index_B, 7))
     train_epoch(loss, state, iter(batches), x0_ID, torch.Generator().manual_seed(0), config, None)
     assert state.diverged == "the loss is not finite in epoch 1, step 3, at learning rate 0.003"
+
+
+@pytest.mark.parametrize("target", ["epsilon", "v_prediction"])
+def test_noise_that_cannot_pass_through_the_network_is_refused(world: dict[str, str], target: str) -> None:
+    narrow = {"num_tokens": 1, "width": 8, "num_heads": 1}
+    config = configure(world)
+    values = {**config.model_dump(), "diffusion": {"prediction_type": target}}
+    values["network"] = {**values["network"], **narrow}
+    with pytest.raises(InputError, match=rf"1 tokens of width 8 hold fewer than D = 16 numbers.*{target}; "):
+        train_prior(TrainConfig.model_validate(values))
+    assert not Path(config.out).exists()
 
 
 @pytest.mark.parametrize("architecture", ["cross_attention", "decoder_only"])
