@@ -23,16 +23,19 @@ from rich.console import Console
 from rich.table import Table
 
 from rebeca_ray.config.presets import PRESETS
-from rebeca_ray.config.sections import DiffusionSettings, NetworkSettings, SamplerSettings
+from rebeca_ray.config.sections import DiffusionSettings, NetworkSettings, PriorSampling, SamplerSettings
 from rebeca_ray.noise import item_noise
+from rebeca_ray.prior.checkpoint import TrainedPrior
 from rebeca_ray.prior.denoisers import LIKE, NULL_RATING, Prior
 from rebeca_ray.prior.diffusion import Denoiser, Diffusion
 from rebeca_ray.prior.sampling import SAMPLERS, sample_liked
-from rebeca_ray.prior.users import UserTable
+from rebeca_ray.prior.scaler import EmbedScaler
+from rebeca_ray.prior.users import UserTable, UserVectors
 
 RESULTS = Path(__file__).parent / "results"
 D, NUM_USERS, PER_USER, GUIDANCE = 1024, 210, 10, 4.0
 STEPS, DISTILLED_STEPS, TILE = 16, 4, 256
+NETWORK = NetworkSettings.model_validate(PRESETS["paper-v2"]["network"])
 
 
 def wake(prior: Prior) -> Prior:
@@ -77,7 +80,7 @@ def plain(
     noise = item_noise(range(rows), D)
     denoise = two_passes(prior, diffusion, user_BUH)
     started = time.perf_counter()
-    SAMPLERS[sampler](denoise, noise, timesteps, diffusion)
+    SAMPLERS[sampler](denoise, noise, timesteps, diffusion, clip=5.0)
     return rows / ((time.perf_counter() - started) * steps / run)
 
 
@@ -89,8 +92,18 @@ def ours(
     settings = SamplerSettings.model_validate(
         {"name": sampler, "num_inference_steps": steps, "prior_guidance_scale": guidance, "batch_size": TILE}
     )
+    trained = TrainedPrior(
+        network=prior,
+        settings=NETWORK,
+        diffusion=diffusion.settings,
+        scaler=EmbedScaler(embed_dim=D, norm=1.0),
+        sampling=PriorSampling(prior_guidance_scale=guidance),
+        condition_dropout=0.15,
+        clip=None,
+    )
+    users = UserVectors(token_GUH=users_UH)
     started = time.perf_counter()
-    sample_liked(prior, diffusion, users_UH, np.arange(rows) // PER_USER, range(rows), settings)
+    sample_liked(trained, diffusion, users, np.arange(rows) // PER_USER, range(rows), settings)
     return rows / (time.perf_counter() - started)
 
 
@@ -101,7 +114,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    prior = wake(Prior(NetworkSettings.model_validate(PRESETS["paper-v2"]["network"]), D))
+    prior = wake(Prior(NETWORK, D))
     users_UH = UserTable(NUM_USERS, 1, 128).rows_VUH
     diffusion = Diffusion.build(DiffusionSettings())
 

@@ -22,6 +22,7 @@ from rebeca_ray.errors import UserError
 from rebeca_ray.generation.decisions import Decisions
 from rebeca_ray.generation.plan import PlanUsers, request_histories
 from rebeca_ray.generation.request import check_request
+from rebeca_ray.generation.user_loader import read_bucket
 from rebeca_ray.prior.checkpoint import load_prior, save_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked
@@ -214,3 +215,19 @@ def test_a_history_means_the_same_in_any_batch(config: GenerateConfig, tmp_path:
     whole = plan_with_histories(config, USERS)
     parts = [row for user in reversed(USERS) for row in plan_with_histories(config, [user])]
     assert sorted(parts, key=lambda row: (row["user_id"], row["rank"])) == whole
+
+
+@pytest.mark.parametrize(("hide", "known"), [(False, 10), (True, 5)])
+def test_a_generator_can_be_kept_from_the_hold_out(
+    config: GenerateConfig, tmp_path: Path, hide: bool, known: int
+) -> None:
+    """At night it knows all ratings. To judge its items by the hold-out, it must not have seen it."""
+    ratings = {"user_id": ["a"] * 10, "item_id": [f"real-{number}" for number in range(10)]}
+    pq.write_table(pa.table(ratings), tmp_path / "ratings.parquet")
+    interactions = InteractionSettings(path=str(tmp_path / "ratings.parquet"), hold_out=0.5)
+    config = config.model_copy(update={"interactions": interactions, "hide_hold_out": hide})
+    histories = request_histories(config, run_of(config))
+    assert histories is not None
+    planner = PlanUsers(config, versions_of(config), histories, None, NOBODY)
+    block, _ = read_bucket(histories.file(0), planner.users.training_only)
+    assert block.counts_V.tolist() == [known]
