@@ -53,11 +53,11 @@ def train_prior(config: TrainConfig, *, run_date: datetime.date | None = None) -
     `config.out`. Any error leaves the published prior as it was.
     """
     items = read_image_embeds(config.items)
+    check_network(config, items.image_embeds.shape[1])
     if not versions_in(config.out):  # a lost pointer does not make them somebody else's
         require_own(config.out, "out", MARKERS)
     require_writable(config.out, "out")
     require_writable(config.storage, "storage")
-    check_network(config, items.image_embeds.shape[1])
     activity = Activity()
     with (
         replace_version(config.out, "prior", "train") as version,

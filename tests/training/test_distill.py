@@ -15,15 +15,17 @@ from rebeca_ray.catalog.versions import current_version
 from rebeca_ray.config.jobs import DistillConfig
 from rebeca_ray.config.sections import NetworkSettings, PriorSampling, SamplerSettings
 from rebeca_ray.errors import QualityGateError, UserError
-from rebeca_ray.prior.checkpoint import load_prior, save_prior
+from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior, save_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import ddim, sample_liked
 from rebeca_ray.prior.users import UserTable, UserVectors
+from rebeca_ray.training import distill
 from rebeca_ray.training.distill import (
     CHECKED_SAMPLES,
     distill_prior,
     draw_trajectories,
     known_users,
+    match_guidance,
     targets,
 )
 from tests.conftest import untrained_prior
@@ -121,6 +123,27 @@ def test_the_student_comes_near_its_teacher_in_a_few_passes(teacher: str) -> Non
         for line in Path(current_version(config.out, "prior"), "training.csv").read_text().splitlines()[1:]
     ]
     assert losses[-1] < 0.2 * losses[0]
+
+
+def test_the_guidance_of_the_student_rises_until_it_pleases_as_its_teacher(
+    teacher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[float] = []
+
+    def compare(_: TrainedPrior, student: TrainedPrior, *__: object) -> dict[str, float]:
+        tried.append(student.sampling.selector_guidance_scale)
+        return {"student_quality": 0.9 + 0.05 * len(tried)}
+
+    monkeypatch.setattr(distill, "compare", compare)
+    prior = load_prior(teacher)
+    diffusion, users = Diffusion.build(prior.diffusion), UserVectors(token_GUH=torch.zeros(1, 1, 32))
+    guided = replace(prior, sampling=PriorSampling(prior_guidance_scale=2.0, selector_guidance_scale=10.0))
+    student, figures = match_guidance(prior, guided, diffusion, users)
+    assert tried == pytest.approx([10.0, 11.0])
+    assert student.sampling.selector_guidance_scale == pytest.approx(11.0)
+    assert figures == {"student_quality": 1.0}
+    student, _ = match_guidance(prior, prior, diffusion, users)
+    assert tried[2:] == [0.0]
 
 
 def test_below_the_bar_nothing_is_written(teacher: str) -> None:
