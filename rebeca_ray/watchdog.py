@@ -131,7 +131,7 @@ def watchdog(activity: Activity, minutes: float | None, *, on_stall: Callable[[]
 def dump_state(activity: Activity) -> str:
     """Write the stacks of the driver's threads and Ray's actors and tasks to a file; return its path."""
     state = io.StringIO()
-    print(f"{activity.current}: {vars(activity)}\n", file=state)
+    print(f"stage {activity.current}; {vars(activity)}\n", file=state)
     with tempfile.TemporaryFile("w+") as stacks:
         faulthandler.dump_traceback(stacks, all_threads=True)
         stacks.seek(0)

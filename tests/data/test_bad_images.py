@@ -19,6 +19,7 @@ from rebeca_ray.data.embedding import embed_items
 from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.errors import InputError
 from rebeca_ray.stickers import CLIP, ITEMS
+from rebeca_ray.watchdog import Pulse
 
 
 def write_items(path: Path, number: int, bad: dict[int, bytes | None]) -> list[str]:
@@ -33,7 +34,7 @@ def write_items(path: Path, number: int, bad: dict[int, bytes | None]) -> list[s
 class ReadImages:
     """EmbedImages without its CLIP, which takes seconds to load."""
 
-    def __init__(self, clip: str, device: str, background: str) -> None:
+    def __init__(self, clip: str, device: str, background: str, pulse: Pulse) -> None:
         self.background = background
 
     def __call__(self, batch: pa.Table) -> pa.Table:

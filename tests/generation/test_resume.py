@@ -218,7 +218,8 @@ def test_a_run_that_hangs_ends_itself_and_is_resumed(config: GenerateConfig, ray
     )
     assert [line.partition(" ")[2] for line in output.splitlines() if " ERROR " in line] == [message]
     state = dump.read_text()
-    assert state.startswith("stage render; stages so far: {'histories': ")
+    assert state.startswith("stage render; ")
+    assert "'stages': {'histories': StageClock(" in state
     assert "rebeca_ray/generation/render.py" in state
     assert "in render_shard" in state  # the stack of the driver's main thread
     assert read_pointer(config.catalog)[0].lease is None

@@ -45,7 +45,7 @@ def test_the_truth_check_and_the_page(tmp_path: Path) -> None:
         items=write_real_items(tmp_path),
         catalog=str(tmp_path / "catalog"),
         num_images=2,
-        sampler=SamplerSettings(num_inference_steps=2),
+        sampler=SamplerSettings(num_inference_steps=3),
     )
     assert snapshot_of(config).counts.requested == 28
     snapshot, judge = read_catalog(config.catalog), Judge()
