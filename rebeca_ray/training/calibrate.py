@@ -138,7 +138,7 @@ def choose_guidance(prior: TrainedPrior, block: UserBlock, x0_ID: np.ndarray, se
     """Return the prior with the least selector guidance that is as good as the best, and its figures.
 
     The judge is another selector, from the other half of the ratings: the guide must not grade itself.
-    Classifier-free guidance stays at 1. It costs a second pass, and twice the candidates gain as much.
+    Classifier-free guidance stays at 1: it costs a second pass, and has not been shown to pay for it.
     """
     halves = np.random.default_rng(seed).random(len(block.item_index_N)) < 0.5
     parts = (block.part(halves), block.part(~halves))
