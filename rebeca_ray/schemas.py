@@ -87,6 +87,8 @@ PRIOR_USERS = pa.schema(
     ]
 )
 
+TRAINING, VALIDATION, TEST = 0, 1, 2  # the splits of a user's interactions
+
 HISTORIES = pa.schema(  # one row per user, their interactions in order of time; for training and planning
     [
         required("user_id", STRING),
@@ -97,7 +99,7 @@ HISTORIES = pa.schema(  # one row per user, their interactions in order of time;
         required("item_index", pa.list_(INT32)),  # into the embedded items
         required("like", pa.list_(pa.int8())),
         required("timestamp", pa.list_(INT64)),
-        required("held_out", pa.list_(BOOL)),
+        required("split", pa.list_(pa.int8())),  # TRAINING, VALIDATION or TEST
     ]
 )
 

@@ -44,7 +44,7 @@ from rebeca_ray.generation.progress import Progress
 from rebeca_ray.generation.render import Rendered, RenderImages, render_all
 from rebeca_ray.generation.request import check_request
 from rebeca_ray.prior.checkpoint import TrainedPrior, save_prior
-from rebeca_ray.prior.denoisers import CrossAttentionDenoiser, Prior
+from rebeca_ray.prior.denoisers import Prior
 from rebeca_ray.prior.scaler import EmbedScaler
 from rebeca_ray.prior.selector import Selector
 from rebeca_ray.prior.users import UserTable
@@ -156,11 +156,9 @@ def untrained_prior(settings: NetworkSettings, embed_dim: int = D) -> TrainedPri
 
 def wake(prior: Prior) -> Prior:
     """Replace the zero weights at the start of training, so that an untrained prior reacts to its inputs."""
-    torch.nn.init.normal_(prior.denoiser.detokenizer.weight, std=0.2)
-    if isinstance(prior.denoiser, CrossAttentionDenoiser):
-        torch.nn.init.normal_(prior.denoiser.modulation[1].weight, std=0.2)  # type: ignore[arg-type]
-        for block in prior.denoiser.blocks:
-            torch.nn.init.normal_(block.cross_gate, std=0.5)  # type: ignore[arg-type]
+    for name, parameter in prior.denoiser.named_parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.5 if name.endswith("cross_gate") else 0.2)
     return prior.eval()
 
 

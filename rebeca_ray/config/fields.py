@@ -59,6 +59,13 @@ def as_hexadecimal(colour: str) -> str:
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 
+def fraction_or_whole(value: float) -> float:
+    """Return the value. Raises ValueError for a number from 1 on with a fraction."""
+    if value >= 1 and not value.is_integer():
+        raise ValueError("is neither a fraction below 1 nor a whole number; give one of them")
+    return value
+
+
 MAX_IMAGES = 32_767  # a rank is an int16
 Location = Annotated[str, AfterValidator(absolute)]
 ModelName = Annotated[str, AfterValidator(expand)]  # a hub id, or a directory on every node
@@ -71,6 +78,7 @@ Pixels = Annotated[int, Field(gt=0, le=8192)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 FractionBelow1 = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+HoldOut = Annotated[float, Field(ge=0, le=1e6), AfterValidator(fraction_or_whole)]
 LearningRate = Annotated[float, Field(gt=0, le=1e6)]
 Weight = Annotated[float, Field(ge=0, le=10)]
 Scale = Annotated[float, Field(ge=1, le=1000)]  # of guidance; 1 means none

@@ -87,8 +87,7 @@ class TrainConfig(JobConfig):
     """`rebeca train`: interactions + embedded items -> a prior."""
 
     preset: Annotated[Literal["paper-v1", "paper-v2", "stickers"] | None, Effect.ITEM] = None
-    """Named starting point of the sections `network`, `diffusion` and `optimization`.
-    By default, they start from their own defaults."""
+    """Named starting point of the sections below. By default, they start from their own defaults."""
     interactions: InteractionSettings
     """Ratings to train on."""
     items: Annotated[Location, Effect.CONTENT]
@@ -190,8 +189,8 @@ class GenerateConfig(JobConfig):
     interactions: InteractionSettings | None = None
     """Ratings of the users until now. A prior with the user encoder `history` needs them."""
     hide_hold_out: Annotated[bool, Effect.ITEM] = False
-    """Whether generation ignores the ratings that training holds out. Turn it on to judge the items by those
-    ratings, and leave it off at night."""
+    """Whether generation ignores the ratings of `interactions.hold_out` and `interactions.test`. Turn it on
+    to judge the items by those ratings, and leave it off at night."""
     sampler: SamplerSettings = SamplerSettings()
     """Sampler of the prior."""
     selection: SelectionSettings = SelectionSettings()

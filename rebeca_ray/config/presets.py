@@ -1,17 +1,29 @@
 """Named starting points of a training config. The config's settings override them.
 
-`paper-v1` and `paper-v2` have the papers' sizes and settings, with networks of our own.
-
-The papers do not give the width of the first network. With a single image token, a width below the
-embedding's D would lose part of the noise. So the width here is 1024, the D of the papers' CLIP.
+`paper-v1` and `paper-v2` are the networks and settings of the two versions of the paper, as their authors ran
+them, with their bugs. Where they ran several values, the smallest is taken.
 """
 
 from typing import Any
 
+AS_PUBLISHED: dict[str, Any] = {  # in both versions
+    "learning_rate": 1e-4,
+    "weight_decay": 1e-5,
+    "user_optimizer": "adamw",
+    "user_learning_rate": 1e-4,
+    "batch_size": 64,
+    "with_replacement": False,
+    "max_epochs": 2001,
+    "plateau_patience": 5,
+    "ema_decay": 0.0,
+    "gradient_clip": None,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "paper-v1": {
+        "interactions": {"min_likes": 100, "hold_out": 10.0, "test": 10.0},
         "network": {
-            "architecture": "decoder_only",
+            "architecture": "paper_v1",
             "num_layers": 8,
             "num_heads": 16,
             "width": 1024,
@@ -19,17 +31,22 @@ PRESETS: dict[str, dict[str, Any]] = {
             "user_encoder": "id",
             "num_user_tokens": 4,
         },
-        "diffusion": {"num_train_timesteps": 1000, "prediction_type": "epsilon"},
+        "diffusion": {"num_train_timesteps": 6000, "schedule": "linear", "prediction_type": "epsilon"},
+        # Their sampler clips to ±1, although the embeddings reach 1.3.
+        "scaling": {"normalise": False, "clamp": None, "clip_sample": 1.0},
         "optimization": {
-            "learning_rate": 1e-4,
-            "weight_decay": 1e-5,
-            "batch_size": 64,
+            **AS_PUBLISHED,
             "samples_per_user": 80,
+            "early_stopping_patience": 20,
+            "user_dropout": 0.0,
+            "rating_dropout": 0.0,
+            "joint_dropout": 0.1,
         },
     },
     "paper-v2": {
+        "interactions": {"min_likes": 0, "hold_out": 10.0, "test": 10.0},
         "network": {
-            "architecture": "cross_attention",
+            "architecture": "paper_v2",
             "num_layers": 6,
             "num_heads": 8,
             "width": 128,
@@ -42,7 +59,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             "schedule": "squaredcos_cap_v2",
             "prediction_type": "sample",
         },
-        "optimization": {"learning_rate": 1e-4, "batch_size": 64, "samples_per_user": 100},
+        "scaling": {"normalise": False, "clamp": None},
+        "optimization": {**AS_PUBLISHED, "samples_per_user": 100, "early_stopping_patience": 50},
     },
     "stickers": {
         "network": {

@@ -17,6 +17,7 @@ from rebeca_ray.config.fields import (
     Fraction,
     FractionBelow1,
     GuidanceWeight,
+    HoldOut,
     LearningRate,
     Location,
     Positive,
@@ -66,8 +67,12 @@ class InteractionSettings(Settings):
     """Ratings of at least this are likes, all others dislikes."""
     min_likes: Annotated[Count, Effect.ITEM] = 1
     """Likes that a user needs for training. Users with fewer are left out."""
-    hold_out: Annotated[FractionBelow1, Effect.ITEM] = 0.1
-    """Fraction of each user's interactions that is kept from training, for validation."""
+    hold_out: Annotated[HoldOut, Effect.ITEM] = 0.1
+    """Interactions of each user that are kept from training, for validation: a fraction below 1, or a whole
+    number of them."""
+    test: Annotated[HoldOut, Effect.ITEM] = 0.0
+    """Interactions of each user that are kept from training and validation, for evaluation: a fraction below
+    1, or a whole number of them."""
     unknown_items: Annotated[Literal["refuse", "drop"], Effect.ITEM] = "refuse"
     """Treatment of ratings whose item has no embedding: `refuse` ends the job, `drop` leaves them out.
     Ratings of unknown generated items are always left out."""
@@ -86,9 +91,11 @@ class InteractionSettings(Settings):
 class NetworkSettings(Settings):
     """The prior network and its user encoder. The defaults have the size of the authors' later network."""
 
-    architecture: Annotated[Literal["cross_attention", "decoder_only"], Effect.ITEM] = "cross_attention"
-    """Architecture of the prior: `cross_attention`, after the authors' later one, or `decoder_only`, after
-    their first."""
+    architecture: Annotated[Literal["cross_attention", "paper_v1", "paper_v2"], Effect.ITEM] = (
+        "cross_attention"
+    )
+    """Architecture of the prior: `cross_attention`, or the networks of the paper's two versions, `paper_v1`
+    and `paper_v2`, with their bugs."""
     num_layers: Annotated[SmallCount, Effect.ITEM] = 6
     """Transformer layers of the prior."""
     num_heads: Annotated[SmallCount, Effect.ITEM] = 8
@@ -155,13 +162,19 @@ class OptimizationSettings(Settings):
     learning_rate: Annotated[LearningRate, Effect.ITEM] = 1e-4
     """Learning rate of the network at the start (AdamW)."""
     user_learning_rate: Annotated[LearningRate, Effect.ITEM] = 0.1
-    """Learning rate of the user table's rows (row-wise AdaGrad), for the user encoder `id` only."""
+    """Learning rate of the user table's rows, for the user encoder `id` only."""
+    user_optimizer: Annotated[Literal["adagrad", "adamw"], Effect.ITEM] = "adagrad"
+    """Optimizer of the user table's rows: `adagrad` by row, which only touches the users of a batch, or
+    `adamw` over the whole table, as published."""
     weight_decay: Annotated[Fraction, Effect.ITEM] = 1e-5
     """Decoupled weight decay of the network (AdamW)."""
     batch_size: Annotated[Size, Effect.ITEM] = 64
     """Samples per optimizer step, over all workers."""
     samples_per_user: Annotated[Positive, Effect.ITEM] = 100
     """Draws per user and epoch. Every user has the same weight."""
+    with_replacement: Annotated[bool, Effect.ITEM] = True
+    """Whether one interaction may be drawn again in an epoch. If not, users with fewer interactions than
+    `samples_per_user` have less weight."""
     like_share: Annotated[Fraction | None, Effect.ITEM] = None
     """Fraction of likes among a user's draws. By default, likes and dislikes come as they were rated."""
     steps_per_epoch: Annotated[Positive | None, Effect.ITEM] = None
@@ -179,15 +192,33 @@ class OptimizationSettings(Settings):
     early_stopping_patience: Annotated[Positive, Effect.ITEM] = 10
     """Epochs without a better validation loss after which training ends."""
     ema_decay: Annotated[FractionBelow1, Effect.ITEM] = 0.999
-    """Decay per step of the weights' exponential moving average, which is saved as the prior."""
+    """Decay per step of the weights' exponential moving average, which is saved as the prior. At 0, the
+    weights themselves are saved."""
     user_dropout: Annotated[FractionBelow1, Effect.ITEM] = 0.15
-    """Probability that training hides the user. At 0, the prior cannot be guided."""
+    """Probability that training hides the user."""
     rating_dropout: Annotated[FractionBelow1, Effect.ITEM] = 0.15
-    """Probability that training hides the rating. At 0, the prior cannot be guided."""
-    gradient_clip: Annotated[float, Field(gt=0, le=1e6), Effect.ITEM] = 1.0
-    """Largest norm of the gradient. Longer gradients are scaled down to it."""
+    """Probability that training hides the rating, independently of the user."""
+    joint_dropout: Annotated[FractionBelow1, Effect.ITEM] = 0.0
+    """Probability that training hides user and rating together. A prior that never saw both hidden has no
+    classifier-free guidance."""
+    gradient_clip: Annotated[float | None, Field(gt=0, le=1e6), Effect.ITEM] = 1.0
+    """Largest norm of the gradient. Longer gradients are scaled down to it. Null means no limit."""
     seed: Annotated[Seed, Effect.ITEM] = 0
     """Seed of initial weights, draws and noise."""
+
+    @model_validator(mode="after")
+    def check_draws(self) -> Self:
+        if not self.with_replacement and self.like_share is not None:
+            raise ValueError(
+                "like_share is set, but draws without replacement take interactions as they come; "
+                "leave like_share out, or set with_replacement to true"
+            )
+        return self
+
+    @property
+    def condition_dropout(self) -> float:
+        """The probability that training hides both user and rating."""
+        return self.joint_dropout + (1 - self.joint_dropout) * self.user_dropout * self.rating_dropout
 
 
 class WorkerSettings(Settings):

@@ -269,7 +269,7 @@ def histories_table(interactions: Interactions, item_index: np.ndarray, bucket: 
             "item_index": lists(item_index, pa.int32()),
             "like": lists(interactions.like, pa.int8()),
             "timestamp": lists(interactions.timestamp, pa.int64()),
-            "held_out": lists(interactions.held_out, pa.bool_()),
+            "split": lists(interactions.split, pa.int8()),
         },
         schema=schemas.HISTORIES,
     )

@@ -1,4 +1,4 @@
-"""Interactions: read and validate them, turn ratings into likes, select users, split off a hold-out.
+"""Interactions: read and validate them, turn ratings into likes, select users, split off validation and test.
 
 The columns are numpy arrays: twenty million ratings fit into memory, and a split per user needs one sort.
 """
@@ -23,6 +23,7 @@ from rebeca_ray.data.validation import (
 )
 from rebeca_ray.errors import InputError
 from rebeca_ray.identity import hash128
+from rebeca_ray.schemas import TEST, TRAINING, VALIDATION
 from rebeca_ray.storage.parquet import ParquetInput, open_table
 
 FIRST_TIME, LAST_TIME = (
@@ -40,7 +41,7 @@ class Interactions:
     item_id: np.ndarray  # [N] of str
     like: np.ndarray  # [N] int8, 0 or 1
     timestamp: np.ndarray  # [N] int64, microseconds; 0 for an unknown time
-    held_out: np.ndarray  # [N] bool, never trained on
+    split: np.ndarray  # [N] int8: TRAINING, VALIDATION or TEST
 
     @property
     def num_users(self) -> int:
@@ -99,7 +100,7 @@ def interactions_of(table: pa.Table, settings: InteractionSettings) -> Interacti
         item_id=item_id,
         like=like[rows],
         timestamp=timestamp[rows],
-        held_out=hold_out(held_key, user_index, int(selected.sum()), settings.hold_out),
+        split=split(held_key, user_index, int(selected.sum()), settings.hold_out, settings.test),
     )
 
 
@@ -235,15 +236,25 @@ def pair_hashes(user_id: np.ndarray, item_id: np.ndarray) -> tuple[np.ndarray, n
     return halves[1::2], halves[::2]
 
 
-def hold_out(key: np.ndarray, user_index: np.ndarray, num_users: int, share: float) -> np.ndarray:
-    """Return [N] bool: true for the `floor(share * count)` interactions of each user with the least keys."""
+def split(
+    key: np.ndarray, user_index: np.ndarray, num_users: int, validation: float, test: float
+) -> np.ndarray:
+    """Return [N] int8: the split of each interaction.
+
+    The `test` interactions of each user with the least keys are for the test, the following `validation` ones
+    for validation. Each number is a fraction of the user's interactions, rounded down, or a whole number.
+    """
     order = np.lexsort((key, user_index))
     counts = np.bincount(user_index, minlength=num_users)
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     position = np.arange(len(order)) - starts[user_index[order]]
-    held = np.zeros(len(order), bool)
-    held[order] = position < np.floor(share * counts)[user_index[order]]
-    return held
+    num_test, num_validation = (
+        np.floor(share * counts) if share < 1 else np.full(num_users, share) for share in (test, validation)
+    )
+    bounds = np.stack([num_test, num_test + num_validation])[:, user_index[order]]
+    of_row = np.empty(len(order), np.int8)
+    of_row[order] = np.select(list(position < bounds), [TEST, VALIDATION], TRAINING)
+    return of_row
 
 
 def history_digests(interactions: Interactions) -> list[str]:

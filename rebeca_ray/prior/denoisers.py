@@ -14,6 +14,7 @@ from torch import nn
 
 from rebeca_ray.config.sections import NetworkSettings
 from rebeca_ray.prior.attention import Attention, TimestepEmbedding
+from rebeca_ray.prior.published import ConditionTokens, FirstDenoiser, SecondDenoiser
 from rebeca_ray.prior.users import History, HistoryEncoder
 
 DISLIKE, LIKE, NULL_RATING = 0, 1, 2
@@ -70,7 +71,7 @@ class CrossAttentionBlock(nn.Module):
 
 
 class CrossAttentionDenoiser(nn.Module):
-    """A network after the authors' later one; it differs in residuals, norms, gates and time features.
+    """The project's network, in the manner of the authors' later one without its bugs.
 
     A learned linear map cuts the embedding into K tokens of R = ceil(D/K) numbers, each lifted to width H.
     Blocks see the pooled condition through AdaLN-zero, and its tokens (user, rating, time) through
@@ -137,76 +138,12 @@ class CrossAttentionDenoiser(nn.Module):
         return self.detokenizer(self.lower(self.norm_out(x_BKH)).flatten(1))
 
 
-class CausalBlock(nn.Module):
-    """Pre-norm causal self-attention and perceptron; tokens also see the keys and values of a prefix."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.norm_self, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.self_attention = Attention(width, num_heads)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
-        )
-
-    def forward(
-        self, x_BKH: torch.Tensor, prefix: tuple[torch.Tensor, torch.Tensor] | None
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """Return the tokens after this layer, and their keys and values for tokens that follow."""
-        normed = self.norm_self(x_BKH)
-        keys_values = self.self_attention.keys_values(normed)
-        keys, values = keys_values
-        if prefix is not None:
-            keys, values = (torch.cat(pair, dim=2) for pair in zip(prefix, keys_values, strict=True))
-        seen = torch.ones(x_BKH.shape[1], keys.shape[2], dtype=torch.bool, device=x_BKH.device).tril(
-            keys.shape[2] - x_BKH.shape[1]
-        )
-        x_BKH = x_BKH + self.self_attention(normed, keys, values, mask=seen)
-        return x_BKH + self.mlp(self.norm_mlp(x_BKH)), keys_values
-
-
-class DecoderOnlyDenoiser(nn.Module):
-    """A network after the paper's first one: a causal sequence of user, rating, time and K image tokens.
-
-    The prediction is read from the image tokens. User and rating come first, so that their keys and values
-    hold at every timestep.
-    """
-
-    def __init__(self, settings: NetworkSettings, embed_dim: int) -> None:
-        super().__init__()
-        width = settings.width
-        self.num_tokens = settings.num_tokens
-        self.tokenizer = nn.Linear(embed_dim, self.num_tokens * width)
-        self.time = TimestepEmbedding(width)
-        self.rating = nn.Embedding(3, width)
-        self.position_SH = nn.Parameter(
-            0.02 * torch.randn(settings.num_user_tokens + 2 + self.num_tokens, width)
-        )
-        self.blocks = nn.ModuleList(
-            CausalBlock(width, settings.num_heads) for _ in range(settings.num_layers)
-        )
-        self.norm_out = nn.LayerNorm(width)
-        self.detokenizer = nn.Linear(self.num_tokens * width, embed_dim)
-        nn.init.zeros_(self.detokenizer.weight)
-        nn.init.zeros_(self.detokenizer.bias)
-
-    def condition(self, user_CUH: torch.Tensor, rating_C: torch.Tensor) -> Condition:
-        """Return the condition of C users and ratings."""
-        x_CPH = torch.cat([user_CUH, self.rating(rating_C)[:, None]], dim=1)
-        x_CPH = x_CPH + self.position_SH[: x_CPH.shape[1]]
-        kept = []
-        for block in self.blocks:
-            x_CPH, keys_values = block(x_CPH, None)
-            kept.append(keys_values)
-        return Condition(user_CUH.new_empty(len(user_CUH), 0), kept)
-
-    def forward(self, x_BD: torch.Tensor, timestep_T: torch.Tensor, condition: Condition) -> torch.Tensor:
-        rows = len(condition.keys_values[0][0])
-        image_BKH = self.tokenizer(x_BD).unflatten(1, (self.num_tokens, -1)).repeat(rows // len(x_BD), 1, 1)
-        time_B1H = self.time(timestep_T)[:, None].expand(rows, -1, -1)
-        x_BKH = torch.cat([time_B1H, image_BKH], dim=1) + self.position_SH[-1 - self.num_tokens :]
-        for block, prefix in zip(self.blocks, condition.keys_values, strict=True):
-            x_BKH, _ = block(x_BKH, prefix)
-        return self.detokenizer(self.norm_out(x_BKH[:, 1:]).flatten(1))
+Denoiser = CrossAttentionDenoiser | FirstDenoiser | SecondDenoiser
+ARCHITECTURES: dict[str, type[Denoiser]] = {
+    "cross_attention": CrossAttentionDenoiser,
+    "paper_v1": FirstDenoiser,
+    "paper_v2": SecondDenoiser,
+}
 
 
 class Prior(nn.Module):
@@ -220,8 +157,7 @@ class Prior(nn.Module):
     def __init__(self, settings: NetworkSettings, embed_dim: int) -> None:
         super().__init__()
         self.embed_dim = embed_dim
-        kind = CrossAttentionDenoiser if settings.architecture == "cross_attention" else DecoderOnlyDenoiser
-        self.denoiser = kind(settings, embed_dim)
+        self.denoiser: Denoiser = ARCHITECTURES[settings.architecture](settings, embed_dim)
         self.null_user_UH = nn.Parameter(torch.randn(settings.num_user_tokens, settings.width))
         self.history_encoder: HistoryEncoder | None = None
         if settings.user_encoder == "history":
@@ -238,11 +174,13 @@ class Prior(nn.Module):
         known_B = history.present_BL.any(1)
         return torch.where(known_B[:, None, None], self.history_encoder(history), self.null_user_UH)
 
-    def condition(self, user_CUH: torch.Tensor, rating_C: torch.Tensor) -> Condition:
+    def condition(self, user_CUH: torch.Tensor, rating_C: torch.Tensor) -> Condition | ConditionTokens:
         """Return the condition of users and ratings (0 dislike, 1 like, 2 absent), for every timestep."""
         return self.denoiser.condition(user_CUH, rating_C)
 
-    def forward(self, x_BD: torch.Tensor, timestep_T: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def forward(
+        self, x_BD: torch.Tensor, timestep_T: torch.Tensor, condition: Condition | ConditionTokens
+    ) -> torch.Tensor:
         """Return the prediction for noisy `x_BD` at `timestep_T` (one for all, or one per row).
 
         A condition expanded to n·B rows gives n·B predictions, B for each n-th of it.

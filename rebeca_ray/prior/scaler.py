@@ -16,7 +16,7 @@ class EmbedScaler:
 
     With the default `scale`, a coordinate then has a deviation of about 1, which is that of the noise. The
     way back gives every embedding the length `norm`: the mean length of the training embeddings, to which
-    the decoder is used.
+    the decoder is used. Raw embeddings keep their length.
     """
 
     embed_dim: int
@@ -51,7 +51,9 @@ class EmbedScaler:
         return image_embeds * self.scale_factor
 
     def unscale(self, x: torch.Tensor) -> torch.Tensor:
-        """Map the prior's space [..., D] back to CLIP embeddings of length `norm`."""
+        """Map the prior's space [..., D] back to CLIP embeddings."""
+        if not self.normalise:
+            return x / self.scale_factor
         return F.normalize(x, dim=-1) * self.norm
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 
 from rebeca_ray.prior.users import History
+from rebeca_ray.schemas import TRAINING, VALIDATION
 
 USERS_PER_BLOCK = 4096
 TARGETS_PER_HISTORY = 8  # samples that share one pass through the history encoder
@@ -69,24 +70,24 @@ class Batch:
 
 
 class UserBlock:
-    """The interactions of V users, cut from a table of histories: those for training, and those held out."""
+    """The interactions of V users, cut from a table of histories: for training, and for validation."""
 
     def __init__(self, table: pa.Table, first_user_index: np.ndarray, *, training_only: bool = True) -> None:
         table = table.combine_chunks()
         columns = {
-            name: table[name].combine_chunks() for name in ("item_index", "like", "timestamp", "held_out")
+            name: table[name].combine_chunks() for name in ("item_index", "like", "timestamp", "split")
         }
         lengths = np.diff(columns["item_index"].offsets.to_numpy())
         user = np.repeat(np.arange(len(lengths)), lengths)
         flat = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in columns.items()}
-        kept = ~flat["held_out"] if training_only else np.ones(len(user), bool)
+        kept = flat["split"] == TRAINING if training_only else np.ones(len(user), bool)
         self.item_index_N, self.like_N, self.timestamp_N = (
             flat[name][kept] for name in ("item_index", "like", "timestamp")
         )
         self.counts_V = np.bincount(user[kept], minlength=len(lengths))
         self.starts_V = np.cumsum(self.counts_V) - self.counts_V
         self.user_index_V = first_user_index[table["bucket"].to_numpy()] + table["row"].to_numpy()
-        held = flat["held_out"]
+        held = flat["split"] == VALIDATION
         self.held_user, self.held_item_index, self.held_like = (
             user[held],
             flat["item_index"][held],
@@ -130,6 +131,7 @@ class UserBlock:
         self,
         *,
         samples_per_user: int,
+        with_replacement: bool,
         like_share: float | None,
         batch_size: int,
         targets: int,
@@ -138,17 +140,21 @@ class UserBlock:
     ) -> Iterator[Batch]:
         """Yield `samples_per_user` samples of every user in random order (paper, appendix A.1).
 
-        Numbers are rounded up to whole draws. Samples are drawn with replacement, so that users with few
-        interactions count as much as others. For a user with both likes and dislikes, a fraction `like_share`
-        of the samples are likes; None draws from all interactions alike. The result is a pure function of
-        block and seed.
+        Numbers are rounded up to whole draws. With replacement, users with few interactions count as much as
+        others. Without it, nobody has more samples than interactions. For a user with both likes and
+        dislikes, a fraction `like_share` of the samples are likes; None draws from all interactions alike.
+        The result is a pure function of block and seed.
         """
         random = np.random.default_rng((*seed, int(self.user_index_V[0])))
-        draws_per_user = -(-samples_per_user // targets)
-        user_G = np.repeat(np.flatnonzero(self.counts_V), draws_per_user)
+        most_V = samples_per_user if with_replacement else np.minimum(samples_per_user, self.counts_V)
+        draws_V = np.where(self.counts_V > 0, -(-most_V // targets), 0)
+        user_G = np.repeat(np.arange(len(draws_V)), draws_V)
         user_Gm = np.repeat(user_G[:, None], targets, axis=1)
         position_Gm = random.random(user_Gm.shape)
-        if like_share is None:
+        if not with_replacement:
+            pool_Gm = self.counts_V[user_Gm]
+            target_Gm = self.targets_once(user_Gm, draws_V, random)
+        elif like_share is None:
             pool_Gm = self.counts_V[user_Gm]
             target_Gm = self.starts_V[user_Gm] + (position_Gm * pool_Gm).astype(np.int64)
         else:
@@ -166,6 +172,17 @@ class UserBlock:
         )
         for part in np.array_split(order, num_batches(len(user_G), targets, batch_size)):
             yield self.batch(user_G[part], target_Gm[part], max_history, skip_G[part])
+
+    def targets_once(
+        self, user_Gm: np.ndarray, draws_V: np.ndarray, random: np.random.Generator
+    ) -> np.ndarray:
+        """Return rows of each user in random order; only a last draw that is not full repeats some."""
+        user_N = np.repeat(np.arange(len(self.counts_V)), self.counts_V)
+        shuffled_N = np.lexsort((random.random(len(user_N)), user_N))
+        draws, targets = user_Gm.shape
+        number_G = np.arange(draws) - np.repeat(np.cumsum(draws_V) - draws_V, draws_V)  # of the user's draws
+        position_Gm = number_G[:, None] * targets + np.arange(targets)
+        return shuffled_N[self.starts_V[user_Gm] + position_Gm % self.counts_V[user_Gm]]
 
     def targets_by_like(
         self, user_Gm: np.ndarray, like_Gm: np.ndarray, position_Gm: np.ndarray
@@ -199,7 +216,7 @@ class UserBlock:
         )
 
     def held_out(self, max_history: int, limit: int, *, likes_only: bool = False) -> Batch | None:
-        """Return at most `limit` held-out interactions, evenly spaced, with training histories."""
+        """Return at most `limit` interactions of the validation, evenly spaced, with training histories."""
         chosen = np.flatnonzero(self.held_like) if likes_only else np.arange(len(self.held_user))
         chosen = chosen[:: max(1, -(-len(chosen) // limit))]
         if not len(chosen):

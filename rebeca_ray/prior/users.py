@@ -4,7 +4,7 @@ Shapes: B batch, L interactions of a history, D embed dim, U user tokens, H widt
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -94,7 +94,7 @@ class UserTable:
     would each cost O(users) per step. A step touches the rows of its batch alone. Row-wise AdaGrad (Duchi et
     al. 2011, with one number per row) keeps 4 bytes of state per user. Every data-parallel worker holds the
     whole table. Workers exchange the gradients of touched rows by all-gather, so that all make the same
-    update.
+    update. With a `weight_decay`, AdamW updates every row at each step instead, as published.
     """
 
     def __init__(
@@ -104,12 +104,16 @@ class UserTable:
         width: int,
         *,
         seed: int = 0,
+        weight_decay: float | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         rows = torch.empty(num_users, num_user_tokens, width).normal_(generator=generator)
         self.rows_VUH = rows.to(device)
         self.squares_V = torch.zeros(num_users, device=device)
+        self.adamw = None
+        if weight_decay is not None:
+            self.adamw = torch.optim.AdamW([self.rows_VUH], weight_decay=weight_decay)
 
     def __call__(self, user_index_B: torch.Tensor) -> torch.Tensor:
         """Return user tokens [B, U, H]."""
@@ -127,13 +131,21 @@ class UserTable:
         touched, row_B = user_index_B.unique(return_inverse=True)
         gradient = torch.zeros(len(touched), *gradient_BUH.shape[1:], device=gradient_BUH.device)
         gradient.index_add_(0, row_B, gradient_BUH)
+        if self.adamw is not None:
+            self.adamw.param_groups[0]["lr"] = learning_rate
+            self.rows_VUH.grad = torch.zeros_like(self.rows_VUH).index_copy_(0, touched, gradient)
+            self.adamw.step()
+            return
         self.squares_V[touched] += gradient.square().mean((1, 2))
         scale = learning_rate / (self.squares_V[touched].sqrt() + 1e-10)
         self.rows_VUH[touched] -= scale[:, None, None] * gradient
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"rows": self.rows_VUH, "squares": self.squares_V}
+    def state_dict(self) -> dict[str, Any]:
+        adamw = self.adamw.state_dict() if self.adamw else None
+        return {"rows": self.rows_VUH, "squares": self.squares_V, "adamw": adamw}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows_VUH.copy_(state["rows"])
         self.squares_V.copy_(state["squares"])
+        if self.adamw is not None:
+            self.adamw.load_state_dict(state["adamw"])

@@ -30,6 +30,7 @@ from rebeca_ray.prior.checkpoint import load_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked
 from rebeca_ray.prior.users import UserVectors
+from rebeca_ray.schemas import TEST
 from rebeca_ray.stickers.build.data import Stickers, load_stickers, to_pixels
 from rebeca_ray.stickers.judge import Judge
 from rebeca_ray.stickers.report import write_report
@@ -71,7 +72,10 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
     embed = parse_config(EmbedConfig, settings_in(data, "embed"), where="demo")
     train = parse_config(TrainConfig, settings_in(data, "train"), where="demo")
     generate = parse_config(GenerateConfig, settings_in(data, "generate"), where="demo")
-    generate = generate.model_copy(update={"hide_hold_out": True})  # the report judges by these ratings
+    # The report judges by ratings that neither the training nor the generator sees.
+    apart = {"interactions": train.interactions.model_copy(update={"hold_out": 0.05, "test": 0.1})}
+    train = train.model_copy(update=apart)
+    generate = generate.model_copy(update={**apart, "hide_hold_out": True})
     (data / "generate.yaml").write_text(yaml.safe_dump(settings_in(data, "generate"), sort_keys=False))
 
     with phases("Simulate users"):
@@ -200,7 +204,7 @@ def held_out_likes(
 ) -> tuple[list[str], np.ndarray]:
     """Return the held-out likes of `users`, as users and rows of `stickers`."""
     chosen = (
-        interactions.held_out
+        (interactions.split == TEST)
         & (interactions.like == 1)
         & np.isin(interactions.user_id, list(users))[interactions.user_index]
     )

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader
 
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.data.interactions import Interactions
+from rebeca_ray.schemas import TRAINING
 from rebeca_ray.stickers import ITEMS
 from rebeca_ray.stickers.judge import Judge
 from rebeca_ray.stickers.truth import TruthCheck
@@ -82,7 +83,7 @@ def shown_users(snapshot: Snapshot, interactions: Interactions) -> list[ShownUse
     items = snapshot.items(["user_id", "rank", "image_file", "image_row"])
     users = sorted(set(items["user_id"].to_pylist()))
     index_of = {user: index for index, user in enumerate(interactions.user_id.tolist())}
-    liked = interactions.like.astype(bool) & ~interactions.held_out
+    liked = interactions.like.astype(bool) & (interactions.split == TRAINING)
     num_likes = np.bincount(interactions.user_index[liked], minlength=interactions.num_users)
     users.sort(key=lambda user: (-num_likes[index_of[user]], user))
     positions = np.linspace(0, len(users) - 1, min(NUM_SHOWN, len(users)))

@@ -83,7 +83,9 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
         and not state.diverged
     ):
         started, epoch = time.perf_counter(), state.epoch + 1
-        generator = torch.Generator(device).manual_seed(hash((optimization.seed, epoch, rank)) % 2**63)
+        seed = hash((optimization.seed, epoch, rank)) % 2**63
+        generator = torch.Generator(device).manual_seed(seed)
+        torch.manual_seed(seed)  # of the dropout inside a network, so that a resumed run is the same
         batches = islice(beating(epoch_batches(users, config, epoch), pulse), optimization.steps_per_epoch)
         with progress_bar(
             num_steps(histories, config), f"epoch {epoch}", settings["live"] and rank == 0
@@ -162,6 +164,7 @@ def epoch_batches(users: UserShare, config: TrainConfig, epoch: int) -> Iterator
     for block in users:
         yield from block.batches(
             samples_per_user=optimization.samples_per_user,
+            with_replacement=optimization.with_replacement,
             like_share=optimization.like_share,
             batch_size=max(1, optimization.batch_size // config.workers.num_workers),
             targets=targets_per_draw(config),
@@ -220,7 +223,8 @@ def train_epoch(
         loss = loss_of(x0_BD, users, row_B, like_B, generator)
         state.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(state.prior.parameters(), config.optimization.gradient_clip)
+        if config.optimization.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(state.prior.parameters(), config.optimization.gradient_clip)
         state.optimizer.step()
         state.update_average()
         if state.table:

@@ -27,9 +27,14 @@ class TrainState:
         self.table = None
         if network.user_encoder == "id":
             self.table = UserTable(
-                num_users, network.num_user_tokens, network.width, seed=optimization.seed, device=device
+                num_users,
+                network.num_user_tokens,
+                network.width,
+                seed=optimization.seed,
+                weight_decay=optimization.weight_decay if optimization.user_optimizer == "adamw" else None,
+                device=device,
             )
-        self.average, self.num_averaged = copy.deepcopy(self.prior).requires_grad_(False), 0
+        self.average, self.num_averaged = copy.deepcopy(self.prior).requires_grad_(False).eval(), 0
         self.ema_decay = optimization.ema_decay
         self.optimizer = torch.optim.AdamW(
             self.prior.parameters(),
@@ -129,14 +134,16 @@ class DenoisingLoss(nn.Module):
         like_B: torch.Tensor,
         generator: torch.Generator,
     ) -> torch.Tensor:
-        """Return the loss; user and rating are dropped independently (Ho & Salimans 2022, algorithm 1)."""
-        device = x0_BD.device
+        """Return the loss, with user and rating hidden at times (Ho & Salimans 2022, algorithm 1)."""
+        device, optimization = x0_BD.device, self.optimization
         drop = torch.rand(2, len(x0_BD), device=device, generator=generator)
+        is_hidden = drop < drop.new_tensor([[optimization.user_dropout], [optimization.rating_dropout]])
+        if optimization.joint_dropout:
+            drop_both = torch.rand(len(x0_BD), device=device, generator=generator)
+            is_hidden |= drop_both < optimization.joint_dropout
         user_BUH = user_tokens(self.prior, users, row_B)
-        user_BUH = torch.where(
-            (drop[0] < self.optimization.user_dropout)[:, None, None], self.prior.null_user_UH, user_BUH
-        )
-        rating_B = torch.where(drop[1] < self.optimization.rating_dropout, NULL_RATING, like_B)
+        user_BUH = torch.where(is_hidden[0, :, None, None], self.prior.null_user_UH, user_BUH)
+        rating_B = torch.where(is_hidden[1], NULL_RATING, like_B)
         timestep_B = torch.randint(
             0, self.diffusion.settings.num_train_timesteps, (len(x0_BD),), device=device, generator=generator
         )

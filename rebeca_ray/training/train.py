@@ -69,8 +69,18 @@ def train_prior(config: TrainConfig, *, run_date: datetime.date | None = None) -
 
 
 def check_network(config: TrainConfig, embed_dim: int) -> None:
-    """Raise InputError if the network has to predict noise of D numbers that cannot pass through it."""
+    """Raise InputError unless embeddings of `embed_dim` numbers, and their noise, fit the network."""
     network, target = config.network, config.diffusion.prediction_type
+    if network.architecture != "cross_attention" and embed_dim % network.num_tokens:
+        raise InputError(
+            f"network.num_tokens is {network.num_tokens}: {network.architecture} cuts embeddings of "
+            f"{embed_dim} numbers into equal slices; choose a divisor of {embed_dim}"
+        )
+    if network.architecture == "paper_v1" and network.num_tokens * network.width != embed_dim:
+        raise InputError(
+            f"network.width is {network.width}: a token of paper_v1 is a slice of the embedding, of "
+            f"{embed_dim} / num_tokens = {embed_dim // network.num_tokens} numbers; set width to that"
+        )
     if target != "sample" and network.num_tokens * network.width < embed_dim:
         raise InputError(
             f"network: {network.num_tokens} tokens of width {network.width} hold fewer than D = {embed_dim} "
@@ -220,7 +230,7 @@ def trained_prior(
         diffusion=config.diffusion,
         scaler=scaler,
         sampling=PriorSampling(prior_guidance_scale=1.0),
-        condition_dropout=min(config.optimization.user_dropout, config.optimization.rating_dropout),
+        condition_dropout=config.optimization.condition_dropout,
         clip=items.clip,
         user_rows=state["table"]["rows"] if state["table"] else None,
         users=user_table(histories) if state["table"] else None,
@@ -284,6 +294,7 @@ def validation_batch(histories: Histories, config: TrainConfig) -> Batch:
     )
     draws = block.batches(
         samples_per_user=4,
+        with_replacement=True,
         like_share=like_share,
         batch_size=VALIDATION_SAMPLES,
         targets=1,

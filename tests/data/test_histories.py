@@ -11,6 +11,7 @@ from rebeca_ray.config.sections import InteractionSettings
 from rebeca_ray.data import histories as histories_module
 from rebeca_ray.data.histories import build_histories, user_table
 from rebeca_ray.errors import UserError
+from rebeca_ray.schemas import VALIDATION
 from rebeca_ray.storage.parquet import read_table
 
 ITEMS = np.array([f"i{number}" for number in range(50)])
@@ -52,7 +53,7 @@ def test_one_row_per_user_in_order_of_time(tmp_path: Path) -> None:
         rated = sorted((row for row in source if row["user_id"] == user), key=lambda row: row["timestamp"])
         assert [f"i{item}" for item in rows[user]["item_index"]] == [row["item_id"] for row in rated]
         assert rows[user]["like"] == [int(row["rating"] >= 4) for row in rated]
-        assert sum(rows[user]["held_out"]) == len(rated) // 4
+        assert rows[user]["split"].count(VALIDATION) == len(rated) // 4
         assert rows[user]["num_likes"] == sum(rows[user]["like"])
 
 
@@ -64,7 +65,7 @@ def test_buckets_hold_the_same_histories(tmp_path: Path, monkeypatch: pytest.Mon
     parts = build_histories(settings, ITEMS, str(tmp_path / "parts"))
     assert len(parts.users_of_bucket) > 20
     assert parts.num_users == whole.num_users == 40
-    columns = ["user_id", "num_likes", "history_digest", "item_index", "like", "timestamp", "held_out"]
+    columns = ["user_id", "num_likes", "history_digest", "item_index", "like", "timestamp", "split"]
     read = [read_table(built.uri, "histories", columns).sort_by("user_id") for built in (whole, parts)]
     assert read[0].equals(read[1])
     users = user_table(parts).sort_by("user_index")

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rebeca_ray.config.sections import InteractionSettings
-from rebeca_ray.data.interactions import history_digests, hold_out, pair_hashes, read_interactions
+from rebeca_ray.data.interactions import history_digests, pair_hashes, read_interactions, split
 from rebeca_ray.errors import UserError
+from rebeca_ray.schemas import TEST, TRAINING, VALIDATION
 
 GOOD = {
     "user_id": ["b", "a", "a", "a", "c", "b"],
@@ -118,25 +119,28 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
         read(str(tmp_path / "bad.parquet"))
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    st.lists(st.integers(1, 40), min_size=1, max_size=8),
-    st.sampled_from([0.0, 0.1, 0.25, 0.5]),
-    st.integers(0, 2**32 - 1),
-)
-def test_hold_out_takes_the_same_share_of_everyone_whatever_the_order(
-    counts: list[int], share: float, seed: int
+shares = st.sampled_from([0.0, 0.1, 0.25, 0.4, 1.0, 5.0])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), shares, shares, st.integers(0, 2**32 - 1))
+def test_a_split_takes_the_same_of_everyone_whatever_the_order(
+    counts: list[int], validation: float, test: float, seed: int
 ) -> None:
     users = np.array([f"u{number}" for number in range(len(counts))])
     user_index = np.repeat(np.arange(len(counts)), counts)
     items = np.array([f"i{number}" for number in range(len(user_index))])
     _, key = pair_hashes(users[user_index], items)
-    held = hold_out(key, user_index, len(counts), share)
-    assert np.bincount(user_index, weights=held, minlength=len(counts)).tolist() == [
-        float(int(share * count)) for count in counts
-    ]
+    splits = split(key, user_index, len(counts), validation, test)
+    for user, count in enumerate(counts):
+        num_test, num_validation = (int(n * count) if n < 1 else int(n) for n in (test, validation))
+        num_test = min(num_test, count)
+        num_validation = min(num_validation, count - num_test)
+        user_splits = splits[user_index == user].tolist()
+        assert (user_splits.count(TEST), user_splits.count(VALIDATION)) == (num_test, num_validation)
+        assert user_splits.count(TRAINING) == count - num_test - num_validation
     order = np.random.default_rng(seed).permutation(len(items))
-    assert (hold_out(key[order], user_index[order], len(counts), share) == held[order]).all()
+    assert (split(key[order], user_index[order], len(counts), validation, test) == splits[order]).all()
 
 
 def test_histories_without_times_are_in_random_order(tmp_path: Path) -> None:

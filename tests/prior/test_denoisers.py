@@ -5,14 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from rebeca_ray.config.jobs import TrainConfig
-from rebeca_ray.config.presets import PRESETS
 from rebeca_ray.config.sections import NetworkSettings
 from rebeca_ray.prior.denoisers import LIKE, NULL_RATING, CrossAttentionDenoiser, Prior
-from rebeca_ray.prior.users import UserTable
 from tests.conftest import wake
 
-ARCHITECTURES = ["cross_attention", "decoder_only"]
+ARCHITECTURES = ["cross_attention", "paper_v1", "paper_v2"]
 
 
 def settings(architecture: str = "cross_attention", **changes: Any) -> NetworkSettings:
@@ -27,38 +24,15 @@ def settings(architecture: str = "cross_attention", **changes: Any) -> NetworkSe
     return NetworkSettings.model_validate({"architecture": architecture, **defaults, **changes})
 
 
-def parameters(preset: str, embed_dim: int, num_users: int) -> int:
-    network = TrainConfig.model_validate(
-        {"preset": preset, "interactions": {"path": "i"}, "items": "i", "out": "o"}
-    ).network
-    table = UserTable(num_users, network.num_user_tokens, network.width)
-    return (
-        sum(parameter.numel() for parameter in Prior(network, embed_dim).parameters())
-        + table.rows_VUH.numel()
-    )
-
-
-def test_the_published_networks_have_their_size() -> None:
-    assert set(PRESETS) == {"paper-v1", "paper-v2", "stickers"}
-    assert parameters("paper-v2", 1024, 210) == pytest.approx(4.4e6, rel=0.02)
-    # 8 layers of 12 · 1024² numbers, two maps of an embedding, three of a timestep, 4 tokens for each of 210
-    # users
-    assert parameters("paper-v1", 1024, 210) == pytest.approx(
-        (8 * 12 + 2 + 2) * 1024**2 + 210 * 4 * 1024, rel=0.01
-    )
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("embed_dim", [8, 10, 256, 2048])
-def test_any_embedding_size_goes_through(architecture: str, embed_dim: int) -> None:
-    prior = Prior(settings(architecture), embed_dim)
+def test_any_embedding_size_goes_through(embed_dim: int) -> None:
+    prior = Prior(settings(), embed_dim)
     condition = prior.condition(torch.randn(5, 3, 16), torch.tensor([0, 1, 2, 0, 1]))
     assert prior(torch.randn(5, embed_dim), torch.arange(5), condition).shape == (5, embed_dim)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_an_untrained_network_predicts_zero(architecture: str) -> None:
-    prior = Prior(settings(architecture), 8)
+def test_an_untrained_network_predicts_zero() -> None:
+    prior = Prior(settings(), 8)
     assert (
         prior(
             torch.randn(2, 8),
@@ -79,8 +53,8 @@ def test_a_new_cross_attention_block_changes_nothing() -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_user_rating_and_time_each_change_the_prediction(architecture: str) -> None:
-    prior = wake(Prior(settings(architecture), 8))
-    x, users = torch.randn(1, 8), torch.randn(2, 3, 16)
+    prior = wake(Prior(settings(architecture), 64))
+    x, users = torch.randn(1, 64), torch.randn(2, 3, 16)
 
     def predict(time: int, user: int, rating: int) -> torch.Tensor:
         return prior(x, torch.tensor([time]), prior.condition(users[user][None], torch.tensor([rating])))
@@ -92,32 +66,16 @@ def test_user_rating_and_time_each_change_the_prediction(architecture: str) -> N
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_one_condition_kept_for_many_rows_and_one_timestep_for_all_change_nothing(architecture: str) -> None:
-    prior = wake(Prior(settings(architecture), 8))
+    prior = wake(Prior(settings(architecture), 64))
     users, ratings, row = (
         torch.randn(3, 3, 16),
         torch.tensor([LIKE, LIKE, NULL_RATING]),
         torch.tensor([2, 0, 1, 1, 0, 2]),
     )
-    x = torch.randn(3, 8)
+    x = torch.randn(3, 64)
     kept = prior(x, torch.tensor([77]), prior.condition(users, ratings).expand(row))
     plain = prior(x.repeat(2, 1), torch.full((6,), 77), prior.condition(users[row], ratings[row]))
     torch.testing.assert_close(kept, plain, atol=1e-5, rtol=1e-4)
-
-
-def test_image_tokens_are_causal_after_user_rating_and_time() -> None:
-    """The last image token sees all of them, the first one sees nothing that comes later."""
-    prior = wake(Prior(settings("decoder_only", num_tokens=2), 8))
-    denoiser = prior.denoiser
-    condition = prior.condition(torch.randn(1, 3, 16), torch.tensor([LIKE]))
-    seen: list[torch.Tensor] = []
-    norm_out = denoiser.norm_out
-    norm_out.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))  # type: ignore[union-attr]
-    with torch.no_grad():
-        prior(torch.zeros(1, 8), torch.tensor([5]), condition)
-        denoiser.tokenizer.bias[16:] += 1.0  # type: ignore[union-attr, index]  # the second image token
-        prior(torch.zeros(1, 8), torch.tensor([5]), condition)
-    assert (seen[0][:, 0] == seen[1][:, 0]).all()
-    assert (seen[0][:, 1] != seen[1][:, 1]).any()
 
 
 def test_heads_must_divide_the_width() -> None:

@@ -44,6 +44,11 @@ def test_the_way_back_restores_direction_and_mean_length() -> None:
     torch.testing.assert_close(back.norm(dim=1), torch.full((100,), scaler.norm))
 
 
+def test_raw_embeddings_keep_their_length_on_the_way_back() -> None:
+    scaler = EmbedScaler.fit(EMBEDS, ScalingSettings(normalise=False, clamp=None, scale=0.5))
+    torch.testing.assert_close(scaler.unscale(torch.tensor([[3.0, 0.0, 0.0, 0.0]]))[0, 0], torch.tensor(6.0))
+
+
 def test_outliers_are_clamped() -> None:
     spike = torch.zeros(1, 100)
     spike[0, 0] = 1

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rebeca_ray import schemas
 from rebeca_ray.prior.user_blocks import MICROSECONDS_PER_DAY, Batch, UserBlock
+from rebeca_ray.schemas import TRAINING, VALIDATION
 
 Users = list[list[tuple[int, bool]]]  # of each user: like and held out, in order of time
 
@@ -26,7 +27,7 @@ def block(users: Users, **kinds: Any) -> UserBlock:
             "item_index": [[100 * user + row for row in range(len(rows))] for user, rows in enumerate(users)],
             "like": [[like for like, _ in rows] for rows in users],
             "timestamp": [[row * MICROSECONDS_PER_DAY for row in range(len(rows))] for rows in users],
-            "held_out": [[held for _, held in rows] for rows in users],
+            "split": [[VALIDATION if held else TRAINING for _, held in rows] for rows in users],
         },
         schema=schemas.HISTORIES,
     )
@@ -36,6 +37,7 @@ def block(users: Users, **kinds: Any) -> UserBlock:
 def draws(of: UserBlock, **changes: Any) -> list[Batch]:
     defaults: dict[str, Any] = {
         "samples_per_user": 40,
+        "with_replacement": True,
         "like_share": None,
         "batch_size": 16,
         "targets": 4,
@@ -67,6 +69,25 @@ def test_everyone_is_drawn_equally_often_from_what_is_not_held_out(
         for item, like in zip(batch.item_index_B, batch.like_B, strict=True):
             assert users[item // 100][item % 100] == (like, False)
     assert (count == 40).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(users=some_users, samples=st.integers(1, 12))
+def test_without_replacement_nobody_is_drawn_more_often_than_they_rated(users: Users, samples: int) -> None:
+    batches = draws(block(users), targets=1, samples_per_user=samples, with_replacement=False)
+    drawn = np.concatenate([batch.item_index_B for batch in batches])
+    assert len(np.unique(drawn)) == len(drawn)
+    for user, rows in enumerate(users):
+        kept = [100 * user + row for row, (_, held) in enumerate(rows) if not held]
+        user_items = drawn[drawn // 100 == user]
+        assert set(user_items) <= set(kept)
+        assert len(user_items) == min(samples, len(kept))
+
+
+def test_without_replacement_a_last_draw_is_filled_from_the_same_user() -> None:
+    batches = draws(block([[(1, False)] * 12]), targets=8, samples_per_user=40, with_replacement=False)
+    drawn = np.concatenate([batch.item_index_B for batch in batches])
+    assert (len(drawn), set(drawn.tolist()) <= set(range(12))) == (16, True)
 
 
 @settings(max_examples=50, deadline=None)

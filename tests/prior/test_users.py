@@ -1,5 +1,6 @@
 """User encoders: histories in any order and padding, and a table updated in the batch's rows alone."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,25 @@ def test_a_tables_update_is_row_wise_adagrad_on_the_rows_of_the_batch() -> None:
     squares = gradient[1].square().mean() + gradient[0].square().mean()
     assert table.squares_V[1].item() == pytest.approx(squares.item(), rel=1e-5)
     assert table.squares_V[[0, 2, 4]].tolist() == [0, 0, 0]
+
+
+def test_a_tables_update_by_adamw_moves_every_row_as_torch_would() -> None:
+    table = UserTable(5, 1, 4, weight_decay=0.1)
+    expected = table.rows_VUH.clone().requires_grad_()
+    torch_adamw = torch.optim.AdamW([expected], lr=0.5, weight_decay=0.1)
+    again = UserTable(5, 1, 4, weight_decay=0.1)
+    index = torch.tensor([3, 1, 3])
+    for step, learning_rate in enumerate((0.5, 0.5, 0.25)):
+        gradient = torch.randn(3, 1, 4, generator=torch.Generator().manual_seed(step))
+        table.update(index, gradient, learning_rate)
+        torch_adamw.param_groups[0]["lr"] = learning_rate
+        expected.grad = torch.zeros_like(expected).index_add_(0, index, gradient)
+        torch_adamw.step()
+        torch.testing.assert_close(table.rows_VUH, expected.detach())
+        if step == 1:
+            again.load_state_dict(copy.deepcopy(table.state_dict()))
+    again.update(index, gradient, 0.25)  # the state holds the moments too
+    assert torch.equal(again.rows_VUH, table.rows_VUH)
 
 
 def exchange(rank: int, meeting: str, index_B: torch.Tensor, gradient_BUH: torch.Tensor, out: str) -> None:

@@ -191,7 +191,13 @@ def in_process(config: TrainConfig) -> tuple[TrainState, DenoisingLoss, list[Bat
     block = UserBlock(read_table(histories.file(0), "histories"), histories.first_user_index)
     state = TrainState(config, D, 2, torch.device("cpu"))
     batches = block.batches(
-        samples_per_user=2048, like_share=None, batch_size=64, targets=4, max_history=24, seed=(0,)
+        samples_per_user=2048,
+        with_replacement=True,
+        like_share=None,
+        batch_size=64,
+        targets=4,
+        max_history=24,
+        seed=(0,),
     )
     x0_ID = EmbedScaler(embed_dim=D, norm=1.0).scale(torch.from_numpy(items.image_embeds)).numpy()
     return state, DenoisingLoss(state.prior, Diffusion.build(config.diffusion), config), list(batches), x0_ID
@@ -219,13 +225,12 @@ def test_noise_that_cannot_pass_through_the_network_is_refused(world: dict[str, 
     assert not Path(config.out).exists()
 
 
-@pytest.mark.parametrize("architecture", ["cross_attention", "decoder_only"])
+@pytest.mark.parametrize("architecture", ["cross_attention", "paper_v1", "paper_v2"])
 @pytest.mark.parametrize("user_encoder", ["history", "none"])
 def test_every_network_learns(world: dict[str, str], architecture: str, user_encoder: str) -> None:
     config = configure(world, user_encoder)
-    config = config.model_copy(
-        update={"network": config.network.model_copy(update={"architecture": architecture})}
-    )
+    changes = {"architecture": architecture, "num_tokens": 2, "width": D // 2}
+    config = config.model_copy(update={"network": config.network.model_copy(update=changes)})
     state, loss, batches, x0_ID = in_process(config)
     generator = torch.Generator().manual_seed(0)
     first, _ = train_epoch(loss, state, iter(batches[:10]), x0_ID, generator, config, None)
