@@ -12,6 +12,7 @@ import pyarrow as pa
 SCHEMA_VERSION = 4
 OLDEST_SCHEMA_VERSION = 3  # that this version reads
 VERSION_KEY = "rebeca.schema_version"  # in the metadata of every published file
+PRIOR_KEY, CLIP_KEY = "rebeca.prior", "rebeca.clip"  # in the metadata of sampled embeddings: fingerprints
 VERSION_3_NAMES = {
     "cold_start": "stranger",
     "stale": "late",
@@ -190,6 +191,23 @@ FILES = pa.schema(
 def image_embeds(embed_dim: int) -> pa.DataType:
     """Return `fixed_size_list<float32>[embed_dim]`, without nulls throughout."""
     return pa.list_(pa.field("element", FLOAT, nullable=False), embed_dim)
+
+
+def sampled(embed_dim: int, prior: str, clip: str | None) -> pa.Schema:
+    """Return the schema of `rebeca sample`: some embeddings per user, best first, made by the prior `prior`.
+
+    `clip` is the fingerprint of the CLIP that the embeddings belong to, if known.
+    """
+    return pa.schema(
+        [
+            required("user_id", STRING),
+            required("rank", INT16),
+            required("seed", pa.uint64()),  # of the noise in the prior
+            pa.field("like_probability", FLOAT),
+            required("image_embeds", image_embeds(embed_dim)),
+        ],
+        metadata={PRIOR_KEY: prior, **({} if clip is None else {CLIP_KEY: clip})},
+    )
 
 
 def embedded_items(embed_dim: int) -> pa.Schema:

@@ -179,6 +179,47 @@ def estimate(
 
 
 @app.command()
+def sample(
+    prior: Annotated[str, typer.Option(help="Folder of the prior: a local path or s3://bucket/prefix.")],
+    out: Annotated[str, typer.Option(help="Parquet file to write. It may not exist yet.")],
+    users: Annotated[
+        str | None, typer.Option(help="Parquet file of the users, in a column user_id. Or give --all.")
+    ] = None,
+    everyone: Annotated[
+        bool,
+        typer.Option("--all", help="Sample every user of the prior's table, or every user with ratings."),
+    ] = False,
+    num_images: Annotated[int, typer.Option(help="Embeddings per user.")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of the noise; at 0 it is that of `rebeca generate`.")] = 0,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY.SUB=VALUE]...",
+            help="Further settings of SampleConfig, such as items=FOLDER interactions.path=FILE "
+            "sampler.num_inference_steps=8 selection.diversity=0.2.",
+        ),
+    ] = None,
+) -> None:
+    """Sample embeddings of users into a Parquet file, without a catalog, for a decoder of your own.
+
+    A prior that knows users by their history needs the settings interactions.path and items.
+    """
+    from rebeca_ray.config.jobs import SampleConfig
+    from rebeca_ray.config.load import with_overrides
+    from rebeca_ray.errors import InputError
+
+    with plain_errors():
+        if everyone == (users is not None):
+            given = "both are given" if everyone else "neither is given"
+            raise InputError(f"--users, --all: {given}; give one of them")
+        options = {"prior": prior, "users": users, "out": out, "num_images": num_images, "seed": seed}
+        settings = with_overrides(SampleConfig, options, overrides, where="options")
+        from rebeca_ray.sample import sample_embeddings
+
+        print_result(output.sampled(sample_embeddings(settings), settings.out))
+
+
+@app.command()
 def export(
     config: Config,
     out: Annotated[Path, typer.Option(help="Folder for the graphs; decoder.engine_dir reads it.")],

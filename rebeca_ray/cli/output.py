@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rebeca_ray.catalog.read import Snapshot
     from rebeca_ray.generation.pipeline import Generated
     from rebeca_ray.nightly import Night
+    from rebeca_ray.sample import Sampled
     from rebeca_ray.storage.objects import JsonObject
 
 ESTIMATE_LABELS = {
@@ -96,6 +97,13 @@ def trained(metrics: Mapping[str, float], out: str) -> str:
 def distilled(figures: Mapping[str, float], out: str, passes: int) -> str:
     quality = figures["student_quality"]
     return f"distilled prior -> {out}  ({quality:.1%} of the teacher's quality in {passes} passes)"
+
+
+def sampled(sampled: Sampled, out: str) -> str:
+    line = f"sampled {sampled.embeddings:,} embeddings of {sampled.users:,} users -> {out}"
+    if unknown := sampled.cold_start_users:
+        line += f"; {unknown:,} of the users are unknown to the prior and share the population's"
+    return line
 
 
 def published(generated: Generated, catalog: str) -> str:

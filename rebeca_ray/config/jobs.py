@@ -219,6 +219,37 @@ class GenerateConfig(JobConfig):
         return self.run_date or (now or datetime.datetime.now(datetime.UTC)).date()
 
 
+class SampleConfig(Settings):
+    """`rebeca sample`: prior + users -> a file of embeddings, for another decoder."""
+
+    prior: Annotated[Location, Effect.CONTENT]
+    """Folder of the prior, written by `rebeca train` or `rebeca distill`."""
+    users: Annotated[Location | None, Effect.CONTENT] = None
+    """Parquet file or folder of the users, in a column `user_id`. By default, it is all users of the prior's
+    table, or all users with ratings."""
+    out: Annotated[Location, Effect.NOTHING]
+    """Parquet file that receives the embeddings. It may not exist yet."""
+    items: Annotated[Location | None, Effect.CONTENT] = None
+    """Folder of embedded real items, to avoid copies of them.
+    A prior with the user encoder `history` needs it."""
+    interactions: InteractionSettings | None = None
+    """Ratings of the users until now. A prior with the user encoder `history` needs them."""
+    catalog: Annotated[Location | None, Effect.CONTENT] = None
+    """Folder of a catalog whose generated items are rated too. Their embeddings are read there.
+    By default, ratings of generated items are left out."""
+    storage: Annotated[Location, Field(validate_default=True), Effect.NOTHING] = "runs/sample"
+    """Folder of histories. The next command with the same ratings reads them from there."""
+    sampler: SamplerSettings = SamplerSettings()
+    """Sampler of the prior. It runs in one process, whatever the number of actors."""
+    selection: SelectionSettings = SelectionSettings()
+    """Choice among a user's candidates."""
+    num_images: Annotated[int, Field(gt=0, le=MAX_IMAGES), Effect.PLAN] = 10
+    """Embeddings per user."""
+    seed: Annotated[Seed, Effect.ITEM] = 0
+    """Seed of the noise. At 0 it is that of a user's first items in a catalog, at 1 that of the items after
+    the first rotation, and so on."""
+
+
 class NightlyConfig(JobConfig):
     """`rebeca nightly`: embed, train, generate and collect for one date."""
 

@@ -28,9 +28,14 @@ def load_config(model: type[C], path: str | Path, overrides: list[str] | None = 
     for name, value in values.items():
         if isinstance(value, str) and name in model.model_fields and section_of(model, name) is not None:
             values[name] = read_values(path.parent / value)
+    return with_overrides(model, values, overrides, where=str(path))
+
+
+def with_overrides(model: type[C], values: dict[str, Any], overrides: list[str] | None, *, where: str) -> C:
+    """Build `model` from plain values and `key.sub=value` overrides. Raises as `parse_config` does."""
     for override in overrides or []:
         apply_override(values, override)
-    return parse_config(model, values, where=str(path))
+    return parse_config(model, values, where=where)
 
 
 def read_values(path: Path) -> dict[str, Any]:

@@ -19,10 +19,24 @@ from rebeca_ray.config.fields import (
     expand,
     section_of,
 )
-from rebeca_ray.config.jobs import DistillConfig, EmbedConfig, GenerateConfig, NightlyConfig, TrainConfig
+from rebeca_ray.config.jobs import (
+    DistillConfig,
+    EmbedConfig,
+    GenerateConfig,
+    NightlyConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from rebeca_ray.config.presets import PRESETS
 
-JOBS: tuple[type[Settings], ...] = (EmbedConfig, TrainConfig, DistillConfig, GenerateConfig, NightlyConfig)
+JOBS: tuple[type[Settings], ...] = (
+    EmbedConfig,
+    TrainConfig,
+    DistillConfig,
+    GenerateConfig,
+    NightlyConfig,
+    SampleConfig,
+)
 KINDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}
 CHECKED = {absolute: "location", expand: "model name", as_typed: "identifier", as_hexadecimal: "colour"}
 COMPARISONS = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}

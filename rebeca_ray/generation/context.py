@@ -3,15 +3,18 @@
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from functools import cached_property
+from typing import TypeVar
 
 import rebeca_ray
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.catalog.versions import current_version
-from rebeca_ray.config.jobs import GenerateConfig
+from rebeca_ray.config.jobs import GenerateConfig, SampleConfig
 from rebeca_ray.decoder.files import DecoderIdentity
 from rebeca_ray.identity import hash128
 from rebeca_ray.prior.checkpoint import load_prior
+
+C = TypeVar("C", GenerateConfig, SampleConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,7 @@ def identify_models(config: GenerateConfig, decoder: DecoderIdentity) -> Models:
     )
 
 
-def with_current_versions(config: GenerateConfig) -> GenerateConfig:
+def with_current_versions(config: C) -> C:
     """Return the config with today's versions of prior and items, which all stages of this attempt read."""
     items = config.items and current_version(config.items, "items")
     return config.model_copy(update={"prior": current_version(config.prior, "prior"), "items": items})

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.read import Snapshot
-from rebeca_ray.config.jobs import GenerateConfig
+from rebeca_ray.config.jobs import GenerateConfig, SampleConfig
+from rebeca_ray.config.sections import SamplerSettings, SelectionSettings
 from rebeca_ray.data.feedback import find_rated
 from rebeca_ray.data.histories import Histories, build_histories
 from rebeca_ray.data.items import embedded_with, open_items, read_image_embeds, read_item_ids
@@ -143,9 +144,26 @@ def read_plan(run: Run) -> list[PartRecord]:
     return [PartRecord.from_dict(part) for part in values["parts"]]
 
 
-def users_per_batch(config: GenerateConfig) -> int:
+def users_per_batch(config: GenerateConfig | SampleConfig) -> int:
     candidates_per_user = config.num_images * config.selection.candidates_per_item
     return max(1, TILES_PER_BATCH * config.sampler.batch_size // candidates_per_user)
+
+
+def settings_of_key(sampler: SamplerSettings, selection: SelectionSettings) -> str:
+    """Return the digest of the settings in a plan key. `sampler` is a resolved one."""
+    return hashlib.sha256((sampler.identity_json() + selection.model_dump_json()).encode()).hexdigest()
+
+
+def plan_keys(users: pa.Table, prior: str, settings: str) -> list[str]:
+    """Return the plan keys of rows of `schemas.DECISIONS`. They seed the noise of the users' candidates."""
+    return [
+        identity.plan_key(
+            prior=prior, settings=settings, user_id=user, history_digest=digest, generation=generation
+        )
+        for user, digest, generation in zip(
+            *(users[name].to_pylist() for name in ("user_id", "history_digest", "generation")), strict=True
+        )
+    ]
 
 
 def request_histories(config: GenerateConfig, run: Run, activity: Activity | None = None) -> Histories | None:
@@ -199,8 +217,7 @@ class PlanUsers:
             raise InputError(f"prior {config.prior}: was replaced while this run was planning; run again")
         self.diffusion = Diffusion.build(self.prior.diffusion, config.sampler.device)
         self.sampler = config.sampler.resolve(self.prior.sampling, self.prior.diffusion.num_train_timesteps)
-        settings = self.sampler.identity_json() + config.selection.model_dump_json()
-        self.settings = hashlib.sha256(settings.encode()).hexdigest()  # a part of every item's identity
+        self.settings = settings_of_key(self.sampler, config.selection)  # a part of every item's identity
         self.real_item_id: pa.Array | None = None
         self.real_unit_ID: torch.Tensor | None = None
         rated_ID: np.ndarray | None = None
@@ -233,19 +250,7 @@ class PlanUsers:
         if not users.num_rows:
             return schemas.plan(embed_dim).empty_table()
         vectors = self.users.load(users)
-        keys = [
-            identity.plan_key(
-                prior=self.versions["prior"],
-                settings=self.settings,
-                user_id=user,
-                history_digest=digest,
-                generation=generation,
-            )
-            for user, digest, generation in zip(
-                *(users[name].to_pylist() for name in ("user_id", "history_digest", "generation")),
-                strict=True,
-            )
-        ]
+        keys = plan_keys(users, self.versions["prior"], self.settings)
 
         # Sample more candidates than items. Like probability, real items and diversity choose among them.
         selection = self.config.selection

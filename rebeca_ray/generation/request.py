@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from rebeca_ray import schemas
 from rebeca_ray.config.fields import MAX_IMAGES
-from rebeca_ray.config.jobs import GenerateConfig
+from rebeca_ray.config.jobs import GenerateConfig, SampleConfig
 from rebeca_ray.config.load import parse_config
 from rebeca_ray.config.sections import DiffusionSettings, PriorSampling
 from rebeca_ray.data.interactions import open_interactions
@@ -85,7 +85,7 @@ def require_same_inputs(config: GenerateConfig, described: Mapping[str, str], ac
             raise replaced(name, section.path if section else getattr(config, name), action)
 
 
-def check_prior_can(config: GenerateConfig, prior: JsonObject) -> None:
+def check_prior_can(config: GenerateConfig | SampleConfig, prior: JsonObject) -> None:
     """Raise InputError for settings that this prior was not trained for, and for inputs that it misses."""
     sampling = parse_config(PriorSampling, prior["sampling"], where=f"prior {config.prior}: sampling")
     try:

@@ -7,7 +7,7 @@ by its address, and only the listing is repeated. A file that changed in between
 header is read again.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -186,27 +186,54 @@ class WrittenTable(TypedDict):
 def write_table(
     table: pa.Table, uri: str, *, row_group_size: int, embed_column: str | None = None
 ) -> WrittenTable:
-    """Write one Parquet file and return its `rows`, `bytes` and `sha256`, hashed while writing.
+    """Write a table as one Parquet file, as `write_tables` does."""
+    return write_tables([table], table.schema, uri, row_group_size=row_group_size, embed_column=embed_column)
 
-    The embedding column is stored byte-stream-split, without a dictionary or statistics. Everything is
-    compressed with zstd and has a checksum per page. Locally one rename makes the file appear, so a crash
-    leaves no half-written file.
+
+def write_tables(
+    tables: Iterable[pa.Table],
+    schema: pa.Schema,
+    uri: str,
+    *,
+    row_group_size: int,
+    embed_column: str | None = None,
+) -> WrittenTable:
+    """Write tables of `schema` as one Parquet file, with one row group in memory at a time.
+
+    Returns `rows`, `bytes` and `sha256` of the file, hashed while writing. The embedding column is stored
+    byte-stream-split, without a dictionary or statistics. Everything is compressed with zstd and has a
+    checksum per page. Locally one rename makes the file appear, so a crash leaves no half-written file.
     """
     filesystem, path = open_filesystem(uri)
-    plain = [field.name for field in table.schema if field.name not in (embed_column, "image", "thumbnail")]
+    plain = [field.name for field in schema if field.name not in (embed_column, "image", "thumbnail")]
     leaf = f"{embed_column}.list.element"
     sink = HashingSink(filesystem, path)
     with (
         sink,
         pq.ParquetWriter(
             pa.PythonFile(sink, mode="w"),
-            table.schema,
+            schema,
             compression="zstd",
-            use_dictionary=[name for name in plain if pa.types.is_string(table.schema.field(name).type)],
+            use_dictionary=[name for name in plain if pa.types.is_string(schema.field(name).type)],
             use_byte_stream_split=[leaf] if embed_column else False,
             write_statistics=plain,
             write_page_checksum=True,
         ) as writer,
     ):
-        writer.write_table(table, row_group_size=row_group_size)
-    return {"rows": table.num_rows, **sink.record()}
+        rows = 0
+        for group in joined(tables, row_group_size):
+            writer.write_table(group, row_group_size=row_group_size)
+            rows += group.num_rows
+    return {"rows": rows, **sink.record()}
+
+
+def joined(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """Yield successive tables as one, as long as they have at most `rows` rows together."""
+    pending: list[pa.Table] = []
+    for table in tables:
+        if pending and sum(part.num_rows for part in pending) + table.num_rows > rows:
+            yield pa.concat_tables(pending)
+            pending = []
+        pending.append(table)
+    if pending:
+        yield pa.concat_tables(pending)

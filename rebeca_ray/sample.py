@@ -1,0 +1,217 @@
+"""Sample embeddings alone: for notebooks, and for people with a decoder of their own.
+
+prior + users -> their histories or table rows, bucket by bucket -> the choice of planning -> one Parquet file
+
+An embedding is the one that `rebeca generate` would plan for the same user and rank. Cold-start users share
+the embeddings of the population, as they share its items in a catalog.
+
+Shapes: G users, K embeddings, D embed dim.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+import torch.nn.functional as F
+
+from rebeca_ray import schemas
+from rebeca_ray.catalog.layout import POPULATION_USER
+from rebeca_ray.config.jobs import SampleConfig
+from rebeca_ray.data.feedback import with_rated
+from rebeca_ray.data.histories import Histories, build_histories
+from rebeca_ray.data.items import check_items_fit, read_image_embeds
+from rebeca_ray.data.validation import check_columns, check_ids, check_rows
+from rebeca_ray.errors import InputError
+from rebeca_ray.generation.context import with_current_versions
+from rebeca_ray.generation.plan import arrow_column, plan_keys, settings_of_key, users_per_batch
+from rebeca_ray.generation.progress import SECONDS_BETWEEN_LINES, log_progress
+from rebeca_ray.generation.request import check_prior_can
+from rebeca_ray.generation.user_loader import UserLoader
+from rebeca_ray.identity import bucket_of, candidate_seed
+from rebeca_ray.prior.candidates import choose_candidates, judge_candidates, sample_candidates
+from rebeca_ray.prior.checkpoint import load_prior, read_prior_config
+from rebeca_ray.prior.diffusion import Diffusion
+from rebeca_ray.storage.filesystem import exists
+from rebeca_ray.storage.parquet import open_parquet, read_table, write_tables
+from rebeca_ray.storage.writable import require_writable
+
+ROWS_PER_GROUP = 10_000  # 40 MB at D = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """The numbers of written embeddings, and of their users."""
+
+    embeddings: int
+    users: int
+    cold_start_users: int
+
+
+def sample_embeddings(config: SampleConfig) -> Sampled:
+    """Write the embeddings of the users to `config.out`, which appears when it is complete.
+
+    Raises InputError for an output that exists, for users without ids or repeated ones, and for a prior that
+    misses an input or cannot follow the settings.
+    """
+    check_out(config.out)
+    config = with_current_versions(config)
+    prior_config = read_prior_config(config.prior)
+    check_prior_can(config, prior_config)
+    if config.items is not None:
+        check_items_fit(config.items, prior_config)
+    requested = None if config.users is None else read_users(config.users)
+    sampler = UserSampler(config)
+    if requested is None and sampler.prior.users is not None:
+        requested = sampler.prior.users["user_id"]
+    if requested is None and sampler.prior.settings.user_encoder != "history":
+        raise InputError(f"prior {config.prior}: knows no users; give --users instead of --all")
+    written = write_tables(
+        sample_all(sampler, requested),
+        sampler.schema,
+        config.out,
+        row_group_size=ROWS_PER_GROUP,
+        embed_column="image_embeds",
+    )
+    return Sampled(
+        embeddings=written["rows"],
+        users=written["rows"] // config.num_images,
+        cold_start_users=sampler.cold_start_users,
+    )
+
+
+def check_out(out: str) -> None:
+    """Raise UserError unless `out` is the name of a new Parquet file in a folder that can be written."""
+    if not out.endswith(".parquet"):
+        raise InputError(f"out {out}: the output is a Parquet file; give a name that ends with .parquet")
+    if exists(out):
+        raise InputError(f"out {out}: already exists; remove it, or give another name")
+    require_writable(out.rpartition("/")[0] or "/", "out")
+
+
+def read_users(uri: str) -> pa.ChunkedArray:
+    """Return the ids of the requested users. Raises InputError for invalid or repeated ids, and for none."""
+    source = open_parquet(uri, "users")
+    users = source.read(check_columns(source, pa.schema([schemas.REQUEST.field("user_id")])))
+    check_rows(users, "users", uri)
+    check_ids(users["user_id"], "users", uri, "user_id", unique="keep one row per user")
+    return users["user_id"]
+
+
+class UserSampler:
+    """Samples users in batches: their vectors, their candidates, and the choice among these."""
+
+    def __init__(self, config: SampleConfig) -> None:
+        device = config.sampler.device
+        if device == "cuda" and not torch.cuda.is_available():
+            raise InputError("sampler.device is cuda, torch sees no GPU here; set sampler.device=cpu")
+        self.config, self.prior = config, load_prior(config.prior, device)
+        self.diffusion = Diffusion.build(self.prior.diffusion, device)
+        self.sampler = config.sampler.resolve(self.prior.sampling, self.prior.diffusion.num_train_timesteps)
+        self.settings = settings_of_key(self.sampler, config.selection)
+        self.schema = schemas.sampled(
+            self.prior.scaler.embed_dim, prior=self.prior.fingerprint, clip=self.prior.clip
+        )
+        self.histories: Histories | None = None
+        self.real_unit_ID: torch.Tensor | None = None
+        rated_ID: np.ndarray | None = None
+        if config.items is not None:
+            items = read_image_embeds(config.items)
+            self.real_unit_ID = F.normalize(torch.from_numpy(items.image_embeds)).to(device)
+            if config.interactions is not None:
+                if config.catalog is not None:
+                    items = with_rated(items, config.catalog, config.interactions)
+                everything = config.interactions.model_copy(update={"min_likes": 0, "hold_out": 0.0})
+                self.histories = build_histories(everything, items.item_id, config.storage)
+            rated_ID = items.image_embeds
+        self.loader = UserLoader(self.prior, self.histories, rated_ID, device)
+        self.population: pa.Table | None = None
+        self.cold_start_users = 0
+
+    @torch.inference_mode()
+    def sample(self, users: pa.Table) -> pa.Table:
+        """Return the rows of `schemas.sampled` for the rows of `users_table`."""
+        vectors = self.loader.load(users)
+        keys = plan_keys(users, self.prior.fingerprint, self.settings)
+        selection = self.config.selection
+        count_G = np.full(users.num_rows, self.config.num_images)
+        sampled_G = count_G * selection.candidates_per_item
+        x_ND, user_N = sample_candidates(self.prior, self.diffusion, self.sampler, vectors, keys, sampled_G)
+        candidates = judge_candidates(self.prior, vectors.factor_GF, x_ND, user_N, self.real_unit_ID)
+        chosen = choose_candidates(candidates, count_G, selection)
+        numbers = zip(chosen.user_K.tolist(), chosen.candidate_K.tolist(), strict=True)
+        columns = {
+            "user_id": users["user_id"].take(pa.array(chosen.user_K)),
+            "rank": chosen.rank_K,
+            "seed": [candidate_seed(keys[user], candidate) for user, candidate in numbers],
+            "like_probability": chosen.like_K,
+            "image_embeds": chosen.embeds_KD,
+        }
+        arrays = [arrow_column(columns[field.name], field.type, len(chosen.rank_K)) for field in self.schema]
+        return pa.table(arrays, schema=self.schema)
+
+    def sample_population(self, user_id: pa.ChunkedArray) -> pa.Table:
+        """Return the rows of cold-start users: each gets the embeddings of the population."""
+        if self.population is None:
+            pool = pa.chunked_array([[POPULATION_USER]])
+            self.population = self.sample(users_table(pool, pa.array([""]), bucket=0, seed=self.config.seed))
+        self.cold_start_users += len(user_id)
+        count = self.config.num_images
+        rows = self.population.take(pa.array(np.tile(np.arange(count), len(user_id))))
+        users = user_id.take(pa.array(np.repeat(np.arange(len(user_id)), count)))
+        return rows.set_column(0, self.schema.field("user_id"), users)
+
+
+def sample_all(sampler: UserSampler, requested: pa.ChunkedArray | None) -> Iterator[pa.Table]:
+    """Yield the rows of `requested`, a batch of users at a time; without it, of all users with ratings."""
+    size = users_per_batch(sampler.config)
+    num_rated = sampler.histories.num_users if sampler.histories else 0
+    total = sampler.config.num_images * (num_rated if requested is None else len(requested))
+    rows, started, logged = 0, time.monotonic(), time.monotonic()
+    for users in users_by_bucket(sampler, requested):
+        is_known = users["history_digest"].is_valid()
+        known, cold_start = users.filter(is_known), users.filter(pc.invert(is_known))["user_id"]
+        batches = chain(
+            (sampler.sample(known.slice(start, size)) for start in range(0, len(known), size)),
+            (
+                sampler.sample_population(cold_start.slice(start, size))
+                for start in range(0, len(cold_start), size)
+            ),
+        )
+        for batch in batches:
+            yield batch
+            rows += batch.num_rows
+            if time.monotonic() - logged > SECONDS_BETWEEN_LINES:
+                logged = time.monotonic()
+                log_progress("sample", rows, total, logged - started)
+
+
+def users_by_bucket(sampler: UserSampler, requested: pa.ChunkedArray | None) -> Iterator[pa.Table]:
+    """Yield a `users_table` per bucket of the histories. A null digest marks a cold-start user."""
+    prior, histories = sampler.prior, sampler.histories
+    num_buckets = 1 if histories is None else len(histories.users_of_bucket)
+    if requested is not None:
+        bucket_G = np.array([bucket_of(user, num_buckets) for user in requested.to_pylist()])
+    known = schemas.PRIOR_USERS.empty_table() if prior.users is None else prior.users
+    for bucket in range(num_buckets):
+        if histories is not None and prior.settings.user_encoder == "history":
+            known = read_table(histories.file(bucket), "histories", ["user_id", "history_digest"])
+        known_id = known["user_id"].combine_chunks()
+        user_id = known_id if requested is None else requested.filter(pa.array(bucket_G == bucket))
+        digest = known["history_digest"].take(pc.index_in(user_id, value_set=known_id))
+        yield users_table(user_id, digest, bucket=bucket, seed=sampler.config.seed)
+
+
+def users_table(user_id: pa.ChunkedArray, digest: pa.ChunkedArray, *, bucket: int, seed: int) -> pa.Table:
+    """Return the columns of `schemas.DECISIONS` that sampling reads."""
+    columns = {
+        "user_id": user_id,
+        "history_digest": digest,
+        "histories_bucket": np.full(len(user_id), bucket, np.int32),
+        "generation": np.full(len(user_id), seed, np.int32),
+    }
+    return pa.table(columns)
