@@ -1,22 +1,25 @@
 #!/usr/bin/env python3
-"""An example ranker to improve on: a logistic model ranks real and generated items together for one user.
+"""An example ranker to improve on: it ranks a user's generated items and retrieved real items in one list.
 
 `python infra/examples/rank_example.py [--user ID] [--catalog CATALOG] [--items FOLDER] [--interactions FILE]
-[--top N]`
+[--prior FOLDER] [--top N]`
 
-The model has three features of a user and an item. They are the item's cosine to the mean of the liked items,
-to the mean of the disliked items, and to the nearest liked item. A generated item is a row like any other:
-its embedding comes from the catalog.
+The prior's selector predicts like probabilities from the user's ratings. It retrieves the best real items
+that the user has not rated, and it ranks both kinds. A generated item is a row like any other: its embedding
+comes from the catalog.
 
-Shapes: N pairs, I items, D embed dim.
+The same selector guided and chose the generated items, so it thinks too well of them. A ranker of yours,
+fitted to ratings of both kinds, is a fairer judge.
+
+Shapes: I known items, R rated ones, K retrieved ones, M generated items, N of both, D embed dim, F factors.
 """
 
 from typing import Annotated
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-import torch.nn.functional as F
 import typer
 from rich.table import Table
 
@@ -27,12 +30,14 @@ from rebeca_ray.config.sections import InteractionSettings
 from rebeca_ray.console import console
 from rebeca_ray.data.feedback import with_rated
 from rebeca_ray.data.interactions import Interactions, read_interactions
-from rebeca_ray.data.items import EmbeddedItems, read_image_embeds
+from rebeca_ray.data.items import EmbeddedItems, check_items_fit, read_image_embeds
 from rebeca_ray.errors import InputError
+from rebeca_ray.evaluation.retrieval import retrieve
+from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior, read_prior_config
+from rebeca_ray.prior.selector import MAX_HISTORY
+from rebeca_ray.prior.users import History
 
 STICKERS = "~/rebeca-stickers"
-USERS_TO_LEARN_FROM = 300
-COLUMNS = ["item_id", "image_embeds", "nearest_item_id"]
 
 
 def rank(
@@ -44,23 +49,38 @@ def rank(
     interactions: Annotated[
         str, typer.Option(help="Parquet file of ratings.")
     ] = f"{STICKERS}/interactions.parquet",
+    prior: Annotated[str, typer.Option(help="Folder of the prior, for its selector.")] = f"{STICKERS}/prior",
     top: Annotated[int, typer.Option(min=1, help="Number of rows to show.")] = 20,
 ) -> None:
-    """Rank the items that a user has not rated yet."""
+    """Rank the generated and the retrieved items that a user has not rated yet."""
     with plain_errors():
         snapshot = read_catalog(catalog)
-        settings = InteractionSettings(path=interactions, hold_out=0.0, min_likes=0)
-        rated = read_interactions(settings)
-        real = read_image_embeds(items)
-        known = with_rated(real, catalog, settings)
-        if snapshot.manifest.embed_dim != real.image_embeds.shape[1]:
+        check_items_fit(items, read_prior_config(prior))
+        trained, real = load_prior(prior), read_image_embeds(items)
+        if trained.selector is None:
+            raise InputError(f"prior {prior}: has no selector; train one on both likes and dislikes")
+        if snapshot.manifest.embed_dim != trained.scaler.embed_dim:
             raise InputError(
-                f"items {items}: embeddings of size {real.image_embeds.shape[1]}, "
+                f"items {items}: embeddings of size {trained.scaler.embed_dim}, "
                 f"the catalog's have {snapshot.manifest.embed_dim}"
             )
-        weights = fit(rated, known)
+        settings = InteractionSettings(path=interactions, hold_out=0.0, min_likes=0)
+        ratings = read_interactions(settings)
+        known = with_rated(real, catalog, settings)  # the real items come first
+        if set(known.item_id).isdisjoint(ratings.item_id):
+            raise InputError(
+                "interactions: none of them rates a known item; "
+                "give the interactions and the items of the same catalog"
+            )
         user = user or default_user(snapshot)
-        show(user, snapshot, rated, real, known, weights, top)
+        row_R, like_R = ratings_of(user, ratings, known)
+        generated = snapshot.for_user(user, ["item_id", "image_embeds", "nearest_item_id"])
+        if not generated.num_rows and user not in ratings.user_id:
+            raise InputError(
+                f"user {user!r}: neither in the catalog nor in the interactions; give another with --user"
+            )
+        ranked = rank_together(trained, known, len(real.item_id), row_R, like_R, generated, top)
+        show(ranked.slice(0, top), f"for {user}: {like_R.sum()} likes and {(1 - like_R).sum()} dislikes")
 
 
 def default_user(snapshot: Snapshot) -> str:
@@ -73,120 +93,71 @@ def default_user(snapshot: Snapshot) -> str:
     return str(files["max_user_id"][0])
 
 
-def unit(embeds: np.ndarray) -> torch.Tensor:
-    """Return embeddings of unit length."""
-    return F.normalize(torch.from_numpy(embeds))
+def ratings_of(user: str, ratings: Interactions, known: EmbeddedItems) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of the known items that a user rated, and whether they liked each; the latest last."""
+    row_of = {item_id: row for row, item_id in enumerate(known.item_id)}
+    is_theirs = (ratings.user_id == user)[ratings.user_index]
+    item_ids, likes = ratings.item_id[is_theirs], ratings.like[is_theirs]
+    is_known = np.array([item_id in row_of for item_id in item_ids], bool)
+    return np.array([row_of[item_id] for item_id in item_ids[is_known]], int), likes[is_known]
 
 
-def features(item_ND: torch.Tensor, liked_LD: torch.Tensor, disliked_LD: torch.Tensor) -> torch.Tensor:
-    """Return [N, 4] for items and one user's history, all of unit length: the three cosines, and 1."""
-    mean_liked_D, mean_disliked_D = (
-        F.normalize(part.sum(0), dim=0) if len(part) else torch.zeros(item_ND.shape[1])
-        for part in (liked_LD, disliked_LD)
-    )
-    nearest_N = (item_ND @ liked_LD.T).amax(1) if len(liked_LD) else torch.zeros(len(item_ND))
-    return torch.stack(
-        [item_ND @ mean_liked_D, item_ND @ mean_disliked_D, nearest_N, torch.ones(len(item_ND))], dim=1
-    )
-
-
-def history(rated: Interactions, known: EmbeddedItems, user_index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows of the known items that a user rated, and whether they liked each."""
-    item_ids = rated.item_id[rated.user_index == user_index]
-    likes = rated.like[rated.user_index == user_index]
-    order = np.argsort(known.item_id)
-    rows = order[np.searchsorted(known.item_id, item_ids, sorter=order).clip(max=len(order) - 1)]
-    is_known = known.item_id[rows] == item_ids
-    return rows[is_known], likes[is_known]
-
-
-def fit(rated: Interactions, known: EmbeddedItems) -> torch.Tensor:
-    """Fit the weights [4] of the logistic model.
-
-    The features of a rated item come from the rest of its user's history, without the item itself.
-    """
-    embeds_ID = unit(known.image_embeds)
-    features_of_users, likes = [], []
-    num_users = min(USERS_TO_LEARN_FROM, rated.num_users)
-    for user_index in np.linspace(0, rated.num_users - 1, num_users).astype(int):
-        rows, like = history(rated, known, user_index)
-        for number in range(len(rows)):
-            others = np.arange(len(rows)) != number
-            liked, disliked = (embeds_ID[rows[others & (like == value)]] for value in (1, 0))
-            features_of_users.append(features(embeds_ID[rows[number : number + 1]], liked, disliked))
-        likes.append(like)
-    if not features_of_users:
-        raise InputError(
-            "interactions: none of them rates a known item; "
-            "give the interactions and the items of the same catalog"
-        )
-    x_N4, like_N = torch.cat(features_of_users), torch.from_numpy(np.concatenate(likes)).float()
-    weights = torch.zeros(4, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = F.binary_cross_entropy_with_logits(x_N4 @ weights, like_N) + 1e-4 * weights.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return weights.detach()
-
-
-def show(
-    user: str,
-    snapshot: Snapshot,
-    rated: Interactions,
-    real: EmbeddedItems,
+@torch.inference_mode()
+def rank_together(
+    trained: TrainedPrior,
     known: EmbeddedItems,
-    weights: torch.Tensor,
-    top: int,
-) -> None:
-    """Print the best real and generated items that the user has not rated."""
-    user_index = np.flatnonzero(rated.user_id == user)
-    rows, like = np.array([], int), np.array([], int)
-    if len(user_index):
-        rows, like = history(rated, known, int(user_index[0]))
-    generated = snapshot.for_user(user, COLUMNS)
-    if not len(user_index) and not generated.num_rows:
-        raise InputError(
-            f"user {user!r}: neither in the catalog nor in the interactions; give another with --user"
+    num_real: int,
+    row_R: np.ndarray,
+    like_R: np.ndarray,
+    generated: pa.Table,
+    num_retrieved: int,
+) -> pa.Table:
+    """Return a user's generated items and retrieved real items by like probability, without the rated ones.
+
+    The first `num_real` known items are real. `ratings_of` gives `row_R` and `like_R`.
+    """
+    selector, scaler = trained.selector, trained.scaler
+    is_rated = pc.is_in(generated["item_id"], value_set=pa.array(known.item_id[row_R], pa.string()))
+    generated = generated.filter(pc.invert(is_rated))
+    embeds_MD = generated["image_embeds"].combine_chunks().flatten().to_numpy().astype(np.float32)
+    x_MD = scaler.scale(torch.from_numpy(embeds_MD.reshape(-1, scaler.embed_dim)))
+    x_ID = scaler.scale(torch.from_numpy(known.image_embeds))
+
+    latest_R = row_R[-MAX_HISTORY:]
+    history = History(
+        item_BLD=x_ID[None, latest_R],
+        like_BL=torch.from_numpy(like_R[None, -MAX_HISTORY:]),
+        age_BL=torch.zeros(1, len(latest_R)),  # the selector ignores it
+        present_BL=torch.ones(1, len(latest_R), dtype=torch.bool),
+    )
+    factor_1F = selector.user_factors(history)
+    rated_real = row_R[row_R < num_real]
+    (row_K,) = retrieve(selector, factor_1F, x_ID[:num_real].numpy(), [rated_real], num_retrieved)
+
+    x_ND = torch.cat([x_MD, x_ID[row_K]])
+    like_N = selector.like_probability(x_ND, factor_1F.expand(len(x_ND), -1))
+    return pa.table(
+        {
+            "like_probability": like_N.numpy(),
+            "kind": ["generated"] * len(x_MD) + ["retrieved"] * len(row_K),
+            "item_id": generated["item_id"].to_pylist() + known.item_id[row_K].tolist(),
+            "most_like": generated["nearest_item_id"].fill_null("").to_pylist() + [""] * len(row_K),
+        }
+    ).sort_by([("like_probability", "descending")])
+
+
+def show(ranked: pa.Table, title: str) -> None:
+    """Print ranked items."""
+    table = Table("", "P(like)", "kind", "item", "most like", title=title)
+    for number, item in enumerate(ranked.to_pylist(), 1):
+        table.add_row(
+            str(number), f"{item['like_probability']:.3f}", item["kind"], item["item_id"], item["most_like"]
         )
-    item_id = np.concatenate([real.item_id, generated["item_id"].to_numpy(zero_copy_only=False)])
-    source = np.repeat(["real", "generated"], [len(real.item_id), generated.num_rows])
-    made_ND = np.array(generated["image_embeds"].to_pylist(), np.float32).reshape(
-        generated.num_rows, real.image_embeds.shape[1]
-    )
-    near = np.concatenate(
-        [
-            np.full(len(real.item_id), ""),
-            generated["nearest_item_id"].fill_null("").to_numpy(zero_copy_only=False),
-        ]
-    )
-    embeds_ID = unit(known.image_embeds)
-    x_N4 = features(
-        unit(np.concatenate([real.image_embeds, made_ND])),
-        embeds_ID[rows[like == 1]],
-        embeds_ID[rows[like == 0]],
-    )
-    probability = torch.sigmoid(x_N4 @ weights).numpy()
-    fresh = ~np.isin(item_id, known.item_id[rows])
-    best = np.argsort(-np.where(fresh, probability, -1), kind="stable")[: min(top, fresh.sum())]
-    table = Table(
-        "",
-        "P(like)",
-        "",
-        "item",
-        "most like",
-        title=f"for {user}: {int(like.sum())} likes and {int((like == 0).sum())} dislikes",
-    )
-    for number, row in enumerate(best):
-        table.add_row(str(number + 1), f"{probability[row]:.3f}", source[row], item_id[row], near[row])
     console.print(table)
+    num_generated = ranked["kind"].to_pylist().count("generated")
     console.print(
-        f"{(source[best] == 'generated').sum()} of the best {len(best)} are generated; "
-        f"of all {fresh.sum():,} ranked items {(source[fresh] == 'generated').sum():,} are"
+        f"{num_generated} of these {ranked.num_rows} items are generated, "
+        f"{ranked.num_rows - num_generated} are retrieved real items"
     )
 
 

@@ -105,6 +105,11 @@ class UserBlock:
         block.starts_V = np.cumsum(block.counts_V) - block.counts_V
         return block
 
+    def rated_items(self, user_G: np.ndarray) -> list[np.ndarray]:
+        """Return the item rows that each user rated, in order of time."""
+        stop_V = self.starts_V + self.counts_V
+        return [self.item_index_N[self.starts_V[user] : stop_V[user]] for user in user_G]
+
     def history(
         self,
         user_G: np.ndarray,

@@ -3,13 +3,15 @@
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, timedelta
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import torch
 import yaml
 
 from rebeca_ray.catalog.read import Snapshot, read_catalog
@@ -20,24 +22,29 @@ from rebeca_ray.config.load import parse_config
 from rebeca_ray.config.sections import SamplerSettings
 from rebeca_ray.console import console
 from rebeca_ray.data.embedding import embed_items
+from rebeca_ray.data.histories import histories_table, index_items
 from rebeca_ray.data.interactions import Interactions, read_interactions
+from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.decoder.interface import Rows
 from rebeca_ray.decoder.local import LocalDecoder
 from rebeca_ray.errors import InputError
 from rebeca_ray.evaluation.permutation import personality_line
+from rebeca_ray.evaluation.retrieval import retrieve
 from rebeca_ray.generation.pipeline import generate_catalog
-from rebeca_ray.prior.checkpoint import load_prior
+from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked
+from rebeca_ray.prior.user_blocks import UserBlock
 from rebeca_ray.prior.users import UserVectors
 from rebeca_ray.schemas import TEST
 from rebeca_ray.stickers.build.data import Stickers, load_stickers, to_pixels
 from rebeca_ray.stickers.judge import Judge
 from rebeca_ray.stickers.report import write_report
 from rebeca_ray.stickers.simulate import simulate
-from rebeca_ray.stickers.truth import Truth, TruthCheck
+from rebeca_ray.stickers.truth import RETRIEVAL, Truth, TruthCheck
 from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.writable import require_writable
+from rebeca_ray.training.calibrate import factors_of
 from rebeca_ray.training.train import train_prior
 
 NUM_NO_USER = 40
@@ -154,7 +161,7 @@ def print_next_steps(page: Path, data: Path, config: GenerateConfig, run_date: s
         f"  source {Path(sys.prefix) / 'bin' / 'activate'}\n"
         f"  rebeca catalog show {config.catalog}\n"
         f"  python infra/examples/rank_example.py --catalog {config.catalog} --items {data}/items "
-        f"--interactions {data}/interactions.parquet\n"
+        f"--interactions {data}/interactions.parquet --prior {config.prior}\n"
         f"  rebeca generate --config {data}/generate.yaml run_date={tomorrow}"
         "    # no user changed, so all items are carried over\n"
         f"  rebeca estimate --config {data}/generate.yaml refresh.rotation=0.5 run_date={tomorrow}"
@@ -174,7 +181,7 @@ def check_truth(
     snapshot: Snapshot,
     generate: GenerateConfig,
 ) -> TruthCheck:
-    """Judge the five sets of `TruthCheck` for the users of the snapshot."""
+    """Judge the seven sets of `TruthCheck` for the users of the snapshot."""
     items = snapshot.items(["user_id", "image_file", "image_row"])
     owners = items["user_id"].to_pylist()
     pixels = to_pixels(snapshot.images(items))
@@ -184,6 +191,11 @@ def check_truth(
 
     held_users, held_rows = held_out_likes(interactions, stickers, set(users))
     stickers_NHWC = stickers.image_NCHW.permute(0, 2, 3, 1).numpy()
+    prior = load_prior(generate.prior)
+    (plain_users, plain_rows), (mmr_users, mmr_rows) = (
+        retrieved_items(prior, generate, interactions, stickers, users, diversity)
+        for diversity in (0.0, generate.selection.diversity)
+    )
     return TruthCheck(
         matched=float(truth.like_probability(owners, pixels).mean()),
         shuffled=truth.mean_over_users(users, pixels),
@@ -192,10 +204,10 @@ def check_truth(
                 owners, stickers_NHWC[random.integers(0, len(stickers_NHWC), len(owners))]
             ).mean()
         ),
-        no_user=truth.mean_over_users(
-            users, no_user_images(generate.prior, generate.sampler, generate.decoder)
-        ),
+        no_user=truth.mean_over_users(users, no_user_images(prior, generate.sampler, generate.decoder)),
         held_out=float(truth.like_probability(held_users, stickers_NHWC[held_rows]).mean()),
+        retrieved=float(truth.like_probability(plain_users, stickers_NHWC[plain_rows]).mean()),
+        retrieved_with_mmr=float(truth.like_probability(mmr_users, stickers_NHWC[mmr_rows]).mean()),
     )
 
 
@@ -208,14 +220,51 @@ def held_out_likes(
         & (interactions.like == 1)
         & np.isin(interactions.user_id, list(users))[interactions.user_index]
     )
-    row_of = {item: row for row, item in enumerate(stickers.item_id)}
     owners = interactions.user_id[interactions.user_index[chosen]].tolist()
-    return owners, np.array([row_of[item] for item in interactions.item_id[chosen]])
+    return owners, rows_of(interactions.item_id[chosen], stickers)
 
 
-def no_user_images(prior_uri: str, sampler: SamplerSettings, decoder: DecoderSettings) -> np.ndarray:
+def rows_of(item_ids: Iterable[str], stickers: Stickers) -> np.ndarray:
+    row_of = {item: row for row, item in enumerate(stickers.item_id)}
+    return np.array([row_of[item] for item in item_ids])
+
+
+def retrieved_items(
+    prior: TrainedPrior,
+    generate: GenerateConfig,
+    interactions: Interactions,
+    stickers: Stickers,
+    users: list[str],
+    diversity: float,
+) -> tuple[list[str], np.ndarray]:
+    """Return `num_images` items retrieved for each of `users`, as users and rows of `stickers`.
+
+    The selector reads the training ratings alone, and a held-out item may be retrieved.
+    """
+    # The demo's config names both inputs, and simulated users like some items and dislike others.
+    assert generate.items is not None
+    assert generate.interactions is not None
+    assert prior.selector is not None
+    items = read_image_embeds(generate.items)
+    item_index = index_items(interactions, pa.array(items.item_id, pa.string()), generate.interactions.path)
+    training = UserBlock(histories_table(interactions, item_index, bucket=0), np.zeros(1, int))
+    index_of = {user: index for index, user in enumerate(interactions.user_id.tolist())}
+    user_G = np.array([index_of[user] for user in users])
+    x0_ID = prior.scaler.scale(torch.from_numpy(items.image_embeds)).numpy()
+    rows_of_users = retrieve(
+        prior.selector,
+        factors_of(prior.selector, training, user_G, x0_ID),
+        x0_ID,
+        training.rated_items(user_G),
+        generate.num_images,
+        diversity,
+    )
+    owners = [user for user, rows in zip(users, rows_of_users, strict=True) for _ in rows]
+    return owners, rows_of(items.item_id[np.concatenate(rows_of_users)], stickers)
+
+
+def no_user_images(prior: TrainedPrior, sampler: SamplerSettings, decoder: DecoderSettings) -> np.ndarray:
     """Return images of the prior without user condition: it gets the rating, but no user."""
-    prior = load_prior(prior_uri)
     resolved = sampler.resolve(prior.sampling, prior.diffusion.num_train_timesteps)
     null_user = UserVectors(token_GUH=prior.network.null_user_UH.detach()[None])
     x0 = sample_liked(
@@ -238,4 +287,5 @@ def print_check(check: TruthCheck, judge: Judge) -> None:
         table.add_row(letter, description, f"{figure:.3f}")
     console.print(table)
     console.print(check.verdict)
+    console.print(f"[dim]{RETRIEVAL}[/dim]")
     console.print(f"[dim]{judge.accuracy_line}[/dim]")

@@ -14,7 +14,7 @@ from rebeca_ray.data.interactions import Interactions
 from rebeca_ray.schemas import TRAINING
 from rebeca_ray.stickers import ITEMS
 from rebeca_ray.stickers.judge import Judge
-from rebeca_ray.stickers.truth import TruthCheck
+from rebeca_ray.stickers.truth import RETRIEVAL, TruthCheck
 
 NUM_SHOWN = 12
 NUM_LIKED = 9
@@ -66,6 +66,7 @@ def write_report(
             check=check,
             ratio=check.ratio_to_shuffled,
             of_held_out=check.ratio_to_held_out,
+            retrieval=RETRIEVAL,
             judge=judge.accuracy_line,
             curve=loss_curve(prior / "training.csv"),
             phases=phases,

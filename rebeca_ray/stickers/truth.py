@@ -15,6 +15,11 @@ import pyarrow.parquet as pq
 
 from rebeca_ray.stickers.judge import Judge
 
+RETRIEVAL = (
+    "Retrieval (f, g): the selector reads a user's training ratings, and chooses as many of the other real "
+    "items as were requested. It does not read the held-out ratings, so a chosen item may be a held-out one."
+)
+
 
 class Truth:
     """Hidden tastes of some users, laid out like the judge's outputs.
@@ -63,13 +68,15 @@ class Truth:
 
 @dataclass(frozen=True, kw_only=True)
 class TruthCheck:
-    """Mean true like probability of five sets of images."""
+    """Mean true like probability of seven sets of images."""
 
     matched: float  # (a) generated items for their own users
     shuffled: float  # (b) the same items for random users
     random_real: float  # (c) random real items
     no_user: float  # (d) items of the prior without user condition
     held_out: float  # (e) each user's own held-out liked items
+    retrieved: float  # (f) real items that the selector likes most for each user
+    retrieved_with_mmr: float  # (g) the same, chosen by maximal marginal relevance
 
     def rows(self) -> list[tuple[str, str, float]]:
         """Return `(letter, description, figure)` in the order of a report."""
@@ -79,6 +86,8 @@ class TruthCheck:
             ("c", "random real items", self.random_real),
             ("d", "from the prior without user condition", self.no_user),
             ("e", "the users' own held-out liked items", self.held_out),
+            ("f", "retrieved real items, for their own users", self.retrieved),
+            ("g", "the same, chosen by maximal marginal relevance (MMR)", self.retrieved_with_mmr),
         ]
 
     def figures(self) -> dict[str, float]:
@@ -89,6 +98,8 @@ class TruthCheck:
             "random_real": self.random_real,
             "no_user": self.no_user,
             "held_out": self.held_out,
+            "retrieved": self.retrieved,
+            "retrieved_with_mmr": self.retrieved_with_mmr,
         }
 
     @property

@@ -10,6 +10,7 @@ sets, of 25 samples per user for 200 users, are:
     (d) as (b): users seen in training      (i) the item nearest to that of (h), to exclude copies
     (e) as (b): users never seen            (j) as (b), chosen among several candidates, as by planning
     (k) retrieval: the selector's best real items that the user has not rated
+    (l) as (k), with maximal marginal relevance (MMR) at the diversity of planning
 
 Two sweeps follow: over the selector's guidance, and over the candidates per item for four items per user.
 MMD and Fréchet distance are to the users' pooled held-out liked items.
@@ -37,6 +38,7 @@ from rebeca_ray.data.embedding import embed_items
 from rebeca_ray.data.histories import build_histories
 from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.evaluation.permutation import permutation_test
+from rebeca_ray.evaluation.retrieval import retrieve
 from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked
@@ -198,17 +200,13 @@ def chosen(prior: TrainedPrior, of: Population, drawn: torch.Tensor, count: int)
     return torch.stack(kept)
 
 
-def retrieved(prior: TrainedPrior, of: Population) -> torch.Tensor:
-    """Return the real items that the selector ranks first among those a user has not rated."""
+def retrieved(prior: TrainedPrior, of: Population, diversity: float = 0.0) -> torch.Tensor:
+    """Return the embeddings of real items retrieved for each user, [users, SAMPLES, D]."""
     assert prior.selector is not None
     factors = factors_of(prior.selector, of.block, of.user_G, of.x0_ID)
-    x_ID, kept = torch.from_numpy(of.x0_ID), []
-    for user, factor in zip(of.user_G, factors, strict=True):
-        like = prior.selector.like_probability(x_ID, factor.expand(len(x_ID), -1)).clone()
-        start = of.block.starts_V[user]
-        like[of.block.item_index_N[start : start + of.block.counts_V[user]]] = -1
-        kept.append(x_ID[like.topk(SAMPLES).indices])
-    return torch.stack(kept)
+    rated = of.block.rated_items(of.user_G)
+    rows = retrieve(prior.selector, factors, of.x0_ID, rated, SAMPLES, diversity)
+    return torch.from_numpy(of.x0_ID[np.stack(rows)])
 
 
 def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
@@ -273,6 +271,7 @@ def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
         "h random liked training item": quality(torch.from_numpy(x0_ID[liked]), seen),
         "i item nearest to that of (h)": quality(torch.from_numpy(x0_ID[other[liked]]), seen),
         "k retrieval by the selector": quality(retrieved(history, seen), seen),
+        "l retrieval with MMR": quality(retrieved(history, seen, SelectionSettings().diversity), seen),
         "j default settings, candidates chosen": quality(
             chosen(history, seen, drawn[:, : SAMPLES * SelectionSettings().candidates_per_item], SAMPLES),
             seen,

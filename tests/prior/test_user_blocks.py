@@ -194,6 +194,14 @@ def test_a_part_has_the_same_users_and_some_of_their_interactions() -> None:
     assert whole.counts_V.tolist() == [3, 1, 2]
 
 
+def test_rated_items_are_those_of_the_requested_users_without_the_hold_out() -> None:
+    users: Users = [[(1, False), (0, True), (0, False)], [(1, False)], [(1, True)]]
+    user_G = np.array([2, 0, 1])
+    assert [rows.tolist() for rows in block(users).rated_items(user_G)] == [[], [0, 2], [100]]
+    everything = block(users, training_only=False).rated_items(user_G)
+    assert [rows.tolist() for rows in everything] == [[200], [0, 1, 2], [100]]
+
+
 def test_a_long_history_is_read_from_any_point_on() -> None:
     """Training sees other parts of it than the latest; a short one is read as a whole."""
     users = block([[(1, False)] * 50, [(1, False)] * 3])

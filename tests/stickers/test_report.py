@@ -27,7 +27,15 @@ def test_a_hostile_user_is_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         prior=tmp_path,
         snapshot=anything,
         interactions=anything,
-        check=TruthCheck(matched=0.5, shuffled=0.5, random_real=0.5, no_user=0.5, held_out=0.5),
+        check=TruthCheck(
+            matched=0.5,
+            shuffled=0.5,
+            random_real=0.5,
+            no_user=0.5,
+            held_out=0.5,
+            retrieved=0.5,
+            retrieved_with_mmr=0.5,
+        ),
         judge=anything,
         phases={hostile: 1.0},
     ).read_text()

@@ -9,7 +9,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from rebeca_ray.stickers.judge import Judgement
-from rebeca_ray.stickers.truth import Truth, TruthCheck
+from rebeca_ray.stickers.truth import RETRIEVAL, Truth, TruthCheck
+
+CHECK = TruthCheck(
+    matched=0.4,
+    shuffled=0.2,
+    random_real=0.1,
+    no_user=0.15,
+    held_out=0.5,
+    retrieved=0.6,
+    retrieved_with_mmr=0.55,
+)
 
 
 class KnowingJudge:
@@ -66,16 +76,22 @@ def test_the_mean_over_users_is_every_image_for_everyone(truth: Truth) -> None:
 
 
 def test_the_verdict_states_both_ratios() -> None:
-    check = TruthCheck(matched=0.4, shuffled=0.2, random_real=0.1, no_user=0.15, held_out=0.5)
-    assert check.verdict == "(a) is 2.00 × (b) and 80% of (e)"
+    assert CHECK.verdict == "(a) is 2.00 × (b) and 80% of (e)"
 
 
 def test_the_figures_have_the_keys_of_the_documented_results() -> None:
-    check = TruthCheck(matched=0.4, shuffled=0.2, random_real=0.1, no_user=0.15, held_out=0.5)
-    assert check.figures() == {
+    assert CHECK.figures() == {
         "own": 0.4,
         "dealt": 0.2,
         "random_real": 0.1,
         "no_user": 0.15,
         "held_out": 0.5,
+        "retrieved": 0.6,
+        "retrieved_with_mmr": 0.55,
     }
+
+
+def test_the_rows_have_the_letters_that_the_texts_refer_to() -> None:
+    letters = {letter: figure for letter, _, figure in CHECK.rows()}
+    assert letters == {"a": 0.4, "b": 0.2, "c": 0.1, "d": 0.15, "e": 0.5, "f": 0.6, "g": 0.55}
+    assert RETRIEVAL.startswith("Retrieval (f, g)")
