@@ -125,7 +125,8 @@ class UserSampler:
             if config.interactions is not None:
                 if config.catalog is not None:
                     items = with_rated(items, config.catalog, config.interactions)
-                everything = config.interactions.model_copy(update={"min_likes": 0, "hold_out": 0.0})
+                unsplit = {"min_likes": 0, "hold_out": 0.0, "test": 0.0}
+                everything = config.interactions.model_copy(update=unsplit)
                 self.histories = build_histories(everything, items.item_id, config.storage)
             rated_ID = items.image_embeds
         self.loader = UserLoader(self.prior, self.histories, rated_ID, device)

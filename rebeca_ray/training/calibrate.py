@@ -53,7 +53,7 @@ class Point:
 def calibrate_prior(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray, seed: int) -> TrainedPrior:
     """Return the prior with its selector and its default guidance, and the figures of both in its metrics.
 
-    Without dislikes it has no selector. Without selector, users or condition dropout its guidance is 1.
+    Without likes it has no selector. Without selector or users it has no guidance.
     """
     selector = fit_selector(islice(training_blocks(histories), SELECTOR_BUCKETS), x0_ID, seed + 1)
     if selector is None:
@@ -64,7 +64,7 @@ def calibrate_prior(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray
         prior = replace(prior, metrics={**prior.metrics, "selector_auc": auc})
         message += f": {auc:.1%} of held-out likes before dislikes (area under the ROC curve)"
     log.info(message)
-    if prior.condition_dropout > 0 and prior.settings.user_encoder != "none":
+    if prior.settings.user_encoder != "none":
         prior = choose_guidance(prior, next(training_blocks(histories)), x0_ID, seed)
     if prior.user_rows is not None:
         selector.rows_VF = factors_of_all(selector, histories, x0_ID)

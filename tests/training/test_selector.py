@@ -1,4 +1,4 @@
-"""The selector: it predicts likes, also for new users, and does not exist without both ratings."""
+"""The selector: it predicts likes, also for new users and without dislikes; without likes, there is none."""
 
 from pathlib import Path
 
@@ -67,9 +67,21 @@ def test_a_user_without_interactions_is_an_average_one(selector: Selector, x0_ID
     assert 0.2 < probability.mean() < 0.8
 
 
-@pytest.mark.parametrize("like", [0, 1])
-def test_ratings_that_are_all_the_same_give_no_selector(like: int, x0_ID: np.ndarray) -> None:
-    assert fit_selector([block([[(like, False)] * 5] * 3)], x0_ID, seed=0) is None
+def test_without_likes_there_is_no_selector(x0_ID: np.ndarray) -> None:
+    assert fit_selector([block([[(0, False)] * 5] * 3)], x0_ID, seed=0) is None
+
+
+def test_without_dislikes_likes_are_told_from_random_items(x0_ID: np.ndarray) -> None:
+    users = block([[(1, False)] * 30 for _ in range(8)])
+    for user in range(8):  # user k has only even items if k is even, else odd ones
+        rows = slice(30 * user, 30 * (user + 1))
+        users.item_index_N[rows] = 100 * user + 2 * np.arange(30) + user % 2
+    fitted = fit_selector([users], x0_ID, seed=0)
+    assert fitted is not None
+    for user in (0, 1):
+        probability = probabilities(fitted, users, user, x0_ID)
+        is_liked = np.arange(20) % 2 == user % 2
+        assert probability[is_liked].min() > probability[~is_liked].max()
 
 
 def test_it_is_a_function_of_ratings_and_seed(selector: Selector, x0_ID: np.ndarray, tmp_path: Path) -> None:
