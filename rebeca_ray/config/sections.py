@@ -242,7 +242,7 @@ class SamplerSettings(Settings):
     name: Annotated[Literal["ddpm", "ddim", "dpm_solver", "unipc"] | None, Effect.ITEM] = None
     """Sampler of the prior. By default, it is `dpm_solver`."""
     num_inference_steps: Annotated[Size | None, Effect.ITEM] = None
-    """Denoising steps per candidate. By default, 16 steps are taken."""
+    """Denoising steps per candidate. By default, 8 steps are taken."""
     prior_guidance_scale: Annotated[Scale | None, Effect.ITEM] = None
     """Classifier-free guidance scale of the prior. By default, the scale chosen after training is taken."""
     selector_guidance_scale: Annotated[GuidanceWeight | None, Effect.ITEM] = None
@@ -274,7 +274,7 @@ class SamplerSettings(Settings):
             if self.selector_guidance_scale is None:
                 built_in["selector_guidance_scale"] = prior.selector_guidance_scale
             return self.model_copy(update=built_in)
-        steps = self.num_inference_steps or min(16, num_train_timesteps)
+        steps = self.num_inference_steps or min(8, num_train_timesteps)
         if steps > num_train_timesteps:
             raise ValueError(
                 f"sampler.num_inference_steps is {steps}, it was trained on {num_train_timesteps}; "
@@ -296,9 +296,9 @@ class SamplerSettings(Settings):
 class SelectionSettings(Settings):
     """The choice among a user's candidates before decoding."""
 
-    candidates_per_item: Annotated[SmallCount, Effect.ITEM] = 8
+    candidates_per_item: Annotated[SmallCount, Effect.ITEM] = 16
     """Candidates that are sampled per decoded item. At 1, all samples are kept in their order."""
-    diversity: Annotated[Fraction, Effect.ITEM] = 0.1
+    diversity: Annotated[Fraction, Effect.ITEM] = 0.15
     """Weight of the distance to chosen candidates against the like probability. At 0, liking decides."""
     max_item_similarity: Annotated[float, Field(gt=0, le=1), Effect.ITEM] = 0.98
     """Candidates with a higher cosine similarity to an existing item are copies and are chosen last."""

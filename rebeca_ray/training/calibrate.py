@@ -28,7 +28,7 @@ from rebeca_ray.training.selector import fit_selector
 log = logging.getLogger(__name__)
 
 SELECTOR_SCALES = (0.0, 4.0, 8.0, 12.0, 16.0, 20.0, 24.0, 32.0)
-MIN_DIVERSITY = 0.7  # mean distance between a user's samples, relative to that without guidance
+MIN_DIVERSITY = 0.75  # mean distance between a user's samples, relative to that without guidance
 NUM_USERS, SAMPLES_PER_USER = 100, 10
 USERS_AT_ONCE = 512
 SELECTOR_BUCKETS = 4  # some two million ratings are enough for the selector's few weights

@@ -11,16 +11,19 @@ sets, of 25 samples per user for 200 users, are:
     (e) as (b): users never seen            (j) as (b), chosen among several candidates, as by planning
     (k) retrieval: the selector's best real items that the user has not rated
     (l) as (k), with maximal marginal relevance (MMR) at the diversity of planning
+    (m) as (b), with a selector guidance of 44, which was chosen on another population
+    (n), (o), (p) as (j), for users of whom the latest 1, 2 and 5 ratings are known
 
-Two sweeps follow: over the selector's guidance, and over the candidates per item for four items per user.
-MMD and Fréchet distance are to the users' pooled held-out liked items.
+Two sweeps follow: over the selector's guidance, and over the candidates per item for four items per user. The
+latter also has the like probability that the selector predicts: the more candidates, the more it overrates.
+MMD and Fréchet distance are to the users' pooled likes of the test set, which nothing else has seen.
 
     python tests/bench/prior_quality.py [--seeds 101 102 103] [--users 4000] [--data runs/prior_quality]
 """
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +40,14 @@ from rebeca_ray.config.sections import InteractionSettings, SamplerSettings, Sel
 from rebeca_ray.data.embedding import embed_items
 from rebeca_ray.data.histories import build_histories
 from rebeca_ray.data.items import read_image_embeds
-from rebeca_ray.evaluation.permutation import permutation_test
+from rebeca_ray.evaluation.permutation import permutation_test, permutation_test_by_image
 from rebeca_ray.evaluation.retrieval import retrieve
 from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked
 from rebeca_ray.prior.selection import choose, nearest_items
 from rebeca_ray.prior.user_blocks import UserBlock
+from rebeca_ray.schemas import TEST
 from rebeca_ray.stickers.simulate import load_world, simulate
 from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.training.calibrate import SELECTOR_SCALES, factors_of, user_vectors
@@ -58,21 +62,28 @@ CANDIDATES = (1, 2, 4, 8, 16)
 PERMUTATION_KEYS = {"matched": "own", "shuffled": "dealt"}
 ITEMS_PER_USER = 4  # in the comparison of candidates
 SWEPT = (*SELECTOR_SCALES, 48.0, 64.0)
+GUIDANCE_OF_ONE_CANDIDATE = 44.0
+SPLIT = {"hold_out": 0.05, "test": 0.1}
+FEW_RATINGS = {"n": 1, "o": 2, "p": 5}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Population:
-    """Some users of one seed: histories without the hold-out, and true like probabilities of all items."""
+    """Some users of one seed: their training histories, test likes, and true like probabilities of items."""
 
     block: UserBlock
     user_G: np.ndarray
     like_GI: np.ndarray
     x0_ID: np.ndarray
+    test_likes: np.ndarray  # item rows, of all users
 
-    def held_out_likes(self) -> list[np.ndarray]:
-        """Return the item rows of each user's held-out likes."""
-        liked = self.block.held_like == 1
-        return [self.block.held_item_index[liked & (self.block.held_user == user)] for user in self.user_G]
+    def with_latest(self, num_ratings: int) -> "Population":
+        """Return the same users with their latest ratings alone."""
+        counts_V = self.block.counts_V
+        from_end_N = (
+            np.repeat(self.block.starts_V + counts_V, counts_V) - 1 - np.arange(len(self.block.like_N))
+        )
+        return replace(self, block=self.block.part(from_end_N < num_ratings))
 
     def training_likes(self) -> list[np.ndarray]:
         """Return the item rows of each user's training likes."""
@@ -88,7 +99,7 @@ def read_population(
 ) -> Population:
     """Return `num_users` of the users simulated in `folder`, evenly spaced."""
     interactions, truth = f"{folder}/interactions.parquet", folder / "truth.parquet"
-    histories = build_histories(InteractionSettings(path=interactions), item_id, storage)
+    histories = build_histories(InteractionSettings(path=interactions, **SPLIT), item_id, storage)
     table = read_table(histories.file(0), "histories")
     block = UserBlock(table, histories.first_user_index)
     user_G = np.linspace(0, len(block.counts_V) - 1, num_users).astype(int)
@@ -101,8 +112,12 @@ def read_population(
     for user, style, subcategory, like in zip(*tastes.values(), strict=True):
         like_GP[index_of[user], pair_of[style, subcategory]] = like
     row_of = {item: row for row, item in enumerate(world.item_id)}
+    splits, liked, items = (
+        np.concatenate(table[name].take(user_G).to_pylist()) for name in ("split", "like", "item_index")
+    )
     return Population(
         block=block,
+        test_likes=items[(splits == TEST) & (liked == 1)],
         user_G=user_G,
         like_GI=like_GP[:, world.pair[[row_of[item] for item in item_id]]],
         x0_ID=x0_ID,
@@ -128,12 +143,12 @@ def sample(
 
 
 def quality(x_GSD: torch.Tensor, of: Population) -> dict[str, float]:
-    """Return true like probability and share of distinct nearest items, and distances to held-out likes."""
+    """Return true like probability and share of distinct nearest items, and distances to test likes."""
     unit_ID = F.normalize(torch.from_numpy(of.x0_ID))
     nearest_GS = nearest_items(F.normalize(x_GSD.flatten(0, 1)), unit_ID)[0].view(x_GSD.shape[:2]).numpy()
     like = np.take_along_axis(of.like_GI, nearest_GS, axis=1).mean()
     distinct = np.mean([len(set(row)) / len(row) for row in nearest_GS])
-    real = F.normalize(torch.from_numpy(of.x0_ID[np.concatenate(of.held_out_likes())]))
+    real = F.normalize(torch.from_numpy(of.x0_ID[of.test_likes]))
     drawn = F.normalize(x_GSD.flatten(0, 1))
     return {
         "like": float(like),
@@ -165,12 +180,18 @@ def frechet(left_ND: torch.Tensor, right_ND: torch.Tensor) -> float:
 
 
 def permuted(prior: TrainedPrior, of: Population) -> dict[str, dict[str, float]]:
-    """Run the permutation test with ten samples per user, on all users and on 210 as in the paper."""
+    """Run the permutation test with ten samples per user: on all users, on the paper's 210, and their way."""
     unit_ID = F.normalize(torch.from_numpy(of.x0_ID))
     nearest_N = nearest_items(F.normalize(sample(prior, of, 10).flatten(0, 1)), unit_ID)[0].numpy()
-    like_UV = of.like_GI[:, nearest_N].reshape(len(of.user_G), -1, 10).mean(2)
-    some = np.linspace(0, len(like_UV) - 1, 210).astype(int)
-    tests = {"all": permutation_test(like_UV), "210": permutation_test(like_UV[np.ix_(some, some)])}
+    like_UVS = of.like_GI[:, nearest_N].reshape(len(of.user_G), -1, 10)
+    like_UV, some = like_UVS.mean(2), np.linspace(0, len(of.user_G) - 1, 210).astype(int)
+    tests = {
+        "all": permutation_test(like_UV),
+        "210": permutation_test(like_UV[np.ix_(some, some)]),
+        "210, the authors' variant": permutation_test_by_image(
+            like_UVS[np.ix_(some, some)].reshape(210, -1), np.repeat(np.arange(210), 10)
+        ),
+    }
     return {
         users: {PERMUTATION_KEYS.get(name, name): value for name, value in test.figures().items()}
         for users, test in tests.items()
@@ -183,12 +204,17 @@ def nearest_other(unit_ID: torch.Tensor) -> np.ndarray:
     return similarity_II.fill_diagonal_(-1).argmax(1).numpy()
 
 
-def chosen(prior: TrainedPrior, of: Population, drawn: torch.Tensor, count: int) -> torch.Tensor:
-    """Return `count` of each user's samples, [users, count, D], chosen as planning does."""
+def chosen(
+    prior: TrainedPrior, of: Population, drawn: torch.Tensor, count: int
+) -> tuple[torch.Tensor, float]:
+    """Return `count` of each user's samples, [users, count, D], chosen as planning does.
+
+    The second value is the mean like probability that the selector predicts for them.
+    """
     assert prior.selector is not None
     settings = SelectionSettings()
     factors = factors_of(prior.selector, of.block, of.user_G, of.x0_ID)
-    kept = []
+    kept, predicted = [], []
     for x_SD, factor in zip(drawn, factors, strict=True):
         like = prior.selector.like_probability(x_SD, factor.expand(len(x_SD), -1)).numpy()
         unit = F.normalize(x_SD).numpy()
@@ -196,8 +222,25 @@ def chosen(prior: TrainedPrior, of: Population, drawn: torch.Tensor, count: int)
             nearest_items(torch.from_numpy(unit), F.normalize(torch.from_numpy(of.x0_ID)))[1].numpy()
             > settings.max_item_similarity
         )
-        kept.append(x_SD[choose(unit, like, copy, count, settings.diversity).copy()])
-    return torch.stack(kept)
+        rows = choose(unit, like, copy, count, settings.diversity)
+        kept.append(x_SD[rows.copy()])
+        predicted.append(like[rows].mean())
+    return torch.stack(kept), float(np.mean(predicted))
+
+
+def by_default(prior: TrainedPrior, of: Population) -> dict[str, float]:
+    """Return the quality of 25 items per user at the default settings."""
+    drawn = sample(prior, of, SAMPLES * SelectionSettings().candidates_per_item)
+    return quality(chosen(prior, of, drawn, SAMPLES)[0], of)
+
+
+def by_candidates(prior: TrainedPrior, of: Population, drawn: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Return the quality of ITEMS_PER_USER items, and its prediction by the selector, by candidates."""
+    figures = {}
+    for candidates in CANDIDATES:
+        x_GSD, predicted = chosen(prior, of, drawn[:, : ITEMS_PER_USER * candidates], ITEMS_PER_USER)
+        figures[str(candidates)] = {**quality(x_GSD, of), "predicted": predicted}
+    return figures
 
 
 def retrieved(prior: TrainedPrior, of: Population, diversity: float = 0.0) -> torch.Tensor:
@@ -223,6 +266,7 @@ def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
             f"out={folder}/{name}",
         ]
         overrides += [f"storage={folder}/train", f"optimization.seed={seed}"]
+        overrides += [f"interactions.{key}={value}" for key, value in SPLIT.items()]
         overrides += [f"network.{key}={value}" for key, value in network.items()]
         train_prior(load_config(TrainConfig, ROOT / "jobs/configs/train_stickers.yaml", overrides))
         return load_prior(f"{folder}/{name}")
@@ -232,7 +276,7 @@ def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
         DistillConfig(
             prior=f"{folder}/history",
             out=f"{folder}/distilled",
-            interactions=InteractionSettings(path=f"{folder}/seen/interactions.parquet"),
+            interactions=InteractionSettings(path=f"{folder}/seen/interactions.parquet", **SPLIT),
             items=items,
             storage=f"{folder}/train",
             learning_rate=1e-3,
@@ -254,11 +298,7 @@ def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
     unit_ID = F.normalize(torch.from_numpy(x0_ID))
     other = nearest_other(unit_ID)
     reference = SamplerSettings(name="ddpm", num_inference_steps=1000)
-    drawn = sample(
-        history,
-        seen,
-        max(SAMPLES * SelectionSettings().candidates_per_item, ITEMS_PER_USER * max(CANDIDATES)),
-    )
+    cold_start = replace(seen, user_G=seen.user_G[::2], like_GI=seen.like_GI[::2])
     default = quality(sample(history, seen, SAMPLES), seen)
     return {
         "a reference, 1000 steps": quality(sample(history, seen, SAMPLES, reference), seen),
@@ -272,10 +312,22 @@ def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
         "i item nearest to that of (h)": quality(torch.from_numpy(x0_ID[other[liked]]), seen),
         "k retrieval by the selector": quality(retrieved(history, seen), seen),
         "l retrieval with MMR": quality(retrieved(history, seen, SelectionSettings().diversity), seen),
-        "j default settings, candidates chosen": quality(
-            chosen(history, seen, drawn[:, : SAMPLES * SelectionSettings().candidates_per_item], SAMPLES),
+        "j default settings, candidates chosen": by_default(history, seen),
+        f"m selector guidance {GUIDANCE_OF_ONE_CANDIDATE:g}, one candidate": quality(
+            sample(
+                history,
+                seen,
+                SAMPLES,
+                SamplerSettings(selector_guidance_scale=GUIDANCE_OF_ONE_CANDIDATE),
+            ),
             seen,
         ),
+        **{
+            f"{letter} default settings, latest ratings: {count}": by_default(
+                history, cold_start.with_latest(count)
+            )
+            for letter, count in FEW_RATINGS.items()
+        },
         "permutation": permuted(history, permuted_users),
         "guidance": history.sampling.selector_guidance_scale,
         "sweep": {
@@ -284,12 +336,9 @@ def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
             )
             for scale in SWEPT
         },
-        "candidates_per_item": {
-            str(candidates): quality(
-                chosen(history, seen, drawn[:, : ITEMS_PER_USER * candidates], ITEMS_PER_USER), seen
-            )
-            for candidates in CANDIDATES
-        },
+        "candidates_per_item": by_candidates(
+            history, seen, sample(history, seen, ITEMS_PER_USER * max(CANDIDATES))
+        ),
     }
 
 
@@ -339,14 +388,14 @@ def report(seeds: dict[str, dict[str, Any]]) -> None:
         ]
         table.add_row(name, *(f"{np.mean(values):.3f} ± {np.std(values):.3f}" for values in rows))
     Console().print(table)
-    for users in ("all", "210"):
+    for users in next(iter(seeds.values()))["permutation"]:
         tests = [figures["permutation"][users] for figures in seeds.values()]
         mean = {
             name: np.mean([test[name] for test in tests])
             for name in ("users", "own", "dealt", "effect", "z", "p_value")
         }
         Console().print(
-            "permutation test: " + ", ".join(f"{name} {value:.4g}" for name, value in mean.items())
+            f"permutation test, {users}: " + ", ".join(f"{name} {value:.4g}" for name, value in mean.items())
         )
 
 
