@@ -28,7 +28,7 @@ JOBS = [
     if issubclass(member, Settings) and member.__module__ == config_module.__name__
 ]
 HUGE = 10**30
-LONG = "x" * 10**7
+LONG = "x" * 10**6
 LONG_KEY = "x" * 90_000  # almost a whole file
 NUMBERS = [
     True,
