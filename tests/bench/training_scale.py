@@ -3,8 +3,10 @@
     python tests/bench/training_scale.py steps      an `id` table of 10,000 and 1,000,000 users: ms per step
     python tests/bench/training_scale.py memory     grouping 1 and 20 million interactions: peak MiB in use
     python tests/bench/training_scale.py workers    two workers with one thread each against one: samples/s
+    python tests/bench/training_scale.py processes  two trainings that share nothing against one: samples/s
 
-Every measurement runs in its own process, in turn. The table gives medians of the rounds.
+Every measurement runs in its own process, in turn. The table gives medians of the rounds. Two workers cannot
+gain more than two trainings that share nothing.
 """
 
 import argparse
@@ -38,7 +40,7 @@ def used_memory() -> int:
 
 
 def time_steps(num_users: int) -> dict[str, float]:
-    """Run optimizer steps of the network `paper-v2` on random samples of `num_users` users."""
+    """Run optimizer steps of two layers of the default network on random samples of `num_users` users."""
     import torch
 
     from rebeca_ray.config.jobs import TrainConfig
@@ -49,8 +51,7 @@ def time_steps(num_users: int) -> dict[str, float]:
 
     torch.set_num_threads(1)
     settings = {
-        "preset": "paper-v2",
-        "network": {"num_layers": 2},
+        "network": {"num_layers": 2, "user_encoder": "id"},
         "interactions": {"path": "i"},
         "items": "i",
         "out": "o",
@@ -165,6 +166,14 @@ def measure_workers(num_workers: int, data: Path) -> dict[str, float]:
     return {"samples_per_second": metrics["samples_per_second"]}
 
 
+def measure_processes(count: int) -> dict[str, float]:
+    """Return samples per second of `count` trainings at once, with one thread each and nothing in common."""
+    command = [sys.executable, __file__, "steps", "--one", "10000"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(count)]
+    outputs = [process.communicate()[0].splitlines()[-1] for process in processes]
+    return {"samples_per_second": sum(1000 * BATCH / json.loads(line)["ms_per_step"] for line in outputs)}
+
+
 def in_turn(name: str, sizes: list[int], rounds: int, data: Path) -> dict[int, dict[str, float]]:
     """Measure each size in its own process, round after round. Return the medians."""
     rounds_of: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
@@ -179,13 +188,21 @@ def in_turn(name: str, sizes: list[int], rounds: int, data: Path) -> dict[int, d
     }
 
 
-SIZES = {"steps": [10_000, 1_000_000], "memory": [1_000_000, 20_000_000], "workers": [1, 2]}
+SIZES = {
+    "steps": [10_000, 1_000_000],
+    "memory": [1_000_000, 20_000_000],
+    "workers": [1, 2],
+    "processes": [1, 2],
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
-        "parts", nargs="*", default=list(SIZES), help="steps, memory, workers; default: all of them"
+        "parts",
+        nargs="*",
+        default=list(SIZES),
+        help="steps, memory, workers, processes; default: all of them",
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data", type=Path, default=Path("runs/training_scale"))
@@ -197,6 +214,7 @@ def main() -> None:
             "steps": lambda: time_steps(arguments.one),
             "memory": lambda: measure_memory(arguments.one, data),
             "workers": lambda: measure_workers(arguments.one, data),
+            "processes": lambda: measure_processes(arguments.one),
         }[arguments.parts[0]]()
         print(json.dumps(measured))
         return
