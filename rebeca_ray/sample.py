@@ -125,11 +125,12 @@ class UserSampler:
             if config.interactions is not None:
                 if config.catalog is not None:
                     items = with_rated(items, config.catalog, config.interactions)
-                unsplit = {"min_likes": 0, "hold_out": 0.0, "test": 0.0}
-                everything = config.interactions.model_copy(update=unsplit)
+                everything = config.interactions.for_serving(hide_hold_out=config.hide_hold_out)
                 self.histories = build_histories(everything, items.item_id, config.storage)
             rated_ID = items.image_embeds
-        self.loader = UserLoader(self.prior, self.histories, rated_ID, device)
+        self.loader = UserLoader(
+            self.prior, self.histories, rated_ID, device, training_only=config.hide_hold_out
+        )
         self.population: pa.Table | None = None
         self.cold_start_users = 0
 

@@ -156,7 +156,7 @@ def test_a_prior_without_a_selector_is_refused(world: tuple[Snapshot, list[str]]
     finished = run(*world[1])
     assert (finished.returncode, finished.stderr) == (
         2,
-        f"error: prior {prior}: has no selector; train one on both likes and dislikes\n",
+        f"error: prior {prior}: has no selector; train it on ratings with likes\n",
     )
 
 

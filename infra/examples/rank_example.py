@@ -58,7 +58,7 @@ def rank(
         check_items_fit(items, read_prior_config(prior))
         trained, real = load_prior(prior), read_image_embeds(items)
         if trained.selector is None:
-            raise InputError(f"prior {prior}: has no selector; train one on both likes and dislikes")
+            raise InputError(f"prior {prior}: has no selector; train it on ratings with likes")
         if snapshot.manifest.embed_dim != trained.scaler.embed_dim:
             raise InputError(
                 f"items {items}: embeddings of size {trained.scaler.embed_dim}, "

@@ -1,7 +1,7 @@
 """The configs of the jobs: one frozen, strict model per job. `load.py` reads them from YAML."""
 
 import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -115,6 +115,16 @@ class TrainConfig(JobConfig):
     """Minutes without progress, such as a finished step, after which the job ends with exit code 75. The
     calibration is one step. Null means no limit."""
 
+    @model_validator(mode="after")
+    def check_workers(self) -> Self:
+        if not self.optimization.with_replacement and self.workers.num_workers > 1:
+            raise ValueError(
+                f"workers.num_workers is {self.workers.num_workers}, but without replacement the users of "
+                "different workers have different numbers of draws; set num_workers=1, "
+                "or optimization.with_replacement=true"
+            )
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def start_from_the_preset(cls, values: Any) -> Any:
@@ -189,8 +199,8 @@ class GenerateConfig(JobConfig):
     interactions: InteractionSettings | None = None
     """Ratings of the users until now. A prior with the user encoder `history` needs them."""
     hide_hold_out: Annotated[bool, Effect.ITEM] = False
-    """Whether generation ignores the ratings of `interactions.hold_out` and `interactions.test`. Turn it on
-    to judge the items by those ratings, and leave it off at night."""
+    """Whether generation ignores the ratings of `interactions.hold_out` and `interactions.test`, which must
+    be those of the training. Turn it on to judge the items by those ratings, and leave it off at night."""
     sampler: SamplerSettings = SamplerSettings()
     """Sampler of the prior."""
     selection: SelectionSettings = SelectionSettings()
@@ -237,6 +247,9 @@ class SampleConfig(Settings):
     catalog: Annotated[Location | None, Effect.CONTENT] = None
     """Folder of a catalog whose generated items are rated too. Their embeddings are read there.
     By default, ratings of generated items are left out."""
+    hide_hold_out: Annotated[bool, Effect.ITEM] = False
+    """Whether the ratings of `interactions.hold_out` and `interactions.test` are ignored, which must be those
+    of the training. Turn it on to judge the embeddings by those ratings."""
     storage: Annotated[Location, Field(validate_default=True), Effect.NOTHING] = "runs/sample"
     """Folder of histories. The next command with the same ratings reads them from there."""
     sampler: SamplerSettings = SamplerSettings()

@@ -77,6 +77,20 @@ class InteractionSettings(Settings):
     """Treatment of ratings whose item has no embedding: `refuse` ends the job, `drop` leaves them out.
     Ratings of unknown generated items are always left out."""
 
+    def for_serving(self, *, hide_hold_out: bool) -> Self:
+        """Return the settings that keep every user, and all their ratings unless some are hidden."""
+        splits = {} if hide_hold_out else {"hold_out": 0.0, "test": 0.0}
+        return self.model_copy(update={"min_likes": 0, **splits})
+
+    @model_validator(mode="after")
+    def check_splits(self) -> Self:
+        if self.hold_out < 1 and self.test < 1 and self.hold_out + self.test >= 1:
+            raise ValueError(
+                f"hold_out {self.hold_out:g} and test {self.test:g} leave nothing for training; "
+                "their sum must be below 1"
+            )
+        return self
+
     @model_validator(mode="after")
     def check_threshold(self) -> Self:
         low, high = self.rating_scale
@@ -164,17 +178,17 @@ class OptimizationSettings(Settings):
     user_learning_rate: Annotated[LearningRate, Effect.ITEM] = 0.1
     """Learning rate of the user table's rows, for the user encoder `id` only."""
     user_optimizer: Annotated[Literal["adagrad", "adamw"], Effect.ITEM] = "adagrad"
-    """Optimizer of the user table's rows: `adagrad` by row, which only touches the users of a batch, or
-    `adamw` over the whole table, as published."""
+    """Optimizer of the user table's rows, for the user encoder `id` only: `adagrad` by row, which touches the
+    users of a batch alone, or `adamw` over the whole table, as published."""
     weight_decay: Annotated[Fraction, Effect.ITEM] = 1e-5
-    """Decoupled weight decay of the network (AdamW)."""
+    """Decoupled weight decay of the network (AdamW), and of the user table's rows if they use AdamW."""
     batch_size: Annotated[Size, Effect.ITEM] = 64
     """Samples per optimizer step, over all workers."""
     samples_per_user: Annotated[Positive, Effect.ITEM] = 100
-    """Draws per user and epoch. Every user has the same weight."""
+    """Draws per user and epoch."""
     with_replacement: Annotated[bool, Effect.ITEM] = True
-    """Whether one interaction may be drawn again in an epoch. If not, users with fewer interactions than
-    `samples_per_user` have less weight."""
+    """Whether one interaction may be drawn again in an epoch, so that every user has the same weight. If not,
+    users with fewer interactions than `samples_per_user` have less, and there can be one worker only."""
     like_share: Annotated[Fraction | None, Effect.ITEM] = None
     """Fraction of likes among a user's draws. By default, likes and dislikes come as they were rated."""
     steps_per_epoch: Annotated[Positive | None, Effect.ITEM] = None

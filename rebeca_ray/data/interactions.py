@@ -242,7 +242,8 @@ def split(
     """Return [N] int8: the split of each interaction.
 
     The `test` interactions of each user with the least keys are for the test, the following `validation` ones
-    for validation. Each number is a fraction of the user's interactions, rounded down, or a whole number.
+    for validation. Each number is a fraction of the user's interactions, rounded down, or a whole number. At
+    least one interaction of each user is left for training.
     """
     order = np.lexsort((key, user_index))
     counts = np.bincount(user_index, minlength=num_users)
@@ -251,7 +252,7 @@ def split(
     num_test, num_validation = (
         np.floor(share * counts) if share < 1 else np.full(num_users, share) for share in (test, validation)
     )
-    bounds = np.stack([num_test, num_test + num_validation])[:, user_index[order]]
+    bounds = np.minimum(np.stack([num_test, num_test + num_validation]), counts - 1)[:, user_index[order]]
     of_row = np.empty(len(order), np.int8)
     of_row[order] = np.select(list(position < bounds), [TEST, VALIDATION], TRAINING)
     return of_row

@@ -93,7 +93,7 @@ def permutation_test_by_image(
     permutations, as they ran it.
 
     Use it to compare with published figures alone. Images of one user resemble each other, which a deal one
-    by one ignores, so its null is too narrow: z comes out two to three times as high, and p is too small.
+    by one ignores, so its null is too narrow: z comes out several times as high, and p is too small.
     Raises ValueError unless each user has an image.
     """
     users, images = like_UN.shape

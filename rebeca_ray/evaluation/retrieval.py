@@ -15,6 +15,7 @@ from rebeca_ray.prior.selection import choose
 from rebeca_ray.prior.selector import Selector
 
 LIKES_AT_ONCE = 2**26  # 256 MiB of like probabilities
+MMR_ITEMS = 2048
 
 
 @torch.inference_mode()
@@ -29,12 +30,11 @@ def retrieve(
     """Return the rows of each user's `num_items` best unseen items, best first; all if fewer are unseen.
 
     `x0_ID` are the items in the prior's space. `rated` holds the rows of the items that each user has rated.
-    With `diversity`, the choice is by maximal marginal relevance (MMR), as planning chooses candidates. It
-    holds another copy of the items.
+    With `diversity`, the choice among the MMR_ITEMS most liked is by maximal marginal relevance (MMR), as
+    planning chooses candidates.
     """
     gradient_GD, offset_G = selector.linear(factor_GF)
     x_ID = torch.from_numpy(x0_ID).to(gradient_GD.device)
-    unit_ID = F.normalize(x_ID).cpu().numpy() if diversity else None
     users_at_once = max(1, LIKES_AT_ONCE // len(x0_ID))
     retrieved = []
     for start in range(0, len(factor_GF), users_at_once):
@@ -43,9 +43,10 @@ def retrieve(
         for like_I, rated_rows in zip(like_GI, rated[part], strict=True):
             unseen = np.delete(np.arange(len(x0_ID)), rated_rows)
             best = unseen[np.argsort(-like_I[unseen], kind="stable")]
-            if unit_ID is not None:
-                no_copy = np.zeros(len(best), bool)
-                count = min(num_items, len(best))
-                best = best[choose(unit_ID[best], like_I[best], no_copy, count, diversity)]
+            if diversity:
+                best = best[: max(MMR_ITEMS, num_items)]
+                unit_CD = F.normalize(torch.from_numpy(x0_ID[best])).numpy()
+                no_copy, count = np.zeros(len(best), bool), min(num_items, len(best))
+                best = best[choose(unit_CD, like_I[best], no_copy, count, diversity)]
             retrieved.append(best[:num_items])
     return retrieved

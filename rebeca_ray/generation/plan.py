@@ -174,8 +174,7 @@ def request_histories(config: GenerateConfig, run: Run, activity: Activity | Non
     """
     if config.interactions is None or config.items is None:
         return None
-    held_out = {} if config.hide_hold_out else {"hold_out": 0.0, "test": 0.0}
-    everything = config.interactions.model_copy(update={"min_likes": 0, **held_out})
+    everything = config.interactions.for_serving(hide_hold_out=config.hide_hold_out)
     items = open_items(config.items)
     item_id, rated_id, rated_uri = read_item_ids(items), np.array([], object), None
     generated = find_rated(config.catalog, config.interactions, item_id, *embedded_with(items))

@@ -99,7 +99,7 @@ def check_prior_can(config: GenerateConfig | SampleConfig, prior: JsonObject) ->
         raise InputError(
             f"sampler.prior_guidance_scale is {sampler.prior_guidance_scale}, "
             f"but prior {config.prior} was trained without condition dropout and cannot be guided; "
-            "set it to 1, or train with user_dropout and rating_dropout above 0"
+            "set it to 1, or train with user_dropout and rating_dropout, or joint_dropout, above 0"
         )
     if config.interactions is not None and config.items is None:
         raise InputError(

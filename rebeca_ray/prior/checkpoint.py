@@ -5,7 +5,7 @@ versions, one version, or a plain copy of one.
 
 config.json            network, diffusion, scaler, sampling, versions, sha256 of the other files
 model.safetensors      the averaged weights, and the user table of an `id` prior
-selector.safetensors   the selector, if the ratings had both likes and dislikes
+selector.safetensors   the selector, if the ratings had likes
 users.parquet          only for an `id` prior: user_id, user_index, num_likes, history_digest
 training.csv           the loss curve
 README.md              the model card
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from rebeca_ray.prior.users import History
 
 
-FORMAT = 5
+FORMAT = 6
 UNFINISHED = "unfinished"
 USER_ROWS = "user_rows"  # the table's name among the weights
 MARKERS = {"prior.json": "fencing_token", "config.json": "format"}  # of a folder that a job may replace
@@ -90,7 +90,7 @@ class TrainedPrior:
     diffusion: DiffusionSettings
     scaler: EmbedScaler
     sampling: PriorSampling
-    condition_dropout: float  # the smaller of the user's and the rating's; guidance needs it above 0
+    condition_dropout: float  # how often training hid both user and rating; guidance needs it above 0
     clip: str | None  # fingerprint of the CLIP that made the training embeddings, if known
     user_rows: torch.Tensor | None = None  # [V, U, H]
     users: pa.Table | None = None

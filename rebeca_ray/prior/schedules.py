@@ -48,6 +48,12 @@ def last_noise(settings: DiffusionSettings, num_inference_steps: int) -> float:
     return math.sqrt((1 - power) / power)
 
 
+def fewest_steps(settings: DiffusionSettings, at_least: int, deviation: float) -> int | None:
+    """Return the fewest steps, but `at_least` so many, that `check_steps` allows; None if it allows none."""
+    steps = range(at_least, settings.num_train_timesteps + 1)
+    return next((count for count in steps if last_noise(settings, count) < deviation), None)
+
+
 def check_steps(settings: DiffusionSettings, num_inference_steps: int, deviation: float) -> None:
     """Raise ValueError if the last step would see as much noise as the data vary, by `deviation`.
 
@@ -55,8 +61,7 @@ def check_steps(settings: DiffusionSettings, num_inference_steps: int, deviation
     """
     if last_noise(settings, num_inference_steps) < deviation:
         return
-    steps = range(num_inference_steps + 1, settings.num_train_timesteps + 1)
-    enough = next((count for count in steps if last_noise(settings, count) < deviation), None)
+    enough = fewest_steps(settings, num_inference_steps + 1, deviation)
     remedy = f"take at least {enough}" if enough else "train the prior with another diffusion.schedule"
     raise ValueError(
         f"sampler.num_inference_steps is {num_inference_steps}; "

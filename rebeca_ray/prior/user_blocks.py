@@ -146,9 +146,9 @@ class UserBlock:
         """Yield `samples_per_user` samples of every user in random order (paper, appendix A.1).
 
         Numbers are rounded up to whole draws. With replacement, users with few interactions count as much as
-        others. Without it, nobody has more samples than interactions. For a user with both likes and
-        dislikes, a fraction `like_share` of the samples are likes; None draws from all interactions alike.
-        The result is a pure function of block and seed.
+        others. Without it, each interaction is drawn at most once, and `targets` must be 1. For a user with
+        both likes and dislikes, a fraction `like_share` of the samples are likes; None draws from all
+        interactions alike. The result is a pure function of block and seed.
         """
         random = np.random.default_rng((*seed, int(self.user_index_V[0])))
         most_V = samples_per_user if with_replacement else np.minimum(samples_per_user, self.counts_V)
@@ -157,6 +157,7 @@ class UserBlock:
         user_Gm = np.repeat(user_G[:, None], targets, axis=1)
         position_Gm = random.random(user_Gm.shape)
         if not with_replacement:
+            assert targets == 1
             pool_Gm = self.counts_V[user_Gm]
             target_Gm = self.targets_once(user_Gm, draws_V, random)
         elif like_share is None:
@@ -181,13 +182,11 @@ class UserBlock:
     def targets_once(
         self, user_Gm: np.ndarray, draws_V: np.ndarray, random: np.random.Generator
     ) -> np.ndarray:
-        """Return rows of each user in random order; only a last draw that is not full repeats some."""
+        """Return rows of each user in random order, each at most once."""
         user_N = np.repeat(np.arange(len(self.counts_V)), self.counts_V)
         shuffled_N = np.lexsort((random.random(len(user_N)), user_N))
-        draws, targets = user_Gm.shape
-        number_G = np.arange(draws) - np.repeat(np.cumsum(draws_V) - draws_V, draws_V)  # of the user's draws
-        position_Gm = number_G[:, None] * targets + np.arange(targets)
-        return shuffled_N[self.starts_V[user_Gm] + position_Gm % self.counts_V[user_Gm]]
+        number_G = np.arange(len(user_Gm)) - np.repeat(np.cumsum(draws_V) - draws_V, draws_V)
+        return shuffled_N[self.starts_V[user_Gm] + number_G[:, None]]
 
     def targets_by_like(
         self, user_Gm: np.ndarray, like_Gm: np.ndarray, position_Gm: np.ndarray

@@ -226,7 +226,7 @@ def held_out_likes(
 
 def rows_of(item_ids: Iterable[str], stickers: Stickers) -> np.ndarray:
     row_of = {item: row for row, item in enumerate(stickers.item_id)}
-    return np.array([row_of[item] for item in item_ids])
+    return np.array([row_of[item] for item in item_ids], int)
 
 
 def retrieved_items(

@@ -19,6 +19,7 @@ from rebeca_ray.data.histories import Histories
 from rebeca_ray.prior.checkpoint import TrainedPrior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked
+from rebeca_ray.prior.schedules import fewest_steps
 from rebeca_ray.prior.selector import MAX_HISTORY, Selector
 from rebeca_ray.prior.user_blocks import UserBlock
 from rebeca_ray.prior.users import UserVectors
@@ -145,6 +146,11 @@ def choose_guidance(prior: TrainedPrior, block: UserBlock, x0_ID: np.ndarray, se
     guide, judge = (fit_selector([part], x0_ID, seed + number) for number, part in enumerate(parts, 2))
     if guide is None or judge is None:
         return prior
+    default = SamplerSettings().resolve(prior.sampling, prior.diffusion.num_train_timesteps)
+    steps = fewest_steps(prior.diffusion, default.num_inference_steps or 1, prior.scaler.deviation)
+    if steps is None:
+        log.warning("no number of steps is enough for this diffusion.schedule, so no guidance is chosen")
+        return prior
     user_G = np.linspace(0, len(block.counts_V) - 1, min(NUM_USERS, len(block.counts_V))).astype(int)
     users = user_vectors(prior, block, user_G, x0_ID, factors_of(guide, parts[0], user_G, x0_ID))
     factor_GF = factors_of(judge, parts[1], user_G, x0_ID)
@@ -152,9 +158,7 @@ def choose_guidance(prior: TrainedPrior, block: UserBlock, x0_ID: np.ndarray, se
     guided, diffusion = replace(prior, selector=guide), Diffusion.build(prior.diffusion)
     points = []
     for scale in SELECTOR_SCALES:
-        sampler = SamplerSettings(prior_guidance_scale=1.0, selector_guidance_scale=scale).resolve(
-            prior.sampling, prior.diffusion.num_train_timesteps
-        )
+        sampler = default.model_copy(update={"num_inference_steps": steps, "selector_guidance_scale": scale})
         x_ND = sample_liked(guided, diffusion, users, row_N, range(len(row_N)), sampler)
         like_N = judge.like_probability(x_ND, factor_GF[torch.from_numpy(row_N)])
         like_G = like_N.view(len(user_G), -1).mean(1).numpy()

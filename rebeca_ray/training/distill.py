@@ -1,4 +1,4 @@
-"""Distill a prior: train a student that samples in a few passes like its teacher in dozens.
+"""Distill a prior: train a student that samples in a few passes like its teacher in more.
 
 The teacher's guided trajectories are solved once, for many users. The student learns to jump from each of a
 few points of a trajectory to the next in one unguided pass. It needs the users' histories, and no embeddings

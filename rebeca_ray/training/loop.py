@@ -181,7 +181,8 @@ def beating(batches: Iterator[Batch], pulse: Pulse) -> Iterator[Batch]:
 
 
 def targets_per_draw(config: TrainConfig) -> int:
-    return TARGETS_PER_HISTORY if config.network.user_encoder == "history" else 1
+    shares_history = config.network.user_encoder == "history" and config.optimization.with_replacement
+    return TARGETS_PER_HISTORY if shares_history else 1
 
 
 def num_steps(histories: Histories, config: TrainConfig) -> int:

@@ -24,33 +24,34 @@ MOST_FORGOTTEN = 0.5  # of a history, so that short ones are learnt as well
 def fit_selector(blocks: Iterable[UserBlock], x0_ID: np.ndarray, seed: int) -> Selector | None:
     """Return a selector fitted to the training ratings of some blocks; None unless they have likes.
 
-    Without dislikes, it tells a user's likes from as many random items (Rendle et al. 2009 draw them so).
+    Without dislikes, it tells a user's likes from as many random items (Rendle et al. 2009 draw them so). A
+    random item takes the place of a like: the history is the same for both, so its length tells nothing.
     """
     generator = torch.Generator().manual_seed(seed)
     user_N, item_N, like_N = ratings_of(blocks)
     if not like_N.any():
         return None
     x_ID = torch.from_numpy(x0_ID)
-    is_rated_N = torch.ones_like(like_N)
+    rated_item_N, rated_like_N = item_N, like_N  # of the rating that a step takes out of the sums
+    sums_of = (user_N, item_N, like_N)
     if like_N.all():
         random_N = torch.randint(len(x_ID), item_N.shape, generator=generator)
-        user_N, item_N = user_N.repeat(2), torch.cat([item_N, random_N])
-        like_N, is_rated_N = (torch.cat([ones, torch.zeros_like(ones)]) for ones in (like_N, is_rated_N))
+        user_N, rated_item_N, rated_like_N = user_N.repeat(2), item_N.repeat(2), like_N.repeat(2)
+        item_N, like_N = torch.cat([item_N, random_N]), torch.cat([like_N, torch.zeros_like(like_N)])
     share = float(like_N.mean())
     mean_D, scale = x_ID.mean(0), float(x_ID.std())
     standard_ID = (x_ID - mean_D) / scale
     torch.manual_seed(seed)
     selector = Selector(x0_ID.shape[1], min(NUM_FACTORS, *x0_ID.shape))
     start_from_similarity(selector, standard_ID[:: -(-len(x_ID) // ITEMS_TO_START_FROM)], share)
-    rated = is_rated_N > 0
-    sums = sums_by_user(user_N[rated], item_N[rated], like_N[rated], standard_ID)
+    sums = sums_by_user(*sums_of, standard_ID)
     optimizer = torch.optim.AdamW(selector.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     steps = EPOCHS * -(-len(user_N) // BATCH_SIZE)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
     for _ in range(EPOCHS):
         for part in torch.randperm(len(user_N), generator=generator).split(BATCH_SIZE):
             x_BD, like_B = standard_ID[item_N[part]], like_N[part]
-            others = without(sums.take(user_N[part]), x_BD, like_B, is_rated_N[part])
+            others = without(sums.take(user_N[part]), standard_ID[rated_item_N[part]], rated_like_N[part])
             kept_B = 1 - MOST_FORGOTTEN * torch.rand(len(part), generator=generator)
             user_BF = selector.factors_from(others.shrunk(kept_B))
             optimizer.zero_grad()
@@ -90,9 +91,9 @@ def sums_by_user(
     return RatedSums(sum_V2D, count_V2)
 
 
-def without(sums: RatedSums, x_BD: torch.Tensor, like_B: torch.Tensor, is_rated_B: torch.Tensor) -> RatedSums:
-    """Return the sums [B] of users without one rating of each. An item that was not rated is in no sum."""
-    mark_B2 = torch.stack([1 - like_B, like_B], dim=1) * is_rated_B[:, None]
+def without(sums: RatedSums, x_BD: torch.Tensor, like_B: torch.Tensor) -> RatedSums:
+    """Return the sums [B] of users without one rating of each."""
+    mark_B2 = torch.stack([1 - like_B, like_B], dim=1)
     return RatedSums(sums.sum_G2D - mark_B2[..., None] * x_BD[:, None], sums.count_G2 - mark_B2)
 
 

@@ -76,6 +76,11 @@ def check_network(config: TrainConfig, embed_dim: int) -> None:
             f"network.num_tokens is {network.num_tokens}: {network.architecture} cuts embeddings of "
             f"{embed_dim} numbers into equal slices; choose a divisor of {embed_dim}"
         )
+    if network.architecture == "paper_v1" and (network.width < 4 or network.width % 2):
+        raise InputError(
+            f"network.width is {network.width}: paper_v1 encodes time in an even number of at least 4 sines "
+            "and cosines; choose another num_tokens"
+        )
     if network.architecture == "paper_v1" and network.num_tokens * network.width != embed_dim:
         raise InputError(
             f"network.width is {network.width}: a token of paper_v1 is a slice of the embedding, of "
@@ -290,7 +295,8 @@ def validation_batch(histories: Histories, config: TrainConfig) -> Batch:
     if batch := block.held_out(max_history, VALIDATION_SAMPLES, likes_only=like_share == 1):
         return batch
     log.warning(
-        "nothing is held out (fewer than ten ratings per user?): validation uses training interactions"
+        "nothing is held out (too few ratings per user for interactions.hold_out?): "
+        "validation uses training interactions"
     )
     draws = block.batches(
         samples_per_user=4,

@@ -134,8 +134,8 @@ def test_a_split_takes_the_same_of_everyone_whatever_the_order(
     splits = split(key, user_index, len(counts), validation, test)
     for user, count in enumerate(counts):
         num_test, num_validation = (int(n * count) if n < 1 else int(n) for n in (test, validation))
-        num_test = min(num_test, count)
-        num_validation = min(num_validation, count - num_test)
+        num_test = min(num_test, count - 1)
+        num_validation = min(num_validation, count - 1 - num_test)
         user_splits = splits[user_index == user].tolist()
         assert (user_splits.count(TEST), user_splits.count(VALIDATION)) == (num_test, num_validation)
         assert user_splits.count(TRAINING) == count - num_test - num_validation

@@ -14,7 +14,7 @@ PUBLISHED = {  # users, parameters, deviation of the seeded weights
     "paper-v1": (94, 68_641_792, 0.02),
     "paper-v2": (210, 4_411_174, 0.05),
 }
-# The first numbers of three outputs. The authors' code gave the same outputs, bit for bit, for these weights.
+# The first numbers of three outputs, as the authors' code gives them for the same weights.
 GOLDEN = {
     "paper-v1": [
         [0.59739, 0.0231, 0.23311, -0.06674],

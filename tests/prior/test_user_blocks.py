@@ -84,12 +84,6 @@ def test_without_replacement_nobody_is_drawn_more_often_than_they_rated(users: U
         assert len(user_items) == min(samples, len(kept))
 
 
-def test_without_replacement_a_last_draw_is_filled_from_the_same_user() -> None:
-    batches = draws(block([[(1, False)] * 12]), targets=8, samples_per_user=40, with_replacement=False)
-    drawn = np.concatenate([batch.item_index_B for batch in batches])
-    assert (len(drawn), set(drawn.tolist()) <= set(range(12))) == (16, True)
-
-
 @settings(max_examples=50, deadline=None)
 @given(users=some_users)
 def test_a_history_is_a_part_of_the_rest_with_days_since_its_own_last(users: Users) -> None:

@@ -20,6 +20,7 @@ from rebeca_ray.data.histories import build_histories, user_table
 from rebeca_ray.data.interactions import read_interactions
 from rebeca_ray.prior.checkpoint import load_prior
 from rebeca_ray.prior.selector import Selector
+from rebeca_ray.schemas import TRAINING
 from rebeca_ray.stickers import DECODER, EMBED_DIM
 from rebeca_ray.stickers.build.data import load_stickers
 from rebeca_ray.stickers.demo import check_truth, retrieved_items
@@ -42,7 +43,7 @@ def write_real_items(folder: Path) -> str:
 def demo_config(folder: Path) -> GenerateConfig:
     """Simulate users in a folder, and return the config of a night that hides their hold-out."""
     simulate(40, 0, folder, num_requested=14)
-    settings = InteractionSettings(path=str(folder / "interactions.parquet"))
+    settings = InteractionSettings(path=str(folder / "interactions.parquet"), hold_out=0.05, test=0.1)
     histories = build_histories(settings, load_world().item_id, str(folder))
     torch.manual_seed(0)
     prior = write_tiny_prior(
@@ -79,7 +80,7 @@ def test_the_truth_check_and_the_page(tmp_path: Path) -> None:
     assert check.held_out > 1.5 * check.random_real  # users like the held-out items that they rated well
     assert 0.5 < check.ratio_to_shuffled < 2  # an untrained prior knows no user
     truth = Truth(tmp_path / "truth.parquet", judge, pq.read_table(config.request)["user_id"].to_pylist())
-    for diversity, figure in ((0.0, check.retrieved), (0.1, check.retrieved_with_mmr)):
+    for diversity, figure in ((0.0, check.retrieved), (0.15, check.retrieved_with_mmr)):
         owners, rows = retrieved_items(
             load_prior(config.prior), config, interactions, load_stickers(), list(truth.row), diversity
         )
@@ -130,11 +131,11 @@ def test_retrieval_reads_the_training_ratings_alone_and_may_return_the_hold_out(
 
     nothing = np.zeros(len(interactions.like), bool)
     plain = retrieved(5, nothing)
-    np.testing.assert_array_equal(plain, retrieved(5, interactions.held_out))
-    assert not np.array_equal(plain, retrieved(5, ~interactions.held_out))
+    np.testing.assert_array_equal(plain, retrieved(5, interactions.split != TRAINING))
+    assert not np.array_equal(plain, retrieved(5, interactions.split == TRAINING))
 
     row_of = {item: row for row, item in enumerate(stickers.item_id)}
     for user, rows in enumerate(retrieved(len(row_of), nothing)):
-        is_training = (interactions.user_index == user) & ~interactions.held_out
+        is_training = (interactions.user_index == user) & (interactions.split == TRAINING)
         rated = {row_of[item] for item in interactions.item_id[is_training]}
         assert set(rows.tolist()) == set(row_of.values()) - rated

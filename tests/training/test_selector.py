@@ -84,6 +84,24 @@ def test_without_dislikes_likes_are_told_from_random_items(x0_ID: np.ndarray) ->
         assert probability[is_liked].min() > probability[~is_liked].max()
 
 
+def test_without_dislikes_the_length_of_a_history_tells_nothing(x0_ID: np.ndarray) -> None:
+    """Users of one to eight random likes: every probability is a half, whatever is known of the user."""
+    random = np.random.default_rng(1)
+    users = block([[(1, False)] * random.integers(1, 9) for _ in range(600)])
+    users.item_index_N[:] = random.integers(0, ITEMS, len(users.item_index_N))
+    fitted = fit_selector([users], x0_ID, seed=0)
+    assert fitted is not None
+    items = torch.from_numpy(x0_ID[:200])
+    for length in (0, 1, 8):
+        history = users.part(np.zeros(len(users.item_index_N), bool)) if length == 0 else users
+        user = np.array([0]) if length == 0 else np.flatnonzero(users.counts_V == length)[:40]
+        with torch.inference_mode():
+            factors = fitted.user_factors(history.history(user, max(1, length)).look_up(x0_ID))
+        for factor in factors:
+            mean = fitted.like_probability(items, factor.expand(200, -1)).mean()
+            assert mean == pytest.approx(0.5, abs=0.1)
+
+
 def test_it_is_a_function_of_ratings_and_seed(selector: Selector, x0_ID: np.ndarray, tmp_path: Path) -> None:
     again, other = fit_selector([world(8)], x0_ID, seed=0), fit_selector([world(8)], x0_ID, seed=1)
     assert again is not None

@@ -226,7 +226,7 @@ def test_noise_that_cannot_pass_through_the_network_is_refused(world: dict[str, 
 
 
 @pytest.mark.parametrize("architecture", ["cross_attention", "paper_v1", "paper_v2"])
-@pytest.mark.parametrize("user_encoder", ["history", "none"])
+@pytest.mark.parametrize("user_encoder", ["history", "id", "none"])
 def test_every_network_learns(world: dict[str, str], architecture: str, user_encoder: str) -> None:
     config = configure(world, user_encoder)
     changes = {"architecture": architecture, "num_tokens": 2, "width": D // 2}
@@ -237,6 +237,58 @@ def test_every_network_learns(world: dict[str, str], architecture: str, user_enc
     train_epoch(loss, state, iter(batches[10:-10]), x0_ID, generator, config, None)
     last, _ = train_epoch(loss, state, iter(batches[-10:]), x0_ID, generator, config, None)
     assert last < 0.7 * first
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize("preset", ["paper-v1", "paper-v2"])
+def test_a_paper_preset_trains(world: dict[str, str], preset: str) -> None:
+    config = configure(world).model_dump(include={"interactions", "items", "out", "storage"})
+    network = {"num_layers": 1, "num_heads": 2, "num_tokens": 2, "width": D // 2}
+    small = {
+        "interactions": {"path": world["interactions"], "min_likes": 0},
+        "network": network,
+        "optimization": {"max_epochs": 2, "learning_rate": 1e-3},
+    }
+    train_prior(TrainConfig.model_validate({**config, **small, "preset": preset}))
+    prior = load_prior(config["out"])
+    assert prior.settings.architecture == preset.replace("-", "_")
+    assert prior.users is not None
+    assert prior.users["num_likes"].to_pylist() == [20, 20]
+    before = UserTable(2, prior.settings.num_user_tokens, D // 2, seed=0).rows_VUH
+    assert (prior.user_rows != before).any(dim=2).all()
+    epochs = training_csv(TrainConfig.model_validate({**config, **small, "preset": preset}))
+    assert len(epochs) == 1 + 2
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (
+            {"architecture": "paper_v2", "num_tokens": 3},
+            "num_tokens is 3: paper_v2 cuts embeddings of 16 numbers",
+        ),
+        ({"architecture": "paper_v1", "num_tokens": 2}, "width is 32: a token of paper_v1 is a slice of the"),
+        (
+            {"architecture": "paper_v1", "num_tokens": 8, "width": 2},
+            "width is 2: paper_v1 encodes time in an even",
+        ),
+    ],
+)
+def test_a_paper_network_that_does_not_fit_the_embeddings_is_refused(
+    world: dict[str, str], network: dict[str, object], message: str
+) -> None:
+    config = configure(world)
+    config = config.model_copy(update={"network": config.network.model_copy(update=network)})
+    with pytest.raises(InputError, match=message):
+        train_prior(config)
+    assert not Path(config.out).exists()
+
+
+def test_draws_without_replacement_need_a_single_worker(world: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="num_workers is 2, but without replacement the users of different"):
+        TrainConfig.model_validate(
+            {**configure(world, with_replacement=False).model_dump(), "workers": {"num_workers": 2}}
+        )
 
 
 @pytest.mark.usefixtures("ray_local")
