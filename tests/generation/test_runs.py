@@ -110,7 +110,7 @@ def test_the_latest_of_several_equal_runs_is_resumed(job: GenerateConfig) -> Non
         ("items=null", "config.items", None, None),
         ("sampler.num_inference_steps=7", "config.sampler.num_inference_steps", None, 7),
         ("sampler.batch_size=16", "config.sampler.batch_size", SamplerSettings().batch_size, 16),
-        ("selection.diversity=0.5", "config.selection.diversity", 0.1, 0.5),
+        ("selection.diversity=0.5", "config.selection.diversity", 0.15, 0.5),
         ("refresh.on_new_prior=rescore", "config.refresh.on_new_prior", "keep", "rescore"),
         ("layout.num_buckets=2", "config.layout.num_buckets", 1, 2),
         ("layout.items_per_shard=50", "config.layout.items_per_shard", 2_000_000, 50),

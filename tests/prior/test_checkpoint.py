@@ -100,7 +100,7 @@ def test_another_format_and_another_network(tiny_prior: str) -> None:
     with pytest.raises(UserError, match="weights do not fit config.json"):
         load_prior(tiny_prior)
     edit(tiny_prior, format=99)
-    with pytest.raises(UserError, match="format 99, this version reads 5"):
+    with pytest.raises(UserError, match="format 99, this version reads 6"):
         load_prior(tiny_prior)
 
 

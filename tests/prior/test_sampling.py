@@ -291,7 +291,7 @@ def test_the_prior_sets_the_defaults_of_the_sampler() -> None:
     resolved = SamplerSettings().resolve(trained, 1000)
     assert (resolved.name, resolved.num_inference_steps, resolved.prior_guidance_scale) == (
         "dpm_solver",
-        16,
+        8,
         2.5,
     )
     assert resolved.selector_guidance_scale == 8.0

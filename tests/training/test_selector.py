@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rebeca_ray.prior.selector import Selector
-from rebeca_ray.prior.user_blocks import UserBlock
+from rebeca_ray.prior.user_blocks import Rated, UserBlock
 from rebeca_ray.prior.users import History
 from rebeca_ray.training.selector import fit_selector
 from tests.prior.test_user_blocks import block
@@ -93,10 +93,11 @@ def test_without_dislikes_the_length_of_a_history_tells_nothing(x0_ID: np.ndarra
     assert fitted is not None
     items = torch.from_numpy(x0_ID[:200])
     for length in (0, 1, 8):
-        history = users.part(np.zeros(len(users.item_index_N), bool)) if length == 0 else users
-        user = np.array([0]) if length == 0 else np.flatnonzero(users.counts_V == length)[:40]
+        rated = Rated.nothing(1, 1)
+        if length:
+            rated = users.history(np.flatnonzero(users.counts_V == length)[:40], length)
         with torch.inference_mode():
-            factors = fitted.user_factors(history.history(user, max(1, length)).look_up(x0_ID))
+            factors = fitted.user_factors(rated.look_up(x0_ID))
         for factor in factors:
             mean = fitted.like_probability(items, factor.expand(200, -1)).mean()
             assert mean == pytest.approx(0.5, abs=0.1)
