@@ -12,7 +12,7 @@ sets, of 25 samples per user for 200 users, are:
     (k) retrieval: the selector's best real items that the user has not rated
     (l) as (k), with maximal marginal relevance (MMR) at the diversity of planning
     (m) as (b), with a selector guidance of 44, which was chosen on another population
-    (n), (o), (p) as (j), for users of whom the latest 1, 2 and 5 ratings are known
+    (n), (o), (p) as (j), for users with 1, 2 and 5 known ratings, the latest ones
 
 Two sweeps follow: over the selector's guidance, and over the candidates per item for four items per user. The
 latter also has the like probability that the selector predicts: the more candidates, the more it overrates.
