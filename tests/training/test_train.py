@@ -97,7 +97,7 @@ def configure(world: dict[str, str], user_encoder: str = "id", **optimization: o
                 "user_learning_rate": 0.3,
                 "batch_size": 64,
                 "samples_per_user": 1024,
-                "max_epochs": 10,
+                "max_epochs": 6,
                 "ema_decay": 0.9,
                 **optimization,
             },
@@ -367,17 +367,17 @@ def test_killed_workers_and_drivers_go_on_from_the_last_epoch(
     world: dict[str, str], tmp_path: Path, ray_local: str
 ) -> None:
     """SIGKILL to the worker: Ray Train starts another. SIGKILL to the driver: a second run continues."""
-    config = configure(world, max_epochs=12)
+    config = configure(world, max_epochs=9)
     first = start_training(config, tmp_path, ray_local)
     assert first.stdout is not None
-    line = next(line for line in first.stdout if "epoch 3/12" in line)
+    line = next(line for line in first.stdout if "epoch 3/9" in line)
     worker = re.search(r"RayTrainWorker pid=(\d+)", line)
     assert worker, line
     os.kill(int(worker[1]), signal.SIGKILL)
     output = []
     for line in first.stdout:
         output.append(line)
-        if "epoch 6/12" in line:
+        if "epoch 6/9" in line:
             break
     assert any("resumes after epoch" in line for line in output), "".join(output)
     first.send_signal(signal.SIGKILL)
@@ -390,9 +390,9 @@ def test_killed_workers_and_drivers_go_on_from_the_last_epoch(
         assert (
             min(epochs_in(out)) > 3
         )  # keeping a checkpoint takes its time: the last two may not have been kept yet
-    assert epochs_in(out)[-1] == 12
+    assert epochs_in(out)[-1] == 9
     epochs = [int(line.split(",")[0]) for line in training_csv(config)[1:]]
-    assert epochs == list(range(1, 13))
+    assert epochs == list(range(1, 10))
 
 
 def test_one_of_two_trainings_works_and_a_kill_leaves_the_prior(
