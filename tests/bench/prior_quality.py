@@ -40,6 +40,7 @@ from rebeca_ray.config.sections import InteractionSettings, SamplerSettings, Sel
 from rebeca_ray.data.embedding import embed_items
 from rebeca_ray.data.histories import build_histories
 from rebeca_ray.data.items import read_image_embeds
+from rebeca_ray.evaluation.distances import frechet, mmd
 from rebeca_ray.evaluation.permutation import permutation_test, permutation_test_by_image
 from rebeca_ray.evaluation.retrieval import retrieve
 from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior
@@ -65,6 +66,7 @@ SWEPT = (*SELECTOR_SCALES, 48.0, 64.0)
 GUIDANCE_OF_ONE_CANDIDATE = 44.0
 SPLIT = {"hold_out": 0.05, "test": 0.1}
 FEW_RATINGS = {"n": 1, "o": 2, "p": 5}
+MMD_SIGMA = 0.5  # of unit vectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,30 +155,9 @@ def quality(x_GSD: torch.Tensor, of: Population) -> dict[str, float]:
     return {
         "like": float(like),
         "distinct": float(distinct),
-        "mmd": mmd(drawn, real),
-        "frechet": frechet(drawn, real),
+        "mmd": 1000 * mmd(drawn, real, MMD_SIGMA, equal_counts=False),
+        "frechet": frechet(drawn, real, equal_counts=False),
     }
-
-
-def mmd(left_ND: torch.Tensor, right_ND: torch.Tensor, sigma: float = 0.5) -> float:
-    """Return MMD² with a Gaussian kernel, unbiased, times 1000 (CMMD, Jayasumana et al. 2024)."""
-
-    def kernel(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
-        return torch.exp(-torch.cdist(one, two).square() / (2 * sigma**2))
-
-    n, m = len(left_ND), len(right_ND)
-    within = (kernel(left_ND, left_ND).sum() - n) / (n * (n - 1)) + (kernel(right_ND, right_ND).sum() - m) / (
-        m * (m - 1)
-    )
-    return 1000 * float(within - 2 * kernel(left_ND, right_ND).mean())
-
-
-def frechet(left_ND: torch.Tensor, right_ND: torch.Tensor) -> float:
-    """Return the Fréchet distance of two Gaussians fitted to the embeddings (Heusel et al. 2017)."""
-    one, two = left_ND.double(), right_ND.double()
-    cov_one, cov_two = torch.cov(one.T), torch.cov(two.T)
-    mixed = torch.linalg.eigvals(cov_one @ cov_two).real.clamp(min=0).sqrt().sum()
-    return float((one.mean(0) - two.mean(0)).square().sum() + cov_one.trace() + cov_two.trace() - 2 * mixed)
 
 
 def permuted(prior: TrainedPrior, of: Population) -> dict[str, dict[str, float]]:
