@@ -20,6 +20,7 @@ from rebeca_ray.config.fields import Settings, as_typed
 from rebeca_ray.config.jobs import GenerateConfig, TrainConfig
 from rebeca_ray.config.load import load_config, parse_config
 from rebeca_ray.config.presets import PRESETS
+from rebeca_ray.config.verifier import VerifierSettings
 from rebeca_ray.errors import InputError
 
 JOBS = [
@@ -27,6 +28,7 @@ JOBS = [
     for _, member in inspect.getmembers(config_module, inspect.isclass)
     if issubclass(member, Settings) and member.__module__ == config_module.__name__
 ]
+SECTIONS_OF_NO_JOB = [VerifierSettings]
 HUGE = 10**30
 LONG = "x" * 10**6
 LONG_KEY = "x" * 90_000  # almost a whole file
@@ -175,7 +177,7 @@ def assert_one_line(caught: pytest.ExceptionInfo[InputError], beginning: str) ->
     return message
 
 
-@pytest.mark.parametrize("model", JOBS)
+@pytest.mark.parametrize("model", [*JOBS, *SECTIONS_OF_NO_JOB])
 def test_the_example_is_valid_and_null_is_accepted_where_the_type_allows_it(model: type[Settings]) -> None:
     """Otherwise the tests below could pass because of another mistake."""
     values = example(model)
@@ -186,7 +188,7 @@ def test_the_example_is_valid_and_null_is_accepted_where_the_type_allows_it(mode
             assert getattr(parse_config(model, {**values, name: None}, where="file"), name) is None
 
 
-@pytest.mark.parametrize("model", JOBS)
+@pytest.mark.parametrize("model", [*JOBS, *SECTIONS_OF_NO_JOB])
 def test_every_key_refuses_every_bad_value(model: type[Settings]) -> None:
     values = example(model)
     count = 0

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import pytest
 
-from rebeca_ray.config import decoder, jobs, sections
+from rebeca_ray.config import decoder, jobs, sections, verifier
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.fields import (
     NOT_IN_IDENTITY,
@@ -25,7 +25,7 @@ from rebeca_ray.generation.runs import NOT_COMPARED_ON_RESUME
 
 MODELS = [
     model
-    for module in (decoder, jobs, sections)
+    for module in (decoder, jobs, sections, verifier)
     for model in vars(module).values()
     if isinstance(model, type) and issubclass(model, Settings) and model.__module__ == module.__name__
 ]
