@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from rebeca_ray.evaluation.paired import bootstrap_interval, compare_users, wilcoxon
 
+
 def test_wins_ties_means_and_differences_by_hand() -> None:
     left, right = np.array([0.5, 0.25, 1.0, 0.0]), np.array([0.25, 0.25, 0.5, 0.5])
     comparison = compare_users(left, right, num_samples=500)
