@@ -70,7 +70,7 @@ def test_the_default_settings_find_the_taste(tmp_path: Path, user_encoder: str, 
     training = {
         "preset": "stickers",
         "network": {"user_encoder": user_encoder},
-        "optimization": {"samples_per_user": 5120, "max_epochs": 3},
+        "optimization": {"samples_per_user": 6400, "max_epochs": 4},
     }
     prior = f"{tmp_path}/prior"
     train_prior(TrainConfig.model_validate({**inputs, **training, "out": prior}))

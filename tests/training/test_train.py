@@ -360,7 +360,7 @@ def start_training(config: TrainConfig, folder: Path, ray_address: str) -> subpr
 
 
 def epochs_in(text: str) -> list[int]:
-    return [int(epoch) for epoch in re.findall(r"epoch (\d+)/12", text)]
+    return [int(epoch) for epoch in re.findall(r"epoch (\d+)/9", text)]
 
 
 def test_killed_workers_and_drivers_go_on_from_the_last_epoch(
