@@ -26,6 +26,11 @@ class ConditionTokens(NamedTuple):
 
     token_CPH: torch.Tensor
 
+    @classmethod
+    def of(cls, user_CUH: torch.Tensor, rating_CH: torch.Tensor) -> Self:
+        """Return the tokens of C users and of the ratings beside them."""
+        return cls(torch.cat([user_CUH, rating_CH[:, None]], dim=1))
+
     def expand(self, row_B: torch.Tensor) -> Self:
         """Return the same for a batch with condition `row_B[i]` in row i."""
         return self._replace(token_CPH=self.token_CPH[row_B])
@@ -52,7 +57,7 @@ class FirstDenoiser(nn.Module):
 
     def condition(self, user_CUH: torch.Tensor, rating_C: torch.Tensor) -> ConditionTokens:
         """Return the condition of C users and ratings."""
-        return ConditionTokens(torch.cat([user_CUH, self.rating(rating_C)[:, None]], dim=1))
+        return ConditionTokens.of(user_CUH, self.rating(rating_C))
 
     def forward(
         self, x_BD: torch.Tensor, timestep_T: torch.Tensor, condition: ConditionTokens
@@ -126,7 +131,7 @@ class SecondDenoiser(nn.Module):
 
     def condition(self, user_CUH: torch.Tensor, rating_C: torch.Tensor) -> ConditionTokens:
         """Return the condition of C users and ratings."""
-        return ConditionTokens(torch.cat([user_CUH, self.rating(rating_C)[:, None]], dim=1))
+        return ConditionTokens.of(user_CUH, self.rating(rating_C))
 
     def forward(
         self, x_BD: torch.Tensor, timestep_T: torch.Tensor, condition: ConditionTokens
