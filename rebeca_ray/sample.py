@@ -112,7 +112,7 @@ class UserSampler:
         self.config, self.prior = config, load_prior(config.prior, device)
         self.diffusion = Diffusion.build(self.prior.diffusion, device)
         self.sampler = config.sampler.resolve(self.prior.sampling, self.prior.diffusion.num_train_timesteps)
-        self.settings = settings_of_key(self.sampler, config.selection)
+        self.settings = settings_of_key(config, self.sampler)
         self.schema = schemas.sampled(
             self.prior.scaler.embed_dim, prior=self.prior.fingerprint, clip=self.prior.clip
         )

@@ -113,7 +113,7 @@ def test_a_seed_is_that_of_the_chosen_candidate(sampling: SampleConfig, seed: in
     keys = {
         user: identity.plan_key(
             prior=prior.fingerprint,
-            settings=settings_of_key(sampler, sampling.selection),
+            settings=settings_of_key(sampling, sampler),
             user_id=user,
             history_digest=digest,
             generation=seed,

@@ -82,6 +82,10 @@ class InteractionSettings(Settings):
         splits = {} if hide_hold_out else {"hold_out": 0.0, "test": 0.0}
         return self.model_copy(update={"min_likes": 0, **splits})
 
+    def hidden_shares(self, *, hide_hold_out: bool) -> str:
+        """Return the shares that are hidden, as text for an item's identity; empty if nothing is hidden."""
+        return f"hidden: {self.hold_out:g} {self.test:g}" if hide_hold_out else ""
+
     @model_validator(mode="after")
     def check_splits(self) -> Self:
         if self.hold_out < 1 and self.test < 1 and self.hold_out + self.test >= 1:

@@ -89,5 +89,9 @@ class RunContext:
     @cached_property
     def settings_digest(self) -> str:
         """Digest of everything but user and prompts that decides a user's items."""
-        sampler = self.config.sampler.identity_json()
-        return hash128(sampler, self.config.selection.model_dump_json(), self.versions["decoder"])
+        config = self.config
+        hidden = ""
+        if config.interactions is not None:
+            hidden = config.interactions.hidden_shares(hide_hold_out=config.hide_hold_out)
+        sampler, selection = config.sampler.identity_json(), config.selection.model_dump_json()
+        return hash128(sampler, selection + hidden, self.versions["decoder"])

@@ -23,7 +23,7 @@ from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.config.jobs import GenerateConfig, SampleConfig
-from rebeca_ray.config.sections import SamplerSettings, SelectionSettings
+from rebeca_ray.config.sections import SamplerSettings
 from rebeca_ray.data.feedback import find_rated
 from rebeca_ray.data.histories import Histories, build_histories
 from rebeca_ray.data.items import embedded_with, open_items, read_image_embeds, read_item_ids
@@ -149,9 +149,12 @@ def users_per_batch(config: GenerateConfig | SampleConfig) -> int:
     return max(1, TILES_PER_BATCH * config.sampler.batch_size // candidates_per_user)
 
 
-def settings_of_key(sampler: SamplerSettings, selection: SelectionSettings) -> str:
-    """Return the digest of the settings in a plan key. `sampler` is a resolved one."""
-    return hashlib.sha256((sampler.identity_json() + selection.model_dump_json()).encode()).hexdigest()
+def settings_of_key(config: GenerateConfig | SampleConfig, sampler: SamplerSettings) -> str:
+    """Return the digest of the settings in a plan key. `sampler` is the resolved one of the config."""
+    text = sampler.identity_json() + config.selection.model_dump_json()
+    if config.interactions is not None:
+        text += config.interactions.hidden_shares(hide_hold_out=config.hide_hold_out)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def plan_keys(users: pa.Table, prior: str, settings: str) -> list[str]:
@@ -216,7 +219,7 @@ class PlanUsers:
             raise InputError(f"prior {config.prior}: was replaced while this run was planning; run again")
         self.diffusion = Diffusion.build(self.prior.diffusion, config.sampler.device)
         self.sampler = config.sampler.resolve(self.prior.sampling, self.prior.diffusion.num_train_timesteps)
-        self.settings = settings_of_key(self.sampler, config.selection)  # a part of every item's identity
+        self.settings = settings_of_key(config, self.sampler)  # a part of every item's identity
         self.real_item_id: pa.Array | None = None
         self.real_unit_ID: torch.Tensor | None = None
         rated_ID: np.ndarray | None = None

@@ -12,10 +12,10 @@ from itertools import islice
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchmetrics.functional.classification import binary_auroc
 
 from rebeca_ray.config.sections import PriorSampling, SamplerSettings
 from rebeca_ray.data.histories import Histories
+from rebeca_ray.evaluation.accuracy import Predictions, auc, calibration_error
 from rebeca_ray.prior.checkpoint import TrainedPrior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked
@@ -61,9 +61,12 @@ def calibrate_prior(prior: TrainedPrior, histories: Histories, x0_ID: np.ndarray
         return prior
     prior = replace(prior, selector=selector)
     message = "the selector is fitted"
-    if (auc := held_out_auc(selector, histories, x0_ID)) is not None:
-        prior = replace(prior, metrics={**prior.metrics, "selector_auc": auc})
-        message += f": {auc:.1%} of held-out likes before dislikes (area under the ROC curve)"
+    if figures := held_out_figures(selector, histories, x0_ID):
+        prior = replace(prior, metrics={**prior.metrics, **figures})
+        message += (
+            f": {figures['selector_auc']:.1%} of held-out likes before dislikes (area under the ROC curve), "
+            f"calibration error {figures['selector_calibration_error']:.1%}"
+        )
     log.info(message)
     if prior.settings.user_encoder != "none":
         prior = choose_guidance(prior, next(training_blocks(histories)), x0_ID, seed)
@@ -99,15 +102,22 @@ def factors_of_all(selector: Selector, histories: Histories, x0_ID: np.ndarray) 
     )
 
 
-def held_out_auc(selector: Selector, histories: Histories, x0_ID: np.ndarray) -> float | None:
-    """Return the area under the ROC curve on the first bucket's hold-out; None unless it has both ratings."""
+def held_out_figures(selector: Selector, histories: Histories, x0_ID: np.ndarray) -> dict[str, float]:
+    """Return area under the ROC curve and calibration error on the first bucket's hold-out.
+
+    There are none unless it has both likes and dislikes.
+    """
     block = next(training_blocks(histories))
-    user_G, row_N = np.unique(block.held_user, return_inverse=True)
     if len(np.unique(block.held_like)) < 2:
-        return None
+        return {}
+    user_G, row_N = np.unique(block.held_user, return_inverse=True)
     factors = factors_of(selector, block, user_G, x0_ID)[torch.from_numpy(row_N)]
     probability = selector.like_probability(torch.from_numpy(x0_ID[block.held_item_index]), factors)
-    return float(binary_auroc(probability, torch.from_numpy(block.held_like).long()))
+    predictions = Predictions(probability.numpy(), block.held_like, block.held_user)
+    return {
+        "selector_auc": auc(predictions),
+        "selector_calibration_error": calibration_error(predictions),
+    }
 
 
 def user_vectors(

@@ -1,7 +1,7 @@
 """Decisions: each reason to plan a user, rotation over the nights, the order of the shards."""
 
 import datetime
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.config.jobs import GenerateConfig
-from rebeca_ray.config.sections import RefreshSettings
+from rebeca_ray.config.sections import RefreshSettings, SamplerSettings
 from rebeca_ray.generation.context import Models, RunContext
 from rebeca_ray.generation.decide import cut, decide_action, keys_and_sizes, turn
 from rebeca_ray.generation.decisions import (
@@ -23,6 +23,7 @@ from rebeca_ray.generation.decisions import (
     render_keys,
     shards_of,
 )
+from rebeca_ray.generation.plan import settings_of_key
 
 DATE = datetime.date(2026, 3, 1)
 YESTERDAY = DATE - datetime.timedelta(days=1)
@@ -179,3 +180,21 @@ def test_shards_hold_the_most_urgent_users_first_and_no_more_items_than_allowed(
         size_of_shard = sum(size for size, other in zip(sizes, shards, strict=True) if other == shard)
         assert size_of_shard <= items_per_shard + max(sizes) - 1
     assert sorted(set(shards)) == list(range(len(set(shards))))
+
+
+def test_hidden_ratings_make_other_items_and_visible_ones_none() -> None:
+    """A night that shows the hold-out again must not keep the items that were made without it."""
+    sampler = SamplerSettings()
+
+    def digests(**changes: Any) -> tuple[str, str]:
+        context = tonight()
+        values = {**CONFIG, "items": "/items", "interactions": {"path": "/ratings", "test": 0.1}, **changes}
+        config = GenerateConfig.model_validate(values)
+        return replace(context, config=config).settings_digest, settings_of_key(config, sampler)
+
+    shown, hidden = digests(), digests(hide_hold_out=True)
+    assert digests(interactions={"path": "/ratings"}) == shown
+    assert digests(interactions=None) == shown
+    less = digests(hide_hold_out=True, interactions={"path": "/ratings"})
+    for part in range(2):
+        assert len({shown[part], hidden[part], less[part]}) == 3

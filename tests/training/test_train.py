@@ -1,14 +1,6 @@
-"""Training with Ray Train: balanced users, two workers, kill and resume, and a prior that learned."""
+"""Training with Ray Train: balanced users, two workers, every network, and a prior that learned."""
 
-import datetime
-import errno
-import os
 import re
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,92 +10,25 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from rebeca_ray import schemas
-from rebeca_ray.catalog.lease import hold_lease
-from rebeca_ray.catalog.pointer import read_pointer
-from rebeca_ray.catalog.versions import current_version
 from rebeca_ray.config.jobs import TrainConfig
 from rebeca_ray.config.sections import SamplerSettings
 from rebeca_ray.data.histories import build_histories
 from rebeca_ray.data.items import read_image_embeds
-from rebeca_ray.errors import InputError, LeaseHeldError, StorageError, UserError
-from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior
+from rebeca_ray.errors import InputError, UserError
+from rebeca_ray.prior.checkpoint import load_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked
 from rebeca_ray.prior.scaler import EmbedScaler
 from rebeca_ray.prior.user_blocks import USERS_PER_BLOCK, Batch, Rated, UserBlock
 from rebeca_ray.prior.users import UserTable, UserVectors
-from rebeca_ray.storage.local import LocalStore
 from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.training import train
 from rebeca_ray.training.loop import train_epoch
 from rebeca_ray.training.state import DenoisingLoss, TrainState
-from rebeca_ray.training.train import drop_torn_record, run_name, train_prior
+from rebeca_ray.training.train import run_name, train_prior
 from rebeca_ray.watchdog import Activity
-from tests.conftest import D, untrained_prior
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> dict[str, str]:
-    """Two kinds of items far apart; users a and b like one kind each."""
-    random = np.random.default_rng(0)
-    centres = random.standard_normal((2, D)) * 3
-    embeds = (np.repeat(centres, 20, axis=0) + 0.3 * random.standard_normal((40, D))).astype(np.float32)
-    column = pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), type=schemas.image_embeds(D))
-    pq.write_table(
-        pa.table({"item_id": [f"i{number:02d}" for number in range(40)], "image_embeds": column}),
-        tmp_path / "items.parquet",
-    )
-    rows = [
-        (user, f"i{item:02d}", 5.0 if (item < 20) == (user == "a") else 1.0)
-        for user in "ab"
-        for item in range(40)
-    ]
-    user_id, item_id, rating = zip(*rows, strict=True)
-    pq.write_table(
-        pa.table({"user_id": user_id, "item_id": item_id, "rating": pa.array(rating, pa.float32())}),
-        tmp_path / "interactions.parquet",
-    )
-    np.save(tmp_path / "centres.npy", centres)
-    return {
-        "interactions": str(tmp_path / "interactions.parquet"),
-        "items": str(tmp_path / "items.parquet"),
-        "folder": str(tmp_path),
-    }
-
-
-def training_csv(config: TrainConfig) -> list[str]:
-    return Path(current_version(config.out, "prior"), "training.csv").read_text().splitlines()
-
-
-def configure(world: dict[str, str], user_encoder: str = "id", **optimization: object) -> TrainConfig:
-    return TrainConfig.model_validate(
-        {
-            "interactions": {"path": world["interactions"]},
-            "items": world["items"],
-            "out": f"{world['folder']}/prior",
-            "storage": f"{world['folder']}/storage a+b%20[1]*",
-            "network": {
-                "num_layers": 2,
-                "num_heads": 2,
-                "width": 32,
-                "num_tokens": 2,
-                "user_encoder": user_encoder,
-                "max_history": 24,
-            },
-            "diffusion": {"num_train_timesteps": 100},
-            "optimization": {
-                "learning_rate": 3e-3,
-                "user_learning_rate": 0.3,
-                "batch_size": 64,
-                "samples_per_user": 1024,
-                "max_epochs": 6,
-                "ema_decay": 0.9,
-                **optimization,
-            },
-            "workers": {"cpus_per_worker": 0.5},
-        }
-    )
+from tests.conftest import D
+from tests.training.small_world import configure, training_csv
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -127,6 +52,7 @@ def test_the_prior_learns_who_likes_what_and_a_rerun_changes_nothing(
         assert prior.users["user_id"].to_pylist() == ["a", "b"]
     assert prior.selector is not None
     assert metrics["selector_auc"] > 0.95
+    assert 0 < metrics["selector_calibration_error"] < 0.15
     centres = torch.from_numpy(np.load(f"{world['folder']}/centres.npy")).float()
     items = read_image_embeds(config.items)
     histories = build_histories(
@@ -339,165 +265,7 @@ def test_new_embeddings_or_users_start_a_new_run(world: dict[str, str]) -> None:
     )
 
 
-def start_training(config: TrainConfig, folder: Path, ray_address: str) -> subprocess.Popen[str]:
-    """Start a driver in a process of its own; it trains, and prints to a pipe."""
-    (folder / "config.json").write_text(config.model_dump_json())
-    script = textwrap.dedent(
-        """
-        import sys
-        from rebeca_ray.catalog import versions
-        from rebeca_ray.config.jobs import TrainConfig
-        from rebeca_ray.training.train import train_prior
-        versions.LEASE_SECONDS = 2.0
-        print(train_prior(TrainConfig.model_validate_json(open(sys.argv[1]).read())))
-        """
-    )
-    command = [sys.executable, "-c", script, str(folder / "config.json")]
-    environment = {**os.environ, "RAY_ADDRESS": ray_address}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def epochs_in(text: str) -> list[int]:
-    return [int(epoch) for epoch in re.findall(r"epoch (\d+)/9", text)]
-
-
-def test_killed_workers_and_drivers_go_on_from_the_last_epoch(
-    world: dict[str, str], tmp_path: Path, ray_local: str
-) -> None:
-    """SIGKILL to the worker: Ray Train starts another. SIGKILL to the driver: a second run continues."""
-    config = configure(world, max_epochs=9)
-    first = start_training(config, tmp_path, ray_local)
-    assert first.stdout is not None
-    line = next(line for line in first.stdout if "epoch 3/9" in line)
-    worker = re.search(r"RayTrainWorker pid=(\d+)", line)
-    assert worker, line
-    os.kill(int(worker[1]), signal.SIGKILL)
-    output = []
-    for line in first.stdout:
-        output.append(line)
-        if "epoch 6/9" in line:
-            break
-    assert any("resumes after epoch" in line for line in output), "".join(output)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    time.sleep(2)
-    second = start_training(config, tmp_path, ray_local)
-    out, _ = second.communicate(timeout=200)
-    assert second.returncode == 0, out
-    if "half-written" not in out:  # the kill came while Ray Train wrote its record, some once in fifty times
-        assert (
-            min(epochs_in(out)) > 3
-        )  # keeping a checkpoint takes its time: the last two may not have been kept yet
-    assert epochs_in(out)[-1] == 9
-    epochs = [int(line.split(",")[0]) for line in training_csv(config)[1:]]
-    assert epochs == list(range(1, 10))
-
-
-def test_one_of_two_trainings_works_and_a_kill_leaves_the_prior(
-    world: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The fit is replaced by a prior with other weights each time."""
-    config = configure(world)
-    seeds = iter(range(9))
-
-    def fit(config: TrainConfig, *_: object) -> TrainedPrior:
-        prior = untrained_prior(config.network.model_copy(update={"user_encoder": "history"}))
-        prior.network.null_user_UH.data.fill_(next(seeds))
-        return prior
-
-    monkeypatch.setattr(train, "fit_prior", fit)
-    train_prior(config, run_date=datetime.date(2026, 3, 1))
-    first = load_prior(config.out).fingerprint
-    assert current_version(config.out, "prior").endswith(f"_versions/00000001-{first}")
-    assert read_pointer(config.out, "prior")[0].run_date == "2026-03-01"
-
-    with (
-        hold_lease(config.out, "train", 1.0, "prior"),
-        pytest.raises(LeaseHeldError, match="^prior .*prior: run train .* is at work on it"),
-    ):
-        train_prior(config)
-
-    process = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            textwrap.dedent(
-                """
-                import os, signal, sys
-                from rebeca_ray.catalog import versions
-                from rebeca_ray.prior import checkpoint
-                from rebeca_ray.prior.checkpoint import load_prior, publish_prior
-                from rebeca_ray.storage import store
-                versions.LEASE_SECONDS = 1.0
-                prior = load_prior(sys.argv[1])
-                prior.network.null_user_UH.data.fill_(77)
-                versions.NewVersion.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-                with versions.replace_version(sys.argv[1], "prior", "train") as version:
-                    publish_prior(prior, version, None)
-                """
-            ),
-            config.out,
-        ],
-        timeout=120,
-        check=False,
-    )
-    assert process.returncode == -signal.SIGKILL
-    assert load_prior(config.out).fingerprint == first
-    assert len(list(Path(config.out, "_versions").iterdir())) == 2
-    train_prior(config)
-    second = load_prior(config.out).fingerprint
-    names = sorted(path.name for path in Path(config.out, "_versions").iterdir())
-    assert names == [f"00000001-{first}", f"00000004-{second}"]
-
-
-@pytest.mark.parametrize(("code", "kind"), [(0, KeyboardInterrupt), (143, SystemExit)])
-def test_an_interrupted_fit_ends_as_an_interrupt(code: int, kind: type[BaseException]) -> None:
-    """Ray Train replaces the handler of SIGINT and ends the process with code 0."""
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(kind), train.sigint_kept():  # noqa: PT012
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        raise SystemExit(code)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_a_full_disk_leaves_the_prior(world: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    config = configure(world)
-    prior = untrained_prior(config.network.model_copy(update={"user_encoder": "history"}))
-    monkeypatch.setattr(train, "fit_prior", lambda *_: prior)
-    train_prior(config)
-    before = load_prior(config.out).fingerprint
-
-    put = LocalStore.put
-
-    def full(self: LocalStore, data: bytes) -> None:
-        if "training" in self.path:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        put(self, data)
-
-    monkeypatch.setattr(LocalStore, "put", full)
-    with pytest.raises(StorageError, match="cannot be written .No space left on device"):
-        train_prior(config)
-    assert load_prior(config.out).fingerprint == before
-    assert len(list(Path(config.out, "_versions").iterdir())) == 1
-
-
 def test_items_without_embeddings_are_refused(world: dict[str, str]) -> None:
     pq.write_table(pa.table({"item_id": ["i00"], "image": [b""]}), world["items"])
     with pytest.raises(UserError, match="column 'image_embeds' is missing; run `rebeca embed` on them first"):
         train_prior(configure(world))
-
-
-def test_a_half_written_record_of_ray_train_is_dropped(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    record = tmp_path / "checkpoint_manager_snapshot.json"
-    drop_torn_record(str(record))
-    record.write_text('{"ray_version": "2.60.0"}')
-    drop_torn_record(str(record))
-    assert record.exists()
-    record.write_text('{"ray_version": "2.6')
-    drop_torn_record(str(record))
-    assert not record.exists()
-    assert "half-written" in caplog.text

@@ -1,0 +1,184 @@
+"""Training that ends early: killed workers and drivers, a lost lease, an interrupt, a full disk."""
+
+import datetime
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from rebeca_ray.catalog.lease import hold_lease
+from rebeca_ray.catalog.pointer import read_pointer
+from rebeca_ray.catalog.versions import current_version
+from rebeca_ray.config.jobs import TrainConfig
+from rebeca_ray.errors import LeaseHeldError, StorageError
+from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior
+from rebeca_ray.storage.local import LocalStore
+from rebeca_ray.training import train
+from rebeca_ray.training.train import drop_torn_record, train_prior
+from tests.conftest import untrained_prior
+from tests.training.small_world import configure, training_csv
+
+
+def start_training(config: TrainConfig, folder: Path, ray_address: str) -> subprocess.Popen[str]:
+    """Start a driver in a process of its own; it trains, and prints to a pipe."""
+    (folder / "config.json").write_text(config.model_dump_json())
+    script = textwrap.dedent(
+        """
+        import sys
+        from rebeca_ray.catalog import versions
+        from rebeca_ray.config.jobs import TrainConfig
+        from rebeca_ray.training.train import train_prior
+        versions.LEASE_SECONDS = 2.0
+        print(train_prior(TrainConfig.model_validate_json(open(sys.argv[1]).read())))
+        """
+    )
+    command = [sys.executable, "-c", script, str(folder / "config.json")]
+    environment = {**os.environ, "RAY_ADDRESS": ray_address}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def epochs_in(text: str) -> list[int]:
+    return [int(epoch) for epoch in re.findall(r"epoch (\d+)/9", text)]
+
+
+def test_killed_workers_and_drivers_go_on_from_the_last_epoch(
+    world: dict[str, str], tmp_path: Path, ray_local: str
+) -> None:
+    """SIGKILL to the worker: Ray Train starts another. SIGKILL to the driver: a second run continues."""
+    config = configure(world, max_epochs=9)
+    first = start_training(config, tmp_path, ray_local)
+    assert first.stdout is not None
+    line = next(line for line in first.stdout if "epoch 3/9" in line)
+    worker = re.search(r"RayTrainWorker pid=(\d+)", line)
+    assert worker, line
+    os.kill(int(worker[1]), signal.SIGKILL)
+    output = []
+    for line in first.stdout:
+        output.append(line)
+        if "epoch 6/9" in line:
+            break
+    assert any("resumes after epoch" in line for line in output), "".join(output)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    time.sleep(2)
+    second = start_training(config, tmp_path, ray_local)
+    out, _ = second.communicate(timeout=200)
+    assert second.returncode == 0, out
+    if "half-written" not in out:  # the kill came while Ray Train wrote its record, some once in fifty times
+        assert (
+            min(epochs_in(out)) > 3
+        )  # keeping a checkpoint takes its time: the last two may not have been kept yet
+    assert epochs_in(out)[-1] == 9
+    epochs = [int(line.split(",")[0]) for line in training_csv(config)[1:]]
+    assert epochs == list(range(1, 10))
+
+
+def test_one_of_two_trainings_works_and_a_kill_leaves_the_prior(
+    world: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fit is replaced by a prior with other weights each time."""
+    config = configure(world)
+    seeds = iter(range(9))
+
+    def fit(config: TrainConfig, *_: object) -> TrainedPrior:
+        prior = untrained_prior(config.network.model_copy(update={"user_encoder": "history"}))
+        prior.network.null_user_UH.data.fill_(next(seeds))
+        return prior
+
+    monkeypatch.setattr(train, "fit_prior", fit)
+    train_prior(config, run_date=datetime.date(2026, 3, 1))
+    first = load_prior(config.out).fingerprint
+    assert current_version(config.out, "prior").endswith(f"_versions/00000001-{first}")
+    assert read_pointer(config.out, "prior")[0].run_date == "2026-03-01"
+
+    with (
+        hold_lease(config.out, "train", 1.0, "prior"),
+        pytest.raises(LeaseHeldError, match="^prior .*prior: run train .* is at work on it"),
+    ):
+        train_prior(config)
+
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            textwrap.dedent(
+                """
+                import os, signal, sys
+                from rebeca_ray.catalog import versions
+                from rebeca_ray.prior import checkpoint
+                from rebeca_ray.prior.checkpoint import load_prior, publish_prior
+                from rebeca_ray.storage import store
+                versions.LEASE_SECONDS = 1.0
+                prior = load_prior(sys.argv[1])
+                prior.network.null_user_UH.data.fill_(77)
+                versions.NewVersion.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+                with versions.replace_version(sys.argv[1], "prior", "train") as version:
+                    publish_prior(prior, version, None)
+                """
+            ),
+            config.out,
+        ],
+        timeout=120,
+        check=False,
+    )
+    assert process.returncode == -signal.SIGKILL
+    assert load_prior(config.out).fingerprint == first
+    assert len(list(Path(config.out, "_versions").iterdir())) == 2
+    train_prior(config)
+    second = load_prior(config.out).fingerprint
+    names = sorted(path.name for path in Path(config.out, "_versions").iterdir())
+    assert names == [f"00000001-{first}", f"00000004-{second}"]
+
+
+@pytest.mark.parametrize(("code", "kind"), [(0, KeyboardInterrupt), (143, SystemExit)])
+def test_an_interrupted_fit_ends_as_an_interrupt(code: int, kind: type[BaseException]) -> None:
+    """Ray Train replaces the handler of SIGINT and ends the process with code 0."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(kind), train.sigint_kept():  # noqa: PT012
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise SystemExit(code)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_full_disk_leaves_the_prior(world: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure(world)
+    prior = untrained_prior(config.network.model_copy(update={"user_encoder": "history"}))
+    monkeypatch.setattr(train, "fit_prior", lambda *_: prior)
+    train_prior(config)
+    before = load_prior(config.out).fingerprint
+
+    put = LocalStore.put
+
+    def full(self: LocalStore, data: bytes) -> None:
+        if "training" in self.path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        put(self, data)
+
+    monkeypatch.setattr(LocalStore, "put", full)
+    with pytest.raises(StorageError, match="cannot be written .No space left on device"):
+        train_prior(config)
+    assert load_prior(config.out).fingerprint == before
+    assert len(list(Path(config.out, "_versions").iterdir())) == 1
+
+
+def test_a_half_written_record_of_ray_train_is_dropped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = tmp_path / "checkpoint_manager_snapshot.json"
+    drop_torn_record(str(record))
+    record.write_text('{"ray_version": "2.60.0"}')
+    drop_torn_record(str(record))
+    assert record.exists()
+    record.write_text('{"ray_version": "2.6')
+    drop_torn_record(str(record))
+    assert not record.exists()
+    assert "half-written" in caplog.text
