@@ -47,7 +47,7 @@ def guided_denoiser(
         rating_C = torch.cat([rating_C, torch.tensor([NULL_RATING], device=device)])
         condition_row = torch.cat([row_B, torch.full_like(row_B, users_C)])
     condition = prior.network.condition(token_CUH, rating_C).expand(condition_row)
-    pull = selector_guidance(prior, users, row_B, sampler.selector_guidance_scale or 0.0)
+    pull = selector_guidance(prior, users.factor_GF, row_B, sampler.selector_guidance_scale or 0.0)
 
     def denoise(x_BD: torch.Tensor, timestep: int) -> torch.Tensor:
         timestep_1 = torch.tensor([timestep], device=device)
@@ -74,8 +74,8 @@ def scale_by_ratings(users: UserVectors, scale: float) -> torch.Tensor:
 
 
 def selector_guidance(
-    prior: TrainedPrior, users: UserVectors, row_B: torch.Tensor, scale: float
-) -> Callable[[torch.Tensor, float], torch.Tensor]:
+    prior: TrainedPrior, factor_GF: torch.Tensor | None, row_B: torch.Tensor, scale: float
+) -> Callable[[torch.Tensor, float | torch.Tensor], torch.Tensor]:
     """Return a function that moves `denoised` [B, D] to what the selector says the users of `row_B` like.
 
     It is the gradient of the log probability of a like (Dhariwal & Nichol 2021, eq. 10), times `scale` and
@@ -83,13 +83,14 @@ def selector_guidance(
     backward nor a second forward pass is made. Each user's vector gets the length of the deviation, so that a
     scale means the same to users with much and with little to tell.
     """
-    if scale == 0 or prior.selector is None or users.factor_GF is None:
+    if scale == 0 or prior.selector is None or factor_GF is None:
         return lambda x0_BD, _: x0_BD
-    gradient_GD, offset_G = prior.selector.linear(users.factor_GF)
+    with torch.no_grad():  # distillation trains beneath the guide, not the guide itself
+        gradient_GD, offset_G = prior.selector.linear(factor_GF)
     gradient_BD, offset_B = gradient_GD[row_B], offset_G[row_B]
     direction_BD = prior.scaler.deviation * F.normalize(gradient_BD)
 
-    def pull(x0_BD: torch.Tensor, variance: float) -> torch.Tensor:
+    def pull(x0_BD: torch.Tensor, variance: float | torch.Tensor) -> torch.Tensor:
         dislike_B = torch.sigmoid(-((x0_BD * gradient_BD).sum(1) + offset_B))
         return x0_BD + scale * variance * dislike_B[:, None] * direction_BD
 

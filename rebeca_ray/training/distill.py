@@ -1,8 +1,9 @@
 """Distill a prior: train a student that samples in a few passes like its teacher in more.
 
 The teacher's guided trajectories are solved once, for many users. The student learns to jump from each of a
-few points of a trajectory to the next in one unguided pass. It needs the users' histories, and no embeddings
-but the teacher's.
+few points of a trajectory to the next in one pass, without classifier-free guidance. Selector guidance costs
+no pass, so it stays, and the student learns beneath it. Training needs the users' histories, and no
+embeddings but the teacher's.
 
 Shapes: G users, N trajectories, S steps of the student, B samples, D embed dim, U user tokens, H width.
 """
@@ -27,19 +28,17 @@ from rebeca_ray.data.items import check_items_fit, read_image_embeds
 from rebeca_ray.errors import InputError, QualityGateError
 from rebeca_ray.noise import item_noise
 from rebeca_ray.prior.checkpoint import MARKERS, TrainedPrior, load_prior, publish_prior, read_prior_config
-from rebeca_ray.prior.denoisers import LIKE, Prior
+from rebeca_ray.prior.denoisers import LIKE
 from rebeca_ray.prior.diffusion import Denoiser, Diffusion
-from rebeca_ray.prior.sampling import dpm_solver_pp_2m, guided_denoiser, sample_liked
+from rebeca_ray.prior.sampling import dpm_solver_pp_2m, guided_denoiser, sample_liked, selector_guidance
 from rebeca_ray.prior.users import UserVectors
 from rebeca_ray.storage.writable import require_own, require_writable
 from rebeca_ray.training.calibrate import training_blocks, user_vectors
 
 log = logging.getLogger(__name__)
 
-TEACHER_STEPS = 4  # steps of the teacher per step of the student
 TILE = 256
 CHECKED_USERS, CHECKED_SAMPLES = 100, 10
-GUIDANCE_FACTORS = (1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0)  # of the student, per its teacher's
 MIN_USERS = 5  # for a `history` prior: four to learn on, one to judge by
 
 
@@ -78,11 +77,11 @@ def fit_and_judge(teacher: TrainedPrior, config: DistillConfig) -> tuple[Trained
     timesteps = diffusion.inference_timesteps(config.num_inference_steps)
     users, judged = known_users(teacher, config)
     drawn = draw_trajectories(teacher, diffusion, users, timesteps, config.num_trajectories, config.seed)
-    network = copy.deepcopy(teacher.network)
-    losses = fit_student(network, diffusion, users, drawn, timesteps, config)
+    student = replace(teacher, network=copy.deepcopy(teacher.network))
+    losses = fit_student(student, diffusion, users, drawn, timesteps, config)
     student = replace(
-        teacher,
-        network=network.eval(),
+        student,
+        network=student.network.eval(),
         sampling=PriorSampling(
             prior_guidance_scale=teacher.sampling.prior_guidance_scale,
             selector_guidance_scale=teacher.sampling.selector_guidance_scale,
@@ -90,7 +89,7 @@ def fit_and_judge(teacher: TrainedPrior, config: DistillConfig) -> tuple[Trained
         ),
         curve="epoch,train_loss\n" + "".join(f"{epoch},{loss:.6g}\n" for epoch, loss in enumerate(losses, 1)),
     )
-    student, figures = match_guidance(teacher, student, diffusion, judged)
+    figures = compare(teacher, student, diffusion, judged)
     for figure, least in (("quality", config.min_quality), ("diversity", config.min_diversity)):
         if figures[f"student_{figure}"] < least:
             raise QualityGateError(
@@ -112,10 +111,11 @@ def check_teacher(teacher: TrainedPrior, config: DistillConfig) -> None:
             f"prior {config.prior}: predicts epsilon, which does not determine the sample in a single pass; "
             "train it with diffusion.prediction_type sample or v_prediction"
         )
-    if config.num_inference_steps * TEACHER_STEPS > (timesteps := teacher.diffusion.num_train_timesteps):
+    timesteps = teacher.diffusion.num_train_timesteps
+    if (steps := teacher_steps(teacher, config.num_inference_steps)) > timesteps:
         raise InputError(
-            f"num_inference_steps is {config.num_inference_steps}; the teacher was trained on {timesteps} "
-            f"timesteps and needs {TEACHER_STEPS} per step: set at most {timesteps // TEACHER_STEPS}"
+            f"num_inference_steps is {config.num_inference_steps}; the teacher would take {steps} steps "
+            f"for it, and was trained on {timesteps} timesteps; set fewer"
         )
     if teacher.settings.user_encoder == "history":
         if config.interactions is None or config.items is None:
@@ -161,6 +161,16 @@ def known_users(teacher: TrainedPrior, config: DistillConfig) -> tuple[UserVecto
     return learnt, judged
 
 
+def teacher_steps(teacher: TrainedPrior, student_steps: int) -> int:
+    """Return the teacher's number of steps: its default, rounded up to a multiple of the student's.
+
+    What selector guidance adds up to depends on the number of steps. Its scale was chosen for the default.
+    """
+    default = SamplerSettings().resolve(teacher.sampling, teacher.diffusion.num_train_timesteps)
+    assert default.num_inference_steps
+    return math.ceil(default.num_inference_steps / student_steps) * student_steps
+
+
 @torch.inference_mode()
 def draw_trajectories(
     teacher: TrainedPrior,
@@ -170,15 +180,10 @@ def draw_trajectories(
     count: int,
     seed: int,
 ) -> Trajectories:
-    """Solve `count` guided trajectories of random users, `TEACHER_STEPS` steps for one of the student's.
-
-    The selector does not guide them: its guidance costs no pass, so the student's sampler adds it.
-    """
+    """Solve `count` guided trajectories of random users, as the teacher samples by default."""
     row_N = np.random.default_rng(seed).integers(0, len(users.token_GUH), count)
-    fine = diffusion.inference_timesteps(TEACHER_STEPS * len(timesteps))
-    sampler = SamplerSettings(selector_guidance_scale=0.0).resolve(
-        teacher.sampling, teacher.diffusion.num_train_timesteps
-    )
+    fine = diffusion.inference_timesteps(teacher_steps(teacher, len(timesteps)))
+    sampler = SamplerSettings().resolve(teacher.sampling, teacher.diffusion.num_train_timesteps)
     points: list[torch.Tensor] = []
     ends: list[torch.Tensor] = []
     for start in range(0, count, TILE):
@@ -225,16 +230,27 @@ def targets(drawn: Trajectories, timesteps: Sequence[int], diffusion: Diffusion)
 
 
 def fit_student(
-    network: Prior,
+    student: TrainedPrior,
     diffusion: Diffusion,
     users: UserVectors,
     drawn: Trajectories,
     timesteps: Sequence[int],
     config: DistillConfig,
 ) -> list[float]:
-    """Train the denoiser in place, with fixed user tokens; return the mean loss of each epoch."""
+    """Train the denoiser in place, with fixed user tokens; return the mean loss of each epoch.
+
+    The loss looks at `denoised` after selector guidance, as the student samples. A student of unguided
+    trajectories kept 87% of its teacher's quality: it never saw a guided point, and nothing corrected what
+    guidance did in its last step.
+    """
     goal_SND, device = targets(drawn, timesteps, diffusion), drawn.x0_ND.device
+    network, scale = student.network, student.sampling.selector_guidance_scale
     count, token_GUH = len(drawn.row_N), users.token_GUH.clone()
+    factor_GF = None if users.factor_GF is None else users.factor_GF.clone()
+    deviation = student.scaler.deviation
+    variance_S1 = torch.tensor(
+        [[diffusion.posterior_variance(t, deviation)] for t in timesteps], device=device
+    )
     optimizer = torch.optim.AdamW(
         network.denoiser.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True
     )
@@ -247,10 +263,12 @@ def fit_student(
         total = torch.zeros((), device=device)
         for part in torch.randperm(count * len(timesteps), device=device).split(config.batch_size):
             step, number = part // count, part % count
-            x_BD, timestep_B = drawn.x_SND[step, number], timestep_S[step]
-            condition = network.condition(token_GUH[row_N[number]], torch.full_like(number, LIKE))
+            x_BD, timestep_B, row_B = drawn.x_SND[step, number], timestep_S[step], row_N[number]
+            condition = network.condition(token_GUH[row_B], torch.full_like(number, LIKE))
             denoised = diffusion.denoised(network(x_BD, timestep_B, condition), x_BD, timestep_B)
-            loss = F.mse_loss(denoised, goal_SND[step, number])
+            factor_BF = None if factor_GF is None else factor_GF[row_B]
+            pull = selector_guidance(student, factor_BF, torch.arange(len(row_B), device=device), scale)
+            loss = F.mse_loss(pull(denoised, variance_S1[step]), goal_SND[step, number])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -259,23 +277,6 @@ def fit_student(
         losses.append(float(total) / (count * len(timesteps)))
         log.info(f"epoch {epoch}/{config.max_epochs}  train {losses[-1]:.5f}")
     return losses
-
-
-def match_guidance(
-    teacher: TrainedPrior, student: TrainedPrior, diffusion: Diffusion, users: UserVectors
-) -> tuple[TrainedPrior, dict[str, float]]:
-    """Return the student at the least selector guidance with its teacher's quality, and its figures.
-
-    A student of four steps at its teacher's guidance kept 90% of the quality; why was not measured.
-    """
-    scale = student.sampling.selector_guidance_scale
-    for factor in GUIDANCE_FACTORS if scale else (1.0,):
-        sampling = student.sampling.model_copy(update={"selector_guidance_scale": factor * scale})
-        student = replace(student, sampling=sampling)
-        figures = compare(teacher, student, diffusion, users)
-        if figures["student_quality"] >= 1:
-            break
-    return student, figures
 
 
 def compare(

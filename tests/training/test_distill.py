@@ -15,18 +15,20 @@ from rebeca_ray.catalog.versions import current_version
 from rebeca_ray.config.jobs import DistillConfig
 from rebeca_ray.config.sections import NetworkSettings, PriorSampling, SamplerSettings
 from rebeca_ray.errors import QualityGateError, UserError
-from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior, save_prior
+from rebeca_ray.prior.checkpoint import load_prior, save_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import ddim, sample_liked
+from rebeca_ray.prior.selector import NUM_FACTORS, Selector
 from rebeca_ray.prior.users import UserTable, UserVectors
-from rebeca_ray.training import distill
 from rebeca_ray.training.distill import (
     CHECKED_SAMPLES,
+    compare,
     distill_prior,
     draw_trajectories,
+    fit_and_judge,
     known_users,
-    match_guidance,
     targets,
+    teacher_steps,
 )
 from tests.conftest import untrained_prior
 
@@ -125,25 +127,36 @@ def test_the_student_comes_near_its_teacher_in_a_few_passes(teacher: str) -> Non
     assert losses[-1] < 0.2 * losses[0]
 
 
-def test_the_guidance_of_the_student_rises_until_it_pleases_as_its_teacher(
-    teacher: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried: list[float] = []
-
-    def compare(_: TrainedPrior, student: TrainedPrior, *__: object) -> dict[str, float]:
-        tried.append(student.sampling.selector_guidance_scale)
-        return {"student_quality": 0.9 + 0.05 * len(tried)}
-
-    monkeypatch.setattr(distill, "compare", compare)
+def test_the_student_learns_beneath_the_guidance_of_the_selector(teacher: str) -> None:
     prior = load_prior(teacher)
-    diffusion, users = Diffusion.build(prior.diffusion), UserVectors(token_GUH=torch.zeros(1, 1, 32))
-    guided = replace(prior, sampling=PriorSampling(prior_guidance_scale=2.0, selector_guidance_scale=10.0))
-    student, figures = match_guidance(prior, guided, diffusion, users)
-    assert tried == pytest.approx([10.0, 11.0])
-    assert student.sampling.selector_guidance_scale == pytest.approx(11.0)
-    assert figures == {"student_quality": 1.0}
-    student, _ = match_guidance(prior, prior, diffusion, users)
-    assert tried[2:] == [0.0]
+    assert prior.user_rows is not None
+    torch.manual_seed(0)
+    selector = Selector(D)
+    factors = torch.randn(len(prior.user_rows), NUM_FACTORS + 1)
+    selector.rows_VF = factors
+    guided = replace(
+        prior,
+        selector=selector,
+        sampling=PriorSampling(prior_guidance_scale=2.0, selector_guidance_scale=8.0),
+    )
+    config = configure(teacher)
+    student, figures = fit_and_judge(guided, config)
+    assert student.sampling.selector_guidance_scale == 8.0
+    assert figures["cosine_to_teacher"] > 0.95
+    # The same student without the guidance that its training took for granted is another sampler.
+    bare = replace(student, sampling=PriorSampling(prior_guidance_scale=2.0, distilled_steps=4))
+    diffusion = Diffusion.build(guided.diffusion)
+    users = UserVectors(token_GUH=prior.user_rows, factor_GF=factors)
+    assert compare(guided, bare, diffusion, users)["cosine_to_teacher"] < figures["cosine_to_teacher"] - 0.05
+    for weight in selector.parameters():
+        assert weight.grad is None
+
+
+@pytest.mark.parametrize(("student", "steps"), [(1, 8), (3, 9), (4, 8), (8, 8), (12, 12)])
+def test_the_teacher_takes_its_default_steps_or_the_next_multiple(
+    teacher: str, student: int, steps: int
+) -> None:
+    assert teacher_steps(load_prior(teacher), student) == steps
 
 
 def test_below_the_bar_nothing_is_written(teacher: str) -> None:
@@ -188,7 +201,7 @@ def test_a_teacher_of_histories_is_judged_on_users_apart(tmp_path: Path) -> None
 
 def test_too_little_diversity_is_refused(teacher: str) -> None:
     with pytest.raises(QualityGateError, match=r"of the teacher's diversity, min_diversity is 500.0%"):
-        distill_prior(configure(teacher, min_diversity=5.0))
+        distill_prior(configure(teacher, min_diversity=5.0, max_epochs=1))
 
 
 def test_items_of_another_clip_are_refused(tmp_path: Path) -> None:
@@ -208,8 +221,8 @@ def test_items_of_another_clip_are_refused(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         (
-            {"num_inference_steps": 26},
-            "num_inference_steps is 26; the teacher was trained on 100 timesteps .* at most 25",
+            {"num_inference_steps": 101},
+            "num_inference_steps is 101; the teacher would take 101 steps for it, and was trained on 100",
         ),
         ({"out": "PRIOR"}, "is the teacher's own folder; give another"),
     ],
