@@ -16,6 +16,11 @@ def plan_key(*, prior: str, settings: str, user_id: str, history_digest: str, ge
     return hash128("plan", prior, settings, user_id, history_digest, generation)
 
 
+def settings_for_item(settings: str, item: str | None, strength: float | None, method: str) -> str:
+    """Return the digest of a user's settings: with the given item, its strength and the method if any."""
+    return settings if item is None else hash128("variant", settings, item, str(strength), method)
+
+
 def item_id(key: str, candidate: int, decoder: str, prompt: str, negative_prompt: str) -> str:
     """Return the id of one generated item: plan key, candidate number, decoder version and prompts."""
     return hash128("item", key, candidate, decoder, prompt, negative_prompt)

@@ -3,7 +3,7 @@
 prior + users -> their histories or table rows, bucket by bucket -> the choice of planning -> one Parquet file
 
 An embedding is the one that `rebeca generate` would plan for the same user and rank. Cold-start users share
-the embeddings of the population, as they share its items in a catalog.
+the embeddings of the population, as they share its items in a catalog, unless they name an item.
 
 Shapes: G users, K embeddings, D embed dim.
 """
@@ -25,12 +25,12 @@ from rebeca_ray.config.jobs import SampleConfig
 from rebeca_ray.data.feedback import with_rated
 from rebeca_ray.data.histories import Histories, build_histories
 from rebeca_ray.data.items import check_items_fit, read_image_embeds
-from rebeca_ray.data.validation import check_columns, check_ids, check_rows
+from rebeca_ray.data.validation import check_columns, check_ids, check_numbers, check_rows, check_texts
 from rebeca_ray.errors import InputError
 from rebeca_ray.generation.context import with_current_versions
 from rebeca_ray.generation.plan import arrow_column, plan_keys, settings_of_key, users_per_batch
 from rebeca_ray.generation.progress import SECONDS_BETWEEN_LINES, log_progress
-from rebeca_ray.generation.request import check_prior_can
+from rebeca_ray.generation.request import check_prior_can, check_variants
 from rebeca_ray.generation.user_loader import UserLoader
 from rebeca_ray.identity import bucket_of, candidate_seed
 from rebeca_ray.prior.candidates import choose_candidates, judge_candidates, sample_candidates
@@ -41,6 +41,7 @@ from rebeca_ray.storage.parquet import open_parquet, read_table, write_tables
 from rebeca_ray.storage.writable import require_writable
 
 ROWS_PER_GROUP = 10_000  # 40 MB at D = 1024
+COLUMNS = ("user_id", "item_id", "strength")  # of the requested users
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +65,10 @@ def sample_embeddings(config: SampleConfig) -> Sampled:
     check_prior_can(config, prior_config)
     if config.items is not None:
         check_items_fit(config.items, prior_config)
-    requested = None if config.users is None else read_users(config.users)
+    requested = None if config.users is None else read_users(config.users, config.items)
     sampler = UserSampler(config)
     if requested is None and sampler.prior.users is not None:
-        requested = sampler.prior.users["user_id"]
+        requested = sampler.prior.users.select(["user_id"])
     if requested is None and sampler.prior.settings.user_encoder != "history":
         raise InputError(f"prior {config.prior}: knows no users; give --users instead of --all")
     written = write_tables(
@@ -93,13 +94,21 @@ def check_out(out: str) -> None:
     require_writable(out.rpartition("/")[0] or "/", "out")
 
 
-def read_users(uri: str) -> pa.ChunkedArray:
-    """Return the ids of the requested users. Raises InputError for invalid or repeated ids, and for none."""
+def read_users(uri: str, items: str | None) -> pa.Table:
+    """Return the requested users, and the items and strengths of variants if given.
+
+    Raises InputError for invalid or repeated ids, for none, and for an item or a strength that is invalid.
+    """
     source = open_parquet(uri, "users")
-    users = source.read(check_columns(source, pa.schema([schemas.REQUEST.field("user_id")])))
+    users = source.read(check_columns(source, pa.schema([schemas.REQUEST.field(name) for name in COLUMNS])))
     check_rows(users, "users", uri)
     check_ids(users["user_id"], "users", uri, "user_id", unique="keep one row per user")
-    return users["user_id"]
+    if "item_id" in users.column_names:
+        check_texts(users["item_id"], "users", uri, "item_id")
+    if "strength" in users.column_names:
+        check_numbers(users["strength"], "users", uri, "strength")
+    check_variants(users, "users", uri, items)
+    return users
 
 
 class UserSampler:
@@ -117,10 +126,12 @@ class UserSampler:
             self.prior.scaler.embed_dim, prior=self.prior.fingerprint, clip=self.prior.clip
         )
         self.histories: Histories | None = None
+        self.real_item_id: pa.Array | None = None
         self.real_unit_ID: torch.Tensor | None = None
         rated_ID: np.ndarray | None = None
         if config.items is not None:
             items = read_image_embeds(config.items)
+            self.real_item_id = pa.array(items.item_id, pa.string())
             self.real_unit_ID = F.normalize(torch.from_numpy(items.image_embeds)).to(device)
             if config.interactions is not None:
                 if config.catalog is not None:
@@ -138,13 +149,16 @@ class UserSampler:
     def sample(self, users: pa.Table) -> pa.Table:
         """Return the rows of `schemas.sampled` for the rows of `users_table`."""
         vectors = self.loader.load(users)
-        keys = plan_keys(users, self.prior.fingerprint, self.settings)
+        keys = plan_keys(users, self.prior.fingerprint, self.settings, self.sampler.variant)
+        variants = self.loader.load_variants(users, self.real_item_id)
         selection = self.config.selection
         count_G = np.full(users.num_rows, self.config.num_images)
         sampled_G = count_G * selection.candidates_per_item
-        x_ND, user_N = sample_candidates(self.prior, self.diffusion, self.sampler, vectors, keys, sampled_G)
+        x_ND, user_N = sample_candidates(
+            self.prior, self.diffusion, self.sampler, vectors, keys, sampled_G, variants
+        )
         candidates = judge_candidates(self.prior, vectors.factor_GF, x_ND, user_N, self.real_unit_ID)
-        chosen = choose_candidates(candidates, count_G, selection)
+        chosen = choose_candidates(candidates, count_G, selection, variants)
         numbers = zip(chosen.user_K.tolist(), chosen.candidate_K.tolist(), strict=True)
         columns = {
             "user_id": users["user_id"].take(pa.array(chosen.user_K)),
@@ -159,7 +173,7 @@ class UserSampler:
     def sample_population(self, user_id: pa.ChunkedArray) -> pa.Table:
         """Return the rows of cold-start users: each gets the embeddings of the population."""
         if self.population is None:
-            pool = pa.chunked_array([[POPULATION_USER]])
+            pool = pa.table({"user_id": [POPULATION_USER]})
             self.population = self.sample(users_table(pool, pa.array([""]), bucket=0, seed=self.config.seed))
         self.cold_start_users += len(user_id)
         count = self.config.num_images
@@ -168,17 +182,20 @@ class UserSampler:
         return rows.set_column(0, self.schema.field("user_id"), users)
 
 
-def sample_all(sampler: UserSampler, requested: pa.ChunkedArray | None) -> Iterator[pa.Table]:
+def sample_all(sampler: UserSampler, requested: pa.Table | None) -> Iterator[pa.Table]:
     """Yield the rows of `requested`, a batch of users at a time; without it, of all users with ratings."""
     size = users_per_batch(sampler.config)
     num_rated = sampler.histories.num_users if sampler.histories else 0
     total = sampler.config.num_images * (num_rated if requested is None else len(requested))
     rows, started, logged = 0, time.monotonic(), time.monotonic()
     for users in users_by_bucket(sampler, requested):
-        is_known = users["history_digest"].is_valid()
-        known, cold_start = users.filter(is_known), users.filter(pc.invert(is_known))["user_id"]
+        # A cold-start user with an item gets variants of it for the population's taste.
+        is_personal = pc.or_(users["history_digest"].is_valid(), users["item_id"].is_valid())
+        personal, cold_start = users.filter(is_personal), users.filter(pc.invert(is_personal))["user_id"]
+        digest = pc.fill_null(personal["history_digest"], "")
+        personal = personal.drop_columns("history_digest").append_column("history_digest", digest)
         batches = chain(
-            (sampler.sample(known.slice(start, size)) for start in range(0, len(known), size)),
+            (sampler.sample(personal.slice(start, size)) for start in range(0, len(personal), size)),
             (
                 sampler.sample_population(cold_start.slice(start, size))
                 for start in range(0, len(cold_start), size)
@@ -192,28 +209,38 @@ def sample_all(sampler: UserSampler, requested: pa.ChunkedArray | None) -> Itera
                 log_progress("sample", rows, total, logged - started)
 
 
-def users_by_bucket(sampler: UserSampler, requested: pa.ChunkedArray | None) -> Iterator[pa.Table]:
+def users_by_bucket(sampler: UserSampler, requested: pa.Table | None) -> Iterator[pa.Table]:
     """Yield a `users_table` per bucket of the histories. A null digest marks a cold-start user."""
     prior, histories = sampler.prior, sampler.histories
     num_buckets = 1 if histories is None else len(histories.users_of_bucket)
     if requested is not None:
-        bucket_G = np.array([bucket_of(user, num_buckets) for user in requested.to_pylist()])
+        bucket_G = np.array([bucket_of(user, num_buckets) for user in requested["user_id"].to_pylist()])
     known = schemas.PRIOR_USERS.empty_table() if prior.users is None else prior.users
     for bucket in range(num_buckets):
         if histories is not None and prior.settings.user_encoder == "history":
             known = read_table(histories.file(bucket), "histories", ["user_id", "history_digest"])
         known_id = known["user_id"].combine_chunks()
-        user_id = known_id if requested is None else requested.filter(pa.array(bucket_G == bucket))
-        digest = known["history_digest"].take(pc.index_in(user_id, value_set=known_id))
-        yield users_table(user_id, digest, bucket=bucket, seed=sampler.config.seed)
+        users = pa.table({"user_id": known_id})
+        if requested is not None:
+            users = requested.filter(pa.array(bucket_G == bucket))
+        digest = known["history_digest"].take(pc.index_in(users["user_id"], value_set=known_id))
+        yield users_table(users, digest, bucket=bucket, seed=sampler.config.seed)
 
 
-def users_table(user_id: pa.ChunkedArray, digest: pa.ChunkedArray, *, bucket: int, seed: int) -> pa.Table:
+def users_table(users: pa.Table, digest: pa.ChunkedArray, *, bucket: int, seed: int) -> pa.Table:
     """Return the columns of `schemas.DECISIONS` that sampling reads."""
+    item, strength = (
+        users[name].cast(schemas.DECISIONS.field(name).type)
+        if name in users.column_names
+        else pa.nulls(len(users), schemas.DECISIONS.field(name).type)
+        for name in ("item_id", "strength")
+    )
     columns = {
-        "user_id": user_id,
+        "user_id": users["user_id"],
         "history_digest": digest,
-        "histories_bucket": np.full(len(user_id), bucket, np.int32),
-        "generation": np.full(len(user_id), seed, np.int32),
+        "histories_bucket": np.full(len(users), bucket, np.int32),
+        "generation": np.full(len(users), seed, np.int32),
+        "item_id": item,
+        "strength": strength,
     }
     return pa.table(columns)

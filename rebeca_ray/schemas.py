@@ -48,6 +48,7 @@ INTERACTIONS = pa.schema(
 EVENTS = ("rating", "impression")
 
 ITEMS = pa.schema([required("item_id", STRING), required("image", IMAGE)])  # to be embedded
+CAPTIONS = pa.schema([required("item_id", STRING), required("caption", STRING)])
 
 REQUEST = pa.schema(
     [
@@ -56,6 +57,9 @@ REQUEST = pa.schema(
         pa.field("prompt", STRING),
         pa.field("negative_prompt", STRING),
         pa.field("priority", FLOAT),  # where time may run out, the greater is rendered earlier
+        # Of real items; both or neither. The user gets variants of the item.
+        pa.field("item_id", STRING),
+        pa.field("strength", FLOAT),  # in (0, 1]: how far the item moves to the user's taste
     ]
 )
 
@@ -76,6 +80,8 @@ DECISIONS = pa.schema(  # one row per requested user, and one for the population
         required("settings_digest", STRING),
         required("priority", FLOAT),
         required("activity", INT32),
+        pa.field("item_id", STRING),  # a real item to make variants of
+        pa.field("strength", FLOAT),
     ]
 )
 

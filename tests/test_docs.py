@@ -188,11 +188,16 @@ def module_of(words: list[str]) -> Path:
 
 
 def check_click(command: Any, words: list[str], where: str) -> None:
-    """Raise AssertionError for an unknown subcommand or option."""
-    while hasattr(command, "commands") and words and not words[0].startswith("-"):
-        assert words[0] in command.commands, where
-        command, words = command.commands[words[0]], words[1:]
-    options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+    """Raise AssertionError for an unknown subcommand or option. A group's options may precede its command."""
+    options = {"--help"} | {option for parameter in command.params for option in parameter.opts}
+    while hasattr(command, "commands") and words:
+        names = [word for word in words if word in command.commands]
+        if words[0].startswith("-") and not names:
+            break
+        name = names[0] if words[0].startswith("-") else words[0]
+        assert name in command.commands, where
+        options |= {option for parameter in command.commands[name].params for option in parameter.opts}
+        command, words = command.commands[name], [word for word in words if word != name]
     for word in words:
         if word == "--" or word.startswith("jobs/"):
             return  # the rest belongs to the job
@@ -341,8 +346,8 @@ def anchors(text: str) -> set[str]:
 
 def block_commands(page: Path) -> Iterator[str]:
     """Yield the shell commands in the blocks of a page, without comments and extra spaces."""
-    blocks = re.findall(r"^ *```\n(.*?)^ *```$", page.read_text(), re.MULTILINE | re.DOTALL)
-    for line in "".join(blocks).splitlines():
+    blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    for line in "".join(text for language, text in blocks if not language).splitlines():
         for command in re.sub(r"\s+#.*", "", line).split(" && "):
             words = command.split()
             if words and words[0].rsplit("/", 1)[-1] in PROGRAMS:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from rebeca_ray.cli import catalog_commands, output
+from rebeca_ray.cli import catalog_commands, data_commands, output
 from rebeca_ray.cli.runner import log_options, plain_errors, print_result, read_config
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ stickers = typer.Typer(no_args_is_help=True, help="Use the bundled stickers and 
 app.callback()(log_options)
 app.add_typer(stickers, name="stickers")
 app.add_typer(catalog_commands.app, name="catalog")
+app.add_typer(data_commands.app, name="data")
 
 Config = Annotated[Path, typer.Option(help="YAML file with the settings; jobs/configs has examples.")]
 Overrides = Annotated[
@@ -217,6 +218,30 @@ def sample(
         from rebeca_ray.sample import sample_embeddings
 
         print_result(output.sampled(sample_embeddings(settings), settings.out))
+
+
+@app.command()
+def evaluate(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    truth: Annotated[
+        Path | None,
+        typer.Option(help="The truth.parquet of simulated users, to report true like probabilities too."),
+    ] = None,
+) -> None:
+    """Evaluate a catalog, or compare two, by figures per user and a report."""
+    from rebeca_ray.config.evaluation import EvaluateConfig
+
+    with plain_errors():
+        if settings := read_config(EvaluateConfig, config, overrides, dry_run=dry_run):
+            from rebeca_ray.stickers.truth import true_like_of
+            from rebeca_ray.studies.evaluate import evaluate as evaluate_catalogs
+            from rebeca_ray.studies.report import write_report
+
+            study = evaluate_catalogs(settings, true_like_of(truth) if truth else None)
+            page = write_report(study, Path(settings.out), settings.images)
+            print_result(output.evaluated(study.metrics, str(page)))
 
 
 @app.command()

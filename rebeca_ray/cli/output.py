@@ -5,6 +5,7 @@ Keys of the JSON forms are stable: scripts read them.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -19,10 +20,12 @@ if TYPE_CHECKING:
     from rebeca_ray.catalog.manifest import Cost, Manifest
     from rebeca_ray.catalog.pointer import Pointer
     from rebeca_ray.catalog.read import Snapshot
+    from rebeca_ray.data.published.write import Written
     from rebeca_ray.generation.pipeline import Generated
     from rebeca_ray.nightly import Night
     from rebeca_ray.sample import Sampled
     from rebeca_ray.storage.objects import JsonObject
+    from rebeca_ray.studies.metrics import Metrics
 
 ESTIMATE_LABELS = {
     "requested_items": "requested items",
@@ -50,6 +53,9 @@ SHOWN_FIRST = (
     "bytes",
 )
 SHOWN_SECTIONS = ("counts", "figures", "actual", "versions")
+EMBED_CONFIG = "jobs/configs/embed_openclip.yaml"
+PAPER_SCALE = (1.0, 5.0)
+LIKE_FRACTION = 0.75  # of a scale, as 4 is of 1 to 5
 ITEM_KINDS = ("new", "carried", "population", "failed", "filtered", "deferred")
 
 
@@ -84,6 +90,31 @@ def figure(name: str, value: object) -> str:
     if name == "cost":
         return f"{value:,.2f}"
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def imported(written: Written, out: str) -> str:
+    """Return the counts of an imported data set, and the commands that embed it and train on it."""
+    splits = ", ".join(
+        f"{number:,} of {'training' if split == 'interactions' else split}"
+        for split, number in written.ratings.items()
+    )
+    folder = out.rstrip("/")
+    embed = ["rebeca", "embed", "--config", EMBED_CONFIG, f"items={folder}/items", f"out={folder}/embedded"]
+    train = ["rebeca", "train", "--config", "train.yaml", f"interactions.path={folder}/interactions.parquet"]
+    train.append(f"items={folder}/embedded")
+    if written.rating_scale != PAPER_SCALE:
+        low, high = written.rating_scale
+        threshold = low + LIKE_FRACTION * (high - low)
+        train.append(f"interactions.rating_scale=[{low:g},{high:g}]")
+        train.append(f"interactions.like_threshold={threshold:g}")
+    return "\n".join(
+        [
+            f"imported {sum(written.ratings.values()):,} ratings ({splits}) of {written.users:,} users "
+            f"on {written.items:,} images -> {out}",
+            f"next: {shlex.join(embed)}",
+            f"then: {shlex.join(train)}",
+        ]
+    )
 
 
 def embedded(num_items: int, out: str) -> str:
@@ -266,3 +297,29 @@ def serving(*, http_port: int, grpc_port: int, metrics_port: int) -> str:
         f"ready: grpc 127.0.0.1:{grpc_port} (decoder.triton.url), "
         f"http://127.0.0.1:{http_port}/v2/models/decoder, metrics http://127.0.0.1:{metrics_port}/metrics"
     )
+
+
+def evaluated(metrics: Metrics, page: str) -> str:
+    """Return the lines of `rebeca evaluate`: a line per set, the comparisons of liking, and the report."""
+    tested = metrics.verifier.seen
+    lines = [
+        f"verifier: AUC {tested.auc.value:.3f} [{tested.auc.low:.3f}, {tested.auc.high:.3f}], "
+        f"pairs ranked right {tested.pairwise_accuracy.value:.1%}, on {tested.users:,} users"
+    ]
+    for figures in metrics.sets:
+        space, judged = list(figures.spaces.items())[-1]
+        like, test = judged.like_probability, judged.permutation[0]
+        line = (
+            f"{figures.name} ({space}): like probability {like.mean:.3f} [{like.low:.3f}, {like.high:.3f}], "
+            f"for others {test.shuffled:.3f} (z = {test.z:.0f}, p = {test.p_value:.4f})"
+        )
+        if truth := figures.true_like_probability:
+            line += f", true {truth.mean:.3f} [{truth.low:.3f}, {truth.high:.3f}]"
+        lines.append(line)
+    lines += [
+        f"{row.left} against {row.right}, {row.figure}: "
+        f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}], {row.win_share:.0%} of users gain"
+        for row in metrics.comparisons
+        if row.figure.endswith("like_probability")
+    ]
+    return "\n".join([*lines, f"report -> {page}"])

@@ -97,6 +97,7 @@ class Effect(StrEnum):
     | effect | a change of the setting changes | item identity | compared on resume | sent to a server |
     |---|---|---|---|---|
     | item | the generated items | yes | yes | yes |
+    | variant | the variants of requested items | in the keys of variants alone | yes | yes |
     | content | the location of an input or model | by its content | yes | yes |
     | plan | the shape of a run, or rounding of floats | no | yes | yes |
     | client | the process that decodes | no | yes | no |
@@ -108,6 +109,7 @@ class Effect(StrEnum):
     """
 
     ITEM = "item"
+    VARIANT = "variant"
     CONTENT = "content"
     PLAN = "plan"
     CLIENT = "client"

@@ -194,7 +194,7 @@ class GenerateConfig(JobConfig):
     catalog: Annotated[Location, Effect.NOTHING]
     """Folder of the catalog that receives the snapshot."""
     items: Annotated[Location | None, Effect.CONTENT] = None
-    """Folder of embedded real items, for `nearest_item_id` and to avoid copies of them.
+    """Folder of embedded real items, for `nearest_item_id`, for variants, and to avoid copies of them.
     A prior with the user encoder `history` needs it."""
     interactions: InteractionSettings | None = None
     """Ratings of the users until now. A prior with the user encoder `history` needs them."""
@@ -235,12 +235,12 @@ class SampleConfig(Settings):
     prior: Annotated[Location, Effect.CONTENT]
     """Folder of the prior, written by `rebeca train` or `rebeca distill`."""
     users: Annotated[Location | None, Effect.CONTENT] = None
-    """Parquet file or folder of the users, in a column `user_id`. By default, it is all users of the prior's
-    table, or all users with ratings."""
+    """Parquet file or folder of the users, in a column `user_id`, with `item_id` and `strength` for variants
+    of real items. By default, it is all users of the prior's table, or all users with ratings."""
     out: Annotated[Location, Effect.NOTHING]
     """Parquet file that receives the embeddings. It may not exist yet."""
     items: Annotated[Location | None, Effect.CONTENT] = None
-    """Folder of embedded real items, to avoid copies of them.
+    """Folder of embedded real items, for variants and to avoid copies of them.
     A prior with the user encoder `history` needs it."""
     interactions: InteractionSettings | None = None
     """Ratings of the users until now. A prior with the user encoder `history` needs them."""

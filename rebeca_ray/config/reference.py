@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from rebeca_ray.config.evaluation import EvaluateConfig
 from rebeca_ray.config.fields import (
     Effect,
     Settings,
@@ -36,6 +37,7 @@ JOBS: tuple[type[Settings], ...] = (
     GenerateConfig,
     NightlyConfig,
     SampleConfig,
+    EvaluateConfig,
 )
 KINDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}
 CHECKED = {absolute: "location", expand: "model name", as_typed: "identifier", as_hexadecimal: "colour"}
@@ -135,7 +137,12 @@ def plain(value: Any) -> str:
 
 def words(field: FieldInfo) -> str:
     """Return the type of a field and its bounds in words."""
-    kind, metadata, null = field.annotation, field.metadata, ""
+    return words_of(field.annotation, field.metadata)
+
+
+def words_of(kind: Any, metadata: list[Any]) -> str:
+    """Return a type and its bounds in words."""
+    null = ""
     while (origin := get_origin(kind)) in (Annotated, Union, UnionType):
         first, *rest = (part for part in get_args(kind) if part is not NoneType)
         null = null if origin is Annotated else "null, or "
@@ -144,9 +151,10 @@ def words(field: FieldInfo) -> str:
         *others, last = map(plain, get_args(kind))
         return f"{null}{', '.join(others)} or {last}"
     if origin is tuple:
-        return f"list of {len(get_args(kind))} numbers"
+        first, last = get_args(kind)  # a pair, or any number of the first
+        return f"list of: {words_of(first, [])}" if last is Ellipsis else "list of 2 numbers"
     checks = (CHECKED.get(getattr(mark, "func", None)) for mark in metadata)  # type: ignore[arg-type]
-    name = next(filter(None, checks), KINDS.get(kind, "date"))  # type: ignore[arg-type]
+    name = next(filter(None, checks), KINDS.get(kind, "date"))
     return null + name + bounds(kind, metadata)
 
 

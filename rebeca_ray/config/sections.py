@@ -68,11 +68,9 @@ class InteractionSettings(Settings):
     min_likes: Annotated[Count, Effect.ITEM] = 1
     """Likes that a user needs for training. Users with fewer are left out."""
     hold_out: Annotated[HoldOut, Effect.ITEM] = 0.1
-    """Interactions of each user that are kept from training, for validation: a fraction below 1, or a whole
-    number of them."""
+    """Interactions per user that are kept from training, for validation: a fraction, or a whole number."""
     test: Annotated[HoldOut, Effect.ITEM] = 0.0
-    """Interactions of each user that are kept from training and validation, for evaluation: a fraction below
-    1, or a whole number of them."""
+    """Interactions per user that training and validation never see, for tests: a fraction, or a number."""
     unknown_items: Annotated[Literal["refuse", "drop"], Effect.ITEM] = "refuse"
     """Treatment of ratings whose item has no embedding: `refuse` ends the job, `drop` leaves them out.
     Ratings of unknown generated items are always left out."""
@@ -83,7 +81,7 @@ class InteractionSettings(Settings):
         return self.model_copy(update={"min_likes": 0, **splits})
 
     def hidden_shares(self, *, hide_hold_out: bool) -> str:
-        """Return the shares that are hidden, as text for an item's identity; empty if nothing is hidden."""
+        """Return the hidden shares as text for an item's identity; empty if none is hidden."""
         return f"hidden: {self.hold_out:g} {self.test:g}" if hide_hold_out else ""
 
     @model_validator(mode="after")
@@ -266,6 +264,8 @@ class SamplerSettings(Settings):
     selector_guidance_scale: Annotated[GuidanceWeight | None, Effect.ITEM] = None
     """Strength by which each step moves a candidate to what the selector says the user likes. It costs no
     network pass, and 0 turns it off. By default, the scale chosen after training is taken."""
+    variant: Annotated[Literal["slerp", "noise"], Effect.VARIANT] = "slerp"
+    """Method that makes an item personal: `slerp` towards a sample of the user, or partial `noise`."""
     batch_size: Annotated[Size, Field(ge=16), Effect.PLAN] = 256
     """Candidates per forward pass. Short batches are padded to this size."""
     num_actors: Annotated[SmallCount, Effect.SPEED] = 1

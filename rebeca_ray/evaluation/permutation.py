@@ -21,7 +21,11 @@ class PermutationTest:
     null_std: float
     p_value: float  # (1 + #{null >= matched}) / (1 + permutations)
     num_users: int
-    num_permutations: int
+    null_B: np.ndarray  # the statistic of each permutation
+
+    @property
+    def num_permutations(self) -> int:
+        return len(self.null_B)
 
     @property
     def effect(self) -> float:
@@ -79,7 +83,7 @@ def permutation_test(like_UU: np.ndarray, num_permutations: int = 10_000, seed: 
         null_std=float(null.std()),
         p_value=float((1 + (null >= matched - 1e-12).sum()) / (1 + num_permutations)),
         num_users=users,
-        num_permutations=num_permutations,
+        null_B=null,
     )
 
 
@@ -119,7 +123,7 @@ def permutation_test_by_image(
         null_std=float(null.std()),
         p_value=float((null >= matched - 1e-12).mean()),
         num_users=users,
-        num_permutations=num_permutations,
+        null_B=null,
     )
 
 

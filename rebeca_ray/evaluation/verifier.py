@@ -140,7 +140,7 @@ class Verifier:
         """Return the numbers [N, T] of embeddings."""
         weight_TD = self.network.items.weight
         check_embeddings(x_ND, weight_TD.shape[1])
-        return self.network.items(torch.as_tensor(x_ND, dtype=torch.float32, device=weight_TD.device))
+        return self.network.items(torch.tensor(x_ND, dtype=torch.float32, device=weight_TD.device))
 
     def theta_of(self, user_N: torch.Tensor) -> torch.Tensor:
         """Return the numbers [N, T] of users."""

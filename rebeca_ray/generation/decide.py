@@ -31,7 +31,7 @@ from rebeca_ray.generation.decisions import (
     render_keys,
 )
 from rebeca_ray.generation.repair.previous import Damage, read_known, read_previous
-from rebeca_ray.identity import bucket_of, hash128
+from rebeca_ray.identity import bucket_of, hash128, settings_for_item
 from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.parquet import open_parquet, read_table, write_table
@@ -52,6 +52,8 @@ class Request:
     prompt: str
     negative_prompt: str
     priority: float
+    item_id: str | None
+    strength: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +173,8 @@ def read_requests(context: RunContext, bucket: int) -> list[Request]:
             prompt=row.get("prompt") or "",
             negative_prompt=row.get("negative_prompt") or "",
             priority=float(np.float32(row.get("priority") or 0.0)),  # as it is read back
+            item_id=row.get("item_id"),
+            strength=row.get("strength") and float(np.float32(row["strength"])),
         )
         for row in rows
     ]
@@ -251,6 +255,9 @@ def decide_user(
 ) -> Decision:
     """Return the decision on one requested user. `last` is their row of the previous `users`."""
     digest, activity = known.get(request.user_id, ("", 0))
+    settings = settings_for_item(
+        context.settings_digest, request.item_id, request.strength, context.config.sampler.variant
+    )
     cold_start = request.user_id not in known
     decision = Decision(
         user_id=request.user_id,
@@ -263,11 +270,13 @@ def decide_user(
         cold_start=cold_start,
         history_digest=digest,
         generation=0,
-        settings_digest=hash128(context.settings_digest, request.prompt, request.negative_prompt),
+        settings_digest=hash128(settings, request.prompt, request.negative_prompt),
         priority=request.priority,
         activity=activity,
+        item_id=request.item_id,
+        strength=request.strength,
     )
-    if cold_start and not (request.prompt or request.negative_prompt):
+    if cold_start and not (request.prompt or request.negative_prompt or request.item_id):
         return decision
     return with_action(decision, last, context)
 

@@ -45,6 +45,8 @@ class Decision:
     settings_digest: str
     priority: float
     activity: int
+    item_id: str | None = None
+    strength: float | None = None
 
     @classmethod
     def from_dict(cls, values: JsonObject) -> Self:

@@ -157,14 +157,22 @@ def settings_of_key(config: GenerateConfig | SampleConfig, sampler: SamplerSetti
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def plan_keys(users: pa.Table, prior: str, settings: str) -> list[str]:
-    """Return the plan keys of rows of `schemas.DECISIONS`. They seed the noise of the users' candidates."""
+def plan_keys(users: pa.Table, prior: str, settings: str, method: str) -> list[str]:
+    """Return the plan keys of rows of `schemas.DECISIONS`. They seed the noise of the users' candidates.
+
+    `method` is `sampler.variant`: a part of the keys of users with an item.
+    """
+    names = ("user_id", "history_digest", "generation", "item_id", "strength")
     return [
         identity.plan_key(
-            prior=prior, settings=settings, user_id=user, history_digest=digest, generation=generation
+            prior=prior,
+            settings=identity.settings_for_item(settings, item, strength, method),
+            user_id=user,
+            history_digest=digest,
+            generation=generation,
         )
-        for user, digest, generation in zip(
-            *(users[name].to_pylist() for name in ("user_id", "history_digest", "generation")), strict=True
+        for user, digest, generation, item, strength in zip(
+            *(users[name].to_pylist() for name in names), strict=True
         )
     ]
 
@@ -252,23 +260,29 @@ class PlanUsers:
         if not users.num_rows:
             return schemas.plan(embed_dim).empty_table()
         vectors = self.users.load(users)
-        keys = plan_keys(users, self.versions["prior"], self.settings)
+        keys = plan_keys(users, self.versions["prior"], self.settings, self.sampler.variant)
+        variants = self.users.load_variants(users, self.real_item_id)
 
         # Sample more candidates than items. Like probability, real items and diversity choose among them.
         selection = self.config.selection
         count_G = users["num_images"].to_numpy().astype(np.int64)
         sampled_G = count_G * selection.candidates_per_item
-        x_ND, user_N = sample_candidates(self.prior, self.diffusion, self.sampler, vectors, keys, sampled_G)
+        x_ND, user_N = sample_candidates(
+            self.prior, self.diffusion, self.sampler, vectors, keys, sampled_G, variants
+        )
         candidates = judge_candidates(self.prior, vectors.factor_GF, x_ND, user_N, self.real_unit_ID)
-        chosen = choose_candidates(candidates, count_G, selection)
+        chosen = choose_candidates(candidates, count_G, selection, variants)
 
         # Repeat the users' columns per item. An item's id follows from its user's key and prompts.
         user_K = chosen.user_K
         shard_G = shards_of(render_keys(users, self.decisions.by_urgency), self.decisions.boundaries)
         cold_start_G = users["cold_start"].to_numpy(zero_copy_only=False)
-        user_factor_KF, nearest_item_id = None, None
+        user_factors, nearest_item_id = None, None
         if vectors.factor_GF is not None:
-            user_factor_KF = vectors.factor_GF.cpu().numpy()[user_K]
+            # Null for a variant: the quality gate tests the prior's samples, which have no given item.
+            is_variant_K = users["item_id"].take(user_K).is_valid().to_numpy()
+            factors = arrow_column(vectors.factor_GF.cpu().numpy(), pa.list_(pa.float32()), len(keys))
+            user_factors = factors.take(pa.array(user_K, mask=is_variant_K))
         if self.real_item_id is not None:
             nearest_item_id = self.real_item_id.take(pa.array(chosen.nearest_K))
         per_item = users.select(["user_id", "bucket", "prompt", "negative_prompt"]).take(user_K)
@@ -285,7 +299,7 @@ class PlanUsers:
                 "rank": chosen.rank_K,
                 "image_embeds": chosen.embeds_KD,
                 "like_probability": chosen.like_K,
-                "user_factors": user_factor_KF,
+                "user_factors": user_factors,
                 "sampled_factors": chosen.sampled_factor_KF,
                 "nearest_item_id": nearest_item_id,
                 "nearest_similarity": chosen.similarity_K,

@@ -12,10 +12,19 @@ from rebeca_ray.config.jobs import GenerateConfig, SampleConfig
 from rebeca_ray.config.load import parse_config
 from rebeca_ray.config.sections import DiffusionSettings, PriorSampling
 from rebeca_ray.data.interactions import open_interactions
-from rebeca_ray.data.items import check_items_fit, open_items
-from rebeca_ray.data.validation import check_columns, check_ids, check_numbers, check_rows, check_texts
+from rebeca_ray.data.items import check_items_fit, open_items, read_item_ids
+from rebeca_ray.data.validation import (
+    MAX_EXAMPLES,
+    check_columns,
+    check_ids,
+    check_numbers,
+    check_rows,
+    check_texts,
+    refuse,
+    row_numbers,
+)
 from rebeca_ray.decoder.files import DecoderIdentity
-from rebeca_ray.errors import InputError
+from rebeca_ray.errors import InputError, shown
 from rebeca_ray.prior.checkpoint import read_prior_config
 from rebeca_ray.prior.schedules import check_steps
 from rebeca_ray.storage.listing import digest_of, list_data
@@ -52,6 +61,7 @@ def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
             check_texts(request[name], "request", config.request, name)
         if pa.types.is_floating(schemas.REQUEST.field(name).type):
             check_numbers(request[name], "request", config.request, name)
+    check_variants(request, "request", config.request, config.items)
     if "num_images" not in request.column_names:
         return request.num_rows * config.num_images
 
@@ -65,6 +75,40 @@ def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
                 f"ask for 1 to {MAX_IMAGES:,} images per user"
             )
     return int(pc.sum(counts).as_py() or 0) + (request.num_rows - len(counts)) * config.num_images
+
+
+def check_variants(users: pa.Table, what: str, uri: str, items: str | None) -> None:
+    """Raise InputError unless each given item is among the real items, with a strength in (0, 1]."""
+    nothing = pa.chunked_array([pa.nulls(users.num_rows)])
+    item, strength = (
+        users[name].cast(schemas.REQUEST.field(name).type) if name in users.column_names else nothing
+        for name in ("item_id", "strength")
+    )
+    has_item, has_strength = item.is_valid(), strength.is_valid()
+    without_item = pc.and_not(has_strength, has_item)
+    remedy = "give both, or neither"
+    refuse(what, uri, without_item, "a strength without item_id", row_numbers(without_item), remedy)
+    without = pc.and_not(has_item, has_strength)
+    refuse(what, uri, without, "an item_id without strength", row_numbers(without), remedy)
+    if not pc.any(has_item).as_py():
+        return
+    inside = pc.and_(pc.greater(strength, 0), pc.less_equal(strength, 1))
+    outside = pc.fill_null(pc.invert(inside), False)
+    examples = ", ".join(f"{value:g}" for value in strength.filter(outside).to_pylist()[:MAX_EXAMPLES])
+    refuse(what, uri, outside, "a strength outside (0, 1]", examples, "give at most 1, and more than 0")
+    if items is None:
+        raise InputError(
+            f"{what} {uri}: {pc.sum(has_item).as_py()} of {len(item)} rows have an item_id, "
+            "but `items` is not set; set it to the embedded real items, or leave item_id out"
+        )
+    known = pa.array(read_item_ids(open_items(items)), pa.string())
+    unknown = pc.and_not(has_item, pc.is_in(item, value_set=known))
+    if count := pc.sum(unknown).as_py():
+        first = shown(item.filter(unknown)[0].as_py())
+        raise InputError(
+            f"{what} {uri}: {count} item_ids are not in items {items} (the first is {first}); "
+            "give ids of real items of that table"
+        )
 
 
 def input_digests(config: GenerateConfig) -> dict[str, str]:
@@ -95,6 +139,11 @@ def check_prior_can(config: GenerateConfig | SampleConfig, prior: JsonObject) ->
             check_steps(DiffusionSettings(**prior["diffusion"]), steps, prior["scaler"]["deviation"])
     except ValueError as error:
         raise InputError(f"prior {config.prior}: {error}") from None
+    if sampler.variant == "noise" and sampling.distilled_steps is not None:
+        raise InputError(
+            f"sampler.variant is noise, but prior {config.prior} is distilled and denoises from its "
+            f"{sampling.distilled_steps} built-in timesteps alone; set it to slerp"
+        )
     if cast(float, sampler.prior_guidance_scale) > 1 and prior["condition_dropout"] == 0:
         raise InputError(
             f"sampler.prior_guidance_scale is {sampler.prior_guidance_scale}, "

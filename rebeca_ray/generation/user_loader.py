@@ -1,6 +1,7 @@
 """Load the vectors of users for planning: from their histories, or from the prior's table of users.
 
 rows of decisions + histories of their buckets + embeddings of rated items -> user tokens, selector factors
+rows of decisions with an item + embeddings of real items -> the given items
 
 Shapes: G users, I items that may have been rated, D embed dim.
 """
@@ -9,6 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from rebeca_ray.data.histories import Histories
@@ -17,6 +19,7 @@ from rebeca_ray.prior.sampling import USERS_PADDED_TO
 from rebeca_ray.prior.selector import MAX_HISTORY
 from rebeca_ray.prior.user_blocks import Rated, UserBlock
 from rebeca_ray.prior.users import History, UserVectors
+from rebeca_ray.prior.variants import Variants
 from rebeca_ray.storage.parquet import read_table
 
 
@@ -54,6 +57,17 @@ class UserLoader:
             token_GUH=token_GUH,
             factor_GF=self.selector_factors(index_G, history),
             num_ratings_G=self.num_ratings(latest),
+        )
+
+    def load_variants(self, users: pa.Table, real_item_id: pa.Array | None) -> Variants | None:
+        """Return the given items of rows of `schemas.DECISIONS`; None if there is none among them."""
+        if self.rated_ID is None or real_item_id is None or users["item_id"].null_count == users.num_rows:
+            return None
+        row_G = pc.index_in(users["item_id"], value_set=real_item_id).fill_null(-1).to_numpy()
+        return Variants(
+            row_G=row_G,
+            item_GD=self.prior.scaler.scale(torch.from_numpy(self.rated_ID[row_G])),
+            strength_G=users["strength"].fill_null(1.0).to_numpy(),
         )
 
     def num_ratings(self, history: History | None) -> torch.Tensor | None:

@@ -25,6 +25,7 @@ from rebeca_ray.prior.sampling import sample_liked
 from rebeca_ray.prior.selection import choose, nearest_items
 from rebeca_ray.prior.selector import Selector, match
 from rebeca_ray.prior.users import UserVectors
+from rebeca_ray.prior.variants import Variants, sample_variants
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +73,12 @@ def sample_candidates(
     users: UserVectors,
     keys: Sequence[str],
     count_G: np.ndarray,
+    variants: Variants | None = None,
 ) -> tuple[torch.Tensor, np.ndarray]:
     """Return `count_G[g]` candidates of each user in the prior's space [N, D], and their users' rows [N].
 
-    `keys` are the users' plan keys: they seed the noise. `sampler` is a resolved one.
+    `keys` are the users' plan keys: they seed the noise. `sampler` is a resolved one. Users with an item of
+    `variants` get variants of it.
     """
     seeds = [
         seed
@@ -85,7 +88,9 @@ def sample_candidates(
     user_N = np.repeat(np.arange(len(count_G)), count_G)
     padding = -len(user_N) % sampler.batch_size
     user_N, seeds = np.pad(user_N, (0, padding), mode="edge"), seeds + seeds[-1:] * padding
-    return sample_liked(prior, diffusion, users, user_N, seeds, sampler), user_N
+    if variants is None:
+        return sample_liked(prior, diffusion, users, user_N, seeds, sampler), user_N
+    return sample_variants(prior, diffusion, users, user_N, seeds, sampler, variants), user_N
 
 
 def judge_candidates(
@@ -125,9 +130,15 @@ def judge(
 
 
 def choose_candidates(
-    candidates: Candidates, count_G: np.ndarray, selection: SelectionSettings
+    candidates: Candidates,
+    count_G: np.ndarray,
+    selection: SelectionSettings,
+    variants: Variants | None = None,
 ) -> ChosenItems:
-    """Return `count_G[g]` items of each user, chosen from `candidates_per_item` times as many candidates."""
+    """Return `count_G[g]` items of each user, chosen from `candidates_per_item` times as many candidates.
+
+    A candidate near a real item is a copy, unless that item is the one of `variants` that it was made from.
+    """
     candidates_G = count_G * selection.candidates_per_item
     stop_G = np.cumsum(candidates_G)
     start_G = stop_G - candidates_G
@@ -135,8 +146,11 @@ def choose_candidates(
     like_N, similarity_N = candidates.like_N, candidates.similarity_N
     relevance_N = np.zeros(len(candidates.unit_ND), np.float32) if like_N is None else like_N
     copy_N = np.zeros(len(relevance_N), bool)
-    if similarity_N is not None:
+    if similarity_N is not None and candidates.nearest_N is not None:
         copy_N = similarity_N > selection.max_item_similarity
+        if variants is not None:
+            given_N = np.repeat(variants.row_G, candidates_G)
+            copy_N[: len(given_N)] &= candidates.nearest_N[: len(given_N)] != given_N
 
     # A choice depends on the user's earlier ones, so users are taken one by one. All else is columns.
     candidate_K = np.concatenate(

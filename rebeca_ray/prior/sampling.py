@@ -6,6 +6,7 @@ factors of the selector.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,23 @@ from rebeca_ray.prior.users import UserVectors
 
 USERS_PADDED_TO = 64
 RATINGS_FOR_HALF = 4.0  # of a history, that get half of the guidance
+
+
+class NoisedItems(NamedTuple):
+    """Items [N, D] in the prior's space that a sampling begins at, once noised to its first timestep."""
+
+    x0_ND: torch.Tensor
+    timesteps: Sequence[int]
+
+    def noise(
+        self, index_B: np.ndarray, noise: Iterator[torch.Tensor], diffusion: Diffusion
+    ) -> Iterator[torch.Tensor]:
+        """Yield the noised items of some rows, then the rest of `noise`, as a sampler takes them."""
+        first_BD = next(noise)
+        timestep_1 = torch.tensor([self.timesteps[0]], device=first_BD.device)
+        x0_BD = self.x0_ND[torch.from_numpy(index_B)].to(first_BD.device)
+        yield diffusion.add_noise(x0_BD, first_BD, timestep_1)
+        yield from noise
 
 
 def guided_denoiser(
@@ -235,25 +253,28 @@ def sample_liked(
     row_N: np.ndarray,
     seeds: Sequence[int],
     sampler: SamplerSettings,
+    start: NoisedItems | None = None,
 ) -> torch.Tensor:
     """Sample one embedding per row that user `row_N[i]` would like: [N, D] in the prior's space, on the CPU.
 
-    `sampler` is a resolved one. Rows go in tiles of `sampler.batch_size`, and copies of a row fill the last
-    tile. In float32 on a CPU a row's bits then depend on its user and seed alone: matrix products round all
-    rows alike from a dozen rows on, but not below.
+    `sampler` is a resolved one. Sampling begins at noise, or at the noised items of `start`. Rows go in tiles
+    of `sampler.batch_size`, and copies of a row fill the last tile. In float32 on a CPU a row's bits then
+    depend on its user, start and seed alone: matrix products round all rows alike from a dozen rows on, but
+    not below.
     """
     assert sampler.name
     assert sampler.num_inference_steps
     device, clip = users.token_GUH.device, prior.scaler.clip or math.inf
-    timesteps = diffusion.inference_timesteps(sampler.num_inference_steps)
+    timesteps: Sequence[int] = diffusion.inference_timesteps(sampler.num_inference_steps)
+    if start is not None:
+        timesteps = start.timesteps
     tiles = []
-    for start in range(0, len(row_N), sampler.batch_size):
+    for first in range(0, len(row_N), sampler.batch_size):
         # Fill the tile, and the users of the tile, so that every matrix product has many rows.
-        rows = row_N[start : start + sampler.batch_size]
-        tile_seeds = list(seeds[start : start + sampler.batch_size])
-        padding = sampler.batch_size - len(rows)
-        rows, tile_seeds = np.pad(rows, (0, padding), mode="edge"), [*tile_seeds, *tile_seeds[:1] * padding]
-        users_of_tile, row_B = np.unique(rows, return_inverse=True)
+        index_B = np.arange(first, min(first + sampler.batch_size, len(row_N)))
+        count = len(index_B)
+        index_B = np.pad(index_B, (0, sampler.batch_size - count), mode="edge")
+        users_of_tile, row_B = np.unique(row_N[index_B], return_inverse=True)
         users_of_tile = np.pad(users_of_tile, (0, -len(users_of_tile) % USERS_PADDED_TO), mode="edge")
         denoise = guided_denoiser(
             prior,
@@ -262,7 +283,9 @@ def sample_liked(
             torch.from_numpy(row_B).to(device),
             sampler,
         )
-        noise = item_noise(tile_seeds, prior.scaler.embed_dim, device)
+        noise = item_noise([seeds[index] for index in index_B.tolist()], prior.scaler.embed_dim, device)
+        if start is not None:
+            noise = start.noise(index_B, noise, diffusion)
         sampled = SAMPLERS[sampler.name](denoise, noise, timesteps, diffusion, clip)
-        tiles.append(sampled[: len(tile_seeds) - padding].cpu())
+        tiles.append(sampled[:count].cpu())
     return torch.cat(tiles)

@@ -5,6 +5,7 @@ probability, averaged over the judge's probabilities of style and subcategory. O
 `truth.parquet`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from rebeca_ray.errors import InputError
+from rebeca_ray.stickers.build.data import to_pixels
 from rebeca_ray.stickers.judge import Judge
 
 RETRIEVAL = (
@@ -64,6 +67,27 @@ class Truth:
         """Return the judge's joint probability [N, S, C] of style and subcategory."""
         judgement = self.judge(images)
         return judgement.style[:, :, None] * judgement.subcategory[:, None, :]
+
+
+def true_like_of(path: Path) -> Callable[[list[str], list[bytes]], np.ndarray]:
+    """Return a function from the users and the encoded images of items to true like probabilities [N].
+
+    Raises InputError without the file, and later for users who are not in it.
+    """
+    if not path.is_file():
+        raise InputError(f"--truth {path}: no such file; `rebeca stickers simulate` writes truth.parquet")
+    judge = Judge()
+
+    def true_like(owners: list[str], encoded: list[bytes]) -> np.ndarray:
+        users = sorted(set(owners))
+        truth = Truth(path, judge, users)
+        if unknown := int(np.isnan(truth.like_USC).all((1, 2)).sum()):
+            raise InputError(
+                f"--truth {path}: lacks {unknown} of {len(users)} users; give that of the ratings"
+            )
+        return truth.like_probability(owners, to_pixels(encoded))
+
+    return true_like
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import pytest
 
-from rebeca_ray.config import decoder, jobs, sections, verifier
+from rebeca_ray.config import decoder, evaluation, jobs, sections, verifier
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.fields import (
     NOT_IN_IDENTITY,
@@ -25,7 +25,7 @@ from rebeca_ray.generation.runs import NOT_COMPARED_ON_RESUME
 
 MODELS = [
     model
-    for module in (decoder, jobs, sections, verifier)
+    for module in (decoder, evaluation, jobs, sections, verifier)
     for model in vars(module).values()
     if isinstance(model, type) and issubclass(model, Settings) and model.__module__ == module.__name__
 ]
@@ -54,7 +54,7 @@ NOT_IN_AN_IMAGE = {
     "compile",
 }
 UNKNOWN_TO_A_SERVER = {"backend", "triton", "num_actors", "cpus_per_actor"}
-NOT_IN_A_PLAN_KEY = {"batch_size", "num_actors", "cpus_per_actor", "device"}
+NOT_IN_A_PLAN_KEY = {"batch_size", "num_actors", "cpus_per_actor", "device", "variant"}
 NOT_IN_A_RUN_NAME = {
     "interactions": {"path": True, "columns": True},
     "items": True,

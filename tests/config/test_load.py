@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from rebeca_ray.config.evaluation import EvaluateConfig
 from rebeca_ray.config.fields import expand
 from rebeca_ray.config.jobs import (
     DistillConfig,
@@ -25,6 +26,7 @@ MODELS = {
     "distill": DistillConfig,
     "generate": GenerateConfig,
     "nightly": NightlyConfig,
+    "evaluate": EvaluateConfig,
 }
 
 

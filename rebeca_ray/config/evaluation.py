@@ -1,0 +1,92 @@
+"""The config of `rebeca evaluate`: a catalog, the ratings that judge it, and the verifier."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.config.fields import Effect, Fraction, Location, ModelName, Positive, Seed
+from rebeca_ray.config.jobs import JobConfig
+from rebeca_ray.config.sections import InteractionSettings
+from rebeca_ray.config.verifier import VerifierSettings
+
+MIN_USERS = 20  # of a permutation test
+Method = Literal[
+    "empty_prompt",
+    "p1",
+    "p2",
+    "rebeca_p1",
+    "rebeca_p2",
+    "no_user",
+    "mean_of_likes",
+    "nearest_to_mean",
+    "retrieval",
+    "best_by_verifier",
+    "most_popular",
+    "random",
+]
+
+
+class EvaluateConfig(JobConfig):
+    """`rebeca evaluate`: one catalog, or two -> figures per user, metrics, plots and a report."""
+
+    catalog: Annotated[Location, Effect.CONTENT]
+    """Folder of the catalog to evaluate."""
+    other: Annotated[Location | None, Effect.CONTENT] = None
+    """Folder of a second catalog to compare with, user by user. By default, there is none."""
+    items: Annotated[Location, Effect.CONTENT]
+    """Folder of embedded real items, written by `rebeca embed`."""
+    images: Annotated[Location | None, Effect.CONTENT] = None
+    """Parquet file or folder of the real items with their images, for the report. By default, the report
+    shows generated images alone."""
+    interactions: InteractionSettings
+    """Ratings, with the `hold_out` and `test` of the training. The verifier reads these two parts alone."""
+    training_seed: Annotated[Seed, Effect.ITEM] = 0
+    """Value of `optimization.seed` in the training. The verifier's seed must differ from it."""
+    clip: Annotated[ModelName | None, Effect.CONTENT] = None
+    """CLIP model that embedded the items, to embed generated images again. By default, only the planned
+    embeddings are judged."""
+    methods: Annotated[tuple[Method, ...], Field(strict=False), Effect.ITEM] = ()
+    """Methods to compare the catalog with: for the same users, as many items, by the same decoder. The
+    documentation says how each makes them."""
+    prior: Annotated[Location | None, Effect.CONTENT] = None
+    """Folder of the catalog's prior. `methods` need it."""
+    without_users: Annotated[Location | None, Effect.CONTENT] = None
+    """Folder of a prior that was trained with the user encoder `none`. The method `no_user` needs it."""
+    decoder: DecoderSettings | None = None
+    """Decoder of the catalog. `methods` need it."""
+    verifier: VerifierSettings = VerifierSettings()
+    """Verifier, and its training."""
+    num_factors_tried: Annotated[
+        tuple[Annotated[int, Field(ge=0, le=65_536)], ...], Field(strict=False, min_length=1), Effect.ITEM
+    ] = (
+        0,
+        20,
+        80,
+    )
+    """Dimensions of a taste that validation chooses from. They replace `verifier.num_factors`."""
+    weight_decay_tried: Annotated[tuple[Fraction, ...], Field(strict=False, min_length=1), Effect.ITEM] = (
+        1e-4,
+        1e-3,
+        1e-2,
+    )
+    """Regularisations that validation chooses from. They replace `verifier.weight_decay`."""
+    num_users: Annotated[Positive, Field(ge=MIN_USERS), Effect.PLAN] = 1000
+    """Most users that are judged. More are thinned out evenly."""
+    max_item_similarity: Annotated[float, Field(gt=0, le=1), Effect.NOTHING] = 0.98
+    """Generated items with a higher cosine similarity to a real item count as near-copies."""
+    out: Annotated[Location, Effect.NOTHING]
+    """Folder that receives `metrics.json`, `users.parquet`, `report.html` and the plots."""
+    seed: Annotated[Seed, Effect.ITEM] = 1000
+    """Seed of permutations, bootstrap samples and equal counts."""
+
+    @model_validator(mode="after")
+    def check_methods(self) -> Self:
+        if self.methods and (self.prior is None or self.decoder is None):
+            raise ValueError("methods need `prior` and `decoder`, those of the catalog; set both")
+        if "no_user" in self.methods and self.without_users is None:
+            raise ValueError(
+                "the method no_user needs `without_users`, a prior of network.user_encoder=none; "
+                "set it, or leave the method out"
+            )
+        return self

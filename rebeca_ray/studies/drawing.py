@@ -1,0 +1,118 @@
+"""Draw the items of a method with the catalog's decoder, once: a file keeps them for the next start.
+
+Shapes: N items, B items of a chunk, D embed dim.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from rebeca_ray import schemas
+from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.decoder.interface import DecodedImage, Decoder, Rows
+from rebeca_ray.errors import StorageError
+from rebeca_ray.identity import hash128, image_seed
+from rebeca_ray.storage.filesystem import exists, join
+from rebeca_ray.storage.parquet import open_parquet, write_tables
+from rebeca_ray.studies.methods import NEGATIVE, Materials, Wishes
+from rebeca_ray.studies.sets import ItemSet
+
+log = logging.getLogger(__name__)
+
+BATCHES_AT_ONCE = 4
+
+
+def draw_set(
+    name: str, wishes: Wishes, materials: Materials, decoder: Decoder, settings: DecoderSettings, out: str
+) -> ItemSet:
+    """Return the items of a method, from `out/sets` if an earlier start drew the same ones.
+
+    An item has the seed of the catalog's item in its position, whatever the method. Raises StorageError for
+    an item that the decoder cannot draw.
+    """
+    catalog = materials.catalog
+    rows = rows_of(wishes, catalog, settings)
+    digest = hash128(
+        settings.identity_json(),
+        settings.model,
+        rows.image_embeds_BD.tobytes().hex(),
+        *rows.seeds,
+        wishes.prompt,
+        str(wishes.ip_adapter_scale),
+    )
+    uri = join(out, "sets", f"{name}-{digest}.parquet")
+    if not exists(uri):
+        schema = set_schema(catalog.embeds_ND.shape[1])
+        tables = drawn_tables(name, rows, catalog, decoder, settings.batch_size * BATCHES_AT_ONCE, schema)
+        write_tables(tables, schema, uri, row_group_size=100, embed_column="image_embeds")
+    table = open_parquet(uri, "set").read(set_schema(catalog.embeds_ND.shape[1]))
+    return ItemSet(
+        name=name,
+        description=f"{name}, drawn by the catalog's decoder",
+        user_id=catalog.user_id,
+        user_N=catalog.user_N,
+        item_id=table["item_id"].to_pylist(),
+        embeds_ND=wishes.embeds_ND,
+        encoded=[image["bytes"] for image in table["image"].to_pylist()],
+    )
+
+
+def set_schema(embed_dim: int) -> pa.Schema:
+    """Return the columns of a drawn set."""
+    return pa.schema(
+        [
+            schemas.required("item_id", schemas.STRING),
+            schemas.required("user_id", schemas.STRING),
+            schemas.required("image_embeds", schemas.image_embeds(embed_dim)),
+            schemas.required("image", schemas.IMAGE),
+        ]
+    )
+
+
+def rows_of(wishes: Wishes, catalog: ItemSet, settings: DecoderSettings) -> Rows:
+    """Return the decoder's rows, with the seeds of the catalog's items."""
+    count = len(catalog.item_id)
+    scale = settings.ip_adapter_scale if wishes.ip_adapter_scale is None else wishes.ip_adapter_scale
+    return Rows(
+        image_embeds_BD=wishes.embeds_ND.astype(np.float32),
+        seeds=[image_seed(item) for item in catalog.item_id],
+        prompts=[str(wishes.prompt)] * count,
+        negative_prompts=[NEGATIVE[wishes.prompt]] * count,
+        guidance_scale_B=np.full(count, settings.decoder_guidance_scale, np.float32),
+        ip_adapter_scale_B=np.full(count, scale, np.float32),
+    )
+
+
+def drawn_tables(
+    name: str, rows: Rows, catalog: ItemSet, decoder: Decoder, size: int, schema: pa.Schema
+) -> Iterator[pa.Table]:
+    """Yield the drawn items, `size` at a time."""
+    started = time.monotonic()
+    for start in range(0, len(rows), size):
+        index = np.arange(start, min(start + size, len(rows)))
+        chunk = rows.take(index)
+        drawn = decoder.decode(chunk)
+        check_drawn(name, drawn)
+        embeds = pa.FixedSizeListArray.from_arrays(
+            pa.array(chunk.image_embeds_BD.ravel()), type=schema.field("image_embeds").type
+        )
+        columns = [
+            [hash128(name, catalog.item_id[row]) for row in index],
+            [catalog.user_id[user] for user in catalog.user_N[index]],
+            embeds,
+            pa.array([{"bytes": image.image, "path": None} for image in drawn], schemas.IMAGE),
+        ]
+        yield pa.table(columns, schema=schema)
+        rate = (index[-1] + 1) / (time.monotonic() - started)
+        log.info(f"{name}: {index[-1] + 1:,} of {len(rows):,} images, {rate:.1f} images/s")
+
+
+def check_drawn(name: str, drawn: list[DecodedImage]) -> None:
+    """Raise StorageError for an item without an image."""
+    for image in drawn:
+        if image.image is None:
+            reason = image.error or "the safety policy left it out"
+            raise StorageError(f"method {name}: an item has no image ({reason}); run again, or leave it out")

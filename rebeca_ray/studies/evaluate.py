@@ -1,0 +1,230 @@
+"""Evaluate a catalog, or compare two: `rebeca evaluate`.
+
+catalogs ─► sets ─┐
+ratings ─► verifier ─► figures per set and feature space ─► comparisons ─► metrics.json, plots, report.html
+
+Shapes: U users, N items, D embed dim.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from rebeca_ray.catalog.read import read_catalog
+from rebeca_ray.config.evaluation import EvaluateConfig
+from rebeca_ray.data.clip import EmbedImages, clip_fingerprint
+from rebeca_ray.data.items import EmbeddedItems, read_image_embeds
+from rebeca_ray.decoder.build import build_decoder
+from rebeca_ray.errors import InputError
+from rebeca_ray.evaluation.paired import compare_users
+from rebeca_ray.prior.checkpoint import load_prior
+from rebeca_ray.storage.objects import write_json
+from rebeca_ray.storage.parquet import write_table
+from rebeca_ray.storage.writable import require_writable
+from rebeca_ray.studies.drawing import draw_set
+from rebeca_ray.studies.measure import LESS_IS_BETTER, Judge, Measured, mean_of, measure
+from rebeca_ray.studies.methods import Materials, wishes_of
+from rebeca_ray.studies.metrics import Comparison, Metrics, SetFigures
+from rebeca_ray.studies.ratings import StudyRatings, read_ratings
+from rebeca_ray.studies.sets import ItemSet, choose_users, read_set
+from rebeca_ray.studies.verifying import fit_study_verifier
+
+log = logging.getLogger(__name__)
+
+NUM_PERMUTATIONS = 10_000
+IMAGES_AT_ONCE = 256
+TRUE_LIKE = "true_like_probability"
+
+TrueLike = Callable[[list[str], list[bytes]], np.ndarray]  # (user of each image, encoded images) -> [N]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """The result of a study: its metrics, and each set with its figures by feature space."""
+
+    metrics: Metrics
+    sets: list[ItemSet]
+    measured: list[dict[str, Measured]]
+    true_like: list[np.ndarray]  # [U] of each set; empty without a truth
+    judge: Judge
+
+
+def evaluate(config: EvaluateConfig, true_like: TrueLike | None = None) -> Study:
+    """Evaluate the catalogs of `config`, and write `metrics.json` and `users.parquet` to `config.out`.
+
+    `true_like` gives true like probabilities, where users are simulated. Raises InputError for catalogs,
+    items, ratings or a CLIP that do not fit each other, and for too few users.
+    """
+    require_writable(config.out, "out")
+    items = read_image_embeds(config.items)
+    check_clip(config, items)
+    ratings = read_ratings(config.interactions, items)
+    snapshots = [read_catalog(root) for root in (config.catalog, config.other) if root is not None]
+    for snapshot in snapshots:
+        check_fit(snapshot.root, snapshot.manifest.embed_dim, items, config.items)
+    log.info(f"fitting the verifier to {int(ratings.parts.fit_N.sum()):,} ratings")
+    verifier, verifier_figures = fit_study_verifier(ratings, config)
+    judged = judged_users(ratings, verifier.num_ratings_V)
+    users = choose_users(snapshots, judged, config.num_users)
+    index_of = {user: row for row, user in enumerate(ratings.interactions.user_id.tolist())}
+    judge = Judge(
+        ratings=ratings,
+        verifier=verifier,
+        user_U=np.array([index_of[user] for user in users]),
+        max_item_similarity=config.max_item_similarity,
+        num_permutations=NUM_PERMUTATIONS,
+        seed=config.seed,
+    )
+    names = ("catalog", "other")[: len(snapshots)]
+    sets = [read_set(name, snapshot, users) for name, snapshot in zip(names, snapshots, strict=True)]
+    sets += drawn_by_methods(config, sets[0], judge)
+    embed = EmbedImages(config.clip, config.verifier.device, "#ffffff") if config.clip else None
+    measured, truths = [], []
+    for item_set in sets:
+        log.info(f"measuring {len(item_set.user_N):,} items of {item_set.description}")
+        # A prompt alone plans no embeddings.
+        spaces = {"planned": item_set.embeds_ND} if item_set.embeds_ND.any() else {}
+        if embed is not None:
+            spaces["clip"] = embed_again(embed, item_set)
+        measured.append({space: measure(item_set, x_ND, judge) for space, x_ND in spaces.items()})
+        if true_like is not None:
+            owners = [users[row] for row in item_set.user_N.tolist()]
+            truths.append(item_set.mean_by_user(true_like(owners, item_set.encoded)))
+    figures = [
+        SetFigures(
+            name=item_set.name,
+            description=item_set.description,
+            users=len(users),
+            items=len(item_set.user_N),
+            spaces={space: part.figures for space, part in spaces_of_set.items()},
+            true_like_probability=mean_of(truths[number], config.seed) if truths else None,
+        )
+        for number, (item_set, spaces_of_set) in enumerate(zip(sets, measured, strict=True))
+    ]
+    metrics = Metrics(
+        verifier=verifier_figures, sets=figures, comparisons=compare_sets(sets, measured, truths, config.seed)
+    )
+    study = Study(metrics=metrics, sets=sets, measured=measured, true_like=truths, judge=judge)
+    write_table(users_table(study), f"{config.out}/users.parquet", row_group_size=10_000)
+    write_json(metrics.model_dump(mode="json"), f"{config.out}/metrics.json")
+    return study
+
+
+def drawn_by_methods(config: EvaluateConfig, catalog: ItemSet, judge: Judge) -> list[ItemSet]:
+    """Return the set of each method in `config.methods`, drawn by the catalog's decoder."""
+    if not config.methods or config.prior is None or config.decoder is None:
+        return []
+    prior, without_users = load_prior(config.prior), None
+    if config.without_users is not None:
+        without_users = load_prior(config.without_users)
+    materials = Materials(
+        catalog=catalog, judge=judge, prior=prior, without_users=without_users, seed=config.seed
+    )
+    decoder = build_decoder(config.decoder)
+    return [
+        draw_set(method, wishes_of(method, materials), materials, decoder, config.decoder, config.out)
+        for method in config.methods
+    ]
+
+
+def check_clip(config: EvaluateConfig, items: EmbeddedItems) -> None:
+    """Raise InputError if `config.clip` is another CLIP than that of the items."""
+    if config.clip and items.clip and (clip := clip_fingerprint(config.clip)) != items.clip:
+        raise InputError(
+            f"clip {config.clip}: its fingerprint is {clip}, that of {config.items} is {items.clip}; "
+            "give the CLIP that embedded the items"
+        )
+
+
+def check_fit(root: str, embed_dim: int, items: EmbeddedItems, uri: str) -> None:
+    """Raise InputError if a catalog's embeddings have another size than the real items'."""
+    if embed_dim != items.image_embeds.shape[1]:
+        raise InputError(
+            f"catalog {root}: embeddings of size {embed_dim}; "
+            f"items {uri} have {items.image_embeds.shape[1]}; give the items that its prior was trained on"
+        )
+
+
+def judged_users(ratings: StudyRatings, num_ratings_V: np.ndarray) -> list[str]:
+    """Return the users with a liked test rating whom the verifier knows."""
+    interactions = ratings.interactions
+    known = np.zeros(interactions.num_users, bool)
+    known[: len(num_ratings_V)] = num_ratings_V > 0
+    has_test_like = [len(ratings.likes_of_test(user)) > 0 for user in range(interactions.num_users)]
+    return interactions.user_id[known & np.array(has_test_like)].tolist()
+
+
+def embed_again(embed: EmbedImages, item_set: ItemSet) -> np.ndarray:
+    """Return the embeddings [N, D] of a set's generated images. Raises InputError for one that is broken."""
+    parts = []
+    for start in range(0, len(item_set.encoded), IMAGES_AT_ONCE):
+        part = slice(start, start + IMAGES_AT_ONCE)
+        images = [{"bytes": encoded, "path": None} for encoded in item_set.encoded[part]]
+        batch = embed(pa.table({"item_id": item_set.item_id[part], "image": images}))
+        if errors := batch["rebeca_image_error"].drop_null().to_pylist():
+            raise InputError(f"{item_set.description}: an image {errors[0]}; run `rebeca catalog verify`")
+        column = batch["image_embeds"].combine_chunks()
+        parts.append(column.flatten().to_numpy().reshape(len(column), -1))
+    return np.concatenate(parts)
+
+
+def compare_sets(
+    sets: list[ItemSet], measured: list[dict[str, Measured]], truths: list[np.ndarray], seed: int
+) -> list[Comparison]:
+    """Return the comparisons of the first set with each other set, figure by figure."""
+    comparisons = []
+    for number in range(1, len(sets)):
+        pairs = {
+            f"{space}/{name}": (figure_U, measured[number][space].by_user[name])
+            for space, part in measured[0].items()
+            if space in measured[number]
+            for name, figure_U in part.by_user.items()
+        }
+        if truths:
+            pairs[TRUE_LIKE] = (truths[0], truths[number])
+        comparisons += [
+            compare_figure(figure, *pair, names=(sets[0].name, sets[number].name), seed=seed)
+            for figure, pair in pairs.items()
+        ]
+    return comparisons
+
+
+def compare_figure(
+    figure: str, left_U: np.ndarray, right_U: np.ndarray, *, names: tuple[str, str], seed: int
+) -> Comparison:
+    """Return one comparison, over the users who have the figure in both sets."""
+    both = np.isfinite(left_U) & np.isfinite(right_U)
+    paired = compare_users(left_U[both], right_U[both], seed)
+    is_less_better = figure.rpartition("/")[2] in LESS_IS_BETTER
+    lose_share = 1 - paired.win_share - paired.tie_share
+    return Comparison(
+        figure=figure,
+        left=names[0],
+        right=names[1],
+        users=paired.num_users,
+        difference=paired.difference,
+        low=paired.difference_interval.low,
+        high=paired.difference_interval.high,
+        win_share=lose_share if is_less_better else paired.win_share,
+        tie_share=paired.tie_share,
+        wilcoxon_p=paired.wilcoxon_p,
+    )
+
+
+def users_table(study: Study) -> pa.Table:
+    """Return one row per user and set, with a column per figure."""
+    tables = []
+    for number, (item_set, spaces) in enumerate(zip(study.sets, study.measured, strict=True)):
+        columns = {
+            f"{space}/{name}": figure_U.astype(np.float32)
+            for space, part in spaces.items()
+            for name, figure_U in part.by_user.items()
+        }
+        if study.true_like:
+            columns[TRUE_LIKE] = study.true_like[number].astype(np.float32)
+        names = pa.array([item_set.name] * len(item_set.user_id), pa.string())
+        tables.append(pa.table({"set": names, "user_id": pa.array(item_set.user_id), **columns}))
+    return pa.concat_tables(tables)

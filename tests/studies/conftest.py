@@ -1,0 +1,84 @@
+"""A world of three tastes: 24 users, 150 items, and catalogs for them made without a decoder's help."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rebeca_ray import schemas
+from rebeca_ray.catalog.read import Snapshot, read_catalog
+from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.config.evaluation import EvaluateConfig
+from rebeca_ray.config.jobs import GenerateConfig
+from rebeca_ray.config.sections import SamplerSettings
+from rebeca_ray.generation.pipeline import generate_catalog
+from rebeca_ray.studies import evaluate, verifying
+from tests.conftest import NO_GATE, D, prior_users, write_tiny_prior
+
+NUM_USERS, ITEMS_PER_TASTE, TASTES = 24, 50, 3
+STUDY_USERS = [f"u{user:02}" for user in range(NUM_USERS)]
+
+
+def item_embeds() -> np.ndarray:
+    """Return the embeddings of the items: 50 around each of three centres."""
+    random = np.random.default_rng(0)
+    centre = random.standard_normal((TASTES, D))
+    noise = 0.4 * random.standard_normal((TASTES * ITEMS_PER_TASTE, D))
+    return (np.repeat(centre, ITEMS_PER_TASTE, axis=0) + noise).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def _few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw few bootstrap samples and permutations: intervals are tested elsewhere."""
+    monkeypatch.setattr(verifying, "NUM_SAMPLES", 20)
+    monkeypatch.setattr(evaluate, "NUM_PERMUTATIONS", 200)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> EvaluateConfig:
+    """Users who like the items of one taste: u00, u03, … the first. The catalog is not there yet."""
+    column = pa.FixedSizeListArray.from_arrays(pa.array(item_embeds().ravel()), type=schemas.image_embeds(D))
+    items = [f"i{item:03}" for item in range(TASTES * ITEMS_PER_TASTE)]
+    pq.write_table(pa.table({"item_id": items, "image_embeds": column}), tmp_path / "items.parquet")
+    random = np.random.default_rng(1)
+    rows = [
+        (user, items[item], 5.0 if item // ITEMS_PER_TASTE == number % TASTES else 1.0)
+        for number, user in enumerate(STUDY_USERS)
+        for item in random.permutation(len(items))[:80].tolist()
+    ]
+    user_id, item_id, rating = zip(*rows, strict=True)
+    columns = {"user_id": user_id, "item_id": item_id, "rating": pa.array(rating, pa.float32())}
+    pq.write_table(pa.table(columns), tmp_path / "interactions.parquet")
+    return EvaluateConfig.model_validate(
+        {
+            "catalog": str(tmp_path / "catalog"),
+            "items": str(tmp_path / "items.parquet"),
+            "interactions": {
+                "path": str(tmp_path / "interactions.parquet"),
+                "hold_out": 0.2,
+                "test": 0.3,
+            },
+            "out": str(tmp_path / "out"),
+        }
+    )
+
+
+def publish_catalog(
+    folder: Path, decoder: DecoderSettings, users: list[str], *, num_images: int = 3, seed: int = 0
+) -> Snapshot:
+    """Publish a catalog of an untrained prior, which knows nothing of the tastes."""
+    folder.mkdir()
+    pq.write_table(pa.table({"user_id": users}), folder / "request.parquet")
+    config = GenerateConfig(
+        prior=write_tiny_prior(folder, users=prior_users(users), norm=3.0 + seed),
+        decoder=decoder,
+        request=str(folder / "request.parquet"),
+        catalog=str(folder / "catalog"),
+        num_images=num_images,
+        sampler=SamplerSettings(num_inference_steps=4, batch_size=32, prior_guidance_scale=1.0),
+        gate=NO_GATE,
+    )
+    generate_catalog(config, in_process=True)
+    return read_catalog(config.catalog)
