@@ -44,6 +44,7 @@ format: setup
 
 docs: setup
 	$(BIN)/python -m rebeca_ray.config.reference > infra/docs/configuration.md
+	$(BIN)/python -m rebeca_ray.studies.metrics > infra/docs/metrics.schema.json
 
 bench: setup
 	for script in tests/bench/*.py; do PYTHONPATH=. $(BIN)/python $$script || exit 1; done

@@ -1,5 +1,6 @@
 """Open encoded images: of known formats, within bounds, and as a person sees them."""
 
+import base64
 import io
 import warnings
 
@@ -139,3 +140,10 @@ def orientation(image: Image.Image) -> int | None:
             return int(image.getexif()[ExifTags.Base.Orientation])
         except Exception:  # as a viewer does
             return None
+
+
+def data_uri(encoded: bytes) -> str:
+    """Return an encoded image as an address that holds it, for a page without other files."""
+    kinds = {b"\x89PNG": "png", b"\xff\xd8": "jpeg", b"RIFF": "webp", b"GIF8": "gif"}
+    kind = next((kind for start, kind in kinds.items() if encoded.startswith(start)), "png")
+    return f"data:image/{kind};base64," + base64.b64encode(encoded).decode()

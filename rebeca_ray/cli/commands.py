@@ -240,8 +240,8 @@ def evaluate(
             from rebeca_ray.studies.report import write_report
 
             study = evaluate_catalogs(settings, true_like_of(truth) if truth else None)
-            page = write_report(study, Path(settings.out), settings.images)
-            print_result(output.evaluated(study.metrics, str(page)))
+            page = write_report(study, settings.out, settings.images)
+            print_result(output.evaluated(study.metrics, page))
 
 
 @app.command()

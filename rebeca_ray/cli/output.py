@@ -304,7 +304,7 @@ def evaluated(metrics: Metrics, page: str) -> str:
     tested = metrics.verifier.seen
     lines = [
         f"verifier: AUC {tested.auc.value:.3f} [{tested.auc.low:.3f}, {tested.auc.high:.3f}], "
-        f"pairs ranked right {tested.pairwise_accuracy.value:.1%}, on {tested.users:,} users"
+        f"pairs ranked right {tested.pairwise_accuracy.value:.1%}, on {tested.auc.num_users:,} users"
     ]
     for figures in metrics.sets:
         space, judged = list(figures.spaces.items())[-1]

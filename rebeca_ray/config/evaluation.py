@@ -45,16 +45,16 @@ class EvaluateConfig(JobConfig):
     """Value of `optimization.seed` in the training. The verifier's seed must differ from it."""
     clip: Annotated[ModelName | None, Effect.CONTENT] = None
     """CLIP model that embedded the items, to embed generated images again. By default, only the planned
-    embeddings are judged."""
+    embeddings are judged. `methods` needs it."""
     methods: Annotated[tuple[Method, ...], Field(strict=False), Effect.ITEM] = ()
     """Methods to compare the catalog with: for the same users, as many items, by the same decoder. The
     documentation says how each makes them."""
     prior: Annotated[Location | None, Effect.CONTENT] = None
-    """Folder of the catalog's prior. `methods` need it."""
+    """Folder of the catalog's prior. `methods` needs it."""
     without_users: Annotated[Location | None, Effect.CONTENT] = None
     """Folder of a prior that was trained with the user encoder `none`. The method `no_user` needs it."""
     decoder: DecoderSettings | None = None
-    """Decoder of the catalog. `methods` need it."""
+    """Decoder of the catalog. `methods` needs it."""
     verifier: VerifierSettings = VerifierSettings()
     """Verifier, and its training."""
     num_factors_tried: Annotated[
@@ -82,8 +82,8 @@ class EvaluateConfig(JobConfig):
 
     @model_validator(mode="after")
     def check_methods(self) -> Self:
-        if self.methods and (self.prior is None or self.decoder is None):
-            raise ValueError("methods need `prior` and `decoder`, those of the catalog; set both")
+        if self.methods and None in (self.prior, self.decoder, self.clip):
+            raise ValueError("methods need `prior`, `decoder` and `clip` of the catalog; set all three")
         if "no_user" in self.methods and self.without_users is None:
             raise ValueError(
                 "the method no_user needs `without_users`, a prior of network.user_encoder=none; "

@@ -13,9 +13,7 @@ import torch
 
 from rebeca_ray.errors import InputError
 from rebeca_ray.evaluation.verifier import check_embeddings
-from rebeca_ray.prior.selector import Selector, match
-
-USERS_AT_ONCE = 64
+from rebeca_ray.prior.selector import Selector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +40,10 @@ class HistoryVerifier:
         """
         self.check(x_ND, user_G)
         with torch.inference_mode():
-            item_NF = self.model.item_factors(as_tensor(x_ND))
-            parts = torch.as_tensor(user_G, dtype=torch.long).split(USERS_AT_ONCE)
-            return np.concatenate([self.like_of(item_NF, self.factor_VF[part]) for part in parts])
-
-    def like_of(self, item_NF: torch.Tensor, user_GF: torch.Tensor) -> np.ndarray:
-        """Return the like probabilities [G, N] of all pairs."""
-        logit_GN = torch.stack([match(item_NF, factor_F.expand(len(item_NF), -1)) for factor_F in user_GF])
-        return torch.sigmoid(logit_GN).numpy()
+            gradient_GD, offset_G = self.model.linear(
+                self.factor_VF[torch.as_tensor(user_G, dtype=torch.long)]
+            )
+            return torch.sigmoid(gradient_GD @ as_tensor(x_ND).T + offset_G[:, None]).numpy()
 
     def check(self, x_ND: np.ndarray, user_N: np.ndarray) -> None:
         """Raise InputError for embeddings that do not fit, and for a user without ratings."""

@@ -1,6 +1,5 @@
 """The demo's page: self-contained HTML with liked and generated stickers, loss curve and truth check."""
 
-import base64
 import csv
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from jinja2 import Environment, PackageLoader
 
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.data.interactions import Interactions
+from rebeca_ray.pixels import data_uri
 from rebeca_ray.schemas import TRAINING
 from rebeca_ray.stickers import ITEMS
 from rebeca_ray.stickers.judge import Judge
@@ -105,10 +105,6 @@ def shown_users(snapshot: Snapshot, interactions: Interactions) -> list[ShownUse
             )
         )
     return shown
-
-
-def data_uri(image: bytes) -> str:
-    return "data:image/webp;base64," + base64.b64encode(image).decode()
 
 
 def loss_curve(path: Path, width: int = 640, height: int = 220) -> LossCurve:

@@ -12,12 +12,13 @@ import pyarrow as pa
 
 from rebeca_ray import schemas
 from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.decoder.interface import DecodedImage, Decoder, Rows
 from rebeca_ray.errors import StorageError
 from rebeca_ray.identity import hash128, image_seed
 from rebeca_ray.storage.filesystem import exists, join
 from rebeca_ray.storage.parquet import open_parquet, write_tables
-from rebeca_ray.studies.methods import NEGATIVE, Materials, Wishes
+from rebeca_ray.studies.methods import NEGATIVE, Wishes
 from rebeca_ray.studies.sets import ItemSet
 
 log = logging.getLogger(__name__)
@@ -26,18 +27,16 @@ BATCHES_AT_ONCE = 4
 
 
 def draw_set(
-    name: str, wishes: Wishes, materials: Materials, decoder: Decoder, settings: DecoderSettings, out: str
+    name: str, wishes: Wishes, catalog: ItemSet, decoder: Decoder, settings: DecoderSettings, out: str
 ) -> ItemSet:
     """Return the items of a method, from `out/sets` if an earlier start drew the same ones.
 
     An item has the seed of the catalog's item in its position, whatever the method. Raises StorageError for
     an item that the decoder cannot draw.
     """
-    catalog = materials.catalog
     rows = rows_of(wishes, catalog, settings)
     digest = hash128(
-        settings.identity_json(),
-        settings.model,
+        identify_decoder(settings).fingerprint(settings),
         rows.image_embeds_BD.tobytes().hex(),
         *rows.seeds,
         wishes.prompt,

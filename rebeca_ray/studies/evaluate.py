@@ -15,12 +15,13 @@ import pyarrow as pa
 
 from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.config.evaluation import EvaluateConfig
-from rebeca_ray.data.clip import EmbedImages, clip_fingerprint
+from rebeca_ray.data.clip import ERROR, EmbedImages, clip_fingerprint
 from rebeca_ray.data.items import EmbeddedItems, read_image_embeds
 from rebeca_ray.decoder.build import build_decoder
 from rebeca_ray.errors import InputError
 from rebeca_ray.evaluation.paired import compare_users
 from rebeca_ray.prior.checkpoint import load_prior
+from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.parquet import write_table
 from rebeca_ray.storage.writable import require_writable
@@ -108,8 +109,8 @@ def evaluate(config: EvaluateConfig, true_like: TrueLike | None = None) -> Study
         verifier=verifier_figures, sets=figures, comparisons=compare_sets(sets, measured, truths, config.seed)
     )
     study = Study(metrics=metrics, sets=sets, measured=measured, true_like=truths, judge=judge)
-    write_table(users_table(study), f"{config.out}/users.parquet", row_group_size=10_000)
-    write_json(metrics.model_dump(mode="json"), f"{config.out}/metrics.json")
+    write_table(users_table(study), join(config.out, "users.parquet"), row_group_size=10_000)
+    write_json(metrics.model_dump(mode="json"), join(config.out, "metrics.json"))
     return study
 
 
@@ -125,7 +126,7 @@ def drawn_by_methods(config: EvaluateConfig, catalog: ItemSet, judge: Judge) -> 
     )
     decoder = build_decoder(config.decoder)
     return [
-        draw_set(method, wishes_of(method, materials), materials, decoder, config.decoder, config.out)
+        draw_set(method, wishes_of(method, materials), catalog, decoder, config.decoder, config.out)
         for method in config.methods
     ]
 
@@ -164,7 +165,7 @@ def embed_again(embed: EmbedImages, item_set: ItemSet) -> np.ndarray:
         part = slice(start, start + IMAGES_AT_ONCE)
         images = [{"bytes": encoded, "path": None} for encoded in item_set.encoded[part]]
         batch = embed(pa.table({"item_id": item_set.item_id[part], "image": images}))
-        if errors := batch["rebeca_image_error"].drop_null().to_pylist():
+        if errors := batch[ERROR].drop_null().to_pylist():
             raise InputError(f"{item_set.description}: an image {errors[0]}; run `rebeca catalog verify`")
         column = batch["image_embeds"].combine_chunks()
         parts.append(column.flatten().to_numpy().reshape(len(column), -1))

@@ -58,8 +58,8 @@ def measure(items: ItemSet, x_ND: np.ndarray, judge: Judge) -> Measured:
     """Return all figures of `items` with the features `x_ND`, which lie in the space of the real items."""
     x_ID = judge.ratings.items.image_embeds
     like_UN = judge.verifier.like_matrix(x_ND, judge.user_U)
-    parts, cosines = items.by_user(x_ND), set_cosines(items.by_user(x_ND))
-    vendi, novel = vendi_scores(parts), novelty(x_ND, x_ID)
+    parts = items.by_user(x_ND)
+    cosines, vendi, novel = set_cosines(parts), vendi_scores(parts), novelty(x_ND, x_ID)
     tested = [judge.ratings.test_ratings(user) for user in judge.user_U.tolist()]
     neighbours = nearest_neighbour_precision_recall(
         parts, [x_ID[rows] for rows, _ in tested], [like for _, like in tested]

@@ -3,6 +3,8 @@
 Keys only grow: gates and dashboards read them. A figure that was not computed is null, never zero.
 """
 
+import json
+
 from pydantic import BaseModel, ConfigDict
 
 METRICS_VERSION = 1
@@ -11,7 +13,9 @@ METRICS_VERSION = 1
 class Record(BaseModel):
     """Base of all figures."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", from_attributes=True, use_attribute_docstrings=True
+    )
 
 
 class Mean(Record):
@@ -36,6 +40,8 @@ class Share(Record):
     """Lower end of the interval."""
     high: float
     """Upper end of the interval."""
+    num_users: int
+    """Users with test ratings."""
 
 
 class ReliabilityBin(Record):
@@ -52,8 +58,6 @@ class ReliabilityBin(Record):
 class VerifierAccuracy(Record):
     """A verifier on test ratings that it was not fitted to."""
 
-    users: int
-    """Users with test ratings."""
     auc: Share
     """Area under the ROC curve, over all ratings together."""
     accuracy: Share
@@ -62,7 +66,7 @@ class VerifierAccuracy(Record):
     """Share of pairs of a like and a dislike of the same user that are ranked right."""
     calibration_error: Share
     """Expected calibration error over ten bins."""
-    reliability: list[ReliabilityBin]
+    reliability: tuple[ReliabilityBin, ...]
     """Predictions beside likes, for a calibration plot."""
 
 
@@ -207,3 +211,12 @@ class Metrics(Record):
     """Figures of each set."""
     comparisons: list[Comparison]
     """Comparisons of the sets."""
+
+
+def schema() -> str:
+    """Return the JSON schema of `metrics.json`, for `make docs`."""
+    return json.dumps(Metrics.model_json_schema(), indent=2)
+
+
+if __name__ == "__main__":
+    print(schema())

@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rebeca_ray.evaluation.permutation import PermutationTest
-from rebeca_ray.studies.metrics import VerifierFigures
+from rebeca_ray.storage.store import open_store
+from rebeca_ray.studies.metrics import Mean, VerifierFigures
 
 INK = "#010203"  # in an SVG, a stand-in for the page's colour of text
 ACCENT, OTHER = "#3557d4", "#d9822b"
@@ -45,18 +46,19 @@ def drawing() -> Iterator[tuple[Figure, Axes]]:
             plt.close(figure)
 
 
-def save(figure: Figure, path: Path) -> str:
+def save(figure: Figure, uri: str) -> str:
     """Write a PNG with a white ground; return the same plot as SVG in the colour of the text around it."""
-    figure.savefig(path, dpi=160, facecolor="white")
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
+    png, text = io.BytesIO(), io.StringIO()
+    figure.savefig(png, format="png", dpi=160, facecolor="white")
+    open_store(uri).put(png.getvalue(), content_type="image/png")
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    svg = text.getvalue()
     # Ids are unique within one plot alone, and a page has several.
-    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{path.stem}-", svg[svg.index("<svg") :])
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{PurePosixPath(uri).stem}-", svg[svg.index("<svg") :])
     return svg.replace(INK, "currentColor")
 
 
-def plot_null(test: PermutationTest, path: Path) -> str:
+def plot_null(test: PermutationTest, uri: str) -> str:
     """Plot the statistic of random pairings beside that of the users' items."""
     with drawing() as (figure, axes):
         axes.hist(test.null_B, bins=40, color=OTHER, alpha=0.8, label="random pairings")
@@ -64,10 +66,10 @@ def plot_null(test: PermutationTest, path: Path) -> str:
         axes.set(xlabel="mean like probability by the verifier", ylabel="permutations")
         axes.legend(frameon=False)
         axes.set_title(f"z = {test.z:.1f}, p = {test.p_value:.4g}, {test.num_users:,} users", loc="left")
-        return save(figure, path)
+        return save(figure, uri)
 
 
-def plot_calibration(verifier: VerifierFigures, path: Path) -> str:
+def plot_calibration(verifier: VerifierFigures, uri: str) -> str:
     """Plot the verifier's predictions against the share of likes, for seen and unseen users."""
     with drawing() as (figure, axes):
         axes.plot([0, 1], [0, 1], linestyle=":", color=INK, alpha=0.5)
@@ -86,29 +88,68 @@ def plot_calibration(verifier: VerifierFigures, path: Path) -> str:
                 )
         axes.set(xlabel="predicted like probability", ylabel="share of likes", xlim=(0, 1), ylim=(0, 1))
         axes.legend(frameon=False)
-        return save(figure, path)
+        return save(figure, uri)
 
 
-def plot_users(figures: dict[str, np.ndarray], label: str, path: Path) -> str:
-    """Plot a figure of every user for each set, from the lowest to the highest."""
+def plot_means(means: dict[str, Mean], label: str, uri: str) -> str:
+    """Plot the mean of each set with its interval, the first set in another colour."""
     with drawing() as (figure, axes):
-        for (name, figure_U), colour in zip(figures.items(), (ACCENT, OTHER), strict=False):
-            share = (np.arange(len(figure_U)) + 0.5) / len(figure_U)
-            axes.plot(share, np.sort(figure_U), color=colour, label=f"{name}: mean {figure_U.mean():.3f}")
+        for position, (name, mean) in enumerate(means.items()):
+            axes.errorbar(
+                mean.mean,
+                name,
+                xerr=[[mean.mean - mean.low], [mean.high - mean.mean]],
+                marker="o",
+                capsize=3,
+                color=OTHER if position else ACCENT,
+            )
+        axes.invert_yaxis()
+        axes.set(xlabel=label)
+        return save(figure, uri)
+
+
+def plot_users(pair: dict[str, np.ndarray], label: str, uri: str) -> str:
+    """Plot a figure of every user for two sets, from the lowest to the highest."""
+    with drawing() as (figure, axes):
+        for (name, figure_U), colour in zip(pair.items(), (ACCENT, OTHER), strict=True):
+            axes.plot(shares(figure_U), np.sort(figure_U), color=colour, label=name)
         axes.set(xlabel="share of users", ylabel=label, xlim=(0, 1), ylim=(0, None))
         axes.legend(frameon=False)
-        return save(figure, path)
+        return save(figure, uri)
 
 
-def plot_wins(left_U: np.ndarray, right_U: np.ndarray, names: tuple[str, str], label: str, path: Path) -> str:
-    """Plot the difference of two sets for every user, from the greatest loss to the greatest win."""
+def plot_gains(pair: dict[str, np.ndarray], label: str, uri: str) -> str:
+    """Plot the difference of two sets for every user, from the greatest loss to the greatest gain."""
+    (left, left_U), (right, right_U) = pair.items()
     difference_U = np.sort(left_U - right_U)
     with drawing() as (figure, axes):
-        share = (np.arange(len(difference_U)) + 0.5) / len(difference_U)
-        axes.fill_between(share, difference_U, where=difference_U > 0, color=ACCENT, label=f"{names[0]} wins")
-        axes.fill_between(share, difference_U, where=difference_U <= 0, color=OTHER, label=f"{names[1]} wins")
+        for name, is_better, colour in ((left, difference_U > 0, ACCENT), (right, difference_U <= 0, OTHER)):
+            axes.fill_between(
+                shares(difference_U), difference_U, where=is_better, color=colour, label=f"{name} is better"
+            )
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set(xlabel="share of users", ylabel=f"difference of {label}", xlim=(0, 1))
-        axes.set_title(f"{(difference_U > 0).mean():.0%} of users gain", loc="left")
         axes.legend(frameon=False)
-        return save(figure, path)
+        return save(figure, uri)
+
+
+def plot_wins(figures: dict[str, np.ndarray], label: str, uri: str) -> str:
+    """Plot a heat map: the share of users with a greater figure in the row's set than in the column's."""
+    names = list(figures)
+    win_SS = np.array([[(row > column).mean() for column in figures.values()] for row in figures.values()])
+    with drawing() as (figure, axes):
+        axes.grid(visible=False)
+        axes.imshow(win_SS, cmap="PuOr_r", vmin=0, vmax=1)
+        axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
+        axes.set_yticks(range(len(names)), names)
+        for row, column in np.ndindex(win_SS.shape):
+            if row != column:
+                text = f"{100 * win_SS[row, column]:.0f}"
+                axes.text(column, row, text, ha="center", va="center", fontsize=7, color="black")
+        axes.set_title(f"percent of users with a greater {label} in the row", loc="left", fontsize=9)
+        return save(figure, uri)
+
+
+def shares(figure_U: np.ndarray) -> np.ndarray:
+    """Return the share of users below each place of a sorted figure."""
+    return (np.arange(len(figure_U)) + 0.5) / len(figure_U)

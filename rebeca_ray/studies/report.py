@@ -3,9 +3,7 @@
 Shapes: U users.
 """
 
-import base64
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,22 +14,31 @@ from rebeca_ray import schemas
 from rebeca_ray.data.validation import check_columns
 from rebeca_ray.errors import InputError
 from rebeca_ray.evaluation.diversity import novelty
+from rebeca_ray.pixels import data_uri
+from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.parquet import open_parquet
+from rebeca_ray.storage.store import open_store
 from rebeca_ray.studies.evaluate import Study
 from rebeca_ray.studies.metrics import Mean
-from rebeca_ray.studies.plots import plot_calibration, plot_null, plot_users, plot_wins
+from rebeca_ray.studies.plots import (
+    plot_calibration,
+    plot_gains,
+    plot_means,
+    plot_null,
+    plot_users,
+    plot_wins,
+)
 
 NUM_PICTURES = 8  # of a row
 SHOWN_QUANTILES = (("good", 0.95), ("median", 0.5), ("worst", 0.05))
 USERS_PER_QUANTILE = 2
-FIGURES = {
-    "like_probability": "like probability by the verifier",
-    "vendi": "different items per user (Vendi score)",
-    "cosine_within": "cosine between a user's items",
-    "cosine_across": "cosine to other users' items",
-    "novelty": "distance to the nearest real item",
-    "neighbour_precision": "likes among the nearest test ratings",
-    "neighbour_recall": "liked test ratings reached",
+FIGURES = {  # beside the like probability
+    "vendi": "different items (Vendi)",
+    "cosine_within": "cosine of a user's items",
+    "cosine_across": "cosine to others' items",
+    "novelty": "distance to real items",
+    "neighbour_precision": "likes among nearest ratings",
+    "neighbour_recall": "liked ratings reached",
 }
 
 
@@ -47,28 +54,28 @@ class ShownUser:
     nearest: list[str]
 
 
-def write_report(study: Study, out: Path, images: str | None) -> Path:
-    """Write `out/report.html` and the plots beside it; return the path of the page."""
+def write_report(study: Study, out: str, images: str | None) -> str:
+    """Write `report.html` and the plots to the folder `out`; return the address of the page."""
     template = Environment(loader=PackageLoader("rebeca_ray.studies", "."), autoescape=True).get_template(
         "report.html.j2"
     )
-    page = out / "report.html"
-    page.write_text(
-        template.render(
-            metrics=study.metrics,
-            names=FIGURES,
-            space=judged_space(study),
-            plots=plots(study, out),
-            users=shown_users(study, images),
-            interval=interval,
-        )
+    page = template.render(
+        metrics=study.metrics,
+        names=FIGURES,
+        space=judged_space(study),
+        spaces=list(study.measured[0]),
+        plots=plots(study, out),
+        users=shown_users(study, images),
+        interval=interval,
     )
-    return page.absolute()
+    uri = join(out, "report.html")
+    open_store(uri).put(page.encode(), content_type="text/html")
+    return uri
 
 
-def interval(figure: Mean | None) -> str:
+def interval(figure: Mean) -> str:
     """Return a mean with its interval, as a table shows it."""
-    return "" if figure is None else f"{figure.mean:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
+    return f"{figure.mean:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
 
 
 def judged_space(study: Study) -> str:
@@ -76,28 +83,30 @@ def judged_space(study: Study) -> str:
     return list(study.measured[0])[-1]
 
 
-def plots(study: Study, out: Path) -> dict[str, str]:
+def plots(study: Study, out: str) -> dict[str, str]:
     """Draw all plots; return them as SVG by title."""
-    space = judged_space(study)
+    space, sets = judged_space(study), study.metrics.sets
     names = [item_set.name for item_set in study.sets]
-    like = {
-        name: part[space].by_user["like_probability"]
-        for name, part in zip(names, study.measured, strict=True)
-    }
     drawn = {
         "Do users like their items more than those of other users?": plot_null(
-            study.measured[0][space].tests[0], out / "permutation.png"
+            study.measured[0][space].tests[0], join(out, "permutation.png")
         ),
-        "Like probability of every user": plot_users(like, FIGURES["like_probability"], out / "users.png"),
-        "Is the verifier calibrated?": plot_calibration(study.metrics.verifier, out / "calibration.png"),
+        "Is the verifier calibrated?": plot_calibration(study.metrics.verifier, join(out, "calibration.png")),
     }
-    figure, label = like, "like probability"
+    figures = [part[space].by_user["like_probability"] for part in study.measured]
+    means, label = [part.spaces[space].like_probability for part in sets], "like probability by the verifier"
     if study.true_like:
-        figure, label = dict(zip(names, study.true_like, strict=True)), "true like probability"
-        drawn["True like probability of every user"] = plot_users(figure, label, out / "true-like.png")
+        figures, label = study.true_like, "true like probability"
+        means = [part.true_like_probability for part in sets if part.true_like_probability]
+    by_name = dict(zip(names, figures, strict=True))
+    drawn["Mean of each set"] = plot_means(
+        dict(zip(names, means, strict=True)), label, join(out, "means.png")
+    )
     if len(names) > 1:
-        left, right = names[:2]
-        drawn["Who gains?"] = plot_wins(figure[left], figure[right], (left, right), label, out / "wins.png")
+        pair = dict(list(by_name.items())[:2])
+        drawn["Every user of the first two sets"] = plot_users(pair, label, join(out, "users.png"))
+        drawn["Gains and losses between the first two sets"] = plot_gains(pair, label, join(out, "gains.png"))
+        drawn["Share of users who gain"] = plot_wins(by_name, label, join(out, "wins.png"))
     return drawn
 
 
@@ -160,10 +169,3 @@ def read_pictures(uri: str, item_ids: set[str]) -> dict[str, str]:
             f"images {uri}: no image of {len(missing)} items, such as {min(missing)}; give all real items"
         )
     return pictures
-
-
-def data_uri(encoded: bytes) -> str:
-    """Return an image as an address that holds it."""
-    kinds = {b"\x89PNG": "png", b"\xff\xd8": "jpeg", b"RIFF": "webp", b"GIF8": "gif"}
-    kind = next((kind for start, kind in kinds.items() if encoded.startswith(start)), "png")
-    return f"data:image/{kind};base64," + base64.b64encode(encoded).decode()

@@ -9,14 +9,13 @@ import numpy as np
 
 from rebeca_ray.config.evaluation import EvaluateConfig
 from rebeca_ray.errors import InputError
-from rebeca_ray.evaluation import accuracy
-from rebeca_ray.evaluation.accuracy import Accuracy, Predictions, measure_accuracy
+from rebeca_ray.evaluation.accuracy import Predictions, measure_accuracy
 from rebeca_ray.evaluation.history_verifier import HistoryVerifier
 from rebeca_ray.evaluation.independence import check_independence
 from rebeca_ray.evaluation.verifier import Ratings, Verifier
 from rebeca_ray.evaluation.verifier_training import choose_verifier, fit_users, fit_verifier, grid_of
 from rebeca_ray.schemas import TRAINING
-from rebeca_ray.studies.metrics import ReliabilityBin, Share, VerifierAccuracy, VerifierFigures
+from rebeca_ray.studies.metrics import VerifierAccuracy, VerifierFigures
 from rebeca_ray.studies.ratings import StudyRatings
 from rebeca_ray.training.calibrate import factors_of
 from rebeca_ray.training.selector import WEIGHT_DECAY, fit_selector
@@ -112,27 +111,5 @@ def tested(verifier: AnyVerifier, test: Ratings, x_ID: np.ndarray, seed: int) ->
     """Return the accuracy on the test ratings of users whom the verifier knows."""
     known = test.take(np.isin(test.user_N, np.flatnonzero(verifier.num_ratings_V)))
     like_N = verifier.like_probability(x_ID[known.item_N], known.user_N)
-    return as_record(measure_accuracy(Predictions(like_N, known.like_N, known.user_N), NUM_SAMPLES, seed))
-
-
-def as_record(measured: Accuracy) -> VerifierAccuracy:
-    """Return an accuracy in the form of `metrics.json`."""
-
-    def share(interval: accuracy.Interval) -> Share:
-        return Share(value=interval.value, low=interval.low, high=interval.high)
-
-    return VerifierAccuracy(
-        users=measured.auc.num_users,
-        auc=share(measured.auc),
-        accuracy=share(measured.accuracy),
-        pairwise_accuracy=share(measured.pairwise_accuracy),
-        calibration_error=share(measured.calibration_error),
-        reliability=[
-            ReliabilityBin(
-                mean_probability=bin_.mean_probability,
-                like_share=bin_.like_share,
-                num_ratings=bin_.num_ratings,
-            )
-            for bin_ in measured.reliability
-        ],
-    )
+    measured = measure_accuracy(Predictions(like_N, known.like_N, known.user_N), NUM_SAMPLES, seed)
+    return VerifierAccuracy.model_validate(measured)

@@ -15,7 +15,7 @@ from rebeca_ray.schemas import TRAINING
 from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.studies import verifying
 from rebeca_ray.studies.evaluate import check_fit, evaluate
-from rebeca_ray.studies.metrics import Metrics
+from rebeca_ray.studies.metrics import Metrics, schema
 from rebeca_ray.studies.ratings import StudyRatings, read_ratings
 from rebeca_ray.studies.report import write_report
 from rebeca_ray.studies.verifying import check_apart, fit_study_verifier
@@ -35,7 +35,7 @@ def test_two_catalogs_are_compared_user_by_user(
         return np.array([int(owner[1:]) / 64 for owner in owners])
 
     result = evaluate(study, true_like)
-    page = write_report(result, Path(study.out), None)
+    page = Path(write_report(result, study.out, None))
     metrics = Metrics.model_validate(json.loads(Path(study.out, "metrics.json").read_text()))
     assert metrics == result.metrics
     assert [(part.users, part.items) for part in metrics.sets] == [(users, 3 * users), (users, 2 * users)]
@@ -56,7 +56,7 @@ def test_two_catalogs_are_compared_user_by_user(
     text = page.read_text()
     assert not re.search(r'(src|href)="(?!data:|#)', text)  # the page needs no other file
     assert text.count("data:image/png;base64,") >= 6
-    for name in ("permutation", "users", "calibration", "true-like", "wins"):
+    for name in ("permutation", "calibration", "means", "users", "gains", "wins"):
         assert Path(study.out, f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -88,6 +88,11 @@ def test_too_few_users_are_named(
     with pytest.raises(InputError, match="0 users with two items or more"):
         evaluate(study.model_copy(update={"catalog": single.root}))
     assert not Path(study.out, "metrics.json").exists()
+
+
+def test_the_published_schema_is_that_of_the_models() -> None:
+    page = Path(__file__).parents[2] / "infra" / "docs" / "metrics.schema.json"
+    assert page.read_text() == schema() + "\n", "run `make docs`"
 
 
 def test_a_test_split_is_needed(study: EvaluateConfig) -> None:
@@ -146,7 +151,7 @@ def test_the_papers_verifiers_serve_too(study: EvaluateConfig, kind: str) -> Non
     assert figures.kind == kind
     assert figures.num_factors in (4, 8)
     assert figures.seen.auc.value > 0.8
-    assert figures.seen.users == NUM_USERS
+    assert figures.seen.auc.num_users == NUM_USERS
 
 
 def test_embeddings_of_another_size_are_refused(

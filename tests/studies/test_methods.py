@@ -1,0 +1,131 @@
+"""Methods to compare a catalog with: the same users, counts and seeds, and no item that the user rated."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.config.evaluation import EvaluateConfig, Method
+from rebeca_ray.config.sections import NetworkSettings
+from rebeca_ray.data.items import read_image_embeds
+from rebeca_ray.decoder.build import build_decoder
+from rebeca_ray.decoder.interface import DecodedImage, Rows
+from rebeca_ray.errors import StorageError
+from rebeca_ray.prior.checkpoint import load_prior
+from rebeca_ray.prior.selector import Selector
+from rebeca_ray.schemas import TRAINING
+from rebeca_ray.studies.drawing import draw_set
+from rebeca_ray.studies.measure import Judge
+from rebeca_ray.studies.methods import Materials, Prompt, Wishes, real_rows, wishes_of
+from rebeca_ray.studies.ratings import read_ratings
+from rebeca_ray.studies.sets import read_set
+from rebeca_ray.studies.verifying import fit_study_verifier
+from tests.conftest import D, prior_users, untrained_prior, write_tiny_prior
+from tests.studies.conftest import ITEMS_PER_TASTE, NUM_USERS, STUDY_USERS, TASTES, publish_catalog
+
+REAL = ("nearest_to_mean", "retrieval", "best_by_verifier", "most_popular", "random")
+
+
+@pytest.fixture
+def materials(study: EvaluateConfig, tmp_path: Path, tiny_decoder: DecoderSettings) -> Materials:
+    snapshot = publish_catalog(tmp_path / "first", tiny_decoder, STUDY_USERS)
+    ratings = read_ratings(study.interactions, read_image_embeds(study.items))
+    verifier, _ = fit_study_verifier(ratings, study)
+    (tmp_path / "judging").mkdir()
+    prior = load_prior(
+        write_tiny_prior(tmp_path / "judging", users=prior_users(STUDY_USERS), selector=Selector(D, 8))
+    )
+    network = NetworkSettings(num_layers=2, num_heads=2, width=16, num_tokens=2, user_encoder="none")
+    return Materials(
+        catalog=read_set("catalog", snapshot, STUDY_USERS),
+        judge=Judge(
+            ratings=ratings,
+            verifier=verifier,
+            user_U=np.arange(NUM_USERS),
+            max_item_similarity=0.98,
+            num_permutations=100,
+            seed=0,
+        ),
+        prior=prior,
+        without_users=untrained_prior(network, D),
+        seed=3,
+    )
+
+
+def test_each_method_has_an_embedding_per_item_of_the_catalog(materials: Materials) -> None:
+    for method in get_args(Method):
+        wishes = wishes_of(method, materials)
+        assert wishes.embeds_ND.shape == materials.catalog.embeds_ND.shape
+        assert np.isfinite(wishes.embeds_ND).all()
+        is_prompt_alone = method in ("empty_prompt", "p1", "p2")
+        assert (wishes.ip_adapter_scale == 0) == is_prompt_alone
+        assert wishes.embeds_ND.any() == (not is_prompt_alone)
+        assert (wishes.prompt != Prompt.NONE) == method.endswith(("p1", "p2"))
+
+
+def test_picked_items_are_unrated_and_differ(materials: Materials) -> None:
+    ratings = materials.judge.ratings
+    for method in REAL:
+        for user, picked in enumerate(materials.catalog.by_user(real_rows(method, materials))):
+            assert not set(picked.tolist()) & set(ratings.rows_of(user).tolist())
+            assert len(set(picked.tolist())) == len(picked) == 3
+            if method in ("nearest_to_mean", "best_by_verifier"):
+                assert set(picked // ITEMS_PER_TASTE) == {user % TASTES}
+
+
+def test_the_most_popular_items_are_those_of_most_training_likes(materials: Materials) -> None:
+    ratings = materials.judge.ratings
+    liked = (ratings.interactions.split == TRAINING) & (ratings.interactions.like == 1)
+    likes_I = np.bincount(ratings.item_N[liked], minlength=len(ratings.items.item_id))
+    for user, picked in enumerate(materials.catalog.by_user(real_rows("most_popular", materials))):
+        others = np.setdiff1d(np.arange(len(likes_I)), [*ratings.rows_of(user), *picked])
+        assert likes_I[picked].min() >= likes_I[others].max()
+
+
+def test_the_catalogs_embeddings_give_its_images_once(
+    materials: Materials, tiny_decoder: DecoderSettings, tmp_path: Path
+) -> None:
+    """The same decoder and seeds as a night's; a second start reads the images from a file."""
+    catalog, out = materials.catalog, str(tmp_path / "out")
+    wishes = Wishes(embeds_ND=catalog.embeds_ND)
+    drawn = draw_set("again", wishes, catalog, build_decoder(tiny_decoder), tiny_decoder, out)
+    assert drawn.encoded == catalog.encoded
+    assert drawn.user_id == catalog.user_id
+
+    class NoDecoder:
+        def decode(self, rows: Rows) -> list[DecodedImage]:
+            raise AssertionError("the images are there")
+
+    kept = draw_set("again", wishes, catalog, NoDecoder(), tiny_decoder, out)
+    assert kept.encoded == drawn.encoded
+    with pytest.raises(AssertionError, match="the images are there"):
+        draw_set("again", replace(wishes, prompt=Prompt.P1), catalog, NoDecoder(), tiny_decoder, out)
+
+
+def test_an_item_that_cannot_be_drawn_leaves_no_file(
+    materials: Materials, tiny_decoder: DecoderSettings, tmp_path: Path
+) -> None:
+    broken = materials.catalog.embeds_ND.copy()
+    broken[-1] = np.nan
+    with pytest.raises(StorageError, match="method broken: an item has no image .image_embeds is not finite"):
+        draw_set(
+            "broken",
+            Wishes(embeds_ND=broken),
+            materials.catalog,
+            build_decoder(tiny_decoder),
+            tiny_decoder,
+            str(tmp_path / "out"),
+        )
+    assert not list((tmp_path / "out").rglob("*.parquet"))
+
+
+def test_methods_need_the_catalogs_models(study: EvaluateConfig) -> None:
+    values = study.model_dump()
+    with pytest.raises(ValueError, match="methods need `prior`, `decoder` and `clip` of the catalog"):
+        EvaluateConfig.model_validate({**values, "methods": ["random"]})
+    models = {"prior": "/prior", "decoder": {"model": "owner/model"}, "clip": "local-dir:/clip"}
+    with pytest.raises(ValueError, match="the method no_user needs `without_users`"):
+        EvaluateConfig.model_validate({**values, **models, "methods": ["no_user"]})
