@@ -15,6 +15,7 @@ from tests.conftest import REPO
 from tests.kuberay import KINDS
 
 INFRA = REPO / "infra"
+DOCKERFILE = INFRA / "ray.Dockerfile"
 KUBERNETES = "1.31"
 MANIFESTS = ("raycluster.yaml", "rayjob.yaml", "raycronjob.yaml", "cronjob.yaml", "networkpolicy.yaml")
 CLUSTERS = {  # the JSON pointer to the RayCluster spec inside each custom resource

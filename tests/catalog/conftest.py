@@ -11,6 +11,7 @@ import pytest
 from s3fs import S3FileSystem
 
 from rebeca_ray.catalog.read import Snapshot, read_catalog
+from rebeca_ray.config.jobs import GenerateConfig
 from tests.catalog.large import write_snapshot
 from tests.conftest import REPO
 
@@ -77,3 +78,8 @@ def heard(process: subprocess.Popen[str]) -> str:
     """Return the next line of a process, or an empty string if it ended."""
     assert process.stdout
     return process.stdout.readline().strip()
+
+
+@pytest.fixture
+def on_store(config: GenerateConfig, root: str) -> GenerateConfig:
+    return config.model_copy(update={"catalog": f"{root}/catalog"})

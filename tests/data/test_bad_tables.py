@@ -3,8 +3,6 @@
 Each error is one line that names table, column and remedy, and the job writes nothing.
 """
 
-import io
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
-from PIL import Image
 
 from rebeca_ray import schemas
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import EmbedConfig, GenerateConfig
 from rebeca_ray.config.sections import InteractionSettings
 from rebeca_ray.data import histories as histories_module
-from rebeca_ray.data.clip import read_image
 from rebeca_ray.data.embedding import embed_items
 from rebeca_ray.data.histories import build_histories
 from rebeca_ray.data.interactions import read_interactions
@@ -33,11 +29,11 @@ from rebeca_ray.generation.pipeline import generate_catalog
 from rebeca_ray.generation.request import check_request
 from rebeca_ray.storage.parquet import read_table
 from tests.conftest import D, generate_config
+from tests.data.pictures import LONG, picture
 
 ROWS = 3
 IDS = np.array([f"item_id-{row}" for row in range(ROWS)])
 NUMBERS = (pa.float64(), pa.float16(), pa.int64(), pa.int8(), pa.uint64())
-LONG = "x" * 10**7
 TOGETHER = {"item_id", "strength"}  # of a request: `tests/generation/test_variants.py` spoils one of them
 EVERY_TYPE = [  # one column each
     pa.array([0.5] * ROWS),
@@ -116,12 +112,6 @@ def table(
         "real items": Input("items", schemas.embedded_items(D), ["item_id"], generate("items"), out),
         "request": Input("request", schemas.REQUEST, ["user_id"], request_of, out),
     }[request.param]
-
-
-def picture() -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(file, "PNG")
-    return file.getvalue()
 
 
 def good_column(field: pa.Field) -> pa.Array:
@@ -348,10 +338,9 @@ def test_counts_in_small_numbers_are_added_up(
         pa.array([100, None, 100], pa.uint64()),
         pa.array([100, None, 100]).dictionary_encode(),
     ):
-        pq.write_table(
-            pa.table({"user_id": ["a", "b", "c"], "num_images": counts}), tmp_path / "request.parquet"
-        )
-        changed = config.model_copy(update={"request": str(tmp_path / "request.parquet"), "num_images": 1000})
+        request = tmp_path / "request.parquet"
+        pq.write_table(pa.table({"user_id": ["a", "b", "c"], "num_images": counts}), request)
+        changed = config.model_copy(update={"request": str(request), "num_images": 1000})
         assert check_request(changed, decoder) == 1200
 
 
@@ -388,36 +377,6 @@ def test_files_of_a_folder_that_differ_are_refused(table: Input, tmp_path: Path)
         assert_refused(table, folder, f"column {field.name!r} is bool in b.parquet, expected ")
     (folder / "b.parquet").write_bytes(b"")
     assert_refused(table, folder, "b.parquet is not a readable Parquet file")
-
-
-def bomb() -> bytes:
-    """Return a small file that claims to be 60,000 pixels wide and high."""
-    header = picture()
-    return header[:16] + (60_000).to_bytes(4, "big") * 2 + header[24:]
-
-
-@pytest.mark.parametrize(
-    ("value", "reason"),
-    [
-        (None, "is null"),
-        ({"bytes": None, "path": None}, "has no bytes"),
-        ({"bytes": b"", "path": "a.png"}, "has no bytes"),
-        ({"bytes": None, "path": "a.png"}, "has a path alone and null bytes; write the file's content into"),
-        ({"bytes": b"text", "path": None}, "is no image that can be read; expected PNG, JPEG"),
-        ({"bytes": picture()[:40], "path": None}, "is a broken image|is no image"),
-        ({"bytes": picture()[:20], "path": None}, "is a broken image|is no image"),
-        ({"bytes": bomb(), "path": None}, "is a broken image|is no image"),
-        ({"bytes": b"\xff\xd8\xff\xe0", "path": None}, "is a broken image|is no image"),
-        ({"bytes": LONG.encode(), "path": None}, "is no image that can be read"),
-    ],
-)
-def test_a_broken_image_has_a_reason_in_one_line(value: dict[str, Any] | None, reason: str) -> None:
-    image, error = read_image(value, "#ffffff")
-    assert image.mode == "RGB"
-    assert error is not None
-    assert re.match(reason, error)
-    assert len(error) < 200
-    assert len(error.splitlines()) == 1
 
 
 @pytest.mark.usefixtures("ray_local")

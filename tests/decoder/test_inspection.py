@@ -3,68 +3,30 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from rebeca_ray.config.decoder import DecoderSettings, SafetySettings
+from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder import files as files_module
-from rebeca_ray.decoder.denoising import DenoisingLoop
-from rebeca_ray.decoder.engines import load_networks
 from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.errors import InputError
 from tests.conftest import D
-from tests.decoder.test_denoising import loop_for, rows_for
-
-UNET = "unet/diffusion_pytorch_model.safetensors"
-VAE = "vae/diffusion_pytorch_model.safetensors"
-TEXT = "text_encoder/model.safetensors"
-ADAPTER = "ip_adapter/ip-adapter.safetensors"
-Spoil = Callable[[Path], Any]
-
-
-def copied(settings: DecoderSettings, folder: Path) -> DecoderSettings:
-    shutil.copytree(settings.model, folder / "copy")
-    return settings.model_copy(update={"model": str(folder / "copy")})
-
-
-def in_json(name: str, **values: Any) -> Spoil:
-    def change(model: Path) -> None:
-        path = model / name
-        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-    return change
-
-
-def in_weights(name: str, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Spoil:
-    return lambda model: save_file(change(load_file(model / name)), model / name)
-
-
-def removed(name: str) -> Spoil:
-    def change(model: Path) -> None:
-        shutil.rmtree(model / name) if (model / name).is_dir() else (model / name).unlink()
-
-    return change
-
-
-def renamed(name: str, other: str) -> Spoil:
-    return lambda model: (model / name).rename(model / other)
-
-
-def cut(name: str) -> Spoil:
-    return lambda model: (model / name).write_bytes((model / name).read_bytes()[:-10])
-
-
-def pointer(name: str) -> Spoil:
-    """What a clone without Git LFS has."""
-    return lambda model: (model / name).write_text(
-        "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
-    )
+from tests.decoder.spoiled import (
+    ADAPTER,
+    TEXT,
+    UNET,
+    VAE,
+    Spoil,
+    copied,
+    cut,
+    in_json,
+    in_weights,
+    pointer,
+    removed,
+    renamed,
+)
 
 
 def wider(weights: dict[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
@@ -318,103 +280,3 @@ def test_a_model_of_another_kind_is_refused_by_name(
     assert text.count("; ") >= 2
     assert len(text.splitlines()) == 1
     assert re.search("expected", text)
-
-
-def fp16_alone(model: Path) -> None:
-    renamed(UNET, "unet/diffusion_pytorch_model.fp16.safetensors")(model)
-    renamed(TEXT, "text_encoder/model.fp16.safetensors")(model)
-    renamed(VAE, "vae/diffusion_pytorch_model.fp16.safetensors")(model)
-
-
-def sharded(model: Path) -> None:
-    for name in (UNET, TEXT):
-        weights = load_file(model / name)
-        keys = sorted(weights)
-        stem = name.removesuffix(".safetensors")
-        index = {}
-        for number, part in enumerate((keys[::2], keys[1::2]), start=1):
-            file = f"{stem}-{number:05}-of-00002.safetensors"
-            save_file({key: weights[key] for key in part}, model / file, metadata={"format": "pt"})
-            index |= dict.fromkeys(part, Path(file).name)
-        (model / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-        (model / name).unlink()
-
-
-def old_class_names(model: Path) -> None:
-    in_json(
-        "model_index.json",
-        _diffusers_version="0.2.2",
-        feature_extractor=["transformers", "CLIPFeatureExtractor"],
-        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
-        scheduler=["diffusers", "KarrasVeSchedulerOfOld"],
-    )(model)
-    in_json("scheduler/scheduler_config.json", _class_name="KarrasVeSchedulerOfOld")(model)
-
-
-@pytest.mark.parametrize(
-    "respell",
-    [
-        fp16_alone,
-        sharded,
-        old_class_names,
-        in_json("model_index.json", _class_name="StableDiffusionImg2ImgPipeline"),
-        in_json("model_index.json", image_encoder=["transformers", "CLIPVisionModelWithProjection"]),
-    ],
-)
-def test_another_spelling_of_a_model_draws_the_same_images(
-    tiny_decoder: DecoderSettings, tmp_path: Path, respell: Spoil
-) -> None:
-    settings = copied(tiny_decoder, tmp_path)
-    respell(Path(settings.model))
-    assert identify_decoder(settings).embed_dim == D
-    rows = rows_for(tiny_decoder).take([0, 1])
-    expected, _ = loop_for(tiny_decoder).draw(rows)
-    drawn, _ = DenoisingLoop(load_networks(settings), settings).draw(rows)
-    assert np.array_equal(drawn, expected)
-
-
-def test_a_replacement_of_the_autoencoder_must_fit(tiny_decoder: DecoderSettings, tmp_path: Path) -> None:
-    folder = tmp_path / "vae"
-    shutil.copytree(Path(tiny_decoder.model) / "vae", folder)
-    settings = tiny_decoder.model_copy(update={"vae": str(folder)})
-    assert identify_decoder(settings).weights["other_vae/config.json"]
-    in_json("config.json", scaling_factor=0.13025)(folder)
-    with pytest.raises(
-        InputError,
-        match=r"decoder.vae .*: has the scaling_factor 0.13025, the model's autoencoder has 0.18215",
-    ):
-        identify_decoder(settings)
-    in_json("config.json", latent_channels=16)(folder)
-    with pytest.raises(
-        InputError, match=r"decoder.vae .*: the autoencoder has 16 latent channels; expected 4"
-    ):
-        identify_decoder(settings)
-    for name, message in (
-        (tiny_decoder.model, rf"is a whole model; expected an autoencoder; give {tiny_decoder.model}/vae"),
-        (str(tmp_path / "none"), "no such folder; expected an autoencoder"),
-    ):
-        with pytest.raises(InputError, match=f"decoder.vae {name}: {message}"):
-            identify_decoder(tiny_decoder.model_copy(update={"vae": name}))
-
-
-def test_a_missing_safety_checker_is_seen(tiny_decoder: DecoderSettings) -> None:
-    settings = tiny_decoder.model_copy(update={"safety": SafetySettings(checker="stable-diffusion")})
-    with pytest.raises(
-        InputError,
-        match=r"decoder.safety.checker stable-diffusion: .* has no safety_checker/config.json; "
-        "give module:function, or set it to null",
-    ):
-        identify_decoder(settings)
-
-
-def test_no_word_of_a_library_reaches_a_user(tiny_decoder: DecoderSettings, tmp_path: Path) -> None:
-    """A model may pass by its headers and still not load."""
-    settings = copied(tiny_decoder, tmp_path)
-    in_json("unet/config.json", block_out_channels=[16, 64])(Path(settings.model))
-    with pytest.raises(InputError) as caught:
-        load_networks(settings)
-    assert re.fullmatch(
-        r"decoder.model .*: cannot be loaded \(\w+\); expected files that diffusers saved; save or copy them "
-        r"again \(the log at level debug has the reason\)",
-        str(caught.value),
-    )
