@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.config.fields import Effect, Fraction, Location, ModelName, Positive, Seed
+from rebeca_ray.config.fields import Device, Effect, Fraction, Location, ModelName, Positive, Seed
 from rebeca_ray.config.jobs import JobConfig
 from rebeca_ray.config.sections import InteractionSettings
 from rebeca_ray.config.verifier import VerifierSettings
@@ -42,7 +42,10 @@ class EvaluateConfig(JobConfig):
     interactions: InteractionSettings
     """Ratings, with the `hold_out` and `test` of the training. The verifier reads these two parts alone."""
     training_seed: Annotated[Seed, Effect.ITEM] = 0
-    """Value of `optimization.seed` in the training. The verifier's seed must differ from it."""
+    """Value of `optimization.seed` in the training."""
+    verifier_seed: Annotated[Seed, Effect.ITEM] = 42
+    """Seed of a verifier that reads ratings. It must differ from those of the training's selectors, which
+    start at `training_seed`. So must `verifier.seed`."""
     clip: Annotated[ModelName | None, Effect.CONTENT] = None
     """CLIP model that embedded the items, to embed generated images again. By default, only the planned
     embeddings are judged. `methods` needs it."""
@@ -55,8 +58,9 @@ class EvaluateConfig(JobConfig):
     """Folder of a prior that was trained with the user encoder `none`. The method `no_user` needs it."""
     decoder: DecoderSettings | None = None
     """Decoder of the catalog. `methods` needs it."""
-    verifier: VerifierSettings = VerifierSettings()
-    """Verifier, and its training."""
+    verifier: VerifierSettings | None = None
+    """Verifier in one of the paper's forms, and its training. It fits numbers to each user, which takes
+    dozens of ratings per user. By default, the verifier reads a user's ratings, and needs few of them."""
     num_factors_tried: Annotated[
         tuple[Annotated[int, Field(ge=0, le=65_536)], ...], Field(strict=False, min_length=1), Effect.ITEM
     ] = (
@@ -71,6 +75,8 @@ class EvaluateConfig(JobConfig):
         1e-2,
     )
     """Regularisations that validation chooses from. They replace `verifier.weight_decay`."""
+    device: Annotated[Device, Effect.PLAN] = "cpu"
+    """Device that embeds generated images."""
     num_users: Annotated[Positive, Field(ge=MIN_USERS), Effect.PLAN] = 1000
     """Most users that are judged. More are thinned out evenly."""
     max_item_similarity: Annotated[float, Field(gt=0, le=1), Effect.NOTHING] = 0.98

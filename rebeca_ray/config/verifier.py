@@ -23,10 +23,9 @@ class VerifierSettings(Settings):
     A verifier changes no item. Its settings are marked as an item's are, because they name its training.
     """
 
-    kind: Annotated[Literal["history", "bilinear", "ncf"], Effect.ITEM] = "history"
-    """Form of the verifier: `history` reads a user's ratings, and needs few of them. `bilinear` as in the
-    paper's first version and `ncf` (neural collaborative filtering) as in its second fit numbers to each
-    user. The form `history` uses the seed alone of the settings below."""
+    kind: Annotated[Literal["bilinear", "ncf"], Effect.ITEM] = "bilinear"
+    """Form of the verifier: `bilinear` as in the paper's first version, or `ncf` (neural collaborative
+    filtering) as in its second."""
     num_factors: Annotated[int, Field(ge=0, le=65_536), Effect.ITEM] = 80
     """Dimension of a user's taste. At 0, users differ in generosity alone, and not in taste: the authors'
     control of the form `bilinear`."""

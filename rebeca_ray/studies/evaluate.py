@@ -82,7 +82,7 @@ def evaluate(config: EvaluateConfig, true_like: TrueLike | None = None) -> Study
     names = ("catalog", "other")[: len(snapshots)]
     sets = [read_set(name, snapshot, users) for name, snapshot in zip(names, snapshots, strict=True)]
     sets += drawn_by_methods(config, sets[0], judge)
-    embed = EmbedImages(config.clip, config.verifier.device, "#ffffff") if config.clip else None
+    embed = EmbedImages(config.clip, config.device, "#ffffff") if config.clip else None
     measured, truths = [], []
     for item_set in sets:
         log.info(f"measuring {len(item_set.user_N):,} items of {item_set.description}")

@@ -8,6 +8,7 @@ import logging
 import numpy as np
 
 from rebeca_ray.config.evaluation import EvaluateConfig
+from rebeca_ray.config.verifier import VerifierSettings
 from rebeca_ray.errors import InputError
 from rebeca_ray.evaluation.accuracy import Predictions, measure_accuracy
 from rebeca_ray.evaluation.history_verifier import HistoryVerifier
@@ -40,19 +41,20 @@ def fit_study_verifier(ratings: StudyRatings, config: EvaluateConfig) -> tuple[A
     unseen_test = test.take(is_unseen_V[test.user_N])
     verifier: AnyVerifier
     later: AnyVerifier
-    if config.verifier.kind == "history":
+    if config.verifier is None:
         verifier, later = (
-            fit_history_verifier(ratings, is_fitted_V, config.verifier.seed)
+            fit_history_verifier(ratings, is_fitted_V, config.verifier_seed)
             for is_fitted_V in (np.ones_like(is_unseen_V), ~is_unseen_V)
         )
-        num_factors, weight_decay = verifier.factor_VF.shape[1] - 1, WEIGHT_DECAY
+        kind, num_factors, weight_decay = "history", verifier.factor_VF.shape[1] - 1, WEIGHT_DECAY
     else:
-        verifier = choose(fit, x_ID, config)
-        others = fit_verifier(fit.take(~is_unseen_V[fit.user_N]), x_ID, verifier.settings)
+        verifier = choose(fit, x_ID, config.verifier, config)
+        settings = verifier.settings
+        others = fit_verifier(fit.take(~is_unseen_V[fit.user_N]), x_ID, settings)
         later = fit_users(others, fit.take(is_unseen_V[fit.user_N]), x_ID)
-        num_factors, weight_decay = verifier.settings.num_factors, verifier.settings.weight_decay
+        kind, num_factors, weight_decay = settings.kind, settings.num_factors, settings.weight_decay
     return verifier, VerifierFigures(
-        kind=config.verifier.kind,
+        kind=kind,
         num_factors=num_factors,
         weight_decay=weight_decay,
         ratings=len(fit.user_N),
@@ -77,10 +79,10 @@ def fit_history_verifier(ratings: StudyRatings, is_fitted_V: np.ndarray, seed: i
     return HistoryVerifier(model=model, factor_VF=factor_VF, num_ratings_V=block.counts_V)
 
 
-def choose(fit: Ratings, x_ID: np.ndarray, config: EvaluateConfig) -> Verifier:
+def choose(fit: Ratings, x_ID: np.ndarray, settings: VerifierSettings, config: EvaluateConfig) -> Verifier:
     """Return the verifier whose dimension and regularisation validate best."""
     choice = choose_verifier(
-        fit, x_ID, grid_of(config.verifier, config.num_factors_tried, config.weight_decay_tried)
+        fit, x_ID, grid_of(settings, config.num_factors_tried, config.weight_decay_tried)
     )
     for point in choice.points:
         log.info(
@@ -102,7 +104,7 @@ def check_apart(ratings: StudyRatings, config: EvaluateConfig) -> None:
     check_independence(
         pairs(ratings.parts.fit_N | ratings.parts.test_N),
         pairs(interactions.split == TRAINING),
-        config.verifier.seed,
+        config.verifier.seed if config.verifier else config.verifier_seed,
         config.training_seed,
     )
 

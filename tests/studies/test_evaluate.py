@@ -9,6 +9,7 @@ import pytest
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.evaluation import EvaluateConfig
+from rebeca_ray.config.verifier import VerifierSettings
 from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.errors import InputError
 from rebeca_ray.schemas import TRAINING
@@ -104,7 +105,7 @@ def test_a_test_split_is_needed(study: EvaluateConfig) -> None:
 def test_the_seed_of_the_selector_is_refused(study: EvaluateConfig) -> None:
     ratings = read_ratings(study.interactions, read_image_embeds(study.items))
     with pytest.raises(InputError, match="the selector uses 42 too"):
-        check_apart(ratings, study.model_copy(update={"training_seed": study.verifier.seed}))
+        check_apart(ratings, study.model_copy(update={"training_seed": study.verifier_seed}))
 
 
 def test_the_verifier_reads_no_rating_of_the_training(
@@ -140,7 +141,7 @@ def test_the_verifier_reads_no_rating_of_the_training(
 @pytest.mark.parametrize("kind", ["bilinear", "ncf"])
 def test_the_papers_verifiers_serve_too(study: EvaluateConfig, kind: str) -> None:
 
-    verifier = study.verifier.model_copy(
+    verifier = VerifierSettings().model_copy(
         update={"kind": kind, "max_epochs": 100, "early_stopping_patience": 10, "hidden_sizes": (16, 8)}
     )
     config = study.model_copy(
