@@ -216,7 +216,7 @@ def compare_figure(
 
 
 def users_table(study: Study) -> pa.Table:
-    """Return one row per user and set, with a column per figure."""
+    """Return one row per user and set, with a column per figure; null in a space that the set lacks."""
     tables = []
     for number, (item_set, spaces) in enumerate(zip(study.sets, study.measured, strict=True)):
         columns = {
@@ -228,4 +228,4 @@ def users_table(study: Study) -> pa.Table:
             columns[TRUE_LIKE] = study.true_like[number].astype(np.float32)
         names = pa.array([item_set.name] * len(item_set.user_id), pa.string())
         tables.append(pa.table({"set": names, "user_id": pa.array(item_set.user_id), **columns}))
-    return pa.concat_tables(tables)
+    return pa.concat_tables(tables, promote_options="default")

@@ -35,10 +35,10 @@ STYLE: Any = {
 
 
 @contextmanager
-def drawing() -> Iterator[tuple[Figure, Axes]]:
+def drawing(size: tuple[float, float] = SIZE) -> Iterator[tuple[Figure, Axes]]:
     """Yield a figure and its axes, and close it afterwards."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=SIZE, constrained_layout=True)
+        figure, axes = plt.subplots(figsize=size, constrained_layout=True)
         try:
             axes.grid(alpha=0.15)
             yield figure, axes
@@ -137,16 +137,19 @@ def plot_wins(figures: dict[str, np.ndarray], label: str, uri: str) -> str:
     """Plot a heat map: the share of users with a greater figure in the row's set than in the column's."""
     names = list(figures)
     win_SS = np.array([[(row > column).mean() for column in figures.values()] for row in figures.values()])
-    with drawing() as (figure, axes):
+    with drawing((SIZE[0], SIZE[0])) as (figure, axes):
         axes.grid(visible=False)
         axes.imshow(win_SS, cmap="PuOr_r", vmin=0, vmax=1)
         axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
         axes.set_yticks(range(len(names)), names)
         for row, column in np.ndindex(win_SS.shape):
             if row != column:
-                text = f"{100 * win_SS[row, column]:.0f}"
-                axes.text(column, row, text, ha="center", va="center", fontsize=7, color="black")
-        axes.set_title(f"percent of users with a greater {label} in the row", loc="left", fontsize=9)
+                share = win_SS[row, column]
+                colour = "white" if abs(share - 0.5) > 0.3 else "black"
+                axes.text(
+                    column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=colour
+                )
+        axes.set_title(f"% of users with a greater {label}\nin the row than in the column", fontsize=9)
         return save(figure, uri)
 
 

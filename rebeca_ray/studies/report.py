@@ -93,11 +93,15 @@ def plots(study: Study, out: str) -> dict[str, str]:
         ),
         "Is the verifier calibrated?": plot_calibration(study.metrics.verifier, join(out, "calibration.png")),
     }
-    figures = [part[space].by_user["like_probability"] for part in study.measured]
-    means, label = [part.spaces[space].like_probability for part in sets], "like probability by the verifier"
     if study.true_like:
         figures, label = study.true_like, "true like probability"
         means = [part.true_like_probability for part in sets if part.true_like_probability]
+    else:
+        figures, label = (
+            [part[space].by_user["like_probability"] for part in study.measured],
+            "like probability",
+        )
+        means = [part.spaces[space].like_probability for part in sets]
     by_name = dict(zip(names, figures, strict=True))
     drawn["Mean of each set"] = plot_means(
         dict(zip(names, means, strict=True)), label, join(out, "means.png")

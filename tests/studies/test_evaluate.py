@@ -61,6 +61,31 @@ def test_two_catalogs_are_compared_user_by_user(
         assert Path(study.out, f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_methods_are_sets_beside_the_catalog(
+    study: EvaluateConfig, tmp_path: Path, tiny_decoder: DecoderSettings
+) -> None:
+    """A prompt alone plans no embeddings, so it has no figures in that space. No CLIP here fits the items."""
+    snapshot = publish_catalog(tmp_path / "first", tiny_decoder, STUDY_USERS)
+    methods = {
+        "methods": ("p1", "random"),
+        "prior": str(tmp_path / "first" / "prior"),
+        "decoder": tiny_decoder,
+    }
+    study = study.model_copy(update={"catalog": snapshot.root, **methods})
+    result = evaluate(study, lambda owners, _: np.array([int(owner[1:]) / 64 for owner in owners]))
+    assert [part.name for part in result.metrics.sets] == ["catalog", "p1", "random"]
+    assert [list(part.spaces) for part in result.metrics.sets] == [["planned"], [], ["planned"]]
+    assert {row.right for row in result.metrics.comparisons} == {"p1", "random"}
+    table = read_table(f"{study.out}/users.parquet", "users")
+    assert table["planned/vendi"].null_count == len(STUDY_USERS)
+    assert table["true_like_probability"].null_count == 0
+    page = Path(write_report(result, study.out, None)).read_text()
+    for name in ("catalog", "random"):
+        assert f"<td>{name}, planned</td>" in page  # its distances
+    assert "<td>p1, planned</td>" not in page
+    assert Path(study.out, "wins.png").exists()
+
+
 def test_one_catalog_is_evaluated_again_with_the_same_figures(
     study: EvaluateConfig, tmp_path: Path, tiny_decoder: DecoderSettings
 ) -> None:
