@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from tests.bench.population import SPLIT, Population, read_population
 
 from rebeca_ray.config.jobs import EmbedConfig, TrainConfig
 from rebeca_ray.config.load import load_config
@@ -39,6 +38,7 @@ from rebeca_ray.prior.variants import Variants
 from rebeca_ray.stickers.simulate import simulate
 from rebeca_ray.training.calibrate import user_vectors
 from rebeca_ray.training.train import train_prior
+from tests.bench.population import SPLIT, Population, read_population
 from tests.bench.prior_quality import RESULTS, ROOT
 
 SEED, NUM_USERS = 201, 200
