@@ -37,8 +37,8 @@ class EvaluateConfig(JobConfig):
     items: Annotated[Location, Effect.CONTENT]
     """Folder of embedded real items, written by `rebeca embed`."""
     images: Annotated[Location | None, Effect.CONTENT] = None
-    """Parquet file or folder of the real items with their images, for the report. By default, the report
-    shows generated images alone."""
+    """Parquet file or folder of the real items with their images, for the report and for `encoders`. By
+    default, the report shows generated images alone."""
     interactions: InteractionSettings
     """Ratings, with the `hold_out` and `test` of the training. The verifier reads these two parts alone."""
     training_seed: Annotated[Seed, Effect.ITEM] = 0
@@ -49,6 +49,10 @@ class EvaluateConfig(JobConfig):
     clip: Annotated[ModelName | None, Effect.CONTENT] = None
     """CLIP model that embedded the items, to embed generated images again. By default, only the planned
     embeddings are judged. `methods` needs it."""
+    encoders: Annotated[tuple[ModelName, ...], Field(strict=False), Effect.CONTENT] = ()
+    """Image encoders beside `clip`, each a feature space with a verifier of its own: `efficientnet-lite0`,
+    `timm:MODEL` (`timm:vit_small_patch14_dinov2.lvd142m` is DINOv2), `inception` for FID, or a CLIP, such as
+    `ViT-L-14-336/openai` for CMMD. They need `images`."""
     methods: Annotated[tuple[Method, ...], Field(strict=False), Effect.ITEM] = ()
     """Methods to compare the catalog with: for the same users, as many items, by the same decoder. The
     documentation says how each makes them."""
@@ -87,7 +91,9 @@ class EvaluateConfig(JobConfig):
     """Seed of permutations, bootstrap samples and equal counts."""
 
     @model_validator(mode="after")
-    def check_methods(self) -> Self:
+    def check_needs(self) -> Self:
+        if self.encoders and self.images is None:
+            raise ValueError("encoders need `images`, the real items with their images; set it")
         if self.methods and None in (self.prior, self.decoder, self.clip):
             raise ValueError("methods need `prior`, `decoder` and `clip` of the catalog; set all three")
         if "no_user" in self.methods and self.without_users is None:

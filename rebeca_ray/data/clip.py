@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -35,24 +37,30 @@ class EmbedImages:
     def __call__(self, batch: pa.Table) -> pa.Table:
         if self.pulse:
             self.pulse.beat()
-        images, errors = [], []
-        for value in batch["image"].to_pylist():
-            image, error = read_image(value, self.background)
-            images.append(self.preprocess(image))
-            errors.append(error)
+        return embed_batch(batch, self.background, self.encode)
+
+    def encode(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Return the embeddings [B, D] of RGB images."""
+        pixels = self.torch.stack([self.preprocess(image) for image in images]).to(self.device)
         with self.torch.inference_mode():
-            embeds = (
-                self.model.encode_image(self.torch.stack(images).to(self.device), normalize=False)
-                .float()
-                .cpu()
-                .numpy()
-            )
-        assert len(embeds) == batch.num_rows
-        column = pa.FixedSizeListArray.from_arrays(
-            pa.array(embeds.ravel()), type=schemas.image_embeds(embeds.shape[1])
-        )
-        columns = {"item_id": batch["item_id"], "image_embeds": column, ERROR: pa.array(errors, pa.string())}
-        return pa.table(columns)
+            return self.model.encode_image(pixels, normalize=False).float().cpu().numpy()
+
+
+def embed_batch(
+    batch: pa.Table, background: str, encode: Callable[[Sequence[Image.Image]], np.ndarray]
+) -> pa.Table:
+    """Return `item_id`, `image_embeds` [D] and ERROR of a batch of encoded images.
+
+    `encode` takes RGB images.
+    """
+    read = [read_image(value, background) for value in batch["image"].to_pylist()]
+    embeds = encode([image for image, _ in read])
+    assert len(embeds) == batch.num_rows
+    column = pa.FixedSizeListArray.from_arrays(
+        pa.array(embeds.ravel()), type=schemas.image_embeds(embeds.shape[1])
+    )
+    errors = pa.array([error for _, error in read], pa.string())
+    return pa.table({"item_id": batch["item_id"], "image_embeds": column, ERROR: errors})
 
 
 def read_image(value: dict[str, Any] | None, background: str) -> tuple[Image.Image, str | None]:

@@ -4,12 +4,14 @@ Shapes: U users, B permutations.
 """
 
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
 from rebeca_ray.catalog.manifest import PermutationFigures
 
 PERMUTATIONS_PER_CHUNK = 256
+LEVEL, POWER = 0.05, 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,14 @@ class PermutationTest:
     def z_at(self, num_users: int) -> float:
         """Return z scaled to `num_users`. The null's deviation falls as 1/sqrt(U - 1)."""
         return self.z * ((num_users - 1) / (self.num_users - 1)) ** 0.5
+
+    @property
+    def detectable_effect(self) -> float:
+        """Return the effect that the test finds with a power of 80% at a level of 5%, one-sided.
+
+        The statistic is a mean over users, so it is close to normal, with the null's deviation.
+        """
+        return (NormalDist().inv_cdf(1 - LEVEL) + NormalDist().inv_cdf(POWER)) * self.null_std
 
 
 def permutation_test(like_UU: np.ndarray, num_permutations: int = 10_000, seed: int = 0) -> PermutationTest:

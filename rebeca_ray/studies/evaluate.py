@@ -15,7 +15,6 @@ import pyarrow as pa
 
 from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.config.evaluation import EvaluateConfig
-from rebeca_ray.data.clip import ERROR, EmbedImages, clip_fingerprint
 from rebeca_ray.data.items import EmbeddedItems, read_image_embeds
 from rebeca_ray.decoder.build import build_decoder
 from rebeca_ray.errors import InputError
@@ -31,12 +30,12 @@ from rebeca_ray.studies.methods import Materials, wishes_of
 from rebeca_ray.studies.metrics import Comparison, Metrics, SetFigures
 from rebeca_ray.studies.ratings import StudyRatings, read_ratings
 from rebeca_ray.studies.sets import ItemSet, choose_users, read_set
+from rebeca_ray.studies.spaces import read_spaces
 from rebeca_ray.studies.verifying import fit_study_verifier
 
 log = logging.getLogger(__name__)
 
 NUM_PERMUTATIONS = 10_000
-IMAGES_AT_ONCE = 256
 TRUE_LIKE = "true_like_probability"
 
 TrueLike = Callable[[list[str], list[bytes]], np.ndarray]  # (user of each image, encoded images) -> [N]
@@ -61,7 +60,6 @@ def evaluate(config: EvaluateConfig, true_like: TrueLike | None = None) -> Study
     """
     require_writable(config.out, "out")
     items = read_image_embeds(config.items)
-    check_clip(config, items)
     ratings = read_ratings(config.interactions, items)
     snapshots = [read_catalog(root) for root in (config.catalog, config.other) if root is not None]
     for snapshot in snapshots:
@@ -79,18 +77,20 @@ def evaluate(config: EvaluateConfig, true_like: TrueLike | None = None) -> Study
         num_permutations=NUM_PERMUTATIONS,
         seed=config.seed,
     )
+    spaces, verifiers = read_spaces(config, judge)
     names = ("catalog", "other")[: len(snapshots)]
     sets = [read_set(name, snapshot, users) for name, snapshot in zip(names, snapshots, strict=True)]
     sets += drawn_by_methods(config, sets[0], judge)
-    embed = EmbedImages(config.clip, config.device, "#ffffff") if config.clip else None
     measured, truths = [], []
     for item_set in sets:
         log.info(f"measuring {len(item_set.user_N):,} items of {item_set.description}")
-        # A prompt alone plans no embeddings.
-        spaces = {"planned": item_set.embeds_ND} if item_set.embeds_ND.any() else {}
-        if embed is not None:
-            spaces["clip"] = embed_again(embed, item_set)
-        measured.append({space: measure(item_set, x_ND, judge) for space, x_ND in spaces.items()})
+        measured.append(
+            {
+                space.name: measure(item_set, x_ND, space.judge, space.name)
+                for space in spaces
+                if (x_ND := space.features_of(item_set)) is not None
+            }
+        )
         if true_like is not None:
             owners = [users[row] for row in item_set.user_N.tolist()]
             truths.append(item_set.mean_by_user(true_like(owners, item_set.encoded)))
@@ -106,7 +106,10 @@ def evaluate(config: EvaluateConfig, true_like: TrueLike | None = None) -> Study
         for number, (item_set, spaces_of_set) in enumerate(zip(sets, measured, strict=True))
     ]
     metrics = Metrics(
-        verifier=verifier_figures, sets=figures, comparisons=compare_sets(sets, measured, truths, config.seed)
+        verifier=verifier_figures,
+        verifiers=verifiers,
+        sets=figures,
+        comparisons=compare_sets(sets, measured, truths, config.seed),
     )
     study = Study(metrics=metrics, sets=sets, measured=measured, true_like=truths, judge=judge)
     write_table(users_table(study), join(config.out, "users.parquet"), row_group_size=10_000)
@@ -131,15 +134,6 @@ def drawn_by_methods(config: EvaluateConfig, catalog: ItemSet, judge: Judge) -> 
     ]
 
 
-def check_clip(config: EvaluateConfig, items: EmbeddedItems) -> None:
-    """Raise InputError if `config.clip` is another CLIP than that of the items."""
-    if config.clip and items.clip and (clip := clip_fingerprint(config.clip)) != items.clip:
-        raise InputError(
-            f"clip {config.clip}: its fingerprint is {clip}, that of {config.items} is {items.clip}; "
-            "give the CLIP that embedded the items"
-        )
-
-
 def check_fit(root: str, embed_dim: int, items: EmbeddedItems, uri: str) -> None:
     """Raise InputError if a catalog's embeddings have another size than the real items'."""
     if embed_dim != items.image_embeds.shape[1]:
@@ -156,20 +150,6 @@ def judged_users(ratings: StudyRatings, num_ratings_V: np.ndarray) -> list[str]:
     known[: len(num_ratings_V)] = num_ratings_V > 0
     has_test_like = [len(ratings.likes_of_test(user)) > 0 for user in range(interactions.num_users)]
     return interactions.user_id[known & np.array(has_test_like)].tolist()
-
-
-def embed_again(embed: EmbedImages, item_set: ItemSet) -> np.ndarray:
-    """Return the embeddings [N, D] of a set's generated images. Raises InputError for one that is broken."""
-    parts = []
-    for start in range(0, len(item_set.encoded), IMAGES_AT_ONCE):
-        part = slice(start, start + IMAGES_AT_ONCE)
-        images = [{"bytes": encoded, "path": None} for encoded in item_set.encoded[part]]
-        batch = embed(pa.table({"item_id": item_set.item_id[part], "image": images}))
-        if errors := batch[ERROR].drop_null().to_pylist():
-            raise InputError(f"{item_set.description}: an image {errors[0]}; run `rebeca catalog verify`")
-        column = batch["image_embeds"].combine_chunks()
-        parts.append(column.flatten().to_numpy().reshape(len(column), -1))
-    return np.concatenate(parts)
 
 
 def compare_sets(

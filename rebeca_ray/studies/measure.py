@@ -9,8 +9,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from rebeca_ray.data.encoders import CMMD_CLIP, INCEPTION
 from rebeca_ray.evaluation.distances import (
     at_equal_counts,
+    cmmd,
     density_coverage,
     frechet,
     kid,
@@ -30,6 +32,7 @@ from rebeca_ray.studies.sets import ItemSet
 MMD_SIGMA = 0.5  # of unit vectors
 KID_SUBSET = 1000
 PERMUTATION_TESTS = (("by user", "mean"), ("by user", "median"), ("by image", "mean"))  # method, statistic
+PLANNED = "planned"  # the space of the prior's embeddings
 LESS_IS_BETTER = frozenset({"cosine_within", "cosine_across"})
 
 
@@ -54,7 +57,7 @@ class Measured:
     tests: list[PermutationTest]  # by user, with means and medians; by image
 
 
-def measure(items: ItemSet, x_ND: np.ndarray, judge: Judge) -> Measured:
+def measure(items: ItemSet, x_ND: np.ndarray, judge: Judge, space: str = PLANNED) -> Measured:
     """Return all figures of `items` with the features `x_ND`, which lie in the space of the real items."""
     x_ID = judge.ratings.items.image_embeds
     like_UN = judge.verifier.like_matrix(x_ND, judge.user_U)
@@ -70,6 +73,7 @@ def measure(items: ItemSet, x_ND: np.ndarray, judge: Judge) -> Measured:
         "cosine_within": cosines.within_U,
         "cosine_across": cosines.across_U,
         "novelty": items.mean_by_user(novel.novelty_N),
+        "likeness": likeness(parts, [x_ID[rows[like == 1]] for rows, like in tested]),
         "neighbour_precision": neighbours.precision_U,
         "neighbour_recall": neighbours.recall_U,
     }
@@ -85,11 +89,29 @@ def measure(items: ItemSet, x_ND: np.ndarray, judge: Judge) -> Measured:
     figures = SpaceFigures(
         **means,
         permutation=records,
-        distances=distances(x_ND, liked_test_items(judge), judge.seed),
+        distances=distances(x_ND, liked_test_items(judge), judge.seed, space),
         vendi_pooled=vendi.pooled,
         copy_share=novel.copy_share(judge.max_item_similarity),
     )
     return Measured(figures=figures, by_user=by_user, tests=tests)
+
+
+def likeness(generated: list[np.ndarray], liked: list[np.ndarray]) -> np.ndarray:
+    """Return the mean cosine [U] between a user's items and those that the user likes in the test split.
+
+    This is the measure of PIPBench: from a history to an image that the user likes later.
+    """
+    return np.array(
+        [
+            float((unit_rows(x_SD) @ unit_rows(liked_SD).T).mean())
+            for x_SD, liked_SD in zip(generated, liked, strict=True)
+        ]
+    )
+
+
+def unit_rows(x_ND: np.ndarray) -> np.ndarray:
+    """Return rows of length 1."""
+    return x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True)
 
 
 def liked_test_items(judge: Judge) -> np.ndarray:
@@ -98,11 +120,13 @@ def liked_test_items(judge: Judge) -> np.ndarray:
     return judge.ratings.items.image_embeds[np.concatenate(rows)]
 
 
-def distances(x_ND: np.ndarray, liked_ND: np.ndarray, seed: int) -> Distances:
-    """Return the distances of unit vectors, at the count of the smaller set."""
-    generated, liked = (
-        F.normalize(torch.as_tensor(x).double()) for x in at_equal_counts(x_ND, liked_ND, seed=seed)
-    )
+def distances(x_ND: np.ndarray, liked_ND: np.ndarray, seed: int, space: str) -> Distances:
+    """Return the distances of unit vectors, at the count of the smaller set.
+
+    FID and CMMD are those of their own encoders alone. FID reads the features as they are.
+    """
+    raw = at_equal_counts(x_ND, liked_ND, seed=seed)
+    generated, liked = (F.normalize(torch.as_tensor(x).double()) for x in raw)
     neighbourhood, balls = precision_recall(generated, liked), density_coverage(generated, liked)
     return Distances(
         count=len(generated),
@@ -113,6 +137,8 @@ def distances(x_ND: np.ndarray, liked_ND: np.ndarray, seed: int) -> Distances:
         recall=neighbourhood.recall,
         density=balls.density,
         coverage=balls.coverage,
+        fid=frechet(*raw) if space == INCEPTION else None,
+        cmmd=cmmd(*raw) if space == CMMD_CLIP else None,
     )
 
 
@@ -139,6 +165,9 @@ def as_record(test: PermutationTest, method: str, statistic: str, items: ItemSet
         shuffled=test.null_mean,
         deviation=test.null_std,
         z=test.z,
+        z_at_94_users=test.z_at(94),
+        z_at_210_users=test.z_at(210),
+        detectable_effect=test.detectable_effect,
         p_value=test.p_value,
         users=test.num_users,
         images_per_user=len(items.user_N) / test.num_users,

@@ -102,6 +102,12 @@ class Permutation(Record):
     """Standard deviation of the statistic over the permutations."""
     z: float
     """Difference of the two in deviations."""
+    z_at_94_users: float | None = None
+    """z scaled to the 94 users of the paper's code."""
+    z_at_210_users: float | None = None
+    """z scaled to the 210 users of the paper."""
+    detectable_effect: float | None = None
+    """Difference that this test finds with a power of 80% at a level of 5%."""
     p_value: float
     """Probability of a statistic at least as high among permutations."""
     users: int
@@ -129,6 +135,10 @@ class Distances(Record):
     """Mean number of neighbourhoods of liked items around a generated item, over the expected one."""
     coverage: float
     """Share of liked items with a generated item in their neighbourhood."""
+    fid: float | None = None
+    """FID, in the space `inception` alone."""
+    cmmd: float | None = None
+    """CMMD as published, in the space `ViT-L-14-336/openai` alone."""
 
 
 class SpaceFigures(Record):
@@ -152,6 +162,8 @@ class SpaceFigures(Record):
     """Distance to the nearest real item: 1 - cosine."""
     copy_share: float
     """Share of near-copies of real items."""
+    likeness: Mean | None = None
+    """Mean cosine between a user's items and those that the user likes in the test split."""
     neighbour_precision: Mean
     """Share of likes among the user's test ratings nearest to the items."""
     neighbour_recall: Mean
@@ -170,7 +182,7 @@ class SetFigures(Record):
     items: int
     """Items of the set."""
     spaces: dict[str, SpaceFigures]
-    """Figures by feature space: `planned` embeddings, or `clip` for images embedded again."""
+    """Figures by feature space: `planned` embeddings, `clip` for embedded images, and image encoders."""
     true_like_probability: Mean | None = None
     """True like probability, known for simulated users alone."""
 
@@ -206,7 +218,9 @@ class Metrics(Record):
     version: int = METRICS_VERSION
     """Version of the format."""
     verifier: VerifierFigures
-    """Verifier that all like probabilities come from."""
+    """Verifier of the like probabilities of `planned` and `clip`."""
+    verifiers: dict[str, VerifierFigures] = {}
+    """Verifier of each image encoder, which the like probabilities of its space come from."""
     sets: list[SetFigures]
     """Figures of each set."""
     comparisons: list[Comparison]

@@ -28,6 +28,7 @@ from rebeca_ray.studies.plots import (
     plot_users,
     plot_wins,
 )
+from rebeca_ray.studies.spaces import CLIP
 
 NUM_PICTURES = 8  # of a row
 SHOWN_QUANTILES = (("good", 0.95), ("median", 0.5), ("worst", 0.05))
@@ -80,7 +81,7 @@ def interval(figure: Mean) -> str:
 
 def judged_space(study: Study) -> str:
     """Return the space that the plots show: images embedded again if there are any."""
-    return list(study.measured[0])[-1]
+    return CLIP if CLIP in study.measured[0] else next(iter(study.measured[0]))
 
 
 def plots(study: Study, out: str) -> dict[str, str]:

@@ -47,6 +47,17 @@ def test_personal_items_are_found_and_z_grows_with_the_users() -> None:
     assert large.z_at(100) == pytest.approx(large.z / 3, rel=0.02)
 
 
+def test_a_planted_effect_of_the_detectable_size_is_found_in_four_of_five_tests() -> None:
+    users, trials = 60, 200
+    random = np.random.default_rng(3)
+    planted = permutation_test(random.random((users, users)), 2000).detectable_effect
+    is_found = [
+        permutation_test(random.random((users, users)) + planted * np.eye(users), 199, seed).p_value <= 0.05
+        for seed in range(trials)
+    ]
+    assert np.mean(is_found) == pytest.approx(0.8, abs=0.09)  # three deviations of such a share
+
+
 @pytest.mark.parametrize("bad", [np.ones((3, 4)), np.ones((1, 1)), np.full((3, 3), np.nan)])
 def test_any_but_a_square_finite_matrix_is_refused(bad: np.ndarray) -> None:
     with pytest.raises(ValueError, match="expected a square, finite matrix of at least two users"):

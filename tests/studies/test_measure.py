@@ -78,6 +78,8 @@ def test_items_to_a_users_taste_beat_those_of_another_taste_and_those_for_everyb
     assert same.figures.cosine_across.mean > matched.figures.cosine_across.mean + 0.3
     assert matched.figures.distances.mmd < same.figures.distances.mmd
     assert matched.figures.distances.coverage > same.figures.distances.coverage
+    assert matched.figures.likeness.mean > missed.figures.likeness.mean + 0.3
+    assert by_user.z_at_210_users > by_user.z_at_94_users > by_user.z  # here are 24 users
     assert matched.figures.neighbour_precision.mean > missed.figures.neighbour_precision.mean + 0.5
 
 
