@@ -62,11 +62,18 @@ LONGEST = (
     "test_jobs.py",
     "test_train.py",
     "test_resume.py",
+    "test_acceptance.py",
+    "test_campaign.py",
+    "test_damage.py",
     "test_triton_client.py",
     "test_pipeline.py",
+    "test_exports.py",
+    "test_feedback.py",
+    "test_faults.py",
     "test_weights.py",
     "test_suspects.py",
-    "test_damage.py",
+    "test_readers.py",
+    "test_ray_start.py",
 )
 
 

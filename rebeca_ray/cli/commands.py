@@ -237,11 +237,17 @@ def evaluate(
         if settings := read_config(EvaluateConfig, config, overrides, dry_run=dry_run):
             from rebeca_ray.stickers.truth import true_like_of
             from rebeca_ray.studies.evaluate import evaluate as evaluate_catalogs
+            from rebeca_ray.studies.figures import check_bounds, named_figures
             from rebeca_ray.studies.report import write_report
+            from rebeca_ray.studies.tracking import track
 
             study = evaluate_catalogs(settings, true_like_of(truth) if truth else None)
             page = write_report(study, settings.out, settings.images)
             print_result(output.evaluated(study.metrics, page))
+            figures = named_figures(study.metrics)
+            if settings.tracking:
+                track(settings.tracking, settings.model_dump(mode="json"), figures)
+            check_bounds(figures, settings.bounds)
 
 
 @app.command()

@@ -5,7 +5,16 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.config.fields import Device, Effect, Fraction, Location, ModelName, Positive, Seed
+from rebeca_ray.config.fields import (
+    Device,
+    Effect,
+    Fraction,
+    Location,
+    ModelName,
+    Positive,
+    Seed,
+    Settings,
+)
 from rebeca_ray.config.jobs import JobConfig
 from rebeca_ray.config.sections import InteractionSettings
 from rebeca_ray.config.verifier import VerifierSettings
@@ -25,6 +34,26 @@ Method = Literal[
     "most_popular",
     "random",
 ]
+
+
+class Bounds(Settings):
+    """The bounds of one figure."""
+
+    min: Annotated[float | None, Effect.NOTHING] = None
+    """Smallest value that passes. By default, there is none."""
+    max: Annotated[float | None, Effect.NOTHING] = None
+    """Largest value that passes. By default, there is none."""
+
+
+class TrackingSettings(Settings):
+    """The experiment tracker that receives the figures."""
+
+    tracker: Annotated[Literal["mlflow", "wandb", "trackio"], Effect.NOTHING]
+    """Tracker. It finds its server and its key in its usual environment variables."""
+    project: Annotated[str, Field(min_length=1, max_length=200), Effect.NOTHING] = "rebeca-ray"
+    """Project, or experiment in MLflow."""
+    run: Annotated[str | None, Field(min_length=1, max_length=200), Effect.NOTHING] = None
+    """Name of the run. By default, the tracker makes one up."""
 
 
 class EvaluateConfig(JobConfig):
@@ -85,6 +114,11 @@ class EvaluateConfig(JobConfig):
     """Most users that are judged. More are thinned out evenly."""
     max_item_similarity: Annotated[float, Field(gt=0, le=1), Effect.NOTHING] = 0.98
     """Generated items with a higher cosine similarity to a real item count as near-copies."""
+    bounds: Annotated[dict[str, Bounds], Field(default_factory=dict), Effect.NOTHING]
+    """Bounds by figure, such as `catalog/clip/like_probability/mean`. The command ends with code 4 if a
+    figure lies outside, after it has written the report. By default, there are none."""
+    tracking: TrackingSettings | None = None
+    """Experiment tracker that receives the figures. By default, there is none."""
     out: Annotated[Location, Effect.NOTHING]
     """Folder that receives `metrics.json`, `users.parquet`, `report.html` and the plots."""
     seed: Annotated[Seed, Effect.ITEM] = 1000

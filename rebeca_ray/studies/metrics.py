@@ -4,6 +4,7 @@ Keys only grow: gates and dashboards read them. A figure that was not computed i
 """
 
 import json
+import sys
 
 from pydantic import BaseModel, ConfigDict
 
@@ -233,4 +234,4 @@ def schema() -> str:
 
 
 if __name__ == "__main__":
-    print(schema())
+    sys.stdout.write(schema() + "\n")
