@@ -227,7 +227,9 @@ def evaluate(
     dry_run: DryRun = False,
     truth: Annotated[
         Path | None,
-        typer.Option(help="The truth.parquet of simulated users, to report true like probabilities too."),
+        typer.Option(
+            help="The truth.parquet of simulated users, to report true like probabilities and topics too."
+        ),
     ] = None,
 ) -> None:
     """Evaluate a catalog, or compare two, by figures per user and a report."""
@@ -235,13 +237,15 @@ def evaluate(
 
     with plain_errors():
         if settings := read_config(EvaluateConfig, config, overrides, dry_run=dry_run):
+            from rebeca_ray.stickers.captions import caption_sources
             from rebeca_ray.stickers.truth import true_like_of
             from rebeca_ray.studies.evaluate import evaluate as evaluate_catalogs
             from rebeca_ray.studies.figures import check_bounds, named_figures
             from rebeca_ray.studies.report import write_report
             from rebeca_ray.studies.tracking import track
 
-            study = evaluate_catalogs(settings, true_like_of(truth) if truth else None)
+            true_like, captions = (true_like_of(truth), caption_sources()) if truth else (None, [])
+            study = evaluate_catalogs(settings, true_like, captions)
             page = write_report(study, settings.out, settings.images)
             print_result(output.evaluated(study.metrics, page))
             figures = named_figures(study.metrics)

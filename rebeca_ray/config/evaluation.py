@@ -19,6 +19,9 @@ from rebeca_ray.config.jobs import JobConfig
 from rebeca_ray.config.sections import InteractionSettings
 from rebeca_ray.config.verifier import VerifierSettings
 
+Prompt = Annotated[str, Field(min_length=1, max_length=1000)]
+FigureBound = Annotated[str, Field(pattern=r"^\S.* [<>]= [-+.\deE]+$", max_length=200)]
+
 MIN_USERS = 20  # of a permutation test
 Method = Literal[
     "empty_prompt",
@@ -36,17 +39,8 @@ Method = Literal[
 ]
 
 
-class Bounds(Settings):
-    """The bounds of one figure."""
-
-    min: Annotated[float | None, Effect.NOTHING] = None
-    """Smallest value that passes. By default, there is none."""
-    max: Annotated[float | None, Effect.NOTHING] = None
-    """Largest value that passes. By default, there is none."""
-
-
 class TrackingSettings(Settings):
-    """The experiment tracker that receives the figures."""
+    """The experiment tracker of an evaluation."""
 
     tracker: Annotated[Literal["mlflow", "wandb", "trackio"], Effect.NOTHING]
     """Tracker. It finds its server and its key in its usual environment variables."""
@@ -82,6 +76,21 @@ class EvaluateConfig(JobConfig):
     """Image encoders beside `clip`, each a feature space with a verifier of its own: `efficientnet-lite0`,
     `timm:MODEL` (`timm:vit_small_patch14_dinov2.lvd142m` is DINOv2), `inception` for FID, or a CLIP, such as
     `ViT-L-14-336/openai` for CMMD. They need `images`."""
+    caption_model: Annotated[ModelName | None, Effect.CONTENT] = None
+    """Image-to-text model of transformers, for topic precision. It captions generated images, and real ones
+    unless there are `captions`. By default, topics are not judged."""
+    captions: Annotated[Location | None, Effect.CONTENT] = None
+    """Parquet file or folder with the columns `item_id` and `caption` of the real items. By default,
+    `caption_model` captions `images`."""
+    content_prompt: Annotated[Prompt | None, Effect.ITEM] = None
+    """Prompt to a chat model for the content of an image. By default, the caption model is no chat model, and
+    writes one caption for everything."""
+    style_prompt: Annotated[Prompt | None, Effect.ITEM] = None
+    """Prompt to a chat model for the style of an image. By default, styles have no topics."""
+    sentence_model: Annotated[ModelName | None, Effect.CONTENT] = None
+    """Model of sentence-transformers that embeds captions. By default, their words are counted."""
+    num_topics: Annotated[int, Field(ge=2, le=10_000), Effect.ITEM] = 100
+    """Number of topics. If there are at most as many different captions, each is a topic."""
     methods: Annotated[tuple[Method, ...], Field(strict=False), Effect.ITEM] = ()
     """Methods to compare the catalog with: for the same users, as many items, by the same decoder. The
     documentation says how each makes them."""
@@ -114,9 +123,9 @@ class EvaluateConfig(JobConfig):
     """Most users that are judged. More are thinned out evenly."""
     max_item_similarity: Annotated[float, Field(gt=0, le=1), Effect.NOTHING] = 0.98
     """Generated items with a higher cosine similarity to a real item count as near-copies."""
-    bounds: Annotated[dict[str, Bounds], Field(default_factory=dict), Effect.NOTHING]
-    """Bounds by figure, such as `catalog/clip/like_probability/mean`. The command ends with code 4 if a
-    figure lies outside, after it has written the report. By default, there are none."""
+    bounds: Annotated[tuple[FigureBound, ...], Field(strict=False), Effect.NOTHING] = ()
+    """Bounds of figures, such as `catalog/clip/like_probability/mean >= 0.3`, with `>=` or `<=`. The command
+    ends with code 4 if a figure lies outside, after it has written the report."""
     tracking: TrackingSettings | None = None
     """Experiment tracker that receives the figures. By default, there is none."""
     out: Annotated[Location, Effect.NOTHING]
@@ -128,6 +137,15 @@ class EvaluateConfig(JobConfig):
     def check_needs(self) -> Self:
         if self.encoders and self.images is None:
             raise ValueError("encoders need `images`, the real items with their images; set it")
+        if self.caption_model and self.captions is None and self.images is None:
+            raise ValueError("caption_model needs `captions` or `images` of the real items; set one")
+        prompts = self.content_prompt or self.style_prompt
+        if self.captions and (self.caption_model is None or prompts):
+            raise ValueError(
+                "captions need a `caption_model` for generated images, and no prompts to it; set it"
+            )
+        if prompts and self.caption_model is None:
+            raise ValueError("content_prompt and style_prompt need `caption_model`, a chat model; set it")
         if self.methods and None in (self.prior, self.decoder, self.clip):
             raise ValueError("methods need `prior`, `decoder` and `clip` of the catalog; set all three")
         if "no_user" in self.methods and self.without_users is None:

@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from rebeca_ray.data.captions import Captions
 from rebeca_ray.stickers import ITEMS
+from rebeca_ray.stickers.build.data import to_pixels
 from rebeca_ray.stickers.judge import Judge
+from rebeca_ray.studies.topics import CaptionSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,21 @@ def judged_captions(judge: Judge, images: np.ndarray) -> StickerCaptions:
     judgement = judge(images)
     subcategories = [judge.subcategories[best] for best in judgement.subcategory.argmax(1)]
     return caption_stickers(judge.style(judgement), subcategories, subcategories)
+
+
+def caption_sources() -> list[CaptionSource]:
+    """Return the stickers' captions by content and by style, for topic precision in an evaluation."""
+    item_id, real = real_captions()
+    judge = Judge()
+
+    def source(name: str) -> CaptionSource:
+        return CaptionSource(
+            name=name,
+            real=Captions(item_id=item_id, caption=np.array(getattr(real, name), object)),
+            caption=lambda encoded: getattr(judged_captions(judge, to_pixels(list(encoded))), name),
+        )
+
+    return [source("content"), source("style")]
 
 
 def caption_stickers(styles: list[str], subcategories: list[str], names: list[str]) -> StickerCaptions:

@@ -7,7 +7,7 @@ Shapes: U users, N items, D embed dim.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,31 +31,67 @@ from rebeca_ray.studies.metrics import Comparison, Metrics, SetFigures
 from rebeca_ray.studies.ratings import StudyRatings, read_ratings
 from rebeca_ray.studies.sets import ItemSet, choose_users, read_set
 from rebeca_ray.studies.spaces import read_spaces
+from rebeca_ray.studies.topics import CaptionSource, fit_topic_judge, read_sources
 from rebeca_ray.studies.verifying import fit_study_verifier
 
 log = logging.getLogger(__name__)
 
 NUM_PERMUTATIONS = 10_000
 TRUE_LIKE = "true_like_probability"
+TOPICS = "topic_precision/"
 
 TrueLike = Callable[[list[str], list[bytes]], np.ndarray]  # (user of each image, encoded images) -> [N]
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeasuredSet:
+    """A set of items, its figures by feature space, and figures [U] of its users outside any space."""
+
+    items: ItemSet
+    spaces: dict[str, Measured]
+    by_user: dict[str, np.ndarray]
+
+    def figures_by_user(self) -> dict[str, np.ndarray]:
+        """Return all figures of the users by name. Those of a space have its name before them."""
+        in_spaces = {
+            f"{space}/{name}": figure_U
+            for space, part in self.spaces.items()
+            for name, figure_U in part.by_user.items()
+        }
+        return in_spaces | self.by_user
+
+    def record(self, seed: int) -> SetFigures:
+        """Return the set in the form of `metrics.json`."""
+        means = {name: mean_of(figure_U, seed) for name, figure_U in self.by_user.items()}
+        return SetFigures(
+            name=self.items.name,
+            description=self.items.description,
+            users=len(self.items.user_id),
+            items=len(self.items.user_N),
+            spaces={space: part.figures for space, part in self.spaces.items()},
+            topic_precision={
+                name.removeprefix(TOPICS): mean for name, mean in means.items() if name.startswith(TOPICS)
+            },
+            true_like_probability=means.get(TRUE_LIKE),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Study:
-    """The result of a study: its metrics, and each set with its figures by feature space."""
+    """The result of a study: its metrics, and each set with its figures. The catalog is the first set."""
 
     metrics: Metrics
-    sets: list[ItemSet]
-    measured: list[dict[str, Measured]]
-    true_like: list[np.ndarray]  # [U] of each set; empty without a truth
+    sets: list[MeasuredSet]
     judge: Judge
 
 
-def evaluate(config: EvaluateConfig, true_like: TrueLike | None = None) -> Study:
+def evaluate(
+    config: EvaluateConfig, true_like: TrueLike | None = None, captions: Sequence[CaptionSource] = ()
+) -> Study:
     """Evaluate the catalogs of `config`, and write `metrics.json` and `users.parquet` to `config.out`.
 
-    `true_like` gives true like probabilities, where users are simulated. Raises InputError for catalogs,
+    `true_like` gives true like probabilities, where users are simulated, and `captions` joins those of the
+    config. Raises InputError for catalogs,
     items, ratings or a CLIP that do not fit each other, and for too few users.
     """
     require_writable(config.out, "out")
@@ -78,43 +114,32 @@ def evaluate(config: EvaluateConfig, true_like: TrueLike | None = None) -> Study
         seed=config.seed,
     )
     spaces, verifiers = read_spaces(config, judge)
+    topics = [fit_topic_judge(source, judge, config) for source in (*captions, *read_sources(config))]
     names = ("catalog", "other")[: len(snapshots)]
     sets = [read_set(name, snapshot, users) for name, snapshot in zip(names, snapshots, strict=True)]
     sets += drawn_by_methods(config, sets[0], judge)
-    measured, truths = [], []
+    measured = []
     for item_set in sets:
         log.info(f"measuring {len(item_set.user_N):,} items of {item_set.description}")
-        measured.append(
-            {
-                space.name: measure(item_set, x_ND, space.judge, space.name)
-                for space in spaces
-                if (x_ND := space.features_of(item_set)) is not None
-            }
-        )
+        in_spaces = {
+            space.name: measure(item_set, x_ND, space.judge, space.name)
+            for space in spaces
+            if (x_ND := space.features_of(item_set)) is not None
+        }
+        by_user = {TOPICS + topic.name: topic.precision(item_set) for topic in topics}
         if true_like is not None:
             owners = [users[row] for row in item_set.user_N.tolist()]
-            truths.append(item_set.mean_by_user(true_like(owners, item_set.encoded)))
-    figures = [
-        SetFigures(
-            name=item_set.name,
-            description=item_set.description,
-            users=len(users),
-            items=len(item_set.user_N),
-            spaces={space: part.figures for space, part in spaces_of_set.items()},
-            true_like_probability=mean_of(truths[number], config.seed) if truths else None,
-        )
-        for number, (item_set, spaces_of_set) in enumerate(zip(sets, measured, strict=True))
-    ]
+            by_user[TRUE_LIKE] = item_set.mean_by_user(true_like(owners, item_set.encoded))
+        measured.append(MeasuredSet(items=item_set, spaces=in_spaces, by_user=by_user))
     metrics = Metrics(
         verifier=verifier_figures,
         verifiers=verifiers,
-        sets=figures,
-        comparisons=compare_sets(sets, measured, truths, config.seed),
+        sets=[part.record(config.seed) for part in measured],
+        comparisons=compare_sets(measured, config.seed),
     )
-    study = Study(metrics=metrics, sets=sets, measured=measured, true_like=truths, judge=judge)
-    write_table(users_table(study), join(config.out, "users.parquet"), row_group_size=10_000)
+    write_table(users_table(measured), join(config.out, "users.parquet"), row_group_size=10_000)
     write_json(metrics.model_dump(mode="json"), join(config.out, "metrics.json"))
-    return study
+    return Study(metrics=metrics, sets=measured, judge=judge)
 
 
 def drawn_by_methods(config: EvaluateConfig, catalog: ItemSet, judge: Judge) -> list[ItemSet]:
@@ -152,23 +177,16 @@ def judged_users(ratings: StudyRatings, num_ratings_V: np.ndarray) -> list[str]:
     return interactions.user_id[known & np.array(has_test_like)].tolist()
 
 
-def compare_sets(
-    sets: list[ItemSet], measured: list[dict[str, Measured]], truths: list[np.ndarray], seed: int
-) -> list[Comparison]:
-    """Return the comparisons of the first set with each other set, figure by figure."""
+def compare_sets(sets: list[MeasuredSet], seed: int) -> list[Comparison]:
+    """Return the comparisons of the first set with each other set, in every figure that both have."""
+    first, *others = sets
     comparisons = []
-    for number in range(1, len(sets)):
-        pairs = {
-            f"{space}/{name}": (figure_U, measured[number][space].by_user[name])
-            for space, part in measured[0].items()
-            if space in measured[number]
-            for name, figure_U in part.by_user.items()
-        }
-        if truths:
-            pairs[TRUE_LIKE] = (truths[0], truths[number])
+    for other in others:
+        names, right = (first.items.name, other.items.name), other.figures_by_user()
         comparisons += [
-            compare_figure(figure, *pair, names=(sets[0].name, sets[number].name), seed=seed)
-            for figure, pair in pairs.items()
+            compare_figure(figure, left_U, right[figure], names=names, seed=seed)
+            for figure, left_U in first.figures_by_user().items()
+            if figure in right
         ]
     return comparisons
 
@@ -195,17 +213,11 @@ def compare_figure(
     )
 
 
-def users_table(study: Study) -> pa.Table:
+def users_table(sets: list[MeasuredSet]) -> pa.Table:
     """Return one row per user and set, with a column per figure; null in a space that the set lacks."""
     tables = []
-    for number, (item_set, spaces) in enumerate(zip(study.sets, study.measured, strict=True)):
-        columns = {
-            f"{space}/{name}": figure_U.astype(np.float32)
-            for space, part in spaces.items()
-            for name, figure_U in part.by_user.items()
-        }
-        if study.true_like:
-            columns[TRUE_LIKE] = study.true_like[number].astype(np.float32)
-        names = pa.array([item_set.name] * len(item_set.user_id), pa.string())
-        tables.append(pa.table({"set": names, "user_id": pa.array(item_set.user_id), **columns}))
+    for part in sets:
+        names = pa.array([part.items.name] * len(part.items.user_id), pa.string())
+        figures = {name: figure_U.astype(np.float32) for name, figure_U in part.figures_by_user().items()}
+        tables.append(pa.table({"set": names, "user_id": pa.array(part.items.user_id), **figures}))
     return pa.concat_tables(tables, promote_options="default")

@@ -1,9 +1,8 @@
 """Every figure of a study by one name, for bounds and for trackers: `catalog/clip/like_probability/mean`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from rebeca_ray.config.evaluation import Bounds
 from rebeca_ray.errors import InputError, QualityGateError, did_you_mean
 from rebeca_ray.studies.metrics import Metrics
 
@@ -37,23 +36,33 @@ def leaves(value: Any, path: str) -> Iterator[tuple[str, float]]:
         yield path, value
 
 
-def check_bounds(figures: dict[str, float], bounds: Mapping[str, Bounds]) -> None:
-    """Raise QualityGateError for figures outside their bounds.
+def check_bounds(figures: dict[str, float], bounds: Iterable[str]) -> None:
+    """Raise QualityGateError for figures outside their bounds, such as `catalog/clip/vendi/mean >= 3`.
 
-    Raises InputError for a figure without a value.
+    Raises InputError for an unknown figure, and for a bound that is no number.
     """
     reasons = []
-    for name, bound in bounds.items():
+    for text in bounds:
+        name, sign, bound = parse_bound(text)
         if name not in figures:
             raise InputError(
                 f"bounds: {name!r} is no figure of this evaluation; {did_you_mean(name, figures)}"
             )
         value = figures[name]
-        if bound.min is not None and not value >= bound.min:
-            reasons.append(f"{name} is {value:g}, below its bound of {bound.min:g}")
-        if bound.max is not None and not value <= bound.max:
-            reasons.append(f"{name} is {value:g}, above its bound of {bound.max:g}")
+        if not (value >= bound if sign == ">=" else value <= bound):  # NaN passes no bound
+            reasons.append(f"{name} is {value:g}, expected {sign} {bound:g}")
     if reasons:
         raise QualityGateError(
             f"evaluation: {'; '.join(reasons)}; keep the catalog before it, or change bounds"
         )
+
+
+def parse_bound(text: str) -> tuple[str, str, float]:
+    """Return the name of a figure, the sign and the bound."""
+    name, sign, number = text.rsplit(" ", 2)
+    try:
+        return name.strip(), sign, float(number)
+    except ValueError:
+        raise InputError(
+            f"bounds: {number!r} of {name!r} is no number; write, say, `{name} {sign} 0.3`"
+        ) from None

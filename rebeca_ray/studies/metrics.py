@@ -184,6 +184,8 @@ class SetFigures(Record):
     """Items of the set."""
     spaces: dict[str, SpaceFigures]
     """Figures by feature space: `planned` embeddings, `clip` for embedded images, and image encoders."""
+    topic_precision: dict[str, Mean] = {}
+    """Share of a user's images whose topics the user likes, by kind of caption."""
     true_like_probability: Mean | None = None
     """True like probability, known for simulated users alone."""
 

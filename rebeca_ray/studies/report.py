@@ -18,7 +18,7 @@ from rebeca_ray.pixels import data_uri
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.parquet import open_parquet
 from rebeca_ray.storage.store import open_store
-from rebeca_ray.studies.evaluate import Study
+from rebeca_ray.studies.evaluate import TRUE_LIKE, Study
 from rebeca_ray.studies.metrics import Mean
 from rebeca_ray.studies.plots import (
     plot_calibration,
@@ -64,7 +64,7 @@ def write_report(study: Study, out: str, images: str | None) -> str:
         metrics=study.metrics,
         names=FIGURES,
         space=judged_space(study),
-        spaces=list(study.measured[0]),
+        spaces=list(study.sets[0].spaces),
         plots=plots(study, out),
         users=shown_users(study, images),
         interval=interval,
@@ -81,25 +81,25 @@ def interval(figure: Mean) -> str:
 
 def judged_space(study: Study) -> str:
     """Return the space that the plots show: images embedded again if there are any."""
-    return CLIP if CLIP in study.measured[0] else next(iter(study.measured[0]))
+    return CLIP if CLIP in study.sets[0].spaces else next(iter(study.sets[0].spaces))
 
 
 def plots(study: Study, out: str) -> dict[str, str]:
     """Draw all plots; return them as SVG by title."""
     space, sets = judged_space(study), study.metrics.sets
-    names = [item_set.name for item_set in study.sets]
+    names = [part.items.name for part in study.sets]
     drawn = {
         "Do users like their items more than those of other users?": plot_null(
-            study.measured[0][space].tests[0], join(out, "permutation.png")
+            study.sets[0].spaces[space].tests[0], join(out, "permutation.png")
         ),
         "Is the verifier calibrated?": plot_calibration(study.metrics.verifier, join(out, "calibration.png")),
     }
-    if study.true_like:
-        figures, label = study.true_like, "true like probability"
+    if TRUE_LIKE in study.sets[0].by_user:
+        figures, label = [part.by_user[TRUE_LIKE] for part in study.sets], "true like probability"
         means = [part.true_like_probability for part in sets if part.true_like_probability]
     else:
         figures, label = (
-            [part[space].by_user["like_probability"] for part in study.measured],
+            [part.spaces[space].by_user["like_probability"] for part in study.sets],
             "like probability",
         )
         means = [part.spaces[space].like_probability for part in sets]
@@ -120,8 +120,8 @@ def shown_users(study: Study, images: str | None) -> list[ShownUser]:
 
     The rule chooses them, not a person: those at 95%, 50% and 5%, and the next below each.
     """
-    items, judge, space = study.sets[0], study.judge, judged_space(study)
-    like_U = study.measured[0][space].by_user["like_probability"]
+    items, judge, space = study.sets[0].items, study.judge, judged_space(study)
+    like_U = study.sets[0].spaces[space].by_user["like_probability"]
     order = np.argsort(like_U, kind="stable")
     real = judge.ratings.items
     chosen = []

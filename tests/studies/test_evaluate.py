@@ -97,9 +97,9 @@ def test_one_catalog_is_evaluated_again_with_the_same_figures(
     assert first.sets[0].true_like_probability is None
     assert evaluate(study).metrics == first
     thinned = evaluate(study.model_copy(update={"num_users": 20}))
-    assert thinned.sets[0].user_id[0] == STUDY_USERS[0]
-    assert thinned.sets[0].user_id[-1] == STUDY_USERS[-1]
-    assert len(thinned.sets[0].user_id) == 20
+    assert thinned.sets[0].items.user_id[0] == STUDY_USERS[0]
+    assert thinned.sets[0].items.user_id[-1] == STUDY_USERS[-1]
+    assert len(thinned.sets[0].items.user_id) == 20
 
 
 def test_too_few_users_are_named(
