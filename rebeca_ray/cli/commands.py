@@ -231,11 +231,13 @@ def evaluate(
             help="The truth.parquet of simulated users, to report true like probabilities and topics too."
         ),
     ] = None,
+    suite: Annotated[str | None, typer.Option(help="paper or pipbench: the value of `suite`.")] = None,
 ) -> None:
     """Evaluate a catalog, or compare two, by figures per user and a report."""
     from rebeca_ray.config.evaluation import EvaluateConfig
 
     with plain_errors():
+        overrides = [*([f"suite={suite}"] if suite else []), *(overrides or [])]
         if settings := read_config(EvaluateConfig, config, overrides, dry_run=dry_run):
             from rebeca_ray.stickers.captions import caption_sources
             from rebeca_ray.stickers.truth import true_like_of

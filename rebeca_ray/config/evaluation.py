@@ -1,6 +1,6 @@
 """The config of `rebeca evaluate`: a catalog, the ratings that judge it, and the verifier."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,7 @@ from rebeca_ray.config.fields import (
     Location,
     ModelName,
     Positive,
+    Scale,
     Seed,
     Settings,
 )
@@ -39,6 +40,16 @@ Method = Literal[
 ]
 
 
+SUITES: dict[str, dict[str, Any]] = {
+    "paper": {
+        "methods": ["empty_prompt", "p1", "p2", "rebeca_p1", "rebeca_p2", "nearest_to_mean", "retrieval"],
+        "prior_guidance_tried": [3, 6, 9, 12, 15],
+        "decoder_guidance_tried": [1, 3, 5, 7, 10],
+    },
+    "pipbench": {"methods": ["p1", "mean_of_likes", "nearest_to_mean", "retrieval", "random"]},
+}
+
+
 class TrackingSettings(Settings):
     """The experiment tracker of an evaluation."""
 
@@ -53,6 +64,9 @@ class TrackingSettings(Settings):
 class EvaluateConfig(JobConfig):
     """`rebeca evaluate`: one catalog, or two -> figures per user, metrics, plots and a report."""
 
+    suite: Annotated[Literal["paper", "pipbench"] | None, Effect.ITEM] = None
+    """Methods and guidance scales to start from, as in the paper, or those for the measure of
+    PIPBench. The config's settings override them."""
     catalog: Annotated[Location, Effect.CONTENT]
     """Folder of the catalog to evaluate."""
     other: Annotated[Location | None, Effect.CONTENT] = None
@@ -94,6 +108,12 @@ class EvaluateConfig(JobConfig):
     methods: Annotated[tuple[Method, ...], Field(strict=False), Effect.ITEM] = ()
     """Methods to compare the catalog with: for the same users, as many items, by the same decoder. The
     documentation says how each makes them."""
+    prior_guidance_tried: Annotated[tuple[Scale, ...], Field(strict=False), Effect.ITEM] = ()
+    """Prior guidance scales of the guidance figure, each with each scale of `decoder_guidance_tried`."""
+    decoder_guidance_tried: Annotated[tuple[Scale, ...], Field(strict=False), Effect.ITEM] = ()
+    """Decoder guidance scales of the guidance figure. It needs `prior`, `decoder` and `clip`."""
+    guidance_users: Annotated[Positive, Field(ge=MIN_USERS), Effect.PLAN] = 50
+    """Most users of the guidance figure. More are thinned out evenly."""
     prior: Annotated[Location | None, Effect.CONTENT] = None
     """Folder of the catalog's prior. `methods` needs it."""
     without_users: Annotated[Location | None, Effect.CONTENT] = None
@@ -133,6 +153,12 @@ class EvaluateConfig(JobConfig):
     seed: Annotated[Seed, Effect.ITEM] = 1000
     """Seed of permutations, bootstrap samples and equal counts."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def start_from_the_suite(cls, values: Any) -> Any:
+        suite = values.get("suite") if isinstance(values, dict) else None
+        return {**SUITES[suite], **values} if isinstance(suite, str) and suite in SUITES else values
+
     @model_validator(mode="after")
     def check_needs(self) -> Self:
         if self.encoders and self.images is None:
@@ -146,8 +172,15 @@ class EvaluateConfig(JobConfig):
             )
         if prompts and self.caption_model is None:
             raise ValueError("content_prompt and style_prompt need `caption_model`, a chat model; set it")
-        if self.methods and None in (self.prior, self.decoder, self.clip):
-            raise ValueError("methods need `prior`, `decoder` and `clip` of the catalog; set all three")
+        if bool(self.prior_guidance_tried) != bool(self.decoder_guidance_tried):
+            raise ValueError(
+                "the guidance figure needs prior_guidance_tried and decoder_guidance_tried; set both, or none"
+            )
+        if (self.methods or self.prior_guidance_tried) and None in (self.prior, self.decoder, self.clip):
+            raise ValueError(
+                "methods and the guidance figure need `prior`, `decoder` and `clip` of the catalog; "
+                "set all three"
+            )
         if "no_user" in self.methods and self.without_users is None:
             raise ValueError(
                 "the method no_user needs `without_users`, a prior of network.user_encoder=none; "

@@ -41,6 +41,7 @@ def draw_set(
         *rows.seeds,
         wishes.prompt,
         str(wishes.ip_adapter_scale),
+        *([] if wishes.decoder_guidance_scale is None else [str(wishes.decoder_guidance_scale)]),
     )
     uri = join(out, "sets", f"{name}-{digest}.parquet")
     if not exists(uri):
@@ -75,12 +76,15 @@ def rows_of(wishes: Wishes, catalog: ItemSet, settings: DecoderSettings) -> Rows
     """Return the decoder's rows, with the seeds of the catalog's items."""
     count = len(catalog.item_id)
     scale = settings.ip_adapter_scale if wishes.ip_adapter_scale is None else wishes.ip_adapter_scale
+    guidance = wishes.decoder_guidance_scale
+    if guidance is None:
+        guidance = settings.decoder_guidance_scale
     return Rows(
         image_embeds_BD=wishes.embeds_ND.astype(np.float32),
         seeds=[image_seed(item) for item in catalog.item_id],
         prompts=[str(wishes.prompt)] * count,
         negative_prompts=[NEGATIVE[wishes.prompt]] * count,
-        guidance_scale_B=np.full(count, settings.decoder_guidance_scale, np.float32),
+        guidance_scale_B=np.full(count, guidance, np.float32),
         ip_adapter_scale_B=np.full(count, scale, np.float32),
     )
 

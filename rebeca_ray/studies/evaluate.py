@@ -7,13 +7,13 @@ Shapes: U users, N items, D embed dim.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from rebeca_ray.catalog.read import read_catalog
+from rebeca_ray.catalog.read import Snapshot, read_catalog
 from rebeca_ray.config.evaluation import EvaluateConfig
 from rebeca_ray.data.items import EmbeddedItems, read_image_embeds
 from rebeca_ray.decoder.build import build_decoder
@@ -25,13 +25,14 @@ from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.parquet import write_table
 from rebeca_ray.storage.writable import require_writable
 from rebeca_ray.studies.drawing import draw_set
+from rebeca_ray.studies.guidance import guidance_cells
 from rebeca_ray.studies.measure import LESS_IS_BETTER, Judge, Measured, mean_of, measure
 from rebeca_ray.studies.methods import Materials, wishes_of
-from rebeca_ray.studies.metrics import Comparison, Metrics, SetFigures
+from rebeca_ray.studies.metrics import Comparison, GuidanceCell, Metrics, SetFigures, VerifierFigures
 from rebeca_ray.studies.ratings import StudyRatings, read_ratings
-from rebeca_ray.studies.sets import ItemSet, choose_users, read_set
-from rebeca_ray.studies.spaces import read_spaces
-from rebeca_ray.studies.topics import CaptionSource, fit_topic_judge, read_sources
+from rebeca_ray.studies.sets import ItemSet, TrueLike, choose_users, read_set
+from rebeca_ray.studies.spaces import CLIP, Space, read_spaces
+from rebeca_ray.studies.topics import CaptionSource, TopicJudge, fit_topic_judge, read_sources
 from rebeca_ray.studies.verifying import fit_study_verifier
 
 log = logging.getLogger(__name__)
@@ -39,8 +40,6 @@ log = logging.getLogger(__name__)
 NUM_PERMUTATIONS = 10_000
 TRUE_LIKE = "true_like_probability"
 TOPICS = "topic_precision/"
-
-TrueLike = Callable[[list[str], list[bytes]], np.ndarray]  # (user of each image, encoded images) -> [N]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,19 +90,47 @@ def evaluate(
     """Evaluate the catalogs of `config`, and write `metrics.json` and `users.parquet` to `config.out`.
 
     `true_like` gives true like probabilities, where users are simulated, and `captions` joins those of the
-    config. Raises InputError for catalogs,
-    items, ratings or a CLIP that do not fit each other, and for too few users.
+    config. Raises InputError for catalogs, items, ratings or a CLIP that do not fit each other, and for too
+    few users.
     """
     require_writable(config.out, "out")
+    snapshots, users, judge, verifier = read_inputs(config)
+    spaces, verifiers = read_spaces(config, judge)
+    topics = [fit_topic_judge(source, judge, config) for source in (*captions, *read_sources(config))]
+    names = ("catalog", "other")[: len(snapshots)]
+    sets = [read_set(name, snapshot, users) for name, snapshot in zip(names, snapshots, strict=True)]
+    cells: list[GuidanceCell] = []
+    if config.decoder and (config.methods or config.prior_guidance_tried):
+        decoder, materials = build_decoder(config.decoder), read_materials(config, sets[0], judge)
+        sets += [
+            draw_set(method, wishes_of(method, materials), sets[0], decoder, config.decoder, config.out)
+            for method in config.methods
+        ]
+        clip = next(space for space in spaces if space.name == CLIP)
+        cells = guidance_cells(config, materials, decoder, config.decoder, clip, true_like)
+    measured = [measure_set(item_set, spaces, topics, true_like) for item_set in sets]
+    metrics = Metrics(
+        verifier=verifier,
+        verifiers=verifiers,
+        sets=[part.record(config.seed) for part in measured],
+        guidance=cells,
+        comparisons=compare_sets(measured, config.seed),
+    )
+    write_table(users_table(measured), join(config.out, "users.parquet"), row_group_size=10_000)
+    write_json(metrics.model_dump(mode="json"), join(config.out, "metrics.json"))
+    return Study(metrics=metrics, sets=measured, judge=judge)
+
+
+def read_inputs(config: EvaluateConfig) -> tuple[list[Snapshot], list[str], Judge, VerifierFigures]:
+    """Return the snapshots, the users of the study, and their judge with the figures of its verifier."""
     items = read_image_embeds(config.items)
     ratings = read_ratings(config.interactions, items)
     snapshots = [read_catalog(root) for root in (config.catalog, config.other) if root is not None]
     for snapshot in snapshots:
         check_fit(snapshot.root, snapshot.manifest.embed_dim, items, config.items)
     log.info(f"fitting the verifier to {int(ratings.parts.fit_N.sum()):,} ratings")
-    verifier, verifier_figures = fit_study_verifier(ratings, config)
-    judged = judged_users(ratings, verifier.num_ratings_V)
-    users = choose_users(snapshots, judged, config.num_users)
+    verifier, figures = fit_study_verifier(ratings, config)
+    users = choose_users(snapshots, judged_users(ratings, verifier.num_ratings_V), config.num_users)
     index_of = {user: row for row, user in enumerate(ratings.interactions.user_id.tolist())}
     judge = Judge(
         ratings=ratings,
@@ -113,50 +140,36 @@ def evaluate(
         num_permutations=NUM_PERMUTATIONS,
         seed=config.seed,
     )
-    spaces, verifiers = read_spaces(config, judge)
-    topics = [fit_topic_judge(source, judge, config) for source in (*captions, *read_sources(config))]
-    names = ("catalog", "other")[: len(snapshots)]
-    sets = [read_set(name, snapshot, users) for name, snapshot in zip(names, snapshots, strict=True)]
-    sets += drawn_by_methods(config, sets[0], judge)
-    measured = []
-    for item_set in sets:
-        log.info(f"measuring {len(item_set.user_N):,} items of {item_set.description}")
-        in_spaces = {
-            space.name: measure(item_set, x_ND, space.judge, space.name)
-            for space in spaces
-            if (x_ND := space.features_of(item_set)) is not None
-        }
-        by_user = {TOPICS + topic.name: topic.precision(item_set) for topic in topics}
-        if true_like is not None:
-            owners = [users[row] for row in item_set.user_N.tolist()]
-            by_user[TRUE_LIKE] = item_set.mean_by_user(true_like(owners, item_set.encoded))
-        measured.append(MeasuredSet(items=item_set, spaces=in_spaces, by_user=by_user))
-    metrics = Metrics(
-        verifier=verifier_figures,
-        verifiers=verifiers,
-        sets=[part.record(config.seed) for part in measured],
-        comparisons=compare_sets(measured, config.seed),
-    )
-    write_table(users_table(measured), join(config.out, "users.parquet"), row_group_size=10_000)
-    write_json(metrics.model_dump(mode="json"), join(config.out, "metrics.json"))
-    return Study(metrics=metrics, sets=measured, judge=judge)
+    return snapshots, users, judge, figures
 
 
-def drawn_by_methods(config: EvaluateConfig, catalog: ItemSet, judge: Judge) -> list[ItemSet]:
-    """Return the set of each method in `config.methods`, drawn by the catalog's decoder."""
-    if not config.methods or config.prior is None or config.decoder is None:
-        return []
-    prior, without_users = load_prior(config.prior), None
-    if config.without_users is not None:
-        without_users = load_prior(config.without_users)
-    materials = Materials(
-        catalog=catalog, judge=judge, prior=prior, without_users=without_users, seed=config.seed
+def measure_set(
+    item_set: ItemSet, spaces: list[Space], topics: list[TopicJudge], true_like: TrueLike | None
+) -> MeasuredSet:
+    """Return a set with all its figures."""
+    log.info(f"measuring {len(item_set.user_N):,} items of {item_set.description}")
+    in_spaces = {
+        space.name: measure(item_set, x_ND, space.judge, space.name)
+        for space in spaces
+        if (x_ND := space.features_of(item_set)) is not None
+    }
+    by_user = {TOPICS + topic.name: topic.precision(item_set) for topic in topics}
+    if true_like is not None:
+        by_user[TRUE_LIKE] = item_set.mean_by_user(true_like(item_set.owners(), item_set.encoded))
+    return MeasuredSet(items=item_set, spaces=in_spaces, by_user=by_user)
+
+
+def read_materials(config: EvaluateConfig, catalog: ItemSet, judge: Judge) -> Materials:
+    """Return all that methods and the guidance figure are made from."""
+    assert config.prior is not None  # the config requires it
+    without_users = load_prior(config.without_users) if config.without_users else None
+    return Materials(
+        catalog=catalog,
+        judge=judge,
+        prior=load_prior(config.prior),
+        without_users=without_users,
+        seed=config.seed,
     )
-    decoder = build_decoder(config.decoder)
-    return [
-        draw_set(method, wishes_of(method, materials), catalog, decoder, config.decoder, config.out)
-        for method in config.methods
-    ]
 
 
 def check_fit(root: str, embed_dim: int, items: EmbeddedItems, uri: str) -> None:

@@ -54,6 +54,7 @@ class Wishes:
     embeds_ND: np.ndarray
     prompt: Prompt = Prompt.NONE
     ip_adapter_scale: float | None = None  # that of the decoder's settings
+    decoder_guidance_scale: float | None = None  # the same
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -190,6 +190,27 @@ class SetFigures(Record):
     """True like probability, known for simulated users alone."""
 
 
+class GuidanceCell(Record):
+    """The figures of plain samples at one prior guidance scale and one decoder guidance scale."""
+
+    prior_guidance_scale: float
+    """Classifier-free guidance scale of the prior."""
+    decoder_guidance_scale: float
+    """Classifier-free guidance scale of the decoder."""
+    users: int
+    """Users of the cell."""
+    items: int
+    """Items of the cell."""
+    like_probability: Mean
+    """Like probability that the verifier predicts for the embedded images."""
+    mmd: float
+    """MMD to the liked test items, as in `distances`."""
+    vendi: Mean
+    """Effective number of different items of a user."""
+    true_like_probability: Mean | None = None
+    """True like probability, known for simulated users alone."""
+
+
 class Comparison(Record):
     """One figure of two sets for the same users, paired by user. A difference is left minus right."""
 
@@ -226,6 +247,8 @@ class Metrics(Record):
     """Verifier of each image encoder, which the like probabilities of its space come from."""
     sets: list[SetFigures]
     """Figures of each set."""
+    guidance: list[GuidanceCell] = []
+    """Figures by guidance of prior and decoder."""
     comparisons: list[Comparison]
     """Comparisons of the sets."""
 

@@ -5,7 +5,7 @@ Shapes: U users, B permutations.
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from rebeca_ray.evaluation.permutation import PermutationTest
 from rebeca_ray.storage.store import open_store
-from rebeca_ray.studies.metrics import Mean, VerifierFigures
+from rebeca_ray.studies.metrics import GuidanceCell, Mean, VerifierFigures
 
 INK = "#010203"  # in an SVG, a stand-in for the page's colour of text
 ACCENT, OTHER = "#3557d4", "#d9822b"
@@ -105,6 +105,26 @@ def plot_means(means: dict[str, Mean], label: str, uri: str) -> str:
             )
         axes.invert_yaxis()
         axes.set(xlabel=label)
+        return save(figure, uri)
+
+
+def plot_guidance(
+    cells: Sequence[GuidanceCell], value: Callable[[GuidanceCell], float], label: str, uri: str
+) -> str:
+    """Plot a figure against the prior's guidance, with a line for each guidance of the decoder."""
+    scales = sorted({cell.decoder_guidance_scale for cell in cells})
+    with drawing() as (figure, axes):
+        for number, scale in enumerate(scales):
+            line = [cell for cell in cells if cell.decoder_guidance_scale == scale]
+            axes.plot(
+                [cell.prior_guidance_scale for cell in line],
+                [value(cell) for cell in line],
+                marker="o",
+                color=plt.get_cmap("viridis")(0.1 + 0.8 * number / max(1, len(scales) - 1)),
+                label=f"decoder {scale:g}",
+            )
+        axes.set(xlabel="prior guidance scale", ylabel=label)
+        axes.legend(frameon=False, fontsize=8)
         return save(figure, uri)
 
 

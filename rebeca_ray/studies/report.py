@@ -19,10 +19,11 @@ from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.parquet import open_parquet
 from rebeca_ray.storage.store import open_store
 from rebeca_ray.studies.evaluate import TRUE_LIKE, Study
-from rebeca_ray.studies.metrics import Mean
+from rebeca_ray.studies.metrics import GuidanceCell, Mean
 from rebeca_ray.studies.plots import (
     plot_calibration,
     plot_gains,
+    plot_guidance,
     plot_means,
     plot_null,
     plot_users,
@@ -112,7 +113,29 @@ def plots(study: Study, out: str) -> dict[str, str]:
         drawn["Every user of the first two sets"] = plot_users(pair, label, join(out, "users.png"))
         drawn["Gains and losses between the first two sets"] = plot_gains(pair, label, join(out, "gains.png"))
         drawn["Share of users who gain"] = plot_wins(by_name, label, join(out, "wins.png"))
-    return drawn
+    return drawn | guidance_plots(study.metrics.guidance, out)
+
+
+def guidance_plots(cells: list[GuidanceCell], out: str) -> dict[str, str]:
+    """Draw liking and diversity by guidance; return them as SVG by title."""
+    if not cells:
+        return {}
+    return {
+        "Liking by guidance of prior and decoder": plot_guidance(
+            cells, liking, "like probability", join(out, "guidance-liking.png")
+        ),
+        "Diversity by guidance of prior and decoder": plot_guidance(
+            cells,
+            lambda cell: cell.vendi.mean,
+            "different items (Vendi)",
+            join(out, "guidance-diversity.png"),
+        ),
+    }
+
+
+def liking(cell: GuidanceCell) -> float:
+    """Return the true like probability where it is known, or else the verifier's."""
+    return (cell.true_like_probability or cell.like_probability).mean
 
 
 def shown_users(study: Study, images: str | None) -> list[ShownUser]:

@@ -3,7 +3,7 @@
 Shapes: U users, N items of all users, S items of one user, D embed dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,8 @@ from rebeca_ray.catalog.layout import POPULATION_USER
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.config.evaluation import MIN_USERS
 from rebeca_ray.errors import InputError
+
+TrueLike = Callable[[list[str], list[bytes]], np.ndarray]  # (user of each image, encoded images) -> [N]
 
 COLUMNS = ["user_id", "rank", "item_id", "image_embeds", "image_file", "image_row"]
 
@@ -37,6 +39,10 @@ class ItemSet:
     def mean_by_user(self, values_N: np.ndarray) -> np.ndarray:
         """Return the mean of a figure over each user's items [U]."""
         return np.bincount(self.user_N, values_N) / np.bincount(self.user_N)
+
+    def owners(self) -> list[str]:
+        """Return the user of each item."""
+        return [self.user_id[user] for user in self.user_N.tolist()]
 
     def rows_of(self, user: int) -> np.ndarray:
         """Return the rows of a user's items, best first."""

@@ -12,10 +12,18 @@ from rebeca_ray.catalog.read import Snapshot, read_catalog
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.evaluation import EvaluateConfig
 from rebeca_ray.config.jobs import GenerateConfig
-from rebeca_ray.config.sections import SamplerSettings
+from rebeca_ray.config.sections import NetworkSettings, SamplerSettings
+from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.generation.pipeline import generate_catalog
+from rebeca_ray.prior.checkpoint import load_prior
+from rebeca_ray.prior.selector import Selector
 from rebeca_ray.studies import evaluate, verifying
-from tests.conftest import NO_GATE, D, prior_users, write_tiny_prior
+from rebeca_ray.studies.measure import Judge
+from rebeca_ray.studies.methods import Materials
+from rebeca_ray.studies.ratings import read_ratings
+from rebeca_ray.studies.sets import read_set
+from rebeca_ray.studies.verifying import fit_study_verifier
+from tests.conftest import NO_GATE, D, prior_users, untrained_prior, write_tiny_prior
 
 NUM_USERS, ITEMS_PER_TASTE, TASTES = 24, 50, 3
 STUDY_USERS = [f"u{user:02}" for user in range(NUM_USERS)]
@@ -82,3 +90,29 @@ def publish_catalog(
     )
     generate_catalog(config, in_process=True)
     return read_catalog(config.catalog)
+
+
+@pytest.fixture
+def materials(study: EvaluateConfig, tmp_path: Path, tiny_decoder: DecoderSettings) -> Materials:
+    snapshot = publish_catalog(tmp_path / "first", tiny_decoder, STUDY_USERS)
+    ratings = read_ratings(study.interactions, read_image_embeds(study.items))
+    verifier, _ = fit_study_verifier(ratings, study)
+    (tmp_path / "judging").mkdir()
+    prior = load_prior(
+        write_tiny_prior(tmp_path / "judging", users=prior_users(STUDY_USERS), selector=Selector(D, 8))
+    )
+    network = NetworkSettings(num_layers=2, num_heads=2, width=16, num_tokens=2, user_encoder="none")
+    return Materials(
+        catalog=read_set("catalog", snapshot, STUDY_USERS),
+        judge=Judge(
+            ratings=ratings,
+            verifier=verifier,
+            user_U=np.arange(NUM_USERS),
+            max_item_similarity=0.98,
+            num_permutations=100,
+            seed=0,
+        ),
+        prior=prior,
+        without_users=untrained_prior(network, D),
+        seed=3,
+    )

@@ -9,50 +9,15 @@ import pytest
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.evaluation import EvaluateConfig, Method
-from rebeca_ray.config.sections import NetworkSettings
-from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.decoder.build import build_decoder
 from rebeca_ray.decoder.interface import DecodedImage, Rows
 from rebeca_ray.errors import StorageError
-from rebeca_ray.prior.checkpoint import load_prior
-from rebeca_ray.prior.selector import Selector
 from rebeca_ray.schemas import TRAINING
 from rebeca_ray.studies.drawing import draw_set
-from rebeca_ray.studies.measure import Judge
 from rebeca_ray.studies.methods import Materials, Prompt, Wishes, real_rows, wishes_of
-from rebeca_ray.studies.ratings import read_ratings
-from rebeca_ray.studies.sets import read_set
-from rebeca_ray.studies.verifying import fit_study_verifier
-from tests.conftest import D, prior_users, untrained_prior, write_tiny_prior
-from tests.studies.conftest import ITEMS_PER_TASTE, NUM_USERS, STUDY_USERS, TASTES, publish_catalog
+from tests.studies.conftest import ITEMS_PER_TASTE, TASTES
 
 REAL = ("nearest_to_mean", "retrieval", "best_by_verifier", "most_popular", "random")
-
-
-@pytest.fixture
-def materials(study: EvaluateConfig, tmp_path: Path, tiny_decoder: DecoderSettings) -> Materials:
-    snapshot = publish_catalog(tmp_path / "first", tiny_decoder, STUDY_USERS)
-    ratings = read_ratings(study.interactions, read_image_embeds(study.items))
-    verifier, _ = fit_study_verifier(ratings, study)
-    (tmp_path / "judging").mkdir()
-    prior = load_prior(
-        write_tiny_prior(tmp_path / "judging", users=prior_users(STUDY_USERS), selector=Selector(D, 8))
-    )
-    network = NetworkSettings(num_layers=2, num_heads=2, width=16, num_tokens=2, user_encoder="none")
-    return Materials(
-        catalog=read_set("catalog", snapshot, STUDY_USERS),
-        judge=Judge(
-            ratings=ratings,
-            verifier=verifier,
-            user_U=np.arange(NUM_USERS),
-            max_item_similarity=0.98,
-            num_permutations=100,
-            seed=0,
-        ),
-        prior=prior,
-        without_users=untrained_prior(network, D),
-        seed=3,
-    )
 
 
 def test_each_method_has_an_embedding_per_item_of_the_catalog(materials: Materials) -> None:
@@ -124,7 +89,7 @@ def test_an_item_that_cannot_be_drawn_leaves_no_file(
 
 def test_methods_need_the_catalogs_models(study: EvaluateConfig) -> None:
     values = study.model_dump()
-    with pytest.raises(ValueError, match="methods need `prior`, `decoder` and `clip` of the catalog"):
+    with pytest.raises(ValueError, match="need `prior`, `decoder` and `clip` of the catalog"):
         EvaluateConfig.model_validate({**values, "methods": ["random"]})
     models = {"prior": "/prior", "decoder": {"model": "owner/model"}, "clip": "local-dir:/clip"}
     with pytest.raises(ValueError, match="the method no_user needs `without_users`"):
