@@ -106,8 +106,9 @@ def evaluate(
             draw_set(method, wishes_of(method, materials), sets[0], decoder, config.decoder, config.out)
             for method in config.methods
         ]
-        clip = next(space for space in spaces if space.name == CLIP)
-        cells = guidance_cells(config, materials, decoder, config.decoder, clip, true_like)
+        if config.prior_guidance_tried:
+            clip = next(space for space in spaces if space.name == CLIP)
+            cells = guidance_cells(config, materials, decoder, config.decoder, clip, true_like)
     measured = [measure_set(item_set, spaces, topics, true_like) for item_set in sets]
     metrics = Metrics(
         verifier=verifier,
