@@ -30,7 +30,7 @@ demo: setup
 # processes that wait for each other by spinning take longer than one. Ray's workers are not nice (by default 15): beside two busy
 # tests they would get next to nothing of two cores, and their own tests time out.
 test: lint
-	OMP_NUM_THREADS=1 RAY_worker_niceness=0 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 RAY_worker_niceness=0 $(BIN)/python -m pytest --numprocesses 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .
