@@ -134,7 +134,16 @@ def test_a_night_with_its_default_config_and_once_is_enough(head: dict[str, str]
 
 
 @pytest.mark.parametrize(
-    "job", ["embed_items", "train_prior", "distill_prior", "generate_catalog", "nightly"]
+    "job",
+    [
+        "embed_items",
+        "train_prior",
+        "tune_prior",
+        "distill_prior",
+        "generate_catalog",
+        "evaluate_catalog",
+        "nightly",
+    ],
 )
 def test_every_job_runs_by_itself_and_knows_its_default_config(job: str) -> None:
     out = subprocess.run(

@@ -221,6 +221,18 @@ def sample(
 
 
 @app.command()
+def tune(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Train on a grid of settings with Ray Tune, and show the validation loss of each."""
+    from rebeca_ray.config.tuning import TuneConfig
+
+    with plain_errors():
+        if settings := read_config(TuneConfig, config, overrides, dry_run=dry_run):
+            from rebeca_ray.studies.tuning import tune_training
+
+            print_result(output.tuned(tune_training(settings), settings.out))
+
+
+@app.command()
 def evaluate(
     config: Config,
     overrides: Overrides = None,
@@ -231,7 +243,7 @@ def evaluate(
             help="The truth.parquet of simulated users, to report true like probabilities and topics too."
         ),
     ] = None,
-    suite: Annotated[str | None, typer.Option(help="paper or pipbench: the value of `suite`.")] = None,
+    suite: Annotated[str | None, typer.Option(help="Methods to start from: paper or pipbench.")] = None,
 ) -> None:
     """Evaluate a catalog, or compare two, by figures per user and a report."""
     from rebeca_ray.config.evaluation import EvaluateConfig

@@ -14,6 +14,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from rebeca_ray.catalog.exports.image_objects import Exported
     from rebeca_ray.catalog.exports.key_values import KeyValues
     from rebeca_ray.catalog.gc import Garbage
@@ -297,6 +299,14 @@ def serving(*, http_port: int, grpc_port: int, metrics_port: int) -> str:
         f"ready: grpc 127.0.0.1:{grpc_port} (decoder.triton.url), "
         f"http://127.0.0.1:{http_port}/v2/models/decoder, metrics http://127.0.0.1:{metrics_port}/metrics"
     )
+
+
+def tuned(trials: pa.Table, out: str) -> Table:
+    """Return the trials of `rebeca tune` as a table, the best first."""
+    table = Table(*trials.column_names, title=f"{trials.num_rows} trials -> {out}/trials.parquet", box=None)
+    for row in trials.to_pylist():
+        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+    return table
 
 
 def evaluated(metrics: Metrics, page: str) -> str:

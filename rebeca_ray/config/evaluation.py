@@ -28,6 +28,7 @@ Method = Literal[
     "empty_prompt",
     "p1",
     "p2",
+    "persona",
     "rebeca_p1",
     "rebeca_p2",
     "no_user",
@@ -40,7 +41,7 @@ Method = Literal[
 ]
 
 
-SUITES: dict[str, dict[str, Any]] = {
+SUITES: dict[str, dict[str, list[str] | list[int]]] = {
     "paper": {
         "methods": ["empty_prompt", "p1", "p2", "rebeca_p1", "rebeca_p2", "nearest_to_mean", "retrieval"],
         "prior_guidance_tried": [3, 6, 9, 12, 15],

@@ -29,6 +29,7 @@ from rebeca_ray.config.jobs import (
     TrainConfig,
 )
 from rebeca_ray.config.presets import PRESETS
+from rebeca_ray.config.tuning import TuneConfig
 
 JOBS: tuple[type[Settings], ...] = (
     EmbedConfig,
@@ -38,6 +39,7 @@ JOBS: tuple[type[Settings], ...] = (
     NightlyConfig,
     SampleConfig,
     EvaluateConfig,
+    TuneConfig,
 )
 KINDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}
 CHECKED = {absolute: "location", expand: "model name", as_typed: "identifier", as_hexadecimal: "colour"}

@@ -39,7 +39,8 @@ def draw_set(
         identify_decoder(settings).fingerprint(settings),
         rows.image_embeds_BD.tobytes().hex(),
         *rows.seeds,
-        wishes.prompt,
+        *rows.prompts,
+        *rows.negative_prompts,
         str(wishes.ip_adapter_scale),
         *([] if wishes.decoder_guidance_scale is None else [str(wishes.decoder_guidance_scale)]),
     )
@@ -79,11 +80,12 @@ def rows_of(wishes: Wishes, catalog: ItemSet, settings: DecoderSettings) -> Rows
     guidance = wishes.decoder_guidance_scale
     if guidance is None:
         guidance = settings.decoder_guidance_scale
+    prompts, negatives = wishes.personas or ([str(wishes.prompt)] * count, [NEGATIVE[wishes.prompt]] * count)
     return Rows(
         image_embeds_BD=wishes.embeds_ND.astype(np.float32),
         seeds=[image_seed(item) for item in catalog.item_id],
-        prompts=[str(wishes.prompt)] * count,
-        negative_prompts=[NEGATIVE[wishes.prompt]] * count,
+        prompts=prompts,
+        negative_prompts=negatives,
         guidance_scale_B=np.full(count, guidance, np.float32),
         ip_adapter_scale_B=np.full(count, scale, np.float32),
     )

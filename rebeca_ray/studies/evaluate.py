@@ -96,12 +96,13 @@ def evaluate(
     require_writable(config.out, "out")
     snapshots, users, judge, verifier = read_inputs(config)
     spaces, verifiers = read_spaces(config, judge)
-    topics = [fit_topic_judge(source, judge, config) for source in (*captions, *read_sources(config))]
+    sources = [*captions, *read_sources(config)]
+    topics = [fit_topic_judge(source, judge, config) for source in sources]
     names = ("catalog", "other")[: len(snapshots)]
     sets = [read_set(name, snapshot, users) for name, snapshot in zip(names, snapshots, strict=True)]
     cells: list[GuidanceCell] = []
     if config.decoder and (config.methods or config.prior_guidance_tried):
-        decoder, materials = build_decoder(config.decoder), read_materials(config, sets[0], judge)
+        decoder, materials = build_decoder(config.decoder), read_materials(config, sets[0], judge, sources)
         sets += [
             draw_set(method, wishes_of(method, materials), sets[0], decoder, config.decoder, config.out)
             for method in config.methods
@@ -160,7 +161,9 @@ def measure_set(
     return MeasuredSet(items=item_set, spaces=in_spaces, by_user=by_user)
 
 
-def read_materials(config: EvaluateConfig, catalog: ItemSet, judge: Judge) -> Materials:
+def read_materials(
+    config: EvaluateConfig, catalog: ItemSet, judge: Judge, sources: Sequence[CaptionSource]
+) -> Materials:
     """Return all that methods and the guidance figure are made from."""
     assert config.prior is not None  # the config requires it
     without_users = load_prior(config.without_users) if config.without_users else None
@@ -168,6 +171,7 @@ def read_materials(config: EvaluateConfig, catalog: ItemSet, judge: Judge) -> Ma
         catalog=catalog,
         judge=judge,
         prior=load_prior(config.prior),
+        captions=[source.real for source in sources],
         without_users=without_users,
         seed=config.seed,
     )

@@ -1,7 +1,6 @@
 """Every figure of a study by one name, for bounds and for trackers: `catalog/clip/like_probability/mean`."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 from rebeca_ray.errors import InputError, QualityGateError, did_you_mean
 from rebeca_ray.studies.metrics import Metrics
@@ -13,7 +12,7 @@ def named_figures(metrics: Metrics) -> dict[str, float]:
     A path begins with `verifier`, with the name of a set, or with two names of sets: `catalog-p1`. Counts and
     plots of calibration are no figures.
     """
-    parts: dict[str, Any] = {"verifier": metrics.verifier.model_dump()}
+    parts: dict[str, object] = {"verifier": metrics.verifier.model_dump()}
     parts |= {f"verifier/{space}": part.model_dump() for space, part in metrics.verifiers.items()}
     for part in metrics.sets:
         record = part.model_dump()
@@ -27,7 +26,7 @@ def named_figures(metrics: Metrics) -> dict[str, float]:
     return dict(leaves(parts, ""))
 
 
-def leaves(value: Any, path: str) -> Iterator[tuple[str, float]]:
+def leaves(value: object, path: str) -> Iterator[tuple[str, float]]:
     """Yield the floats below a value with their paths."""
     if isinstance(value, Mapping):
         for name, part in value.items():

@@ -6,6 +6,7 @@ and P2 are the paper's (section 5, baselines).
 Shapes: U users, N items, S items of one user, I real items, D embed dim.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -14,7 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from rebeca_ray.config.sections import SamplerSettings
+from rebeca_ray.data.captions import Captions
 from rebeca_ray.errors import InputError
+from rebeca_ray.evaluation.keywords import count_words, keywords
 from rebeca_ray.evaluation.retrieval import retrieve
 from rebeca_ray.prior.checkpoint import TrainedPrior
 from rebeca_ray.prior.diffusion import Diffusion
@@ -24,6 +27,8 @@ from rebeca_ray.schemas import TRAINING
 from rebeca_ray.studies.measure import Judge
 from rebeca_ray.studies.sets import ItemSet
 from rebeca_ray.training.calibrate import factors_of
+
+NUM_KEYWORDS = 12  # of a persona prompt, and as many of its negative prompt
 
 
 class Prompt(StrEnum):
@@ -53,6 +58,7 @@ class Wishes:
 
     embeds_ND: np.ndarray
     prompt: Prompt = Prompt.NONE
+    personas: tuple[list[str], list[str]] | None = None  # prompts and negative prompts, instead of `prompt`
     ip_adapter_scale: float | None = None  # that of the decoder's settings
     decoder_guidance_scale: float | None = None  # the same
 
@@ -64,6 +70,7 @@ class Materials:
     catalog: ItemSet
     judge: Judge
     prior: TrainedPrior
+    captions: Sequence[Captions]  # of the real items, by content and style, or both together
     without_users: TrainedPrior | None
     seed: int
 
@@ -74,6 +81,9 @@ def wishes_of(method: str, materials: Materials) -> Wishes:
     prompts = {"empty_prompt": Prompt.NONE, "p1": Prompt.P1, "p2": Prompt.P2}
     if method in prompts:
         return Wishes(embeds_ND=np.zeros_like(embeds_ND), prompt=prompts[method], ip_adapter_scale=0.0)
+    if method == "persona":
+        personas = personas_of(materials)
+        return Wishes(embeds_ND=np.zeros_like(embeds_ND), personas=personas, ip_adapter_scale=0.0)
     if method in ("rebeca_p1", "rebeca_p2"):
         return Wishes(embeds_ND=embeds_ND, prompt=prompts[method.removeprefix("rebeca_")])
     if method == "no_user":
@@ -81,6 +91,31 @@ def wishes_of(method: str, materials: Materials) -> Wishes:
     if method == "mean_of_likes":
         return Wishes(embeds_ND=means_of_likes(materials))
     return Wishes(embeds_ND=materials.judge.ratings.items.image_embeds[real_rows(method, materials)])
+
+
+def personas_of(materials: Materials) -> tuple[list[str], list[str]]:
+    """Return a prompt and a negative prompt per item: the keywords of its user's training ratings.
+
+    Raises InputError without captions.
+    """
+    ratings, judge = materials.judge.ratings, materials.judge
+    if not materials.captions:
+        raise InputError(
+            "method persona: there are no captions of the real items; set caption_model, or leave it out"
+        )
+    parts = [captions.of(ratings.items.item_id.tolist()) for captions in materials.captions]
+    text_I = [" ".join(texts) for texts in zip(*parts, strict=True)]
+    vocabulary = sorted(count_words(text_I))
+    personas = []
+    for user in judge.user_U.tolist():
+        rated, liked = ratings.rows_of(user, TRAINING), ratings.likes_of_training(user)
+        disliked = np.setdiff1d(rated, liked)
+        likes, dislikes = keywords(
+            [text_I[row] for row in liked], [text_I[row] for row in disliked], vocabulary, NUM_KEYWORDS
+        )
+        personas.append((", ".join(likes), ", ".join(dislikes)))
+    prompts, negatives = zip(*[personas[user] for user in materials.catalog.user_N.tolist()], strict=True)
+    return list(prompts), list(negatives)
 
 
 def real_rows(method: str, materials: Materials) -> np.ndarray:

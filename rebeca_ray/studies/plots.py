@@ -108,6 +108,17 @@ def plot_means(means: dict[str, Mean], label: str, uri: str) -> str:
         return save(figure, uri)
 
 
+def plot_trials(curves: dict[str, list[float]], uri: str) -> str:
+    """Plot the validation loss of each trial after each epoch. The first trial has another colour."""
+    with drawing() as (figure, axes):
+        for number, (name, losses) in enumerate(curves.items()):
+            style: Any = {"color": INK, "alpha": 0.25} if number else {"color": ACCENT, "label": name}
+            axes.plot(range(1, len(losses) + 1), losses, **style)
+        axes.set(xlabel="epoch", ylabel="validation loss")
+        axes.legend(frameon=False)
+        return save(figure, uri)
+
+
 def plot_guidance(
     cells: Sequence[GuidanceCell], value: Callable[[GuidanceCell], float], label: str, uri: str
 ) -> str:

@@ -10,13 +10,14 @@ from typing import Any
 
 from rebeca_ray.config.evaluation import TrackingSettings
 from rebeca_ray.errors import describe, redacted
+from rebeca_ray.storage.objects import JsonObject
 
 log = logging.getLogger(__name__)
 
 DEADLINE_SECONDS = 120.0
 
 
-def track(settings: TrackingSettings, config: dict[str, Any], figures: dict[str, float]) -> bool:
+def track(settings: TrackingSettings, config: JsonObject, figures: dict[str, float]) -> bool:
     """Send one run with its config and its figures; return whether the tracker took it in time.
 
     The tracker reads its address and its key from its usual environment variables.
@@ -43,7 +44,7 @@ def track(settings: TrackingSettings, config: dict[str, Any], figures: dict[str,
     return not failure
 
 
-def send_to_mlflow(settings: TrackingSettings, config: dict[str, Any], figures: dict[str, float]) -> None:
+def send_to_mlflow(settings: TrackingSettings, config: JsonObject, figures: dict[str, float]) -> None:
     """Send a run to the MLflow server of MLFLOW_TRACKING_URI, in the experiment `settings.project`."""
     mlflow: Any = importlib.import_module("mlflow")
     mlflow.set_experiment(settings.project)
@@ -53,7 +54,7 @@ def send_to_mlflow(settings: TrackingSettings, config: dict[str, Any], figures: 
         mlflow.log_metrics({name.replace(",", ""): value for name, value in figures.items()})
 
 
-def send_as_wandb(settings: TrackingSettings, config: dict[str, Any], figures: dict[str, float]) -> None:
+def send_as_wandb(settings: TrackingSettings, config: JsonObject, figures: dict[str, float]) -> None:
     """Send a run to Weights & Biases, or to trackio, which has the same functions."""
     tracker: Any = importlib.import_module(settings.tracker)
     run = tracker.init(project=settings.project, name=settings.run, config=config)

@@ -9,14 +9,23 @@ import signal
 import statistics
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import ray
 import torch
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    Result,
+    RunConfig,
+    ScalingConfig,
+    UserCallback,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rebeca_ray import identity
@@ -94,13 +103,26 @@ def check_network(config: TrainConfig, embed_dim: int) -> None:
         )
 
 
-def fit_prior(config: TrainConfig, items: EmbeddedItems, activity: Activity) -> TrainedPrior:
-    """Return the prior of the best epoch, calibrated. Progress is noted in `activity`.
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A training that ended: its inputs, the scaled embeddings of all items [I, D], and its result."""
+
+    config: TrainConfig
+    scaler: EmbedScaler
+    items: EmbeddedItems
+    histories: Histories
+    x0_ID: np.ndarray
+    result: Result
+
+
+def run_training(
+    config: TrainConfig, items: EmbeddedItems, activity: Activity, callbacks: Sequence[UserCallback] = ()
+) -> Training:
+    """Train by `config`. Progress is noted in `activity`, and reported to Ray Train's `callbacks`.
 
     Interactions stream to the workers through Ray Data, one row per user. Item embeddings are in Ray's object
     store, once per node. A killed run resumes from its last epoch if it is started again with the same
-    storage and run name. Raises InputError if the loss diverges; the best epoch's checkpoint stays in the
-    storage.
+    storage and run name.
     """
     scaler = EmbedScaler.fit(torch.from_numpy(items.image_embeds), config.scaling)
     activity.enter("histories")
@@ -116,7 +138,6 @@ def fit_prior(config: TrainConfig, items: EmbeddedItems, activity: Activity) -> 
         device=workers.device,
         spare_cpus=int(is_streamed(histories)),
     )
-
     config = config.model_copy(update={"run_name": run_name(config, histories, items)})
     fewest = config.interactions.min_likes
     log.info(
@@ -128,12 +149,23 @@ def fit_prior(config: TrainConfig, items: EmbeddedItems, activity: Activity) -> 
     set_run_id(config.run_name)
     activity.enter("training")
     with sigint_kept():
-        result = build_trainer(config, histories, x0_ID, activity.listen()).fit()
+        result = build_trainer(config, histories, x0_ID, activity.listen(), callbacks).fit()
     set_run_id(None)
+    return Training(
+        config=config, scaler=scaler, items=items, histories=histories, x0_ID=x0_ID, result=result
+    )
+
+
+def fit_prior(config: TrainConfig, items: EmbeddedItems, activity: Activity) -> TrainedPrior:
+    """Return the prior of the best epoch, calibrated. Progress is noted in `activity`.
+
+    Raises InputError if the loss diverges; the best epoch's checkpoint stays in the storage.
+    """
+    training = run_training(config, items, activity)
     activity.enter("calibration")
-    state, last = read_best(result)
-    prior = trained_prior(config, items, scaler, histories, state=state, last=last)
-    return calibrate_prior(prior, histories, x0_ID, seed=config.optimization.seed)
+    state, last = read_best(training.result)
+    prior = trained_prior(training, state=state, last=last)
+    return calibrate_prior(prior, training.histories, training.x0_ID, seed=config.optimization.seed)
 
 
 @contextmanager
@@ -154,7 +186,13 @@ def sigint_kept() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def build_trainer(config: TrainConfig, histories: Histories, x0_ID: np.ndarray, pulse: Pulse) -> TorchTrainer:
+def build_trainer(
+    config: TrainConfig,
+    histories: Histories,
+    x0_ID: np.ndarray,
+    pulse: Pulse,
+    callbacks: Sequence[UserCallback],
+) -> TorchTrainer:
     """Return the trainer of a run: its workers, its data, its checkpoints and what it does after failures.
 
     `x0_ID` are the scaled embeddings of all items. The workers beat `pulse` at every step.
@@ -186,6 +224,7 @@ def build_trainer(config: TrainConfig, histories: Histories, x0_ID: np.ndarray, 
             name=config.run_name,
             storage_path=storage.path,
             storage_filesystem=storage.scan_filesystem(),  # Ray would decode the path as a URI
+            callbacks=list(callbacks),
             logging_config=LoggingConfig(log_level="WARNING"),
             failure_config=FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=CheckpointConfig(
@@ -214,31 +253,24 @@ def read_best(result: Result) -> tuple[JsonObject, JsonObject]:
     return state, last
 
 
-def trained_prior(
-    config: TrainConfig,
-    items: EmbeddedItems,
-    scaler: EmbedScaler,
-    histories: Histories,
-    *,
-    state: JsonObject,
-    last: JsonObject,
-) -> TrainedPrior:
+def trained_prior(training: Training, *, state: JsonObject, last: JsonObject) -> TrainedPrior:
     """Return the prior of the best epoch's averaged weights, not yet calibrated.
 
     `state` is the best epoch's, `last` is that of the last epoch, which holds the whole loss curve.
     """
+    config, items = training.config, training.items
     network = Prior(config.network, items.image_embeds.shape[1])
     network.load_state_dict(state["average"])
     return TrainedPrior(
         network=network.eval(),
         settings=config.network,
         diffusion=config.diffusion,
-        scaler=scaler,
+        scaler=training.scaler,
         sampling=PriorSampling(prior_guidance_scale=1.0),
         condition_dropout=config.optimization.condition_dropout,
         clip=items.clip,
         user_rows=state["table"]["rows"] if state["table"] else None,
-        users=user_table(histories) if state["table"] else None,
+        users=user_table(training.histories) if state["table"] else None,
         metrics={
             "val_loss": state["best_loss"],
             "best_epoch": float(state["epoch"]),

@@ -17,6 +17,7 @@ from rebeca_ray.config.jobs import (
     dated,
 )
 from rebeca_ray.config.load import load_config, parse_config
+from rebeca_ray.config.tuning import TuneConfig
 from rebeca_ray.errors import InputError
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
@@ -27,6 +28,7 @@ MODELS = {
     "generate": GenerateConfig,
     "nightly": NightlyConfig,
     "evaluate": EvaluateConfig,
+    "tune": TuneConfig,
 }
 
 

@@ -13,6 +13,7 @@ from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.evaluation import EvaluateConfig
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import NetworkSettings, SamplerSettings
+from rebeca_ray.data.captions import Captions
 from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.generation.pipeline import generate_catalog
 from rebeca_ray.prior.checkpoint import load_prior
@@ -26,6 +27,7 @@ from rebeca_ray.studies.verifying import fit_study_verifier
 from tests.conftest import NO_GATE, D, prior_users, untrained_prior, write_tiny_prior
 
 NUM_USERS, ITEMS_PER_TASTE, TASTES = 24, 50, 3
+WORDS = ("red cat", "green dog", "blue bird")  # of the tastes
 STUDY_USERS = [f"u{user:02}" for user in range(NUM_USERS)]
 
 
@@ -92,6 +94,12 @@ def publish_catalog(
     return read_catalog(config.catalog)
 
 
+def captions_of_tastes(item_id: np.ndarray) -> Captions:
+    """Return the caption of each item: two words of its taste."""
+    texts = [WORDS[row // ITEMS_PER_TASTE] for row in range(len(item_id))]
+    return Captions(item_id=item_id, caption=np.array(texts, object))
+
+
 @pytest.fixture
 def materials(study: EvaluateConfig, tmp_path: Path, tiny_decoder: DecoderSettings) -> Materials:
     snapshot = publish_catalog(tmp_path / "first", tiny_decoder, STUDY_USERS)
@@ -113,6 +121,7 @@ def materials(study: EvaluateConfig, tmp_path: Path, tiny_decoder: DecoderSettin
             seed=0,
         ),
         prior=prior,
+        captions=[captions_of_tastes(ratings.items.item_id)],
         without_users=untrained_prior(network, D),
         seed=3,
     )

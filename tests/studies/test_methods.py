@@ -11,11 +11,11 @@ from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.evaluation import EvaluateConfig, Method
 from rebeca_ray.decoder.build import build_decoder
 from rebeca_ray.decoder.interface import DecodedImage, Rows
-from rebeca_ray.errors import StorageError
+from rebeca_ray.errors import InputError, StorageError
 from rebeca_ray.schemas import TRAINING
 from rebeca_ray.studies.drawing import draw_set
 from rebeca_ray.studies.methods import Materials, Prompt, Wishes, real_rows, wishes_of
-from tests.studies.conftest import ITEMS_PER_TASTE, TASTES
+from tests.studies.conftest import ITEMS_PER_TASTE, TASTES, WORDS
 
 REAL = ("nearest_to_mean", "retrieval", "best_by_verifier", "most_popular", "random")
 
@@ -25,10 +25,21 @@ def test_each_method_has_an_embedding_per_item_of_the_catalog(materials: Materia
         wishes = wishes_of(method, materials)
         assert wishes.embeds_ND.shape == materials.catalog.embeds_ND.shape
         assert np.isfinite(wishes.embeds_ND).all()
-        is_prompt_alone = method in ("empty_prompt", "p1", "p2")
+        is_prompt_alone = method in ("empty_prompt", "p1", "p2", "persona")
         assert (wishes.ip_adapter_scale == 0) == is_prompt_alone
         assert wishes.embeds_ND.any() == (not is_prompt_alone)
         assert (wishes.prompt != Prompt.NONE) == method.endswith(("p1", "p2"))
+
+
+def test_a_persona_has_the_words_of_the_users_taste(materials: Materials) -> None:
+    wishes = wishes_of("persona", materials)
+    assert wishes.personas is not None
+    for prompt, negative, user in zip(*wishes.personas, materials.catalog.user_N.tolist(), strict=True):
+        liked = set(WORDS[user % TASTES].split())
+        assert set(prompt.split(", ")) == liked
+        assert set(negative.split(", ")) == set(" ".join(WORDS).split()) - liked
+    with pytest.raises(InputError, match="method persona: there are no captions"):
+        wishes_of("persona", replace(materials, captions=[]))
 
 
 def test_picked_items_are_unrated_and_differ(materials: Materials) -> None:

@@ -15,19 +15,15 @@ from rebeca_ray.errors import InputError
 from rebeca_ray.studies.evaluate import evaluate
 from rebeca_ray.studies.report import write_report
 from rebeca_ray.studies.topics import CaptionSource, read_sources
-from tests.studies.conftest import ITEMS_PER_TASTE, STUDY_USERS, publish_catalog
-
-WORDS = ("red cat", "green dog", "blue bird")
+from tests.studies.conftest import STUDY_USERS, WORDS, captions_of_tastes, publish_catalog
 
 
 def source(config: EvaluateConfig, taste_of_user: Sequence[int], per_user: int) -> CaptionSource:
     """Real items have the caption of their taste, and all items of a user that of one taste."""
-    item_id = read_image_embeds(config.items).item_id
-    real = [WORDS[row // ITEMS_PER_TASTE] for row in range(len(item_id))]
     generated = [WORDS[taste] for taste in taste_of_user for _ in range(per_user)]
     return CaptionSource(
         name="content",
-        real=Captions(item_id=item_id, caption=np.array(real, object)),
+        real=captions_of_tastes(read_image_embeds(config.items).item_id),
         caption=lambda encoded: generated[: len(encoded)],
     )
 

@@ -3,6 +3,7 @@
 import logging
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -40,9 +41,11 @@ def test_weights_and_biases_writes_a_run_without_a_server(
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     assert track(TrackingSettings(tracker="wandb", project="rebeca", run="monday"), CONFIG, FIGURES)
     (record,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    written = record.read_bytes()
-    for text in ("monday", "catalog/clip/vendi/mean", "s3://bucket/catalog"):
-        assert text.encode() in written
+    texts = [text.encode() for text in ("monday", "catalog/clip/vendi/mean", "s3://bucket/catalog")]
+    deadline = time.monotonic() + 60  # its process writes the file, and may lag behind
+    while not all(text in record.read_bytes() for text in texts):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, init: Callable[..., Any]) -> None:
