@@ -58,23 +58,11 @@ REPO = Path(__file__).parents[1]
 D = 16
 TINY_NETWORK = NetworkSettings(num_layers=2, num_heads=2, width=16, num_tokens=3, user_encoder="id")
 USERS = [f"user-{number}" for number in range(7)]
-LONGEST = (
-    "test_jobs.py",
-    "test_train.py",
-    "test_resume.py",
-    "test_acceptance.py",
-    "test_campaign.py",
-    "test_damage.py",
-    "test_triton_client.py",
-    "test_pipeline.py",
-    "test_exports.py",
-    "test_feedback.py",
-    "test_faults.py",
-    "test_weights.py",
-    "test_suspects.py",
-    "test_readers.py",
-    "test_ray_start.py",
-)
+LONGEST = [  # the names of test files, longest first
+    *("test_jobs.py", "test_train.py", "test_resume.py", "test_acceptance.py", "test_campaign.py"),
+    *("test_damage.py", "test_triton_client.py", "test_pipeline.py", "test_exports.py", "test_feedback.py"),
+    *("test_faults.py", "test_weights.py", "test_suspects.py", "test_readers.py", "test_ray_start.py"),
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
