@@ -15,6 +15,7 @@ from rebeca_ray.config.fields import (
     Scale,
     Seed,
     Settings,
+    Size,
 )
 from rebeca_ray.config.jobs import JobConfig
 from rebeca_ray.config.sections import InteractionSettings
@@ -29,6 +30,9 @@ Method = Literal[
     "p1",
     "p2",
     "persona",
+    "lora_shared",
+    "lora_per_user",
+    "fabric",
     "rebeca_p1",
     "rebeca_p2",
     "no_user",
@@ -49,6 +53,22 @@ SUITES: dict[str, dict[str, list[str] | list[int]]] = {
     },
     "pipbench": {"methods": ["p1", "mean_of_likes", "nearest_to_mean", "retrieval", "random"]},
 }
+
+
+IMAGE_METHODS = frozenset({"lora_shared", "lora_per_user", "fabric"})  # they see images of real items
+
+
+class LoraSettings(Settings):
+    """The training of the LoRAs of `lora_shared` and `lora_per_user`."""
+
+    steps: Annotated[Positive, Effect.ITEM] = 300
+    """Training steps of each LoRA."""
+    batch_size: Annotated[Size, Effect.ITEM] = 8
+    """Images of a step."""
+    learning_rate: Annotated[Fraction, Effect.ITEM] = 5e-4
+    """Learning rate of AdamW. 1e-4 is usual for Stable Diffusion."""
+    seed: Annotated[Seed, Effect.ITEM] = 0
+    """Seed of weights, images and noise."""
 
 
 class TrackingSettings(Settings):
@@ -121,6 +141,8 @@ class EvaluateConfig(JobConfig):
     """Folder of a prior that was trained with the user encoder `none`. The method `no_user` needs it."""
     decoder: DecoderSettings | None = None
     """Decoder of the catalog. `methods` needs it."""
+    lora: LoraSettings = LoraSettings()
+    """Training of the methods with a LoRA."""
     verifier: VerifierSettings | None = None
     """Verifier in one of the paper's forms, and its training. It fits numbers to each user, which takes
     dozens of ratings per user. By default, the verifier reads a user's ratings, and needs few of them."""
@@ -181,6 +203,11 @@ class EvaluateConfig(JobConfig):
             raise ValueError(
                 "methods and the guidance figure need `prior`, `decoder` and `clip` of the catalog; "
                 "set all three"
+            )
+        if IMAGE_METHODS & set(self.methods) and self.images is None:
+            raise ValueError(
+                f"the methods {', '.join(sorted(IMAGE_METHODS & set(self.methods)))} need `images`, the real "
+                "items with their images; set it, or leave them out"
             )
         if "no_user" in self.methods and self.without_users is None:
             raise ValueError(

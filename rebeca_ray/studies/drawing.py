@@ -3,6 +3,7 @@
 Shapes: N items, B items of a chunk, D embed dim.
 """
 
+import functools
 import logging
 import time
 from collections.abc import Iterator
@@ -36,13 +37,14 @@ def draw_set(
     """
     rows = rows_of(wishes, catalog, settings)
     digest = hash128(
-        identify_decoder(settings).fingerprint(settings),
+        fingerprint_of(settings),
         rows.image_embeds_BD.tobytes().hex(),
         *rows.seeds,
         *rows.prompts,
         *rows.negative_prompts,
         str(wishes.ip_adapter_scale),
         *([] if wishes.decoder_guidance_scale is None else [str(wishes.decoder_guidance_scale)]),
+        *wishes.made_from,
     )
     uri = join(out, "sets", f"{name}-{digest}.parquet")
     if not exists(uri):
@@ -59,6 +61,12 @@ def draw_set(
         embeds_ND=wishes.embeds_ND,
         encoded=[image["bytes"] for image in table["image"].to_pylist()],
     )
+
+
+@functools.cache
+def fingerprint_of(settings: DecoderSettings) -> str:
+    """Return the decoder's fingerprint. It hashes all weights, so it is kept."""
+    return identify_decoder(settings).fingerprint(settings)
 
 
 def set_schema(embed_dim: int) -> pa.Schema:
@@ -80,7 +88,7 @@ def rows_of(wishes: Wishes, catalog: ItemSet, settings: DecoderSettings) -> Rows
     guidance = wishes.decoder_guidance_scale
     if guidance is None:
         guidance = settings.decoder_guidance_scale
-    prompts, negatives = wishes.personas or ([str(wishes.prompt)] * count, [NEGATIVE[wishes.prompt]] * count)
+    prompts, negatives = wishes.prompts or ([str(wishes.prompt)] * count, [NEGATIVE[wishes.prompt]] * count)
     return Rows(
         image_embeds_BD=wishes.embeds_ND.astype(np.float32),
         seeds=[image_seed(item) for item in catalog.item_id],

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from rebeca_ray.catalog.read import Snapshot, read_catalog
-from rebeca_ray.config.evaluation import EvaluateConfig
+from rebeca_ray.config.evaluation import IMAGE_METHODS, EvaluateConfig
 from rebeca_ray.data.items import EmbeddedItems, read_image_embeds
 from rebeca_ray.decoder.build import build_decoder
 from rebeca_ray.errors import InputError
@@ -29,6 +29,7 @@ from rebeca_ray.studies.guidance import guidance_cells
 from rebeca_ray.studies.measure import LESS_IS_BETTER, Judge, Measured, mean_of, measure
 from rebeca_ray.studies.methods import Materials, wishes_of
 from rebeca_ray.studies.metrics import Comparison, GuidanceCell, Metrics, SetFigures, VerifierFigures
+from rebeca_ray.studies.own_decoders import draw_with_own_decoder
 from rebeca_ray.studies.ratings import StudyRatings, read_ratings
 from rebeca_ray.studies.sets import ItemSet, TrueLike, choose_users, read_set
 from rebeca_ray.studies.spaces import CLIP, Space, read_spaces
@@ -104,7 +105,9 @@ def evaluate(
     if config.decoder and (config.methods or config.prior_guidance_tried):
         decoder, materials = build_decoder(config.decoder), read_materials(config, sets[0], judge, sources)
         sets += [
-            draw_set(method, wishes_of(method, materials), sets[0], decoder, config.decoder, config.out)
+            draw_with_own_decoder(method, materials, config)
+            if method in IMAGE_METHODS
+            else draw_set(method, wishes_of(method, materials), sets[0], decoder, config.decoder, config.out)
             for method in config.methods
         ]
         if config.prior_guidance_tried:

@@ -107,13 +107,8 @@ def thinned(materials: Materials, num_users: int) -> Materials:
     catalog, judge = materials.catalog, materials.judge
     users = len(catalog.user_id)
     chosen_U = np.linspace(0, users - 1, min(num_users, users)).astype(int)
-    rows = np.flatnonzero(np.isin(catalog.user_N, chosen_U))
-    part = replace(
-        catalog,
-        user_id=[catalog.user_id[user] for user in chosen_U.tolist()],
-        user_N=np.searchsorted(chosen_U, catalog.user_N[rows]),
-        item_id=[catalog.item_id[row] for row in rows.tolist()],
-        embeds_ND=catalog.embeds_ND[rows],
-        encoded=[catalog.encoded[row] for row in rows.tolist()],
+    return replace(
+        materials,
+        catalog=catalog.of_users(chosen_U.tolist()),
+        judge=replace(judge, user_U=judge.user_U[chosen_U]),
     )
-    return replace(materials, catalog=part, judge=replace(judge, user_U=judge.user_U[chosen_U]))

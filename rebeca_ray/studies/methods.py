@@ -58,9 +58,10 @@ class Wishes:
 
     embeds_ND: np.ndarray
     prompt: Prompt = Prompt.NONE
-    personas: tuple[list[str], list[str]] | None = None  # prompts and negative prompts, instead of `prompt`
+    prompts: tuple[list[str], list[str]] | None = None  # with negative ones, by item, instead of `prompt`
     ip_adapter_scale: float | None = None  # that of the decoder's settings
     decoder_guidance_scale: float | None = None  # the same
+    made_from: tuple[str, ...] = ()  # what made the decoder, if it is not the catalog's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ def wishes_of(method: str, materials: Materials) -> Wishes:
         return Wishes(embeds_ND=np.zeros_like(embeds_ND), prompt=prompts[method], ip_adapter_scale=0.0)
     if method == "persona":
         personas = personas_of(materials)
-        return Wishes(embeds_ND=np.zeros_like(embeds_ND), personas=personas, ip_adapter_scale=0.0)
+        return Wishes(embeds_ND=np.zeros_like(embeds_ND), prompts=personas, ip_adapter_scale=0.0)
     if method in ("rebeca_p1", "rebeca_p2"):
         return Wishes(embeds_ND=embeds_ND, prompt=prompts[method.removeprefix("rebeca_")])
     if method == "no_user":

@@ -6,20 +6,15 @@ Shapes: U users.
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from jinja2 import Environment, PackageLoader
 
-from rebeca_ray import schemas
-from rebeca_ray.data.validation import check_columns
-from rebeca_ray.errors import InputError
 from rebeca_ray.evaluation.diversity import novelty
 from rebeca_ray.pixels import data_uri
 from rebeca_ray.storage.filesystem import join
-from rebeca_ray.storage.parquet import open_parquet
 from rebeca_ray.storage.store import open_store
 from rebeca_ray.studies.evaluate import TRUE_LIKE, Study
 from rebeca_ray.studies.metrics import GuidanceCell, Mean
+from rebeca_ray.studies.pictures import read_pictures
 from rebeca_ray.studies.plots import (
     plot_calibration,
     plot_gains,
@@ -161,10 +156,11 @@ def shown_users(study: Study, images: str | None) -> list[ShownUser]:
         for _, user in chosen
     }
     needed = np.concatenate([*nearest_of_user.values(), *liked_of_user.values()]).astype(int)
-    pictures = {} if images is None else read_pictures(images, set(real.item_id[needed].tolist()))
+    needed_ids = set(real.item_id[needed].tolist())
+    pictures = {} if images is None else read_pictures(images, needed_ids)
 
     def shown(rows: np.ndarray) -> list[str]:
-        return [pictures[item] for item in real.item_id[rows].tolist() if item in pictures]
+        return [data_uri(pictures[item]) for item in real.item_id[rows].tolist() if item in pictures]
 
     return [
         ShownUser(
@@ -177,23 +173,3 @@ def shown_users(study: Study, images: str | None) -> list[ShownUser]:
         )
         for rank, user in chosen
     ]
-
-
-def read_pictures(uri: str, item_ids: set[str]) -> dict[str, str]:
-    """Return pictures of real items by id. Raises InputError if one of them is missing."""
-    source = open_parquet(uri, "images")
-    pictures: dict[str, str] = {}
-    for batch in source.batches(check_columns(source, schemas.ITEMS), 1000):
-        ids = batch["item_id"].to_pylist()
-        rows = [row for row, item in enumerate(ids) if item in item_ids]
-        values = (
-            pc.struct_field(batch["image"].combine_chunks(), "bytes")
-            .take(pa.array(rows, pa.int64()))
-            .to_pylist()
-        )
-        pictures.update({ids[row]: data_uri(value) for row, value in zip(rows, values, strict=True) if value})
-    if missing := item_ids - pictures.keys():
-        raise InputError(
-            f"images {uri}: no image of {len(missing)} items, such as {min(missing)}; give all real items"
-        )
-    return pictures

@@ -4,7 +4,7 @@ Shapes: U users, N items of all users, S items of one user, D embed dim.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +39,18 @@ class ItemSet:
     def mean_by_user(self, values_N: np.ndarray) -> np.ndarray:
         """Return the mean of a figure over each user's items [U]."""
         return np.bincount(self.user_N, values_N) / np.bincount(self.user_N)
+
+    def of_users(self, chosen_U: Sequence[int]) -> "ItemSet":
+        """Return the items of some users, whose rows are rising."""
+        rows = np.flatnonzero(np.isin(self.user_N, chosen_U))
+        return replace(
+            self,
+            user_id=[self.user_id[user] for user in chosen_U],
+            user_N=np.searchsorted(chosen_U, self.user_N[rows]),
+            item_id=[self.item_id[row] for row in rows.tolist()],
+            embeds_ND=self.embeds_ND[rows],
+            encoded=[self.encoded[row] for row in rows.tolist()],
+        )
 
     def owners(self) -> list[str]:
         """Return the user of each item."""

@@ -1,4 +1,4 @@
-"""A simulated population with its hidden truth, and the quality of embeddings for it.
+"""A simulated population with its hidden truth, its prior, and the quality of embeddings for it.
 
 Shapes: V users of a block, G of them, S samples of a user, I items, D embed dim."""
 
@@ -10,15 +10,21 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 
+from rebeca_ray.config.jobs import EmbedConfig, TrainConfig
+from rebeca_ray.config.load import load_config
 from rebeca_ray.config.sections import InteractionSettings
+from rebeca_ray.data.embedding import embed_items
 from rebeca_ray.data.histories import build_histories
 from rebeca_ray.evaluation.distances import frechet, mmd
+from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior
 from rebeca_ray.prior.selection import nearest_items
 from rebeca_ray.prior.user_blocks import UserBlock
 from rebeca_ray.schemas import TEST
-from rebeca_ray.stickers.simulate import load_world
+from rebeca_ray.stickers.simulate import load_world, simulate
 from rebeca_ray.storage.parquet import read_table
+from rebeca_ray.training.train import train_prior
 
+ROOT = Path(__file__).parents[2]
 NUM_USERS = 200
 
 
@@ -53,6 +59,39 @@ class Population:
             for user in self.user_G
         ]
         return [self.block.item_index_N[row_N[self.block.like_N[row_N] == 1]] for row_N in rows]
+
+
+def embed_stickers(data: Path) -> str:
+    """Embed the stickers into `data`, unless an earlier start did; return their folder."""
+    items = data / "items"
+    if not (items / "items.json").exists():
+        embed_items(load_config(EmbedConfig, ROOT / "jobs/configs/embed_stickers.yaml", [f"out={items}"]))
+    return str(items)
+
+
+def simulate_populations(data: Path, seed: int, users: int) -> Path:
+    """Simulate the users of one seed, and a fourth as many that training never sees; return their folder."""
+    folder = data / f"seed-{seed}"
+    simulate(users, seed, folder / "seen")
+    simulate(users // 4, seed + 10_000, folder / "unseen")
+    return folder
+
+
+def train_stickers(
+    folder: Path, name: str, items: str, seed: int, user_encoder: str = "history"
+) -> TrainedPrior:
+    """Train the stickers' prior on the users in `folder`."""
+    overrides = [
+        f"interactions.path={folder}/seen/interactions.parquet",
+        f"items={items}",
+        f"out={folder}/{name}",
+        f"storage={folder}/train",
+        f"optimization.seed={seed}",
+        f"network.user_encoder={user_encoder}",
+        *(f"interactions.{key}={value}" for key, value in SPLIT.items()),
+    ]
+    train_prior(load_config(TrainConfig, ROOT / "jobs/configs/train_stickers.yaml", overrides))
+    return load_prior(f"{folder}/{name}")
 
 
 def read_population(

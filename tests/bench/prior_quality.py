@@ -33,10 +33,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from rebeca_ray.config.jobs import DistillConfig, EmbedConfig, TrainConfig
-from rebeca_ray.config.load import load_config
+from rebeca_ray.config.jobs import DistillConfig
 from rebeca_ray.config.sections import InteractionSettings, SamplerSettings, SelectionSettings
-from rebeca_ray.data.embedding import embed_items
 from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.evaluation.permutation import permutation_test, permutation_test_by_image
 from rebeca_ray.evaluation.retrieval import retrieve
@@ -44,13 +42,18 @@ from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked
 from rebeca_ray.prior.selection import choose, nearest_items
-from rebeca_ray.stickers.simulate import simulate
 from rebeca_ray.training.calibrate import SELECTOR_SCALES, factors_of, user_vectors
 from rebeca_ray.training.distill import distill_prior
-from rebeca_ray.training.train import train_prior
-from tests.bench.population import SPLIT, Population, quality, read_population
+from tests.bench.population import (
+    SPLIT,
+    Population,
+    embed_stickers,
+    quality,
+    read_population,
+    simulate_populations,
+    train_stickers,
+)
 
-ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 SAMPLES, PERMUTED_USERS = 25, 2000
 CANDIDATES = (1, 2, 4, 8, 16)
@@ -155,24 +158,10 @@ def retrieved(prior: TrainedPrior, of: Population, diversity: float = 0.0) -> to
 
 def one_seed(seed: int, data: Path, users: int, items: str) -> dict[str, Any]:
     """Simulate one population, train and distil its prior, and return the figures of all sets."""
-    folder = data / f"seed-{seed}"
-    simulate(users, seed, folder / "seen")
-    simulate(users // 4, seed + 10_000, folder / "unseen")
+    folder = simulate_populations(data, seed, users)
     embedded = read_image_embeds(items)
-
-    def train(name: str, **network: object) -> TrainedPrior:
-        overrides = [
-            f"interactions.path={folder}/seen/interactions.parquet",
-            f"items={items}",
-            f"out={folder}/{name}",
-        ]
-        overrides += [f"storage={folder}/train", f"optimization.seed={seed}"]
-        overrides += [f"interactions.{key}={value}" for key, value in SPLIT.items()]
-        overrides += [f"network.{key}={value}" for key, value in network.items()]
-        train_prior(load_config(TrainConfig, ROOT / "jobs/configs/train_stickers.yaml", overrides))
-        return load_prior(f"{folder}/{name}")
-
-    history, without_users = train("history"), train("noue", user_encoder="none")
+    history = train_stickers(folder, "history", items, seed)
+    without_users = train_stickers(folder, "noue", items, seed, user_encoder="none")
     distill_prior(
         DistillConfig(
             prior=f"{folder}/history",
@@ -314,9 +303,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results, data = RESULTS / "prior_quality.json", arguments.data.absolute()
     seeds: dict[str, dict[str, Any]] = json.loads(results.read_text()) if results.exists() else {}
-    items = str(data / "items")
-    if arguments.seeds and not (data / "items" / "items.json").exists():
-        embed_items(load_config(EmbedConfig, ROOT / "jobs/configs/embed_stickers.yaml", [f"out={items}"]))
+    items = embed_stickers(data) if arguments.seeds else ""
     for seed in arguments.seeds:
         seeds[str(seed)] = one_seed(seed, data, arguments.users, items)
         results.write_text(json.dumps(seeds, indent=2) + "\n")

@@ -33,8 +33,8 @@ def test_each_method_has_an_embedding_per_item_of_the_catalog(materials: Materia
 
 def test_a_persona_has_the_words_of_the_users_taste(materials: Materials) -> None:
     wishes = wishes_of("persona", materials)
-    assert wishes.personas is not None
-    for prompt, negative, user in zip(*wishes.personas, materials.catalog.user_N.tolist(), strict=True):
+    assert wishes.prompts is not None
+    for prompt, negative, user in zip(*wishes.prompts, materials.catalog.user_N.tolist(), strict=True):
         liked = set(WORDS[user % TASTES].split())
         assert set(prompt.split(", ")) == liked
         assert set(negative.split(", ")) == set(" ".join(WORDS).split()) - liked
