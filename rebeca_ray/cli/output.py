@@ -317,7 +317,8 @@ def evaluated(metrics: Metrics, page: str) -> str:
         f"pairs ranked right {tested.pairwise_accuracy.value:.1%}, on {tested.auc.num_users:,} users"
     ]
     for figures in metrics.sets:
-        space, judged = list(figures.spaces.items())[-1]
+        space = "clip" if "clip" in figures.spaces else next(iter(figures.spaces))
+        judged = figures.spaces[space]
         like, test = judged.like_probability, judged.permutation[0]
         line = (
             f"{figures.name} ({space}): like probability {like.mean:.3f} [{like.low:.3f}, {like.high:.3f}], "

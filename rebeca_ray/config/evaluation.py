@@ -111,6 +111,9 @@ class EvaluateConfig(JobConfig):
     """Image encoders beside `clip`, each a feature space with a verifier of its own: `efficientnet-lite0`,
     `timm:MODEL` (`timm:vit_small_patch14_dinov2.lvd142m` is DINOv2), `inception` for FID, or a CLIP, such as
     `ViT-L-14-336/openai` for CMMD. They need `images`."""
+    lpips: Annotated[Literal["alex", "squeeze", "vgg"] | None, Effect.ITEM] = None
+    """Network of LPIPS, the distance to later likes as the eye sees it. It needs `images`, and torchvision's
+    weights. By default, it is not measured."""
     caption_model: Annotated[ModelName | None, Effect.CONTENT] = None
     """Image-to-text model of transformers, for topic precision. It captions generated images, and real ones
     unless there are `captions`. By default, topics are not judged."""
@@ -184,8 +187,8 @@ class EvaluateConfig(JobConfig):
 
     @model_validator(mode="after")
     def check_needs(self) -> Self:
-        if self.encoders and self.images is None:
-            raise ValueError("encoders need `images`, the real items with their images; set it")
+        if (self.encoders or self.lpips) and self.images is None:
+            raise ValueError("encoders and lpips need `images`, the real items with their images; set it")
         if self.caption_model and self.captions is None and self.images is None:
             raise ValueError("caption_model needs `captions` or `images` of the real items; set one")
         prompts = self.content_prompt or self.style_prompt

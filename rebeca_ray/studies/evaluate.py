@@ -29,7 +29,8 @@ from rebeca_ray.studies.guidance import guidance_cells
 from rebeca_ray.studies.measure import LESS_IS_BETTER, Judge, Measured, mean_of, measure
 from rebeca_ray.studies.methods import Materials, wishes_of
 from rebeca_ray.studies.metrics import Comparison, GuidanceCell, Metrics, SetFigures, VerifierFigures
-from rebeca_ray.studies.own_decoders import draw_with_own_decoder
+from rebeca_ray.studies.own_decoders.draw import draw_with_own_decoder
+from rebeca_ray.studies.perceptual import LPIPS, PerceptualJudge
 from rebeca_ray.studies.ratings import StudyRatings, read_ratings
 from rebeca_ray.studies.sets import ItemSet, TrueLike, choose_users, read_set
 from rebeca_ray.studies.spaces import CLIP, Space, read_spaces
@@ -62,7 +63,10 @@ class MeasuredSet:
 
     def record(self, seed: int) -> SetFigures:
         """Return the set in the form of `metrics.json`."""
-        means = {name: mean_of(figure_U, seed) for name, figure_U in self.by_user.items()}
+        means = {
+            name: mean_of(figure_U, seed, greater_is_better=name not in LESS_IS_BETTER)
+            for name, figure_U in self.by_user.items()
+        }
         return SetFigures(
             name=self.items.name,
             description=self.items.description,
@@ -72,6 +76,7 @@ class MeasuredSet:
             topic_precision={
                 name.removeprefix(TOPICS): mean for name, mean in means.items() if name.startswith(TOPICS)
             },
+            lpips=means.get(LPIPS),
             true_like_probability=means.get(TRUE_LIKE),
         )
 
@@ -99,6 +104,7 @@ def evaluate(
     spaces, verifiers = read_spaces(config, judge)
     sources = [*captions, *read_sources(config)]
     topics = [fit_topic_judge(source, judge, config) for source in sources]
+    perceptual = PerceptualJudge(config.lpips, judge, config) if config.lpips else None
     names = ("catalog", "other")[: len(snapshots)]
     sets = [read_set(name, snapshot, users) for name, snapshot in zip(names, snapshots, strict=True)]
     cells: list[GuidanceCell] = []
@@ -113,7 +119,7 @@ def evaluate(
         if config.prior_guidance_tried:
             clip = next(space for space in spaces if space.name == CLIP)
             cells = guidance_cells(config, materials, decoder, config.decoder, clip, true_like)
-    measured = [measure_set(item_set, spaces, topics, true_like) for item_set in sets]
+    measured = [measure_set(item_set, spaces, topics, perceptual, true_like) for item_set in sets]
     metrics = Metrics(
         verifier=verifier,
         verifiers=verifiers,
@@ -149,7 +155,11 @@ def read_inputs(config: EvaluateConfig) -> tuple[list[Snapshot], list[str], Judg
 
 
 def measure_set(
-    item_set: ItemSet, spaces: list[Space], topics: list[TopicJudge], true_like: TrueLike | None
+    item_set: ItemSet,
+    spaces: list[Space],
+    topics: list[TopicJudge],
+    perceptual: PerceptualJudge | None,
+    true_like: TrueLike | None,
 ) -> MeasuredSet:
     """Return a set with all its figures."""
     log.info(f"measuring {len(item_set.user_N):,} items of {item_set.description}")
@@ -159,6 +169,8 @@ def measure_set(
         if (x_ND := space.features_of(item_set)) is not None
     }
     by_user = {TOPICS + topic.name: topic.precision(item_set) for topic in topics}
+    if perceptual is not None:
+        by_user[LPIPS] = perceptual.distances(item_set)
     if true_like is not None:
         by_user[TRUE_LIKE] = item_set.mean_by_user(true_like(item_set.owners(), item_set.encoded))
     return MeasuredSet(items=item_set, spaces=in_spaces, by_user=by_user)

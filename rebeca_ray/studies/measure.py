@@ -33,7 +33,7 @@ MMD_SIGMA = 0.5  # of unit vectors
 KID_SUBSET = 1000
 PERMUTATION_TESTS = (("by user", "mean"), ("by user", "median"), ("by image", "mean"))  # method, statistic
 PLANNED = "planned"  # the space of the prior's embeddings
-LESS_IS_BETTER = frozenset({"cosine_within", "cosine_across"})
+LESS_IS_BETTER = frozenset({"cosine_within", "cosine_across", "lpips"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -186,6 +186,8 @@ class SetFigures(Record):
     """Figures by feature space: `planned` embeddings, `clip` for embedded images, and image encoders."""
     topic_precision: dict[str, Mean] = {}
     """Share of a user's images whose topics the user likes, by kind of caption."""
+    lpips: Mean | None = None
+    """LPIPS between a user's images and those that the user likes in the test split. Less is nearer."""
     true_like_probability: Mean | None = None
     """True like probability, known for simulated users alone."""
 

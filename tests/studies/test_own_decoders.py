@@ -18,12 +18,12 @@ from rebeca_ray.config.evaluation import EvaluateConfig, LoraSettings
 from rebeca_ray.decoder.build import build_decoder
 from rebeca_ray.errors import InputError
 from rebeca_ray.schemas import TRAINING
-from rebeca_ray.studies import own_decoders
 from rebeca_ray.studies.drawing import draw_set
-from rebeca_ray.studies.fabric import FabricDecoder, Memory, ReferenceAttention
-from rebeca_ray.studies.lora import rank_of, train_lora
 from rebeca_ray.studies.methods import Materials, wishes_of
-from rebeca_ray.studies.own_decoders import References, draw_with_own_decoder
+from rebeca_ray.studies.own_decoders import draw
+from rebeca_ray.studies.own_decoders.draw import References, draw_with_own_decoder
+from rebeca_ray.studies.own_decoders.fabric import FabricDecoder, Memory, ReferenceAttention
+from rebeca_ray.studies.own_decoders.lora import rank_of, train_lora
 from tests.studies.conftest import ITEMS_PER_TASTE, TASTES
 
 COLOURS = ("red", "green", "blue")
@@ -86,7 +86,7 @@ def test_a_lora_lowers_the_loss_on_its_image(tiny_decoder: DecoderSettings, tmp_
     from rebeca_ray.decoder.families.sd import load_parts
     from rebeca_ray.decoder.files import find_decoder
     from rebeca_ray.decoder.lora import merge_lora
-    from rebeca_ray.studies.lora import encode_latents
+    from rebeca_ray.studies.own_decoders.lora import encode_latents
 
     file = tmp_path / "lora.safetensors"
     settings = LoraSettings(steps=150, batch_size=4, learning_rate=0.01)
@@ -126,9 +126,9 @@ def test_each_user_has_their_images_and_a_second_start_draws_none(
     def fail(*arguments: object) -> None:
         raise AssertionError("the images are there")
 
-    monkeypatch.setattr(own_decoders, "LocalDecoder", fail)
-    monkeypatch.setattr(own_decoders, "FabricDecoder", fail)
-    monkeypatch.setattr(own_decoders, "train_lora", fail)
+    monkeypatch.setattr(draw, "LocalDecoder", fail)
+    monkeypatch.setattr(draw, "FabricDecoder", fail)
+    monkeypatch.setattr(draw, "train_lora", fail)
     assert draw_with_own_decoder(method, few, config).encoded == drawn.encoded
 
 

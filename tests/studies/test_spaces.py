@@ -89,5 +89,5 @@ def test_missing_and_broken_images_of_real_items_are_named(study: EvaluateConfig
 
 
 def test_encoders_need_images(study: EvaluateConfig) -> None:
-    with pytest.raises(ValueError, match="encoders need `images`"):
+    with pytest.raises(ValueError, match="encoders and lpips need `images`"):
         EvaluateConfig.model_validate({**study.model_dump(), "encoders": [NAME]})

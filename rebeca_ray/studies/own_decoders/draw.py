@@ -16,9 +16,9 @@ from rebeca_ray.decoder.interface import DecodedImage, Decoder, Rows
 from rebeca_ray.decoder.local import LocalDecoder
 from rebeca_ray.schemas import TRAINING
 from rebeca_ray.studies.drawing import draw_set
-from rebeca_ray.studies.fabric import FabricDecoder
-from rebeca_ray.studies.lora import check_trainable, train_lora
 from rebeca_ray.studies.methods import Materials, Prompt, Wishes
+from rebeca_ray.studies.own_decoders.fabric import FabricDecoder
+from rebeca_ray.studies.own_decoders.lora import check_trainable, train_lora
 from rebeca_ray.studies.pictures import read_pictures
 from rebeca_ray.studies.sets import ItemSet
 

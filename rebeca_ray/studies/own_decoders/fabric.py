@@ -20,7 +20,7 @@ from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.denoising import DenoisingLoop
 from rebeca_ray.decoder.interface import DecodedImage, Rows
 from rebeca_ray.decoder.local import LocalDecoder
-from rebeca_ray.studies.lora import encode_latents
+from rebeca_ray.studies.own_decoders.lora import encode_latents
 
 # The authors' defaults: references weigh most in the noisier half of the steps.
 EARLY_WEIGHT, LATE_WEIGHT, EARLY_SHARE = 0.8, 0.05, 0.5
