@@ -297,7 +297,7 @@ def read_config(uri: str) -> JsonObject:
     if config.get("format") != FORMAT:
         raise InputError(
             f"prior {uri}: format {config.get('format')!r}, this version reads {FORMAT}; "
-            "upgrade rebeca-ray or train again"
+            "train it again, or upgrade rebeca-ray if the prior is newer"
         )
     try:
         parse_config(PriorConfig, config, where=f"prior {uri}: config.json")

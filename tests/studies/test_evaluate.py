@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from rebeca_ray.config.verifier import VerifierSettings
 from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.errors import InputError
 from rebeca_ray.schemas import TRAINING
+from rebeca_ray.storage.filesystem import exists, list_files
 from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.studies import verifying
 from rebeca_ray.studies.evaluate import check_fit, evaluate
@@ -188,3 +190,33 @@ def test_embeddings_of_another_size_are_refused(
         InputError, match="embeddings of size 32; .* 16; give the items that its prior was trained"
     ):
         check_fit("/catalog", 32, read_image_embeds(study.items), study.items)
+
+
+def test_methods_and_results_on_s3(
+    study: EvaluateConfig,
+    tmp_path: Path,
+    tiny_decoder: DecoderSettings,
+    s3_server: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All files of the results are there, and the images of a method are drawn once."""
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    catalog = publish_catalog(tmp_path / "first", tiny_decoder, STUDY_USERS)
+    out = f"s3://rebeca/{uuid4().hex}"
+    study = study.model_copy(
+        update={
+            "catalog": catalog.root,
+            "decoder": tiny_decoder,
+            "prior": str(tmp_path / "first" / "prior"),
+            "methods": ("rebeca_p1",),
+            "out": out,
+        }
+    )
+    first = evaluate(study)
+    write_report(first, out, None)
+    for name in ("metrics.json", "users.parquet", "report.html", "permutation.png"):
+        assert exists(f"{out}/{name}"), name
+    assert len(list_files(f"{out}/sets", ".parquet")) == 1
+    monkeypatch.setattr("rebeca_ray.studies.evaluate.build_decoder", lambda settings: None)
+    assert evaluate(study).sets[1].items.encoded == first.sets[1].items.encoded
