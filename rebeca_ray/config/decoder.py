@@ -82,6 +82,8 @@ class DecoderSettings(Settings):
     """Denoising steps per image. More steps are slower and more exact."""
     decoder_guidance_scale: Annotated[Scale, Effect.ITEM] = 5.0
     """Classifier-free guidance scale of the decoder. At 1, each step needs a single pass."""
+    guidance_interval: Annotated[tuple[Fraction, Fraction], Field(strict=False), Effect.ITEM] = (0.0, 1.0)
+    """Start and stop of the decoder's guidance, as shares of the steps. Steps outside need a single pass."""
     ip_adapter_scale: Annotated[Weight, Effect.ITEM] = 1.0
     """Weight of the embedding beside the text prompt. At 0, the text alone decides."""
     image_size: Annotated[Pixels | None, Field(multiple_of=8), Effect.ITEM] = None
@@ -115,6 +117,9 @@ class DecoderSettings(Settings):
                 f"engine {self.engine} with engine_dir {self.engine_dir}; onnx and tensorrt need a folder, "
                 "torch takes none"
             )
+        start, stop = self.guidance_interval
+        if start > stop:
+            raise ValueError(f"guidance_interval starts at {start:g} and stops at {stop:g}; swap them")
         if self.compile and self.engine != "torch":
             raise ValueError(f"compile is for engine torch, this is {self.engine}")
         if self.engine == "tensorrt" and self.device != "cuda":

@@ -6,6 +6,7 @@ not. Image i of a batch equals the same item drawn alone.
 Shapes: B batch, C latent channels, Y X pixels or latents.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,25 +40,27 @@ class DenoisingLoop:
         """Draw one tile; return uint8 images [B, Y, X, 3], and whether each is finite [B].
 
         Guidance is one doubled batch (Ho & Salimans 2022). A tile without a guided row needs single passes
-        only.
+        only, and so does a step outside `guidance_interval` (Kynkäänniemi et al. 2024).
         """
         networks, size, channels = self.networks, self.latent_size, self.networks.latent_channels
         device, dtype = networks.device, networks.dtype
         guidance_B = torch.from_numpy(rows.guidance_scale_B).to(device)[:, None, None, None]
-        guided = bool((rows.guidance_scale_B != 1).any())
-        # The conditioning is the same at every step.
-        conditioning = networks.condition(rows, guided=guided).in_order(networks.family.conditioning)
+        guided_steps = self.guided_steps() if (rows.guidance_scale_B != 1).any() else range(0)
+        # The conditioning is the same at every step. Its first half is the conditional one.
+        whole = networks.condition(rows, guided=bool(guided_steps)).in_order(networks.family.conditioning)
+        conditional_half = tuple(tensor[: len(rows)] for tensor in whole)
         # Each row starts from the noise of its seed, so that its image is the same in any batch.
         self.scheduler.set_timesteps(self.settings.num_inference_steps, device=device)
         noise = next(item_noise(rows.seeds, channels * size * size, device)).view(-1, channels, size, size)
         latents = noise * self.scheduler.init_noise_sigma
         later_noise = self.later_noise(rows.seeds)
-        for timestep in self.scheduler.timesteps:
+        for step, timestep in enumerate(self.scheduler.timesteps):
             scaled = self.scheduler.scale_model_input(latents, timestep).to(dtype)
-            if guided:
-                scaled = scaled.repeat(2, 1, 1, 1)
+            conditioning = conditional_half
+            if step in guided_steps:
+                scaled, conditioning = scaled.repeat(2, 1, 1, 1), whole
             predicted = networks.unet(scaled, timestep.expand(len(scaled)), *conditioning).float()
-            if guided:
+            if step in guided_steps:
                 conditional, unconditional = predicted.chunk(2)
                 predicted = unconditional + guidance_B * (conditional - unconditional)
             latents = self.scheduler.step(predicted, timestep, latents, **later_noise, return_dict=False)[0]
@@ -66,6 +69,12 @@ class DenoisingLoop:
         finite = pixels.isfinite().flatten(1).all(dim=1)
         rounded = ((pixels.float() / 2 + 0.5).nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
         return rounded.permute(0, 2, 3, 1).cpu().numpy(), finite.cpu().numpy()
+
+    def guided_steps(self) -> range:
+        """Return the steps within `guidance_interval`: those that start in it."""
+        count = len(self.scheduler.timesteps)
+        start, stop = (math.ceil(share * count) for share in self.settings.guidance_interval)
+        return range(start, stop)
 
     def later_noise(self, seeds: Sequence[int]) -> dict[str, Any]:
         """Return one generator per row for LCM and TCD, which add noise between their steps."""

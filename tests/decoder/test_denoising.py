@@ -182,3 +182,44 @@ def test_a_tiny_autoencoder_replaces_the_full_one(tiny_decoder: DecoderSettings,
     assert finite.all()
     assert drawn.shape == (5, 16, 16, 3)
     assert not np.array_equal(drawn, loop_for(tiny_decoder).draw(rows_for(tiny_decoder))[0])
+
+
+class Counted:
+    """A UNet that notes the rows of each pass."""
+
+    def __init__(self, unet: object) -> None:
+        self.unet, self.rows = unet, []
+
+    def __call__(self, latents: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        self.rows.append(len(latents))
+        assert {len(tensor) for tensor in inputs} == {len(latents)}
+        return self.unet(latents, *inputs)
+
+
+@pytest.mark.parametrize(
+    ("interval", "guided"),
+    [
+        ((0.0, 1.0), [1, 1, 1, 1]),
+        ((0.25, 0.75), [0, 1, 1, 0]),
+        ((0.3, 1.0), [0, 0, 1, 1]),
+        ((0.5, 0.5), [0] * 4),
+    ],
+)
+def test_steps_outside_the_guidance_interval_are_single_passes(
+    tiny_decoder: DecoderSettings, interval: tuple[float, float], guided: list[int]
+) -> None:
+    settings = tiny_decoder.model_copy(update={"num_inference_steps": 4, "guidance_interval": interval})
+    networks = load_networks(settings)
+    counted = Counted(networks.unet)
+    images, _ = DenoisingLoop(replace(networks, unet=counted), settings).draw(rows_for(settings))
+    assert counted.rows == [5 + 5 * step for step in guided]
+    plain = settings.model_copy(update={"guidance_interval": (0.0, 1.0)})
+    always, _ = loop_for(plain).draw(rows_for(plain))
+    never, _ = loop_for(plain).draw(replace(rows_for(plain), guidance_scale_B=np.ones(5, np.float32)))
+    assert np.array_equal(images, always) == all(guided)
+    assert (np.abs(images.astype(int) - never).max() <= 1) == (not any(guided))
+
+
+def test_an_interval_that_ends_before_it_starts_is_refused(tiny_decoder: DecoderSettings) -> None:
+    with pytest.raises(ValueError, match=r"guidance_interval starts at 0\.6 and stops at 0\.2; swap them"):
+        DecoderSettings.model_validate({**tiny_decoder.model_dump(), "guidance_interval": [0.6, 0.2]})

@@ -62,8 +62,7 @@ class World:
 
 
 @pytest.mark.usefixtures("ray_local")
-@pytest.mark.parametrize("with_dislikes", [True, False])
-@pytest.mark.parametrize("user_encoder", ["id", "history"])
+@pytest.mark.parametrize(("user_encoder", "with_dislikes"), [("history", True), ("id", False)])
 def test_the_default_settings_find_the_taste(tmp_path: Path, user_encoder: str, with_dislikes: bool) -> None:
     world = World(tmp_path, with_dislikes=with_dislikes)
     inputs = {"interactions": {"path": world.ratings}, "items": world.items, "storage": f"{tmp_path}/storage"}

@@ -8,7 +8,7 @@ Shapes: B rows, R reference images, T tokens, C channels; latents [R, C, Y, X].
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -87,10 +87,16 @@ class ReferenceAttention(nn.Module):
 class ReferenceUNet:
     """The UNet of a decoder whose self-attention sees the references of `memory`."""
 
-    def __init__(self, conditioned: Any, memory: Memory, scheduler_config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        conditioned: Any,
+        memory: Memory,
+        scheduler_config: Mapping[str, Any],
+        tile_size: Callable[[], int],
+    ) -> None:
         from diffusers import DDPMScheduler
 
-        self.conditioned, self.memory = conditioned, memory
+        self.conditioned, self.memory, self.tile_size = conditioned, memory, tile_size
         self.schedule = DDPMScheduler.from_config(scheduler_config)
         processors = dict(conditioned.unet.attn_processors)
         processors |= {
@@ -102,6 +108,7 @@ class ReferenceUNet:
         self, latents_BCYX: torch.Tensor, timestep_B: torch.Tensor, *conditioning: torch.Tensor
     ) -> torch.Tensor:
         memory = self.memory
+        memory.is_guided = len(latents_BCYX) > self.tile_size()
         parts = [part for part in (memory.liked, memory.disliked) if part is not None]
         if parts:
             references = torch.cat(parts)
@@ -125,7 +132,9 @@ class FabricDecoder:
         self.decoder = LocalDecoder(settings.model_copy(update={"compile": False}))
         networks, self.memory = self.decoder.loop.networks, Memory()
         self.vae, self.size = networks.vae_decoder.vae, networks.image_size  # type: ignore[attr-defined]
-        unet = ReferenceUNet(networks.unet, self.memory, networks.scheduler_config)
+        unet = ReferenceUNet(
+            networks.unet, self.memory, networks.scheduler_config, lambda: self.decoder.batch_size
+        )
         self.decoder.loop = DenoisingLoop(replace(networks, unet=unet), self.decoder.settings)
 
     def refer_to(self, liked: Sequence[bytes], disliked: Sequence[bytes]) -> None:
@@ -139,5 +148,4 @@ class FabricDecoder:
         """Return one outcome per row, in order. All rows are of the same user."""
         # Without padding: a user has few rows, and the references cost a pass in any case.
         self.decoder.batch_size = min(len(rows), self.decoder.settings.batch_size)
-        self.memory.is_guided = bool((rows.guidance_scale_B != 1).any())
         return self.decoder.decode(rows)
