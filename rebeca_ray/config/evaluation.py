@@ -95,8 +95,8 @@ class EvaluateConfig(JobConfig):
     items: Annotated[Location, Effect.CONTENT]
     """Folder of embedded real items, written by `rebeca embed`."""
     images: Annotated[Location | None, Effect.CONTENT] = None
-    """Parquet file or folder of the real items with their images, for the report and for `encoders`. By
-    default, the report shows generated images alone."""
+    """Parquet file or folder of the real items with their images, for the report and for all figures and
+    methods that see images. By default, the report shows generated images alone."""
     interactions: InteractionSettings
     """Ratings, with the `hold_out` and `test` of the training. The verifier reads these two parts alone."""
     training_seed: Annotated[Seed, Effect.ITEM] = 0
@@ -164,7 +164,7 @@ class EvaluateConfig(JobConfig):
     )
     """Regularisations that validation chooses from. They replace `verifier.weight_decay`."""
     device: Annotated[Device, Effect.PLAN] = "cpu"
-    """Device that embeds generated images."""
+    """Device of the models that see images: CLIP, encoders, captioner, LPIPS."""
     num_users: Annotated[Positive, Field(ge=MIN_USERS), Effect.PLAN] = 1000
     """Most users that are judged. More are thinned out evenly."""
     max_item_similarity: Annotated[float, Field(gt=0, le=1), Effect.NOTHING] = 0.98
@@ -177,7 +177,7 @@ class EvaluateConfig(JobConfig):
     out: Annotated[Location, Effect.NOTHING]
     """Folder that receives `metrics.json`, `users.parquet`, `report.html` and the plots."""
     seed: Annotated[Seed, Effect.ITEM] = 1000
-    """Seed of permutations, bootstrap samples and equal counts."""
+    """Seed of permutations, bootstrap samples, equal counts, topics, and samples of methods."""
 
     @model_validator(mode="before")
     @classmethod

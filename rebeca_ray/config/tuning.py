@@ -43,7 +43,7 @@ class TuneConfig(JobConfig):
     grace_epochs: Annotated[Positive, Effect.ITEM] = 10
     """Epochs that every trial gets before the worse ones are stopped (ASHA)."""
     reduction: Annotated[int, Field(ge=2, le=100), Effect.ITEM] = 3
-    """Share of trials that goes on at each halving: one of so many."""
+    """At each halving, one of this many trials goes on."""
     max_concurrent: Annotated[Positive, Effect.SPEED] = 1
     """Trials at a time. Each has the workers of `train`."""
     out: Annotated[Location, Effect.NOTHING]

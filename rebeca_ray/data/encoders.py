@@ -1,6 +1,6 @@
-"""Image encoders besides the items' CLIP: another model looks at the pictures, as the authors let one.
+"""Image encoders besides the items' CLIP. REBECA's authors, too, judge pictures by another model.
 
-A picture that only its own CLIP likes is then found out.
+Without one, a picture that pleases the items' CLIP alone would pass.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
 """Keywords of a user: the words that captions of liked items have more often than those of disliked ones.
 
-Smoothed log-odds, as REBECA's authors write persona prompts: every word counts ALPHA times more than it
-occurs (Monroe, Colaresi & Quinn 2008, "Fightin' Words", section 3.3).
+Smoothed log-odds, as REBECA's authors write persona prompts: ALPHA is added to the count of every word
+(Monroe, Colaresi & Quinn 2008, "Fightin' Words", section 3.3).
 
 Shapes: W words of the vocabulary.
 """

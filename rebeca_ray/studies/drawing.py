@@ -54,7 +54,8 @@ def draw_set(
     table = open_parquet(uri, "set").read(set_schema(catalog.embeds_ND.shape[1]))
     return ItemSet(
         name=name,
-        description=f"{name}, drawn by the catalog's decoder",
+        description=f"{name}, drawn by "
+        + ("a decoder of its own" if wishes.made_from else "the catalog's decoder"),
         user_id=catalog.user_id,
         user_N=catalog.user_N,
         item_id=table["item_id"].to_pylist(),

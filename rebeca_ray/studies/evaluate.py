@@ -14,22 +14,24 @@ import numpy as np
 import pyarrow as pa
 
 from rebeca_ray.catalog.read import Snapshot, read_catalog
+from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.evaluation import IMAGE_METHODS, EvaluateConfig
 from rebeca_ray.data.items import EmbeddedItems, read_image_embeds
 from rebeca_ray.decoder.build import build_decoder
 from rebeca_ray.errors import InputError
 from rebeca_ray.evaluation.paired import compare_users
-from rebeca_ray.prior.checkpoint import load_prior
+from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.parquet import write_table
 from rebeca_ray.storage.writable import require_writable
-from rebeca_ray.studies.drawing import draw_set
-from rebeca_ray.studies.guidance import guidance_cells
+from rebeca_ray.studies.drawing import draw_set, fingerprint_of
+from rebeca_ray.studies.guidance import check_guidable, guidance_cells
 from rebeca_ray.studies.measure import LESS_IS_BETTER, Judge, Measured, mean_of, measure
 from rebeca_ray.studies.methods import Materials, wishes_of
 from rebeca_ray.studies.metrics import Comparison, GuidanceCell, Metrics, SetFigures, VerifierFigures
 from rebeca_ray.studies.own_decoders.draw import draw_with_own_decoder
+from rebeca_ray.studies.own_decoders.lora import check_trainable
 from rebeca_ray.studies.perceptual import LPIPS, PerceptualJudge
 from rebeca_ray.studies.ratings import StudyRatings, read_ratings
 from rebeca_ray.studies.sets import ItemSet, TrueLike, choose_users, read_set
@@ -102,18 +104,28 @@ def evaluate(
     require_writable(config.out, "out")
     snapshots, users, judge, verifier = read_inputs(config)
     spaces, verifiers = read_spaces(config, judge)
-    sources = [*captions, *read_sources(config)]
+    sources = different([*captions, *read_sources(config)])
     topics = [fit_topic_judge(source, judge, config) for source in sources]
     perceptual = PerceptualJudge(config.lpips, judge, config) if config.lpips else None
     names = ("catalog", "other")[: len(snapshots)]
     sets = [read_set(name, snapshot, users) for name, snapshot in zip(names, snapshots, strict=True)]
     cells: list[GuidanceCell] = []
     if config.decoder and (config.methods or config.prior_guidance_tried):
-        decoder, materials = build_decoder(config.decoder), read_materials(config, sets[0], judge, sources)
+        materials = read_materials(config, sets[0], judge, sources)
+        # Everything is checked before the first image is drawn.
+        check_models(config.decoder, materials.prior, snapshots[0])
+        if config.prior_guidance_tried:
+            check_guidable(materials.prior)
+        for method in IMAGE_METHODS & set(config.methods):
+            check_trainable(method, config.decoder)
+        wishes = {
+            method: wishes_of(method, materials) for method in config.methods if method not in IMAGE_METHODS
+        }
+        decoder = build_decoder(config.decoder)
         sets += [
-            draw_with_own_decoder(method, materials, config)
-            if method in IMAGE_METHODS
-            else draw_set(method, wishes_of(method, materials), sets[0], decoder, config.decoder, config.out)
+            draw_set(method, wishes[method], sets[0], decoder, config.decoder, config.out)
+            if method in wishes
+            else draw_with_own_decoder(method, materials, config)
             for method in config.methods
         ]
         if config.prior_guidance_tried:
@@ -190,6 +202,28 @@ def read_materials(
         without_users=without_users,
         seed=config.seed,
     )
+
+
+def different(sources: list[CaptionSource]) -> list[CaptionSource]:
+    """Return the sources of captions. Raises InputError if two have the same name."""
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(
+                f"captions: two sources are named {name}; leave out --truth, or the prompts of caption_model"
+            )
+    return sources
+
+
+def check_models(decoder: DecoderSettings, prior: TrainedPrior, snapshot: Snapshot) -> None:
+    """Raise InputError if the catalog was made by another prior or decoder than methods would use."""
+    versions = snapshot.manifest.versions
+    for name, fingerprint in (("prior", prior.fingerprint), ("decoder", fingerprint_of(decoder))):
+        if fingerprint != versions.get(name):
+            raise InputError(
+                f"{name}: its fingerprint is {fingerprint}; that of catalog {snapshot.root} is "
+                f"{versions.get(name)}; give the {name} and the settings that made the catalog"
+            )
 
 
 def check_fit(root: str, embed_dim: int, items: EmbeddedItems, uri: str) -> None:

@@ -9,8 +9,8 @@ from rebeca_ray.studies.metrics import Metrics
 def named_figures(metrics: Metrics) -> dict[str, float]:
     """Return all figures that were computed, by their path.
 
-    A path begins with `verifier`, with the name of a set, or with two names of sets: `catalog-p1`. Counts and
-    plots of calibration are no figures.
+    A path begins with `verifier`, `guidance`, the name of a set, or two names of sets: `catalog-p1`. Counts
+    and plots of calibration are no figures.
     """
     parts: dict[str, object] = {"verifier": metrics.verifier.model_dump()}
     parts |= {f"verifier/{space}": part.model_dump() for space, part in metrics.verifiers.items()}
@@ -21,6 +21,9 @@ def named_figures(metrics: Metrics) -> dict[str, float]:
             figures["permutation"] = {f"{test['method']}, {test['statistic']}": test for test in tests}
             parts[f"{part.name}/{space}"] = figures
         parts[part.name] = record
+    for cell in metrics.guidance:
+        name = f"guidance/prior {cell.prior_guidance_scale:g}, decoder {cell.decoder_guidance_scale:g}"
+        parts[name] = cell.model_dump(exclude={"prior_guidance_scale", "decoder_guidance_scale"})
     for row in metrics.comparisons:
         parts[f"{row.left}-{row.right}/{row.figure}"] = row.model_dump()
     return dict(leaves(parts, ""))

@@ -17,12 +17,11 @@ from rebeca_ray.config.evaluation import EvaluateConfig
 from rebeca_ray.config.sections import SamplerSettings
 from rebeca_ray.decoder.interface import Decoder
 from rebeca_ray.errors import InputError
-from rebeca_ray.prior.diffusion import Diffusion
-from rebeca_ray.prior.sampling import sample_liked
+from rebeca_ray.prior.checkpoint import TrainedPrior
 from rebeca_ray.schemas import TRAINING
 from rebeca_ray.studies.drawing import draw_set
 from rebeca_ray.studies.measure import mean_of, measure
-from rebeca_ray.studies.methods import Materials, Wishes
+from rebeca_ray.studies.methods import Materials, Wishes, sample_items
 from rebeca_ray.studies.metrics import GuidanceCell
 from rebeca_ray.studies.sets import ItemSet, TrueLike
 from rebeca_ray.studies.spaces import Space
@@ -41,9 +40,9 @@ def guidance_cells(
 ) -> list[GuidanceCell]:
     """Return the figures in `space` of each pair of scales, for `config.guidance_users` of the users.
 
-    Raises InputError for a prior without the user encoder `history`, and for a distilled prior, whose
-    guidance is built in.
+    Raises InputError as `check_guidable` does.
     """
+    check_guidable(materials.prior)
     materials = thinned(materials, config.guidance_users)
     space = replace(space, judge=materials.judge)
     cells = []
@@ -74,6 +73,19 @@ def guidance_cells(
     return cells
 
 
+def check_guidable(prior: TrainedPrior) -> None:
+    """Raise InputError for a prior without the user encoder `history`, and for a distilled one.
+
+    The guidance of a distilled prior is built in.
+    """
+    if prior.settings.user_encoder != "history" or prior.sampling.distilled_steps is not None:
+        raise InputError(
+            f"prior_guidance_tried: the prior has the user encoder {prior.settings.user_encoder}, "
+            f"distilled_steps={prior.sampling.distilled_steps}; expected history, and no distilled prior; "
+            "leave prior_guidance_tried out"
+        )
+
+
 def embedded(space: Space, items: ItemSet) -> np.ndarray:
     """Return the features [N, D] of drawn images."""
     x_ND = space.features_of(items)
@@ -84,22 +96,11 @@ def embedded(space: Space, items: ItemSet) -> np.ndarray:
 def sample_guided(materials: Materials, prior_guidance_scale: float) -> np.ndarray:
     """Return an embedding [N, D] per item of the catalog, sampled at one guidance scale."""
     prior, ratings = materials.prior, materials.judge.ratings
-    if prior.settings.user_encoder != "history" or prior.sampling.distilled_steps is not None:
-        raise InputError(
-            f"prior_guidance_tried: the prior has the user encoder {prior.settings.user_encoder}, "
-            f"distilled_steps={prior.sampling.distilled_steps}; expected history, and no distilled prior; "
-            "leave prior_guidance_tried out"
-        )
     x0_ID = prior.scaler.scale(torch.from_numpy(ratings.items.image_embeds)).numpy()
     block = ratings.block(ratings.interactions.split == TRAINING)
     users = user_vectors(prior, block, materials.judge.user_U, x0_ID)
     sampler = SamplerSettings(prior_guidance_scale=prior_guidance_scale, selector_guidance_scale=0.0)
-    sampler = sampler.resolve(prior.sampling, prior.diffusion.num_train_timesteps)
-    count = len(materials.catalog.user_N)
-    seeds = range(materials.seed * 2**32, materials.seed * 2**32 + count)
-    diffusion = Diffusion.build(prior.diffusion)
-    x0_ND = sample_liked(prior, diffusion, users, materials.catalog.user_N, seeds, sampler)
-    return prior.scaler.unscale(x0_ND).numpy()
+    return sample_items(prior, users, materials.catalog.user_N, sampler, materials.seed)
 
 
 def thinned(materials: Materials, num_users: int) -> Materials:

@@ -103,15 +103,10 @@ def likeness(generated: list[np.ndarray], liked: list[np.ndarray]) -> np.ndarray
     """
     return np.array(
         [
-            float((unit_rows(x_SD) @ unit_rows(liked_SD).T).mean())
+            float((F.normalize(torch.as_tensor(x_SD)) @ F.normalize(torch.as_tensor(liked_SD)).T).mean())
             for x_SD, liked_SD in zip(generated, liked, strict=True)
         ]
     )
-
-
-def unit_rows(x_ND: np.ndarray) -> np.ndarray:
-    """Return rows of length 1."""
-    return x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True)
 
 
 def liked_test_items(judge: Judge) -> np.ndarray:

@@ -97,22 +97,27 @@ def wishes_of(method: str, materials: Materials) -> Wishes:
 def personas_of(materials: Materials) -> tuple[list[str], list[str]]:
     """Return a prompt and a negative prompt per item: the keywords of its user's training ratings.
 
-    Raises InputError without captions.
+    Raises InputError without captions of the rated items.
     """
     ratings, judge = materials.judge.ratings, materials.judge
     if not materials.captions:
         raise InputError(
             "method persona: there are no captions of the real items; set caption_model, or leave it out"
         )
-    parts = [captions.of(ratings.items.item_id.tolist()) for captions in materials.captions]
-    text_I = [" ".join(texts) for texts in zip(*parts, strict=True)]
-    vocabulary = sorted(count_words(text_I))
+    users = judge.user_U.tolist()
+    rated_U = [ratings.rows_of(user, TRAINING) for user in users]
+    rows = np.unique(np.concatenate(rated_U))
+    parts = [captions.of(ratings.items.item_id[rows].tolist()) for captions in materials.captions]
+    text_of = {row: " ".join(texts) for row, *texts in zip(rows.tolist(), *parts, strict=True)}
+    vocabulary = sorted(count_words(text_of.values()))
     personas = []
-    for user in judge.user_U.tolist():
-        rated, liked = ratings.rows_of(user, TRAINING), ratings.likes_of_training(user)
-        disliked = np.setdiff1d(rated, liked)
+    for user, rated in zip(users, rated_U, strict=True):
+        liked = ratings.likes_of_training(user)
         likes, dislikes = keywords(
-            [text_I[row] for row in liked], [text_I[row] for row in disliked], vocabulary, NUM_KEYWORDS
+            [text_of[row] for row in liked.tolist()],
+            [text_of[row] for row in np.setdiff1d(rated, liked).tolist()],
+            vocabulary,
+            NUM_KEYWORDS,
         )
         personas.append((", ".join(likes), ", ".join(dislikes)))
     prompts, negatives = zip(*[personas[user] for user in materials.catalog.user_N.tolist()], strict=True)
@@ -179,12 +184,27 @@ def means_of_likes(materials: Materials) -> np.ndarray:
 
 
 def sample_without_users(materials: Materials) -> np.ndarray:
-    """Return embeddings [N, D] of the prior that was trained without users (NoUE)."""
+    """Return embeddings [N, D] of the prior that was trained without users (NoUE).
+
+    Raises InputError for a prior with users.
+    """
     prior = materials.without_users
     assert prior is not None  # the config names it
-    count = len(materials.catalog.user_N)
+    if prior.settings.user_encoder != "none":
+        raise InputError(
+            f"without_users: that prior has the user encoder {prior.settings.user_encoder}; expected none; "
+            "train one with network.user_encoder=none"
+        )
     users = UserVectors(token_GUH=prior.network.null_user_UH.detach()[None])
-    sampler = SamplerSettings().resolve(prior.sampling, prior.diffusion.num_train_timesteps)
-    seeds = range(materials.seed * 2**32, materials.seed * 2**32 + count)
-    x0_ND = sample_liked(prior, Diffusion.build(prior.diffusion), users, np.zeros(count, int), seeds, sampler)
+    user_N = np.zeros(len(materials.catalog.user_N), int)
+    return sample_items(prior, users, user_N, SamplerSettings(), materials.seed)
+
+
+def sample_items(
+    prior: TrainedPrior, users: UserVectors, user_N: np.ndarray, settings: SamplerSettings, seed: int
+) -> np.ndarray:
+    """Return an embedding [N, D] per item, for the users `user_N`. Other seeds give other noise."""
+    sampler = settings.resolve(prior.sampling, prior.diffusion.num_train_timesteps)
+    seeds = range(seed * 2**32, seed * 2**32 + len(user_N))
+    x0_ND = sample_liked(prior, Diffusion.build(prior.diffusion), users, user_N, seeds, sampler)
     return prior.scaler.unscale(x0_ND).numpy()

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 
 from rebeca_ray.config.evaluation import EvaluateConfig
 from rebeca_ray.errors import InputError, describe
-from rebeca_ray.pixels import see_image
 from rebeca_ray.studies.measure import Judge
-from rebeca_ray.studies.pictures import read_pictures
+from rebeca_ray.studies.pictures import picture_tensor, read_pictures
 from rebeca_ray.studies.sets import ItemSet
 
 LPIPS = "lpips"
@@ -61,15 +59,9 @@ class PerceptualJudge:
 
     def mean_distance(self, generated: Sequence[bytes], liked: Sequence[bytes]) -> float:
         """Return the mean LPIPS over all pairs of two lists of encoded images."""
-        one_SRYX, other_LRYX = self.tensor(generated), self.tensor(liked)
+        one_SRYX, other_LRYX = (picture_tensor(part, SIZE).to(self.device) for part in (generated, liked))
         self.metric.reset()
         self.metric.update(
             one_SRYX.repeat_interleave(len(liked), dim=0), other_LRYX.repeat(len(generated), 1, 1, 1)
         )
         return float(self.metric.compute())
-
-    def tensor(self, encoded: Sequence[bytes]) -> torch.Tensor:
-        """Return images in [-1, 1], resized to one size."""
-        images = [see_image(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for image in encoded]
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
-        return (pixels.float() / 127.5 - 1).to(self.device)

@@ -1,11 +1,17 @@
-"""Read the encoded images of some real items."""
+"""Read the encoded images of some real items, and turn images into tensors."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
+from PIL import Image
 
 from rebeca_ray import schemas
 from rebeca_ray.data.validation import check_columns
 from rebeca_ray.errors import InputError
+from rebeca_ray.pixels import see_image
 from rebeca_ray.storage.parquet import open_parquet
 
 ROWS_AT_ONCE = 1000
@@ -29,3 +35,10 @@ def read_pictures(uri: str, item_ids: set[str]) -> dict[str, bytes]:
             f"images {uri}: no image of {len(missing)} items, such as {min(missing)}; give all real items"
         )
     return pictures
+
+
+def picture_tensor(encoded: Sequence[bytes], size: int) -> torch.Tensor:
+    """Return encoded images as floats [N, 3, size, size] in [-1, 1], resized to squares."""
+    images = [see_image(image).resize((size, size), Image.Resampling.BICUBIC) for image in encoded]
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+    return pixels.float() / 127.5 - 1

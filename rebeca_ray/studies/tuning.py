@@ -6,9 +6,11 @@ A start after an interruption goes on: Ray Tune knows the finished trials, and a
 last epoch. Losses compare settings of one objective and one noise schedule alone.
 """
 
+import hashlib
 import itertools
 import logging
 import math
+import sys
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -20,6 +22,7 @@ from ray.tune.schedulers import ASHAScheduler
 
 from rebeca_ray.config.jobs import TrainConfig
 from rebeca_ray.config.tuning import Point, TuneConfig
+from rebeca_ray.data.feedback import with_rated
 from rebeca_ray.data.histories import build_histories
 from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.errors import InputError, QualityGateError, describe
@@ -62,8 +65,13 @@ def tune_training(config: TuneConfig) -> pa.Table:
     check_grid(config, items.image_embeds.shape[1])
     start_ray()
     train = in_trials(config, config.train)
-    build_histories(train.interactions, items.item_id, train.storage)  # once, for all trials
-    grid = tuner_of(config).fit()
+    if train.catalog is not None:
+        items = with_rated(items, train.catalog, train.interactions)
+    # Once, for all trials. Other ratings or items are another experiment.
+    histories = build_histories(train.interactions, items.item_id, train.storage)
+    embeds = hashlib.sha256(items.image_embeds.tobytes()).hexdigest()
+    name = hash128(config.identity_json(), embeds, *items.item_id, histories.digest)[:12]
+    grid = tuner_of(config, name).fit()
     results = [grid[number] for number in range(len(grid))]
     for result in results:
         if result.error is not None:
@@ -100,8 +108,8 @@ def in_trials(config: TuneConfig, train: TrainConfig) -> TrainConfig:
     return train.model_copy(update={"storage": join(config.out, "training")})
 
 
-def tuner_of(config: TuneConfig) -> tune.Tuner:
-    """Return a tuner over the grid, or the one of an interrupted start with the same grid."""
+def tuner_of(config: TuneConfig, name: str) -> tune.Tuner:
+    """Return a tuner over the grid, or the one of an interrupted start of the same `name`."""
 
     def run_trial(point: Point) -> None:
         train = in_trials(config, config.at(point))
@@ -109,7 +117,6 @@ def tuner_of(config: TuneConfig) -> tune.Tuner:
 
     store = open_store(join(config.out, TRIALS))
     trainable = tune.with_resources(run_trial, {"cpu": 0.01})  # the workers have the CPUs
-    name = hash128(config.identity_json())[:12]
     path, filesystem = f"{store.path}/{name}", store.scan_filesystem()
     if tune.Tuner.can_restore(path, storage_filesystem=filesystem):
         return tune.Tuner.restore(
@@ -134,10 +141,14 @@ def tuner_of(config: TuneConfig) -> tune.Tuner:
 
 
 def trial_of(result: Result) -> Trial:
-    """Return a trial; one that failed has no losses."""
+    """Return a trial; one that failed or diverged has no losses."""
     assert result.config is not None
     metrics = None if result.error is not None else result.metrics_dataframe
-    return Trial(point=result.config, losses=[] if metrics is None else metrics[VAL_LOSS].tolist())
+    losses = [] if metrics is None else metrics[VAL_LOSS].tolist()
+    if losses and losses[-1] == sys.float_info.max:
+        log.error(f"trial {name_of(result.config)}: training diverged after epoch {len(losses)}")
+        losses = []
+    return Trial(point=result.config, losses=losses)
 
 
 def name_of(point: Point) -> str:

@@ -203,7 +203,7 @@ def quality(world: World) -> dict[str, dict[str, float]]:
 
 
 def intervals(world: World) -> dict[str, dict[str, float]]:
-    """Return quality and passes by guidance interval; write the strip: real stickers, then one row for each."""
+    """Return quality and passes by guidance interval; write the strip: real stickers, then a row each."""
     figures, strip = {}, [world.images[:12]]
     for start, stop in INTERVALS:
         settings = DEFAULT.model_copy(update={"guidance_interval": (start, stop)})

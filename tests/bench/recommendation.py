@@ -1,8 +1,8 @@
 """Does it recommend? Generated images beside other methods, on populations without any tuning.
 
 The script simulates a population per seed, trains the stickers' prior on it and a prior without users, and
-publishes two catalogs: ten items each for 210 users of the training, and four each for 210 users whom no
-training saw. `rebeca evaluate` compares the first with the other methods, for 70 of its users. The true like
+publishes two catalogs: ten items each for 210 users of the training, and for 84 users whom no training
+saw. `rebeca evaluate` compares the first with the other methods, for 70 of its users. The true like
 probability is that of the simulation, read by the judge from the drawn images.
 
 Folders of an earlier start, or of `prior_quality.py`, are not made again.
@@ -39,32 +39,32 @@ from rebeca_ray.studies.metrics import Metrics
 from tests.bench.population import ROOT, SPLIT, embed_stickers, simulate_populations, train_stickers
 
 RESULTS = Path(__file__).parent / "results" / "recommendation.json"
-NUM_USERS, COMPARED_USERS = 210, 70
-SEEN_IMAGES, UNSEEN_IMAGES = 10, 4
+SEEN_USERS, UNSEEN_USERS, COMPARED_USERS = 210, 84, 70
+IMAGES_PER_USER = 10
 WITHOUT_USERS = ("empty_prompt", "p1", "p2", "no_user", "most_popular", "random")
 METHODS = (*WITHOUT_USERS, "persona", "nearest_to_mean", "retrieval")
 
 
-def users_with_test_likes(path: Path) -> list[str]:
-    """Return 210 users with a liked test rating, evenly spaced."""
+def users_with_test_likes(path: Path, count: int) -> list[str]:
+    """Return users with a liked test rating, evenly spaced."""
     interactions = read_interactions(InteractionSettings(path=str(path), **SPLIT))
     liked = (interactions.split == TEST) & (interactions.like == 1)
     users = interactions.user_id[np.unique(interactions.user_index[liked])].tolist()
-    return [users[row] for row in np.linspace(0, len(users) - 1, NUM_USERS).astype(int)]
+    return [users[row] for row in np.linspace(0, len(users) - 1, count).astype(int)]
 
 
-def publish(folder: Path, name: str, prior: Path, items: str, num_images: int) -> Snapshot:
+def publish(folder: Path, name: str, items: str, num_users: int) -> Snapshot:
     """Return the catalog of the users in `folder/name`, generated unless an earlier start did."""
     catalog, population = folder / f"catalog-{name}", folder / name
-    if not catalog.exists():
+    pointer = catalog / "latest.json"
+    if not (pointer.exists() and json.loads(pointer.read_text())["snapshot"]):
         request = population / "evaluated.parquet"
-        pq.write_table(
-            pa.table({"user_id": users_with_test_likes(population / "interactions.parquet")}), request
-        )
-        overrides = [f"prior={prior}", f"request={request}", f"items={items}", f"catalog={catalog}"]
+        users = users_with_test_likes(population / "interactions.parquet", num_users)
+        pq.write_table(pa.table({"user_id": users}), request)
+        overrides = [f"prior={folder}/history", f"request={request}", f"items={items}", f"catalog={catalog}"]
         overrides += [f"interactions.path={population}/interactions.parquet", "hide_hold_out=true"]
         overrides += [f"interactions.{key}={value}" for key, value in SPLIT.items()]
-        overrides += [f"num_images={num_images}"]
+        overrides += [f"num_images={IMAGES_PER_USER}"]
         generate_catalog(load_config(GenerateConfig, ROOT / "jobs/configs/generate_stickers.yaml", overrides))
     return read_catalog(str(catalog))
 
@@ -99,13 +99,13 @@ def in_short(test: PermutationTest) -> dict[str, float]:
 def one_seed(seed: int, data: Path, users: int) -> dict[str, Any]:
     """Return the figures of one population."""
     items, folder = embed_stickers(data), data / f"seed-{seed}"
-    if not folder.exists():
+    if not (folder / "unseen" / "truth.parquet").exists():
         simulate_populations(data, seed, users)
     for name, user_encoder in (("history", "history"), ("noue", "none")):
-        if not (folder / name).exists():
+        if not (folder / name / "prior.json").exists():
             train_stickers(folder, name, items, seed, user_encoder)
-    seen = publish(folder, "seen", folder / "history", items, SEEN_IMAGES)
-    unseen = publish(folder, "unseen", folder / "history", items, UNSEEN_IMAGES)
+    seen = publish(folder, "seen", items, SEEN_USERS)
+    unseen = publish(folder, "unseen", items, UNSEEN_USERS)
 
     _, user_N, like_UN = true_likes(seen, folder / "seen" / "truth.parquet")
     _, unseen_N, unseen_UN = true_likes(unseen, folder / "unseen" / "truth.parquet")
@@ -174,7 +174,7 @@ def report(seeds: dict[str, dict[str, Any]]) -> None:
     for seed, figures in seeds.items():
         test, by_image = figures["permutation"], figures["permutation by image"]
         console.print(
-            f"seed {seed}, {NUM_USERS} × {SEEN_IMAGES}: {test['matched']:.3f} for their users, "
+            f"seed {seed}, {SEEN_USERS} × {IMAGES_PER_USER}: {test['matched']:.3f} for their users, "
             f"{test['shuffled']:.3f} for others, z {test['z']:.1f}, by image {by_image['z']:.1f}; "
             f"users never seen {figures['unseen']:.3f}, "
             f"{figures['unseen'] / figures['seen']:.1%} of users seen"

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -11,16 +12,18 @@ import pytest
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.evaluation import EvaluateConfig
 from rebeca_ray.config.verifier import VerifierSettings
+from rebeca_ray.data.captions import Captions
 from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.errors import InputError
 from rebeca_ray.schemas import TRAINING
 from rebeca_ray.storage.filesystem import exists, list_files
 from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.studies import verifying
-from rebeca_ray.studies.evaluate import check_fit, evaluate
+from rebeca_ray.studies.evaluate import check_fit, different, evaluate
 from rebeca_ray.studies.metrics import Metrics, schema
 from rebeca_ray.studies.ratings import StudyRatings, read_ratings
 from rebeca_ray.studies.report import write_report
+from rebeca_ray.studies.topics import CaptionSource
 from rebeca_ray.studies.verifying import check_apart, fit_study_verifier
 from tests.studies.conftest import NUM_USERS, STUDY_USERS, publish_catalog
 
@@ -121,6 +124,40 @@ def test_too_few_users_are_named(
 def test_the_published_schema_is_that_of_the_models() -> None:
     page = Path(__file__).parents[2] / "infra" / "docs" / "metrics.schema.json"
     assert page.read_text() == schema() + "\n", "run `make docs`"
+
+
+def test_models_that_did_not_make_the_catalog_are_refused(
+    study: EvaluateConfig, tmp_path: Path, tiny_decoder: DecoderSettings
+) -> None:
+    catalog = publish_catalog(tmp_path / "first", tiny_decoder, STUDY_USERS)
+    publish_catalog(tmp_path / "second", tiny_decoder, STUDY_USERS[:2], seed=1)
+    study = study.model_copy(
+        update={
+            "catalog": catalog.root,
+            "decoder": tiny_decoder,
+            "prior": str(tmp_path / "first" / "prior"),
+            "methods": ("rebeca_p1",),
+        }
+    )
+    others = (
+        ("prior", str(tmp_path / "second" / "prior")),
+        ("decoder", tiny_decoder.model_copy(update={"num_inference_steps": 2})),
+    )
+    for name, other in others:
+        with pytest.raises(InputError, match=f"^{name}: its fingerprint is .*; that of catalog "):
+            evaluate(study.model_copy(update={name: other}))
+    assert not Path(study.out, "sets").exists()
+
+
+def test_two_sources_of_captions_have_two_names() -> None:
+    source = CaptionSource(
+        name="style",
+        real=Captions(item_id=np.array(["i"], object), caption=np.array(["red"], object)),
+        caption=lambda encoded: ["red"] * len(encoded),
+    )
+    assert different([source, replace(source, name="content")])
+    with pytest.raises(InputError, match="captions: two sources are named style"):
+        different([source, source])
 
 
 def test_a_test_split_is_needed(study: EvaluateConfig) -> None:

@@ -8,6 +8,7 @@ from rebeca_ray.studies.figures import check_bounds, named_figures
 from rebeca_ray.studies.metrics import (
     Comparison,
     Distances,
+    GuidanceCell,
     Mean,
     Metrics,
     Permutation,
@@ -46,11 +47,21 @@ SPACE = SpaceFigures(
 CATALOG = SetFigures(
     name="catalog", description="", users=5, items=10, spaces={"clip": SPACE}, topic_precision={"style": MEAN}
 )
+CELL = GuidanceCell(
+    prior_guidance_scale=3.0, decoder_guidance_scale=5.0, users=5, items=10, like_probability=MEAN, mmd=2.0,
+    vendi=MEAN,
+)  # fmt: skip
 COMPARISON = Comparison(
     figure="clip/vendi", left="catalog", right="p1", users=5, difference=-0.25, low=-0.5, high=0.0,
     win_share=0.2, tie_share=0.0, wilcoxon_p=0.04,
 )  # fmt: skip
-METRICS = Metrics(verifier=VERIFIER, verifiers={"timm:a": VERIFIER}, sets=[CATALOG], comparisons=[COMPARISON])
+METRICS = Metrics(
+    verifier=VERIFIER,
+    verifiers={"timm:a": VERIFIER},
+    sets=[CATALOG],
+    guidance=[CELL],
+    comparisons=[COMPARISON],
+)
 
 
 def test_every_computed_figure_has_a_name() -> None:
@@ -62,6 +73,12 @@ def test_every_computed_figure_has_a_name() -> None:
     assert figures["catalog/clip/distances/mmd"] == 1
     assert figures["catalog/topic_precision/style/mean"] == 0.3
     assert figures["catalog-p1/clip/vendi/difference"] == -0.25
+    assert figures["guidance/prior 3, decoder 5/mmd"] == 2
+    assert figures["guidance/prior 3, decoder 5/vendi/mean"] == 0.3
+    assert not [name for name in figures if "guidance_scale" in name]
+    measured = CATALOG.model_copy(update={"lpips": MEAN, "true_like_probability": MEAN})
+    more = named_figures(METRICS.model_copy(update={"sets": [measured]}))
+    assert more["catalog/lpips/mean"] == more["catalog/true_like_probability/mean"] == 0.3
     missing = ("true_like", "fid", "unseen", "num_users", "items")
     assert not [name for name in figures if name.rpartition("/")[2].startswith(missing)]
 

@@ -1,21 +1,26 @@
 """The guidance figure: every pair of scales for the same users, noise and seeds; and the suites."""
 
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from PIL import Image
 
+from rebeca_ray import schemas
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.evaluation import EvaluateConfig
 from rebeca_ray.config.sections import NetworkSettings
+from rebeca_ray.data.clip import ERROR
 from rebeca_ray.decoder.build import build_decoder
 from rebeca_ray.errors import InputError
-from rebeca_ray.studies.guidance import guidance_cells, sample_guided, thinned
-from rebeca_ray.studies.measure import PLANNED
+from rebeca_ray.studies.guidance import check_guidable, guidance_cells, sample_guided, thinned
 from rebeca_ray.studies.methods import Materials
 from rebeca_ray.studies.report import guidance_plots
-from rebeca_ray.studies.spaces import Space
+from rebeca_ray.studies.spaces import CLIP, Space
 from tests.conftest import D, untrained_prior
 from tests.studies.conftest import NUM_USERS, STUDY_USERS
 
@@ -45,14 +50,28 @@ def test_every_pair_of_scales_is_a_cell(
         seen.append(owners)
         return np.linspace(0, 1, len(encoded))
 
-    space = Space(name=PLANNED, judge=materials.judge)  # no CLIP here fits the items
+    embedded: list[bytes] = []
+
+    def embed(batch: pa.Table) -> pa.Table:
+        """Return an embedding made of the first pixels: no CLIP here fits the items."""
+        encoded = [image["bytes"] for image in batch["image"].to_pylist()]
+        embedded.extend(encoded)
+        pixels = [np.asarray(Image.open(io.BytesIO(image))).ravel()[:D] for image in encoded]
+        column = pa.FixedSizeListArray.from_arrays(
+            pa.array(np.concatenate(pixels).astype(np.float32)), type=schemas.image_embeds(D)
+        )
+        errors = pa.nulls(len(encoded), pa.string())
+        return pa.table({"item_id": batch["item_id"], "image_embeds": column, ERROR: errors})
+
+    space = Space(name=CLIP, judge=materials.judge, embed=embed)
     cells = guidance_cells(study, materials, build_decoder(tiny_decoder), tiny_decoder, space, true_like)
     pairs = [(cell.prior_guidance_scale, cell.decoder_guidance_scale) for cell in cells]
     assert pairs == [(1, 1), (1, 5), (4, 1), (4, 5)]
     assert {(cell.users, cell.items) for cell in cells} == {(20, 60)}
     assert seen == [seen[0]] * 4
-    # The same embeddings, drawn with another guidance, and other embeddings.
-    assert cells[0].like_probability == cells[1].like_probability != cells[2].like_probability
+    # Every cell judges its own images.
+    assert len(set(embedded)) == len(embedded) == 4 * 60
+    assert len({cell.like_probability.mean for cell in cells}) == 4
     files = {path.name.rpartition("-")[0]: path.read_bytes() for path in Path(study.out, "sets").iterdir()}
     assert len(files) == len(set(files.values())) == 4
     plots = guidance_plots(cells, study.out)
@@ -87,7 +106,12 @@ def test_a_prior_without_histories_is_refused(materials: Materials) -> None:
         **{**vars(materials), "prior": untrained_prior(HISTORY.model_copy(update={"user_encoder": "id"}), D)}
     )
     with pytest.raises(InputError, match="the prior has the user encoder id"):
-        sample_guided(others, 3.0)
+        check_guidable(others.prior)
+    prior = untrained_prior(HISTORY, D)
+    check_guidable(prior)
+    distilled = replace(prior, sampling=prior.sampling.model_copy(update={"distilled_steps": 4}))
+    with pytest.raises(InputError, match="distilled_steps=4; expected history, and no distilled prior"):
+        check_guidable(distilled)
 
 
 def test_a_suite_is_a_start_that_settings_override(

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from rebeca_ray.config.evaluation import EvaluateConfig
+from rebeca_ray.data.encoders import CMMD_CLIP, INCEPTION
 from rebeca_ray.data.items import read_image_embeds
-from rebeca_ray.studies.measure import Judge, measure
+from rebeca_ray.evaluation.distances import at_equal_counts, cmmd, frechet
+from rebeca_ray.studies.measure import Judge, distances, measure
 from rebeca_ray.studies.ratings import read_ratings
 from rebeca_ray.studies.sets import ItemSet
 from rebeca_ray.studies.verifying import fit_study_verifier
@@ -108,3 +110,19 @@ def test_the_users_of_the_world_rate_what_they_like(judge: Judge) -> None:
         liked = judge.ratings.likes_of_training(user)
         assert set(liked // ITEMS_PER_TASTE) == {user % TASTES}
         assert not set(liked) & set(judge.ratings.likes_of_test(user))
+
+
+def test_fid_and_cmmd_are_those_of_their_own_encoders_alone() -> None:
+    """FID reads features as they are, whatever their length. CMMD reads unit vectors."""
+    random = np.random.default_rng(3)
+    generated = 5 + 3 * random.standard_normal((60, 8))
+    liked = 3 * random.standard_normal((40, 8))
+    by_space = {name: distances(generated, liked, 0, name) for name in (INCEPTION, CMMD_CLIP, "clip")}
+    counted = at_equal_counts(generated, liked, seed=0)
+    assert by_space[INCEPTION].fid == pytest.approx(frechet(*counted))
+    assert by_space[INCEPTION].fid > 10 * by_space[INCEPTION].frechet
+    assert by_space[CMMD_CLIP].cmmd == pytest.approx(cmmd(*counted))
+    for name, distance in by_space.items():
+        assert (distance.fid is None) == (name != INCEPTION)
+        assert (distance.cmmd is None) == (name != CMMD_CLIP)
+        assert distance.count == 40

@@ -98,6 +98,11 @@ def test_an_item_that_cannot_be_drawn_leaves_no_file(
     assert not list((tmp_path / "out").rglob("*.parquet"))
 
 
+def test_a_prior_with_users_is_no_prior_without_them(materials: Materials) -> None:
+    with pytest.raises(InputError, match="without_users: that prior has the user encoder id; expected none"):
+        wishes_of("no_user", replace(materials, without_users=materials.prior))
+
+
 def test_methods_need_the_catalogs_models(study: EvaluateConfig) -> None:
     values = study.model_dump()
     with pytest.raises(ValueError, match="need `prior`, `decoder` and `clip` of the catalog"):

@@ -15,16 +15,18 @@ from rebeca_ray.config.evaluation import EvaluateConfig
 from rebeca_ray.decoder.interface import DecodedImage, Decoder, Rows
 from rebeca_ray.decoder.local import LocalDecoder
 from rebeca_ray.schemas import TRAINING
+from rebeca_ray.storage.listing import digest_of, list_data
 from rebeca_ray.studies.drawing import draw_set
 from rebeca_ray.studies.methods import Materials, Prompt, Wishes
 from rebeca_ray.studies.own_decoders.fabric import FabricDecoder
-from rebeca_ray.studies.own_decoders.lora import check_trainable, train_lora
+from rebeca_ray.studies.own_decoders.lora import train_lora
 from rebeca_ray.studies.pictures import read_pictures
 from rebeca_ray.studies.sets import ItemSet
 
 IMAGES_PER_USER = 100  # of a LoRA, the latest
 SHARED_IMAGES = 1000
 REFERENCES = 4  # liked and disliked images of FABRIC, the latest of each
+VERSION = "2"  # of both methods: with another one, kept sets are drawn again
 
 
 class BuiltAtUse:
@@ -47,6 +49,7 @@ class References:
     def __init__(self, method: str, materials: Materials, images: str) -> None:
         ratings = materials.judge.ratings
         self.item_id, self.images = ratings.items.item_id, images
+        self.made_from = (VERSION, digest_of(list_data(images, "images")))
         self.liked: list[list[int]] = []
         self.disliked: list[list[int]] = []
         for user in materials.judge.user_U.tolist():
@@ -75,11 +78,10 @@ class References:
 def draw_with_own_decoder(method: str, materials: Materials, config: EvaluateConfig) -> ItemSet:
     """Return the items of a method of IMAGE_METHODS. Each user is drawn once: files keep the images.
 
-    Raises InputError for a decoder that is not run by PyTorch in this process, and for missing images.
+    The decoder must pass `check_trainable`. Raises InputError for missing images.
     """
     assert config.decoder is not None  # the config requires both
     assert config.images is not None
-    check_trainable(method, config.decoder)
     references = References(method, materials, config.images)
     catalog = materials.catalog
     if method == "lora_shared":
@@ -91,7 +93,7 @@ def draw_with_own_decoder(method: str, materials: Materials, config: EvaluateCon
     if method == "lora_per_user":
         parts = [
             draw_lora(
-                f"{method}-{user}",
+                method,
                 catalog.of_users([user]),
                 references.liked[user],
                 f"<{catalog.user_id[user]}> liked image.",
@@ -134,7 +136,7 @@ def draw_lora(
         embeds_ND=np.zeros_like(catalog.embeds_ND),
         prompts=([prompt] * count, [""] * count),
         ip_adapter_scale=0.0,
-        made_from=("lora", config.lora.model_dump_json(), *references.ids(rows)),
+        made_from=(*references.made_from, config.lora.model_dump_json(), *references.ids(rows)),
     )
     return draw_set(name, wishes, catalog, BuiltAtUse(build), settings, config.out)
 
@@ -157,9 +159,9 @@ def draw_fabric(
         embeds_ND=np.zeros_like(part.embeds_ND),
         prompt=Prompt.P1,
         ip_adapter_scale=0.0,
-        made_from=("fabric", *references.ids(liked), "", *references.ids(disliked)),
+        made_from=(*references.made_from, *references.ids(liked), "", *references.ids(disliked)),
     )
-    return draw_set(f"fabric-{user}", wishes, part, BuiltAtUse(build), config.decoder, config.out)
+    return draw_set("fabric", wishes, part, BuiltAtUse(build), config.decoder, config.out)
 
 
 def joined(method: str, catalog: ItemSet, parts: list[ItemSet]) -> ItemSet:
@@ -167,7 +169,7 @@ def joined(method: str, catalog: ItemSet, parts: list[ItemSet]) -> ItemSet:
     return replace(
         catalog,
         name=method,
-        description=f"{method}, drawn by the catalog's decoder",
+        description=parts[0].description,
         item_id=[item for part in parts for item in part.item_id],
         embeds_ND=np.concatenate([part.embeds_ND for part in parts]),
         encoded=[encoded for part in parts for encoded in part.encoded],

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,10 +21,11 @@ from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.denoising import DenoisingLoop
 from rebeca_ray.decoder.interface import DecodedImage, Rows
 from rebeca_ray.decoder.local import LocalDecoder
+from rebeca_ray.decoder.networks import Tensors
 from rebeca_ray.studies.own_decoders.lora import encode_latents
 
-# The authors' defaults: references weigh most in the noisier half of the steps.
-EARLY_WEIGHT, LATE_WEIGHT, EARLY_SHARE = 0.8, 0.05, 0.5
+# The defaults of the authors' code: references weigh most in the middle third of the steps.
+MIDDLE, MIDDLE_WEIGHT, OTHER_WEIGHT, DISLIKED_SHARE = (0.33, 0.66), 1.0, 0.1, 0.5
 
 
 @dataclass
@@ -32,8 +34,9 @@ class Memory:
 
     liked: torch.Tensor | None = None
     disliked: torch.Tensor | None = None
+    conditioning: Tensors = ()  # of the references: an empty prompt
     is_guided: bool = False  # the second half of a batch is unconditional
-    weight: float = EARLY_WEIGHT
+    weight: float = MIDDLE_WEIGHT  # of liked images beside a row's tokens; disliked ones have a share of it
     is_writing: bool = False
     states: dict[str, torch.Tensor] = field(default_factory=dict)  # by layer: [R, T, C], liked ones first
 
@@ -60,19 +63,21 @@ class ReferenceAttention(nn.Module):
         num_liked = 0 if memory.liked is None else len(memory.liked)
         halves = hidden_states.chunk(2 if memory.is_guided else 1)
         references = (None, None) if states is None else (states[:num_liked], states[num_liked:])
-        return torch.cat(
-            [self.attend(attn, half, part) for half, part in zip(halves, references, strict=False)]
-        )
+        weights = (memory.weight, DISLIKED_SHARE * memory.weight)
+        parts = zip(halves, references, weights, strict=False)
+        return torch.cat([self.attend(attn, half, part, weight) for half, part, weight in parts])
 
-    def attend(self, attn: Any, x_BTC: torch.Tensor, reference_RTC: torch.Tensor | None) -> torch.Tensor:
-        """Return self-attention of each row, with the tokens of all references beside its own."""
+    def attend(
+        self, attn: Any, x_BTC: torch.Tensor, reference_RTC: torch.Tensor | None, weight: float = 1.0
+    ) -> torch.Tensor:
+        """Return self-attention of each row, with the weighted tokens of all references beside its own."""
         known = x_BTC
         bias = None
         if reference_RTC is not None and len(reference_RTC):
             others = reference_RTC.flatten(0, 1).expand(len(x_BTC), -1, -1)
             known = torch.cat([x_BTC, others], dim=1)
             bias = x_BTC.new_zeros(known.shape[1])
-            bias[x_BTC.shape[1] :] = math.log(self.memory.weight)
+            bias[x_BTC.shape[1] :] = math.log(weight)
             bias = bias[None]
 
         def heads(values: torch.Tensor) -> torch.Tensor:
@@ -93,10 +98,12 @@ class ReferenceUNet:
         memory: Memory,
         scheduler_config: Mapping[str, Any],
         tile_size: Callable[[], int],
+        progress: Callable[[int], float],
     ) -> None:
         from diffusers import DDPMScheduler
 
-        self.conditioned, self.memory, self.tile_size = conditioned, memory, tile_size
+        self.conditioned, self.memory = conditioned, memory
+        self.tile_size, self.progress = tile_size, progress
         self.schedule = DDPMScheduler.from_config(scheduler_config)
         processors = dict(conditioned.unet.attn_processors)
         processors |= {
@@ -115,13 +122,11 @@ class ReferenceUNet:
             timestep = timestep_B[:1]
             noise = torch.randn(references.shape, generator=torch.Generator().manual_seed(int(timestep)))
             noisy = self.schedule.add_noise(references, noise.to(references), timestep)
-            # With guidance, the last row is unconditional.
-            nothing = [tensor[-1:].expand(len(noisy), *tensor.shape[1:]) for tensor in conditioning]
             memory.is_writing = True
-            self.conditioned(noisy.to(latents_BCYX.dtype), timestep.expand(len(noisy)), *nothing)
+            self.conditioned(noisy.to(latents_BCYX.dtype), timestep.expand(len(noisy)), *memory.conditioning)
             memory.is_writing = False
-            is_early = int(timestep) >= EARLY_SHARE * self.schedule.config.num_train_timesteps
-            memory.weight = EARLY_WEIGHT if is_early else LATE_WEIGHT
+            is_middle = MIDDLE[0] <= self.progress(int(timestep)) < MIDDLE[1]
+            memory.weight = MIDDLE_WEIGHT if is_middle else OTHER_WEIGHT
         return self.conditioned(latents_BCYX, timestep_B, *conditioning)
 
 
@@ -133,9 +138,18 @@ class FabricDecoder:
         networks, self.memory = self.decoder.loop.networks, Memory()
         self.vae, self.size = networks.vae_decoder.vae, networks.image_size  # type: ignore[attr-defined]
         unet = ReferenceUNet(
-            networks.unet, self.memory, networks.scheduler_config, lambda: self.decoder.batch_size
+            networks.unet,
+            self.memory,
+            networks.scheduler_config,
+            lambda: self.decoder.batch_size,
+            self.progress,
         )
         self.decoder.loop = DenoisingLoop(replace(networks, unet=unet), self.decoder.settings)
+
+    def progress(self, timestep: int) -> float:
+        """Return the share of the steps before a timestep."""
+        timesteps = self.decoder.loop.scheduler.timesteps.tolist()
+        return timesteps.index(timestep) / len(timesteps)
 
     def refer_to(self, liked: Sequence[bytes], disliked: Sequence[bytes]) -> None:
         """Set the encoded images to attend to."""
@@ -143,6 +157,18 @@ class FabricDecoder:
             encode_latents(self.vae, images, self.size) if images else None for images in (liked, disliked)
         )
         self.memory.states.clear()
+        if count := len(liked) + len(disliked):
+            networks = self.decoder.loop.networks
+            rows = Rows(
+                image_embeds_BD=np.zeros((count, networks.embed_dim), np.float32),
+                seeds=[0] * count,
+                prompts=[""] * count,
+                negative_prompts=[""] * count,
+                guidance_scale_B=np.ones(count, np.float32),
+                ip_adapter_scale_B=np.zeros(count, np.float32),
+            )
+            with torch.no_grad():
+                self.memory.conditioning = networks.condition(rows).in_order(networks.family.conditioning)
 
     def decode(self, rows: Rows) -> list[DecodedImage]:
         """Return one outcome per row, in order. All rows are of the same user."""

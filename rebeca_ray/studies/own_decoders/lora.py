@@ -10,17 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.evaluation import LoraSettings
 from rebeca_ray.decoder.families.sd import load_parts
 from rebeca_ray.decoder.files import find_decoder
 from rebeca_ray.errors import InputError
-from rebeca_ray.pixels import see_image
+from rebeca_ray.studies.pictures import picture_tensor
 
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention
 RANKS = ((50, 16), (20, 8), (0, 4))  # fewest images, rank
@@ -103,11 +101,7 @@ def encode_latents(vae: Any, images: Sequence[bytes], size: int) -> torch.Tensor
     device, dtype = next((weight.device, weight.dtype) for weight in vae.parameters())
     parts = []
     for start in range(0, len(images), IMAGES_AT_ONCE):
-        seen = [
-            see_image(encoded).resize((size, size), Image.Resampling.BICUBIC)
-            for encoded in images[start : start + IMAGES_AT_ONCE]
-        ]
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in seen])).permute(0, 3, 1, 2)
-        encoded = vae.encode(pixels.to(device, dtype) / 127.5 - 1).latent_dist.mean
+        pixels = picture_tensor(images[start : start + IMAGES_AT_ONCE], size).to(device, dtype)
+        encoded = vae.encode(pixels).latent_dist.mean
         parts.append(encoded * vae.config.scaling_factor)
     return torch.cat(parts)
