@@ -7,7 +7,7 @@ probability is that of the simulation, read by the judge from the drawn images.
 
 Folders of an earlier start, or of `prior_quality.py`, are not made again.
 
-    python -m tests.bench.recommendation [--seeds 101 102 103] [--users 4000] [--data runs/prior_quality]
+    python -m tests.bench.recommendation [--seeds 101 102 103] [--methods p1 …] [--users 4000] [--data runs/prior_quality]
 """
 
 import argparse
@@ -96,7 +96,7 @@ def in_short(test: PermutationTest) -> dict[str, float]:
     }
 
 
-def one_seed(seed: int, data: Path, users: int) -> dict[str, Any]:
+def one_seed(seed: int, data: Path, users: int, methods: list[str]) -> dict[str, Any]:
     """Return the figures of one population."""
     items, folder = embed_stickers(data), data / f"seed-{seed}"
     if not (folder / "unseen" / "truth.parquet").exists():
@@ -110,7 +110,7 @@ def one_seed(seed: int, data: Path, users: int) -> dict[str, Any]:
     _, user_N, like_UN = true_likes(seen, folder / "seen" / "truth.parquet")
     _, unseen_N, unseen_UN = true_likes(unseen, folder / "unseen" / "truth.parquet")
     seen_UU, unseen_UU = by_user(like_UN, user_N), by_user(unseen_UN, unseen_N)
-    metrics = compare(folder, items, seed)
+    metrics = compare(folder, items, seed, methods)
     return {
         "permutation": in_short(permutation_test(seen_UU)),
         "permutation by image": in_short(permutation_test_by_image(like_UN, user_N)),
@@ -124,13 +124,13 @@ def one_seed(seed: int, data: Path, users: int) -> dict[str, Any]:
     }
 
 
-def compare(folder: Path, items: str, seed: int) -> Metrics:
-    """Return the metrics of the catalog of seen users and of METHODS."""
+def compare(folder: Path, items: str, seed: int, methods: list[str]) -> Metrics:
+    """Return the metrics of the catalog of seen users and of methods."""
     overrides = [f"catalog={folder}/catalog-seen", f"items={items}", f"prior={folder}/history"]
     overrides += [f"interactions.path={folder}/seen/interactions.parquet", f"out={folder}/evaluation"]
     overrides += [f"interactions.{key}={value}" for key, value in SPLIT.items()]
     overrides += [f"training_seed={seed}", f"verifier_seed={seed + 1000}"]
-    overrides += [f"without_users={folder}/noue", f"methods=[{','.join(METHODS)}]"]
+    overrides += [f"without_users={folder}/noue", f"methods=[{','.join(methods)}]"]
     overrides += [f"num_users={COMPARED_USERS}"]
     config = load_config(EvaluateConfig, ROOT / "jobs/configs/evaluate_stickers.yaml", overrides)
     return evaluate(config, true_like_of(folder / "seen" / "truth.parquet"), caption_sources()).metrics
@@ -160,15 +160,19 @@ def method_figures(metrics: Metrics, name: str) -> dict[str, Any]:
 
 def report(seeds: dict[str, dict[str, Any]]) -> None:
     """Print the figures, as means over the seeds."""
-    table = Table("", "true like probability", "z", "MMD × 1000", "Fréchet", "Vendi", "users who gain")
-    for name in next(iter(seeds.values()))["methods"]:
-        parts = [figures["methods"][name] for figures in seeds.values()]
+    table = Table(
+        "", "seeds", "true like probability", "z", "MMD × 1000", "Fréchet", "Vendi", "users who gain"
+    )
+    for name in ("catalog", *METHODS):
+        parts = [part for figures in seeds.values() if (part := figures["methods"].get(name))]
+        if not parts:
+            continue
         true = [part["true like probability"] for part in parts]
         ends = [f"{np.mean([t[end] for t in true]):.3f}" for end in ("mean", "low", "high")]
         means = [f"{np.mean([part[key] for part in parts]):.3f}" for key in ("z", "mmd", "frechet", "vendi")]
         gains = [part["catalog against it"]["win_share"] for part in parts if "catalog against it" in part]
         gain = f"{np.mean(gains):.0%}" if gains else ""
-        table.add_row(name, f"{ends[0]} [{ends[1]}, {ends[2]}]", *means, gain)
+        table.add_row(name, str(len(parts)), f"{ends[0]} [{ends[1]}, {ends[2]}]", *means, gain)
     console = Console()
     console.print(table)
     for seed, figures in seeds.items():
@@ -184,12 +188,13 @@ def report(seeds: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, nargs="*", default=[101, 102, 103], help="seeds to measure")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
     parser.add_argument("--users", type=int, default=4000)
     parser.add_argument("--data", type=Path, default=Path("runs/prior_quality"))
     arguments = parser.parse_args()
     seeds: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for seed in arguments.seeds:
-        seeds[str(seed)] = one_seed(seed, arguments.data.absolute(), arguments.users)
+        seeds[str(seed)] = one_seed(seed, arguments.data.absolute(), arguments.users, arguments.methods)
         RESULTS.write_text(json.dumps(seeds, indent=2) + "\n")
     report(seeds)
 
