@@ -7,7 +7,7 @@ probability is that of the simulation, read by the judge from the drawn images.
 
 Folders of an earlier start, or of `prior_quality.py`, are not made again.
 
-    python -m tests.bench.recommendation [--seeds 101 102 103] [--methods p1 …] [--users 4000] [--data runs/prior_quality]
+    python -m tests.bench.recommendation [--seeds 101 102 103] [--methods p1 …] [--data runs/prior_quality]
 """
 
 import argparse
