@@ -77,6 +77,7 @@ class Failure(StrEnum):
 
 SECRET = r"[\w.-]*(?:sig|signature|token|secret|passw|pwd|credential|accesskey|auth|key)[\w-]*"
 SECRETS = (
+    (re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----)[\w+/=\s\\]*"), r"\1***"),
     (re.compile(r"(://[^\s:/@]*):[^\s'\"]*@"), r"\1:***@"),  # a password may hold `/` and `@` itself
     (re.compile(rf"(?i)([?&;]{SECRET})=[^\s&;'\")]+"), r"\1=***"),  # presigned, or a connection string
     (re.compile(r"(?i)\b(AccountKey|SharedAccess\w+|\w*passw(?:or)?d|pwd)=[^\s&;'\")]+"), r"\1=***"),

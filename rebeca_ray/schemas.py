@@ -12,6 +12,8 @@ import pyarrow as pa
 SCHEMA_VERSION = 4
 OLDEST_SCHEMA_VERSION = 3  # that this version reads
 VERSION_KEY = "rebeca.schema_version"  # in the metadata of every published file
+PROVENANCE_KEY = "rebeca.provenance"  # in the metadata of image files: their mark, by default xmp
+MARKS = ("none", "xmp", "c2pa")  # of images, the weakest first
 PRIOR_KEY, CLIP_KEY = "rebeca.prior", "rebeca.clip"  # in the metadata of sampled embeddings: fingerprints
 VERSION_3_NAMES = {
     "cold_start": "stranger",
@@ -192,6 +194,21 @@ FILES = pa.schema(
     ],
     metadata={VERSION_KEY: str(SCHEMA_VERSION)},
 )
+
+
+def with_mark(images: pa.Schema, provenance: str) -> pa.Schema:
+    """Return the schema of an image file in which all images have at least the mark `provenance`."""
+    metadata = {
+        key: value for key, value in (images.metadata or {}).items() if key != PROVENANCE_KEY.encode()
+    }
+    if provenance != "xmp":  # which every file had before there was a choice
+        metadata[PROVENANCE_KEY.encode()] = provenance.encode()
+    return images.with_metadata(metadata)
+
+
+def mark_of(images: pa.Schema) -> str:
+    """Return the mark that all images of a file have."""
+    return (images.metadata or {}).get(PROVENANCE_KEY.encode(), b"xmp").decode()
 
 
 def image_embeds(embed_dim: int) -> pa.DataType:

@@ -64,9 +64,18 @@ def verify(
             "sample: also some files, rows and images. full: all of them."
         ),
     ] = "sample",
+    provenance: Annotated[
+        bool,
+        typer.Option(
+            "--provenance",
+            help="Also check the marks that say that a machine made the images, of a sample of them; "
+            "with --level full, of all.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare a snapshot with its manifest. Prints a line per difference; the exit code is then 4."""
+    from rebeca_ray.catalog.provenance import check_provenance
     from rebeca_ray.catalog.read import open_snapshot, read_catalog
     from rebeca_ray.catalog.snapshots import find_snapshot
     from rebeca_ray.catalog.verify import verify as find_damage
@@ -77,8 +86,10 @@ def verify(
             open_snapshot(catalog, find_snapshot(catalog, run_id).path) if run_id else read_catalog(catalog)
         )
         damage = find_damage(snapshot, level)
+        marks = check_provenance(snapshot, level) if provenance and not damage else None
+        damage += marks.defects if marks else []
         form = output.verified_json if as_json else output.verified
-        print_result(form(snapshot, level, damage), as_json=as_json)
+        print_result(form(snapshot, level, damage, marks), as_json=as_json)
         if damage:
             raise QualityGateError(
                 f"catalog {catalog}: run {snapshot.run_id} is damaged ({len(damage)} differences, above); "

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rebeca_ray.catalog.gc import Garbage
     from rebeca_ray.catalog.manifest import Cost, Manifest
     from rebeca_ray.catalog.pointer import Pointer
+    from rebeca_ray.catalog.provenance import ProvenanceCheck
     from rebeca_ray.catalog.read import Snapshot
     from rebeca_ray.data.published.write import Written
     from rebeca_ray.generation.pipeline import Generated
@@ -242,14 +243,22 @@ def manifest_json(manifest: Manifest) -> JsonObject:
     return manifest.model_dump()
 
 
-def verified(snapshot: Snapshot, level: str, damage: Sequence[str]) -> str:
+def verified(
+    snapshot: Snapshot, level: str, damage: Sequence[str], marks: ProvenanceCheck | None = None
+) -> str:
     """Return a line per thing that is wrong with a snapshot, or that nothing is."""
-    if damage:
-        return "\n".join(damage)
-    return f"run {snapshot.run_id}: nothing wrong ({level}: {snapshot.files.num_rows:,} files)"
+    lines = list(damage)
+    if marks:
+        kinds = ", ".join(f"{count:,} {mark}" for mark, count in marks.checked.items()) or "none"
+        lines.append(f"provenance: {marks.total:,} images checked ({kinds}), {marks.failed:,} failed")
+    if not damage:
+        lines.append(f"run {snapshot.run_id}: nothing wrong ({level}: {snapshot.files.num_rows:,} files)")
+    return "\n".join(lines)
 
 
-def verified_json(snapshot: Snapshot, level: str, damage: Sequence[str]) -> JsonObject:
+def verified_json(
+    snapshot: Snapshot, level: str, damage: Sequence[str], marks: ProvenanceCheck | None = None
+) -> JsonObject:
     """Return the same; `ok` says whether the list `damage` is empty."""
     return {
         "run_id": snapshot.run_id,
@@ -257,6 +266,7 @@ def verified_json(snapshot: Snapshot, level: str, damage: Sequence[str]) -> Json
         "files": snapshot.files.num_rows,
         "ok": not damage,
         "damage": list(damage),
+        **({"provenance": {"checked": marks.checked, "failed": marks.failed}} if marks else {}),
     }
 
 

@@ -1,8 +1,9 @@
-"""The decoder's sections of a config: models, engine, server, safety."""
+"""The decoder's sections of a config: models, engine, server, safety, provenance."""
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from rebeca_ray.config.fields import (
     Cpus,
@@ -18,7 +19,33 @@ from rebeca_ray.config.fields import (
     Size,
     SmallCount,
     Weight,
+    absolute,
 )
+
+
+def pem_source(value: str) -> str:
+    """Return `env:NAME` as it is, and a path as absolute. Raises ValueError for anything else."""
+    if value.startswith("env:"):
+        if not re.fullmatch(r"env:[A-Za-z_][A-Za-z0-9_]*", value):
+            raise ValueError("names no environment variable; give env:NAME")
+        return value
+    if "-----BEGIN" in value:
+        raise ValueError("is the text itself, which a config must not hold; give a file, or env:NAME")
+    path = absolute(value)
+    if "://" in path:
+        raise ValueError("is no local file; give a file that is on every node, or env:NAME")
+    return path
+
+
+def web_address(value: str) -> str:
+    """Return an address of http or https. Raises ValueError for any other text."""
+    if not re.fullmatch(r"https?://[^\s/@]+(/\S*)?", value):
+        raise ValueError("is no address; give one such as http://timestamp.example.com")
+    return value
+
+
+PemSource = Annotated[str, AfterValidator(pem_source)]
+WebAddress = Annotated[str, AfterValidator(web_address)]
 
 
 class SafetySettings(Settings):
@@ -47,6 +74,25 @@ class TritonSettings(Settings):
     """Seconds that one request of a full batch may take."""
     ready_seconds: Annotated[Duration, Effect.SPEED] = 300
     """Seconds that an actor waits for a server that starts or restarts."""
+
+
+class C2paSettings(Settings):
+    """The signature of C2PA manifests, read only if `provenance` is `c2pa`."""
+
+    certificate: Annotated[PemSource | None, Effect.NOTHING] = None
+    """Certificate chain in PEM, with the signing certificate first: a file on every node, or `env:NAME` for
+    the text in an environment variable."""
+    key: Annotated[PemSource | None, Effect.NOTHING] = None
+    """Private key in PEM (PKCS#8, unencrypted): a file on every node, or `env:NAME`."""
+    signer: Annotated[str | None, Effect.NOTHING] = None
+    """Function that signs instead of `key`, such as a client of a key management service:
+    `module:function` maps bytes to their signature."""
+    time_stamp_url: Annotated[WebAddress | None, Effect.NOTHING] = None
+    """Address of a time-stamp authority (RFC 3161), asked once per image. By default, none is asked."""
+    algorithm: Annotated[
+        Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"], Effect.NOTHING
+    ] = "es256"
+    """Algorithm of the signature, the same as that of the key."""
 
 
 class DecoderSettings(Settings):
@@ -94,6 +140,11 @@ class DecoderSettings(Settings):
     """Quality of JPEG and WebP images, from 1 (small file) to 100 (best)."""
     thumbnail_size: Annotated[Pixels, Effect.PLAN] = 128
     """Thumbnail width and height in pixels."""
+    provenance: Annotated[Literal["none", "xmp", "c2pa"], Effect.PLAN] = "xmp"
+    """Mark that a machine made the image: `none`, `xmp` states it in the metadata, and `c2pa` also signs the
+    image. The pixels and ids of items stay the same, and carried images keep the mark they have."""
+    c2pa: C2paSettings = C2paSettings()
+    """Certificate and key of the signatures."""
     safety: SafetySettings = SafetySettings()
     """Check for unsafe images."""
     batch_size: Annotated[Size, Effect.PLAN] = 16
@@ -124,4 +175,13 @@ class DecoderSettings(Settings):
             raise ValueError(f"compile is for engine torch, this is {self.engine}")
         if self.engine == "tensorrt" and self.device != "cuda":
             raise ValueError("engine tensorrt needs device cuda")
+        return self
+
+    @model_validator(mode="after")
+    def check_provenance(self) -> Self:
+        if self.provenance == "c2pa":
+            if self.c2pa.certificate is None:
+                raise ValueError("provenance c2pa needs c2pa.certificate; set it")
+            if (self.c2pa.key is None) == (self.c2pa.signer is None):
+                raise ValueError("provenance c2pa needs one of c2pa.key and c2pa.signer; set exactly one")
         return self

@@ -99,7 +99,7 @@ class Effect(StrEnum):
     | item | the generated items | yes | yes | yes |
     | variant | the variants of requested items | in the keys of variants alone | yes | yes |
     | content | the location of an input or model | by its content | yes | yes |
-    | plan | the shape of a run, or rounding of floats | no | yes | yes |
+    | plan | the shape of a run, the mark of files, or rounding of floats | no | yes | yes |
     | client | the process that decodes | no | yes | no |
     | speed | time and resources | no | no | no |
     | nothing | no item: only publishing, prices and schedules | no | no | no |

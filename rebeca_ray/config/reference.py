@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from rebeca_ray.config.decoder import pem_source, web_address
 from rebeca_ray.config.evaluation import EvaluateConfig
 from rebeca_ray.config.fields import (
     Effect,
@@ -42,7 +43,14 @@ JOBS: tuple[type[Settings], ...] = (
     TuneConfig,
 )
 KINDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}
-CHECKED = {absolute: "location", expand: "model name", as_typed: "identifier", as_hexadecimal: "colour"}
+CHECKED = {
+    absolute: "location",
+    expand: "model name",
+    as_typed: "identifier",
+    as_hexadecimal: "colour",
+    pem_source: "file or env:NAME",
+    web_address: "web address",
+}
 COMPARISONS = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
 INTRODUCTION = """\
 # Configuration

@@ -2,10 +2,12 @@
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.interface import Decoder
+from rebeca_ray.provenance.signing import check_signing
 
 
 def check_decoder(settings: DecoderSettings) -> None:
-    """Raise the errors of `build_decoder` for a missing server or safety checker, without loading weights."""
+    """Raise the errors for a missing server, safety checker or signature, without loading weights."""
+    check_signing(settings)
     if settings.backend == "triton":
         from rebeca_ray.decoder.triton_client import TritonDecoder
 

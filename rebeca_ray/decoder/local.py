@@ -150,10 +150,13 @@ class LocalDecoder:
         if isinstance(image, str):
             return DecodedImage(seed=seed, error=image)
         kind, quality = self.settings.image_format, self.settings.image_quality
+        marked = self.settings.provenance != "none"
         return DecodedImage(
             seed=seed,
-            image=encode_image(image, kind, quality),
-            thumbnail=encode_image(image, kind, quality, max_size=self.settings.thumbnail_size),
+            image=encode_image(image, kind, quality, marked=marked),
+            thumbnail=encode_image(
+                image, kind, quality, max_size=self.settings.thumbnail_size, marked=marked
+            ),
             width=image.shape[1],
             height=image.shape[0],
             safety_probability=probability,

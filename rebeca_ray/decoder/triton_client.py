@@ -115,10 +115,23 @@ class TritonDecoder:
                 f"(they differ in {', '.join(differ) or 'the weights'}); start the server with the same "
                 "`decoder:` section: rebeca serve --config …"
             )
+        mark, expected_mark = (
+            json.loads(values.get("provenance", '"xmp"')) for values in (served, parameters(self.settings))
+        )
+        if mark != expected_mark:
+            raise InputError(
+                f"decoder.triton {self.settings.triton.url}: serves images with the provenance {mark}, this "
+                f"config needs {expected_mark}; start the server with the same `decoder:` section"
+            )
 
 
 def parameters(settings: DecoderSettings) -> dict[str, str]:
-    """Return the settings that a server gets, each as JSON; a setting that is absent has its default."""
+    """Return the settings that a server gets, each as JSON; a setting that is absent has its default.
+
+    A server never signs: with the provenance `c2pa` it writes the XMP packet, and its client signs.
+    """
+    if settings.provenance == "c2pa":
+        settings = settings.model_copy(update={"provenance": "xmp"})
     values = settings.model_dump(
         mode="json", exclude=fields_with(DecoderSettings, NOT_SERVED), exclude_defaults=True
     )

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rebeca_ray import schemas
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.parquet import write_table
 from rebeca_ray.storage.records import listed, read_recorded
@@ -107,4 +108,7 @@ def read_images(previous: Snapshot, files: np.ndarray, rows: np.ndarray) -> pa.T
         read_recorded(previous.root, listed_files[int(file)]).take(rows[files == file])
         for file in np.unique(files)
     ]
-    return pa.concat_tables(tables)
+    # The copies have at least the weakest mark among their sources.
+    weakest = min((schemas.mark_of(table.schema) for table in tables), key=schemas.MARKS.index)
+    copies = pa.concat_tables(tables)
+    return copies.replace_schema_metadata(schemas.with_mark(copies.schema, weakest).metadata)

@@ -55,6 +55,7 @@ from rebeca_ray.generation.runs import (
     is_made_already,
 )
 from rebeca_ray.log import set_run_id
+from rebeca_ray.provenance.signing import check_signing
 from rebeca_ray.ray_runtime import require_room, start_ray
 from rebeca_ray.storage.failures import only_warn, user_error
 from rebeca_ray.storage.filesystem import delete, exists, remove_empty_folders
@@ -98,6 +99,7 @@ def generate_catalog(
     run_date = config.date(since)  # read once: the run may begin before midnight and check its input after it
     # Everything that bad input can break is checked before the first write.
     decoder = identify_decoder(config.decoder)
+    check_signing(config.decoder)
     pinned = with_current_versions(config)
     requested = check_request(pinned, decoder)
     first_ever = not exists(config.catalog)

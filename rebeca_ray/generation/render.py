@@ -1,7 +1,7 @@
 """Render planned items into image files, shard by shard, the most urgent first. One graph per shard.
 
-work/…/plan/shard=…/ -> items without an image -> decode, encode -> images/run_id=…/bucket=…/ -> records,
-then the shard's marker
+work/…/plan/shard=…/ -> items without an image -> decode, encode (sign) -> images/run_id=…/bucket=…/ ->
+records, then the shard's marker
 
 A record is written after its file, the marker after all records of a shard: an attempt that takes over
 renders the items without a record. (Why not Ray Data's checkpoints: infra/docs/log.md.)
@@ -33,6 +33,7 @@ from rebeca_ray.generation.plan import read_plan
 from rebeca_ray.generation.progress import Progress
 from rebeca_ray.generation.repair.previous import HashedBytes
 from rebeca_ray.generation.repair.suspects import Suspects, was_started_again
+from rebeca_ray.provenance.signing import load_signer
 from rebeca_ray.ray_runtime import ExcludeIds
 from rebeca_ray.storage.filesystem import delete_files, join, list_files, open_filesystem, storage_errors
 from rebeca_ray.storage.records import (
@@ -215,7 +216,7 @@ def render_stages(
         fencing_token=context.run.fencing_token,
         row_group_size=ROW_GROUP,
         records=context.run.records(shard),
-        metadata=schemas.IMAGES.metadata,
+        metadata=schemas.with_mark(schemas.IMAGES, decoder.provenance).metadata,
         shard=shard,
         attempt=attempt,
     )
@@ -272,11 +273,11 @@ def rendered_ids(run: Run, records: list[PartRecord], with_failed: Callable[[Par
 
 
 def check_renderer(decoder: DecoderSettings, minutes: float | None) -> None:
-    """Check the server or safety checker where a render actor would run, before anything is planned.
+    """Check server, safety checker and signature where a render actor would run, before anything is planned.
 
     Raises ResumableError if the check does not end in nearly `minutes`, before the watchdog does.
     """
-    if decoder.backend == "local" and not decoder.safety.checker:
+    if decoder.backend == "local" and not decoder.safety.checker and decoder.provenance != "c2pa":
         return
     import ray
 
@@ -324,10 +325,12 @@ class RenderImages:
             self.suspects = Suspects(suspects, watchful=in_process or was_started_again())
         self.decoder = build_decoder(settings)
         # After loading, so that files which were replaced meanwhile are seen too.
-        if fingerprint not in (None, identify_decoder(settings).fingerprint(settings)):
+        present = identify_decoder(settings).fingerprint(settings)
+        if fingerprint not in (None, present):
             raise InputError(
                 f"decoder {settings.model}: was replaced while this run was rendering; run again"
             )
+        self.signer = load_signer(settings, present)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if not has_time(self.deadline):
@@ -350,13 +353,17 @@ class RenderImages:
             batch["negative_prompt"].to_pylist(),
         )
         suffix = self.settings.image_format.lower()
+        outcomes = self.decode(rows)
+        encoded = [outcome.image for outcome in outcomes]
+        if self.signer:  # last, because two signatures differ
+            encoded = self.signer.sign_all(encoded, item_ids)
         images = [
             {
-                **asdict(decoded),
+                **asdict(outcome),
                 "item_id": item,
-                "image": decoded.image and {"bytes": decoded.image, "path": f"{item}.{suffix}"},
+                "image": image and {"bytes": image, "path": f"{item}.{suffix}"},
             }
-            for item, decoded in zip(item_ids, self.decode(rows), strict=True)
+            for item, outcome, image in zip(item_ids, outcomes, encoded, strict=True)
         ]
         return pa.Table.from_pylist(images, schema=schemas.IMAGES)
 

@@ -50,10 +50,12 @@ NOT_IN_AN_IMAGE = {
     "cpus_per_actor",
     "device",
     "thumbnail_size",
+    "provenance",
+    "c2pa",
     "engine",
     "compile",
 }
-UNKNOWN_TO_A_SERVER = {"backend", "triton", "num_actors", "cpus_per_actor"}
+UNKNOWN_TO_A_SERVER = {"backend", "triton", "num_actors", "cpus_per_actor", "c2pa"}
 NOT_IN_A_PLAN_KEY = {"batch_size", "num_actors", "cpus_per_actor", "device", "variant"}
 NOT_IN_A_RUN_NAME = {
     "interactions": {"path": True, "columns": True},
@@ -75,7 +77,7 @@ NOT_DESCRIBED = {
     "limits": True,
     "prices": True,
     "sampler": {"num_actors": True, "cpus_per_actor": True},
-    "decoder": {"num_actors": True, "cpus_per_actor": True, "triton": True},
+    "decoder": {"num_actors": True, "cpus_per_actor": True, "triton": True, "c2pa": True},
     "layout": {"images_per_file": True},
 }
 

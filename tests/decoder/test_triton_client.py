@@ -166,6 +166,12 @@ def test_a_refused_request_raises_an_input_error(server: DecoderSettings, rows: 
         TritonDecoder(server).decode(replace(rows, image_embeds_BD=np.zeros((11, 3), np.float32)))
 
 
+def test_a_server_that_marks_images_otherwise_is_refused(server: DecoderSettings) -> None:
+    TritonDecoder(server.model_copy(update={"provenance": "c2pa"}))  # its caller signs
+    with pytest.raises(UserError, match=r"with the provenance xmp, this config needs none; start the server"):
+        TritonDecoder(server.model_copy(update={"provenance": "none"}))
+
+
 def test_a_server_of_another_decoder_is_refused(server: DecoderSettings) -> None:
     with pytest.raises(
         UserError,
