@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
 
 from rebeca_ray.errors import InputError
 
@@ -86,6 +85,9 @@ def auc(predictions: Predictions) -> float:
 
     Raises InputError without both likes and dislikes, and if all predictions are equal.
     """
+    # The import takes seconds of every process that trains, so it waits.
+    from torchmetrics.functional.classification import binary_auroc
+
     check_variety(predictions)
     return float(binary_auroc(torch.as_tensor(probabilities(predictions)), likes(predictions)))
 
@@ -125,6 +127,8 @@ def pairwise_accuracy(predictions: Predictions) -> float:
 
 def calibration_error(predictions: Predictions) -> float:
     """Return the expected calibration error over 10 bins of equal width (Guo et al. 2017, equation 3)."""
+    from torchmetrics.functional.classification import binary_calibration_error
+
     return float(
         binary_calibration_error(
             torch.as_tensor(probabilities(predictions)), likes(predictions), n_bins=NUM_BINS, norm="l1"

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchmetrics.image.kid import poly_mmd
 
 from rebeca_ray.prior.selection import nearest_items
 
@@ -113,6 +112,8 @@ def kid(
     Each subset is drawn without replacement, on each side by itself. Raises ValueError for a subset larger
     than the sets. Source: Bińkowski et al. 2018, section 4.
     """
+    from torchmetrics.image.kid import poly_mmd
+
     left_ND, right_ND = checked_pair(left_ND, right_ND, at_least=2)
     if not 2 <= subset_size <= len(left_ND):
         raise ValueError(

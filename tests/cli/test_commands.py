@@ -35,9 +35,18 @@ def commands(group: click.Group, name: str = "rebeca") -> Iterator[tuple[str, cl
 COMMANDS = dict(commands(typer.main.get_command(app)))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("statement", ["import rebeca_ray", "import rebeca_ray.cli.commands"])
-def test_importing_loads_no_heavy_package(statement: str) -> None:
-    heavy = "('torch', 'ray', 'diffusers', 'pandas', 'pyarrow', 'pydantic')"
+@pytest.mark.parametrize(
+    ("statement", "heavy"),
+    [
+        *(
+            (f"import {module}", ("torch", "ray", "diffusers", "pandas", "pyarrow", "pydantic"))
+            for module in ("rebeca_ray", "rebeca_ray.cli.commands")
+        ),
+        # Every worker of a training imports this module.
+        ("import rebeca_ray.training.train", ("torchmetrics", "torchvision", "transformers", "scipy")),
+    ],
+)
+def test_importing_loads_no_heavy_package(statement: str, heavy: tuple[str, ...]) -> None:
     loaded = subprocess.run(
         [
             sys.executable,
