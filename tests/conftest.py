@@ -165,6 +165,14 @@ def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> DecoderSettings:
     return write_tiny_decoder(tmp_path_factory.mktemp("decoder"), D)
 
 
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> DecoderSettings:
+    """Write Stable Diffusion XL and an IP-Adapter in their official layouts: random weights, 16 pixels."""
+    from tests.tiny_sdxl import write_tiny_sdxl
+
+    return write_tiny_sdxl(tmp_path_factory.mktemp("sdxl"), D)
+
+
 def write_request(folder: Path) -> str:
     """Write a request of five users, one with a prompt and one with four images: 16 items in all."""
     columns = {

@@ -1,6 +1,7 @@
 """A tiny Stable Diffusion with an IP-Adapter, in their official layouts."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,6 @@ def write_tiny_decoder(folder: Path, embed_dim: int) -> DecoderSettings:
         StableDiffusionPipeline,
         UNet2DConditionModel,
     )
-    from safetensors.torch import save_file
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     from rebeca_ray.stickers.build.captions import train_tokenizer
@@ -61,19 +61,26 @@ def write_tiny_decoder(folder: Path, embed_dim: int) -> DecoderSettings:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder / "sd")
+    write_adapter(unet, 16, embed_dim, folder / "sd" / "ip_adapter" / "ip-adapter.safetensors")
+    return DecoderSettings(
+        model=str(folder / "sd"), num_inference_steps=3, batch_size=4, image_format="PNG", thumbnail_size=8
+    )
+
+
+def write_adapter(unet: Any, context: int, embed_dim: int, file: Path) -> None:
+    """Write an IP-Adapter of a UNet, with random weights."""
+    from safetensors.torch import save_file
+
     weights = {
-        "image_proj.proj.weight": torch.randn(4 * 16, embed_dim),
-        "image_proj.proj.bias": torch.randn(4 * 16),
-        "image_proj.norm.weight": torch.ones(16),
-        "image_proj.norm.bias": torch.zeros(16),
+        "image_proj.proj.weight": torch.randn(4 * context, embed_dim),
+        "image_proj.proj.bias": torch.randn(4 * context),
+        "image_proj.norm.weight": torch.ones(context),
+        "image_proj.norm.bias": torch.zeros(context),
     }
     names = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
     for index, name in enumerate(names):
         hidden = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
-        weights[f"ip_adapter.{2 * index + 1}.to_k_ip.weight"] = torch.randn(hidden, 16)
-        weights[f"ip_adapter.{2 * index + 1}.to_v_ip.weight"] = torch.randn(hidden, 16)
-    (folder / "sd" / "ip_adapter").mkdir()
-    save_file(weights, folder / "sd" / "ip_adapter" / "ip-adapter.safetensors")
-    return DecoderSettings(
-        model=str(folder / "sd"), num_inference_steps=3, batch_size=4, image_format="PNG", thumbnail_size=8
-    )
+        weights[f"ip_adapter.{2 * index + 1}.to_k_ip.weight"] = torch.randn(hidden, context)
+        weights[f"ip_adapter.{2 * index + 1}.to_v_ip.weight"] = torch.randn(hidden, context)
+    file.parent.mkdir()
+    save_file(weights, file)

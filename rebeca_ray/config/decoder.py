@@ -99,7 +99,7 @@ class DecoderSettings(Settings):
     """The decoder: a Stable Diffusion model, its IP-Adapter, and the engine that runs them."""
 
     model: Annotated[ModelName, Effect.CONTENT]
-    """Stable Diffusion model: a directory in diffusers' layout, or a hub id."""
+    """Stable Diffusion model 1.x, 2.x or XL: a directory in diffusers' layout, or a hub id."""
     revision: Annotated[str | None, Effect.CONTENT] = None
     """Commit of a hub model. By default, the latest commit is taken."""
     ip_adapter: Annotated[str, Effect.CONTENT] = "ip_adapter/ip-adapter.safetensors"
@@ -109,10 +109,10 @@ class DecoderSettings(Settings):
     ip_adapter_revision: Annotated[str | None, Effect.CONTENT] = None
     """Commit of a hub adapter. By default, the latest commit is taken."""
     vae: Annotated[ModelName | None, Effect.CONTENT] = None
-    """Replacement for the model's autoencoder, such as `madebyollin/taesd`.
-    By default, the model's autoencoder is taken."""
+    """Replacement for the model's autoencoder, such as `madebyollin/taesd`, or
+    `madebyollin/sdxl-vae-fp16-fix` for SDXL. By default, the model's autoencoder is taken."""
     lora: Annotated[ModelName | None, Effect.CONTENT] = None
-    """LoRA weights that are merged into the UNet and the text encoder at load: a path, or
+    """LoRA weights that are merged into the UNet and the text encoders at load: a path, or
     `owner/name/file.safetensors` of a hub. By default, none are merged."""
     backend: Annotated[Literal["local", "triton"], Effect.CLIENT] = "local"
     """Process that decodes: `local` is the render actor, `triton` the server on its node."""

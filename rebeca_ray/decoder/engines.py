@@ -1,24 +1,29 @@
 """Choose the family and the engine that the settings name, and load the networks."""
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.decoder.families import sd
-from rebeca_ray.decoder.files import read_export
+from rebeca_ray.decoder.families import sd, sdxl
+from rebeca_ray.decoder.files import find_model, read_export
+from rebeca_ray.decoder.inspection import family_of
 from rebeca_ray.decoder.networks import Family, Networks
 from rebeca_ray.errors import InputError
 
 
 def find_family(name: str) -> Family:
     """Return a family by its name in an export. Raises InputError for an unknown name."""
-    if name == sd.FAMILY.name:
-        return sd.FAMILY
-    raise InputError(f"decoder family {name}: unknown; expected {sd.FAMILY.name}; export the decoder again")
+    families = {family.name: family for family in (sd.FAMILY, sdxl.FAMILY)}
+    if name not in families:
+        raise InputError(
+            f"decoder family {name}: unknown; expected {' or '.join(families)}; export the decoder again"
+        )
+    return families[name]
 
 
 def load_networks(settings: DecoderSettings) -> Networks:
     """Load the networks for `settings.engine`. Raises InputError if files are missing or do not fit."""
-    # A model's folder has no family name; every model is of the only family.
     if settings.engine == "torch":
-        return sd.FAMILY.load_networks(settings)
+        # A model's folder has no family name; its parts tell the family.
+        family = sdxl.FAMILY if family_of(settings.model, find_model(settings)) == "sdxl" else sd.FAMILY
+        return family.load_networks(settings)
     description = read_export(settings)
     family = find_family(description["family"])
     if settings.engine == "onnx":

@@ -1,8 +1,9 @@
 """Export a decoder to one folder: each network as an ONNX graph, and the other needs of the denoising loop.
 
     unet.onnx  vae_decoder.onnx  and one per encoder      any batch size; for Stable Diffusion
-                                                          image_projection.onnx and text_encoder.onnx
-    tokenizer/  scheduler/                                as in the model's folder
+                                                          image_projection.onnx and text_encoder.onnx,
+                                                          for its XL text_encoder_2.onnx too
+    tokenizer/  tokenizer_2/  scheduler/                  as in the model's folder
     decoder.json                                          family, sizes, precision, versions, origin
 
 The conditioning, with the weight of the image, is an input of the UNet: one graph serves every weight.
@@ -142,6 +143,7 @@ def describe_export(settings: DecoderSettings, networks: Networks, identity: Dec
         "latent_channels": networks.latent_channels,
         "image_size": networks.image_size,
         "vae_scale_factor": networks.vae_scale_factor,
+        "zeroes_negative": networks.zeroes_negative,
         "torch": torch.__version__,
         "opset": OPSET,
     }

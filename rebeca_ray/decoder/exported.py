@@ -44,6 +44,7 @@ def exported_networks(
         vae_scale_factor=description["vae_scale_factor"],
         device=settings.device,
         dtype=DTYPES[settings.dtype],
+        zeroes_negative=description.get("zeroes_negative", False),
     )
 
 

@@ -9,12 +9,17 @@ from pickle import UnpicklingError
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError, safe_open
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.fields import Effect, fields_with
-from rebeca_ray.decoder.adapters import inspect_ip_adapter
-from rebeca_ray.decoder.inspection import inspect_model, inspect_safety_checker, inspect_vae
+from rebeca_ray.decoder.adapters import inspect_ip_adapter, read_embed_dim
+from rebeca_ray.decoder.inspection import (
+    family_of,
+    inspect_model,
+    inspect_safety_checker,
+    inspect_vae,
+    zeroes_negative,
+)
 from rebeca_ray.decoder.lora import inspect_lora
 from rebeca_ray.errors import InputError
 from rebeca_ray.storage.objects import JsonObject
@@ -171,12 +176,18 @@ def identify_decoder(settings: DecoderSettings) -> DecoderIdentity:
     files = find_decoder(settings)
     embed_dim = read_embed_dim(files.ip_adapter)
     inspect_files(settings, files)
-    return DecoderIdentity(embed_dim=embed_dim, weights=hash_weights(files))
+    weights = hash_weights(files)
+    if family_of(settings.model, files.model) == "sdxl":
+        # A setting of the model itself, in no file that is hashed.
+        value = str(zeroes_negative(files.model)).encode()
+        weights["force_zeros_for_empty_prompt"] = hashlib.sha256(value).hexdigest()
+    return DecoderIdentity(embed_dim=embed_dim, weights=weights)
 
 
 def inspect_files(settings: DecoderSettings, files: DecoderFiles) -> None:
     """Raise InputError for files that are not whole, of another kind, or would have no effect."""
-    unet, text_encoder = inspect_model(settings.model, files.model, own_vae=files.vae is None)
+    networks = inspect_model(settings.model, files.model, own_vae=files.vae is None)
+    unet = networks["unet"]
     if settings.image_size is None and not isinstance(unet.config.get("sample_size"), int):
         raise InputError(
             f"decoder.model {settings.model}: unet has sample_size {unet.config.get('sample_size')}; "
@@ -186,7 +197,8 @@ def inspect_files(settings: DecoderSettings, files: DecoderFiles) -> None:
     if files.vae:
         inspect_vae(str(settings.vae), files.vae, files.model, unet)
     if files.lora:
-        inspect_lora(f"decoder.lora {settings.lora}", files.lora, unet.shapes, text_encoder.shapes)
+        shapes = {part: network.shapes for part, network in networks.items()}
+        inspect_lora(f"decoder.lora {settings.lora}", files.lora, shapes)
     if settings.safety.checker == "stable-diffusion":
         inspect_safety_checker(settings.model, files.model)
 
@@ -227,19 +239,6 @@ def read_description(folder: Path) -> JsonObject:
         raise InputError(
             f"decoder.engine_dir {folder}: no decoder.json there; "
             f"write it with `rebeca export --config … --out {folder}`"
-        ) from None
-
-
-def read_embed_dim(ip_adapter: Path) -> int:
-    """Return D of an IP-Adapter from its header. Raises InputError for damaged and other adapters."""
-    try:
-        with safe_open(ip_adapter, framework="numpy") as weights:
-            return int(weights.get_slice("image_proj.proj.weight").get_shape()[1])
-    except (SafetensorError, IndexError) as error:
-        raise InputError(
-            f"decoder.ip_adapter {ip_adapter}: no image_proj.proj.weight to read ({error}); "
-            "expected a projection of one image embedding; give a plain adapter such as "
-            "ip-adapter_sd15.safetensors: those called plus, full or faceid read other embeddings"
         ) from None
 
 

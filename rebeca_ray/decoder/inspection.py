@@ -1,16 +1,30 @@
 """Inspect a Stable Diffusion model by its headers: is it whole, and of the kind that we run?"""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rebeca_ray.decoder.headers import Part, find_weights, read_json_file, read_part
 from rebeca_ray.errors import InputError
 from rebeca_ray.storage.objects import JsonObject
 
-USED_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+# The parts that a family runs; `family_of` names the families.
+USED_PARTS = {
+    "sd": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
+    "sdxl": ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"),
+}
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TIME_IDS = 6  # of SDXL: two each of original size, cut and target size
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")  # a model may have them
 BASES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "the SDXL refiner", 2048: "SDXL"}
-GIVE = "give a text-to-image model of Stable Diffusion 1.x or 2.x"
+EXPECTED = "expected a StableDiffusionPipeline or a StableDiffusionXLPipeline"
+GIVE = "give a text-to-image model of Stable Diffusion 1.x, 2.x or XL"
+# Models that one pooled embedding cannot steer, by the start of their class.
+UNREADABLE = {
+    "Flux": "its image adapters read patch tokens of SigLIP",
+    "StableDiffusion3": "its image adapters read patch tokens of SigLIP",
+    "Kolors": "its image adapters read patch tokens of CLIP",
+}
 VAES = ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL")
 # Settings of a UNet that need inputs we do not have.
 FOREIGN = {
@@ -21,34 +35,70 @@ FOREIGN = {
 }
 
 
-def inspect_model(name: str, folder: Path, *, own_vae: bool) -> tuple[Part, Part]:
-    """Return the UNet and the text encoder of a model. With `own_vae`, its autoencoder is inspected too.
+def family_of(name: str, folder: Path) -> Literal["sd", "sdxl"]:
+    """Return the family of a model by the class and the parts that it lists.
+
+    `name` is `decoder.model` in errors. Raises InputError without a list of parts.
+    """
+    index = read_json_file(f"decoder.model {name}", folder / "model_index.json")
+    is_xl = class_of(index).startswith("StableDiffusionXL") or "text_encoder_2" in listed_parts(index)
+    return "sdxl" if is_xl else "sd"
+
+
+def zeroes_negative(folder: Path) -> bool:
+    """Return whether a model of SDXL reads zeros in place of an empty negative prompt; most do."""
+    index = read_json_file("decoder.model", folder / "model_index.json")
+    return bool(index.get("force_zeros_for_empty_prompt", True))
+
+
+def inspect_model(name: str, folder: Path, *, own_vae: bool) -> dict[str, Part]:
+    """Return the UNet and the text encoders of a model by name. `own_vae` inspects its autoencoder too.
 
     `name` is `decoder.model` in errors. Raises InputError for a model that is not whole, or of another kind.
     """
     what = f"decoder.model {name}"
-    index = read_json_file(what, folder / "model_index.json")
+    index, family = read_json_file(what, folder / "model_index.json"), family_of(name, folder)
     kind = class_of(index)
-    check_parts(what, folder, index, USED_PARTS if own_vae else tuple(p for p in USED_PARTS if p != "vae"))
-    unet, text_encoder = read_part(what, folder / "unet"), read_part(what, folder / "text_encoder")
-    check_unet(what, unet, kind)
-    check_text_encoder(what, text_encoder, unet)
-    read_json_file(what, folder / "scheduler" / "scheduler_config.json")
-    check_tokenizer(what, folder / "tokenizer")
+    needed = tuple(part for part in USED_PARTS[family] if own_vae or part != "vae")
+    check_kind(what, index, needed)
+    check_parts(what, folder, index, needed)
+    networks = {part: read_part(what, folder / part) for part in ("unet", *TEXT_ENCODERS) if part in needed}
+    unet = networks["unet"]
+    check_unet(what, unet, kind, family)
+    check_text_encoders(what, {part: networks[part] for part in TEXT_ENCODERS if part in needed}, unet)
+    if family == "sdxl":
+        check_added_inputs(what, unet, networks["text_encoder_2"])
+    check_scheduler(what, read_json_file(what, folder / "scheduler" / "scheduler_config.json"))
+    for part in ("tokenizer", "tokenizer_2"):
+        if part in needed:
+            check_tokenizer(what, folder / part)
     if own_vae:
         check_vae(what, read_part(what, folder / "vae"), unet)
-    return unet, text_encoder
+    return networks
+
+
+def listed_parts(index: JsonObject) -> set[str]:
+    """Return the parts in a `model_index.json`: [library, class], or [null, null] for a part left out."""
+    return {key for key, value in index.items() if isinstance(value, list) and value and value[0]}
+
+
+def check_kind(what: str, index: JsonObject, needed: tuple[str, ...]) -> None:
+    """Raise InputError for a model that is no Stable Diffusion, or has other parts than ours."""
+    kind = class_of(index)
+    for start, reason in UNREADABLE.items():
+        if kind.startswith(start):
+            raise InputError(f"{what}: is a {kind}: {reason}, an item has one embedding; {EXPECTED}; {GIVE}")
+    if index.get("requires_aesthetics_score"):
+        raise InputError(
+            f"{what}: is the SDXL refiner, which reads an aesthetics score; {EXPECTED}; give its base model"
+        )
+    if others := sorted(listed_parts(index) - {*needed, "vae", *UNUSED_PARTS}):
+        raise InputError(f"{what}: is a {kind} with {', '.join(others)}; {EXPECTED}; {GIVE}")
 
 
 def check_parts(what: str, folder: Path, index: JsonObject, needed: tuple[str, ...]) -> None:
-    """Raise InputError for a model with other parts than ours, or without one of ours."""
+    """Raise InputError for a model without one of its parts."""
     kind = class_of(index)
-    # A part is listed as [library, class], and as [null, null] if it is left out.
-    parts = {key for key, value in index.items() if isinstance(value, list) and value and value[0]}
-    if others := sorted(parts - {*USED_PARTS, *UNUSED_PARTS}):
-        raise InputError(
-            f"{what}: is a {kind} with {', '.join(others)}; expected a StableDiffusionPipeline; {GIVE}"
-        )
     for part in needed:
         if not (folder / part).is_dir():
             near = sorted(path.name for path in folder.glob(f"{part}*") if path.is_dir())
@@ -61,15 +111,15 @@ def class_of(index: JsonObject) -> str:
     return str(index.get("_class_name", "pipeline without a class"))
 
 
-def check_unet(what: str, unet: Part, kind: str) -> None:
-    """Raise InputError for a UNet that needs other inputs than latents, timestep, text and image tokens."""
+def check_unet(what: str, unet: Part, kind: str, family: str) -> None:
+    """Raise InputError for a UNet that needs other inputs than those of its family."""
     config = unet.config
     if config.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
         raise InputError(
             f"{what}: unet is a {config['_class_name']}; expected a UNet2DConditionModel; {GIVE}"
         )
     for key, base in FOREIGN.items():
-        if config.get(key) is not None:
+        if config.get(key) is not None and not (family == "sdxl" and key == "addition_embed_type"):
             raise InputError(f"{what}: unet has {key} {config[key]}, as {base} has; expected none; {GIVE}")
     latents = config.get("in_channels", 4), config.get("out_channels", 4)
     if latents != (4, 4):
@@ -88,19 +138,49 @@ def check_unet(what: str, unet: Part, kind: str) -> None:
         require_tensor(what, unet, f"{name}.to_k.weight", {1: width})
 
 
-def check_text_encoder(what: str, text_encoder: Part, unet: Part) -> None:
-    """Raise InputError for a text encoder other than CLIP's, or of another width than the UNet."""
-    kind = str(text_encoder.config.get("model_type", "clip_text_model"))
-    if not kind.startswith("clip"):
-        raise InputError(f"{what}: text_encoder is a {kind}; expected a CLIP text model; {GIVE}")
-    ends = "token_embedding.weight"
-    tokens = next((shape for name, shape in text_encoder.shapes.items() if name.endswith(ends)), ())
+def check_text_encoders(what: str, encoders: Mapping[str, Part], unet: Part) -> None:
+    """Raise InputError for a text encoder other than CLIP's, or encoders of another width than the UNet."""
+    widths: list[int | None] = []
+    for part, encoder in encoders.items():
+        kind = str(encoder.config.get("model_type", "clip_text_model"))
+        if not kind.startswith("clip"):
+            raise InputError(f"{what}: {part} is a {kind}; expected a CLIP text model; {GIVE}")
+        ends = "token_embedding.weight"
+        tokens = next((shape for name, shape in encoder.shapes.items() if name.endswith(ends)), ())
+        widths.append(tokens[1] if len(tokens) == 2 else None)
     width = cross_width(unet)
-    if tokens[1:] != (width,):
-        actual = tokens[1] if len(tokens) == 2 else "unknown"
+    if None in widths or sum(actual or 0 for actual in widths) != width:
+        actual = " + ".join(str(actual or "unknown") for actual in widths)
         raise InputError(
-            f"{what}: text_encoder has the width {actual}, the unet reads {width}{base_of(width)}; "
-            "expected the same; copy both from one model"
+            f"{what}: {' + '.join(encoders)} has the width {actual}, the unet reads {width}{base_of(width)}; "
+            "expected the same; copy all of them from one model"
+        )
+
+
+def check_added_inputs(what: str, unet: Part, text_encoder: Part) -> None:
+    """Raise InputError for a UNet that reads other things beside its tokens than pooled text and time ids."""
+    kind, size = unet.config.get("addition_embed_type"), unet.config.get("addition_time_embed_dim")
+    if kind != "text_time" or type(size) is not int:
+        raise InputError(
+            f"{what}: unet has addition_embed_type {kind} and addition_time_embed_dim {size}; expected "
+            "text_time and a whole number, as SDXL has; copy the whole model"
+        )
+    require_tensor(what, text_encoder, "text_projection.weight", {})
+    pooled = next(iter(text_encoder.shapes["text_projection.weight"]), 0)
+    require_tensor(what, unet, "add_embedding.linear_1.weight", {})
+    read = unet.shapes["add_embedding.linear_1.weight"][1:]
+    if read != (pooled + TIME_IDS * size,):
+        raise InputError(
+            f"{what}: unet reads {', '.join(map(str, read)) or 'no'} numbers beside its tokens; expected "
+            f"{pooled} of text_encoder_2 and {TIME_IDS} time ids of {size} each; {GIVE}"
+        )
+
+
+def check_scheduler(what: str, config: JsonObject) -> None:
+    """Raise InputError for the scheduler of a model that counts noise in sigmas alone."""
+    if (kind := str(config.get("_class_name"))).startswith("EDM"):
+        raise InputError(
+            f"{what}: scheduler is a {kind}, as Playground v2.5 has; expected one with timesteps; {GIVE}"
         )
 
 
@@ -109,7 +189,7 @@ def check_tokenizer(what: str, folder: Path) -> None:
     names = {path.name for path in folder.glob("*")}
     if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
         raise InputError(
-            f"{what}: tokenizer has {', '.join(sorted(names)) or 'no files'}; expected tokenizer.json, "
+            f"{what}: {folder.name} has {', '.join(sorted(names)) or 'no files'}; expected tokenizer.json, "
             "or vocab.json and merges.txt; copy the whole model"
         )
 
@@ -123,7 +203,12 @@ def check_vae(what: str, vae: Part, unet: Part) -> None:
     if channels != expected:
         raise InputError(
             f"{what}: the autoencoder has {channels} latent channels; expected {expected}, as the unet has; "
-            "give the autoencoder of a Stable Diffusion 1.x or 2.x"
+            "give the autoencoder of a Stable Diffusion 1.x, 2.x or XL"
+        )
+    if vae.config.get("latents_mean") is not None:
+        raise InputError(
+            f"{what}: the autoencoder has latents_mean {vae.config['latents_mean']}, as Playground v2.5 has; "
+            "expected none; give the autoencoder of a Stable Diffusion 1.x, 2.x or XL"
         )
     if not any(name.startswith("decoder.") for name in vae.shapes):
         raise InputError(

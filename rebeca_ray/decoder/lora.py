@@ -26,8 +26,36 @@ KEY = re.compile(
     r"|[._]lora(?:_linear_layer)?\.(?P<diffusers>down|up)\.weight"
     r"|\.(?P<alpha>alpha))"
 )
-UNET_PREFIXES = ("lora_unet_", "unet.", "base_model.model.")
-TEXT_PREFIXES = ("lora_te_", "lora_te1_", "text_encoder.")
+LORA_PARTS = ("unet", "text_encoder", "text_encoder_2")  # the networks that a LoRA may change
+# Layers without a prefix are the UNet's.
+PREFIXES = {
+    "lora_unet_": "unet",
+    "unet.": "unet",
+    "base_model.model.": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "text_encoder.": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "text_encoder_2.": "text_encoder_2",
+}
+# Kohya writes the layers of SDXL's UNet in the names of its authors' code.
+LDM_LAYERS = {
+    "input_blocks_0_0": "conv_in",
+    "out_2": "conv_out",
+    "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
+}
+LDM_BLOCK = re.compile(r"(input_blocks|middle_block|output_blocks)_(\d+)_(?:(\d+)_)?(.+)")
+LDM_RESNET = {
+    "in_layers_2": "conv1",
+    "out_layers_3": "conv2",
+    "emb_layers_1": "time_emb_proj",
+    "skip_connection": "conv_shortcut",
+    "op": "conv",
+}
+RESNETS = r"down_blocks\.0\.resnets\.\d+\.conv1\.weight"  # their number is the depth of a UNet's blocks
 GIVE = "give a plain LoRA of the model's base"
 
 
@@ -35,14 +63,17 @@ GIVE = "give a plain LoRA of the model's base"
 class Layer:
     """One layer of a LoRA: the weight that it changes, and the keys of its tensors."""
 
-    weight: str  # `unet.` or `text.`, and the name in that network
+    weight: str  # the network, a dot, and the name in that network
     down: str  # [R, I, …]
     up: str  # [O, R, …]
     alpha: str | None  # the layer is scaled by alpha / R; without an alpha by 1
 
 
-def match_layers(what: str, lora: Shapes, unet: Shapes, text_encoder: Shapes) -> list[Layer]:
-    """Return the layers of a LoRA. Raises InputError, naming `what`, if one of its tensors has no place."""
+def match_layers(what: str, lora: Shapes, model: Mapping[str, Shapes]) -> list[Layer]:
+    """Return the layers of a LoRA for a model, given by its networks among `LORA_PARTS`.
+
+    Raises InputError, naming `what`, if one of its tensors has no place.
+    """
     keys: dict[str, dict[str, str]] = {}
     for key in sorted(lora):
         match = KEY.fullmatch(key)
@@ -57,15 +88,16 @@ def match_layers(what: str, lora: Shapes, unet: Shapes, text_encoder: Shapes) ->
         keys.setdefault(match["layer"], {})[side] = key
     if not keys:
         raise InputError(f"{what}: holds no tensors; expected pairs such as lora_down and lora_up; {GIVE}")
-    weights = {f"unet.{flat(name)}": f"unet.{name}" for name in unet}
-    weights |= {
-        f"text.{flat(name)}".replace("text.text_model_", "text."): f"text.{name}" for name in text_encoder
+    shapes = {f"{part}.{name}": shape for part, tensors in model.items() for name, shape in tensors.items()}
+    weights = {
+        f"{part}.{flat(name).removeprefix('text_model_')}": f"{part}.{name}"
+        for part, tensors in model.items()
+        for name in tensors
     }
-    shapes = {f"unet.{name}": shape for name, shape in unet.items()}
-    shapes |= {f"text.{name}": shape for name, shape in text_encoder.items()}
+    depth = len([name for name in model["unet"] if re.fullmatch(RESNETS, name)])
     layers = []
     for layer, sides in keys.items():
-        weight = weights.get(f"{target_of(layer)}_weight")
+        weight = weights.get(f"{target_of(layer, depth)}_weight")
         if weight is None:
             raise InputError(f"{what}: changes {layer}, which is no layer of the model; {GIVE}")
         if not {"down", "up"} <= sides.keys():
@@ -92,16 +124,37 @@ def check_shapes(where: str, down: tuple[int, ...], up: tuple[int, ...], weight:
         )
 
 
-def target_of(layer: str) -> str:
+def target_of(layer: str, depth: int) -> str:
     """Return the network and the layer that a LoRA's layer changes, with underscores for dots."""
     # Attention processors once held the LoRA, and `to_out` stood for its first layer.
     layer = layer.replace(".processor.", ".")
-    text = next((prefix for prefix in TEXT_PREFIXES if layer.startswith(prefix)), None)
-    if text:
-        return f"text.{flat(layer.removeprefix(text)).removeprefix('text_model_')}"
-    unet = next((prefix for prefix in UNET_PREFIXES if layer.startswith(prefix)), "")
-    name = flat(layer.removeprefix(unet))
+    prefix = next((prefix for prefix in PREFIXES if layer.startswith(prefix)), "")
+    part, name = PREFIXES.get(prefix, "unet"), flat(layer.removeprefix(prefix))
+    if part != "unet":
+        return f"{part}.{name.removeprefix('text_model_')}"
+    name = from_ldm(name, depth)
     return f"unet.{name}_0" if name.endswith("_to_out") else f"unet.{name}"
+
+
+def from_ldm(name: str, depth: int) -> str:
+    """Return diffusers' name of a UNet's layer for the name in its authors' code; other names stay.
+
+    `depth` is the number of residual layers per block. The authors number all of them in one row.
+    """
+    match = LDM_BLOCK.fullmatch(name)
+    if name in LDM_LAYERS or match is None:
+        return LDM_LAYERS.get(name, name)
+    blocks, index, kind, rest = match[1], int(match[2]), match[3], match[4]
+    rest = LDM_RESNET.get(rest, rest)
+    if blocks == "middle_block":
+        inner = {0: "resnets_0", 1: "attentions_0", 2: "resnets_1"}.get(index)
+        return f"mid_block_{inner}_{rest}"
+    way = "down" if blocks == "input_blocks" else "up"
+    block, layer = divmod(index - 1 if way == "down" else index, depth + 1)
+    if rest == "conv" and layer == depth:  # a change of resolution comes last in its block
+        return f"{way}_blocks_{block}_{way}samplers_0_{rest}"
+    inner = {"0": f"resnets_{layer}", "1": f"attentions_{layer}"}.get(kind)
+    return f"{way}_blocks_{block}_{inner}_{rest}" if inner else name
 
 
 def flat(name: str) -> str:
@@ -114,23 +167,22 @@ def words(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape)) or "a single number"
 
 
-def inspect_lora(what: str, file: Path, unet: Shapes, text_encoder: Shapes) -> None:
+def inspect_lora(what: str, file: Path, model: Mapping[str, Shapes]) -> None:
     """Raise InputError, naming `what`, for a LoRA that does not fit the model, by its header alone."""
-    match_layers(what, read_shapes(what, file), unet, text_encoder)
+    match_layers(what, read_shapes(what, file), model)
 
 
 @torch.no_grad()
-def merge_lora(what: str, file: Path, unet: nn.Module, text_encoder: nn.Module) -> None:
-    """Add a LoRA to the weights of a model (Hu et al. 2021, eq. 3)."""
+def merge_lora(what: str, file: Path, model: Mapping[str, nn.Module]) -> None:
+    """Add a LoRA to the weights of a model (Hu et al. 2021, eq. 3), given by its networks.
+
+    Raises InputError, naming `what`, for a LoRA that does not fit.
+    """
     tensors = load_file(file)
-    parameters = {f"unet.{name}": value for name, value in unet.named_parameters()}
-    parameters |= {f"text.{name}": value for name, value in text_encoder.named_parameters()}
-    layers = match_layers(
-        what,
-        shapes_of(tensors),
-        shapes_of(dict(unet.named_parameters())),
-        shapes_of(dict(text_encoder.named_parameters())),
-    )
+    weights = {part: dict(network.named_parameters()) for part, network in model.items()}
+    parameters = {f"{part}.{name}": value for part in weights for name, value in weights[part].items()}
+    shapes = {part: shapes_of(named) for part, named in weights.items()}
+    layers = match_layers(what, shapes_of(tensors), shapes)
     for layer in layers:
         weight = parameters[layer.weight]
         # In the model's precision first, and multiplied in float32, as peft does it.

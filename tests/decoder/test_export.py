@@ -107,7 +107,7 @@ def test_a_graph_that_was_replaced_is_refused(exported: DecoderSettings, tmp_pat
 
 def test_an_export_of_an_unknown_family_is_refused(exported: DecoderSettings, tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match="decoder family pooled: unknown; expected sd; export the decoder again"
+        InputError, match="decoder family pooled: unknown; expected sd or sdxl; export the decoder again"
     ):
         find_family("pooled")
     shutil.copytree(str(exported.engine_dir), tmp_path / "export")

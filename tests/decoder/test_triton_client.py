@@ -83,6 +83,16 @@ def test_the_server_draws_the_same_images_as_this_process(
     assert drawn[4].image is None
 
 
+def test_a_server_with_another_family_draws_the_same_images_as_this_process(
+    tiny_sdxl: DecoderSettings, rows: Rows
+) -> None:
+    other = {name: free_port() for name in PORTS}
+    with triton_server(tiny_sdxl, **other, instances=1):
+        drawn = TritonDecoder(served(tiny_sdxl, other["grpc_port"])).decode(rows)
+    assert drawn == LocalDecoder(tiny_sdxl).decode(rows)
+    assert all(outcome.image for outcome in drawn)
+
+
 def test_requests_of_several_clients_share_batches_without_mixing(
     server: DecoderSettings, tiny_decoder: DecoderSettings, rows: Rows
 ) -> None:

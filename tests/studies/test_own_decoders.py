@@ -26,6 +26,7 @@ from rebeca_ray.studies.own_decoders.draw import References, draw_with_own_decod
 from rebeca_ray.studies.own_decoders.fabric import FabricDecoder, Memory, ReferenceAttention
 from rebeca_ray.studies.own_decoders.lora import check_trainable, rank_of, train_lora
 from tests.conftest import D
+from tests.decoder.test_denoising import rows_for
 from tests.studies.conftest import ITEMS_PER_TASTE, TASTES
 
 COLOURS = ("red", "green", "blue")
@@ -103,7 +104,7 @@ def test_a_lora_lowers_the_loss_on_its_image(tiny_decoder: DecoderSettings, tmp_
         text = parts["text_encoder"](tokens.input_ids).last_hidden_state.expand(64, -1, -1)
         noisy = schedule.add_noise(latents, noise, timesteps)
         before = (parts["unet"](noisy, timesteps, text).sample - noise).square().mean()
-        merge_lora("lora", file, parts["unet"], parts["text_encoder"])
+        merge_lora("lora", file, {name: parts[name] for name in ("unet", "text_encoder")})
         after = (parts["unet"](noisy, timesteps, text).sample - noise).square().mean()
     assert after < 0.95 * before
 
@@ -255,6 +256,20 @@ def test_a_decoder_that_cannot_be_changed_is_refused(config: EvaluateConfig) -> 
         decoder = config.decoder.model_copy(update=change)
         with pytest.raises(InputError, match="method lora_shared: decoder.backend is"):
             check_trainable("lora_shared", decoder)
+
+
+def test_sdxl_has_attention_to_references_and_no_lora(tiny_sdxl: DecoderSettings) -> None:
+    with pytest.raises(
+        InputError, match="method lora_shared: decoder.model .* is an SDXL; expected a Stable"
+    ):
+        check_trainable("lora_shared", tiny_sdxl)
+    fabric, rows = FabricDecoder(tiny_sdxl), rows_for(tiny_sdxl)
+    plain = build_decoder(tiny_sdxl).decode(rows)
+    fabric.refer_to([picture("red")], [picture("blue")])
+    for one, other in zip(plain, fabric.decode(rows), strict=True):
+        assert one.image
+        assert other.image
+        assert one.image != other.image
 
 
 def test_these_methods_need_images(study: EvaluateConfig, tiny_decoder: DecoderSettings) -> None:

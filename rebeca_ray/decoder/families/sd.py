@@ -5,13 +5,15 @@
     unet              latents_BCYX, timestep_B, text_BLH, image_BKH, scale_B -> predicted_BCYX
     vae_decoder       latents_BCYX                                           -> pixels_BRYX in [-1, 1]
 
+`sdxl.py` takes all of this over but the text encoders and the inputs of the UNet.
+
 Shapes: B batch, D embed dim, L text tokens, K image tokens, T tokens of any kind, H context width,
 C latent channels, R red green blue, Y X pixels or latents.
 """
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from rebeca_ray.decoder.conditioning import Conditioning
 from rebeca_ray.decoder.files import DecoderFiles, find_decoder
 from rebeca_ray.decoder.headers import find_weights
 from rebeca_ray.decoder.interface import Rows
-from rebeca_ray.decoder.lora import merge_lora
+from rebeca_ray.decoder.lora import LORA_PARTS, merge_lora
 from rebeca_ray.decoder.networks import DTYPES, Family, Networks, Signature, Tensors
 from rebeca_ray.errors import InputError, describe
 
@@ -81,13 +83,6 @@ class ConditionedUNet(nn.Module):
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
-        processors = dict(unet.attn_processors)
-        for name, processor in processors.items():
-            if hasattr(processor, "to_k_ip"):
-                processors[name] = ImageAttention(processor.to_k_ip[0], processor.to_v_ip[0])
-        unet.set_attn_processor(processors)
-        # The projection is a separate network, because its output is the same at every step.
-        unet.encoder_hid_proj = None
         self.unet = unet
 
     def forward(
@@ -109,31 +104,62 @@ class VaeDecoder(nn.Module):
         self.vae = vae
 
     def forward(self, latents_BCYX: torch.Tensor) -> torch.Tensor:
+        latents_BCYX = latents_BCYX.to(self.vae.dtype)
         return self.vae.decode(latents_BCYX / self.vae.config.scaling_factor, return_dict=False)[0]
 
 
 def load_networks(settings: DecoderSettings) -> Networks:
     """Load a diffusers directory or hub id and its IP-Adapter. Raises InputError if they do not load."""
+    pipeline = load_pipeline(settings, find_decoder(settings), DTYPES[settings.dtype])
+    encoders = {
+        "text_encoder": TextEncoder(pipeline.text_encoder),
+        "image_projection": take_projection(pipeline.unet),
+    }
+    return networks_of(settings, FAMILY, pipeline, ConditionedUNet(pipeline.unet), encoders)
+
+
+def take_projection(unet: Any) -> nn.Module:
+    """Take the image projection out of a UNet, and give its cross-attentions `ImageAttention`.
+
+    The projection is a separate network, because its output is the same at every step.
+    """
+    processors = dict(unet.attn_processors)
+    for name, processor in processors.items():
+        if hasattr(processor, "to_k_ip"):
+            processors[name] = ImageAttention(processor.to_k_ip[0], processor.to_v_ip[0])
+    unet.set_attn_processor(processors)
+    (projection,) = unet.encoder_hid_proj.image_projection_layers
+    unet.encoder_hid_proj = None
+    return projection
+
+
+def networks_of(
+    settings: DecoderSettings,
+    family: Family,
+    pipeline: Any,
+    unet: nn.Module,
+    encoders: Mapping[str, nn.Module],
+) -> Networks:
+    """Return the networks on their device and in their precision, ready to draw."""
     dtype = DTYPES[settings.dtype]
-    pipeline = load_pipeline(settings, find_decoder(settings), dtype)
-    (projection,) = pipeline.unet.encoder_hid_proj.image_projection_layers
 
     def ready(module: nn.Module) -> Any:
         module = module.to(settings.device, dtype).eval().requires_grad_(False)
         return module.to(memory_format=torch.channels_last) if settings.device == "cuda" else module
 
-    unet = ready(ConditionedUNet(pipeline.unet))
+    unet, projection = ready(unet), encoders["image_projection"]
     return Networks(
-        family=FAMILY,
-        encoders={
-            "text_encoder": ready(TextEncoder(pipeline.text_encoder)),
-            "image_projection": ready(projection),
-        },
+        family=family,
+        encoders={name: ready(encoder) for name, encoder in encoders.items()},
         unet=torch.compile(unet, mode="reduce-overhead") if settings.compile else unet,
         vae_decoder=ready(VaeDecoder(pipeline.vae)),
-        tokenizers={"tokenizer": pipeline.tokenizer},
+        tokenizers={
+            name: tokenizer
+            for name, tokenizer in pipeline.components.items()
+            if name in ("tokenizer", "tokenizer_2")
+        },
         scheduler_config=dict(pipeline.scheduler.config),
-        embed_dim=projection.image_embeds.in_features,
+        embed_dim=projection.image_embeds.in_features,  # type: ignore[union-attr, arg-type]
         latent_channels=pipeline.unet.config.in_channels,
         image_size=settings.image_size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
         vae_scale_factor=pipeline.vae_scale_factor,
@@ -148,28 +174,41 @@ def load_pipeline(settings: DecoderSettings, files: DecoderFiles, dtype: torch.d
     The files have passed `inspect_files`; InputError says what still does not load.
     """
     from diffusers import StableDiffusionPipeline
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
 
-    # Both libraries warn about the missing safety checker and show bars in every actor.
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
     with loading(f"decoder.model {settings.model}"):
         parts = load_parts(settings, files, dtype)
         pipeline: Any = StableDiffusionPipeline(
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
+    load_additions(settings, files, pipeline)
+    return pipeline
+
+
+def quiet_libraries() -> None:
+    """Silence diffusers and transformers: they warn about a missing checker, and show bars in every actor."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def load_additions(settings: DecoderSettings, files: DecoderFiles, pipeline: Any) -> None:
+    """Merge the LoRA into a pipeline, and load its IP-Adapter. Raises InputError if they do not load."""
     # The LoRA is merged before the adapter replaces the attention processors.
     if files.lora:
-        merge_lora(f"decoder.lora {settings.lora}", files.lora, pipeline.unet, pipeline.text_encoder)
+        changed = [part for part in LORA_PARTS if part in pipeline.components]
+        merge_lora(
+            f"decoder.lora {settings.lora}", files.lora, {part: getattr(pipeline, part) for part in changed}
+        )
     adapter = files.ip_adapter
     with loading(f"decoder.ip_adapter {settings.ip_adapter}"):
         pipeline.load_ip_adapter(
             str(adapter.parent), subfolder="", weight_name=adapter.name, image_encoder_folder=None
         )
-    return pipeline
 
 
 def load_parts(settings: DecoderSettings, files: DecoderFiles, dtype: torch.dtype) -> dict[str, Any]:
@@ -178,8 +217,7 @@ def load_parts(settings: DecoderSettings, files: DecoderFiles, dtype: torch.dtyp
     from transformers import CLIPTextModel, CLIPTokenizer
 
     def load(kind: Any, folder: Path) -> Any:
-        _, variant = find_weights(f"decoder.model {settings.model}", folder)
-        return kind.from_pretrained(str(folder), variant=variant, dtype=dtype, use_safetensors=True)
+        return load_part(settings, kind, folder, dtype)
 
     config = json.loads((files.model / "scheduler" / "scheduler_config.json").read_text())
     # The class fills in the settings that its config leaves out.
@@ -191,6 +229,12 @@ def load_parts(settings: DecoderSettings, files: DecoderFiles, dtype: torch.dtyp
         "tokenizer": CLIPTokenizer.from_pretrained(files.model / "tokenizer"),
         "scheduler": scheduler.from_config(config),
     }
+
+
+def load_part(settings: DecoderSettings, kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """Return one network of a model, an instance of the class `kind`."""
+    _, variant = find_weights(f"decoder.model {settings.model}", folder)
+    return kind.from_pretrained(str(folder), variant=variant, dtype=dtype, use_safetensors=True)
 
 
 @contextmanager
@@ -217,13 +261,20 @@ def load_tokenizers(folder: Path) -> dict[str, Any]:
 
 def condition(networks: Networks, rows: Rows, guided: bool) -> Conditioning:
     """Return `text`, `image` and `scale` of the rows; with `guided`, of their unconditional twins too."""
+    unconditional = encode_prompts(networks, rows.negative_prompts) if guided else None
+    return with_images(networks, rows, encode_prompts(networks, rows.prompts), unconditional)
+
+
+def with_images(
+    networks: Networks, rows: Rows, conditional: Conditioning, unconditional: Conditioning | None
+) -> Conditioning:
+    """Return the texts of both halves, joined, with the `image` and `scale` of the rows."""
     device, dtype = networks.device, networks.dtype
     embeds_BD = torch.from_numpy(np.ascontiguousarray(rows.image_embeds_BD)).to(device, dtype)
     scale_B = torch.from_numpy(rows.ip_adapter_scale_B).to(device, dtype)
-    conditioning = encode_prompts(networks, rows.prompts).replace(image=embeds_BD, scale=scale_B)
-    if guided:
+    conditioning = conditional.replace(image=embeds_BD, scale=scale_B)
+    if unconditional is not None:
         # An unconditional row has a zero embedding, as published, and the negative prompt.
-        unconditional = encode_prompts(networks, rows.negative_prompts)
         conditioning = conditioning.concatenate(
             unconditional.replace(image=torch.zeros_like(embeds_BD), scale=scale_B)
         )
@@ -234,16 +285,21 @@ def condition(networks: Networks, rows: Rows, guided: bool) -> Conditioning:
 def encode_prompts(networks: Networks, prompts: Sequence[str]) -> Conditioning:
     """Return the `text` of each prompt; a prompt that recurs is encoded once."""
     distinct = sorted(set(prompts))
-    tokenizer = networks.tokenizers["tokenizer"]
+    text_BLH = networks.encoders["text_encoder"](tokenize(networks, "tokenizer", distinct))
+    return Conditioning({"text": text_BLH}).take([distinct.index(prompt) for prompt in prompts])
+
+
+def tokenize(networks: Networks, name: str, prompts: Sequence[str]) -> torch.Tensor:
+    """Return the token ids [B, L] of prompts by the tokenizer `name`, padded and cut to its length."""
+    tokenizer = networks.tokenizers[name]
     tokens = tokenizer(
-        distinct,
+        list(prompts),
         padding="max_length",
         max_length=tokenizer.model_max_length,
         truncation=True,
         return_tensors="pt",
     )
-    text_BLH = networks.encoders["text_encoder"](tokens.input_ids.to(networks.device))
-    return Conditioning({"text": text_BLH}).take([distinct.index(prompt) for prompt in prompts])
+    return tokens.input_ids.to(networks.device)
 
 
 def example_inputs(networks: Networks) -> dict[str, Tensors]:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.evaluation import LoraSettings
 from rebeca_ray.decoder.families.sd import load_parts
-from rebeca_ray.decoder.files import find_decoder
+from rebeca_ray.decoder.files import find_decoder, find_model
+from rebeca_ray.decoder.inspection import family_of
 from rebeca_ray.errors import InputError
 from rebeca_ray.studies.pictures import picture_tensor
 
@@ -37,6 +38,11 @@ def check_trainable(method: str, settings: DecoderSettings) -> None:
             f"method {method}: decoder.backend is {settings.backend}, decoder.engine {settings.engine}, "
             f"decoder.lora {settings.lora}; expected local, torch and none, because the method changes the "
             "networks; leave it out, or set them so"
+        )
+    if method != "fabric" and family_of(settings.model, find_model(settings)) == "sdxl":
+        raise InputError(
+            f"method {method}: decoder.model {settings.model} is an SDXL; expected a Stable Diffusion 1.x or "
+            "2.x, because the LoRA is trained with one text encoder; leave the method out"
         )
 
 
