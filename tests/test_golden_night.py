@@ -36,6 +36,8 @@ from rebeca_ray.config.sections import (
     SamplerSettings,
     SelectionSettings,
 )
+from rebeca_ray.decoder.files import hash_file
+from rebeca_ray.decoder.safety_model import WEIGHTS
 from rebeca_ray.prior.checkpoint import TrainedPrior, save_prior
 from rebeca_ray.prior.denoisers import Prior
 from rebeca_ray.prior.scaler import EmbedScaler
@@ -213,7 +215,10 @@ def two_nights(folder: Path) -> dict[str, Any]:
         prepared = prepare(night, break_first=not changed)
         assembled(night, prepared, requested=REQUESTED, error_budget=0.2)
         publish(night.catalog, prepared.run)
-        nights[date] = record_of(read_catalog(night.catalog))
+        snapshot = read_catalog(night.catalog)
+        assert snapshot.manifest.safety_checker == "bundled"
+        assert snapshot.manifest.decoder_weights["bundled_checker/model.safetensors"] == hash_file(WEIGHTS)
+        nights[date] = record_of(snapshot)
     return nights
 
 

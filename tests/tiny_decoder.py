@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.config.decoder import DecoderSettings, SafetySettings
 
 
 def write_tiny_decoder(folder: Path, embed_dim: int) -> DecoderSettings:
@@ -63,7 +63,12 @@ def write_tiny_decoder(folder: Path, embed_dim: int) -> DecoderSettings:
     ).save_pretrained(folder / "sd")
     write_adapter(unet, 16, embed_dim, folder / "sd" / "ip_adapter" / "ip-adapter.safetensors")
     return DecoderSettings(
-        model=str(folder / "sd"), num_inference_steps=3, batch_size=4, image_format="PNG", thumbnail_size=8
+        model=str(folder / "sd"),
+        num_inference_steps=3,
+        batch_size=4,
+        image_format="PNG",
+        thumbnail_size=8,
+        safety=SafetySettings(checker="none"),  # a check takes longer than 16 pixels do
     )
 
 

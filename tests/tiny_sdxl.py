@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.config.decoder import DecoderSettings, SafetySettings
 from tests.tiny_decoder import write_adapter
 
 FIRST, SECOND, POOLED = 16, 24, 20  # widths of the two text encoders and of the pooled text
@@ -92,5 +92,10 @@ def write_tiny_sdxl(folder: Path, embed_dim: int) -> DecoderSettings:
     ).save_pretrained(folder / "sdxl")
     write_adapter(unet, CONTEXT, embed_dim, folder / "sdxl" / "ip_adapter" / "ip-adapter.safetensors")
     return DecoderSettings(
-        model=str(folder / "sdxl"), num_inference_steps=3, batch_size=4, image_format="PNG", thumbnail_size=8
+        model=str(folder / "sdxl"),
+        num_inference_steps=3,
+        batch_size=4,
+        image_format="PNG",
+        thumbnail_size=8,
+        safety=SafetySettings(checker="none"),  # a check takes longer than 16 pixels do
     )

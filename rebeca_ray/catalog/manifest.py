@@ -161,6 +161,7 @@ class Manifest(Record):
     figures: GateFigures
     versions: dict[str, str]
     decoder_weights: dict[str, str]
+    safety_checker: str | None = None  # null in manifests from before the bundled checker
     embed_dim: int = Field(gt=0)
     clip_fingerprint: str | None = None
     num_buckets: int = Field(gt=0)

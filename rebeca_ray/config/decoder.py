@@ -52,8 +52,9 @@ class SafetySettings(Settings):
     """The check for unsafe images, and the policy for them."""
 
     checker: Annotated[str | None, Effect.ITEM] = None
-    """Safety checker of generated images: `stable-diffusion` takes the model's checker, and
-    `module:function` maps uint8 images to probabilities. By default, no image is checked."""
+    """Safety checker of generated images: `bundled`, `stable-diffusion` for the model's checker,
+    `module:function` for a function from uint8 images to probabilities, or `none` for no check. By default,
+    the model's checker is taken if the model has one, and the bundled one otherwise."""
     max_probability: Annotated[Fraction, Effect.ITEM] = 0.5
     """Images whose unsafe probability exceeds this are treated as unsafe."""
     policy: Annotated[Literal["regenerate", "drop", "flag"], Effect.ITEM] = "regenerate"

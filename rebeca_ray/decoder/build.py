@@ -1,6 +1,7 @@
 """Build the decoder that the settings name."""
 
 from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.decoder.files import with_checker
 from rebeca_ray.decoder.interface import Decoder
 from rebeca_ray.provenance.signing import check_signing
 
@@ -12,10 +13,17 @@ def check_decoder(settings: DecoderSettings) -> None:
         from rebeca_ray.decoder.triton_client import TritonDecoder
 
         TritonDecoder(settings)
-    elif settings.safety.checker:
+    elif needs_check(settings):
         from rebeca_ray.decoder.safety import load_checker
 
         load_checker(settings)
+
+
+def needs_check(settings: DecoderSettings) -> bool:
+    """Return whether server, safety checker or signature may be missing. The bundled checker never is."""
+    if settings.backend == "triton" or settings.provenance == "c2pa":
+        return True
+    return with_checker(settings).safety.checker not in ("bundled", "none")
 
 
 def build_decoder(settings: DecoderSettings) -> Decoder:

@@ -21,7 +21,7 @@ from torch.export import Dim
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.engines import load_networks
-from rebeca_ray.decoder.files import DecoderIdentity, hash_file, identify_decoder
+from rebeca_ray.decoder.files import hash_file, read_weights
 from rebeca_ray.decoder.interface import Rows
 from rebeca_ray.decoder.networks import Networks, Signature, Tensors
 from rebeca_ray.errors import InputError
@@ -53,7 +53,7 @@ def export_decoder(settings: DecoderSettings, out: Path) -> dict[str, Path]:
             "export: decoder.device is cuda, torch sees no GPU here; set decoder.device=cpu: "
             "the graphs are the same"
         )
-    identity = identify_decoder(settings)
+    _, weights = read_weights(settings)
     networks = load_networks(settings.model_copy(update={"compile": False}))
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -79,7 +79,7 @@ def export_decoder(settings: DecoderSettings, out: Path) -> dict[str, Path]:
         "sha256": {name: hash_file(path) for name, path in paths.items()},
     }
     (unfinished / "decoder.json").write_text(
-        json.dumps({**describe_export(settings, networks, identity), **listing}, indent=2)
+        json.dumps({**describe_export(settings, networks, weights), **listing}, indent=2)
     )
     unfinished.rename(out)
     return {name: out / f"{name}.onnx" for name in graphs}
@@ -129,7 +129,7 @@ def export_network(network: Any, inputs: Tensors, signature: Signature, path: Pa
         )
 
 
-def describe_export(settings: DecoderSettings, networks: Networks, identity: DecoderIdentity) -> JsonObject:
+def describe_export(settings: DecoderSettings, networks: Networks, weights: dict[str, str]) -> JsonObject:
     """Return the origin, sizes and versions of the graphs, for the loader of the export."""
     return {
         "family": networks.family.name,
@@ -137,7 +137,7 @@ def describe_export(settings: DecoderSettings, networks: Networks, identity: Dec
         "ip_adapter": settings.ip_adapter,
         "vae": settings.vae,
         "lora": settings.lora,
-        "weights": identity.weights,
+        "weights": weights,
         "dtype": settings.dtype,
         "embed_dim": networks.embed_dim,
         "latent_channels": networks.latent_channels,

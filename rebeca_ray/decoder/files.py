@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,12 +21,13 @@ from rebeca_ray.decoder.inspection import (
     zeroes_negative,
 )
 from rebeca_ray.decoder.lora import inspect_lora
+from rebeca_ray.decoder.safety_model import CONFIG, WEIGHTS
 from rebeca_ray.errors import InputError
 from rebeca_ray.storage.objects import JsonObject
 
 # Folders of a model, of any family; those that exist are hashed.
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-SAFETY_PARTS = ("safety_checker", "feature_extractor")
+SAFETY_PARTS = ("safety_checker", "feature_extractor")  # hashed if the model's checker is used
 # A fingerprint hashes the weights at these locations instead.
 LOCATIONS = fields_with(DecoderSettings, {Effect.CONTENT})
 # These leave an image alike, but for rounding.
@@ -76,7 +77,8 @@ def find_model(settings: DecoderSettings) -> Path:
     def fetch() -> str:
         from diffusers import DiffusionPipeline
 
-        without = {} if settings.safety.checker == "stable-diffusion" else {"safety_checker": None}
+        may_check = settings.safety.checker in (None, "stable-diffusion")
+        without = {} if may_check else {"safety_checker": None}
         return DiffusionPipeline.download(
             settings.model, revision=settings.revision, use_safetensors=True, **without
         )
@@ -149,30 +151,77 @@ def fetched(key: str, value: str, download: str, fetch: Callable[[], str]) -> Pa
         ) from None
 
 
+def with_checker(settings: DecoderSettings) -> DecoderSettings:
+    """Return the settings with the name of their safety checker.
+
+    By default, it is the model's own checker where the model has one, and the bundled one elsewhere.
+    """
+    if settings.safety.checker is not None:
+        return settings
+    if settings.engine_dir:
+        names: Collection[str] = read_description(Path(settings.engine_dir)).get("weights", {})
+    else:
+        folder = find_model(settings)
+        names = [f"{part}/{file.name}" for part in SAFETY_PARTS for file in (folder / part).glob("*")]
+    name = "stable-diffusion" if has_checker(names) else "bundled"
+    return settings.model_copy(update={"safety": settings.safety.model_copy(update={"checker": name})})
+
+
+def has_checker(names: Collection[str]) -> bool:
+    """Return whether the files of a model hold a safety checker that loads without a pickle."""
+    configs = {"safety_checker/config.json", "feature_extractor/preprocessor_config.json"}
+    weights = [name for name in names if name.startswith("safety_checker/") and name.endswith(".safetensors")]
+    return bool(weights) and configs <= set(names)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderIdentity:
-    """D of a decoder's embeddings and the sha256 of each weight file, known without loading."""
+    """D of a decoder's embeddings, the sha256 of each weight file, and the name of its safety checker.
+
+    All are known without loading.
+    """
 
     embed_dim: int
     weights: dict[str, str]
+    checker: str = "none"
 
     def fingerprint(self, settings: DecoderSettings) -> str:
         """Return 16 hex digits that change with every setting and weight that changes an image.
 
-        The location of the weights does not matter.
+        The location of the weights does not matter. A checker that is chosen by default counts like one that
+        is named.
         """
         values = settings.model_dump(exclude=NOT_IN_FINGERPRINT | LOCATIONS)
+        checker = settings.safety.checker or self.checker
+        # No check is null here: items from before the bundled checker keep their identity under `none`.
+        values["safety"]["checker"] = None if checker == "none" else checker
         return hashlib.sha256(json.dumps([values, self.weights], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def identify_decoder(settings: DecoderSettings) -> DecoderIdentity:
     """Read headers and hash files; an exported decoder has the hashes of its origin in `decoder.json`.
 
+    Of the safety checkers, only the files of the one that is used are listed. Raises InputError for files
+    that are missing or do not fit.
+    """
+    settings = with_checker(settings)
+    embed_dim, weights = read_weights(settings)
+    checker = settings.safety.checker or "none"
+    if checker != "stable-diffusion":
+        weights = {name: sha for name, sha in weights.items() if not name.startswith(SAFETY_PARTS)}
+    if checker == "bundled":
+        weights |= {f"bundled_checker/{file.name}": hash_file(file) for file in (CONFIG, WEIGHTS)}
+    return DecoderIdentity(embed_dim=embed_dim, weights=dict(sorted(weights.items())), checker=checker)
+
+
+def read_weights(settings: DecoderSettings) -> tuple[int, dict[str, str]]:
+    """Return D and the sha256 of every file of the model, its safety checker among them.
+
     Raises InputError for files that are missing or do not fit.
     """
     if settings.engine_dir:
         description = read_export(settings)
-        return DecoderIdentity(embed_dim=description["embed_dim"], weights=description["weights"])
+        return description["embed_dim"], description["weights"]
     files = find_decoder(settings)
     embed_dim = read_embed_dim(files.ip_adapter)
     inspect_files(settings, files)
@@ -181,7 +230,7 @@ def identify_decoder(settings: DecoderSettings) -> DecoderIdentity:
         # A setting of the model itself, in no file that is hashed.
         value = str(zeroes_negative(files.model)).encode()
         weights["force_zeros_for_empty_prompt"] = hashlib.sha256(value).hexdigest()
-    return DecoderIdentity(embed_dim=embed_dim, weights=weights)
+    return embed_dim, weights
 
 
 def inspect_files(settings: DecoderSettings, files: DecoderFiles) -> None:

@@ -18,6 +18,7 @@ TIME_IDS = 6  # of SDXL: two each of original size, cut and target size
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")  # a model may have them
 BASES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "the SDXL refiner", 2048: "SDXL"}
 EXPECTED = "expected a StableDiffusionPipeline or a StableDiffusionXLPipeline"
+REMEDY = "bundled, module:function, or none"  # where a model has no safety checker
 GIVE = "give a text-to-image model of Stable Diffusion 1.x, 2.x or XL"
 # Models that one pooled embedding cannot steer, by the start of their class.
 UNREADABLE = {
@@ -247,7 +248,7 @@ def inspect_safety_checker(name: str, folder: Path) -> None:
     what = "decoder.safety.checker stable-diffusion"
     for part, file in (("safety_checker", "config.json"), ("feature_extractor", "preprocessor_config.json")):
         if not (folder / part / file).is_file():
-            raise InputError(f"{what}: {name} has no {part}/{file}; give module:function, or set it to null")
+            raise InputError(f"{what}: {name} has no {part}/{file}; give {REMEDY}")
     find_weights(what, folder / "safety_checker")
 
 

@@ -12,6 +12,7 @@ from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.denoising import DenoisingLoop
 from rebeca_ray.decoder.encoding import encode_image
 from rebeca_ray.decoder.engines import load_networks
+from rebeca_ray.decoder.files import with_checker
 from rebeca_ray.decoder.interface import DecodedImage, Rows
 from rebeca_ray.decoder.safety import Checker, load_checker
 from rebeca_ray.errors import InputError
@@ -27,7 +28,7 @@ class LocalDecoder:
     """
 
     def __init__(self, settings: DecoderSettings) -> None:
-        self.settings = settings
+        self.settings = settings = with_checker(settings)
         self.loop = DenoisingLoop(load_networks(settings), settings)
         self.checker = load_checker(settings)
         self.batch_size = settings.batch_size

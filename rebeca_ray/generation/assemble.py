@@ -307,6 +307,7 @@ def describe_snapshot(
         figures=assembled.figures,
         versions=models.versions,
         decoder_weights=models.decoder_weights,
+        safety_checker=models.safety_checker,
         embed_dim=models.embed_dim,
         clip_fingerprint=models.clip_fingerprint,
         num_buckets=context.num_buckets,

@@ -23,6 +23,7 @@ class Models:
 
     versions: dict[str, str]  # fingerprints of prior and decoder, and the code's version
     decoder_weights: dict[str, str]  # sha256 by file
+    safety_checker: str  # of the decoder
     embed_dim: int
     clip_fingerprint: str | None
     can_rescore: bool  # the prior has a selector
@@ -43,6 +44,7 @@ def identify_models(config: GenerateConfig, decoder: DecoderIdentity) -> Models:
     return Models(
         versions=versions,
         decoder_weights=decoder.weights,
+        safety_checker=decoder.checker,
         embed_dim=decoder.embed_dim,
         clip_fingerprint=prior.clip,
         can_rescore=prior.selector is not None,

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.decoder.build import build_decoder, check_decoder
+from rebeca_ray.decoder.build import build_decoder, check_decoder, needs_check
 from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.decoder.interface import DecodedImage, Rows
 from rebeca_ray.errors import InputError, ResumableError, ServerLostError
@@ -277,7 +277,7 @@ def check_renderer(decoder: DecoderSettings, minutes: float | None) -> None:
 
     Raises ResumableError if the check does not end in nearly `minutes`, before the watchdog does.
     """
-    if decoder.backend == "local" and not decoder.safety.checker and decoder.provenance != "c2pa":
+    if not needs_check(decoder):
         return
     import ray
 

@@ -96,6 +96,7 @@ def context_of(run: Run, requested: int) -> RunContext:
         models=Models(
             versions={"prior": "prior", "decoder": "decoder", "code": "0"},
             decoder_weights={},
+            safety_checker="none",
             embed_dim=D,
             clip_fingerprint=None,
             can_rescore=True,

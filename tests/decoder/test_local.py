@@ -228,7 +228,7 @@ def test_a_custom_checker_is_named_by_module_and_function(tiny_decoder: DecoderS
     assert checker is not None
     assert checker(np.zeros((1, 4, 4, 3), np.uint8)) == [1.0]
     for name in ("tests.decoder.test_local:absent", "no_such_module:dark", "words"):
-        with pytest.raises(UserError, match="give stable-diffusion, or module:function"):
+        with pytest.raises(UserError, match="give bundled, stable-diffusion, module:function"):
             load_checker(tiny_decoder.model_copy(update={"safety": SafetySettings(checker=name)}))
 
 
@@ -259,5 +259,5 @@ def test_the_checker_of_the_model_leaves_the_images_unchanged(
         assert checker is not None
         assert checker(images).tolist() == [verdict] * 3
     assert np.array_equal(images, before)
-    with pytest.raises(UserError, match="has none .* give module:function, or set it to null"):
+    with pytest.raises(UserError, match="has none .* give bundled, module:function, or none"):
         load_checker(tiny_decoder.model_copy(update={"safety": SafetySettings(checker="stable-diffusion")}))

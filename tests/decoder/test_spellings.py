@@ -101,7 +101,7 @@ def test_a_missing_safety_checker_is_seen(tiny_decoder: DecoderSettings) -> None
     with pytest.raises(
         InputError,
         match=r"decoder.safety.checker stable-diffusion: .* has no safety_checker/config.json; "
-        "give module:function, or set it to null",
+        "give bundled, module:function, or none",
     ):
         identify_decoder(settings)
 

@@ -43,6 +43,7 @@ def tonight(*, date: datetime.date = DATE, can_rescore: bool = True, **refresh: 
         models=Models(
             versions={"prior": "prior", "decoder": "decoder", "code": "1.0"},
             decoder_weights={},
+            safety_checker="none",
             embed_dim=16,
             clip_fingerprint=None,
             can_rescore=can_rescore,
