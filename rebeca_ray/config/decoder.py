@@ -131,6 +131,9 @@ class DecoderSettings(Settings):
     """Classifier-free guidance scale of the decoder. At 1, each step needs a single pass."""
     guidance_interval: Annotated[tuple[Fraction, Fraction], Field(strict=False), Effect.ITEM] = (0.0, 1.0)
     """Start and stop of the decoder's guidance, as shares of the steps. Steps outside need a single pass."""
+    cache_interval: Annotated[SmallCount, Effect.ITEM] = 1
+    """Steps from one whole pass of the UNet to the next. The steps between run its outer blocks alone
+    (DeepCache), for the engine `torch` only. At 1, all passes are whole."""
     ip_adapter_scale: Annotated[Weight, Effect.ITEM] = 1.0
     """Weight of the embedding beside the text prompt. At 0, the text alone decides."""
     image_size: Annotated[Pixels | None, Field(multiple_of=8), Effect.ITEM] = None
@@ -172,6 +175,11 @@ class DecoderSettings(Settings):
         start, stop = self.guidance_interval
         if start > stop:
             raise ValueError(f"guidance_interval starts at {start:g} and stops at {stop:g}; swap them")
+        if self.cache_interval > 1 and (self.engine != "torch" or self.compile):
+            raise ValueError(
+                f"cache_interval is for engine torch without compile, this is {self.engine} with "
+                f"compile={self.compile}; set it to 1"
+            )
         if self.compile and self.engine != "torch":
             raise ValueError(f"compile is for engine torch, this is {self.engine}")
         if self.engine == "tensorrt" and self.device != "cuda":

@@ -40,7 +40,8 @@ class DenoisingLoop:
         """Draw one tile; return uint8 images [B, Y, X, 3], and whether each is finite [B].
 
         Guidance is one doubled batch (Ho & Salimans 2022). A tile without a guided row needs single passes
-        only, and so does a step outside `guidance_interval` (Kynkäänniemi et al. 2024).
+        only, and so does a step outside `guidance_interval` (Kynkäänniemi et al. 2024). Between the whole
+        passes of `cache_interval`, a pass is shallow.
         """
         networks, size, channels = self.networks, self.latent_size, self.networks.latent_channels
         device, dtype = networks.device, networks.dtype
@@ -54,12 +55,18 @@ class DenoisingLoop:
         noise = next(item_noise(rows.seeds, channels * size * size, device)).view(-1, channels, size, size)
         latents = noise * self.scheduler.init_noise_sigma
         later_noise = self.later_noise(rows.seeds)
+        kept_rows = 0  # of the last whole pass
         for step, timestep in enumerate(self.scheduler.timesteps):
             scaled = self.scheduler.scale_model_input(latents, timestep).to(dtype)
             conditioning = conditional_half
             if step in guided_steps:
                 scaled, conditioning = scaled.repeat(2, 1, 1, 1), whole
-            predicted = networks.unet(scaled, timestep.expand(len(scaled)), *conditioning).float()
+            unet = networks.unet
+            if networks.shallow_unet and step % self.settings.cache_interval and len(scaled) <= kept_rows:
+                unet = networks.shallow_unet
+            else:
+                kept_rows = len(scaled)
+            predicted = unet(scaled, timestep.expand(len(scaled)), *conditioning).float()
             if step in guided_steps:
                 conditional, unconditional = predicted.chunk(2)
                 predicted = unconditional + guidance_B * (conditional - unconditional)

@@ -50,6 +50,7 @@ class Networks:
     vae_scale_factor: int
     device: str
     dtype: torch.dtype
+    shallow_unet: Network | None = None  # for the steps between whole passes, where `cache_interval` is set
     zeroes_negative: bool = False  # an empty negative prompt has zeros in place of its text
 
     def by_name(self) -> dict[str, Network]:

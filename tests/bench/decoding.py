@@ -6,9 +6,11 @@ a time, 50 steps), its improvements one by one (fewer steps, batches, ONNX Runti
 Quality: held-out items decoded from their embeddings, by scheduler and number of steps. The figures are style
 and category by the judge, and cosine to the given embedding. A strip of images is written too.
 Intervals: the same for guidance in a part of the steps, at the default's scheduler and steps.
+Cache: the same for shallow passes between whole ones, and the time of both for the UNet of Stable Diffusion
+1.5 with random weights.
 Parity: ONNX Runtime against torch. The UNet of Stable Diffusion 1.5 takes 18 GB of memory.
 
-    python -m tests.bench.decoding [speed] [quality] [intervals] [parity] [--rounds 3] [--threads 2]
+    python -m tests.bench.decoding [speed] [quality] [intervals] [cache] [parity] [--rounds 3] [--threads 2]
 """
 
 import argparse
@@ -32,6 +34,7 @@ from rich.table import Table
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.export import example_inputs, export_decoder, export_network
 from rebeca_ray.decoder.families import sd
+from rebeca_ray.decoder.families.deep_cache import shallow_copy
 from rebeca_ray.decoder.interface import Rows
 from rebeca_ray.decoder.local import LocalDecoder
 from rebeca_ray.decoder.onnx_engine import OnnxNetwork
@@ -52,6 +55,7 @@ REFERENCE = DecoderSettings(
 DEFAULT = REFERENCE.model_copy(update={"scheduler": "dpm_solver", "num_inference_steps": 9, "batch_size": 40})
 JUDGED, TIMED = 120, 40
 INTERVALS = ((0.0, 1.0), (0.0, 0.8), (0.0, 0.6), (0.2, 1.0), (0.2, 0.8), (0.2, 0.6), (0.4, 0.8), (0.0, 0.0))
+CACHES = ((2, 9), (3, 9), (2, 20), (3, 20))  # interval, steps
 SCHEDULERS = {"ddim": (50,), "dpm_solver": (5, 9, 20), "unipc": (5, 9)}
 
 
@@ -219,9 +223,34 @@ def intervals(world: World) -> dict[str, dict[str, float]]:
     return figures
 
 
+def cache(world: World, rounds: int) -> dict[str, dict[str, float]]:
+    """Return quality by cache interval and steps, and seconds of a pass of Stable Diffusion 1.5's UNet."""
+    figures = {}
+    for interval, steps in CACHES:
+        settings = DEFAULT.model_copy(update={"cache_interval": interval, "num_inference_steps": steps})
+        name = f"every {interval} of {steps} steps"
+        figures[name] = world.quality(drawn(settings, world.embeds))
+        Console().print(name, figures[name])
+    unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    unet = unet.eval().requires_grad_(False)
+    shallow = shallow_copy(unet, "Stable Diffusion 1.5")
+    inputs = (torch.randn(1, 4, 64, 64), torch.tensor([500]), torch.randn(1, 77, 768))
+    seconds: dict[str, list[float]] = {"whole": [], "shallow": []}
+    with torch.inference_mode():
+        unet(*inputs)
+        for _ in range(rounds):
+            for name, network in (("whole", unet), ("shallow", shallow)):
+                started = time.perf_counter()
+                network(*inputs)
+                seconds[name].append(time.perf_counter() - started)
+    figures["seconds of a pass"] = {name: statistics.median(values) for name, values in seconds.items()}
+    Console().print(figures["seconds of a pass"])
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parts = ["speed", "quality", "intervals", "parity"]
+    parts = ["speed", "quality", "intervals", "cache", "parity"]
     parser.add_argument("parts", nargs="*", choices=parts, default=parts)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -255,6 +284,8 @@ def main() -> None:
         Console().print(table)
     if "intervals" in arguments.parts:
         results["intervals"] = intervals(world)
+    if "cache" in arguments.parts:
+        results["cache"] = cache(world, arguments.rounds)
     path.write_text(json.dumps(results, indent=2) + "\n")
 
 

@@ -223,3 +223,69 @@ def test_steps_outside_the_guidance_interval_are_single_passes(
 def test_an_interval_that_ends_before_it_starts_is_refused(tiny_decoder: DecoderSettings) -> None:
     with pytest.raises(ValueError, match=r"guidance_interval starts at 0\.6 and stops at 0\.2; swap them"):
         DecoderSettings.model_validate({**tiny_decoder.model_dump(), "guidance_interval": [0.6, 0.2]})
+
+
+@pytest.mark.parametrize("family", ["tiny_decoder", "tiny_sdxl"])
+def test_a_shallow_pass_after_a_whole_one_of_the_same_inputs_equals_it(
+    request: pytest.FixtureRequest, family: str
+) -> None:
+    settings = request.getfixturevalue(family).model_copy(update={"cache_interval": 2})
+    networks = load_networks(settings)
+    assert networks.shallow_unet is not None
+    rows = rows_for(settings)
+    conditioning = networks.condition(rows).in_order(networks.family.conditioning)
+    size = networks.image_size // networks.vae_scale_factor
+    latents = torch.randn(5, 4, size, size, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.full((5,), 500)
+    with torch.inference_mode():
+        whole = networks.unet(latents, timesteps, *conditioning)
+        torch.testing.assert_close(networks.shallow_unet(latents, timesteps, *conditioning), whole)
+        # The first rows of the last whole pass, and other noise in the outer blocks.
+        some = [tensor[:2] for tensor in conditioning]
+        torch.testing.assert_close(networks.shallow_unet(latents[:2], timesteps[:2], *some), whole[:2])
+        other = networks.shallow_unet(latents + 0.5, timesteps, *conditioning)
+        assert (other - whole).abs().max() > 0.01
+        assert not torch.equal(other, networks.unet(latents + 0.5, timesteps, *conditioning))
+
+
+@pytest.mark.parametrize(
+    ("interval", "guided", "expected"),
+    [
+        (1, (0.0, 1.0), ["w10", "w10", "w10", "w10", "w10"]),
+        (2, (0.0, 1.0), ["w10", "s10", "w10", "s10", "w10"]),
+        (3, (0.0, 1.0), ["w10", "s10", "s10", "w10", "s10"]),
+        (3, (0.0, 0.4), ["w10", "s10", "s5", "w5", "s5"]),
+        (3, (0.4, 1.0), ["w5", "s5", "w10", "w10", "s10"]),  # the third step has rows that none kept
+    ],
+)
+def test_passes_between_whole_ones_are_shallow(
+    tiny_decoder: DecoderSettings, interval: int, guided: tuple[float, float], expected: list[str]
+) -> None:
+    settings = tiny_decoder.model_copy(
+        update={"num_inference_steps": 5, "cache_interval": interval, "guidance_interval": guided}
+    )
+    networks, passes = load_networks(settings), []
+
+    def noting(kind: str, unet: object) -> object:
+        def run(latents: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+            passes.append(f"{kind}{len(latents)}")
+            return unet(latents, *inputs)
+
+        return run
+
+    noted = replace(
+        networks,
+        unet=noting("w", networks.unet),
+        shallow_unet=networks.shallow_unet and noting("s", networks.shallow_unet),
+    )
+    images, finite = DenoisingLoop(noted, settings).draw(rows_for(settings))
+    assert passes == expected
+    assert finite.all()
+    again, _ = loop_for(settings).draw(rows_for(settings))
+    np.testing.assert_array_equal(images, again)
+
+
+def test_a_cache_needs_torch_without_compile(tiny_decoder: DecoderSettings) -> None:
+    for change in ({"compile": True}, {"engine": "onnx", "engine_dir": "/engine"}):
+        with pytest.raises(ValueError, match="cache_interval is for engine torch without compile"):
+            DecoderSettings.model_validate({**tiny_decoder.model_dump(), "cache_interval": 2, **change})

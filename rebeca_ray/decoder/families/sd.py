@@ -11,6 +11,7 @@ Shapes: B batch, D embed dim, L text tokens, K image tokens, T tokens of any kin
 C latent channels, R red green blue, Y X pixels or latents.
 """
 
+import copy
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from torch import nn
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.conditioning import Conditioning
+from rebeca_ray.decoder.families.deep_cache import shallow_copy
 from rebeca_ray.decoder.files import DecoderFiles, find_decoder
 from rebeca_ray.decoder.headers import find_weights
 from rebeca_ray.decoder.interface import Rows
@@ -148,10 +150,15 @@ def networks_of(
         return module.to(memory_format=torch.channels_last) if settings.device == "cuda" else module
 
     unet, projection = ready(unet), encoders["image_projection"]
+    shallow = None
+    if settings.cache_interval > 1:
+        shallow = copy.copy(unet)
+        shallow.__dict__["_modules"] = {"unet": shallow_copy(pipeline.unet, settings.model)}
     return Networks(
         family=family,
         encoders={name: ready(encoder) for name, encoder in encoders.items()},
         unet=torch.compile(unet, mode="reduce-overhead") if settings.compile else unet,
+        shallow_unet=shallow,
         vae_decoder=ready(VaeDecoder(pipeline.vae)),
         tokenizers={
             name: tokenizer

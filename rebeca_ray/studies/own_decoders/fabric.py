@@ -134,7 +134,7 @@ class FabricDecoder:
     """The catalog's decoder with the reference images of one user at a time."""
 
     def __init__(self, settings: DecoderSettings) -> None:
-        self.decoder = LocalDecoder(settings.model_copy(update={"compile": False}))
+        self.decoder = LocalDecoder(settings.model_copy(update={"compile": False, "cache_interval": 1}))
         networks, self.memory = self.decoder.loop.networks, Memory()
         self.vae, self.size = networks.vae_decoder.vae, networks.image_size  # type: ignore[attr-defined]
         unet = ReferenceUNet(
