@@ -64,6 +64,16 @@ def draw_set(
     )
 
 
+def without_gaps(settings: DecoderSettings) -> DecoderSettings:
+    """Return a decoder that keeps images which the safety checker refuses: a set has an image of every item.
+
+    A Triton server has a policy of its own.
+    """
+    if settings.backend == "triton":
+        return settings
+    return settings.model_copy(update={"safety": settings.safety.model_copy(update={"policy": "flag"})})
+
+
 @functools.cache
 def fingerprint_of(settings: DecoderSettings) -> str:
     """Return the decoder's fingerprint. It hashes all weights, so it is kept."""

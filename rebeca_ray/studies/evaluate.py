@@ -25,7 +25,7 @@ from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.parquet import write_table
 from rebeca_ray.storage.writable import require_writable
-from rebeca_ray.studies.drawing import draw_set, fingerprint_of
+from rebeca_ray.studies.drawing import draw_set, fingerprint_of, without_gaps
 from rebeca_ray.studies.guidance import check_guidable, guidance_cells
 from rebeca_ray.studies.measure import LESS_IS_BETTER, Judge, Measured, mean_of, measure
 from rebeca_ray.studies.methods import Materials, wishes_of
@@ -114,6 +114,8 @@ def evaluate(
         materials = read_materials(config, sets[0], judge, sources)
         # Everything is checked before the first image is drawn.
         check_models(config.decoder, materials.prior, snapshots[0])
+        config = config.model_copy(update={"decoder": without_gaps(config.decoder)})
+        assert config.decoder is not None
         if config.prior_guidance_tried:
             check_guidable(materials.prior)
         for method in IMAGE_METHODS & set(config.methods):

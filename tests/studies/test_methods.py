@@ -7,14 +7,15 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.config.decoder import DecoderSettings, SafetySettings
 from rebeca_ray.config.evaluation import EvaluateConfig, Method
 from rebeca_ray.decoder.build import build_decoder
 from rebeca_ray.decoder.interface import DecodedImage, Rows
 from rebeca_ray.errors import InputError, StorageError
 from rebeca_ray.schemas import TRAINING
-from rebeca_ray.studies.drawing import draw_set
+from rebeca_ray.studies.drawing import draw_set, without_gaps
 from rebeca_ray.studies.methods import Materials, Prompt, Wishes, real_rows, wishes_of
+from rebeca_ray.studies.sets import ItemSet
 from tests.studies.conftest import ITEMS_PER_TASTE, TASTES, WORDS
 
 REAL = ("nearest_to_mean", "retrieval", "best_by_verifier", "most_popular", "random")
@@ -79,6 +80,26 @@ def test_the_catalogs_embeddings_give_its_images_once(
     assert kept.encoded == drawn.encoded
     with pytest.raises(AssertionError, match="the images are there"):
         draw_set("again", replace(wishes, prompt=Prompt.P1), catalog, NoDecoder(), tiny_decoder, out)
+
+
+def suspicious(images: np.ndarray) -> np.ndarray:
+    """Call every image unsafe."""
+    return np.ones(len(images), np.float32)
+
+
+def test_an_image_that_the_safety_checker_refuses_stays_in_its_set(
+    materials: Materials, tiny_decoder: DecoderSettings, tmp_path: Path
+) -> None:
+    safety = SafetySettings(checker=f"{__name__}:suspicious")
+    strict = tiny_decoder.model_copy(update={"safety": safety})
+    wishes = Wishes(embeds_ND=materials.catalog.embeds_ND)
+
+    def draw(settings: DecoderSettings) -> ItemSet:
+        return draw_set("x", wishes, materials.catalog, build_decoder(settings), settings, str(tmp_path))
+
+    with pytest.raises(StorageError, match="the safety policy left it out"):
+        draw(strict)
+    assert draw(without_gaps(strict)).encoded == materials.catalog.encoded
 
 
 def test_an_item_that_cannot_be_drawn_leaves_no_file(
