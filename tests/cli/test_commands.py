@@ -95,7 +95,7 @@ def test_lazy_public_names() -> None:
     [
         (["train", "--config", "nothing.yaml"], "cannot be read"),
         (
-            ["generate", "--config", "jobs/configs/generate_stickers.yaml", "decoder.guidance=3"],
+            ["generate", "--config", "jobs/configs/generate_stickers.yaml", "decoder.decoder_guidance=3"],
             "did you mean 'decoder_guidance_scale'",
         ),
         (
