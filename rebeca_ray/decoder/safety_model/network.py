@@ -49,6 +49,15 @@ class BundledChecker:
     @torch.inference_mode()
     def classify(self, images_BYX3: np.ndarray) -> np.ndarray:
         """Return the probability [B, K] of each class."""
+        # The layers are small: with more threads than free cores, threads would wait for each other.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return self.classify_tiles(images_BYX3)
+        finally:
+            torch.set_num_threads(threads)
+
+    def classify_tiles(self, images_BYX3: np.ndarray) -> np.ndarray:
         parts = []
         for start in range(0, len(images_BYX3), self.tile):
             images = images_BYX3[start : start + self.tile]
