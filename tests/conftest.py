@@ -61,12 +61,13 @@ USERS = [f"user-{number}" for number in range(7)]
 LONGEST = [  # the names of test files, longest first
     *("test_jobs.py", "test_train.py", "test_resume.py", "test_acceptance.py", "test_campaign.py"),
     *("test_damage.py", "test_triton_client.py", "test_pipeline.py", "test_exports.py", "test_feedback.py"),
-    *("test_faults.py", "test_weights.py", "test_suspects.py", "test_readers.py", "test_ray_start.py"),
+    *("test_sdxl.py", "test_faults.py", "test_weights.py", "test_suspects.py", "test_ray_start.py"),
+    *("test_tuning.py", "test_readers.py"),
 ]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest files first, so that both test processes end at about the same time."""
+    """Run the longest files first, so that all test processes end at about the same time."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
