@@ -76,11 +76,11 @@ def tune_training(config: TuneConfig) -> pa.Table:
     for result in results:
         if result.error is not None:
             log.error(f"trial {result.config}: {describe(result.error)}")
-    if grid.num_errors == len(results):
+    trials = sorted((trial_of(result) for result in results), key=lambda trial: trial.best_loss)
+    if not any(trial.losses for trial in trials):
         raise QualityGateError(
             f"tune {config.out}: all {len(results)} trials failed; the log has the reasons"
         )
-    trials = sorted((trial_of(result) for result in results), key=lambda trial: trial.best_loss)
     points = [{**trial.point, VAL_LOSS: trial.best_loss, "epochs": len(trial.losses)} for trial in trials]
     table = pa.Table.from_pylist(points)
     write_table(table, join(config.out, "trials.parquet"), row_group_size=10_000)

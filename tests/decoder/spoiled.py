@@ -6,10 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.decoder.files import identify_decoder
+from rebeca_ray.errors import InputError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -63,3 +66,14 @@ def pointer(name: str) -> Spoil:
     return lambda model: (model / name).write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
     )
+
+
+def check_refusal(settings: DecoderSettings, message: str) -> str:
+    """Assert that a model is refused in one line with `message` and a remedy; return the line."""
+    with pytest.raises(InputError, match=message) as caught:
+        identify_decoder(settings)
+    text = str(caught.value)
+    assert text.startswith("decoder.")
+    assert text.count("; ") >= 2
+    assert len(text.splitlines()) == 1
+    return text
