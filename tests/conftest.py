@@ -52,23 +52,14 @@ from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.parquet import read_table, write_table
 from rebeca_ray.storage.records import read_record, write_record
 from tests.faulty_s3 import proxy as proxy  # a fixture
+from tests.processes import pytest_collection_modifyitems as pytest_collection_modifyitems
+from tests.processes import pytest_configure as pytest_configure
 from tests.seaweedfs import seaweedfs
 
 REPO = Path(__file__).parents[1]
 D = 16
 TINY_NETWORK = NetworkSettings(num_layers=2, num_heads=2, width=16, num_tokens=3, user_encoder="id")
 USERS = [f"user-{number}" for number in range(7)]
-LONGEST = [  # the names of test files, longest first
-    *("test_jobs.py", "test_train.py", "test_resume.py", "test_acceptance.py", "test_campaign.py"),
-    *("test_damage.py", "test_triton_client.py", "test_pipeline.py", "test_exports.py", "test_feedback.py"),
-    *("test_sdxl.py", "test_faults.py", "test_weights.py", "test_suspects.py", "test_ray_start.py"),
-    *("test_tuning.py", "test_readers.py"),
-]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest files first, so that all test processes end at about the same time."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(autouse=True)

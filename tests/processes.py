@@ -1,0 +1,30 @@
+"""How the processes of a test run share the work: the longest files first, a Ray for each process."""
+
+import os
+import shutil
+import tempfile
+
+import pytest
+
+LONGEST = [  # the names of test files, longest first
+    *("test_jobs.py", "test_train.py", "test_resume.py", "test_acceptance.py", "test_campaign.py"),
+    *("test_damage.py", "test_triton_client.py", "test_pipeline.py", "test_exports.py", "test_feedback.py"),
+    *("test_sdxl.py", "test_faults.py", "test_weights.py", "test_suspects.py", "test_ray_start.py"),
+    *("test_tuning.py", "test_readers.py"),
+]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each test process a Ray of its own.
+
+    With one folder, the first process starts a Ray and the others join it: they wait for each other's CPUs,
+    and die with the process that started it.
+    """
+    folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # short, for the sockets' paths
+    os.environ["RAY_TMPDIR"] = folder
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first, so that all test processes end at about the same time."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
