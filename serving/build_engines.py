@@ -17,8 +17,8 @@ import typer
 from rebeca_ray.cli.runner import plain_errors, run_script
 from rebeca_ray.console import console
 from rebeca_ray.decoder.engines import find_family
+from rebeca_ray.decoder.exported.tensorrt_engine import this_machine
 from rebeca_ray.decoder.files import hash_file, read_description
-from rebeca_ray.decoder.tensorrt_engine import this_machine
 from rebeca_ray.errors import InputError
 
 

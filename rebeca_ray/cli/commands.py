@@ -315,12 +315,18 @@ def serve(
 
     with plain_errors():
         if settings := read_config(GenerateConfig, config, overrides):
+            from rebeca_ray.decoder.choices import choose, is_open
             from rebeca_ray.decoder.triton_server import triton_server
 
+            decoder = choose(settings.decoder)
+            if is_open(settings.decoder):
+                print_result(
+                    f"decoder: device {decoder.device}, dtype {decoder.dtype}, chosen for this machine"
+                )
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             ports = {"http_port": http_port, "grpc_port": grpc_port, "metrics_port": metrics_port}
             try:
-                with triton_server(settings.decoder, **ports, instances=instances) as process:
+                with triton_server(decoder, **ports, instances=instances) as process:
                     print_result(output.serving(**ports))
                     if code := process.wait():
                         raise ServerLostError(f"tritonserver ended with code {code}; see its lines above")

@@ -7,7 +7,6 @@ from pydantic import AfterValidator, Field, model_validator
 
 from rebeca_ray.config.fields import (
     Cpus,
-    Device,
     Duration,
     Effect,
     Fraction,
@@ -119,10 +118,10 @@ class DecoderSettings(Settings):
     """Process that decodes: `local` is the render actor, `triton` the server on its node."""
     triton: TritonSettings = TritonSettings()
     """Connection to the Triton server, read only if `backend` is `triton`."""
-    engine: Annotated[Literal["torch", "onnx", "tensorrt"], Effect.PLAN] = "torch"
-    """Engine that runs the networks: `torch`, or an exported model in `onnx` or `tensorrt`."""
+    engine: Annotated[Literal["torch", "onnx", "openvino", "tensorrt"], Effect.PLAN] = "torch"
+    """Engine that runs the networks: `torch`, or an exported model by `onnx`, `openvino` or `tensorrt`."""
     engine_dir: Annotated[Location | None, Effect.CONTENT] = None
-    """Folder that `rebeca export` wrote. The engines `onnx` and `tensorrt` need it."""
+    """Folder that `rebeca export` wrote. Every engine but `torch` needs it."""
     scheduler: Annotated[Literal["dpm_solver", "ddim", "unipc", "lcm", "tcd"], Effect.ITEM] = "dpm_solver"
     """Sampler of the decoder. `lcm` and `tcd` are for few-step adapters."""
     num_inference_steps: Annotated[SmallCount, Effect.ITEM] = 20
@@ -157,10 +156,12 @@ class DecoderSettings(Settings):
     """Render actors in the cluster."""
     cpus_per_actor: Annotated[Cpus, Effect.SPEED] = 1.0
     """CPUs that each render actor reserves. Leave some of the cluster's CPUs for reading."""
-    device: Annotated[Device, Effect.PLAN] = "cpu"
-    """Device that runs the networks."""
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], Effect.ITEM] = "float32"
-    """Number format of weights and activations."""
+    device: Annotated[Literal["auto", "cpu", "cuda"], Effect.PLAN] = "cpu"
+    """Device that runs the networks. `auto` takes a GPU where there is one."""
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16", "int8"], Effect.ITEM] = "float32"
+    """Number format of weights and activations. `auto` takes the fastest one that the machine computes, once
+    for a run: float16 on a GPU, bfloat16 on a processor that has it, or that of the export. `int8` needs an
+    export made with `--int8`."""
     compile: Annotated[bool, Effect.PLAN] = False
     """Compilation of the UNet by `torch.compile`, for the engine `torch` only.
     It adds minutes at start and speeds up each step."""
@@ -169,8 +170,8 @@ class DecoderSettings(Settings):
     def check_engine(self) -> Self:
         if (self.engine == "torch") != (self.engine_dir is None):
             raise ValueError(
-                f"engine {self.engine} with engine_dir {self.engine_dir}; onnx and tensorrt need a folder, "
-                "torch takes none"
+                f"engine {self.engine} with engine_dir {self.engine_dir}; torch takes no folder, "
+                "every other engine needs one"
             )
         start, stop = self.guidance_interval
         if start > stop:
@@ -184,6 +185,18 @@ class DecoderSettings(Settings):
             raise ValueError(f"compile is for engine torch, this is {self.engine}")
         if self.engine == "tensorrt" and self.device != "cuda":
             raise ValueError("engine tensorrt needs device cuda")
+        if self.engine == "openvino" and (self.device == "cuda" or self.dtype == "float16"):
+            raise ValueError(
+                f"engine openvino runs on the cpu in float32, bfloat16 or int8, this is {self.device} and "
+                f"{self.dtype}; set device=cpu and dtype=auto"
+            )
+        if self.dtype == "int8" and self.engine not in ("onnx", "openvino"):
+            raise ValueError(f"dtype int8 is for the engines onnx and openvino, this is {self.engine}")
+        if self.backend == "triton" and "auto" in (self.device, self.dtype):
+            raise ValueError(
+                "device and dtype cannot be auto with backend triton, whose server has chosen; "
+                "set those that `rebeca serve` prints"
+            )
         return self
 
     @model_validator(mode="after")

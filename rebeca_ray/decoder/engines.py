@@ -27,9 +27,13 @@ def load_networks(settings: DecoderSettings) -> Networks:
     description = read_export(settings)
     family = find_family(description["family"])
     if settings.engine == "onnx":
-        from rebeca_ray.decoder.onnx_engine import load_onnx_networks
+        from rebeca_ray.decoder.exported.onnx_engine import load_onnx_networks
 
         return load_onnx_networks(settings, family, description)
-    from rebeca_ray.decoder.tensorrt_engine import load_tensorrt_networks
+    if settings.engine == "openvino":
+        from rebeca_ray.decoder.exported.openvino_engine import load_openvino_networks
+
+        return load_openvino_networks(settings, family, description)
+    from rebeca_ray.decoder.exported.tensorrt_engine import load_tensorrt_networks
 
     return load_tensorrt_networks(settings, family, description)

@@ -20,6 +20,7 @@ import torch
 from torch.export import Dim
 
 from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.decoder.choices import choose
 from rebeca_ray.decoder.engines import load_networks
 from rebeca_ray.decoder.files import hash_file, read_weights
 from rebeca_ray.decoder.interface import Rows
@@ -43,6 +44,9 @@ def export_decoder(settings: DecoderSettings, out: Path) -> dict[str, Path]:
         ) from None
     if out.exists():
         raise InputError(f"--out {out}: already exists; remove it, or give another folder")
+    if settings.dtype == "auto":
+        settings = settings.model_copy(update={"dtype": "float32"})
+    settings = choose(settings)
     if settings.engine != "torch" or settings.dtype == "bfloat16":
         raise InputError(
             f"export: engine {settings.engine}, dtype {settings.dtype}; expected engine torch with "

@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.fields import Effect, fields_with
 from rebeca_ray.decoder.adapters import inspect_ip_adapter, read_embed_dim
+from rebeca_ray.decoder.choices import choose
 from rebeca_ray.decoder.inspection import (
     family_of,
     inspect_model,
@@ -191,7 +192,7 @@ class DecoderIdentity:
         The location of the weights does not matter. A checker that is chosen by default counts like one that
         is named.
         """
-        values = settings.model_dump(exclude=NOT_IN_FINGERPRINT | LOCATIONS)
+        values = choose(settings).model_dump(exclude=NOT_IN_FINGERPRINT | LOCATIONS)
         checker = settings.safety.checker or self.checker
         # No check is null here: items from before the bundled checker keep their identity under `none`.
         values["safety"]["checker"] = None if checker == "none" else checker
@@ -204,7 +205,7 @@ def identify_decoder(settings: DecoderSettings) -> DecoderIdentity:
     Of the safety checkers, only the files of the one that is used are listed. Raises InputError for files
     that are missing or do not fit.
     """
-    settings = with_checker(settings)
+    settings = with_checker(choose(settings))
     embed_dim, weights = read_weights(settings)
     checker = settings.safety.checker or "none"
     if checker != "stable-diffusion":
@@ -262,6 +263,8 @@ def read_export(settings: DecoderSettings) -> JsonObject:
     for key in ("model", "ip_adapter", "vae", "lora", "dtype", "image_size"):
         exported = description[key]
         expected = getattr(settings, key)
+        if (settings.engine, key, expected) == ("openvino", "dtype", "bfloat16"):
+            expected = "float32"  # OpenVINO converts when it compiles the graph
         if key == "image_size" and expected is None:
             continue
         # Only names are compared: the same folder may have another path on another machine.

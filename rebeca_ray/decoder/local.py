@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.decoder.choices import choose
 from rebeca_ray.decoder.denoising import DenoisingLoop
 from rebeca_ray.decoder.encoding import encode_image
 from rebeca_ray.decoder.engines import load_networks
@@ -28,7 +29,7 @@ class LocalDecoder:
     """
 
     def __init__(self, settings: DecoderSettings) -> None:
-        self.settings = settings = with_checker(settings)
+        self.settings = settings = with_checker(choose(settings))
         self.loop = DenoisingLoop(load_networks(settings), settings)
         self.checker = load_checker(settings)
         self.batch_size = settings.batch_size

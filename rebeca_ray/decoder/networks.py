@@ -1,4 +1,4 @@
-"""The networks of a decoder, as plain functions of tensors: the same to PyTorch, ONNX Runtime and TensorRT.
+"""The networks of a decoder, as plain functions of tensors: the same to every engine.
 
     encoders          named by the family          -> tensors of the conditioning, once per batch
     unet              latents_BCYX, timestep_B, and the conditioning in the family's order -> predicted_BCYX
@@ -20,7 +20,13 @@ from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.conditioning import Conditioning
 from rebeca_ray.decoder.interface import Rows
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# A quantised graph takes and returns float32.
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.float32,
+}
 Network = Callable[..., Any]  # tensors in; one tensor out, or a tuple where the signature has several outputs
 Tensors = tuple[torch.Tensor, ...]
 

@@ -15,6 +15,7 @@ from rebeca_ray.generation.decide import decide_all
 from rebeca_ray.generation.decisions import Decisions
 from rebeca_ray.generation.plan import request_histories
 from rebeca_ray.generation.progress import Progress
+from rebeca_ray.generation.rendering.checks import with_choices
 from rebeca_ray.generation.request import check_request
 from rebeca_ray.generation.runs import record_of
 
@@ -28,7 +29,7 @@ def estimate(config: GenerateConfig, *, images_per_second: float | None = None) 
     """
     if images_per_second is not None and not images_per_second > 0:
         raise InputError(f"images_per_second {images_per_second}: must be more than 0")
-    config = with_current_versions(config)
+    config = with_choices(with_current_versions(config), in_process=False)
     decoder = identify_decoder(config.decoder)
     requested = check_request(config, decoder)
     previous = published(config.catalog)

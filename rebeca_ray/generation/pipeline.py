@@ -43,7 +43,8 @@ from rebeca_ray.generation.estimate import forecast
 from rebeca_ray.generation.gate import check_plan, refusals
 from rebeca_ray.generation.plan import plan_items, request_histories
 from rebeca_ray.generation.progress import Progress
-from rebeca_ray.generation.render import busy_seconds, check_renderer, render_all
+from rebeca_ray.generation.render import busy_seconds, render_all
+from rebeca_ray.generation.rendering.checks import check_renderer, with_choices
 from rebeca_ray.generation.repair.previous import note_damage
 from rebeca_ray.generation.request import check_request, input_digests, require_same_inputs
 from rebeca_ray.generation.runs import (
@@ -106,6 +107,8 @@ def generate_catalog(
     require_writable(config.catalog, "catalog")
     require_own_root(config.catalog)
     require_pointer(config.catalog)
+    config = with_choices(config, in_process)
+    pinned = pinned.model_copy(update={"decoder": config.decoder})
     models = identify_models(pinned, decoder)
     published(config.catalog)
     progress = Progress()

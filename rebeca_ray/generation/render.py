@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,10 +21,10 @@ import pyarrow.compute as pc
 from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.decoder.build import build_decoder, check_decoder, needs_check
+from rebeca_ray.decoder.build import build_decoder
 from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.decoder.interface import DecodedImage, Rows
-from rebeca_ray.errors import InputError, ResumableError, ServerLostError
+from rebeca_ray.errors import InputError, ServerLostError
 from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.dataflow import Actors, Stage, run_graph
 from rebeca_ray.generation.decisions import Decisions
@@ -49,7 +49,6 @@ log = logging.getLogger(__name__)
 ROW_GROUP = 100
 MAX_CLOCK_DIFFERENCE = 60  # seconds, between the actors' clocks and ours
 HASHED_BYTES = 16 * 2**30  # of the images of finished shards, when a run is resumed
-CHECK_SHARE = 0.9  # of the watchdog's time, for the check of the renderer
 BATCHES_PER_CALL = 4  # of a server, which waits for nothing but between calls
 COLUMNS = ["item_id", "bucket", "image_embeds", "prompt", "negative_prompt"]
 
@@ -270,36 +269,6 @@ def rendered_ids(run: Run, records: list[PartRecord], with_failed: Callable[[Par
     with ThreadPoolExecutor(16) as pool:
         arrays = list(pool.map(ids, records))
     return pc.unique(pa.concat_arrays(arrays)) if arrays else pa.array([], pa.string())
-
-
-def check_renderer(decoder: DecoderSettings, minutes: float | None) -> None:
-    """Check server, safety checker and signature where a render actor would run, before anything is planned.
-
-    Raises ResumableError if the check does not end in nearly `minutes`, before the watchdog does.
-    """
-    if not needs_check(decoder):
-        return
-    import ray
-
-    served = decoder.backend == "triton"
-    options: dict[str, Any] = {
-        "num_cpus": decoder.cpus_per_actor,
-        "num_gpus": 0 if served or decoder.device == "cpu" else 1,  # a checker may be on the GPU
-        "resources": {"decoder_slot": 1.0} if served else {},
-    }
-    check = ray.remote(max_retries=0)(check_decoder).options(**options)
-    result = check.remote(decoder)
-    deadline = None if minutes is None else 60 * CHECK_SHARE * minutes
-    try:
-        ray.get(result, timeout=deadline)
-    except ray.exceptions.GetTimeoutError:
-        ray.cancel(result, force=True)
-        raise ResumableError(
-            f"decoder: its check on a node did not end within {deadline:g} s "
-            "(limits.stall_minutes); look for a node with its resources, and at its server; start again"
-        ) from None
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
 
 
 class RenderImages:

@@ -33,11 +33,11 @@ from rich.table import Table
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.export import example_inputs, export_decoder, export_network
+from rebeca_ray.decoder.exported.onnx_engine import OnnxNetwork
 from rebeca_ray.decoder.families import sd
 from rebeca_ray.decoder.families.deep_cache import shallow_copy
 from rebeca_ray.decoder.interface import Rows
 from rebeca_ray.decoder.local import LocalDecoder
-from rebeca_ray.decoder.onnx_engine import OnnxNetwork
 from rebeca_ray.stickers import CLIP, DECODER
 from rebeca_ray.stickers.build.data import Stickers, load_stickers
 from rebeca_ray.stickers.judge import Judge

@@ -13,9 +13,9 @@ from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.denoising import DenoisingLoop
 from rebeca_ray.decoder.engines import find_family, load_networks
 from rebeca_ray.decoder.export import export_decoder
+from rebeca_ray.decoder.exported.tensorrt_engine import check_engines
 from rebeca_ray.decoder.families.sd import FAMILY
 from rebeca_ray.decoder.files import hash_file, identify_decoder
-from rebeca_ray.decoder.tensorrt_engine import check_engines
 from rebeca_ray.errors import InputError, UserError
 from tests.decoder.test_denoising import loop_for, psnr, rows_for
 

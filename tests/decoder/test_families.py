@@ -14,10 +14,10 @@ from rebeca_ray.decoder.conditioning import Conditioning
 from rebeca_ray.decoder.denoising import DenoisingLoop
 from rebeca_ray.decoder.engines import load_networks
 from rebeca_ray.decoder.export import example_inputs, export_decoder, export_network
+from rebeca_ray.decoder.exported.onnx_engine import OnnxNetwork
 from rebeca_ray.decoder.families import sd
 from rebeca_ray.decoder.interface import Rows
 from rebeca_ray.decoder.networks import Family, Networks, Signature, Tensors
-from rebeca_ray.decoder.onnx_engine import OnnxNetwork
 from rebeca_ray.errors import InputError
 from tests.decoder.test_denoising import loop_for, psnr, rows_for
 

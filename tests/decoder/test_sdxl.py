@@ -17,11 +17,11 @@ from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.decoder.denoising import DenoisingLoop
 from rebeca_ray.decoder.engines import find_family, load_networks
 from rebeca_ray.decoder.export import example_inputs, export_decoder, export_network
+from rebeca_ray.decoder.exported.onnx_engine import OnnxNetwork
 from rebeca_ray.decoder.families import sdxl
 from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.decoder.interface import Rows
 from rebeca_ray.decoder.local import LocalDecoder
-from rebeca_ray.decoder.onnx_engine import OnnxNetwork
 from rebeca_ray.noise import item_noise
 from tests.conftest import D, planned_items, prepare
 from tests.decoder.spoiled import copied, in_json

@@ -13,8 +13,8 @@ from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import LimitSettings
 from rebeca_ray.errors import ResumableError
 from rebeca_ray.generation import progress as progress_module
-from rebeca_ray.generation import render
 from rebeca_ray.generation.progress import log_progress
+from rebeca_ray.generation.rendering import checks
 
 DRIVER = """
 import sys, time
@@ -62,7 +62,7 @@ def test_a_check_of_the_renderer_that_does_not_end_is_given_up(
     monkeypatch.setattr(ray, "cancel", lambda *_, **__: None)
     decoder = config.decoder.model_copy(update={"backend": "triton"})
     with pytest.raises(ResumableError, match="decoder: its check on a node did not end within 540 s"):
-        render.check_renderer(decoder, 10)
+        checks.check_renderer(decoder, 10)
     assert timeouts == [540]
 
 

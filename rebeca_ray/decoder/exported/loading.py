@@ -43,7 +43,7 @@ def exported_networks(
         image_size=description["image_size"],
         vae_scale_factor=description["vae_scale_factor"],
         device=settings.device,
-        dtype=DTYPES[settings.dtype],
+        dtype=DTYPES[description["dtype"]],
         zeroes_negative=description.get("zeroes_negative", False),
     )
 

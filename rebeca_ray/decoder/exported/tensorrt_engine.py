@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.decoder.exported import check_names, exported_networks
+from rebeca_ray.decoder.exported.loading import check_names, exported_networks
 from rebeca_ray.decoder.files import hash_file
 from rebeca_ray.decoder.networks import Family, Networks, Signature
 from rebeca_ray.errors import InputError
