@@ -287,11 +287,11 @@ def export(
 
 @app.command()
 def convert(
-    pickle: Annotated[Path, typer.Argument(help="IP-Adapter or LoRA weights as a .bin file.")],
+    pickle: Annotated[Path, typer.Argument(help="Weights as a pickle: a model, an IP-Adapter or a LoRA.")],
     out: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
 ) -> None:
     """Convert pickled weights to safetensors, without running code from the pickle."""
-    from rebeca_ray.decoder.files import convert_pickle
+    from rebeca_ray.decoder.single_file.pickles import convert_pickle
 
     with plain_errors():
         print_result(f"{convert_pickle(pickle, out)} tensors -> {out}")

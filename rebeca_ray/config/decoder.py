@@ -99,13 +99,17 @@ class DecoderSettings(Settings):
     """The decoder: a Stable Diffusion model, its IP-Adapter, and the engine that runs them."""
 
     model: Annotated[ModelName, Effect.CONTENT]
-    """Stable Diffusion model 1.x, 2.x or XL: a directory in diffusers' layout, or a hub id."""
+    """Stable Diffusion model 1.x, 2.x or XL: a directory in diffusers' layout, or a hub id. A model of 1.x or
+    XL may be a single file `NAME.safetensors` in its authors' layout. Its configs lie in the folder `NAME`
+    beside it. Otherwise, those of its base are fetched from the hub."""
     revision: Annotated[str | None, Effect.CONTENT] = None
-    """Commit of a hub model. By default, the latest commit is taken."""
+    """Commit of a hub model, or of a single file's configs in the hub. By default, the latest commit is
+    taken."""
     ip_adapter: Annotated[str, Effect.CONTENT] = "ip_adapter/ip-adapter.safetensors"
     """Path of the adapter file inside `ip_adapter_repo`."""
     ip_adapter_repo: Annotated[ModelName | None, Effect.CONTENT] = None
-    """Hub id or directory of the adapter. By default, the adapter lies in `model`."""
+    """Hub id or directory of the adapter. By default, the adapter lies in `model`, or in the folder `NAME`
+    beside a single file."""
     ip_adapter_revision: Annotated[str | None, Effect.CONTENT] = None
     """Commit of a hub adapter. By default, the latest commit is taken."""
     vae: Annotated[ModelName | None, Effect.CONTENT] = None

@@ -1,20 +1,19 @@
-"""Find the files of a decoder on disk or in a hub, and hash them without loading. Pickles are refused."""
+"""Find the files of a decoder on disk or in a hub, and hash them without loading."""
 
 import hashlib
 import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.fields import Effect, fields_with
 from rebeca_ray.decoder.adapters import inspect_ip_adapter, read_embed_dim
 from rebeca_ray.decoder.choices import choose
 from rebeca_ray.decoder.inspection import (
+    REMEDY,
     family_of,
     inspect_model,
     inspect_safety_checker,
@@ -23,6 +22,8 @@ from rebeca_ray.decoder.inspection import (
 )
 from rebeca_ray.decoder.lora import inspect_lora
 from rebeca_ray.decoder.safety_model import CONFIG, WEIGHTS
+from rebeca_ray.decoder.single_file.kinds import CONFIGS, kind_of
+from rebeca_ray.decoder.single_file.pickles import refuse_pickle
 from rebeca_ray.errors import InputError
 from rebeca_ray.storage.objects import JsonObject
 
@@ -37,12 +38,16 @@ NOT_IN_FINGERPRINT = fields_with(DecoderSettings, set(Effect) - {Effect.ITEM, Ef
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderFiles:
-    """The paths of a decoder's weights: folders in diffusers' layout, and single safetensors files."""
+    """The paths of a decoder's weights: folders in diffusers' layout, and single safetensors files.
+
+    If a model is a single file, that is its `checkpoint`, and `model` is the folder of its configs.
+    """
 
     model: Path
     ip_adapter: Path
     vae: Path | None = None
     lora: Path | None = None
+    checkpoint: Path | None = None
 
 
 def find_decoder(settings: DecoderSettings) -> DecoderFiles:
@@ -50,23 +55,58 @@ def find_decoder(settings: DecoderSettings) -> DecoderFiles:
 
     Raises InputError for pickles, and for missing files with the command that fetches them.
     """
-    for key in ("ip_adapter", "lora"):
-        file = getattr(settings, key)
-        if file and file.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")):
-            raise InputError(
-                f"decoder.{key} {file}: a pickle can run code when loaded; give the .safetensors file, "
-                f"or convert it: rebeca convert {file} {file.rpartition('.')[0]}.safetensors"
-            )
     return DecoderFiles(
         model=find_model(settings),
         ip_adapter=find_adapter(settings),
         vae=Path(settings.vae) if settings.vae and is_local(settings.vae) else fetch_vae(settings),
         lora=find_lora(settings),
+        checkpoint=find_checkpoint(settings),
+    )
+
+
+def find_checkpoint(settings: DecoderSettings) -> Path | None:
+    """Return the model's single file, or None if it is a folder or a hub id."""
+    file = Path(settings.model).absolute()
+    if file.is_dir():
+        return None
+    refuse_pickle("model", settings.model)
+    if file.suffix != ".safetensors":
+        return None
+    if not file.is_file():
+        raise InputError(
+            f"decoder.model {file}: no such file; give the path of a single file, a diffusers directory, "
+            "or a hub id"
+        )
+    return file
+
+
+def find_configs(settings: DecoderSettings, checkpoint: Path) -> Path:
+    """Return the folder with the configs of a single file: the one beside it, or its base's of a hub."""
+    what, beside = f"decoder.model {checkpoint}", checkpoint.with_suffix("")
+    kind = kind_of(what, checkpoint)
+    if (beside / "model_index.json").is_file():
+        if (family := family_of(settings.model, beside)) != kind:
+            raise InputError(
+                f"{what}: is of the family {kind}, {beside / 'model_index.json'} of {family}; expected the "
+                "same; put the configs of this model beside it"
+            )
+        return beside
+    names = [f"{part}/*.{suffix}" for part in PARTS for suffix in ("json", "txt")]
+    return fetched(
+        "model",
+        f"{checkpoint}: has no configs in {beside}, and those of {CONFIGS[kind]}",
+        f"{CONFIGS[kind]} --include '*.json' --include '*.txt' --local-dir {beside}",
+        lambda: snapshot_download(
+            CONFIGS[kind], revision=settings.revision, allow_patterns=["model_index.json", *names]
+        ),
+        remedy="copy the folder beside the file",
     )
 
 
 def find_model(settings: DecoderSettings) -> Path:
-    """Return the model's folder in diffusers' layout."""
+    """Return the model's folder in diffusers' layout; that of a single file holds configs alone."""
+    if checkpoint := find_checkpoint(settings):
+        return find_configs(settings, checkpoint)
     if is_local(settings.model):
         if not (Path(settings.model) / "model_index.json").is_file():
             raise InputError(
@@ -89,7 +129,10 @@ def find_model(settings: DecoderSettings) -> Path:
 
 def find_adapter(settings: DecoderSettings) -> Path:
     """Return the IP-Adapter's file."""
+    refuse_pickle("ip_adapter", settings.ip_adapter)
     repo = settings.ip_adapter_repo or settings.model
+    if settings.ip_adapter_repo is None and (checkpoint := find_checkpoint(settings)):
+        repo = str(checkpoint.with_suffix(""))
     if is_local(repo):
         if not (Path(repo) / settings.ip_adapter).is_file():
             raise InputError(
@@ -123,6 +166,7 @@ def find_lora(settings: DecoderSettings) -> Path | None:
     lora = settings.lora
     if lora is None:
         return None
+    refuse_pickle("lora", lora)
     if Path(lora).is_file() and lora.endswith(".safetensors"):
         return Path(lora)
     owner, _, rest = lora.partition("/")
@@ -140,14 +184,20 @@ def is_local(name: str) -> bool:
     return name.startswith(("/", ".")) or Path(name).is_dir()
 
 
-def fetched(key: str, value: str, download: str, fetch: Callable[[], str]) -> Path:
+def fetched(
+    key: str,
+    value: str,
+    download: str,
+    fetch: Callable[[], str],
+    remedy: str = "copy the folder and give its path",
+) -> Path:
     """Return the path from `fetch`. Raises InputError if neither the network nor the cache has the file."""
     try:
         return Path(fetch())
     except (OSError, ValueError) as error:  # every error of the hub's client is one of these
         raise InputError(
             f"decoder.{key} {value}: cannot be fetched ({' '.join(str(error).split())[:200]}); "
-            f"run `hf download {download}` on a machine with a network, copy the folder and give its path; "
+            f"run `hf download {download}` on a machine with a network, {remedy}; "
             "or use the bundled decoder, package:stickers/assets/decoder"
         ) from None
 
@@ -161,6 +211,8 @@ def with_checker(settings: DecoderSettings) -> DecoderSettings:
         return settings
     if settings.engine_dir:
         names: Collection[str] = read_description(Path(settings.engine_dir)).get("weights", {})
+    elif find_checkpoint(settings):
+        names = []  # a checker beside its configs is of another model
     else:
         folder = find_model(settings)
         names = [f"{part}/{file.name}" for part in SAFETY_PARTS for file in (folder / part).glob("*")]
@@ -236,7 +288,9 @@ def read_weights(settings: DecoderSettings) -> tuple[int, dict[str, str]]:
 
 def inspect_files(settings: DecoderSettings, files: DecoderFiles) -> None:
     """Raise InputError for files that are not whole, of another kind, or would have no effect."""
-    networks = inspect_model(settings.model, files.model, own_vae=files.vae is None)
+    networks = inspect_model(
+        settings.model, files.model, own_vae=files.vae is None, checkpoint=files.checkpoint
+    )
     unet = networks["unet"]
     if settings.image_size is None and not isinstance(unet.config.get("sample_size"), int):
         raise InputError(
@@ -250,6 +304,11 @@ def inspect_files(settings: DecoderSettings, files: DecoderFiles) -> None:
         shapes = {part: network.shapes for part, network in networks.items()}
         inspect_lora(f"decoder.lora {settings.lora}", files.lora, shapes)
     if settings.safety.checker == "stable-diffusion":
+        if files.checkpoint:
+            raise InputError(
+                f"decoder.safety.checker stable-diffusion: {files.checkpoint} is a single file without one; "
+                f"expected a diffusers directory; give {REMEDY}"
+            )
         inspect_safety_checker(settings.model, files.model)
 
 
@@ -296,16 +355,12 @@ def read_description(folder: Path) -> JsonObject:
 
 def hash_weights(files: DecoderFiles) -> dict[str, str]:
     """Return the sha256 of every file that changes an image, by its role and not by its location."""
-    by_role = {
-        f"{part}/{file.name}": file
-        for part in (*PARTS, *SAFETY_PARTS)
-        for file in (files.model / part).glob("*")
-    }
-    by_role |= {
-        f"{role}/{file.name}": file
-        for role, file in (("ip_adapter", files.ip_adapter), ("lora", files.lora))
-        if file
-    }
+    parts = PARTS if files.checkpoint else (*PARTS, *SAFETY_PARTS)
+    by_role = {f"{part}/{file.name}": file for part in parts for file in (files.model / part).glob("*")}
+    if files.checkpoint:  # its configs may lie in a whole model, in the cache of a hub
+        by_role = {name: file for name, file in by_role.items() if file.suffix != ".safetensors"}
+    singles = {"checkpoint": files.checkpoint, "ip_adapter": files.ip_adapter, "lora": files.lora}
+    by_role |= {f"{role}/{file.name}": file for role, file in singles.items() if file}
     by_role |= {f"other_vae/{file.name}": file for file in files.vae.glob("*")} if files.vae else {}
     weights = {}
     for name, file in by_role.items():
@@ -318,49 +373,3 @@ def hash_file(path: Path) -> str:
     """Return the sha256 of a file as hex digits."""
     with path.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def convert_pickle(pickle: Path, out: Path) -> int:
-    """Write the tensors of a `.bin` file as safetensors, with names joined by dots; return their number.
-
-    Raises InputError if it holds anything but tensors in dicts, or if `out` exists. Code in the file never
-    runs.
-    """
-    if out.suffix != ".safetensors":
-        raise InputError(f"{out}: the output is a safetensors file; name it {out.stem}.safetensors")
-    if out.exists():
-        raise InputError(f"{out}: already exists; remove it, or give another name")
-    if not out.parent.is_dir():
-        raise InputError(f"{out}: the folder {out.parent} does not exist; make it first")
-    import torch
-    from safetensors.torch import save
-
-    try:
-        content = torch.load(pickle, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"{pickle}: cannot be read ({error.strerror}); nothing is written") from None
-    except UnpicklingError:  # its text advises to load the file without checks
-        raise InputError(
-            f"{pickle}: holds objects other than tensors, which may be code; nothing was run or written"
-        ) from None
-    except Exception as error:  # the unpickler fails on junk in many ways
-        raise InputError(
-            f"{pickle}: is not a file that torch saved ({type(error).__name__}); nothing is written"
-        ) from None
-    tensors = {}
-
-    def collect(value: Any, name: str) -> None:
-        if isinstance(value, torch.Tensor):
-            tensors[name] = value.contiguous().clone()
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                collect(inner, f"{name}.{key}" if name else str(key))
-        else:
-            raise InputError(
-                f"{pickle}: {name or 'the file'} is a {type(value).__name__}, expected tensors; "
-                "nothing is written"
-            )
-
-    collect(content, "")
-    out.write_bytes(save(tensors))  # save_file would ignore the umask
-    return len(tensors)

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rebeca_ray.decoder.headers import Part, find_weights, read_json_file, read_part
+from rebeca_ray.decoder.single_file.kinds import SIGLIP
+from rebeca_ray.decoder.single_file.networks import read_network
 from rebeca_ray.errors import InputError
 from rebeca_ray.storage.objects import JsonObject
 
@@ -22,8 +24,8 @@ REMEDY = "bundled, module:function, or none"  # where a model has no safety chec
 GIVE = "give a text-to-image model of Stable Diffusion 1.x, 2.x or XL"
 # Models that one pooled embedding cannot steer, by the start of their class.
 UNREADABLE = {
-    "Flux": "its image adapters read patch tokens of SigLIP",
-    "StableDiffusion3": "its image adapters read patch tokens of SigLIP",
+    "Flux": SIGLIP,
+    "StableDiffusion3": SIGLIP,
     "Kolors": "its image adapters read patch tokens of CLIP",
 }
 VAES = ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL")
@@ -52,18 +54,26 @@ def zeroes_negative(folder: Path) -> bool:
     return bool(index.get("force_zeros_for_empty_prompt", True))
 
 
-def inspect_model(name: str, folder: Path, *, own_vae: bool) -> dict[str, Part]:
+def inspect_model(
+    name: str, folder: Path, *, own_vae: bool, checkpoint: Path | None = None
+) -> dict[str, Part]:
     """Return the UNet and the text encoders of a model by name. `own_vae` inspects its autoencoder too.
 
-    `name` is `decoder.model` in errors. Raises InputError for a model that is not whole, or of another kind.
+    The weights of a single file lie in `checkpoint`, and its configs in `folder`. `name` is `decoder.model`
+    in errors. Raises InputError for a model that is not whole, or of another kind.
     """
     what = f"decoder.model {name}"
+
+    def read(part: str) -> Part:
+        path = folder / part
+        return read_network(what, checkpoint, path) if checkpoint else read_part(what, path)
+
     index, family = read_json_file(what, folder / "model_index.json"), family_of(name, folder)
     kind = class_of(index)
     needed = tuple(part for part in USED_PARTS[family] if own_vae or part != "vae")
     check_kind(what, index, needed)
     check_parts(what, folder, index, needed)
-    networks = {part: read_part(what, folder / part) for part in ("unet", *TEXT_ENCODERS) if part in needed}
+    networks = {part: read(part) for part in ("unet", *TEXT_ENCODERS) if part in needed}
     unet = networks["unet"]
     check_unet(what, unet, kind, family)
     check_text_encoders(what, {part: networks[part] for part in TEXT_ENCODERS if part in needed}, unet)
@@ -74,7 +84,7 @@ def inspect_model(name: str, folder: Path, *, own_vae: bool) -> dict[str, Part]:
         if part in needed:
             check_tokenizer(what, folder / part)
     if own_vae:
-        check_vae(what, read_part(what, folder / "vae"), unet)
+        check_vae(what, read("vae"), unet)
     return networks
 
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.decoder.files import convert_pickle, find_decoder, identify_decoder
+from rebeca_ray.decoder.files import find_decoder, identify_decoder
+from rebeca_ray.decoder.single_file.pickles import convert_pickle
 from rebeca_ray.errors import UserError
 from tests.conftest import D
 
@@ -148,6 +149,13 @@ def test_a_pickle_of_tensors_becomes_safetensors(tmp_path: Path) -> None:
     converted = load_file(tmp_path / "ip-adapter.safetensors")
     assert torch.equal(converted["image_proj.proj.weight"], weights["image_proj"]["proj.weight"])
     assert torch.equal(converted["ip_adapter.1.to_k_ip.weight"], weights["ip_adapter"]["1.to_k_ip.weight"])
+
+
+def test_the_weights_of_a_trainings_checkpoint_become_safetensors(tmp_path: Path) -> None:
+    weight = torch.randn(2, 3)
+    torch.save({"state_dict": {"model.weight": weight}, "global_step": 840000}, tmp_path / "sd.ckpt")
+    assert convert_pickle(tmp_path / "sd.ckpt", tmp_path / "sd.safetensors") == 1
+    assert torch.equal(load_file(tmp_path / "sd.safetensors")["model.weight"], weight)
 
 
 class Explosive:

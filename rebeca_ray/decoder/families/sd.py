@@ -32,6 +32,7 @@ from rebeca_ray.decoder.headers import find_weights
 from rebeca_ray.decoder.interface import Rows
 from rebeca_ray.decoder.lora import LORA_PARTS, merge_lora
 from rebeca_ray.decoder.networks import DTYPES, Family, Networks, Signature, Tensors
+from rebeca_ray.decoder.single_file.networks import load_network
 from rebeca_ray.errors import InputError, describe
 
 log = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class VaeDecoder(nn.Module):
 
 
 def load_networks(settings: DecoderSettings) -> Networks:
-    """Load a diffusers directory or hub id and its IP-Adapter. Raises InputError if they do not load."""
+    """Load a model and its IP-Adapter. Raises InputError if they do not load."""
     pipeline = load_pipeline(settings, find_decoder(settings), DTYPES[settings.dtype])
     encoders = {
         "text_encoder": TextEncoder(pipeline.text_encoder),
@@ -224,7 +225,7 @@ def load_parts(settings: DecoderSettings, files: DecoderFiles, dtype: torch.dtyp
     from transformers import CLIPTextModel, CLIPTokenizer
 
     def load(kind: Any, folder: Path) -> Any:
-        return load_part(settings, kind, folder, dtype)
+        return load_part(settings, files, kind, folder, dtype)
 
     config = json.loads((files.model / "scheduler" / "scheduler_config.json").read_text())
     # The class fills in the settings that its config leaves out.
@@ -238,8 +239,12 @@ def load_parts(settings: DecoderSettings, files: DecoderFiles, dtype: torch.dtyp
     }
 
 
-def load_part(settings: DecoderSettings, kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+def load_part(
+    settings: DecoderSettings, files: DecoderFiles, kind: Any, folder: Path, dtype: torch.dtype
+) -> Any:
     """Return one network of a model, an instance of the class `kind`."""
+    if files.checkpoint and folder != files.vae:
+        return load_network(files.checkpoint, folder, dtype)
     _, variant = find_weights(f"decoder.model {settings.model}", folder)
     return kind.from_pretrained(str(folder), variant=variant, dtype=dtype, use_safetensors=True)
 

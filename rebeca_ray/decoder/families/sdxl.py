@@ -81,7 +81,7 @@ class ConditionedUNet(nn.Module):
 
 
 def load_networks(settings: DecoderSettings) -> Networks:
-    """Load a diffusers directory or hub id and its IP-Adapter. Raises InputError if they do not load."""
+    """Load a model and its IP-Adapter. Raises InputError if they do not load."""
     files = find_decoder(settings)
     pipeline = load_pipeline(settings, files, DTYPES[settings.dtype])
     encoders = {
@@ -118,7 +118,7 @@ def load_parts(settings: DecoderSettings, files: DecoderFiles, dtype: torch.dtyp
     second = files.model / "text_encoder_2"
     return {
         **sd.load_parts(settings, files, dtype),
-        "text_encoder_2": sd.load_part(settings, CLIPTextModelWithProjection, second, dtype),
+        "text_encoder_2": sd.load_part(settings, files, CLIPTextModelWithProjection, second, dtype),
         "tokenizer_2": CLIPTokenizer.from_pretrained(files.model / "tokenizer_2"),
     }
 
