@@ -273,12 +273,22 @@ def export(
     config: Config,
     out: Annotated[Path, typer.Option(help="Folder for the graphs; decoder.engine_dir reads it.")],
     overrides: Overrides = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise the UNet; --calibrate gives items.")] = False,
+    calibrate: Annotated[str | None, typer.Option(help="Embedded items for --int8.")] = None,
 ) -> None:
     """Export the decoder of a `rebeca generate` config as ONNX graphs, and check them."""
     from rebeca_ray.config.jobs import GenerateConfig
+    from rebeca_ray.errors import InputError
 
     with plain_errors():
+        if int8 != (calibrate is not None):
+            raise InputError("export: --int8 and --calibrate go together; give both, or neither")
         if settings := read_config(GenerateConfig, config, overrides):
+            if calibrate:
+                from rebeca_ray.evaluation.quantization import export_quantized
+
+                print_result(output.quantized(export_quantized(settings.decoder, out, calibrate), out))
+                return
             from rebeca_ray.decoder.export import export_decoder
 
             export_decoder(settings.decoder, out)

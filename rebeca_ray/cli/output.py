@@ -14,6 +14,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pyarrow as pa
 
     from rebeca_ray.catalog.exports.image_objects import Exported
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from rebeca_ray.catalog.provenance import ProvenanceCheck
     from rebeca_ray.catalog.read import Snapshot
     from rebeca_ray.data.published.write import Written
+    from rebeca_ray.evaluation.quantization import Cosines
     from rebeca_ray.generation.pipeline import Generated
     from rebeca_ray.nightly import Night
     from rebeca_ray.sample import Sampled
@@ -268,6 +271,13 @@ def verified_json(
         "damage": list(damage),
         **({"provenance": {"checked": marks.checked, "failed": marks.failed}} if marks else {}),
     }
+
+
+def quantized(cosines: Cosines, out: Path) -> str:
+    return (
+        f"exported decoder -> {out}: mean cosine to the given embeddings {cosines.int8:.4f} in int8, "
+        f"{cosines.float32:.4f} in float32"
+    )
 
 
 def exported_images(snapshot: Snapshot, exported: Exported, out: str) -> str:
