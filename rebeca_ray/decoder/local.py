@@ -1,7 +1,10 @@
-"""The decoder in this process: render, check, render unsafe images again, encode."""
+"""The decoder in this process: render, check, render unsafe images again, encode.
+
+A tile is checked and encoded in another thread while the next one is drawn, so that a GPU does not wait.
+"""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -33,6 +36,7 @@ class LocalDecoder:
         self.loop = DenoisingLoop(load_networks(settings), settings)
         self.checker = load_checker(settings)
         self.batch_size = settings.batch_size
+        self.finisher = ThreadPoolExecutor(max_workers=1)
         # Pillow releases the interpreter lock while it encodes.
         self.encoders = ThreadPoolExecutor(max_workers=4)
 
@@ -44,12 +48,13 @@ class LocalDecoder:
         # Each attempt draws the rows that are still unsafe, with other seeds.
         for attempt in range(safety.max_attempts if safety.policy == "regenerate" else 1):
             seeds = [retry_seed(rows.seeds[row], attempt) for row in todo]
-            images = self.draw(replace(rows.take(todo), seeds=seeds))
-            probabilities = self.check(images)
-            for row, outcome in zip(
-                todo, self.encoders.map(self.outcome, images, seeds, probabilities), strict=True
-            ):
-                outcomes[row] = outcome
+            finished = [
+                (tile, self.finisher.submit(self.finish, images, [seeds[index] for index in tile]))
+                for tile, images in self.draw_tiles(replace(rows.take(todo), seeds=seeds))
+            ]
+            for tile, future in finished:
+                for index, outcome in zip(tile, future.result(), strict=True):
+                    outcomes[todo[index]] = outcome
             todo = [row for row in todo if self.is_unsafe(outcomes[row])]
             if not todo:
                 break
@@ -70,8 +75,19 @@ class LocalDecoder:
 
     def draw(self, rows: Rows) -> list[np.ndarray | str]:
         """Return a uint8 image [Y, X, 3] per row, or the error text of that row."""
-        drawn: list[np.ndarray | str] = ["image_embeds is not finite"] * len(rows)
-        todo = np.flatnonzero(np.isfinite(rows.image_embeds_BD).all(axis=1))
+        drawn: list[np.ndarray | str] = [""] * len(rows)
+        for tile, results in self.draw_tiles(rows):
+            for row, result in zip(tile, results, strict=True):
+                drawn[row] = result
+        return drawn
+
+    def draw_tiles(self, rows: Rows) -> Iterator[tuple[list[int], list[np.ndarray | str]]]:
+        """Yield some rows and an image or error text for each, until all rows are drawn."""
+        finite = np.isfinite(rows.image_embeds_BD).all(axis=1)
+        broken = np.flatnonzero(~finite).tolist()
+        if broken:
+            yield broken, ["image_embeds is not finite"] * len(broken)
+        todo = np.flatnonzero(finite)
         while len(todo):
             tile, todo = todo[: self.batch_size], todo[self.batch_size :]
             try:
@@ -85,9 +101,7 @@ class LocalDecoder:
                 if isinstance(error, torch.AcceleratorError):  # the device failed, not a row
                     raise
                 results = [self.draw_alone(rows.take([row])) for row in tile]
-            for row, result in zip(tile, results, strict=True):
-                drawn[row] = result
-        return drawn
+            yield tile.tolist(), results
 
     def draw_tile(self, rows: Rows) -> list[np.ndarray | str]:
         """Draw up to `batch_size` rows, padded to it, so that the bits of a row do not depend on others."""
@@ -119,6 +133,10 @@ class LocalDecoder:
             f"decoder: {before} images at once do not fit the device's memory; "
             f"continuing with {self.batch_size}. Set decoder.batch_size={self.batch_size} to start there"
         )
+
+    def finish(self, images: Sequence[np.ndarray | str], seeds: Sequence[int]) -> list[DecodedImage]:
+        """Check and encode the images of a tile."""
+        return list(self.encoders.map(self.outcome, images, seeds, self.check(images)))
 
     def check(self, images: Sequence[np.ndarray | str]) -> list[float | None]:
         """Return the probability that each image is unsafe; None without an image or a checker."""

@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 ROW_GROUP = 100
 MAX_CLOCK_DIFFERENCE = 60  # seconds, between the actors' clocks and ours
 HASHED_BYTES = 16 * 2**30  # of the images of finished shards, when a run is resumed
-BATCHES_PER_CALL = 4  # of a server, which waits for nothing but between calls
+BATCHES_PER_CALL = 4  # of a server or a GPU, which waits for nothing but between calls
 COLUMNS = ["item_id", "bucket", "image_embeds", "prompt", "negative_prompt"]
 
 
@@ -189,7 +189,7 @@ def render_stages(
 ) -> list[Stage]:
     """Return the stages that render a shard's items, except those that are `done`."""
     decoder, served = context.config.decoder, context.config.decoder.backend == "triton"
-    rows = decoder.batch_size * (BATCHES_PER_CALL if served else 1)
+    rows = decoder.batch_size * (BATCHES_PER_CALL if served or decoder.device == "cuda" else 1)
     renderer = Stage(
         work=RenderImages,
         arguments=(

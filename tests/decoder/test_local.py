@@ -2,6 +2,7 @@
 
 import io
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,7 +192,8 @@ def test_unsafe_images_are_dropped_or_flagged(tiny_decoder: DecoderSettings) -> 
 def test_a_probability_that_is_not_a_number_counts_as_unsafe(tiny_decoder: DecoderSettings) -> None:
     decoder = LocalDecoder(tiny_decoder.model_copy(update={"safety": SafetySettings(policy="drop")}))
     decoder.checker = lambda images: np.array([np.nan, *[0.1] * (len(images) - 1)])
-    assert [image.image is None for image in decoder.decode(rows_for(tiny_decoder))] == [True, *[False] * 5]
+    rows = rows_for(tiny_decoder, decoder.batch_size)  # one tile
+    assert [image.image is None for image in decoder.decode(rows)] == [True, *[False] * (len(rows) - 1)]
 
 
 def dark(images: np.ndarray) -> np.ndarray:
@@ -261,3 +263,31 @@ def test_the_checker_of_the_model_leaves_the_images_unchanged(
     assert np.array_equal(images, before)
     with pytest.raises(UserError, match="has none .* give bundled, module:function, or none"):
         load_checker(tiny_decoder.model_copy(update={"safety": SafetySettings(checker="stable-diffusion")}))
+
+
+def test_a_tile_is_checked_and_encoded_while_the_next_one_is_drawn(
+    decoder: LocalDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check of the first tile ends only once the second tile is being drawn."""
+    second_begun, tiles = threading.Event(), []
+    whole = decoder.loop.draw
+
+    def draw(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        tiles.append(rows.seeds)
+        if len(tiles) == 2:
+            second_begun.set()
+        return whole(rows)
+
+    def check(images: np.ndarray) -> np.ndarray:
+        assert second_begun.wait(30)
+        return np.zeros(len(images))
+
+    size = decoder.batch_size
+    rows = rows_for(decoder.settings, 2 * size + 1)
+    alone = [decoder.decode(rows.take([row]))[0].image for row in range(len(rows))]
+    monkeypatch.setattr(decoder.loop, "draw", draw)
+    decoder.checker = check
+    drawn = decoder.decode(rows)
+    assert [len(tile) for tile in tiles] == [size] * 3  # the last one is padded
+    assert [image.image for image in drawn] == alone
+    assert {image.safety_probability for image in drawn} == {0.0}
