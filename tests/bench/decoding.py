@@ -1,8 +1,9 @@
 """Speed and quality of the bundled decoder on this machine's CPU.
 
 Speed: medians of rounds that take all variants in turn. The variants are the reference (float32, one image at
-a time, 50 steps), its improvements one by one (fewer steps, batches, ONNX Runtime), and
+a time, 50 steps), its improvements one by one (fewer steps, batches, then engines and number formats), and
 `StableDiffusionPipeline` with one embedding per batch.
+Formats: quality by engine and number format.
 Quality: held-out items decoded from their embeddings, by scheduler and number of steps. The figures are style
 and category by the judge, and cosine to the given embedding. A strip of images is written too.
 Intervals: the same for guidance in a part of the steps, at the default's scheduler and steps.
@@ -10,7 +11,8 @@ Cache: the same for shallow passes between whole ones, and the time of both for 
 1.5 with random weights.
 Parity: ONNX Runtime against torch. The UNet of Stable Diffusion 1.5 takes 18 GB of memory.
 
-    python -m tests.bench.decoding [speed] [quality] [intervals] [cache] [parity] [--rounds 3] [--threads 2]
+    python -m tests.bench.decoding [speed] [formats] [quality] [intervals] [cache] [parity]
+        [--rounds 3] [--threads 2]
 """
 
 import argparse
@@ -32,12 +34,14 @@ from rich.console import Console
 from rich.table import Table
 
 from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.decoder.choices import computes_bfloat16
 from rebeca_ray.decoder.export import example_inputs, export_decoder, export_network
 from rebeca_ray.decoder.exported.onnx_engine import OnnxNetwork
 from rebeca_ray.decoder.families import sd
 from rebeca_ray.decoder.families.deep_cache import shallow_copy
 from rebeca_ray.decoder.interface import Rows
 from rebeca_ray.decoder.local import LocalDecoder
+from rebeca_ray.evaluation.quantization import NUM_ITEMS, quantize, require_nncf
 from rebeca_ray.stickers import CLIP, DECODER
 from rebeca_ray.stickers.build.data import Stickers, load_stickers
 from rebeca_ray.stickers.judge import Judge
@@ -68,6 +72,11 @@ class World:
         self.rows = np.random.default_rng(0).permutation(np.flatnonzero(self.stickers.held_out))[:JUDGED]
         self.images = self.stickers.image_NCHW[self.rows].permute(0, 2, 3, 1).numpy()
         self.embeds = self.embed(self.images)
+
+    def trained(self, count: int) -> np.ndarray:
+        """Return embeddings of some stickers that the decoder was trained on."""
+        rows = np.random.default_rng(1).permutation(np.flatnonzero(~self.stickers.held_out))[:count]
+        return self.embed(self.stickers.image_NCHW[rows].permute(0, 2, 3, 1).numpy())
 
     @torch.inference_mode()
     def embed(self, image_NHWC: np.ndarray) -> np.ndarray:
@@ -170,15 +179,16 @@ def parity(world: World) -> dict[str, float]:
 def speed(world: World, rounds: int) -> dict[str, float]:
     """Return images per second of each variant: medians over the rounds."""
     with tempfile.TemporaryDirectory() as folder:
-        export_decoder(DEFAULT, Path(folder) / "onnx")
-        onnx = DEFAULT.model_copy(update={"engine": "onnx", "engine_dir": f"{folder}/onnx"})
         ways = {
             "reference: 50 steps of DDIM, one image at a time": ours(REFERENCE, world.embeds, 2),
             "9 steps of DPM-Solver++ instead": ours(
                 DEFAULT.model_copy(update={"batch_size": 1}), world.embeds, 8
             ),
             "and 40 images at a time (the default)": ours(DEFAULT, world.embeds, TIMED),
-            "the default by ONNX Runtime": ours(onnx, world.embeds, TIMED),
+            **{
+                f"the default by {name}": ours(settings, world.embeds, TIMED)
+                for name, settings in formats(world, Path(folder)).items()
+            },
             "StableDiffusionPipeline, 40 images of one shared embedding": shared_embedding(world.embeds),
         }
         rates: dict[str, list[float]] = {name: [] for name in ways}
@@ -188,6 +198,38 @@ def speed(world: World, rounds: int) -> dict[str, float]:
                 count = run()
                 rates[name].append(count / (time.perf_counter() - started))
     return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def formats(world: World, folder: Path) -> dict[str, DecoderSettings]:
+    """Return the default by engine and number format; write the exports into `folder`.
+
+    bfloat16 is left out where the processor emulates it.
+    """
+    exports = {name: str(folder / name) for name in ("float32", "int8")}
+    for name, path in exports.items():
+        export_decoder(DEFAULT, Path(path))
+        if name == "int8":
+            require_nncf()
+            quantize(DEFAULT, Path(path), world.trained(NUM_ITEMS))
+    chosen: dict[str, dict[str, str]] = {}
+    if computes_bfloat16():
+        chosen["torch, bfloat16"] = {"dtype": "bfloat16"}
+    for engine, name in (("onnx", "ONNX Runtime"), ("openvino", "OpenVINO")):
+        for dtype in ("float32", "bfloat16", "int8"):
+            if dtype != "bfloat16" or (engine == "openvino" and computes_bfloat16()):
+                export = exports["int8" if dtype == "int8" else "float32"]
+                chosen[f"{name}, {dtype}"] = {"engine": engine, "engine_dir": export, "dtype": dtype}
+    return {name: DEFAULT.model_copy(update=values) for name, values in chosen.items()}
+
+
+def quality_of_formats(world: World) -> dict[str, dict[str, float]]:
+    """Return quality by engine and number format."""
+    figures = {"torch, float32": world.quality(drawn(DEFAULT, world.embeds))}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, settings in formats(world, Path(folder)).items():
+            figures[name] = world.quality(drawn(settings, world.embeds))
+            Console().print(name, figures[name])
+    return figures
 
 
 def quality(world: World) -> dict[str, dict[str, float]]:
@@ -250,7 +292,7 @@ def cache(world: World, rounds: int) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parts = ["speed", "quality", "intervals", "cache", "parity"]
+    parts = ["speed", "formats", "quality", "intervals", "cache", "parity"]
     parser.add_argument("parts", nargs="*", choices=parts, default=parts)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -282,6 +324,8 @@ def main() -> None:
                 name, f"{figures['style']:.1%}", f"{figures['category']:.1%}", f"{figures['cosine']:.3f}"
             )
         Console().print(table)
+    if "formats" in arguments.parts:
+        results["formats"] = quality_of_formats(world)
     if "intervals" in arguments.parts:
         results["intervals"] = intervals(world)
     if "cache" in arguments.parts:
