@@ -65,10 +65,11 @@ def main(
 ) -> None:
     with plain_errors():
         machine, plans = this_machine(), {}
-        family = find_family(read_description(folder)["family"])
+        description = read_description(folder)
+        family = find_family(description["family"])
         # A timing cache fits one kind of GPU and one version of TensorRT.
         cache = f"timing-{machine['compute_capability']}-{machine['tensorrt']}.cache"
-        for name, signature in family.signatures.items():
+        for name, signature in family.signatures(deep_cache=description["deep_cache"]).items():
             doubled = 2 if signature.doubled else 1
             engine = build_engine(
                 folder / f"{name}.onnx", doubled * batch_size, folder / cache, workspace_gib

@@ -136,7 +136,8 @@ class DecoderSettings(Settings):
     """Start and stop of the decoder's guidance, as shares of the steps. Steps outside need a single pass."""
     cache_interval: Annotated[SmallCount, Effect.ITEM] = 1
     """Steps from one whole pass of the UNet to the next. The steps between run its outer blocks alone
-    (DeepCache), for the engine `torch` only. At 1, all passes are whole."""
+    (DeepCache). The engines `onnx` and `tensorrt` need an export with a value above 1. At 1, all passes are
+    whole."""
     ip_adapter_scale: Annotated[Weight, Effect.ITEM] = 1.0
     """Weight of the embedding beside the text prompt. At 0, the text alone decides."""
     image_size: Annotated[Pixels | None, Field(multiple_of=8), Effect.ITEM] = None
@@ -167,7 +168,7 @@ class DecoderSettings(Settings):
     for a run: float16 on a GPU, bfloat16 on a processor that has it, or that of the export. `int8` needs an
     export made with `--int8`."""
     compile: Annotated[bool, Effect.PLAN] = False
-    """Compilation of the UNet by `torch.compile`, for the engine `torch` only.
+    """Compilation of the UNet by `torch.compile`, for the engine `torch` with whole passes only.
     It adds minutes at start and speeds up each step."""
 
     @model_validator(mode="after")
@@ -180,10 +181,11 @@ class DecoderSettings(Settings):
         start, stop = self.guidance_interval
         if start > stop:
             raise ValueError(f"guidance_interval starts at {start:g} and stops at {stop:g}; swap them")
-        if self.cache_interval > 1 and (self.engine != "torch" or self.compile):
+        # The CUDA graph of a compiled UNet may overwrite an output that a later step still needs.
+        if self.cache_interval > 1 and self.compile:
             raise ValueError(
-                f"cache_interval is for engine torch without compile, this is {self.engine} with "
-                f"compile={self.compile}; set it to 1"
+                f"cache_interval {self.cache_interval} with compile; a compiled UNet has whole passes alone; "
+                "set cache_interval to 1, or compile to false"
             )
         if self.compile and self.engine != "torch":
             raise ValueError(f"compile is for engine torch, this is {self.engine}")

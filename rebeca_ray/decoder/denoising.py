@@ -55,18 +55,21 @@ class DenoisingLoop:
         noise = next(item_noise(rows.seeds, channels * size * size, device)).view(-1, channels, size, size)
         latents = noise * self.scheduler.init_noise_sigma
         later_noise = self.later_noise(rows.seeds)
-        kept_rows = 0  # of the last whole pass
+        deep = latents[:0]  # the features of the last whole pass, of no row before the first
         for step, timestep in enumerate(self.scheduler.timesteps):
             scaled = self.scheduler.scale_model_input(latents, timestep).to(dtype)
             conditioning = conditional_half
             if step in guided_steps:
                 scaled, conditioning = scaled.repeat(2, 1, 1, 1), whole
-            unet = networks.unet
-            if networks.shallow_unet and step % self.settings.cache_interval and len(scaled) <= kept_rows:
-                unet = networks.shallow_unet
+            inputs = (scaled, timestep.expand(len(scaled)), *conditioning)
+            if networks.shallow_unet is None:
+                predicted = networks.unet(*inputs)
+            elif step % self.settings.cache_interval and len(scaled) <= len(deep):
+                # After a guided whole pass, the first half of the features is the conditional one.
+                predicted = networks.shallow_unet(*inputs, deep[: len(scaled)])
             else:
-                kept_rows = len(scaled)
-            predicted = unet(scaled, timestep.expand(len(scaled)), *conditioning).float()
+                predicted, deep = networks.unet(*inputs)
+            predicted = predicted.float()
             if step in guided_steps:
                 conditional, unconditional = predicted.chunk(2)
                 predicted = unconditional + guidance_B * (conditional - unconditional)

@@ -3,6 +3,8 @@
     unet.onnx  vae_decoder.onnx  and one per encoder      any batch size; for Stable Diffusion
                                                           image_projection.onnx and text_encoder.onnx,
                                                           for its XL text_encoder_2.onnx too
+    shallow_unet.onnx                                     only with `cache_interval` above 1; the UNet
+                                                          has a second output for it
     tokenizer/  tokenizer_2/  scheduler/                  as in the model's folder
     decoder.json                                          family, sizes, precision, versions, origin
 
@@ -17,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.export import Dim
+from torch.export import Dim, ShapesCollection
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.choices import choose
@@ -64,7 +66,8 @@ def export_decoder(settings: DecoderSettings, out: Path) -> dict[str, Path]:
     unfinished.mkdir(parents=True)
     # Write one checked graph per network.
     graphs, inputs = networks.by_name(), example_inputs(networks)
-    for name, signature in networks.family.signatures.items():
+    signatures = networks.family.signatures(deep_cache=networks.shallow_unet is not None)
+    for name, signature in signatures.items():
         path = unfinished / f"{name}.onnx"
         export_network(graphs[name], inputs[name], signature, path)
         onnx.checker.check_model(path, full_check=True)
@@ -106,16 +109,22 @@ def example_inputs(networks: Networks) -> dict[str, Tensors]:
         conditioning = networks.condition(rows).in_order(networks.family.conditioning)
     # Clones made outside inference mode are plain tensors, as torch.export requires.
     plain = (tensor.clone() for tensor in conditioning)
-    return {
+    inputs = {
         **networks.family.example_inputs(networks),
         "unet": (latents, torch.tensor([1, 999], device=device), *plain),
         "vae_decoder": (latents,),
     }
+    if networks.shallow_unet:
+        deep = latents.new_zeros((2, networks.deep_channels, size, size))
+        inputs["shallow_unet"] = (*inputs["unet"], deep)
+    return inputs
 
 
 def export_network(network: Any, inputs: Tensors, signature: Signature, path: Path) -> None:
     """Write one ONNX file, with large weights beside it; the first axis of every input is the batch."""
-    batch = Dim("batch", min=1, max=1024)
+    shapes, batch = ShapesCollection(), Dim("batch", min=1, max=1024)
+    for tensor in inputs:
+        shapes[tensor] = {0: batch}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -124,7 +133,7 @@ def export_network(network: Any, inputs: Tensors, signature: Signature, path: Pa
             path,
             input_names=list(signature.inputs),
             output_names=list(signature.outputs),
-            dynamic_shapes=tuple({0: batch} for _ in inputs),
+            dynamic_shapes=shapes.dynamic_shapes(network, inputs),
             opset_version=OPSET,
             dynamo=True,
             external_data=True,
@@ -148,6 +157,7 @@ def describe_export(settings: DecoderSettings, networks: Networks, weights: dict
         "image_size": networks.image_size,
         "vae_scale_factor": networks.vae_scale_factor,
         "zeroes_negative": networks.zeroes_negative,
+        "deep_cache": networks.shallow_unet is not None,
         "torch": torch.__version__,
         "opset": OPSET,
     }

@@ -332,6 +332,12 @@ def read_export(settings: DecoderSettings) -> JsonObject:
                 f"decoder.engine_dir {folder}: exported with {key} {exported}, "
                 f"decoder.{key} is {expected}; export it again"
             )
+    if settings.cache_interval > 1 and not description["deep_cache"]:
+        raise InputError(
+            f"decoder.engine_dir {folder}: exported with cache_interval 1, "
+            f"decoder.cache_interval is {settings.cache_interval}; export it again with that value, "
+            "or set decoder.cache_interval=1"
+        )
     for name, size in description["files"].items():
         actual = (folder / name).stat().st_size if (folder / name).is_file() else 0
         if actual != size:
@@ -343,9 +349,9 @@ def read_export(settings: DecoderSettings) -> JsonObject:
 
 
 def read_description(folder: Path) -> JsonObject:
-    """Return the `decoder.json` of an export; its default family is `sd`. Raises InputError without one."""
+    """Return the `decoder.json` of an export, with defaults for older ones. Raises InputError without one."""
     try:
-        return {"family": "sd", **json.loads((folder / "decoder.json").read_text())}
+        return {"family": "sd", "deep_cache": False, **json.loads((folder / "decoder.json").read_text())}
     except (OSError, ValueError, TypeError):
         raise InputError(
             f"decoder.engine_dir {folder}: no decoder.json there; "

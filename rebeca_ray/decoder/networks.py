@@ -4,6 +4,10 @@
     unet              latents_BCYX, timestep_B, and the conditioning in the family's order -> predicted_BCYX
     vae_decoder       latents_BCYX                 -> pixels_BRYX in [-1, 1]
 
+With `cache_interval` (DeepCache), the UNet returns predicted_BCYX and deep_BCYX, the features for
+
+    shallow_unet      the inputs of unet, and deep_BCYX                                  -> predicted_BCYX
+
 A `Family` says how such networks are loaded and called. Each module in `families/` declares one.
 
 Shapes: B batch, C latent channels, R red green blue, Y X pixels or latents.
@@ -56,12 +60,14 @@ class Networks:
     vae_scale_factor: int
     device: str
     dtype: torch.dtype
-    shallow_unet: Network | None = None  # for the steps between whole passes, where `cache_interval` is set
+    shallow_unet: Network | None = None  # for the steps between whole passes; `unet` then returns a pair
+    deep_channels: int = 0  # of the features that `shallow_unet` takes; read for an export alone
     zeroes_negative: bool = False  # an empty negative prompt has zeros in place of its text
 
     def by_name(self) -> dict[str, Network]:
         """Return every network under its name in `Family.signatures`."""
-        return {**self.encoders, "unet": self.unet, "vae_decoder": self.vae_decoder}
+        shallow = {"shallow_unet": self.shallow_unet} if self.shallow_unet else {}
+        return {**self.encoders, "unet": self.unet, "vae_decoder": self.vae_decoder, **shallow}
 
     def condition(self, rows: Rows, *, guided: bool = False) -> Conditioning:
         """Return the conditioning of `rows`. With `guided`, the same number of unconditional rows follows."""
@@ -80,14 +86,15 @@ class Family:
     condition: Callable[[Networks, Rows, bool], Conditioning]  # as `Networks.condition`
     example_inputs: Callable[[Networks], dict[str, Tensors]]  # of every encoder, a batch of two
 
-    @property
-    def signatures(self) -> dict[str, Signature]:
-        """Return the signature of every network by name."""
-        unet = Signature(
-            inputs=("latents", "timestep", *self.conditioning), outputs=("predicted",), doubled=True
-        )
-        return {
+    def signatures(self, *, deep_cache: bool) -> dict[str, Signature]:
+        """Return the signature of every network by name; with `deep_cache`, a shallow UNet is among them."""
+        inputs, deep = ("latents", "timestep", *self.conditioning), ("deep",) if deep_cache else ()
+        networks = {
             **self.encoders,
-            "unet": unet,
+            "unet": Signature(inputs=inputs, outputs=("predicted", *deep), doubled=True),
             "vae_decoder": Signature(inputs=("latents",), outputs=("pixels",)),
         }
+        if deep_cache:
+            shallow = Signature(inputs=(*inputs, *deep), outputs=("predicted",), doubled=True)
+            networks["shallow_unet"] = shallow
+        return networks

@@ -38,7 +38,6 @@ from rebeca_ray.decoder.choices import computes_bfloat16
 from rebeca_ray.decoder.export import example_inputs, export_decoder, export_network
 from rebeca_ray.decoder.exported.onnx_engine import OnnxNetwork
 from rebeca_ray.decoder.families import sd
-from rebeca_ray.decoder.families.deep_cache import shallow_copy
 from rebeca_ray.decoder.interface import Rows
 from rebeca_ray.decoder.local import LocalDecoder
 from rebeca_ray.evaluation.quantization import NUM_ITEMS, quantize, require_nncf
@@ -156,7 +155,7 @@ def parity(world: World) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         settings = DecoderSettings(model=str(write_sd15(Path(folder))), image_size=64, dtype="float32")
         networks = sd.load_networks(settings)
-        signature = networks.family.signatures["unet"]
+        signature = networks.family.signatures(deep_cache=False)["unet"]
         inputs = example_inputs(networks)["unet"]
         export_network(networks.unet, inputs, signature, Path(folder) / "unet.onnx")
         session = OnnxNetwork(Path(folder) / "unet.onnx", signature, "cpu")
@@ -273,17 +272,20 @@ def cache(world: World, rounds: int) -> dict[str, dict[str, float]]:
         name = f"every {interval} of {steps} steps"
         figures[name] = world.quality(drawn(settings, world.embeds))
         Console().print(name, figures[name])
-    unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    unet = unet.eval().requires_grad_(False)
-    shallow = shallow_copy(unet, "Stable Diffusion 1.5")
-    inputs = (torch.randn(1, 4, 64, 64), torch.tensor([500]), torch.randn(1, 77, 768))
-    seconds: dict[str, list[float]] = {"whole": [], "shallow": []}
+    with tempfile.TemporaryDirectory() as folder:
+        networks = sd.load_networks(DecoderSettings(model=str(write_sd15(Path(folder))), cache_interval=2))
+    inputs = {
+        name: tuple(tensor[:1] for tensor in tensors) for name, tensors in example_inputs(networks).items()
+    }
+    passes = {"whole": (networks.unet, inputs["unet"])}
+    passes["shallow"] = (networks.by_name()["shallow_unet"], inputs["shallow_unet"])
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
     with torch.inference_mode():
-        unet(*inputs)
+        networks.unet(*inputs["unet"])
         for _ in range(rounds):
-            for name, network in (("whole", unet), ("shallow", shallow)):
+            for name, (network, tensors) in passes.items():
                 started = time.perf_counter()
-                network(*inputs)
+                network(*tensors)
                 seconds[name].append(time.perf_counter() - started)
     figures["seconds of a pass"] = {name: statistics.median(values) for name, values in seconds.items()}
     Console().print(figures["seconds of a pass"])

@@ -238,14 +238,15 @@ def test_a_shallow_pass_after_a_whole_one_of_the_same_inputs_equals_it(
     latents = torch.randn(5, 4, size, size, generator=torch.Generator().manual_seed(0))
     timesteps = torch.full((5,), 500)
     with torch.inference_mode():
-        whole = networks.unet(latents, timesteps, *conditioning)
-        torch.testing.assert_close(networks.shallow_unet(latents, timesteps, *conditioning), whole)
-        # The first rows of the last whole pass, and other noise in the outer blocks.
-        some = [tensor[:2] for tensor in conditioning]
-        torch.testing.assert_close(networks.shallow_unet(latents[:2], timesteps[:2], *some), whole[:2])
-        other = networks.shallow_unet(latents + 0.5, timesteps, *conditioning)
+        whole, deep = networks.unet(latents, timesteps, *conditioning)
+        assert deep.shape == (5, networks.deep_channels, size, size)
+        torch.testing.assert_close(networks.shallow_unet(latents, timesteps, *conditioning, deep), whole)
+        # The first rows of the whole pass, and other noise in the outer blocks.
+        some = [tensor[:2] for tensor in (latents, timesteps, *conditioning, deep)]
+        torch.testing.assert_close(networks.shallow_unet(*some), whole[:2])
+        other = networks.shallow_unet(latents + 0.5, timesteps, *conditioning, deep)
         assert (other - whole).abs().max() > 0.01
-        assert not torch.equal(other, networks.unet(latents + 0.5, timesteps, *conditioning))
+        assert not torch.equal(other, networks.unet(latents + 0.5, timesteps, *conditioning)[0])
 
 
 @pytest.mark.parametrize(
@@ -267,8 +268,9 @@ def test_passes_between_whole_ones_are_shallow(
     networks, passes = load_networks(settings), []
 
     def noting(kind: str, unet: object) -> object:
-        def run(latents: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        def run(latents: torch.Tensor, *inputs: torch.Tensor) -> object:
             passes.append(f"{kind}{len(latents)}")
+            assert {len(tensor) for tensor in inputs} == {len(latents)}
             return unet(latents, *inputs)
 
         return run
@@ -285,7 +287,8 @@ def test_passes_between_whole_ones_are_shallow(
     np.testing.assert_array_equal(images, again)
 
 
-def test_a_cache_needs_torch_without_compile(tiny_decoder: DecoderSettings) -> None:
-    for change in ({"compile": True}, {"engine": "onnx", "engine_dir": "/engine"}):
-        with pytest.raises(ValueError, match="cache_interval is for engine torch without compile"):
-            DecoderSettings.model_validate({**tiny_decoder.model_dump(), "cache_interval": 2, **change})
+def test_a_compiled_unet_has_whole_passes_alone(tiny_decoder: DecoderSettings) -> None:
+    settings = {**tiny_decoder.model_dump(), "compile": True}
+    assert DecoderSettings.model_validate(settings).compile
+    with pytest.raises(ValueError, match="cache_interval 2 with compile; .* set cache_interval to 1"):
+        DecoderSettings.model_validate({**settings, "cache_interval": 2})

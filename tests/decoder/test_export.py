@@ -28,8 +28,13 @@ def exported(tiny_decoder: DecoderSettings, tmp_path_factory: pytest.TempPathFac
 
 
 def test_every_network_is_a_graph_with_the_declared_names_and_a_free_batch(exported: DecoderSettings) -> None:
-    assert list(FAMILY.signatures) == ["text_encoder", "image_projection", "unet", "vae_decoder"]
-    for name, signature in FAMILY.signatures.items():
+    assert list(FAMILY.signatures(deep_cache=False)) == [
+        "text_encoder",
+        "image_projection",
+        "unet",
+        "vae_decoder",
+    ]
+    for name, signature in FAMILY.signatures(deep_cache=False).items():
         graph = onnx.load(Path(str(exported.engine_dir)) / f"{name}.onnx", load_external_data=False).graph
         assert [value.name for value in graph.input] == list(signature.inputs)
         assert [value.name for value in graph.output] == list(signature.outputs)
@@ -58,6 +63,85 @@ def test_one_graph_serves_every_image_weight(
     drawn, _ = onnx_loop.draw(weighted)
     assert psnr(drawn / 255.0, torch_loop.draw(weighted)[0] / 255.0) >= 40
     assert not np.array_equal(drawn[0], onnx_loop.draw(rows)[0][0])
+
+
+@pytest.fixture(scope="module", params=["tiny_decoder", "tiny_sdxl"])
+def cached(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DecoderSettings:
+    """An export with a shallow UNet, of either family."""
+    folder = tmp_path_factory.mktemp("cached") / "onnx"
+    changes = {"cache_interval": 2, "num_inference_steps": 5}
+    settings = request.getfixturevalue(request.param).model_copy(update=changes)
+    export_decoder(settings, folder)
+    return settings.model_copy(update={"engine": "onnx", "engine_dir": str(folder)})
+
+
+def in_torch(exported: DecoderSettings) -> DecoderSettings:
+    return exported.model_copy(update={"engine": "torch", "engine_dir": None})
+
+
+def test_a_cache_is_exported_as_an_output_and_a_shallow_graph(cached: DecoderSettings) -> None:
+    folder = Path(str(cached.engine_dir))
+    description = json.loads((folder / "decoder.json").read_text())
+    assert description["deep_cache"] is True
+    signatures = find_family(description["family"]).signatures(deep_cache=True)
+    assert signatures["unet"].outputs == ("predicted", "deep")
+    assert signatures["shallow_unet"].inputs == (*signatures["unet"].inputs, "deep")
+    assert {file.stem for file in folder.glob("*.onnx")} == set(signatures)
+    shapes = {}
+    for name in ("unet", "shallow_unet"):
+        graph = onnx.load(folder / f"{name}.onnx", load_external_data=False).graph
+        assert [value.name for value in graph.input] == list(signatures[name].inputs)
+        assert [value.name for value in graph.output] == list(signatures[name].outputs)
+        (deep,) = [value for value in [*graph.input, *graph.output] if value.name == "deep"]
+        free, *shapes[name] = deep.type.tensor_type.shape.dim
+        assert free.dim_param
+    # TensorRT needs the fixed sizes behind the batch.
+    expected = [load_networks(in_torch(cached)).deep_channels, 8, 8]
+    assert all([size.dim_value for size in shape] == expected for shape in shapes.values())
+    assert identify_decoder(cached) == identify_decoder(in_torch(cached))
+
+
+@pytest.mark.parametrize("interval", [2, 3])
+@pytest.mark.parametrize("guided", [(0.0, 1.0), (0.0, 0.4), (0.4, 1.0), (0.0, 0.0)])
+def test_onnx_runtime_draws_the_shallow_passes_of_torch(
+    cached: DecoderSettings, interval: int, guided: tuple[float, float]
+) -> None:
+    settings = cached.model_copy(update={"cache_interval": interval, "guidance_interval": guided})
+    rows = rows_for(settings)
+    expected, _ = loop_for(in_torch(settings)).draw(rows)
+    drawn, finite = loop_for(settings).draw(rows)
+    assert finite.all()
+    assert psnr(drawn / 255.0, expected / 255.0) >= 60
+    whole, _ = loop_for(settings.model_copy(update={"cache_interval": 1})).draw(rows)
+    assert psnr(drawn / 255.0, whole / 255.0) < 55
+
+
+def test_an_export_with_a_cache_draws_whole_passes_too(cached: DecoderSettings) -> None:
+    settings = cached.model_copy(update={"cache_interval": 1})
+    rows = rows_for(settings)
+    expected, _ = loop_for(in_torch(settings)).draw(rows)
+    assert psnr(loop_for(settings).draw(rows)[0] / 255.0, expected / 255.0) >= 45
+
+
+def test_a_cache_needs_an_export_that_has_it(exported: DecoderSettings, tmp_path: Path) -> None:
+    settings = exported.model_copy(update={"cache_interval": 3})
+    for reads in (identify_decoder, load_networks):
+        with pytest.raises(
+            InputError,
+            match="with cache_interval 1, decoder.cache_interval is 3; export it again with that value, "
+            "or set decoder.cache_interval=1",
+        ):
+            reads(settings)
+    # An export from before the cache does not mention it.
+    shutil.copytree(str(exported.engine_dir), tmp_path / "export")
+    path = tmp_path / "export" / "decoder.json"
+    description = json.loads(path.read_text())
+    assert description.pop("deep_cache") is False
+    path.write_text(json.dumps(description))
+    older = exported.model_copy(update={"engine_dir": str(path.parent)})
+    assert load_networks(older).shallow_unet is None
+    with pytest.raises(InputError, match="exported with cache_interval 1"):
+        load_networks(older.model_copy(update={"cache_interval": 3}))
 
 
 def test_an_export_of_another_decoder_is_refused(
@@ -129,13 +213,15 @@ def engines(exported: DecoderSettings, tmp_path: Path) -> Path:
     """A folder as `serving/build_engines.py` writes it, with other bytes in the plans."""
     folder = tmp_path / "engines"
     shutil.copytree(str(exported.engine_dir), folder)
-    for name in FAMILY.signatures:
+    for name in FAMILY.signatures(deep_cache=False):
         (folder / f"{name}.plan").write_bytes(name.encode())
     sidecar = {
         "machine": {"gpu": "NVIDIA H100 80GB HBM3", "compute_capability": "9.0", "tensorrt": "10.14.1"},
         "batch_size": 16,
         "onnx": {"unet.onnx": hash_file(folder / "unet.onnx")},
-        "plans": {f"{name}.plan": hash_file(folder / f"{name}.plan") for name in FAMILY.signatures},
+        "plans": {
+            f"{name}.plan": hash_file(folder / f"{name}.plan") for name in FAMILY.signatures(deep_cache=False)
+        },
     }
     (folder / "engines.json").write_text(json.dumps(sidecar))
     return folder

@@ -135,7 +135,7 @@ def test_a_graph_with_other_names_is_refused(tiny_decoder: DecoderSettings, tmp_
         networks.encoders["image_projection"], example_inputs(networks)["image_projection"], signature, path
     )
     with pytest.raises(InputError, match="onnx: inputs embeds; expected image_embeds; export it again"):
-        OnnxNetwork(path, sd.FAMILY.signatures["image_projection"], "cpu")
+        OnnxNetwork(path, sd.FAMILY.encoders["image_projection"], "cpu")
 
 
 def test_a_conditioning_is_joined_and_indexed_by_rows() -> None:

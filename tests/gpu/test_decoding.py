@@ -51,7 +51,9 @@ def test_float16_on_the_gpu_equals_float32_on_the_cpu(sd15: DecoderSettings) -> 
 @pytest.mark.skipif(
     importlib.util.find_spec("tensorrt") is None, reason="the package tensorrt is not installed"
 )
-def test_tensorrt_equals_torch(sd15: DecoderSettings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache_interval", [1, 2])
+def test_tensorrt_equals_torch(sd15: DecoderSettings, tmp_path: Path, cache_interval: int) -> None:
+    sd15 = sd15.model_copy(update={"cache_interval": cache_interval})
     export_decoder(sd15, tmp_path / "engines")
     command = [
         sys.executable,

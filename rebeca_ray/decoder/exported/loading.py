@@ -30,11 +30,13 @@ def exported_networks(
                 f"decoder.engine_dir {folder}: {name} is not the file that was exported, its sha256 differs; "
                 "copy the whole folder again"
             )
-    networks = {name: load(folder, name, signature) for name, signature in family.signatures.items()}
+    signatures = family.signatures(deep_cache=description["deep_cache"])
+    networks = {name: load(folder, name, signature) for name, signature in signatures.items()}
     return Networks(
         family=family,
         encoders={name: networks[name] for name in family.encoders},
         unet=networks["unet"],
+        shallow_unet=networks.get("shallow_unet"),
         vae_decoder=networks["vae_decoder"],
         tokenizers=family.load_tokenizers(folder),
         scheduler_config=json.loads((folder / "scheduler" / "scheduler_config.json").read_text()),

@@ -1,9 +1,10 @@
 """DeepCache: between whole passes, only the outer blocks of a UNet run (Ma et al. 2024).
 
-The features that enter the last up block change little from one step to the next. A whole pass keeps them,
-and a shallow pass takes them in place of all blocks but the first down block and the last up block.
+The features that enter the last up block change little from one step to the next. A whole pass returns them
+beside its prediction. A shallow pass takes them in place of all blocks but the first down block and the last
+up block. Both are plain functions of tensors, which an export writes as a graph each.
 
-Shapes: B batch, C channels, Y X latents.
+Shapes: B batch, C channels, E embedding of the time, Y X latents.
 """
 
 import copy
@@ -15,62 +16,69 @@ from torch import nn
 from rebeca_ray.errors import InputError
 
 
-class Kept(nn.Module):
-    """In the place of the middle block: the features of the last whole pass, for the first rows of it."""
+class DeepInput(nn.Module):
+    """In the place of the middle block: returns the features of a whole pass, last in the conditioning."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.deep_BCYX: torch.Tensor | None = None
-
-    def forward(self, sample_BCYX: torch.Tensor, embedding_BC: torch.Tensor) -> torch.Tensor:
-        assert self.deep_BCYX is not None  # a whole pass comes first
-        return self.deep_BCYX[: len(sample_BCYX)]
-
-
-class WithoutSampler(nn.Module):
-    """A down block without the output of its downsampler, which only deeper blocks read."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-        self.has_cross_attention = getattr(block, "has_cross_attention", False)
+    has_cross_attention = True  # so that the UNet passes the conditioning
 
     def forward(
-        self, hidden_states: torch.Tensor, **inputs: Any
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        hidden_states, outputs = self.block(hidden_states=hidden_states, **inputs)
-        return hidden_states, outputs[:-1]
+        self,
+        sample_BCYX: torch.Tensor,
+        embedding_BE: torch.Tensor,
+        encoder_hidden_states: tuple[torch.Tensor, ...],
+        **unused: None,
+    ) -> torch.Tensor:
+        return encoder_hidden_states[-1]
 
 
-def shallow_copy(unet: Any, name: str) -> Any:
-    """Return a UNet of diffusers that shares its weights with `unet`, and runs its outer blocks alone.
+class DeepOutput(nn.Module):
+    """In the place of the last up block: this block and the layers after it; returns its input too."""
 
-    Every pass of `unet` keeps the features for it. Raises InputError for a model with a single block, naming
-    `name`.
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.block = unet.up_blocks[-1]
+        self.layers = nn.Sequential(unet.conv_norm_out, unet.conv_act, unet.conv_out)
+        self.has_cross_attention = getattr(self.block, "has_cross_attention", False)
+
+    @property
+    def resnets(self) -> nn.ModuleList:
+        """Return the residual layers of the block; the UNet counts them."""
+        return self.block.resnets
+
+    def forward(self, hidden_states: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.layers(self.block(hidden_states=hidden_states, **inputs)), hidden_states
+
+
+def split_unet(unet: Any, name: str) -> tuple[Any, Any]:
+    """Return a whole and a shallow UNet of diffusers, which share the weights of `unet`.
+
+    The whole one returns `predicted_BCYX` and `deep_BCYX`. The shallow one expects `deep_BCYX` as the last
+    tensor of the conditioning. Raises InputError for a model with a single block, naming `name`.
     """
     if len(unet.down_blocks) < 2 or unet.mid_block is None:
         raise InputError(
             f"decoder.cache_interval: the UNet of {name} has {len(unet.down_blocks)} down block; "
             "expected at least 2; set it to 1"
         )
-    kept = Kept()
+    # The block in the last place runs these layers, so the UNet returns its pair as it is.
+    whole = with_children(
+        unet,
+        up_blocks=nn.ModuleList([*unet.up_blocks[:-1], DeepOutput(unet)]),
+        conv_norm_out=None,
+        conv_out=nn.Identity(),
+    )
+    # The output of the downsampler is for deeper blocks alone.
+    shallow = with_children(
+        unet,
+        down_blocks=nn.ModuleList([with_children(unet.down_blocks[0], downsamplers=None)]),
+        mid_block=DeepInput(),
+        up_blocks=nn.ModuleList([unet.up_blocks[-1]]),
+    )
+    return whole, shallow
 
-    def keep(block: nn.Module, positional: tuple[Any, ...], named: dict[str, torch.Tensor]) -> None:
-        kept.deep_BCYX = named["hidden_states"]
 
-    shallow = copy.copy(unet)
-    shallow.__dict__["_modules"] = dict(unet._modules)
-    shallow.down_blocks = nn.ModuleList([WithoutSampler(unet.down_blocks[0])])
-    shallow.mid_block = kept
-    # The same block behind another module: the hook belongs to whole passes alone.
-    shallow.up_blocks = nn.ModuleList([unhooked(unet.up_blocks[-1])])
-    unet.up_blocks[-1].register_forward_pre_hook(keep, with_kwargs=True)
-    return shallow
-
-
-def unhooked(block: nn.Module) -> nn.Module:
-    """Return a module with the same weights, whose hooks are its own."""
-    other = copy.copy(block)
-    other.__dict__["_forward_pre_hooks"] = type(block._forward_pre_hooks)()
-    other.__dict__["_forward_pre_hooks_with_kwargs"] = type(block._forward_pre_hooks_with_kwargs)()
+def with_children(module: nn.Module, **children: nn.Module | None) -> nn.Module:
+    """Return a copy of a module that shares its weights; `children` replace those of the same names."""
+    other = copy.copy(module)
+    other._modules = {**module._modules, **children}
     return other

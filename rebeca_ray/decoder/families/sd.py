@@ -5,16 +5,16 @@
     unet              latents_BCYX, timestep_B, text_BLH, image_BKH, scale_B -> predicted_BCYX
     vae_decoder       latents_BCYX                                           -> pixels_BRYX in [-1, 1]
 
+With `cache_interval`, `unet` returns deep_BCYX too, and `shallow_unet` takes it after the same inputs.
 `sdxl.py` takes all of this over but the text encoders and the inputs of the UNet.
 
 Shapes: B batch, D embed dim, L text tokens, K image tokens, T tokens of any kind, H context width,
 C latent channels, R red green blue, Y X pixels or latents.
 """
 
-import copy
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch import nn
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.conditioning import Conditioning
-from rebeca_ray.decoder.families.deep_cache import shallow_copy
+from rebeca_ray.decoder.families.deep_cache import split_unet
 from rebeca_ray.decoder.files import DecoderFiles, find_decoder
 from rebeca_ray.decoder.headers import find_weights
 from rebeca_ray.decoder.interface import Rows
@@ -64,10 +64,10 @@ class ImageAttention(nn.Module):
         self,
         attn: Any,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        encoder_hidden_states: Tensors,
         attention_mask: None = None,
     ) -> torch.Tensor:
-        text_BLH, image_BKH, scale_B = encoder_hidden_states
+        text_BLH, image_BKH, scale_B, *_ = encoder_hidden_states
 
         def heads(x_BTH: torch.Tensor) -> torch.Tensor:
             return x_BTH.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
@@ -82,21 +82,19 @@ class ImageAttention(nn.Module):
 
 
 class ConditionedUNet(nn.Module):
-    """The UNet with its conditioning as inputs: text tokens, image tokens and the weight of the image."""
+    """The UNet with its conditioning as inputs: text tokens, image tokens and the weight of the image.
+
+    A shallow UNet takes `deep_BCYX` as the last input (`deep_cache.py`).
+    """
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
 
     def forward(
-        self,
-        latents_BCYX: torch.Tensor,
-        timestep_B: torch.Tensor,
-        text_BLH: torch.Tensor,
-        image_BKH: torch.Tensor,
-        scale_B: torch.Tensor,
-    ) -> torch.Tensor:
-        return self.unet(latents_BCYX, timestep_B, (text_BLH, image_BKH, scale_B), return_dict=False)[0]
+        self, latents_BCYX: torch.Tensor, timestep_B: torch.Tensor, *conditioning: torch.Tensor
+    ) -> torch.Tensor | Tensors:
+        return self.unet(latents_BCYX, timestep_B, conditioning, return_dict=False)[0]
 
 
 class VaeDecoder(nn.Module):
@@ -118,7 +116,7 @@ def load_networks(settings: DecoderSettings) -> Networks:
         "text_encoder": TextEncoder(pipeline.text_encoder),
         "image_projection": take_projection(pipeline.unet),
     }
-    return networks_of(settings, FAMILY, pipeline, ConditionedUNet(pipeline.unet), encoders)
+    return networks_of(settings, FAMILY, pipeline, ConditionedUNet, encoders)
 
 
 def take_projection(unet: Any) -> nn.Module:
@@ -140,26 +138,28 @@ def networks_of(
     settings: DecoderSettings,
     family: Family,
     pipeline: Any,
-    unet: nn.Module,
+    conditioned: Callable[[Any], nn.Module],
     encoders: Mapping[str, nn.Module],
 ) -> Networks:
-    """Return the networks on their device and in their precision, ready to draw."""
+    """Return the networks on their device and in their precision, ready to draw.
+
+    `conditioned` gives a UNet of diffusers the inputs of the family.
+    """
     dtype = DTYPES[settings.dtype]
 
     def ready(module: nn.Module) -> Any:
         module = module.to(settings.device, dtype).eval().requires_grad_(False)
         return module.to(memory_format=torch.channels_last) if settings.device == "cuda" else module
 
-    unet, projection = ready(unet), encoders["image_projection"]
-    shallow = None
+    whole, shallow = pipeline.unet, None
     if settings.cache_interval > 1:
-        shallow = copy.copy(unet)
-        shallow.__dict__["_modules"] = {"unet": shallow_copy(pipeline.unet, settings.model)}
+        whole, shallow = split_unet(pipeline.unet, settings.model)
+    unet, projection = ready(conditioned(whole)), encoders["image_projection"]
     return Networks(
         family=family,
         encoders={name: ready(encoder) for name, encoder in encoders.items()},
         unet=torch.compile(unet, mode="reduce-overhead") if settings.compile else unet,
-        shallow_unet=shallow,
+        shallow_unet=shallow and ready(conditioned(shallow)),
         vae_decoder=ready(VaeDecoder(pipeline.vae)),
         tokenizers={
             name: tokenizer
@@ -169,6 +169,7 @@ def networks_of(
         scheduler_config=dict(pipeline.scheduler.config),
         embed_dim=projection.image_embeds.in_features,  # type: ignore[union-attr, arg-type]
         latent_channels=pipeline.unet.config.in_channels,
+        deep_channels=pipeline.unet.config.block_out_channels[1] if shallow else 0,
         image_size=settings.image_size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
         vae_scale_factor=pipeline.vae_scale_factor,
         device=settings.device,

@@ -54,7 +54,10 @@ class PooledTextEncoder(nn.Module):
 
 
 class ConditionedUNet(nn.Module):
-    """The UNet with its conditioning as inputs: text, pooled text, time ids, image tokens and weight."""
+    """The UNet with its conditioning as inputs: text, pooled text, time ids, image tokens and weight.
+
+    A shallow UNet takes `deep_BCYX` as the last input (`deep_cache.py`).
+    """
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
@@ -67,13 +70,12 @@ class ConditionedUNet(nn.Module):
         text_BLH: torch.Tensor,
         pooled_BP: torch.Tensor,
         time_ids_BT: torch.Tensor,
-        image_BKH: torch.Tensor,
-        scale_B: torch.Tensor,
-    ) -> torch.Tensor:
+        *image: torch.Tensor,
+    ) -> torch.Tensor | Tensors:
         return self.unet(
             latents_BCYX,
             timestep_B,
-            (text_BLH, image_BKH, scale_B),
+            (text_BLH, *image),
             # The UNet joins the pooled text with float32, and ONNX joins tensors of one type alone.
             added_cond_kwargs={"text_embeds": pooled_BP.float(), "time_ids": time_ids_BT},
             return_dict=False,
@@ -89,7 +91,7 @@ def load_networks(settings: DecoderSettings) -> Networks:
         "text_encoder_2": PooledTextEncoder(pipeline.text_encoder_2),
         "image_projection": sd.take_projection(pipeline.unet),
     }
-    networks = sd.networks_of(settings, FAMILY, pipeline, ConditionedUNet(pipeline.unet), encoders)
+    networks = sd.networks_of(settings, FAMILY, pipeline, ConditionedUNet, encoders)
     networks = replace(networks, zeroes_negative=zeroes_negative(files.model))
     # The original autoencoder overflows in float16. The pipeline of diffusers runs it in float32 too.
     if networks.dtype == torch.float16 and pipeline.vae.config.force_upcast:
