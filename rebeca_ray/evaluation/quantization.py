@@ -138,7 +138,7 @@ def unet_inputs(settings: DecoderSettings, embeds_ND: np.ndarray) -> Iterator[di
     """Yield the inputs of every pass of the UNet while it draws from the embeddings."""
     decoder = LocalDecoder(settings)
     networks, calls = decoder.loop.networks, []
-    names = networks.family.signatures["unet"].inputs
+    names = networks.family.signatures(deep_cache=False)["unet"].inputs
 
     def unet(*inputs: Any) -> Any:
         calls.append({name: value.numpy().copy() for name, value in zip(names, inputs, strict=True)})
