@@ -1,4 +1,4 @@
-"""An exported decoder draws the same images by ONNX Runtime, at any batch size and image weight."""
+"""An exported decoder draws the same images by ONNX Runtime and by OpenVINO, at any batch size and weight."""
 
 import json
 import shutil
@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from pydantic import ValidationError
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder.denoising import DenoisingLoop
 from rebeca_ray.decoder.engines import find_family, load_networks
 from rebeca_ray.decoder.export import export_decoder
+from rebeca_ray.decoder.exported.openvino_engine import OpenVinoNetwork
 from rebeca_ray.decoder.exported.tensorrt_engine import check_engines
 from rebeca_ray.decoder.families.sd import FAMILY
 from rebeca_ray.decoder.files import hash_file, identify_decoder
@@ -260,3 +262,70 @@ def test_tensorrt_without_a_gpu_is_refused(exported: DecoderSettings) -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(UserError, match=r"torch sees no GPU here; set decoder.engine to torch or onnx"):
         load_networks(exported.model_copy(update={"engine": "tensorrt", "device": "cuda"}))
+
+
+@pytest.fixture
+def by_openvino(exported: DecoderSettings) -> DecoderSettings:
+    return exported.model_copy(update={"engine": "openvino"})
+
+
+def drawn(settings: DecoderSettings) -> np.ndarray:
+    images, finite = DenoisingLoop(load_networks(settings), settings).draw(rows_for(settings))
+    assert finite.all()
+    return images / 255.0
+
+
+def test_openvino_draws_what_torch_draws(tiny_decoder: DecoderSettings, by_openvino: DecoderSettings) -> None:
+    exact = loop_for(tiny_decoder).draw(rows_for(tiny_decoder))[0] / 255.0
+    assert psnr(drawn(by_openvino), exact) >= 45
+    rounded = drawn(by_openvino.model_copy(update={"dtype": "bfloat16"}))
+    assert psnr(rounded, exact) >= 20
+    assert not np.array_equal(rounded, exact)
+
+
+def test_an_item_does_not_depend_on_its_batch_in_openvino(by_openvino: DecoderSettings) -> None:
+    rows = rows_for(by_openvino)
+    loop = DenoisingLoop(load_networks(by_openvino), by_openvino)
+    whole, _ = loop.draw(rows)
+    others = rows.take([0, 2, 2, 2, 2][: len(rows)])
+    assert np.array_equal(loop.draw(others)[0][0], whole[0])
+
+
+def test_openvino_compiles_a_graph_of_latents_once_for_each_batch_size(by_openvino: DecoderSettings) -> None:
+    networks = load_networks(by_openvino)
+    loop = DenoisingLoop(networks, by_openvino)
+    rows = rows_for(by_openvino)
+    for _ in range(2):
+        loop.draw(rows)
+    assert isinstance(networks.unet, OpenVinoNetwork)
+    assert list(networks.unet.requests) == [2 * len(rows)]
+    assert isinstance(networks.encoders["text_encoder"], OpenVinoNetwork)
+    assert list(networks.encoders["text_encoder"].requests) == [0]
+
+
+def test_the_identity_is_that_of_torch_in_the_same_number_format(
+    tiny_decoder: DecoderSettings, by_openvino: DecoderSettings
+) -> None:
+    identity = identify_decoder(by_openvino)
+    assert identity == identify_decoder(tiny_decoder)
+    assert identity.fingerprint(by_openvino) == identity.fingerprint(tiny_decoder)
+    rounded = by_openvino.model_copy(update={"dtype": "bfloat16"})
+    assert identity.fingerprint(rounded) != identity.fingerprint(tiny_decoder)
+
+
+def test_openvino_refuses_a_graph_of_float16_and_other_devices(
+    by_openvino: DecoderSettings, tmp_path: Path
+) -> None:
+    shutil.copytree(str(by_openvino.engine_dir), tmp_path / "half")
+    path = tmp_path / "half" / "decoder.json"
+    path.write_text(path.read_text().replace('"dtype": "float32"', '"dtype": "float16"'))
+    half = by_openvino.model_copy(update={"engine_dir": str(tmp_path / "half"), "dtype": "bfloat16"})
+    with pytest.raises(InputError, match="exported with dtype float16, decoder.dtype is float32"):
+        load_networks(half)
+    for values, message in (
+        ({"device": "cuda"}, "engine openvino runs on the cpu in float32, bfloat16 or int8, this is cuda"),
+        ({"dtype": "float16"}, "this is cpu and float16; set device=cpu and dtype=auto"),
+        ({"engine": "torch", "engine_dir": None, "dtype": "int8"}, "dtype int8 is for the engines onnx and"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            DecoderSettings.model_validate({**half.model_dump(), **values})

@@ -11,7 +11,6 @@ from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors.torch import load_file, save_file
 
 from rebeca_ray.config.decoder import DecoderSettings, SafetySettings
-from rebeca_ray.decoder.export import export_decoder
 from rebeca_ray.decoder.files import (
     find_decoder,
     find_model,
@@ -24,7 +23,7 @@ from rebeca_ray.decoder.headers import read_shapes
 from rebeca_ray.errors import InputError
 from tests.conftest import D
 from tests.decoder.spoiled import UNET, check_refusal, in_json, removed
-from tests.decoder.test_denoising import loop_for, psnr, rows_for
+from tests.decoder.test_denoising import loop_for, rows_for
 from tests.decoder.test_lora import KEY, kohya, pair, with_lora
 from tests.decoder.test_sdxl_files import hollow_sdxl as hollow_sdxl  # a fixture
 from tests.decoder.test_sdxl_files import write_hollow
@@ -148,15 +147,6 @@ def test_configs_come_from_the_base_in_a_hub_or_the_error_names_the_folder(
     assert identify_decoder(sd) == beside
     rows = rows_for(sd).take([0])
     assert np.array_equal(loop_for(sd).draw(rows)[0], loop_for(tiny_decoder).draw(rows)[0])
-
-
-def test_an_export_of_a_single_file_draws_its_images(sd: DecoderSettings, tmp_path: Path) -> None:
-    export_decoder(sd, tmp_path / "export")
-    exported = sd.model_copy(update={"engine": "onnx", "engine_dir": str(tmp_path / "export")})
-    assert identify_decoder(exported) == identify_decoder(sd)
-    rows = rows_for(sd)
-    drawn, _ = loop_for(exported).draw(rows)
-    assert psnr(drawn / 255.0, loop_for(sd).draw(rows)[0] / 255.0) >= 40
 
 
 def adds(*names: str) -> Callable[[Tensors], Tensors]:
