@@ -6,12 +6,14 @@ a time, 50 steps), its improvements one by one (fewer steps, batches, then engin
 Formats: quality by engine and number format.
 Quality: held-out items decoded from their embeddings, by scheduler and number of steps. The figures are style
 and category by the judge, and cosine to the given embedding. A strip of images is written too.
+Passes: the same by steps and guidance interval, with the true like probability of a user of the real item
+(of 300 simulated users, the one who likes it most).
 Intervals: the same for guidance in a part of the steps, at the default's scheduler and steps.
 Cache: the same for shallow passes between whole ones, and the time of both for the UNet of Stable Diffusion
 1.5 with random weights.
 Parity: ONNX Runtime against torch. The UNet of Stable Diffusion 1.5 takes 18 GB of memory.
 
-    python -m tests.bench.decoding [speed] [formats] [quality] [intervals] [cache] [parity]
+    python -m tests.bench.decoding [speed] [formats] [quality] [passes] [intervals] [cache] [parity]
         [--rounds 3] [--threads 2]
 """
 
@@ -28,6 +30,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import open_clip
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from rich.console import Console
@@ -44,6 +47,8 @@ from rebeca_ray.evaluation.quantization import NUM_ITEMS, quantize, require_nncf
 from rebeca_ray.stickers import CLIP, DECODER
 from rebeca_ray.stickers.build.data import Stickers, load_stickers
 from rebeca_ray.stickers.judge import Judge
+from rebeca_ray.stickers.simulate import simulate
+from rebeca_ray.stickers.truth import Truth
 from tests.gpu.sd15 import write_sd15
 
 RESULTS = Path(__file__).parent / "results"
@@ -59,6 +64,8 @@ DEFAULT = REFERENCE.model_copy(update={"scheduler": "dpm_solver", "num_inference
 JUDGED, TIMED = 120, 40
 INTERVALS = ((0.0, 1.0), (0.0, 0.8), (0.0, 0.6), (0.2, 1.0), (0.2, 0.8), (0.2, 0.6), (0.4, 0.8), (0.0, 0.0))
 CACHES = ((2, 9), (3, 9), (2, 20), (3, 20))  # interval, steps
+PASSES = tuple((steps, start) for steps in (9, 7, 6, 5, 4, 3) for start in (0.0, 0.2))  # guidance starts at
+USERS = 300
 SCHEDULERS = {"ddim": (50,), "dpm_solver": (5, 9, 20), "unipc": (5, 9)}
 
 
@@ -247,6 +254,29 @@ def quality(world: World) -> dict[str, dict[str, float]]:
     return figures
 
 
+def passes(world: World) -> dict[str, dict[str, float]]:
+    """Return quality, passes, and the like probability of an item's user, by steps and guidance interval."""
+    with tempfile.TemporaryDirectory() as folder:
+        simulate(USERS, 0, Path(folder))
+        names = sorted(set(pq.read_table(Path(folder) / "truth.parquet", columns=["user_id"])[0].to_pylist()))
+        truth = Truth(Path(folder) / "truth.parquet", world.judge, names)
+    by_user = [truth.like_probability([name] * len(world.images), world.images) for name in names]
+    users = [names[user] for user in np.argmax(by_user, axis=0)]
+    real = float(truth.like_probability(users, world.images).mean())
+    figures = {"real images": {"passes": 0, **world.quality(world.images), "like": real}}
+    for steps, start in PASSES:
+        values = {"num_inference_steps": steps, "guidance_interval": (start, 1.0)}
+        settings = DEFAULT.model_copy(update=values)
+        decoder = LocalDecoder(settings)
+        images = np.stack(decoder.draw(Rows.of(settings, world.embeds, range(len(world.embeds)))))
+        count = steps + len(decoder.loop.guided_steps())
+        like = float(truth.like_probability(users, images).mean())
+        name = f"{steps} steps, guidance from {start:g}"
+        figures[name] = {"passes": count, **world.quality(images), "like": like}
+        Console().print(name, figures[name])
+    return figures
+
+
 def intervals(world: World) -> dict[str, dict[str, float]]:
     """Return quality and passes by guidance interval; write the strip: real stickers, then a row each."""
     figures, strip = {}, [world.images[:12]]
@@ -294,7 +324,7 @@ def cache(world: World, rounds: int) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parts = ["speed", "formats", "quality", "intervals", "cache", "parity"]
+    parts = ["speed", "formats", "quality", "passes", "intervals", "cache", "parity"]
     parser.add_argument("parts", nargs="*", choices=parts, default=parts)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -328,6 +358,8 @@ def main() -> None:
         Console().print(table)
     if "formats" in arguments.parts:
         results["formats"] = quality_of_formats(world)
+    if "passes" in arguments.parts:
+        results["passes"] = passes(world)
     if "intervals" in arguments.parts:
         results["intervals"] = intervals(world)
     if "cache" in arguments.parts:
