@@ -85,20 +85,26 @@ def plain(
 
 
 def ours(
-    prior: Prior, diffusion: Diffusion, users_UH: torch.Tensor, *, sampler: str, steps: int, guidance: float
+    prior: Prior,
+    diffusion: Diffusion,
+    users_UH: torch.Tensor,
+    *,
+    sampler: str,
+    steps: int,
+    guidance: float,
+    rows: int = TILE,
 ) -> float:
-    """Return embeddings per second of `sample_liked`: tiles of 256, conditions kept, guided by a selector."""
-    rows = TILE
+    """Return embeddings per second of `sample_liked`: one tile, conditions kept, guided by a selector."""
     settings = SamplerSettings.model_validate(
         {
             "name": sampler,
             "num_inference_steps": steps,
             "prior_guidance_scale": guidance,
             "selector_guidance_scale": SELECTOR_GUIDANCE,
-            "batch_size": TILE,
+            "batch_size": rows,
         }
     )
-    selector = Selector(D).eval()
+    selector = Selector(D).eval().to(users_UH.device)
     trained = TrainedPrior(
         network=prior,
         settings=NETWORK,
@@ -109,7 +115,7 @@ def ours(
         clip=None,
         selector=selector,
     )
-    factors = torch.randn(len(users_UH), selector.factors.out_features + 1)
+    factors = torch.randn(len(users_UH), selector.factors.out_features + 1, device=users_UH.device)
     users = UserVectors(token_GUH=users_UH, factor_GF=factors)
     started = time.perf_counter()
     sample_liked(trained, diffusion, users, np.arange(rows) // PER_USER, range(rows), settings)

@@ -6,17 +6,14 @@ from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.lora_conversion_utils import (
     _convert_unet_lora_key,
     _maybe_map_sgm_blocks_to_diffusers,
 )
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.decoder import files as files_module
@@ -29,6 +26,7 @@ from rebeca_ray.errors import InputError
 from tests.conftest import D
 from tests.decoder.spoiled import ADAPTER, Spoil, check_refusal, copied, in_json, in_weights, removed
 from tests.decoder.test_lora import Weights
+from tests.gpu.sdxl import sdxl_parts, sdxl_unet
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -69,55 +67,15 @@ def shapes_of(module: nn.Module) -> Shapes:
     return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
-def sdxl_unet() -> Any:
-    """The exact configuration of SDXL's UNet, without memory for its weights."""
-    with torch.device("meta"):
-        return UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=[1, 2, 10],
-            attention_head_dim=[5, 10, 20],
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
-
-
 @pytest.fixture(scope="module")
 def hollow_sdxl(tmp_path_factory: pytest.TempPathFactory) -> DecoderSettings:
     """The exact layout of SDXL and of `ip-adapter_sdxl_vit-h`: configurations, names and shapes."""
     folder = tmp_path_factory.mktemp("hollow")
-    first = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-    )
-    second = CLIPTextConfig(
-        hidden_size=1280,
-        intermediate_size=5120,
-        num_hidden_layers=32,
-        num_attention_heads=20,
-        projection_dim=1280,
-    )
-    with torch.device("meta"):
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            scaling_factor=0.13025,
-        )
-        encoders = {
-            "text_encoder": CLIPTextModel(first),
-            "text_encoder_2": CLIPTextModelWithProjection(second),
-        }
-    unet = sdxl_unet()
-    for part, network in {"unet": unet, "vae": vae, **encoders}.items():
-        name = "model" if part in encoders else "diffusion_pytorch_model"
+    for part, network in sdxl_parts("meta").items():
+        is_encoder = part.startswith("text_encoder")
+        name = "model" if is_encoder else "diffusion_pytorch_model"
         write_hollow(folder / part / f"{name}.fp16.safetensors", shapes_of(network))
-        config = network.config.to_dict() if part in encoders else dict(network.config)
+        config = network.config.to_dict() if is_encoder else dict(network.config)
         (folder / part / "config.json").write_text(json.dumps(config, default=str))
     for part in ("tokenizer", "tokenizer_2"):
         (folder / part).mkdir()
@@ -192,7 +150,7 @@ def test_an_adapter_of_sdxl_is_refused_by_a_smaller_model(
 
 
 def test_the_exact_unet_reads_what_the_family_gives_it() -> None:
-    unet = sdxl_unet()
+    unet = sdxl_unet("meta")
     processors = dict(unet.attn_processors)
     crossing = [name for name in processors if name.endswith("attn2.processor")]
     assert len(crossing) == 70
@@ -216,7 +174,7 @@ def test_the_exact_unet_reads_what_the_family_gives_it() -> None:
 
 
 def test_every_layer_in_the_authors_names_is_the_layer_that_diffusers_takes() -> None:
-    names = {name.replace(".", "_") for name, _ in sdxl_unet().named_modules()}
+    names = {name.replace(".", "_") for name, _ in sdxl_unet("meta").named_modules()}
     resnet = ["in_layers_2", "out_layers_3", "emb_layers_1", "skip_connection"]
     attention = ["proj_in", "proj_out", *(f"transformer_blocks_{i}_attn2_to_k" for i in range(10))]
     possible = ["input_blocks_0_0", "out_2"]

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.decoder.denoising import DenoisingLoop
+from rebeca_ray.decoder.engines import load_networks
 from rebeca_ray.decoder.export import export_decoder
 from rebeca_ray.decoder.interface import Rows
-from tests.decoder.test_denoising import loop_for, psnr
 from tests.gpu.sd15 import EMBED_DIM, write_sd15
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU on this machine")
@@ -25,6 +26,14 @@ def sd15(tmp_path_factory: pytest.TempPathFactory) -> DecoderSettings:
     return DecoderSettings(
         model=str(model), num_inference_steps=4, device="cuda", dtype="float16", batch_size=4
     )
+
+
+def loop_for(settings: DecoderSettings) -> DenoisingLoop:
+    return DenoisingLoop(load_networks(settings), settings)
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    return float(-10 * np.log10(np.mean((one - other) ** 2) + 1e-12))
 
 
 def rows_of(settings: DecoderSettings) -> Rows:

@@ -111,7 +111,11 @@ class VaeDecoder(nn.Module):
 
 def load_networks(settings: DecoderSettings) -> Networks:
     """Load a model and its IP-Adapter. Raises InputError if they do not load."""
-    pipeline = load_pipeline(settings, find_decoder(settings), DTYPES[settings.dtype])
+    return run_pipeline(settings, load_pipeline(settings, find_decoder(settings), DTYPES[settings.dtype]))
+
+
+def run_pipeline(settings: DecoderSettings, pipeline: Any) -> Networks:
+    """Return the networks of a pipeline of diffusers, once: the image projection is taken out of its UNet."""
     encoders = {
         "text_encoder": TextEncoder(pipeline.text_encoder),
         "image_projection": take_projection(pipeline.unet),

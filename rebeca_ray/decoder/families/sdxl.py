@@ -85,14 +85,18 @@ class ConditionedUNet(nn.Module):
 def load_networks(settings: DecoderSettings) -> Networks:
     """Load a model and its IP-Adapter. Raises InputError if they do not load."""
     files = find_decoder(settings)
-    pipeline = load_pipeline(settings, files, DTYPES[settings.dtype])
+    networks = run_pipeline(settings, load_pipeline(settings, files, DTYPES[settings.dtype]))
+    return replace(networks, zeroes_negative=zeroes_negative(files.model))
+
+
+def run_pipeline(settings: DecoderSettings, pipeline: Any) -> Networks:
+    """Return the networks of a pipeline of diffusers, once: the image projection is taken out of its UNet."""
     encoders = {
         "text_encoder": TextEncoder(pipeline.text_encoder),
         "text_encoder_2": PooledTextEncoder(pipeline.text_encoder_2),
         "image_projection": sd.take_projection(pipeline.unet),
     }
     networks = sd.networks_of(settings, FAMILY, pipeline, ConditionedUNet, encoders)
-    networks = replace(networks, zeroes_negative=zeroes_negative(files.model))
     # The original autoencoder overflows in float16. The pipeline of diffusers runs it in float32 too.
     if networks.dtype == torch.float16 and pipeline.vae.config.force_upcast:
         networks = replace(networks, vae_decoder=networks.vae_decoder.float())  # type: ignore[attr-defined]
