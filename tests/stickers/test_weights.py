@@ -21,7 +21,7 @@ from rebeca_ray.stickers.build.captions import caption
 from rebeca_ray.stickers.build.data import Stickers, load_stickers
 from rebeca_ray.stickers.judge import Judge
 
-SAMPLE = 120
+SAMPLE = 240
 
 
 @pytest.fixture(scope="module")
@@ -118,27 +118,15 @@ def decoded(
     return figures
 
 
-@pytest.mark.parametrize(("names", "style", "category"), [("held-out", 0.72, 0.60), ("trained", 0.75, 0.65)])
+@pytest.mark.parametrize(("names", "style", "category"), [("held-out", 0.78, 0.62), ("trained", 0.81, 0.72)])
 def test_images_decoded_from_real_embeddings(
     decoded: dict[str, dict[str, float]], names: str, style: float, category: float
 ) -> None:
-    """Hold today's figures of the shipped weights. The next test holds the aims."""
+    """Hold the figures of `infra/docs/results.md` within a standard error: other noise moves them by as much."""
     figures = decoded[names]
     assert figures["style"] >= style
     assert figures["category"] >= category
     assert figures["cosine to the given embedding"] > figures["cosine to random items"] + 0.25
-
-
-@pytest.mark.parametrize(("names", "style", "category"), [("held-out", 0.80, 0.50), ("trained", 0.90, 0.75)])
-@pytest.mark.xfail(
-    reason="the UNet stopped at step 7,400, far from converged: train on",
-    strict=True,
-)
-def test_images_decoded_from_real_embeddings_reach_the_aim(
-    decoded: dict[str, dict[str, float]], names: str, style: float, category: float
-) -> None:
-    assert decoded[names]["style"] >= style
-    assert decoded[names]["category"] >= category
 
 
 def test_the_prompt_alone_steers_style_and_category(stickers: Stickers, decoder: LocalDecoder) -> None:
