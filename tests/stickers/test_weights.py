@@ -122,7 +122,7 @@ def decoded(
 def test_images_decoded_from_real_embeddings(
     decoded: dict[str, dict[str, float]], names: str, style: float, category: float
 ) -> None:
-    """Hold the figures of `infra/docs/results.md` within a standard error: other noise moves them by as much."""
+    """Hold the figures of `infra/docs/results.md` within a standard error: other noise moves them."""
     figures = decoded[names]
     assert figures["style"] >= style
     assert figures["category"] >= category
