@@ -26,12 +26,12 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 demo: setup
 	$(BIN)/rebeca demo
 
-# Three files of tests at a time: much of a test is waiting for servers and workers to start. One thread each, for threads of
+# Two files of tests at a time, each with a Ray of its own; three took longer on two cores. One thread each, for threads of
 # processes that wait for each other by spinning take longer than one. Ray's workers are not nice (by default 15): beside busy tests
 # they would get next to nothing of two cores, and their own tests time out. A test process that dies ends the run: with another in
 # its place, the run would wait for ever.
 test: lint
-	OMP_NUM_THREADS=1 RAY_worker_niceness=0 $(BIN)/python -m pytest --numprocesses 3 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 RAY_worker_niceness=0 $(BIN)/python -m pytest --numprocesses 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .
