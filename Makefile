@@ -26,7 +26,7 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 demo: setup
 	$(BIN)/rebeca demo
 
-# Two files of tests at a time, each with a Ray of its own; three took longer on two cores. One thread each, for threads of
+# Two files of tests at a time, each with a Ray of its own; three gain little on two cores, and tests time out. One thread each, for threads of
 # processes that wait for each other by spinning take longer than one. Ray's workers are not nice (by default 15): beside busy tests
 # they would get next to nothing of two cores, and their own tests time out. A test process that dies ends the run: with another in
 # its place, the run would wait for ever.
