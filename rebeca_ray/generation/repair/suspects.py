@@ -8,6 +8,7 @@ Before the first death nothing is noted, so a run without deaths pays nothing.
 """
 
 import secrets
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -85,4 +86,6 @@ def was_started_again() -> bool:
 
     if not ray.is_initialized():
         return False
-    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+    with warnings.catch_warnings():  # of a method that Ray itself calls
+        warnings.simplefilter("ignore")
+        return bool(ray.get_runtime_context().was_current_actor_reconstructed)
