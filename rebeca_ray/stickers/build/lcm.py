@@ -33,7 +33,7 @@ from rebeca_ray.stickers import DECODER, EMBED_DIM
 from rebeca_ray.stickers.build.data import autocast, batches, load_stickers
 from rebeca_ray.stickers.build.unet import EMBED_NOISE, new_scheduler, training_pairs
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("rebeca_ray.stickers.build.lcm")  # of `__main__`, nothing is shown
 
 SETTINGS = DecoderSettings(model=str(DECODER))
 GUIDANCE = 3.0  # the stickers' default, which the LoRA contains
