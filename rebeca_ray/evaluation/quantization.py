@@ -114,9 +114,9 @@ def quantize(settings: DecoderSettings, folder: Path, embeds_ND: np.ndarray) -> 
     import nncf
     import onnx
 
-    calls = nncf.Dataset(list(unet_inputs(settings, embeds_ND)))
+    calls = list(unet_inputs(settings, embeds_ND))
     graph = folder / "unet.onnx"
-    quantized = nncf.quantize(onnx.load(graph), calls, subset_size=len(list(calls.get_data())))
+    quantized = nncf.quantize(onnx.load(graph), nncf.Dataset(calls), subset_size=len(calls))
     for path in (graph, folder / "unet.onnx.data"):
         path.unlink(missing_ok=True)
     onnx.save(quantized, graph, save_as_external_data=True, location="unet.onnx.data")
