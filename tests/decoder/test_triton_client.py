@@ -302,7 +302,7 @@ def test_an_unknown_engine_stops_the_server_and_names_the_reason(
     ):
         pass
     assert (
-        "config.pbtxt: parameters: engine = 'steam': input should be 'torch', 'onnx' or 'tensorrt'"
+        "config.pbtxt: parameters: engine = 'steam': input should be 'torch', 'onnx', 'openvino' or 'tensorrt'"
         in capfd.readouterr().err
     )
 
