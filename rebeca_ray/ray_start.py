@@ -10,6 +10,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ from rebeca_ray.errors import InputError, ResumableError, UserError, describe
 
 PROBE_SECONDS, PROBES_LAST = 5, 20  # of one connection to a cluster's address, and of all tries together
 GCS_WAIT = "RAY_gcs_server_port_wait_time_s"  # tries of 40 s to reach a cluster; Ray's default is 20 of them
+GCS_PORT = "RAY_GCS_SERVER_PORT"
 MIN_FREE_BYTES = 200 * 2**20  # in the temporary folder: Ray's logs and sockets, without spilled objects
 UNUSABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -54,11 +56,36 @@ def connect() -> None:
         else:
             await_answer(cluster)
             os.environ.setdefault(GCS_WAIT, "1")
-        ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
+        with nullcontext() if cluster else address_for_workers():
+            ray.init(
+                address=address if cluster else "local", log_to_driver=True, logging_level=logging.WARNING
+            )
     except UserError:
         raise
     except Exception as error:  # its type depends on the part of Ray that failed
         raise explained(error, address) from None
+
+
+@contextmanager
+def address_for_workers() -> Iterator[None]:
+    """Choose the address of a Ray that starts here in the block; all its processes find it in RAY_ADDRESS.
+
+    Ray Train's cleaner, which frees the CPUs of a killed training, would look for a Ray on this machine.
+    Where several run it fails, or asks another one, which knows nothing of the training.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    chosen = {GCS_PORT: port, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    before = {name: os.environ.get(name) for name in chosen}
+    os.environ.update(chosen)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def is_client(address: str | None) -> bool:

@@ -276,14 +276,17 @@ def test_another_version_is_named(ray_local: str) -> None:
 
 
 def test_a_ray_that_starts_here_is_private_and_refuses_too_many_actors(home: Path) -> None:
-    """Every listening socket of its processes is on loopback."""
+    """Every listening socket of its processes is on loopback, and they know its address."""
     ended = run(
         """
         import json, os, re
         from contextlib import suppress
         from pathlib import Path
-        import psutil
+        import psutil, ray
         ray_runtime.start_ray()
+        known = ray.get(ray.remote(lambda: os.environ["RAY_ADDRESS"]).remote())
+        assert known == ray.get_runtime_context().gcs_address, known
+        assert os.environ["RAY_ADDRESS"] == "local"
         process = psutil.Process()
         sockets = set()
         for child in [process, *process.children(recursive=True)]:

@@ -301,10 +301,8 @@ def test_an_unknown_engine_stops_the_server_and_names_the_reason(
         triton_server(unknown, **ports, instances=1),
     ):
         pass
-    assert (
-        "config.pbtxt: parameters: engine = 'steam': input should be 'torch', 'onnx', 'openvino' or 'tensorrt'"
-        in capfd.readouterr().err
-    )
+    expected = "engine = 'steam': input should be 'torch', 'onnx', 'openvino' or 'tensorrt'"
+    assert f"config.pbtxt: parameters: {expected}" in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("process")
