@@ -7,14 +7,15 @@ Formats: quality by engine and number format.
 Quality: held-out items decoded from their embeddings, by scheduler and number of steps. The figures are style
 and category by the judge, and cosine to the given embedding. A strip of images is written too.
 Passes: the same by steps and guidance interval, with the true like probability of a user of the real item
-(of 300 simulated users, the one who likes it most).
+(of 300 simulated users, the one who likes it most). With `--lora`, a file of `stickers.build.lcm`, few
+unguided steps too, with it and without it.
 Intervals: the same for guidance in a part of the steps, at the default's scheduler and steps.
 Cache: the same for shallow passes between whole ones, and the time of both for the UNet of Stable Diffusion
 1.5 with random weights.
 Parity: ONNX Runtime against torch. The UNet of Stable Diffusion 1.5 takes 18 GB of memory.
 
     python -m tests.bench.decoding [speed] [formats] [quality] [passes] [intervals] [cache] [parity]
-        [--rounds 3] [--threads 2]
+        [--rounds 3] [--threads 2] [--lora FILE]
 """
 
 import argparse
@@ -65,6 +66,7 @@ JUDGED, TIMED = 120, 40
 INTERVALS = ((0.0, 1.0), (0.0, 0.8), (0.0, 0.6), (0.2, 1.0), (0.2, 0.8), (0.2, 0.6), (0.4, 0.8), (0.0, 0.0))
 CACHES = ((2, 9), (3, 9), (2, 20), (3, 20))  # interval, steps
 PASSES = tuple((steps, start) for steps in (9, 7, 6, 5, 4, 3) for start in (0.0, 0.2))  # guidance starts at
+LCM_STEPS = (2, 4, 8)
 USERS = 300
 SCHEDULERS = {"ddim": (50,), "dpm_solver": (5, 9, 20), "unipc": (5, 9)}
 
@@ -254,8 +256,25 @@ def quality(world: World) -> dict[str, dict[str, float]]:
     return figures
 
 
-def passes(world: World) -> dict[str, dict[str, float]]:
-    """Return quality, passes, and the like probability of an item's user, by steps and guidance interval."""
+def few_passes(lora: str | None) -> dict[str, DecoderSettings]:
+    """Return decoders of ever fewer passes: fewer steps, guidance in a part of them, or a few-step LoRA."""
+    variants = {
+        f"{steps} steps, guidance from {start:g}": {
+            "num_inference_steps": steps,
+            "guidance_interval": (start, 1.0),
+        }
+        for steps, start in PASSES
+    }
+    if lora:
+        for steps in LCM_STEPS:
+            unguided = {"scheduler": "lcm", "num_inference_steps": steps, "decoder_guidance_scale": 1.0}
+            variants[f"{steps} unguided steps of LCM"] = unguided
+            variants[f"{steps} unguided steps of LCM, with the LoRA"] = {**unguided, "lora": lora}
+    return {name: DEFAULT.model_copy(update=values) for name, values in variants.items()}
+
+
+def passes(world: World, lora: str | None) -> dict[str, dict[str, float]]:
+    """Return quality, passes, and the like probability of an item's user, for each of `few_passes`."""
     with tempfile.TemporaryDirectory() as folder:
         simulate(USERS, 0, Path(folder))
         names = sorted(set(pq.read_table(Path(folder) / "truth.parquet", columns=["user_id"])[0].to_pylist()))
@@ -264,14 +283,12 @@ def passes(world: World) -> dict[str, dict[str, float]]:
     users = [names[user] for user in np.argmax(by_user, axis=0)]
     real = float(truth.like_probability(users, world.images).mean())
     figures = {"real images": {"passes": 0, **world.quality(world.images), "like": real}}
-    for steps, start in PASSES:
-        values = {"num_inference_steps": steps, "guidance_interval": (start, 1.0)}
-        settings = DEFAULT.model_copy(update=values)
+    for name, settings in few_passes(lora).items():
         decoder = LocalDecoder(settings)
         images = np.stack(decoder.draw(Rows.of(settings, world.embeds, range(len(world.embeds)))))
-        count = steps + len(decoder.loop.guided_steps())
+        guided = len(decoder.loop.guided_steps()) if settings.decoder_guidance_scale != 1 else 0
+        count = settings.num_inference_steps + guided
         like = float(truth.like_probability(users, images).mean())
-        name = f"{steps} steps, guidance from {start:g}"
         figures[name] = {"passes": count, **world.quality(images), "like": like}
         Console().print(name, figures[name])
     return figures
@@ -328,6 +345,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=parts, default=parts)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--lora", help="a few-step LoRA, for the part `passes`")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     path = RESULTS / f"decoding-{'avx512' if 'avx512f' in Path('/proc/cpuinfo').read_text() else 'avx2'}.json"
@@ -359,7 +377,7 @@ def main() -> None:
     if "formats" in arguments.parts:
         results["formats"] = quality_of_formats(world)
     if "passes" in arguments.parts:
-        results["passes"] = passes(world)
+        results["passes"] = passes(world, arguments.lora)
     if "intervals" in arguments.parts:
         results["intervals"] = intervals(world)
     if "cache" in arguments.parts:
