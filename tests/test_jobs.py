@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import REPO
@@ -67,8 +70,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     )
     environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
     yield environment
-    process.terminate()
+    # On SIGTERM it would wait half a minute for its processes.
+    for started in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with suppress(psutil.NoSuchProcess):
+            started.kill()
     process.wait(60)
+    shutil.rmtree(f"/tmp/rebeca-{port}", ignore_errors=True)
 
 
 def submit(environment: dict[str, str], *entrypoint: str) -> subprocess.CompletedProcess[str]:
