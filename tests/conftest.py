@@ -55,6 +55,11 @@ from tests.faulty_s3 import proxy as proxy  # a fixture
 from tests.processes import pytest_collection_modifyitems as pytest_collection_modifyitems
 from tests.processes import pytest_configure as pytest_configure
 from tests.seaweedfs import seaweedfs
+from tests.tiny_exports import cached_sd as cached_sd  # fixtures
+from tests.tiny_exports import cached_sdxl as cached_sdxl
+from tests.tiny_exports import exported as exported
+from tests.tiny_exports import shared as shared
+from tests.tiny_exports import write_once
 
 REPO = Path(__file__).parents[1]
 D = 16
@@ -150,19 +155,19 @@ def wake(prior: Prior) -> Prior:
 
 
 @pytest.fixture(scope="session")
-def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> DecoderSettings:
+def tiny_decoder(shared: Path) -> DecoderSettings:
     """Write Stable Diffusion and an IP-Adapter in their official layouts: random weights, 16 pixels."""
     from tests.tiny_decoder import write_tiny_decoder
 
-    return write_tiny_decoder(tmp_path_factory.mktemp("decoder"), D)
+    return write_once(shared, "tiny_decoder", lambda folder: write_tiny_decoder(folder, D))
 
 
 @pytest.fixture(scope="session")
-def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> DecoderSettings:
+def tiny_sdxl(shared: Path) -> DecoderSettings:
     """Write Stable Diffusion XL and an IP-Adapter in their official layouts: random weights, 16 pixels."""
     from tests.tiny_sdxl import write_tiny_sdxl
 
-    return write_tiny_sdxl(tmp_path_factory.mktemp("sdxl"), D)
+    return write_once(shared, "tiny_sdxl", lambda folder: write_tiny_sdxl(folder, D))
 
 
 def write_request(folder: Path) -> str:

@@ -16,7 +16,7 @@ from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.decoder.denoising import DenoisingLoop
 from rebeca_ray.decoder.engines import find_family, load_networks
-from rebeca_ray.decoder.export import example_inputs, export_decoder, export_network
+from rebeca_ray.decoder.export import example_inputs, export_network
 from rebeca_ray.decoder.exported.onnx_engine import OnnxNetwork
 from rebeca_ray.decoder.families import sdxl
 from rebeca_ray.decoder.files import identify_decoder
@@ -150,18 +150,20 @@ def test_the_two_encoders_have_their_tokenizers(tiny_sdxl: DecoderSettings) -> N
     assert not torch.equal(encoded["pooled"][0], encoded["pooled"][1])
 
 
-def test_an_export_draws_what_torch_draws(tiny_sdxl: DecoderSettings, tmp_path: Path) -> None:
-    paths = export_decoder(tiny_sdxl, tmp_path / "export")
-    assert list(paths) == ["text_encoder", "text_encoder_2", "image_projection", "unet", "vae_decoder"]
-    for name, signature in sdxl.FAMILY.signatures(deep_cache=False).items():
-        graph = onnx.load(paths[name], load_external_data=False).graph
+def test_an_export_draws_what_torch_draws(tiny_sdxl: DecoderSettings, cached_sdxl: DecoderSettings) -> None:
+    signatures = sdxl.FAMILY.signatures(deep_cache=True)
+    encoders = ["text_encoder", "text_encoder_2", "image_projection"]
+    assert list(signatures) == [*encoders, "unet", "vae_decoder", "shallow_unet"]
+    folder = Path(str(cached_sdxl.engine_dir))
+    for name, signature in signatures.items():
+        graph = onnx.load(folder / f"{name}.onnx", load_external_data=False).graph
         assert [value.name for value in graph.input] == list(signature.inputs)
         assert [value.name for value in graph.output] == list(signature.outputs)
         assert all(value.type.tensor_type.shape.dim[0].dim_param for value in [*graph.input, *graph.output])
-    description = json.loads((tmp_path / "export" / "decoder.json").read_text())
+    description = json.loads((folder / "decoder.json").read_text())
     assert (description["family"], description["zeroes_negative"]) == ("sdxl", True)
     assert find_family(description["family"]) is sdxl.FAMILY
-    exported = tiny_sdxl.model_copy(update={"engine": "onnx", "engine_dir": str(tmp_path / "export")})
+    exported = tiny_sdxl.model_copy(update={"engine": "onnx", "engine_dir": str(folder)})
     assert identify_decoder(exported) == identify_decoder(tiny_sdxl)
     rows = mixed_rows(tiny_sdxl)
     expected, _ = loop_for(tiny_sdxl).draw(rows)

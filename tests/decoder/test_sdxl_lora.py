@@ -18,8 +18,8 @@ LAYERS = [
     ("down_blocks.0.resnets.0.conv1", "input_blocks_1_0_in_layers_2", (16, 16, 3, 3)),
     ("down_blocks.0.downsamplers.0.conv", "input_blocks_2_0_op", (16, 16, 3, 3)),
     (
-        "down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k",
-        "input_blocks_3_1_transformer_blocks_1_attn2_to_k",
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",
+        "input_blocks_3_1_transformer_blocks_0_attn2_to_k",
         (32, 40),
     ),
     (

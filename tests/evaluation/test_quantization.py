@@ -1,6 +1,7 @@
 """An int8 export draws nearly what torch draws, or is not written at all."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,8 +52,17 @@ def items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_an_int8_unet_draws_nearly_what_torch_draws(
-    tiny_decoder: DecoderSettings, items: str, tmp_path: Path
+    tiny_decoder: DecoderSettings,
+    exported: DecoderSettings,
+    items: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def copy_export(settings: DecoderSettings, folder: Path) -> None:
+        assert settings == tiny_decoder.model_copy(update={"dtype": "float32", "device": "cpu"})
+        shutil.copytree(str(exported.engine_dir), folder)
+
+    monkeypatch.setattr(quantization, "export_decoder", copy_export)
     out = tmp_path / "export"
     cosines = export_quantized(tiny_decoder, out, items)
     assert cosines.int8 == pytest.approx(cosines.float32, abs=0.004)
