@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
 from rebeca_ray.config.jobs import TrainConfig
+from rebeca_ray.config.sections import OptimizationSettings
 from rebeca_ray.data.histories import Histories
 from rebeca_ray.log import use
 from rebeca_ray.prior.diffusion import Diffusion
@@ -36,6 +37,7 @@ from rebeca_ray.watchdog import Pulse
 log = logging.getLogger(__name__)
 
 STATE = "state.pt"
+ENDED = "ended"  # among the metrics of an epoch: no other follows
 DIVERGED = 10.0  # times the best validation loss
 STEPS_PER_CHECK, NEVER = 1000, 2**62
 
@@ -77,11 +79,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     loss = DistributedDataParallel(loss) if world_size > 1 else loss
     users = UserShare(histories, rank, world_size)
     writer = SummaryWriter(f"{config.storage}/{config.run_name}/tensorboard") if rank == 0 else None
-    while (
-        state.epoch < optimization.max_epochs
-        and state.stale_epochs < optimization.early_stopping_patience
-        and not state.diverged
-    ):
+    while not has_ended(state, optimization):
         started, epoch = time.perf_counter(), state.epoch + 1
         seed = hash((optimization.seed, epoch, rank)) % 2**63
         generator = torch.Generator(device).manual_seed(seed)
@@ -107,6 +105,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
             "train_loss": train_loss,
             "val_loss": val_loss,
             "learning_rate": state.learning_rate,
+            ENDED: has_ended(state, optimization),
         }
         if writer is None:
             train.report(metrics)
@@ -121,6 +120,11 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             torch.save(state.state_dict(), Path(folder) / STATE)
             train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+
+
+def has_ended(state: TrainState, optimization: OptimizationSettings) -> bool:
+    is_stale = state.stale_epochs >= optimization.early_stopping_patience
+    return is_stale or state.epoch >= optimization.max_epochs or bool(state.diverged)
 
 
 class UserShare:

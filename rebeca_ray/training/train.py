@@ -47,7 +47,7 @@ from rebeca_ray.storage.objects import JsonObject, read_json
 from rebeca_ray.storage.store import open_store
 from rebeca_ray.storage.writable import require_own, require_writable
 from rebeca_ray.training.calibrate import calibrate_prior, training_blocks
-from rebeca_ray.training.loop import STATE, is_streamed, train_loop_per_worker
+from rebeca_ray.training.loop import ENDED, STATE, is_streamed, train_loop_per_worker
 from rebeca_ray.watchdog import Activity, Pulse, watchdog
 
 log = logging.getLogger(__name__)
@@ -122,13 +122,46 @@ def run_training(
 
     Interactions stream to the workers through Ray Data, one row per user. Item embeddings are in Ray's object
     store, once per node. A killed run resumes from its last epoch if it is started again with the same
-    storage and run name.
+    storage and run name. A run that has ended is read again, without Ray.
     """
     scaler = EmbedScaler.fit(torch.from_numpy(items.image_embeds), config.scaling)
     activity.enter("histories")
     if config.catalog is not None:
         items = with_rated(items, config.catalog, config.interactions)
     histories = build_histories(config.interactions, items.item_id, config.storage, activity=activity)
+    config = config.model_copy(update={"run_name": run_name(config, histories, items)})
+    x0_ID = scaler.scale(torch.from_numpy(items.image_embeds)).numpy()
+    result = ended_run(config)
+    if result is None:
+        result = start_run(config, histories, x0_ID, activity, callbacks)
+    return Training(
+        config=config, scaler=scaler, items=items, histories=histories, x0_ID=x0_ID, result=result
+    )
+
+
+def ended_run(config: TrainConfig) -> Result | None:
+    """Return the result of a run that has ended, which is read without a worker, else None."""
+    run = join(config.storage, config.run_name)
+    record = join(run, "checkpoint_manager_snapshot.json")
+    drop_torn_record(record)
+    if read_json(record) is None:
+        return None
+    store = open_store(run)
+    result = Result.from_path(store.path, store.scan_filesystem())
+    if not (result.metrics or {}).get(ENDED):
+        return None
+    log.info(f"training run {config.run_name} in {config.storage} has ended: its best epoch is read again")
+    return result
+
+
+def start_run(
+    config: TrainConfig,
+    histories: Histories,
+    x0_ID: np.ndarray,
+    activity: Activity,
+    callbacks: Sequence[UserCallback],
+) -> Result:
+    """Start the workers of a run, or resume it after its last checkpoint; return its result."""
     start_ray()
     workers = config.workers
     require_room(
@@ -138,22 +171,17 @@ def run_training(
         device=workers.device,
         spare_cpus=int(is_streamed(histories)),
     )
-    config = config.model_copy(update={"run_name": run_name(config, histories, items)})
     fewest = config.interactions.min_likes
     log.info(
         f"training on {histories.num_users:,} users "
         f"(any with fewer than interactions.min_likes = {fewest} likes is left out)"
     )
-    x0_ID = scaler.scale(torch.from_numpy(items.image_embeds)).numpy()
-    drop_torn_record(join(config.storage, config.run_name, "checkpoint_manager_snapshot.json"))
     set_run_id(config.run_name)
     activity.enter("training")
     with sigint_kept():
         result = build_trainer(config, histories, x0_ID, activity.listen(), callbacks).fit()
     set_run_id(None)
-    return Training(
-        config=config, scaler=scaler, items=items, histories=histories, x0_ID=x0_ID, result=result
-    )
+    return result
 
 
 def fit_prior(config: TrainConfig, items: EmbeddedItems, activity: Activity) -> TrainedPrior:

@@ -30,6 +30,7 @@ from rebeca_ray.storage.filesystem import list_files
 from rebeca_ray.training.train import train_prior
 from tests.conftest import USERS, D, snapshot_of
 from tests.generation.test_nights import change_digest, night
+from tests.training.in_process import loop_in_process as loop_in_process  # a fixture
 
 REAL = np.array(["real-0", "real-1"])
 
@@ -176,7 +177,7 @@ def test_impressions_are_no_ratings(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def trained(tmp_path: Path) -> TrainConfig:
+def trained(tmp_path: Path, loop_in_process: None) -> TrainConfig:
     """Train a prior on two distant kinds of items. Users like one kind, the other, or both."""
     random = np.random.default_rng(0)
     centres = random.standard_normal((2, D)) * 3
@@ -223,7 +224,6 @@ def trained(tmp_path: Path) -> TrainConfig:
     return config
 
 
-@pytest.mark.usefixtures("ray_local")
 def test_liked_generated_items_draw_the_next_night_towards_them(
     trained: TrainConfig, config: GenerateConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

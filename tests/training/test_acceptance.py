@@ -15,6 +15,7 @@ from rebeca_ray import schemas
 from rebeca_ray.config.jobs import SampleConfig, TrainConfig
 from rebeca_ray.sample import sample_embeddings
 from rebeca_ray.training.train import train_prior
+from tests.training.in_process import loop_in_process as loop_in_process  # a fixture
 
 D, NUM_ITEMS, NUM_RATED = 16, 40_000, 2000
 PROFILES = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
@@ -61,7 +62,7 @@ class World:
         return float(self.like_UI[user_N, nearest_N].mean()), float(distinct)
 
 
-@pytest.mark.usefixtures("ray_local")
+@pytest.mark.usefixtures("loop_in_process")
 @pytest.mark.parametrize(("user_encoder", "with_dislikes"), [("history", True), ("id", False)])
 def test_the_default_settings_find_the_taste(tmp_path: Path, user_encoder: str, with_dislikes: bool) -> None:
     world = World(tmp_path, with_dislikes=with_dislikes)
@@ -69,7 +70,7 @@ def test_the_default_settings_find_the_taste(tmp_path: Path, user_encoder: str, 
     training = {
         "preset": "stickers",
         "network": {"user_encoder": user_encoder},
-        "optimization": {"samples_per_user": 6400, "max_epochs": 4},
+        "optimization": {"samples_per_user": 4800, "max_epochs": 3},
     }
     prior = f"{tmp_path}/prior"
     train_prior(TrainConfig.model_validate({**inputs, **training, "out": prior}))

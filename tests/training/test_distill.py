@@ -78,7 +78,7 @@ def configure(teacher: str, **changes: object) -> DistillConfig:
         "prior": teacher,
         "out": f"{teacher}-distilled",
         "num_trajectories": 512,
-        "max_epochs": 30,
+        "max_epochs": 15,
         "learning_rate": 2e-3,
         "batch_size": 128,
     }

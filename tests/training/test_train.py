@@ -28,35 +28,53 @@ from rebeca_ray.training.state import DenoisingLoss, TrainState
 from rebeca_ray.training.train import run_name, train_prior
 from rebeca_ray.watchdog import Activity
 from tests.conftest import D
+from tests.training.in_process import loop_in_process as loop_in_process  # a fixture
 from tests.training.small_world import configure, training_csv
 
 
 @pytest.mark.usefixtures("ray_local")
-@pytest.mark.parametrize(("user_encoder", "num_workers"), [("id", 1), ("history", 2)])
-def test_the_prior_learns_who_likes_what_and_a_rerun_changes_nothing(
-    world: dict[str, str], user_encoder: str, num_workers: int, monkeypatch: pytest.MonkeyPatch
+def test_two_workers_learn_as_one_and_a_rerun_changes_nothing(
+    world: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two workers with half the batch each learn as one; the loop itself checks that their weights agree."""
+    """Each has half the batch; the loop itself checks that their weights agree. No worker reads it again."""
     activity = Activity()
     monkeypatch.setattr(train, "Activity", lambda: activity)
-    config = configure(world, user_encoder)
-    config = config.model_copy(
-        update={"workers": config.workers.model_copy(update={"num_workers": num_workers})}
-    )
+    config = configure(world, "history")
+    workers = config.workers.model_copy(update={"num_workers": 2})
+    config = config.model_copy(update={"workers": workers})
     metrics = train_prior(config)
     assert activity.pulse is not None
-    assert activity.pulse.count() >= num_workers
+    assert activity.pulse.count() >= 2
+    assert_learned(config, metrics, world["folder"])
+
+    def fail(*_: object) -> None:
+        raise AssertionError("started again")
+
+    monkeypatch.setattr(train, "start_run", fail)
+    assert train_prior(config) == metrics
+    assert list(Path(config.storage).rglob("events.out.tfevents*"))
+
+
+@pytest.mark.usefixtures("loop_in_process")
+def test_a_prior_with_a_user_table_learns_who_likes_what(world: dict[str, str]) -> None:
+    config = configure(world, "id")
+    metrics = train_prior(config)
+    assert_learned(config, metrics, world["folder"])
+    users = load_prior(config.out).users
+    assert users is not None
+    assert users["user_id"].to_pylist() == ["a", "b"]
+
+
+def assert_learned(config: TrainConfig, metrics: dict[str, float], folder: str) -> None:
+    """Assert that samples lie near the items that their users like, and that the selector knows those."""
     prior = load_prior(config.out)
-    if user_encoder == "id":
-        assert prior.users is not None
-        assert prior.users["user_id"].to_pylist() == ["a", "b"]
     assert prior.selector is not None
     assert metrics["selector_auc"] > 0.95
     assert 0 < metrics["selector_calibration_error"] < 0.15
-    centres = torch.from_numpy(np.load(f"{world['folder']}/centres.npy")).float()
+    centres = torch.from_numpy(np.load(f"{folder}/centres.npy")).float()
     items = read_image_embeds(config.items)
     histories = build_histories(
-        config.interactions.model_copy(update={"hold_out": 0.0}), items.item_id, world["folder"]
+        config.interactions.model_copy(update={"hold_out": 0.0}), items.item_id, folder
     )
     block = UserBlock(read_table(histories.file(0), "histories"), histories.first_user_index)
     rated = block.history(np.array([0, 1]), 24).look_up(
@@ -74,11 +92,9 @@ def test_the_prior_learns_who_likes_what_and_a_rerun_changes_nothing(
     lines = training_csv(config)
     assert lines[0] == "epoch,train_loss,val_loss,learning_rate,samples_per_second"
     assert float(lines[-1].split(",")[1]) < 0.7 * float(lines[1].split(",")[1])
-    assert train_prior(config) == metrics  # the finished run is read again, not repeated
-    assert list(Path(config.storage).rglob("events.out.tfevents*"))
 
 
-@pytest.mark.usefixtures("ray_local")
+@pytest.mark.usefixtures("loop_in_process")
 def test_a_loss_that_diverges_at_once_keeps_nothing(world: dict[str, str]) -> None:
     config = configure(world, learning_rate=1e6, gradient_clip=1e6, samples_per_user=256)
     message = (
@@ -91,12 +107,12 @@ def test_a_loss_that_diverges_at_once_keeps_nothing(world: dict[str, str]) -> No
         load_prior(config.out)
 
 
-@pytest.mark.usefixtures("ray_local")
-def test_a_loss_that_diverges_later_leaves_the_best_epoch(world: dict[str, str]) -> None:
+@pytest.mark.usefixtures("loop_in_process")
+def test_a_loss_that_diverges_later_leaves_the_best_epoch(world: dict[str, str], tmp_path: Path) -> None:
     """Two good epochs; then the second is made to be run again, from the same state but at an absurd rate."""
     config = configure(world, max_epochs=2, samples_per_user=256, gradient_clip=1e6)
     train_prior(config)
-    last = max(Path(config.storage).rglob("state.pt"), key=lambda path: path.parent.name)
+    last = max(tmp_path.rglob("state.pt"), key=lambda path: path.parent.name)
     state = torch.load(last, weights_only=True)
     state["optimizer"]["param_groups"][0]["lr"] = 1e6
     torch.save({**state, "epoch": 1}, last)
@@ -117,7 +133,7 @@ def in_process(config: TrainConfig) -> tuple[TrainState, DenoisingLoss, list[Bat
     block = UserBlock(read_table(histories.file(0), "histories"), histories.first_user_index)
     state = TrainState(config, D, 2, torch.device("cpu"))
     batches = block.batches(
-        samples_per_user=2048,
+        samples_per_user=1024,
         with_replacement=True,
         like_share=None,
         batch_size=64,
@@ -165,7 +181,7 @@ def test_every_network_learns(world: dict[str, str], architecture: str, user_enc
     assert last < 0.7 * first
 
 
-@pytest.mark.usefixtures("ray_local")
+@pytest.mark.usefixtures("loop_in_process")
 @pytest.mark.parametrize("preset", ["paper-v1", "paper-v2"])
 def test_a_paper_preset_trains(world: dict[str, str], preset: str) -> None:
     config = configure(world).model_dump(include={"interactions", "items", "out", "storage"})
