@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from rebeca_ray import log as package_log
 from rebeca_ray.errors import InputError, ResumableError
-from rebeca_ray.ray_start import connect
+from rebeca_ray.ray_start import GCS_PORT, connect
 from rebeca_ray.termination import unwind_on_sigterm
 
 log = logging.getLogger(__name__)
@@ -72,8 +72,11 @@ def start_ray() -> None:
 
 
 def may_grow() -> bool:
-    """Return whether Ray is a cluster, which may still grow, and not one started on this machine."""
-    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+    """Return whether Ray is a cluster, which may still grow, and not one started on this machine.
+
+    Workers of the latter know its address, and the port that was chosen for it.
+    """
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local") and GCS_PORT not in os.environ
 
 
 def require_room(

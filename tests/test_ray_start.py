@@ -286,6 +286,7 @@ def test_a_ray_that_starts_here_is_private_and_refuses_too_many_actors(home: Pat
         ray_runtime.start_ray()
         known = ray.get(ray.remote(lambda: os.environ["RAY_ADDRESS"]).remote())
         assert known == ray.get_runtime_context().gcs_address, known
+        assert not ray.get(ray.remote(ray_runtime.may_grow).remote())
         assert os.environ["RAY_ADDRESS"] == "local"
         process = psutil.Process()
         sockets = set()
