@@ -70,7 +70,7 @@ class Input:
 
 
 @pytest.fixture(scope="module")
-def shared(
+def world(
     tmp_path_factory: pytest.TempPathFactory, tiny_decoder: DecoderSettings
 ) -> tuple[GenerateConfig, DecoderIdentity]:
     return generate_config(tmp_path_factory.mktemp("world"), tiny_decoder), identify_decoder(tiny_decoder)
@@ -78,9 +78,9 @@ def shared(
 
 @pytest.fixture(params=["interactions", "items", "embedded items", "real items", "request"])
 def table(
-    request: pytest.FixtureRequest, shared: tuple[GenerateConfig, DecoderIdentity], tmp_path: Path
+    request: pytest.FixtureRequest, world: tuple[GenerateConfig, DecoderIdentity], tmp_path: Path
 ) -> Input:
-    config, decoder = shared
+    config, decoder = world
     out = tmp_path / "out"
     config = config.model_copy(update={"catalog": str(out)})
     known = tmp_path / "known.parquet"  # the items that a request may name
@@ -321,18 +321,18 @@ def in_lists(table: pa.Table) -> pa.Table:
     return with_column(table, "image_embeds", table["image_embeds"].cast(pa.list_(pa.float32())))
 
 
-def test_embeddings_may_be_lists(shared: tuple[GenerateConfig, DecoderIdentity], tmp_path: Path) -> None:
+def test_embeddings_may_be_lists(world: tuple[GenerateConfig, DecoderIdentity], tmp_path: Path) -> None:
     pq.write_table(in_lists(good_table(schemas.embedded_items(D))), tmp_path / "items.parquet")
-    config, decoder = shared
+    config, decoder = world
     assert check_request(config.model_copy(update={"items": str(tmp_path / "items.parquet")}), decoder) == 16
     assert read_image_embeds(str(tmp_path / "items.parquet")).image_embeds.shape == (ROWS, D)
 
 
 def test_counts_in_small_numbers_are_added_up(
-    shared: tuple[GenerateConfig, DecoderIdentity], tmp_path: Path
+    world: tuple[GenerateConfig, DecoderIdentity], tmp_path: Path
 ) -> None:
     """The default need not fit the column's type."""
-    config, decoder = shared
+    config, decoder = world
     for counts in (
         pa.array([100, None, 100], pa.int8()),
         pa.array([100, None, 100], pa.uint64()),
@@ -347,7 +347,7 @@ def test_counts_in_small_numbers_are_added_up(
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("name", ["user_id", "item_id", "rating"])
 def test_a_defect_seen_while_planning_leaves_nothing(
-    shared: tuple[GenerateConfig, DecoderIdentity], tmp_path: Path, name: str
+    world: tuple[GenerateConfig, DecoderIdentity], tmp_path: Path, name: str
 ) -> None:
     right = good_table(schemas.INTERACTIONS)
     pq.write_table(
@@ -357,7 +357,7 @@ def test_a_defect_seen_while_planning_leaves_nothing(
     rated = InteractionSettings(path=str(tmp_path / "bad.parquet"))
     with pytest.raises(UserError, match=rf"^interactions {tmp_path}/bad.parquet: 1 of 3 rows have .*{name}"):
         generate_catalog(
-            shared[0].model_copy(update={"interactions": rated, "catalog": str(tmp_path / "out")})
+            world[0].model_copy(update={"interactions": rated, "catalog": str(tmp_path / "out")})
         )
     assert not (tmp_path / "out").exists()
 
