@@ -1,9 +1,11 @@
 """The decoder in this process: render, check, render unsafe images again, encode.
 
-A tile is checked and encoded in another thread while the next one is drawn, so that a GPU does not wait.
+A tile is checked and encoded in another thread while the next one is drawn, also one of another call. So the
+networks do not wait.
 """
 
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -26,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class LocalDecoder:
-    """The networks, the safety checker and the encoders in this process.
+    """The networks, the safety checker and the encoders in this process; threads may share them.
 
     Raises InputError if weights are missing, or are pickles.
     """
@@ -36,6 +38,7 @@ class LocalDecoder:
         self.loop = DenoisingLoop(load_networks(settings), settings)
         self.checker = load_checker(settings)
         self.batch_size = settings.batch_size
+        self.drawing, self.threads = threading.Lock(), torch.get_num_threads()
         self.finisher = ThreadPoolExecutor(max_workers=1)
         # Pillow releases the interpreter lock while it encodes.
         self.encoders = ThreadPoolExecutor(max_workers=4)
@@ -48,10 +51,13 @@ class LocalDecoder:
         # Each attempt draws the rows that are still unsafe, with other seeds.
         for attempt in range(safety.max_attempts if safety.policy == "regenerate" else 1):
             seeds = [retry_seed(rows.seeds[row], attempt) for row in todo]
-            finished = [
-                (tile, self.finisher.submit(self.finish, images, [seeds[index] for index in tile]))
-                for tile, images in self.draw_tiles(replace(rows.take(todo), seeds=seeds))
-            ]
+            with self.drawing:
+                # A new thread takes over the number that any thread set last, and the checker sets one.
+                torch.set_num_threads(self.threads)
+                finished = [
+                    (tile, self.finisher.submit(self.finish, images, [seeds[index] for index in tile]))
+                    for tile, images in self.draw_tiles(replace(rows.take(todo), seeds=seeds))
+                ]
             for tile, future in finished:
                 for index, outcome in zip(tile, future.result(), strict=True):
                     outcomes[todo[index]] = outcome

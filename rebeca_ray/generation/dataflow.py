@@ -22,12 +22,13 @@ Work = Callable[[pa.Table], pa.Table]
 
 @dataclass(frozen=True, kw_only=True)
 class Actors:
-    """A fixed pool of actors, and the resources of each."""
+    """A fixed pool of actors, the resources of each, and its calls at a time, each in a thread of its own."""
 
     count: int
     cpus: float
     gpus: float = 0
     decoder_slots: float = 0
+    calls: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,12 @@ def run_on_ray(
             fn_constructor_args=stage.arguments,
             batch_size=stage.batch_size,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=actors.count),
+            compute=ray.data.ActorPoolStrategy(
+                size=actors.count,
+                max_tasks_in_flight_per_actor=2,  # an actor never waits for its next batch
+                max_concurrent_calls_per_actor=actors.calls,
+                enable_true_multi_threading=actors.calls > 1,
+            ),
             num_cpus=actors.cpus,
             num_gpus=actors.gpus,
             resources={"decoder_slot": actors.decoder_slots} if actors.decoder_slots else None,

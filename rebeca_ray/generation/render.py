@@ -9,6 +9,7 @@ renders the items without a record. (Why not Ray Data's checkpoints: infra/docs/
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -206,6 +207,9 @@ def render_stages(
             cpus=decoder.cpus_per_actor,
             gpus=0 if served or decoder.device == "cpu" else 1,
             decoder_slots=1 if served else 0,
+            # One draws while the other checks and encodes. A client has one call at a time, and CUDA graphs
+            # belong to the thread that recorded them.
+            calls=1 if served or decoder.compile else 2,
         ),
     )
     writer = WriteParts(
@@ -274,9 +278,9 @@ def rendered_ids(run: Run, records: list[PartRecord], with_failed: Callable[[Par
 class RenderImages:
     """Actor: one planned row in, one row of `schemas.IMAGES` with its bucket out, in order.
 
-    After `deadline`, no row comes out. With a folder for `suspects`, a row that kills its process costs no
-    other row. `fingerprint` is that of the run's decoder: raises InputError if the files are those of another
-    decoder by now.
+    Two calls may run at a time. A call after `deadline` returns no row. With a folder for `suspects`, a row
+    that kills its process costs no other row. `fingerprint` is that of the run's decoder: raises InputError
+    if the files are those of another decoder by now.
     """
 
     def __init__(
@@ -300,6 +304,7 @@ class RenderImages:
                 f"decoder {settings.model}: was replaced while this run was rendering; run again"
             )
         self.signer = load_signer(settings, present)
+        self.counted_until, self.counting = 0.0, threading.Lock()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if not has_time(self.deadline):
@@ -307,7 +312,15 @@ class RenderImages:
         started = time.perf_counter()
         images = self.drawn(batch) if batch.num_rows else schemas.IMAGES.empty_table()
         images = images.append_column("bucket", batch["bucket"])
-        return with_busy_seconds(images, time.perf_counter() - started)
+        return with_busy_seconds(images, self.seconds_since(started))
+
+    def seconds_since(self, started: float) -> float:
+        """Return the time since then, without what the call before has counted."""
+        with self.counting:
+            ended = time.perf_counter()
+            seconds = ended - max(started, self.counted_until)
+            self.counted_until = ended
+        return seconds
 
     def drawn(self, batch: pa.Table) -> pa.Table:
         return self.suspects.render(batch, self.render) if self.suspects else self.render(batch)

@@ -1,7 +1,7 @@
 """Cost and false alarms of the bundled safety checker.
 
-Cost: CPU time per image of drawing on the bundled decoder and of checking, in turn, and their ratio. False
-alarms: bundled stickers above some values of `max_probability`, with and without the class Sexy.
+Cost: CPU time per image of drawing on the bundled decoder, by number format, and of checking, in turn, and
+their ratio. False alarms: bundled stickers above some values of `max_probability`, with and without Sexy.
 
     python -m tests.bench.safety [--rounds 5] [--threads 1]
 """
@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.decoder.choices import computes_bfloat16
 from rebeca_ray.decoder.interface import Rows
 from rebeca_ray.decoder.local import LocalDecoder
 from rebeca_ray.decoder.safety_model.network import BundledChecker
@@ -30,8 +32,9 @@ from rebeca_ray.stickers import DECODER, EMBED_DIM, ITEMS
 RESULTS = Path(__file__).parent / "results" / "safety.json"
 BATCH = 40
 LIMITS = (0.5, 0.7, 0.9)
+Dtype = Literal["float32", "bfloat16"]
 SETTINGS = DecoderSettings(
-    model=str(DECODER), num_inference_steps=9, decoder_guidance_scale=3.0, batch_size=BATCH
+    model=str(DECODER), num_inference_steps=5, decoder_guidance_scale=3.0, batch_size=BATCH
 )
 
 
@@ -42,9 +45,11 @@ def cpu_ms(run: Callable[[], object]) -> float:
     return 1e3 * (time.process_time() - started) / BATCH
 
 
-def cost(checker: BundledChecker, rounds: int) -> dict[str, float]:
+def cost(dtype: Dtype, rounds: int) -> dict[str, float]:
     """Return medians of CPU milliseconds per image, and the share of the check."""
-    decoder = LocalDecoder(SETTINGS)
+    decoder = LocalDecoder(SETTINGS.model_copy(update={"dtype": dtype}))
+    checker = decoder.checker
+    assert checker is not None
     embeds = np.random.default_rng(0).standard_normal((BATCH, EMBED_DIM)).astype(np.float32)
     rows = Rows.of(SETTINGS, embeds, range(BATCH))
     images = np.stack([image for image in decoder.draw(rows) if not isinstance(image, str)])
@@ -75,13 +80,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    checker = BundledChecker("cpu")
-    results = {**cost(checker, arguments.rounds), **false_alarms(checker)}
-    table = Table("", "value")
-    for name, value in results.items():
-        table.add_row(name, f"{value:.3g}" if isinstance(value, float) else f"{value:,}")
-    Console().print(table)
-    RESULTS.write_text(json.dumps({"threads": arguments.threads, **results}, indent=2) + "\n")
+    formats: tuple[Dtype, ...] = ("float32", "bfloat16") if computes_bfloat16() else ("float32",)
+    results = {dtype: cost(dtype, arguments.rounds) for dtype in formats}
+    table = Table("", *results)
+    for name in results["float32"]:
+        table.add_row(name, *(f"{figures[name]:.3g}" for figures in results.values()))
+    alarms = false_alarms(BundledChecker("cpu"))
+    Console().print(table, alarms)
+    RESULTS.write_text(json.dumps({"threads": arguments.threads, **results, **alarms}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import io
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -291,3 +292,36 @@ def test_a_tile_is_checked_and_encoded_while_the_next_one_is_drawn(
     assert [len(tile) for tile in tiles] == [size] * 3  # the last one is padded
     assert [image.image for image in drawn] == alone
     assert {image.safety_probability for image in drawn} == {0.0}
+
+
+def test_a_call_is_checked_and_encoded_while_the_next_call_draws(
+    decoder: LocalDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check of the first call ends only once the second call is drawing. Two never draw at a time."""
+    second_begun, drawing, draws, threads = threading.Event(), threading.Lock(), [], torch.get_num_threads()
+    whole = decoder.loop.draw
+
+    def draw(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        assert drawing.acquire(blocking=False), "two calls draw at a time"
+        draws.append(torch.get_num_threads())
+        if len(draws) == 2:
+            second_begun.set()
+        drawing.release()
+        return whole(rows)
+
+    def check(images: np.ndarray) -> np.ndarray:
+        torch.set_num_threads(1)  # as the bundled checker does; new threads take the number over
+        assert second_begun.wait(30)
+        return np.zeros(len(images))
+
+    rows = rows_for(decoder.settings, 2)
+    alone = [decoder.decode(rows.take([row]))[0].image for row in range(len(rows))]
+    monkeypatch.setattr(decoder.loop, "draw", draw)
+    decoder.checker, decoder.threads = check, threads + 1
+    try:
+        with ThreadPoolExecutor(2) as calls:
+            drawn = [outcomes[0] for outcomes in calls.map(decoder.decode, (rows.take([0]), rows.take([1])))]
+    finally:
+        torch.set_num_threads(threads)
+    assert [image.image for image in drawn] == alone
+    assert draws == [threads + 1] * 2

@@ -92,7 +92,7 @@ def test_a_probability_does_not_depend_on_other_images(checker: BundledChecker) 
     assert probabilities[3] == probabilities[0]
     assert [float(checker(image[None])[0]) for image in images] == probabilities.tolist()
     tiled = BundledChecker("cpu")
-    tiled.tile = 4  # as on a GPU: the last tile is padded
+    tiled.tile = 4  # the last tile is padded, as on a GPU
     np.testing.assert_allclose(tiled(images), probabilities, atol=1e-6)
 
 

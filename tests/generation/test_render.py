@@ -1,11 +1,13 @@
 """Rendering with a decoder whose files are replaced meanwhile."""
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.errors import InputError
 from rebeca_ray.generation.progress import Progress
@@ -29,3 +31,13 @@ def test_a_decoder_that_is_replaced_while_rendering_is_refused(
         InputError, match=rf"decoder {tmp_path}/decoder: was replaced while this run was rendering; run again"
     ):
         render_all(context, decisions, Progress(), deadline=None, retry_failed=False)
+
+
+def test_the_time_of_overlapping_calls_counts_once(
+    tiny_decoder: DecoderSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second call of an actor begins before the first one ends, the third one after both."""
+    actor = RenderImages(tiny_decoder)
+    ends = iter([10.0, 20.0, 34.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ends))
+    assert [actor.seconds_since(started) for started in (0.0, 5.0, 30.0)] == [10.0, 10.0, 4.0]

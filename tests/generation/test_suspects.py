@@ -2,6 +2,8 @@
 
 import os
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -89,6 +91,22 @@ def test_notes_of_finished_batches_are_removed(tmp_path: Path) -> None:
     suspects.render(batch_of("a", "b"), render)
     assert noted == [1]
     assert not list((tmp_path / "suspects").glob("*.json"))
+
+
+def test_rows_are_noted_in_one_call_at_a_time(tmp_path: Path) -> None:
+    """A death would else tell of rows that another call of the actor draws."""
+    suspects = Suspects(str(tmp_path / "suspects"), watchful=True)
+    noted = []
+
+    def render(batch: pa.Table) -> pa.Table:
+        waiting.wait(0.2)  # the time for the other call to begin, too
+        noted.append(len(list((tmp_path / "suspects").glob("*.json"))))
+        return batch
+
+    waiting = threading.Event()
+    with ThreadPoolExecutor(2) as calls:
+        list(calls.map(lambda item: suspects.render(batch_of(item), render), ("a", "b")))
+    assert noted == [1, 1]
 
 
 class KilledByOneRow(RenderImages):

@@ -21,9 +21,9 @@ from rebeca_ray.decoder.safety_model import CONFIG, WEIGHTS
 # The depth-wise stride of each block after the first; a block of equal widths has a shortcut.
 STRIDES = (2, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1)
 DENSE = ("dense_1", "dense_2", "dense_3")
-# Images at a time. The batch is fixed, so that the bits of a row do not depend on other rows. On a CPU,
-# larger batches are no faster than one image at a time.
-TILE_CPU, TILE_GPU = 1, 16
+# Images at a time. The batch is fixed, so that the bits of a row do not depend on others. For one image in
+# one thread, torch takes a slow convolution. On a CPU, more than two are no faster.
+TILE_CPU, TILE_GPU = 2, 16
 
 
 class BundledChecker:

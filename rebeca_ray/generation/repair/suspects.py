@@ -8,6 +8,7 @@ Before the first death nothing is noted, so a run without deaths pays nothing.
 """
 
 import secrets
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ class Suspects:
             if len(item_ids) == 1:
                 self.deaths_alone.update(item_ids)
         self.watchful = watchful or bool(self.deaths)
+        self.one_at_a_time = threading.Lock()  # a death tells of all rows that are noted
 
     def render(self, batch: pa.Table, render: Callable[[pa.Table], pa.Table]) -> pa.Table:
         """Return the rows of `schemas.IMAGES` of a batch, in its order: `render` draws them.
@@ -45,6 +47,10 @@ class Suspects:
         """
         if not self.watchful:
             return render(batch)
+        with self.one_at_a_time:
+            return self.render_noted(batch, render)
+
+    def render_noted(self, batch: pa.Table, render: Callable[[pa.Table], pa.Table]) -> pa.Table:
         item_ids = batch["item_id"].to_pylist()
         alone = np.array([self.deaths[item] >= DEATHS for item in item_ids])
         groups = [np.flatnonzero(~alone), *np.flatnonzero(alone)[:, None]]
