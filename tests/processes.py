@@ -7,10 +7,10 @@ import tempfile
 import pytest
 
 LONGEST = [  # the names of test files, longest first
-    *("test_jobs.py", "test_train.py", "test_resume.py", "test_acceptance.py", "test_campaign.py"),
-    *("test_damage.py", "test_triton_client.py", "test_pipeline.py", "test_exports.py", "test_feedback.py"),
-    *("test_sdxl.py", "test_faults.py", "test_weights.py", "test_suspects.py", "test_ray_start.py"),
-    *("test_tuning.py", "test_readers.py"),
+    *("test_resume.py", "test_jobs.py", "test_triton_client.py", "test_pipeline.py", "test_weights.py"),
+    *("test_train.py", "test_damage.py", "test_faults.py", "test_suspects.py", "test_exports.py"),
+    *("test_sdxl.py", "test_campaign.py", "test_ray_start.py", "test_pages.py", "test_browser.py"),
+    *("test_commands.py", "test_readers.py", "test_tuning.py", "test_acceptance.py", "test_lease.py"),
 ]
 
 

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,15 +133,11 @@ def on_s3(config: GenerateConfig) -> GenerateConfig:
     )
 
 
-@pytest.mark.parametrize("relocate", [lambda config: config, on_s3], ids=["local", "s3"])
 def test_a_run_that_is_killed_while_rendering_renders_the_rest(
-    config: GenerateConfig,
-    ray_local: str,
-    relocate: Callable[[GenerateConfig], GenerateConfig],
-    caplog: pytest.LogCaptureFixture,
+    config: GenerateConfig, ray_local: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    config = relocate(to_resume(config))
+    config = on_s3(to_resume(config))
     run_id = planned(config)
     process = start(config, HANG, ray_local)
     wait_for_records(process, config, run_id)

@@ -48,7 +48,13 @@ def embeds(clip: open_clip.CLIP, stickers: Stickers) -> np.ndarray:
 @pytest.fixture(scope="module")
 def decoder() -> LocalDecoder:
     return LocalDecoder(
-        DecoderSettings(model=str(DECODER), num_inference_steps=5, decoder_guidance_scale=3.0, batch_size=30)
+        DecoderSettings(
+            model=str(DECODER),
+            num_inference_steps=5,
+            decoder_guidance_scale=3.0,
+            batch_size=30,
+            dtype="auto",  # as in the demo
+        )
     )
 
 
