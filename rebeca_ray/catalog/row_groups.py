@@ -64,6 +64,24 @@ def read_rows(root: str, path: str, size: int, rows: list[int]) -> list[StoredIm
     return [stored.get(row) for row in rows]
 
 
+def read_slice(root: str, path: str, size: int, start: int, stop: int, columns: list[str]) -> pa.Table:
+    """Return some columns of the rows from `start` to `stop` of a file, fewer where it ends before.
+
+    Reads only the row groups that hold them.
+    """
+    metadata = footer(root, path, size)
+    groups: list[int] = []
+    first = end = 0
+    for group in range(metadata.num_row_groups):
+        begin, end = end, end + metadata.row_group(group).num_rows
+        if begin < stop and start < end:
+            first = first if groups else begin
+            groups.append(group)
+    with open_parquet(root, path, size, metadata) as file:
+        table = file.read_row_groups(groups, columns=columns, use_threads=False)
+    return table.slice(start - first, stop - start)
+
+
 def complete(table: pa.Table, schema: pa.Schema, columns: list[str] | None) -> pa.Table:
     """Return the columns of `schema`, in its order. A column that is younger than the file is null."""
     for name in schema.names if columns is None else columns:

@@ -159,6 +159,8 @@ def print_next_steps(page: Path, data: Path, config: GenerateConfig, run_date: s
     console.print(
         "\nNext:\n"
         f"  source {Path(sys.prefix) / 'bin' / 'activate'}\n"
+        f"  rebeca gallery {config.catalog} --config {data}/generate.yaml "
+        "--items package:stickers/assets/items.parquet    # a page in the browser\n"
         f"  rebeca catalog show {config.catalog}\n"
         f"  python infra/examples/rank_example.py --catalog {config.catalog} --items {data}/items "
         f"--interactions {data}/interactions.parquet --prior {config.prior}\n"

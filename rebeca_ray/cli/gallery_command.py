@@ -1,0 +1,62 @@
+"""`rebeca gallery`: look at a catalog in a browser."""
+
+import signal
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rebeca_ray.cli.catalog_commands import Catalog
+from rebeca_ray.cli.runner import plain_errors, print_result, read_config
+
+
+def gallery(
+    catalog: Catalog,
+    other: Annotated[str | None, typer.Option(help="Another catalog, to compare with side by side.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Config of `rebeca generate`: its interactions show the liked items of each user."),
+    ] = None,
+    items: Annotated[
+        str | None,
+        typer.Option(help="Real items with their images, as `rebeca embed` reads them, to show liked items."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Beyond this machine, the printed address has a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 8400,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(help="Further host name by which browsers reach the gallery. May be repeated."),
+    ] = None,
+) -> None:
+    """Show a catalog in a browser: users, items, snapshots, comparisons. Nothing is written."""
+    from rebeca_ray.config.fields import absolute
+    from rebeca_ray.config.jobs import GenerateConfig
+    from rebeca_ray.errors import InputError
+
+    with plain_errors():
+        settings = read_config(GenerateConfig, config, None) if config else None
+        try:
+            from rebeca_ray.gallery.app import Gallery
+            from rebeca_ray.gallery.serve import listen, serve
+        except ImportError as error:
+            raise InputError(
+                f"gallery: {error.name} is not installed; pip install 'rebeca-ray[gallery]'"
+            ) from None
+        from rebeca_ray.gallery.people import Histories, RealItems
+        from rebeca_ray.gallery.source import Source
+
+        shown = Gallery(
+            source=Source(catalog),
+            other=Source(other) if other else None,
+            histories=Histories(settings.interactions) if settings and settings.interactions else None,
+            real_items=RealItems(absolute(items)) if items else None,
+        )
+        listening = listen(host, port, name or [])
+        print_result(f"gallery of {shown.source.root}: {listening.url} (Ctrl-C ends it)")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with suppress(KeyboardInterrupt):
+            serve(shown, listening)
+        print_result("stopped")

@@ -1,0 +1,1 @@
+"""The gallery's pages: by requests, and in a browser."""
