@@ -36,9 +36,8 @@ from rebeca_ray.identity import bucket_of, candidate_seed
 from rebeca_ray.prior.candidates import choose_candidates, judge_candidates, sample_candidates
 from rebeca_ray.prior.checkpoint import load_prior, read_prior_config
 from rebeca_ray.prior.diffusion import Diffusion
-from rebeca_ray.storage.filesystem import exists
 from rebeca_ray.storage.parquet import open_parquet, read_table, write_tables
-from rebeca_ray.storage.writable import require_writable
+from rebeca_ray.storage.writable import require_new_parquet
 
 ROWS_PER_GROUP = 10_000  # 40 MB at D = 1024
 COLUMNS = ("user_id", "item_id", "strength")  # of the requested users
@@ -59,7 +58,7 @@ def sample_embeddings(config: SampleConfig) -> Sampled:
     Raises InputError for an output that exists, for users without ids or repeated ones, and for a prior that
     misses an input or cannot follow the settings.
     """
-    check_out(config.out)
+    require_new_parquet(config.out)
     config = with_current_versions(config)
     prior_config = read_prior_config(config.prior)
     check_prior_can(config, prior_config)
@@ -83,15 +82,6 @@ def sample_embeddings(config: SampleConfig) -> Sampled:
         users=written["rows"] // config.num_images,
         cold_start_users=sampler.cold_start_users,
     )
-
-
-def check_out(out: str) -> None:
-    """Raise UserError unless `out` is the name of a new Parquet file in a folder that can be written."""
-    if not out.endswith(".parquet"):
-        raise InputError(f"out {out}: the output is a Parquet file; give a name that ends with .parquet")
-    if exists(out):
-        raise InputError(f"out {out}: already exists; remove it, or give another name")
-    require_writable(out.rpartition("/")[0] or "/", "out")
 
 
 def read_users(uri: str, items: str | None) -> pa.Table:

@@ -222,6 +222,27 @@ def sample(
 
 
 @app.command()
+def decode(
+    config: Config,
+    embeds: Annotated[
+        str, typer.Option(help="Parquet file with a column image_embeds, as `rebeca sample` writes it.")
+    ],
+    out: Annotated[str, typer.Option(help="Parquet file to write. It may not exist yet.")],
+    overrides: Overrides = None,
+) -> None:
+    """Decode embeddings into images with the decoder of a `rebeca generate` config, without a catalog."""
+    from rebeca_ray.config.fields import absolute
+    from rebeca_ray.config.jobs import GenerateConfig
+
+    with plain_errors():
+        if settings := read_config(GenerateConfig, config, overrides):
+            from rebeca_ray.decode import decode_embeddings
+
+            decoded = decode_embeddings(absolute(embeds), settings.decoder, absolute(out))
+            print_result(output.decoded(decoded, out))
+
+
+@app.command()
 def tune(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train on a grid of settings with Ray Tune, and show the validation loss of each."""
     from rebeca_ray.config.tuning import TuneConfig

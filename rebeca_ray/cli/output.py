@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rebeca_ray.catalog.provenance import ProvenanceCheck
     from rebeca_ray.catalog.read import Snapshot
     from rebeca_ray.data.published.write import Written
+    from rebeca_ray.decode import Decoded
     from rebeca_ray.evaluation.quantization import Cosines
     from rebeca_ray.generation.pipeline import Generated
     from rebeca_ray.nightly import Night
@@ -140,6 +141,13 @@ def sampled(sampled: Sampled, out: str) -> str:
     line = f"sampled {sampled.embeddings:,} embeddings of {sampled.users:,} users -> {out}"
     if unknown := sampled.cold_start_users:
         line += f"; {unknown:,} of the users are unknown to the prior and share the population's"
+    return line
+
+
+def decoded(decoded: Decoded, out: str) -> str:
+    line = f"decoded {decoded.images:,} of {decoded.rows:,} embeddings -> {out}"
+    if without := decoded.rows - decoded.images:
+        line += f"; {without:,} rows have no image ({decoded.error or 'unsafe'})"
     return line
 
 

@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from rebeca_ray.errors import Failure, InputError, StorageError, describe
-from rebeca_ray.storage.filesystem import is_local, join, open_filesystem, unreadable
+from rebeca_ray.storage.filesystem import exists, is_local, join, open_filesystem, unreadable
 from rebeca_ray.storage.objects import read_json
 from rebeca_ray.storage.store import classify, failure_types
 
@@ -34,6 +34,15 @@ def require_writable(uri: str, what: str) -> None:
         for folder in missing:  # a job that fails later leaves no empty folder behind
             with suppress(OSError):
                 folder.rmdir()
+
+
+def require_new_parquet(out: str) -> None:
+    """Raise UserError unless `out`, an absolute path or an address, may become a new Parquet file."""
+    if not out.endswith(".parquet"):
+        raise InputError(f"out {out}: the output is a Parquet file; give a name that ends with .parquet")
+    if exists(out):
+        raise InputError(f"out {out}: already exists; remove it, or give another name")
+    require_writable(out.rpartition("/")[0] or "/", "out")
 
 
 def require_own(uri: str, what: str, markers: dict[str, str]) -> None:

@@ -1,0 +1,152 @@
+"""Decode embeddings alone: the second half of a night, for notebooks, and for embeddings of your own.
+
+embeddings of `rebeca sample`, or any others -> the decoder of a config -> one Parquet file of images
+
+The rows keep their order and their other columns, but those with the name of an image's column. The noise of
+an image follows from the row's `item_id`, or from the embedding where there is none: the same embeddings give
+the same images again. Those of a catalog's items, with their prompts, give the catalog's images.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from rebeca_ray import schemas
+from rebeca_ray.config.decoder import DecoderSettings
+from rebeca_ray.data.items import checked_embeds
+from rebeca_ray.decoder.build import build_decoder, check_decoder
+from rebeca_ray.decoder.choices import choose
+from rebeca_ray.decoder.files import identify_decoder
+from rebeca_ray.decoder.interface import Decoder, Rows
+from rebeca_ray.errors import InputError
+from rebeca_ray.generation.progress import SECONDS_BETWEEN_LINES, log_progress
+from rebeca_ray.identity import hash128, image_seed
+from rebeca_ray.provenance.signing import load_signer
+from rebeca_ray.storage.parquet import ParquetInput, open_parquet, write_tables
+from rebeca_ray.storage.writable import require_new_parquet
+
+EMBEDS = "image_embeds"
+IMAGES_PER_GROUP = 100
+DRAWN = [field for field in schemas.IMAGES if field.name != "item_id"]  # the columns that decoding adds
+
+
+@dataclass(kw_only=True)
+class Decoded:
+    """The numbers of rows and of images, and the first error of a row."""
+
+    rows: int = 0
+    images: int = 0
+    error: str | None = None
+
+    def counted(self, batches: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        """Yield all batches, and count their rows."""
+        for batch in batches:
+            self.rows += batch.num_rows
+            self.images += batch.num_rows - batch["image"].null_count
+            self.error = self.error or next(iter(batch["error"].drop_null().to_pylist()), None)
+            yield batch
+
+
+def decode_embeddings(embeds: str, decoder: DecoderSettings, out: str) -> Decoded:
+    """Write the images of a Parquet file of embeddings to `out`, which appears when it is complete.
+
+    Raises InputError for an output that exists, and for embeddings that the decoder cannot read.
+    """
+    require_new_parquet(out)
+    decoder = choose(decoder)
+    source = open_parquet(embeds, "embeddings")
+    schema = check_source(source, identify_decoder(decoder).embed_dim, decoder.model)
+    check_decoder(decoder)
+    renderer = Renderer(decoder)
+    kept = [field for field in schema if field.name not in (EMBEDS, *(field.name for field in DRAWN))]
+    written = pa.schema([*kept, *DRAWN], metadata=schemas.IMAGES.metadata)
+    decoded = Decoded()
+    batches = decoded.counted(renderer.batches(source, schema, written))
+    write_tables(batches, written, out, row_group_size=IMAGES_PER_GROUP)
+    return decoded
+
+
+def decode_table(table: pa.Table, decoder: DecoderSettings) -> pa.Table:
+    """Return the rows of a table of embeddings with their images, in memory, as `decode_embeddings` does."""
+    if EMBEDS not in table.column_names:
+        raise missing("the table", table.column_names)
+    return Renderer(choose(decoder)).render(table)
+
+
+def check_source(source: ParquetInput, embed_dim: int, model: str) -> pa.Schema:
+    """Return the columns of the embeddings. Raises InputError without embeddings of the decoder's size."""
+    schema = source.headers[0].schema
+    if EMBEDS not in schema.names:
+        raise missing(source.uri, schema.names)
+    kind = schema.field(EMBEDS).type
+    size = kind.list_size if pa.types.is_fixed_size_list(kind) else None
+    if size is not None and size != embed_dim:
+        raise InputError(
+            f"embeddings {source.uri}: have size {size}, decoder {model} reads {embed_dim}; "
+            "give embeddings of the decoder's CLIP"
+        )
+    return schema.set(
+        schema.get_field_index(EMBEDS), schemas.required(EMBEDS, schemas.image_embeds(embed_dim))
+    )
+
+
+def missing(name: str, columns: list[str]) -> InputError:
+    return InputError(
+        f"embeddings {name}: column {EMBEDS!r} is missing, there are {', '.join(columns)}; "
+        "give a file of `rebeca sample`, or one with such a column"
+    )
+
+
+class Renderer:
+    """The decoder, and the signer if images are signed."""
+
+    def __init__(self, settings: DecoderSettings) -> None:
+        self.settings = settings
+        self.decoder: Decoder = build_decoder(settings)
+        self.signer = load_signer(settings, identify_decoder(settings).fingerprint(settings))
+
+    def batches(self, source: ParquetInput, schema: pa.Schema, written: pa.Schema) -> Iterator[pa.Table]:
+        """Yield all rows with their images, some at a time."""
+        rows, started, logged = 0, time.monotonic(), time.monotonic()
+        for batch in source.batches(schema, self.settings.batch_size):
+            yield self.render(batch).select(written.names).cast(written)
+            rows += batch.num_rows
+            if time.monotonic() - logged > SECONDS_BETWEEN_LINES:
+                logged = time.monotonic()
+                log_progress("decode", rows, source.num_rows, logged - started)
+
+    def render(self, batch: pa.Table) -> pa.Table:
+        """Return rows without their embeddings, and with the columns of `schemas.IMAGES`."""
+        embeds_BD = checked_embeds(batch[EMBEDS].combine_chunks(), row_numbers(batch), "embeddings")
+        if "item_id" in batch.column_names:
+            names = batch["item_id"].to_pylist()
+        else:
+            names = [hash128(embedding.tobytes().hex()) for embedding in embeds_BD]
+        prompts, negative = (
+            [text or "" for text in batch[name].to_pylist()] if name in batch.column_names else None
+            for name in ("prompt", "negative_prompt")
+        )
+        seeds = [image_seed(name) for name in names]
+        outcomes = self.decoder.decode(Rows.of(self.settings, embeds_BD, seeds, prompts, negative))
+        encoded = [outcome.image for outcome in outcomes]
+        if self.signer:
+            encoded = self.signer.sign_all(encoded, names)
+        suffix = self.settings.image_format.lower()
+        drawn = pa.Table.from_pylist(
+            [
+                {**asdict(outcome), "image": image and {"bytes": image, "path": f"{name}.{suffix}"}}
+                for outcome, image, name in zip(outcomes, encoded, names, strict=True)
+            ],
+            schema=pa.schema(DRAWN),
+        )
+        kept = [name for name in batch.column_names if name not in (EMBEDS, *drawn.column_names)]
+        images = dict(zip(drawn.column_names, drawn, strict=True))
+        return pa.table({**{name: batch[name] for name in kept}, **images})
+
+
+def row_numbers(batch: pa.Table) -> np.ndarray:
+    """Return names of the rows for errors."""
+    return np.array([f"row {row}" for row in range(batch.num_rows)])
