@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from rebeca_ray.cli import catalog_commands, data_commands, gallery_command, output
+from rebeca_ray.cli import catalog_commands, data_commands, first_hour, gallery_command, output
 from rebeca_ray.cli.runner import log_options, plain_errors, print_result, read_config
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app.callback()(log_options)
 app.add_typer(stickers, name="stickers")
 app.add_typer(catalog_commands.app, name="catalog")
 app.add_typer(data_commands.app, name="data")
+app.command()(first_hour.doctor)
 app.command()(gallery_command.gallery)
 
 Config = Annotated[Path, typer.Option(help="YAML file with the settings; jobs/configs has examples.")]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rebeca_ray.catalog.read import Snapshot
     from rebeca_ray.data.published.write import Written
     from rebeca_ray.decode import Decoded
+    from rebeca_ray.doctor import Finding
     from rebeca_ray.evaluation.quantization import Cosines
     from rebeca_ray.generation.pipeline import Generated
     from rebeca_ray.nightly import Night
@@ -142,6 +143,15 @@ def sampled(sampled: Sampled, out: str) -> str:
     if unknown := sampled.cold_start_users:
         line += f"; {unknown:,} of the users are unknown to the prior and share the population's"
     return line
+
+
+def findings(findings: Sequence[Finding]) -> str:
+    """Return a line per part of the machine, and one below it with the remedy where something is missing."""
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.state:8} {finding.part:16} {finding.detail}")
+        lines += [f"{'':25} -> {finding.remedy}"] if finding.remedy else []
+    return "\n".join(lines)
 
 
 def decoded(decoded: Decoded, out: str) -> str:
