@@ -3,6 +3,7 @@
 Rows are in the order of the files: bucket after bucket, and by user within a bucket.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,19 +36,23 @@ class TableFile(NamedTuple):
 
 
 class Position(NamedTuple):
-    """A row group of a table: the number of its file within the table, and its number within the file."""
+    """Matches of a filter so far: all before a row group, and some in it.
+
+    `file` counts the files of the table, `group` the row groups of the file.
+    """
 
     file: int = 0
     group: int = 0
+    matches: int = 0
 
     def __str__(self) -> str:
-        return f"{self.file}.{self.group}"
+        return f"{self.file}.{self.group}.{self.matches}"
 
     @classmethod
     def parse(cls, text: str) -> "Position":
         """Return the position that a link names, the first one for any other text."""
-        file, _, group = text.partition(".")
-        return cls(int(file), int(group)) if file.isdecimal() and group.isdecimal() else cls()
+        numbers = re.fullmatch(r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})", text, re.ASCII)
+        return cls(*map(int, numbers.groups())) if numbers else cls()
 
 
 @dataclass(frozen=True)
@@ -156,10 +161,7 @@ class Tables:
         return pa.concat_tables(tables) if tables else self.empty("users", columns)
 
     def matching(self, chosen: Filter, columns: list[str], start: Position) -> Matches:
-        """Return items that match, from a row group on.
-
-        A page ends with the row group that fills it, or after GROUPS_PER_PAGE that were read.
-        """
+        """Return PAGE items that match, from a position on; fewer if GROUPS_PER_PAGE row groups hold fewer."""
         tables: list[pa.Table] = []
         count, read, snapshot = 0, 0, self.snapshot
         files = self.files.get("items", [])
@@ -178,8 +180,11 @@ class Tables:
                         names = [*dict.fromkeys([*columns, chosen.column])]
                         table = parquet.read_row_group(group, columns=names, use_threads=False)
                         table = table.filter(chosen.matches(table[chosen.column])).select(columns)
-                        tables.append(table)
-                        count, read = count + table.num_rows, read + 1
+                        skipped = start.matches if (number, group) == start[:2] else 0
+                        tables.append(table.slice(skipped, PAGE - count))
+                        count, read = count + tables[-1].num_rows, read + 1
+                        if (shown := skipped + tables[-1].num_rows) < table.num_rows:
+                            return Matches(self.joined(tables, columns), Position(number, group, shown))
         return Matches(self.joined(tables, columns), None)
 
     def joined(self, tables: list[pa.Table], columns: list[str]) -> pa.Table:

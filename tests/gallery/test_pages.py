@@ -97,14 +97,16 @@ def test_liked_items_stand_beside_generated_ones(client: TestClient, snapshot: S
 
 def test_a_filter_shows_exactly_the_items_that_match(client: TestClient, snapshot: Snapshot) -> None:
     items = snapshot.items()
-    limit = sorted(items["nearest_similarity"].to_pylist())[len(items) // 4]
+    limit = sorted(items["nearest_similarity"].to_pylist())[10]
     expected = items.filter(pc.greater_equal(items["nearest_similarity"], float(f"{limit:g}")))
-    shown, page = [], f"/items?filter=near&limit={limit:g}"
+    shown, pages, page = [], [], f"/items?filter=near&limit={limit:g}"
     while page:
         html = client.get(page).text
         shown += [link.rpartition("id=")[2] for link in links(html, "/item?")]
+        pages.append(len(pictures(html)))
         page = next(iter([link for link in links(html, "/items?") if "after=" in link]), "")
     assert sorted(shown) == sorted(expected["item_id"].to_pylist())
+    assert pages == [60, 60, len(shown) - 120]
     assert "No such item." in client.get("/items", params={"filter": "flagged"}).text
     assert "No item failed." in client.get("/items", params={"filter": "failed"}).text
     assert client.get("/items", params={"filter": "nice"}).status_code == 404
