@@ -161,7 +161,7 @@ class Tables:
         return pa.concat_tables(tables) if tables else self.empty("users", columns)
 
     def matching(self, chosen: Filter, columns: list[str], start: Position) -> Matches:
-        """Return PAGE items that match, from a position on; fewer if GROUPS_PER_PAGE row groups hold fewer."""
+        """Return PAGE items that match, from a position on; fewer if GROUPS_PER_PAGE groups hold fewer."""
         tables: list[pa.Table] = []
         count, read, snapshot = 0, 0, self.snapshot
         files = self.files.get("items", [])
