@@ -25,6 +25,7 @@ from rebeca_ray.catalog.snapshots import list_snapshots
 from rebeca_ray.errors import StorageError, UserError, redacted
 from rebeca_ray.gallery import views
 from rebeca_ray.gallery.guard import Guard
+from rebeca_ray.gallery.map import COLUMNS, ROWS, map_of
 from rebeca_ray.gallery.people import Histories, RealItems
 from rebeca_ray.gallery.pictures import (
     DETAILS,
@@ -62,6 +63,7 @@ def build_app(gallery: Gallery, hosts: list[str], token: str | None = None) -> S
         Route("/items", pages.items),
         Route("/snapshot", pages.snapshot),
         Route("/compare", pages.compare),
+        Route("/map", pages.map),
         Route("/picture/{side}/{date}/{run_id}/{file:int}/{row:int}/{kind}", pages.picture),
         Route("/real", pages.real),
         Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
@@ -241,6 +243,11 @@ class Pages:
             size=USERS_COMPARED,
             against=request.query_params.get("against", ""),
         )
+
+    def map(self, request: Request) -> Response:
+        """Show a sample of the items on a map."""
+        tables = self.tables(request)
+        return self.page("map.html.j2", request, tables, cells=map_of(tables), columns=COLUMNS, rows=ROWS)
 
     def picture(self, request: Request) -> Response:
         """Return an image or thumbnail of a run, which never changes."""

@@ -56,6 +56,7 @@ def all_pages(snapshot: Snapshot) -> list[str]:
         "/items?filter=near&limit=-1",
         "/items?filter=failed",
         "/snapshot",
+        "/map",
         f"/compare?against={manifest.run_date}/{manifest.run_id}",
         "/user?id=nobody",
     ]

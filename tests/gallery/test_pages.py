@@ -4,6 +4,7 @@ import shutil
 from datetime import date
 from pathlib import Path
 
+import numpy as np
 import pyarrow.compute as pc
 import pytest
 from starlette.testclient import TestClient
@@ -14,8 +15,9 @@ from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.errors import InputError
 from rebeca_ray.gallery import source as source_module
 from rebeca_ray.gallery.app import Gallery
+from rebeca_ray.gallery.map import cells
 from rebeca_ray.gallery.source import Source
-from tests.conftest import assembled, prepare, publish, snapshot_of
+from tests.conftest import D, assembled, prepare, publish, snapshot_of
 from tests.faulty_s3 import FaultyS3, forever
 from tests.gallery.conftest import HOSTILE, NAMES, client_of, links, pictures, write_night
 
@@ -131,6 +133,22 @@ def test_a_snapshot_shows_its_counts_and_what_changed(client: TestClient, snapsh
         assert f'<th scope="row">{name}</th><td>{value}</td>' in html
     assert snapshot.run_id in html
     assert "published" in html
+
+
+def test_the_map_shows_each_item_once_and_similar_ones_close(client: TestClient) -> None:
+    html = client.get("/map").text
+    shown = [link.rpartition("id=")[2] for link in links(html, "/item?")]
+    assert len(shown) == len({*shown}) == len(NAMES)
+    assert html.count("<image href=") == len(NAMES)
+    directions = np.random.default_rng(0).standard_normal((2, D))
+    groups = np.repeat([0, 1], 60)
+    noise = np.random.default_rng(1).standard_normal((120, D))
+    positions = np.array(cells(directions[groups] + 0.1 * noise))
+    assert len({tuple(cell) for cell in positions.tolist()}) == 120
+    apart = np.linalg.norm(positions[:60].mean(0) - positions[60:].mean(0))
+    assert apart > 8
+    assert cells(np.empty((0, D))) == []
+    assert len({*cells(np.ones((3, D)))}) == 3
 
 
 def test_a_publication_is_followed_and_open_pages_stay_whole(
