@@ -13,15 +13,15 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rebeca_ray import schemas
 from rebeca_ray.config.decoder import DecoderSettings
-from rebeca_ray.data.items import checked_embeds
 from rebeca_ray.decoder.build import build_decoder, check_decoder
 from rebeca_ray.decoder.choices import choose
 from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.decoder.interface import Decoder, Rows
-from rebeca_ray.errors import InputError
+from rebeca_ray.errors import InputError, describe
 from rebeca_ray.generation.progress import SECONDS_BETWEEN_LINES, log_progress
 from rebeca_ray.identity import hash128, image_seed
 from rebeca_ray.provenance.signing import load_signer
@@ -62,7 +62,9 @@ def decode_embeddings(embeds: str, decoder: DecoderSettings, out: str) -> Decode
     check_decoder(decoder)
     renderer = Renderer(decoder)
     kept = [field for field in schema if field.name not in (EMBEDS, *(field.name for field in DRAWN))]
-    written = pa.schema([*kept, *DRAWN], metadata=schemas.IMAGES.metadata)
+    written = pa.schema(
+        [*kept, *DRAWN], metadata=schemas.with_mark(schemas.IMAGES, decoder.provenance).metadata
+    )
     decoded = Decoded()
     batches = decoded.counted(renderer.batches(source, schema, written))
     write_tables(batches, written, out, row_group_size=IMAGES_PER_GROUP)
@@ -88,9 +90,7 @@ def check_source(source: ParquetInput, embed_dim: int, model: str) -> pa.Schema:
             f"embeddings {source.uri}: have size {size}, decoder {model} reads {embed_dim}; "
             "give embeddings of the decoder's CLIP"
         )
-    return schema.set(
-        schema.get_field_index(EMBEDS), schemas.required(EMBEDS, schemas.image_embeds(embed_dim))
-    )
+    return schema
 
 
 def missing(name: str, columns: list[str]) -> InputError:
@@ -105,8 +105,10 @@ class Renderer:
 
     def __init__(self, settings: DecoderSettings) -> None:
         self.settings = settings
+        identity = identify_decoder(settings)
+        self.embed_dim = identity.embed_dim
         self.decoder: Decoder = build_decoder(settings)
-        self.signer = load_signer(settings, identify_decoder(settings).fingerprint(settings))
+        self.signer = load_signer(settings, identity.fingerprint(settings))
 
     def batches(self, source: ParquetInput, schema: pa.Schema, written: pa.Schema) -> Iterator[pa.Table]:
         """Yield all rows with their images, some at a time."""
@@ -119,12 +121,15 @@ class Renderer:
                 log_progress("decode", rows, source.num_rows, logged - started)
 
     def render(self, batch: pa.Table) -> pa.Table:
-        """Return rows without their embeddings, and with the columns of `schemas.IMAGES`."""
-        embeds_BD = checked_embeds(batch[EMBEDS].combine_chunks(), row_numbers(batch), "embeddings")
+        """Return rows without their embeddings, and with the columns of `schemas.IMAGES`.
+
+        A null or infinite embedding costs its row alone.
+        """
+        embeds_BD = matrix_of(batch[EMBEDS], self.embed_dim)
+        names = [hash128(embedding.tobytes().hex()) for embedding in embeds_BD]
         if "item_id" in batch.column_names:
-            names = batch["item_id"].to_pylist()
-        else:
-            names = [hash128(embedding.tobytes().hex()) for embedding in embeds_BD]
+            ids = batch["item_id"].to_pylist()
+            names = [name if item is None else str(item) for item, name in zip(ids, names, strict=True)]
         prompts, negative = (
             [text or "" for text in batch[name].to_pylist()] if name in batch.column_names else None
             for name in ("prompt", "negative_prompt")
@@ -147,6 +152,15 @@ class Renderer:
         return pa.table({**{name: batch[name] for name in kept}, **images})
 
 
-def row_numbers(batch: pa.Table) -> np.ndarray:
-    """Return names of the rows for errors."""
-    return np.array([f"row {row}" for row in range(batch.num_rows)])
+def matrix_of(column: pa.ChunkedArray, embed_dim: int) -> np.ndarray:
+    """Return embeddings as an array [B, D], not a number for a null. Raises InputError for another size."""
+    kind = schemas.image_embeds(embed_dim)
+    lists = pc.fill_null(column, pa.scalar([float("nan")] * embed_dim, column.type))
+    try:
+        values = lists.cast(pa.list_(pa.float32(), embed_dim)).combine_chunks().flatten().to_numpy()
+    except pa.ArrowException as error:
+        raise InputError(
+            f"embeddings: are {column.type}, the decoder reads {kind} ({describe(error)}); "
+            "give embeddings of the decoder's CLIP"
+        ) from None
+    return values.reshape(len(column), embed_dim)

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from rebeca_ray.ray_start import MIN_FREE_BYTES
 GIB = 2**30
 DISK, MEMORY, SHARED_MEMORY = 10 * GIB, 6 * GIB, 2 * GIB  # that the demo needs, with a margin
 PYTHONS = ((3, 11), (3, 14))  # the first that works, and the first that does not
+MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 JAVA = 17  # the oldest that Spark 4 runs on
 EXTRAS = {  # module -> the extra that brings it, and its use
     "onnxruntime": ("onnx", "decoder.engine onnx, and `rebeca export`"),
@@ -44,20 +47,31 @@ class Finding:
 
 def examine(catalog: str | None = None) -> list[Finding]:
     """Return the findings of this machine, and of a catalog's store if one is given."""
-    checks: list[Callable[[], Finding]] = [
-        python,
-        torch,
-        gpu,
-        ray,
-        processor_and_memory,
-        disk,
-        shared_memory,
-        triton,
-        java,
-        *(lambda module=module: extra(module) for module in EXTRAS),
-    ]
-    findings = [check() for check in checks]
-    return [*findings, store(catalog)] if catalog else findings
+    checks: dict[str, Callable[[], Finding]] = {
+        "Python": python,
+        "torch": torch,
+        "GPU": gpu,
+        "Ray": ray,
+        "machine": processor_and_memory,
+        "disk": disk,
+        "shared memory": shared_memory,
+        "Triton": triton,
+        "Java": java,
+    }
+    checks |= {f"extra {name}": partial(extra, module) for module, (name, _) in EXTRAS.items()}
+    if catalog:
+        checks["store"] = partial(store, catalog)
+    return [examined(part, check) for part, check in checks.items()]
+
+
+def examined(part: str, check: Callable[[], Finding]) -> Finding:
+    """Return the finding of a check, also of one that the machine makes impossible."""
+    try:
+        return check()
+    except (OSError, subprocess.SubprocessError) as error:
+        return Finding(
+            part=part, state="missing", detail=describe(error), remedy="mend what the message names"
+        )
 
 
 def python() -> Finding:
@@ -113,7 +127,7 @@ def ray() -> Finding:
         return Finding(part="Ray", state="broken", detail="is not installed", remedy="run `make setup`")
     address = os.environ.get("RAY_ADDRESS")
     detail = f"{version}, {f'joins {address}' if address else 'starts on this machine'}"
-    folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    folder = existing(Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()))
     if shutil.disk_usage(folder).free < MIN_FREE_BYTES:
         return Finding(
             part="Ray",
@@ -125,7 +139,7 @@ def ray() -> Finding:
 
 
 def processor_and_memory() -> Finding:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     detail = f"{cores} CPU cores, {gib(total)} of memory"
     if cores >= 2 and total >= MEMORY:
@@ -136,8 +150,9 @@ def processor_and_memory() -> Finding:
 
 
 def disk() -> Finding:
-    free = shutil.disk_usage(Path.home()).free
-    detail = f"{gib(free)} free in {Path.home()}"
+    folder = existing(Path.home())
+    free = shutil.disk_usage(folder).free
+    detail = f"{gib(free)} free in {folder}"
     if free >= DISK:
         return Finding(part="disk", state="ok", detail=detail)
     return Finding(part="disk", state="missing", detail=detail, remedy=f"the demo needs {gib(DISK)}")
@@ -209,6 +224,19 @@ def store(catalog: str) -> Finding:
         reason, _, remedy = str(error).partition("; ")
         return Finding(part="store", state="broken", detail=reason, remedy=remedy)
     return Finding(part="store", state="ok", detail=f"{catalog}: takes writes, and compares before it swaps")
+
+
+def memory() -> int:
+    """Return the bytes of memory of the machine, or of the container that limits it."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # the limit may be "max"
+        return min(total, int(MEMORY_LIMIT.read_text()))
+    return total
+
+
+def existing(folder: Path) -> Path:
+    """Return a folder, or the nearest one above it that exists."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def gib(size: int) -> str:

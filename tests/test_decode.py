@@ -16,6 +16,7 @@ from rebeca_ray.cli.commands import app
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.decode import decode_embeddings, decode_table
 from rebeca_ray.errors import InputError
+from rebeca_ray.schemas import mark_of
 from tests.conftest import D, snapshot_of
 
 
@@ -97,3 +98,29 @@ def test_a_row_that_cannot_be_drawn_costs_itself_alone(
     )
     assert (decoded.rows, decoded.images, decoded.error) == (3, 2, "bad luck")
     assert pq.read_table(tmp_path / "out.parquet")["error"].to_pylist() == ["bad luck", None, None]
+
+
+def test_nulls_and_odd_ids_cost_no_other_row(config: GenerateConfig) -> None:
+    table = embeddings(3)
+    lists = pa.array([table["image_embeds"][0].as_py(), None, [float("inf")] * D], pa.list_(pa.float32()))
+    odd = pa.table({"item_id": ["a", None, None], "image_embeds": lists})
+    drawn = decode_table(odd, config.decoder)
+    assert drawn["error"].to_pylist() == [None, *["image_embeds is not finite"] * 2]
+    assert drawn["image"][0]["path"].as_py() == "a.png"
+    without_ids = decode_table(table, config.decoder)
+    null_ids = decode_table(table.append_column("item_id", pa.nulls(3, pa.string())), config.decoder)
+    assert null_ids["seed"] == without_ids["seed"]
+    assert len(set(without_ids["seed"].to_pylist())) == 3
+    assert decode_table(table.slice(0, 0), config.decoder).num_rows == 0
+    for wrong in (embeddings(2, 8), pa.table({"image_embeds": [[1.0] * D, [1.0] * 3]})):
+        with pytest.raises(InputError, match="the decoder reads fixed_size_list"):
+            decode_table(wrong, config.decoder)
+
+
+def test_a_file_says_which_mark_its_images_have(config: GenerateConfig, tmp_path: Path) -> None:
+    pq.write_table(embeddings(2), tmp_path / "embeds.parquet")
+    for mark in ("none", "xmp"):
+        out = str(tmp_path / f"{mark}.parquet")
+        decoder = config.decoder.model_copy(update={"provenance": mark})
+        decode_embeddings(str(tmp_path / "embeds.parquet"), decoder, out)
+        assert mark_of(pq.read_schema(out)) == mark

@@ -49,6 +49,19 @@ def test_a_full_disk_an_old_python_and_a_missing_package_are_named(monkeypatch: 
     assert "pip install 'rebeca-ray[c2pa]'" in result.output
 
 
+def test_a_check_that_fails_and_a_small_container_are_findings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "absent"))
+    assert state_of("Ray")[0] == "ok"
+    (tmp_path / "memory.max").write_text(str(2 * doctor.GIB))
+    monkeypatch.setattr(doctor, "MEMORY_LIMIT", tmp_path / "memory.max")
+    assert (state_of("machine")[0], "2 GiB of memory" in state_of("machine")[1]) == ("missing", True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: os.stat(f"{path}/absent"))
+    assert state_of("disk")[0] == "missing"
+    assert "absent" in state_of("disk")[1]
+
+
 def test_an_old_java_is_no_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert state_of("Java")[:2] == ("missing", "is not on PATH")

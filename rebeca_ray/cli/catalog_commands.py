@@ -205,6 +205,27 @@ def key_values_command(
         print_result(output.exported_key_values(exported))
 
 
+@exports.command(name="atlas")
+def atlas_command(
+    catalog: Catalog,
+    out: Annotated[str, typer.Argument(help="Parquet file to write. It may not exist yet.")],
+    max_items: Annotated[
+        int, typer.Option(min=2, help="Most items on the map; more are sampled evenly. 20,000 take minutes.")
+    ] = 20_000,
+) -> None:
+    """Export a map of the items for Apple's embedding-atlas: thumbnails, positions, neighbours."""
+    from rebeca_ray.catalog.exports.atlas import export_atlas
+    from rebeca_ray.catalog.read import read_catalog
+    from rebeca_ray.config.fields import absolute
+    from rebeca_ray.storage.writable import require_new_parquet
+
+    with plain_errors():
+        require_new_parquet(absolute(out))
+        print_result(
+            output.exported_atlas(export_atlas(read_catalog(catalog), absolute(out), max_items), out)
+        )
+
+
 @exports.command(name="iceberg")
 def iceberg_command(
     catalog: Catalog,

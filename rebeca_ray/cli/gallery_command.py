@@ -53,6 +53,7 @@ def gallery(
             other=Source(other) if other else None,
             histories=Histories(settings.interactions) if settings and settings.interactions else None,
             real_items=RealItems(absolute(items)) if items else None,
+            config=absolute(str(config)) if config else None,
         )
         listening = listen(host, port, name or [])
         print_result(f"gallery of {shown.source.root}: {listening.url} (Ctrl-C ends it)")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
+    from rebeca_ray.catalog.exports.atlas import Atlas
     from rebeca_ray.catalog.exports.image_objects import Exported
     from rebeca_ray.catalog.exports.key_values import KeyValues
     from rebeca_ray.catalog.gc import Garbage
@@ -303,6 +304,13 @@ def exported_images(snapshot: Snapshot, exported: Exported, out: str) -> str:
         f"run {snapshot.run_id} -> {out}: {exported.written:,} images written, {exported.removed:,} removed, "
         f"{exported.urls:,} rows of URLs in {len(exported.files):,} files, "
         f"named by {out.rstrip('/')}/latest.json"
+    )
+
+
+def exported_atlas(atlas: Atlas, out: str) -> str:
+    return (
+        f"{atlas.items:,} of {atlas.total:,} items -> {out}; look at them with\n"
+        f"uvx embedding-atlas {out} --x x --y y --neighbors neighbors --image image"
     )
 
 

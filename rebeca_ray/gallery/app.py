@@ -51,6 +51,7 @@ class Gallery:
     other: Source | None = None  # to compare with
     histories: Histories | None = None
     real_items: RealItems | None = None
+    config: str | None = None  # the file of the run's config, which draws an item again
 
 
 def build_app(gallery: Gallery, hosts: list[str], token: str | None = None) -> Starlette:
@@ -64,7 +65,7 @@ def build_app(gallery: Gallery, hosts: list[str], token: str | None = None) -> S
         Route("/snapshot", pages.snapshot),
         Route("/compare", pages.compare),
         Route("/map", pages.map),
-        Route("/picture/{side}/{date}/{run_id}/{file:int}/{row:int}/{kind}", pages.picture),
+        Route("/picture/{side}/{date}/{run_id}/{file}/{row}/{kind}", pages.picture),
         Route("/real", pages.real),
         Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
     ]
@@ -172,6 +173,7 @@ class Pages:
         errors, rows, after, total = [], [], None, None
         if name == "failed":
             total = tables.num_rows("errors")
+            start = min(start, max(0, total - 1)) // PAGE * PAGE
             errors = tables.page("errors", start, tables.snapshot.schema("errors").names).to_pylist()
         else:
             position = Position.parse(request.query_params.get("after", ""))
@@ -256,9 +258,10 @@ class Pages:
         if source is None or values["kind"] not in ("image", "thumbnail"):
             return Response(status_code=404)
         tables = source.at(values["date"], values["run_id"])
-        picture = read_picture(tables, values["file"], values["row"], values["kind"])
+        file, row = whole(values["file"]), whole(values["row"])
+        picture = read_picture(tables, file, row, values["kind"])
         if picture is None and values["kind"] == "thumbnail":  # catalogs may have none
-            picture = read_picture(tables, values["file"], values["row"], "image")
+            picture = read_picture(tables, file, row, "image")
         return picture_response(picture, FOR_EVER)
 
     def real(self, request: Request) -> Response:
@@ -304,7 +307,10 @@ def as_value(value: Any) -> str:
 
 def number(request: Request, name: str) -> int:
     """Return a whole number of the address, 0 for any other text."""
-    text = request.query_params.get(name, "")
+    return whole(request.query_params.get(name, ""))
+
+
+def whole(text: str) -> int:
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 16 else 0
 
 

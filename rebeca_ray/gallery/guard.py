@@ -59,9 +59,11 @@ class Guard:
                 421,
             )
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and origin.lower().partition("://")[2] != host.lower():
             return plain(f"origin {origin!r}: pages of other sites may not ask this gallery", 403)
-        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and scope["method"] != "GET":
+        # Browsers say where a request comes from. A link from elsewhere may lead here, nothing else.
+        is_link = (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")) == ("navigate", "document")
+        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not is_link:
             return plain("pages of other sites may not ask this gallery", 403)
         return self.token_refusal(scope, headers) if self.token else None
 
@@ -71,7 +73,7 @@ class Guard:
         given = QueryParams(scope["query_string"]).get("token")
         if given is not None and self.is_token(given):
             response = RedirectResponse("/", status_code=303)
-            response.set_cookie(COOKIE, self.token, httponly=True, samesite="strict")
+            response.set_cookie(COOKIE, self.token, httponly=True, samesite="lax")
             return response
         if self.is_token(cookie_of(headers)):
             return None

@@ -1,5 +1,6 @@
 """The inputs beside a catalog, if they are given: a user's ratings, and the images of the real items."""
 
+import threading
 from bisect import bisect_left
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -39,10 +40,15 @@ class Histories:
     def __init__(self, settings: InteractionSettings) -> None:
         self.settings = settings
         self.columns = check_columns(open_interactions(settings), schemas.INTERACTIONS)
+        self.lock = threading.Lock()
         self.remembered: OrderedDict[tuple[str, str], tuple[int, list[Liked]]] = OrderedDict()
 
     def of(self, user_id: str) -> tuple[int, list[Liked]]:
         """Return the number of a user's likes, and the latest LIKED_SHOWN of them."""
+        with self.lock:  # one pass at a time
+            return self.look_up(user_id)
+
+    def look_up(self, user_id: str) -> tuple[int, list[Liked]]:
         interactions = open_interactions(self.settings)
         key = (user_id, interactions.digest())
         if key not in self.remembered:
@@ -50,7 +56,7 @@ class Histories:
                 batch.filter(pc.equal(batch["user_id"], user_id))
                 for batch in interactions.batches(self.columns, ROWS_AT_ONCE)
             ]
-            rows = normalise(pa.concat_tables(parts), self.settings.path)
+            rows = normalise(pa.concat_tables([self.columns.empty_table(), *parts]), self.settings.path)
             if "rating" in rows.column_names:
                 rows = rows.filter(pc.greater_equal(rows["rating"], self.settings.like_threshold))
             if "timestamp" in rows.column_names:

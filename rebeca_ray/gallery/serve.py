@@ -5,10 +5,11 @@ import os
 import secrets
 import socket
 from dataclasses import dataclass
+from urllib.parse import urlencode
 
 import uvicorn
 
-from rebeca_ray.errors import InputError
+from rebeca_ray.errors import InputError, describe
 from rebeca_ray.gallery.app import Gallery, build_app
 from rebeca_ray.gallery.guard import LOOPBACK
 
@@ -26,23 +27,29 @@ class Listening:
 
 
 def listen(host: str, port: int, names: list[str]) -> Listening:
-    """Open a port. Beyond this machine, a token is needed. Raises InputError if the port is taken.
+    """Open a port. Raises InputError if that is not possible.
 
-    `names` are further names by which browsers reach the server.
+    `names` are further names of this server for browsers. With names, or beyond this machine, a token is
+    needed.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         server = socket.create_server((host, port), family=family)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise InputError(
-            f"gallery: {host}:{port} cannot be opened ({error.strerror or error}); "
-            "give another --port or --host"
+            f"gallery: {host}:{port} cannot be opened ({describe(error)}); give another --port or --host"
         ) from None
-    token = None if is_loopback(host) else os.environ.get(TOKEN) or secrets.token_urlsafe(24)
-    hosts = [*LOOPBACK, *names] if is_loopback(host) else [host, socket.gethostname(), *names]
+    token = os.environ.get(TOKEN)
+    if token is None and (names or not is_loopback(host)):
+        token = secrets.token_urlsafe(24)
+    hosts = [host, *names]
+    if is_loopback(host) or is_any(host):
+        hosts += LOOPBACK
+    if not is_loopback(host):
+        hosts.append(socket.gethostname())
     shown = names[0] if names else socket.gethostname() if is_any(host) else host
     shown = f"[{shown}]" if ":" in shown else shown
-    query = f"?token={token}" if token else ""
+    query = f"?{urlencode({'token': token})}" if token else ""
     return Listening(server, hosts, token, f"http://{shown}:{server.getsockname()[1]}/{query}")
 
 

@@ -23,15 +23,20 @@ class Source:
         self.published = read_catalog(root)
         self.root = self.published.root
         self.looked_at = time.monotonic()
-        self.lock = threading.Lock()
+        self.lock, self.looking = threading.Lock(), threading.Lock()
         self.opened: OrderedDict[str, Tables] = OrderedDict()
 
     def current(self) -> Tables:
         """Return the tables of the published snapshot. Raises StorageError if the store does not answer."""
-        with self.lock:
-            if time.monotonic() - self.looked_at >= SECONDS_BETWEEN_LOOKS:
-                self.published = self.published.refresh()
+        due = time.monotonic() - self.looked_at >= SECONDS_BETWEEN_LOOKS
+        # One thread looks, and the others show the last snapshot meanwhile: a slow store delays one page.
+        if due and self.looking.acquire(blocking=False):
+            try:
                 self.looked_at = time.monotonic()
+                self.published = self.published.refresh()
+            finally:
+                self.looking.release()
+        with self.lock:
             return self.keep(self.published.path, self.published)
 
     def at(self, date: str, run_id: str) -> Tables:

@@ -20,8 +20,9 @@ from rebeca_ray.catalog.read_errors import explained
 from rebeca_ray.catalog.row_groups import complete, footer, open_parquet, read_slice
 
 PAGE = 60  # users or items
-GROUPS_PER_PAGE = 200  # row groups that one page of a filter reads at most
-FILES_AT_ONCE = 16
+GROUPS_PER_PAGE, FILES_PER_PAGE = 200, 1000  # row groups, and footers, that a page of a filter reads at most
+READERS = ThreadPoolExecutor(16, "gallery")  # of files, for all searches together
+FILES_AT_ONCE = 16  # of one search
 LAST_CHARACTER = chr(0x10FFFF)
 
 
@@ -62,6 +63,15 @@ class Filter:
     column: str
     matches: Callable[[pa.ChunkedArray], pa.ChunkedArray]
     may_match: Callable[[Any, Any], bool]  # the smallest and the largest value
+
+    def may_be_in(self, metadata: pq.FileMetaData, group: int) -> bool:
+        """Return whether a row group may hold a match; a column of nulls alone holds none."""
+        statistics = statistics_of(metadata, group, self.column)
+        if statistics is None:
+            return True
+        if not statistics.has_min_max:
+            return not (statistics.has_null_count and statistics.num_values == 0)
+        return self.may_match(statistics.min, statistics.max)
 
 
 @dataclass(frozen=True)
@@ -135,22 +145,24 @@ class Tables:
             and file.first_user <= last
             and text <= file.last_user
         ]
-        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-            for begin in range(0, len(files), FILES_AT_ONCE):
-                some = files[begin : begin + FILES_AT_ONCE]
-                for table in pool.map(lambda file: self.users_between(file, text, last, columns), some):
-                    yield from (table.slice(row, 1) for row in range(table.num_rows))
+        for begin in range(0, len(files), FILES_AT_ONCE):
+            some = files[begin : begin + FILES_AT_ONCE]
+            for table in READERS.map(lambda file: self.users_between(file, text, last, columns), some):
+                yield from (table.slice(row, 1) for row in range(table.num_rows))
 
     def users_between(self, file: TableFile, text: str, last: str, columns: list[str]) -> pa.Table:
-        """Return the users of a file whose ids begin with a text, but for the text itself."""
+        """Return PAGE users of a file whose ids begin with a text, but for the text itself."""
         snapshot = self.snapshot
         with explained(snapshot, file.path):
             metadata = footer(snapshot.root, file.path, file.bytes)
-        tables, begin = [], 0
+        tables: list[pa.Table] = []
+        begin = 0
         for group in range(metadata.num_row_groups):
             end = begin + metadata.row_group(group).num_rows
-            low, high = statistics_of(metadata, group, "user_id") or (text, last)
-            if low <= last and text <= high:
+            statistics = statistics_of(metadata, group, "user_id")
+            known = statistics is not None and statistics.has_min_max
+            low, high = (statistics.min, statistics.max) if known else (text, last)
+            if low <= last and text <= high and sum(table.num_rows for table in tables) < PAGE:
                 read = [*dict.fromkeys([*columns, "user_id"])]
                 table = self.rows("users", file, begin, end, read)
                 chosen = pc.and_(
@@ -166,37 +178,43 @@ class Tables:
         count, read, snapshot = 0, 0, self.snapshot
         files = self.files.get("items", [])
         for number in range(start.file, len(files)):
+            if number - start.file >= FILES_PER_PAGE:
+                return Matches(self.joined(tables, columns), Position(number))
             file = files[number]
             with explained(snapshot, file.path):
                 metadata = footer(snapshot.root, file.path, file.bytes)
-                with open_parquet(snapshot.root, file.path, file.bytes, metadata) as parquet:
-                    first = start.group if number == start.file else 0
-                    for group in range(first, metadata.num_row_groups):
-                        if count >= PAGE or read >= GROUPS_PER_PAGE:
-                            return Matches(self.joined(tables, columns), Position(number, group))
-                        extremes = statistics_of(metadata, group, chosen.column)
-                        if extremes and not chosen.may_match(*extremes):
-                            continue
-                        names = [*dict.fromkeys([*columns, chosen.column])]
-                        table = parquet.read_row_group(group, columns=names, use_threads=False)
-                        table = table.filter(chosen.matches(table[chosen.column])).select(columns)
-                        skipped = start.matches if (number, group) == start[:2] else 0
-                        tables.append(table.slice(skipped, PAGE - count))
-                        count, read = count + tables[-1].num_rows, read + 1
-                        if (shown := skipped + tables[-1].num_rows) < table.num_rows:
-                            return Matches(self.joined(tables, columns), Position(number, group, shown))
+            first = start.group if number == start.file else 0
+            for group in range(first, metadata.num_row_groups):
+                if not chosen.may_be_in(metadata, group):
+                    continue
+                if count >= PAGE or read >= GROUPS_PER_PAGE:
+                    return Matches(self.joined(tables, columns), Position(number, group))
+                with explained(snapshot, file.path):
+                    table = self.matches_in(file, group, metadata, chosen, columns)
+                skipped = start.matches if (number, group) == start[:2] else 0
+                tables.append(table.slice(skipped, PAGE - count))
+                count, read = count + tables[-1].num_rows, read + 1
+                if (shown := skipped + tables[-1].num_rows) < table.num_rows:
+                    return Matches(self.joined(tables, columns), Position(number, group, shown))
         return Matches(self.joined(tables, columns), None)
+
+    def matches_in(
+        self, file: TableFile, group: int, metadata: pq.FileMetaData, chosen: Filter, columns: list[str]
+    ) -> pa.Table:
+        """Return the rows of one row group that match."""
+        names = [*dict.fromkeys([*columns, chosen.column])]
+        with open_parquet(self.snapshot.root, file.path, file.bytes, metadata) as parquet:
+            table = parquet.read_row_group(group, columns=names, use_threads=False)
+        return table.filter(chosen.matches(table[chosen.column])).select(columns)
 
     def joined(self, tables: list[pa.Table], columns: list[str]) -> pa.Table:
         return pa.concat_tables(tables) if tables else self.empty("items", columns)
 
 
-def statistics_of(metadata: pq.FileMetaData, group: int, column: str) -> tuple[Any, Any] | None:
-    """Return the smallest and the largest value of a column in a row group, None if they are unknown."""
+def statistics_of(metadata: pq.FileMetaData, group: int, column: str) -> Any:
+    """Return the statistics of a column in a row group, None if there are none."""
     row_group = metadata.row_group(group)
     for number in range(metadata.num_columns):
         if metadata.schema.column(number).path == column:
-            statistics = row_group.column(number).statistics
-            if statistics is not None and statistics.has_min_max:
-                return statistics.min, statistics.max
+            return row_group.column(number).statistics
     return None

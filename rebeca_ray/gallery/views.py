@@ -54,7 +54,7 @@ def with_best_item(tables: Tables, users: pa.Table) -> list[Row]:
 def items_of(tables: Tables, user_id: str) -> list[Row]:
     """Return the items that a user gets, best first: the population pool for a user without any."""
     items = tables.snapshot.items(ITEM, [user_id])
-    if not items.num_rows:
+    if not items.num_rows and user_row(tables, user_id):
         items = tables.snapshot.items(ITEM, [POPULATION_USER])
     rows: list[Row] = items.to_pylist()
     return rows

@@ -4,6 +4,8 @@ A file without a record does not exist: a killed attempt left it. A task that Ra
 file.
 """
 
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -96,6 +98,33 @@ class WriteParts:
             key = "-".join(str(value) for value in values.values())
             write_record(asdict(record), join(self.records, f"{key}-{name}.json"))
         return record
+
+
+class BusyClock:
+    """The time in which at least one call of an actor ran; calls in several threads may overlap."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.calls, self.since, self.unclaimed = 0, 0.0, 0.0
+
+    def start(self) -> None:
+        """Note that a call begins."""
+        with self.lock:
+            self.tick()
+            self.calls += 1
+
+    def stop(self) -> float:
+        """Note that a call ends; return the busy time that no call before it has claimed."""
+        with self.lock:
+            self.tick()
+            self.calls -= 1
+            claimed, self.unclaimed = self.unclaimed, 0.0
+        return claimed
+
+    def tick(self) -> None:
+        now = time.perf_counter()
+        self.unclaimed += now - self.since if self.calls else 0.0
+        self.since = now
 
 
 def with_busy_seconds(table: pa.Table, seconds: float) -> pa.Table:

@@ -9,7 +9,6 @@ renders the items without a record. (Why not Ray Data's checkpoints: infra/docs/
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from rebeca_ray.errors import InputError, ServerLostError
 from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.dataflow import Actors, Stage, run_graph
 from rebeca_ray.generation.decisions import Decisions
-from rebeca_ray.generation.parts import PartRecord, WriteParts, with_busy_seconds
+from rebeca_ray.generation.parts import BusyClock, PartRecord, WriteParts, with_busy_seconds
 from rebeca_ray.generation.plan import read_plan
 from rebeca_ray.generation.progress import Progress
 from rebeca_ray.generation.repair.previous import HashedBytes
@@ -304,23 +303,19 @@ class RenderImages:
                 f"decoder {settings.model}: was replaced while this run was rendering; run again"
             )
         self.signer = load_signer(settings, present)
-        self.counted_until, self.counting = 0.0, threading.Lock()
+        self.clock = BusyClock()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if not has_time(self.deadline):
             batch = batch.slice(0, 0)
-        started = time.perf_counter()
-        images = self.drawn(batch) if batch.num_rows else schemas.IMAGES.empty_table()
-        images = images.append_column("bucket", batch["bucket"])
-        return with_busy_seconds(images, self.seconds_since(started))
-
-    def seconds_since(self, started: float) -> float:
-        """Return the time since then, without what the call before has counted."""
-        with self.counting:
-            ended = time.perf_counter()
-            seconds = ended - max(started, self.counted_until)
-            self.counted_until = ended
-        return seconds
+        images, seconds = schemas.IMAGES.empty_table(), 0.0
+        if batch.num_rows:
+            self.clock.start()
+            try:
+                images = self.drawn(batch)
+            finally:
+                seconds = self.clock.stop()
+        return with_busy_seconds(images.append_column("bucket", batch["bucket"]), seconds)
 
     def drawn(self, batch: pa.Table) -> pa.Table:
         return self.suspects.render(batch, self.render) if self.suspects else self.render(batch)

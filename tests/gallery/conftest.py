@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from starlette.testclient import TestClient
 
 from rebeca_ray.catalog.read import Snapshot, read_catalog
@@ -66,10 +67,12 @@ def gallery(night: GenerateConfig, snapshot: Snapshot) -> Gallery:
         "rating": pa.array([5, 4, 1, 2], pa.float32()),
     }
     pq.write_table(pa.table(ratings), folder / "interactions.parquet")
+    (folder / "generate.yaml").write_text(yaml.safe_dump(night.model_dump(mode="json")))
     return Gallery(
         source=Source(night.catalog),
         histories=Histories(InteractionSettings(path=str(folder / "interactions.parquet"))),
         real_items=RealItems(str(folder / "real.parquet")),
+        config=str(folder / "generate.yaml"),
     )
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 from datetime import date
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,13 @@ from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.errors import InputError
 from rebeca_ray.gallery import source as source_module
+from rebeca_ray.gallery import tables as tables_module
 from rebeca_ray.gallery.app import Gallery
 from rebeca_ray.gallery.map import cells
+from rebeca_ray.gallery.serve import listen
 from rebeca_ray.gallery.source import Source
+from rebeca_ray.gallery.tables import Position, Tables
+from rebeca_ray.gallery.views import ITEM, filter_of
 from tests.conftest import D, assembled, prepare, publish, snapshot_of
 from tests.faulty_s3 import FaultyS3, forever
 from tests.gallery.conftest import HOSTILE, NAMES, client_of, links, pictures, write_night
@@ -79,9 +84,21 @@ def test_images_are_read_by_reference_and_stay_in_the_browser(client: TestClient
     stored = snapshot.table("images", ["item_id", "thumbnail"])
     row = stored.filter(pc.equal(stored["item_id"], items["item_id"][0]))
     assert client.get(thumbnail).content == row["thumbnail"][0].as_py()
-    for wrong in ("9999/0/image", "0/999999/image", "0/0/metadata"):
+    for wrong in ("9999/0/image", f"0/{'9' * 5000}/image", "x/y/image", "0/999999/image", "0/0/metadata"):
         prefix = thumbnail.rsplit("/", 3)[0]
         assert client.get(f"{prefix}/{wrong}").status_code == 404
+
+
+@pytest.mark.parametrize("name", ["user-011", HOSTILE[1]])
+def test_the_code_on_the_page_of_an_item_draws_it_again(
+    client: TestClient, snapshot: Snapshot, name: str
+) -> None:
+    items = snapshot.for_user(name)
+    html = client.get("/item", params={"user": name, "id": items["item_id"][0].as_py()}).text
+    code = unescape(html.partition("<code>")[2].partition("</code>")[0])
+    values: dict[str, object] = {}
+    exec(code, values)
+    assert values["image"] == snapshot.images(items)[0]
 
 
 def test_liked_items_stand_beside_generated_ones(client: TestClient, snapshot: Snapshot) -> None:
@@ -113,6 +130,23 @@ def test_a_filter_shows_exactly_the_items_that_match(client: TestClient, snapsho
     assert "No item failed." in client.get("/items", params={"filter": "failed"}).text
     assert client.get("/items", params={"filter": "nice"}).status_code == 404
     assert client.get("/items?filter=near&limit=nan&after=x.y&start=-3").status_code == 200
+
+
+def test_a_filter_reads_nothing_where_statistics_say_that_nothing_matches(
+    snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A column without a value, and an unsafe flag that no row has."""
+    tables = Tables(snapshot)
+    monkeypatch.setattr(Tables, "matches_in", lambda *_: pytest.fail("a row group was read"))
+    for name in ("likely", "flagged"):  # the prior has no selector, so no item has a like probability
+        matches = tables.matching(filter_of(name, 1.0), ITEM, Position())
+        assert (matches.rows.num_rows, matches.after) == (0, None)
+    monkeypatch.setattr(tables_module, "FILES_PER_PAGE", 2)
+    visited, position = 0, Position()
+    while position is not None:
+        position = tables.matching(filter_of("flagged", 0.0), ITEM, position).after
+        visited += 1
+    assert visited == -(-len(tables.files["items"]) // 2)
 
 
 def test_failed_items_are_listed_with_their_reason(tmp_path: Path, tiny_decoder: DecoderSettings) -> None:
@@ -220,6 +254,17 @@ def test_a_catalog_without_a_snapshot_is_refused(tmp_path: Path) -> None:
         ({"host": "localhost", "origin": "http://evil.example"}, 403),
         ({"host": "localhost", "origin": "null"}, 403),
         ({"host": "localhost:8400", "origin": "http://localhost:8401"}, 403),
+        ({"host": "localhost", "origin": "http://["}, 403),
+        ({"host": "localhost", "sec-fetch-site": "cross-site", "sec-fetch-dest": "image"}, 403),
+        (
+            {
+                "host": "localhost",
+                "sec-fetch-site": "cross-site",
+                "sec-fetch-mode": "navigate",
+                "sec-fetch-dest": "document",
+            },
+            200,
+        ),
     ],
 )
 def test_only_this_host_and_its_pages_are_answered(
@@ -227,6 +272,31 @@ def test_only_this_host_and_its_pages_are_answered(
 ) -> None:
     for path in ("/", "/static/gallery.css", "/snapshot"):
         assert client.get(path, headers=headers).status_code == status
+
+
+def test_beyond_this_machine_and_behind_a_name_a_token_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = [
+        listen(*arguments)
+        for arguments in (
+            ("127.0.0.1", 0, []),
+            ("127.0.0.2", 0, []),
+            ("127.0.0.1", 0, ["gallery.example"]),
+            ("0.0.0.0", 0, []),
+        )
+    ]
+    assert [listening.token is None for listening in opened] == [True, True, False, False]
+    assert "127.0.0.2" in opened[1].hosts
+    assert opened[2].url.startswith("http://gallery.example:")
+    assert {"localhost", "0.0.0.0"} <= {*opened[3].hosts}
+    monkeypatch.setenv("REBECA_GALLERY_TOKEN", "a+b&c")
+    fixed = listen("127.0.0.1", 0, [])
+    assert (fixed.token, fixed.url.partition("?")[2]) == ("a+b&c", "token=a%2Bb%26c")
+    port = fixed.server.getsockname()[1]
+    for host in ("127.0.0.1", "a..b"):
+        with pytest.raises(InputError, match=f"gallery: {host}:{port} cannot be opened"):
+            listen(host, port, [])
+    for listening in (*opened, fixed):
+        listening.server.close()
 
 
 def test_a_token_opens_the_gallery_once_and_a_cookie_keeps_it_open(gallery: Gallery) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.errors import InputError
+from rebeca_ray.generation.parts import BusyClock
 from rebeca_ray.generation.progress import Progress
 from rebeca_ray.generation.render import RenderImages, render_all
 from tests.conftest import context_of, versions_of, write_plan
@@ -33,11 +33,12 @@ def test_a_decoder_that_is_replaced_while_rendering_is_refused(
         render_all(context, decisions, Progress(), deadline=None, retry_failed=False)
 
 
-def test_the_time_of_overlapping_calls_counts_once(
-    tiny_decoder: DecoderSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second call of an actor begins before the first one ends, the third one after both."""
-    actor = RenderImages(tiny_decoder)
-    ends = iter([10.0, 20.0, 34.0])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(ends))
-    assert [actor.seconds_since(started) for started in (0.0, 5.0, 30.0)] == [10.0, 10.0, 4.0]
+def test_the_time_of_overlapping_calls_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runs from 0 to 10, B from 5 to 20, C from 6 to 8, and D, after all of them, from 30 to 34."""
+    clock, times = BusyClock(), iter([0.0, 5.0, 6.0, 8.0, 10.0, 20.0, 30.0, 34.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(times))
+    for _ in "ABC":
+        clock.start()
+    assert [clock.stop() for _ in "CAB"] == [8.0, 2.0, 10.0]
+    clock.start()
+    assert clock.stop() == 4.0
