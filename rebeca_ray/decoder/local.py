@@ -176,13 +176,14 @@ class LocalDecoder:
         if isinstance(image, str):
             return DecodedImage(seed=seed, error=image)
         kind, quality = self.settings.image_format, self.settings.image_quality
-        marked = self.settings.provenance != "none"
+        marked, size = self.settings.provenance != "none", self.settings.thumbnail_size
+        encoded = thumbnail = encode_image(image, kind, quality, marked=marked)
+        if max(image.shape[:2]) > size:  # a small image is its own thumbnail
+            thumbnail = encode_image(image, kind, quality, max_size=size, marked=marked)
         return DecodedImage(
             seed=seed,
-            image=encode_image(image, kind, quality, marked=marked),
-            thumbnail=encode_image(
-                image, kind, quality, max_size=self.settings.thumbnail_size, marked=marked
-            ),
+            image=encoded,
+            thumbnail=thumbnail,
             width=image.shape[1],
             height=image.shape[0],
             safety_probability=probability,

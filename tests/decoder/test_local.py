@@ -325,3 +325,11 @@ def test_a_call_is_checked_and_encoded_while_the_next_call_draws(
         torch.set_num_threads(threads)
     assert [image.image for image in drawn] == alone
     assert draws == [threads + 1] * 2
+
+
+def test_a_small_image_is_its_own_thumbnail(tiny_decoder: DecoderSettings) -> None:
+    for size, is_same in ((8, False), (15, False), (16, True), (128, True)):
+        settings = tiny_decoder.model_copy(update={"thumbnail_size": size})
+        (drawn,) = LocalDecoder(settings).decode(rows_for(settings, 1))
+        assert (drawn.thumbnail == drawn.image) is is_same
+        assert pixels(drawn.thumbnail).shape == (min(size, 16), min(size, 16), 3)
