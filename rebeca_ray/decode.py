@@ -155,9 +155,10 @@ class Renderer:
 def matrix_of(column: pa.ChunkedArray, embed_dim: int) -> np.ndarray:
     """Return embeddings as an array [B, D], not a number for a null. Raises InputError for another size."""
     kind = schemas.image_embeds(embed_dim)
-    lists = pc.fill_null(column, pa.scalar([float("nan")] * embed_dim, column.type))
     try:
-        values = lists.cast(pa.list_(pa.float32(), embed_dim)).combine_chunks().flatten().to_numpy()
+        if column.null_count:
+            column = pc.fill_null(column, pa.scalar([float("nan")] * embed_dim, column.type))
+        values = column.cast(pa.list_(pa.float32(), embed_dim)).combine_chunks().flatten().to_numpy()
     except pa.ArrowException as error:
         raise InputError(
             f"embeddings: are {column.type}, the decoder reads {kind} ({describe(error)}); "

@@ -69,9 +69,7 @@ def examined(part: str, check: Callable[[], Finding]) -> Finding:
     try:
         return check()
     except (OSError, subprocess.SubprocessError) as error:
-        return Finding(
-            part=part, state="missing", detail=describe(error), remedy="mend what the message names"
-        )
+        return Finding(part=part, state="missing", detail=str(error), remedy="mend what the message names")
 
 
 def python() -> Finding:

@@ -255,10 +255,10 @@ class Pages:
         """Return an image or thumbnail of a run, which never changes."""
         values = request.path_params
         source = self.gallery.other if values["side"] == "other" else self.gallery.source
-        if source is None or values["kind"] not in ("image", "thumbnail"):
+        file, row = whole(values["file"]), whole(values["row"])
+        if source is None or file is None or row is None or values["kind"] not in ("image", "thumbnail"):
             return Response(status_code=404)
         tables = source.at(values["date"], values["run_id"])
-        file, row = whole(values["file"]), whole(values["row"])
         picture = read_picture(tables, file, row, values["kind"])
         if picture is None and values["kind"] == "thumbnail":  # catalogs may have none
             picture = read_picture(tables, file, row, "image")
@@ -307,11 +307,12 @@ def as_value(value: Any) -> str:
 
 def number(request: Request, name: str) -> int:
     """Return a whole number of the address, 0 for any other text."""
-    return whole(request.query_params.get(name, ""))
+    return whole(request.query_params.get(name, "")) or 0
 
 
-def whole(text: str) -> int:
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 16 else 0
+def whole(text: str) -> int | None:
+    """Return the whole number that a text is, None for any other text and for more than 15 digits."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 16 else None
 
 
 def fraction(request: Request, name: str, default: float) -> float:
