@@ -277,9 +277,9 @@ def rendered_ids(run: Run, records: list[PartRecord], with_failed: Callable[[Par
 class RenderImages:
     """Actor: one planned row in, one row of `schemas.IMAGES` with its bucket out, in order.
 
-    Two calls may run at a time. A call after `deadline` returns no row. With a folder for `suspects`, a row
-    that kills its process costs no other row. `fingerprint` is that of the run's decoder: raises InputError
-    if the files are those of another decoder by now.
+    Two calls may run at a time. A call after `deadline` returns no row; both that run by then are drawn. With
+    a folder for `suspects`, a row that kills its process costs no other row. `fingerprint` is that of the
+    run's decoder: raises InputError if the files are those of another decoder by now.
     """
 
     def __init__(
