@@ -13,7 +13,7 @@ _PUBLIC = {
     "load_prior": "rebeca_ray.prior.checkpoint",
     "load_config": "rebeca_ray.config.jobs",
     "generate_catalog": "rebeca_ray.generation.pipeline",
-    "decode_table": "rebeca_ray.decode",
+    "decode_table": "rebeca_ray.halves.decode",
     "train_prior": "rebeca_ray.training.train",
     "embed_items": "rebeca_ray.data.embedding",
     "UserError": "rebeca_ray.errors",

@@ -217,7 +217,7 @@ def sample(
             raise InputError(f"--users, --all: {given}; give one of them")
         options = {"prior": prior, "users": users, "out": out, "num_images": num_images, "seed": seed}
         settings = with_overrides(SampleConfig, options, overrides, where="options")
-        from rebeca_ray.sample import sample_embeddings
+        from rebeca_ray.halves.sample import sample_embeddings
 
         print_result(output.sampled(sample_embeddings(settings), settings.out))
 
@@ -237,7 +237,7 @@ def decode(
 
     with plain_errors():
         if settings := read_config(GenerateConfig, config, overrides):
-            from rebeca_ray.decode import decode_embeddings
+            from rebeca_ray.halves.decode import decode_embeddings
 
             decoded = decode_embeddings(absolute(embeds), settings.decoder, absolute(out))
             print_result(output.decoded(decoded, out))

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from rebeca_ray.catalog.provenance import ProvenanceCheck
     from rebeca_ray.catalog.read import Snapshot
     from rebeca_ray.data.published.write import Written
-    from rebeca_ray.decode import Decoded
     from rebeca_ray.doctor import Finding
     from rebeca_ray.evaluation.quantization import Cosines
     from rebeca_ray.generation.pipeline import Generated
+    from rebeca_ray.halves.decode import Decoded
+    from rebeca_ray.halves.sample import Sampled
     from rebeca_ray.nightly import Night
-    from rebeca_ray.sample import Sampled
     from rebeca_ray.storage.objects import JsonObject
     from rebeca_ray.studies.metrics import Metrics
 

@@ -19,9 +19,9 @@ from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.errors import InputError
 from rebeca_ray.generation.request import check_request
+from rebeca_ray.halves.sample import sample_embeddings
 from rebeca_ray.prior.checkpoint import load_prior, save_prior
 from rebeca_ray.prior.selector import Selector
-from rebeca_ray.sample import sample_embeddings
 from rebeca_ray.storage.parquet import read_table
 from tests.conftest import USERS, D, plan, snapshot_of, write_tiny_prior
 from tests.generation.test_nights import by_user, change_digest, counts, request_for

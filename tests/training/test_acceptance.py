@@ -13,7 +13,7 @@ import pytest
 
 from rebeca_ray import schemas
 from rebeca_ray.config.jobs import SampleConfig, TrainConfig
-from rebeca_ray.sample import sample_embeddings
+from rebeca_ray.halves.sample import sample_embeddings
 from rebeca_ray.training.train import train_prior
 from tests.training.in_process import loop_in_process as loop_in_process  # a fixture
 

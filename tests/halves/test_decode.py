@@ -14,8 +14,8 @@ import rebeca_ray
 from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.cli.commands import app
 from rebeca_ray.config.jobs import GenerateConfig
-from rebeca_ray.decode import decode_embeddings, decode_table
 from rebeca_ray.errors import InputError
+from rebeca_ray.halves.decode import decode_embeddings, decode_table
 from rebeca_ray.schemas import mark_of
 from tests.conftest import D, snapshot_of
 

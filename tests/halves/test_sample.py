@@ -12,7 +12,6 @@ import pytest
 from s3fs import S3FileSystem
 
 from rebeca_ray import identity, schemas
-from rebeca_ray import sample as sample_module
 from rebeca_ray.catalog.layout import POPULATION_USER
 from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.cli.commands import app
@@ -21,9 +20,10 @@ from rebeca_ray.config.sections import SelectionSettings
 from rebeca_ray.data import histories as histories_module
 from rebeca_ray.errors import InputError
 from rebeca_ray.generation.plan import settings_of_key
+from rebeca_ray.halves import sample as sample_module
+from rebeca_ray.halves.sample import Sampled, UserSampler, sample_embeddings
 from rebeca_ray.prior.checkpoint import load_prior
 from rebeca_ray.prior.selector import Selector
-from rebeca_ray.sample import Sampled, UserSampler, sample_embeddings
 from rebeca_ray.storage.filesystem import exists, list_files
 from rebeca_ray.storage.parquet import read_table
 from tests.conftest import REPO, USERS, D, plan, snapshot_of, write_tiny_prior
