@@ -60,7 +60,7 @@ def find_rated(
     rated = ratings_of_others(open_interactions(interactions), item_id)
     if not rated.num_rows:
         return schemas.embedded_items(embed_dim).empty_table()
-    folder = join(root, "rated", f"{clip or 'clip'}-{embed_dim}")
+    folder = rated_folder(root, clip, embed_dim)
     known = read_known(folder, rated, embed_dim)
     for manifest in reversed(list_snapshots(root)):
         missing = rated.filter(
@@ -86,6 +86,11 @@ def find_rated(
             write_table(items, join(folder, name), row_group_size=ROWS_PER_GROUP, embed_column="image_embeds")
             known = pa.concat_tables([known, items])
     return known.sort_by("item_id")
+
+
+def rated_folder(root: str, clip: str | None, embed_dim: int) -> str:
+    """Return the folder of the rated items of a catalog, for one CLIP and size of embeddings."""
+    return join(root, "rated", f"{clip or 'clip'}-{embed_dim}")
 
 
 def ratings_of_others(interactions: ParquetInput, item_id: np.ndarray) -> pa.Table:

@@ -11,7 +11,9 @@ Shapes: G users, K embeddings, D embed dim.
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -21,10 +23,10 @@ import torch.nn.functional as F
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import POPULATION_USER
-from rebeca_ray.config.jobs import SampleConfig
+from rebeca_ray.config.jobs import GenerateConfig, SampleConfig
 from rebeca_ray.data.feedback import with_rated
 from rebeca_ray.data.histories import Histories, build_histories
-from rebeca_ray.data.items import check_items_fit, read_image_embeds
+from rebeca_ray.data.items import EmbeddedItems, check_items_fit, read_image_embeds
 from rebeca_ray.data.validation import check_columns, check_ids, check_numbers, check_rows, check_texts
 from rebeca_ray.errors import InputError
 from rebeca_ray.generation.context import with_current_versions
@@ -33,8 +35,8 @@ from rebeca_ray.generation.progress import SECONDS_BETWEEN_LINES, log_progress
 from rebeca_ray.generation.request import check_prior_can, check_variants
 from rebeca_ray.generation.user_loader import UserLoader
 from rebeca_ray.identity import bucket_of, candidate_seed
-from rebeca_ray.prior.candidates import choose_candidates, judge_candidates, sample_candidates
-from rebeca_ray.prior.checkpoint import load_prior, read_prior_config
+from rebeca_ray.prior.candidates import ChosenItems, choose_candidates, judge_candidates, sample_candidates
+from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior, read_prior_config
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.storage.parquet import open_parquet, read_table, write_tables
 from rebeca_ray.storage.writable import require_new_parquet
@@ -65,13 +67,13 @@ def sample_embeddings(config: SampleConfig) -> Sampled:
     if config.items is not None:
         check_items_fit(config.items, prior_config)
     requested = None if config.users is None else read_users(config.users, config.items)
-    sampler = UserSampler(config)
+    sampler = UserSampler.open(config)
     if requested is None and sampler.prior.users is not None:
         requested = sampler.prior.users.select(["user_id"])
     if requested is None and sampler.prior.settings.user_encoder != "history":
         raise InputError(f"prior {config.prior}: knows no users; give --users instead of --all")
     written = write_tables(
-        sample_all(sampler, requested),
+        sample_all(sampler, requested, config.seed),
         sampler.schema,
         config.out,
         row_group_size=ROWS_PER_GROUP,
@@ -101,54 +103,95 @@ def read_users(uri: str, items: str | None) -> pa.Table:
     return users
 
 
-class UserSampler:
-    """Samples users in batches: their vectors, their candidates, and the choice among these."""
+@dataclass(frozen=True, kw_only=True)
+class LoadedPrior:
+    """A prior on its device, and the real items that candidates are compared with."""
 
-    def __init__(self, config: SampleConfig) -> None:
+    prior: TrainedPrior
+    diffusion: Diffusion
+    items: EmbeddedItems | None = None
+    real_unit_ID: torch.Tensor | None = None
+
+    @classmethod
+    def load(cls, config: GenerateConfig | SampleConfig) -> Self:
+        """Return the prior and the items of a config. Raises InputError for a missing GPU."""
         device = config.sampler.device
         if device == "cuda" and not torch.cuda.is_available():
             raise InputError("sampler.device is cuda, torch sees no GPU here; set sampler.device=cpu")
-        self.config, self.prior = config, load_prior(config.prior, device)
-        self.diffusion = Diffusion.build(self.prior.diffusion, device)
+        prior = load_prior(config.prior, device)
+        diffusion = Diffusion.build(prior.diffusion, device)
+        if config.items is None:
+            return cls(prior=prior, diffusion=diffusion)
+        items = read_image_embeds(config.items)
+        real_unit_ID = F.normalize(torch.from_numpy(items.image_embeds)).to(device)
+        return cls(prior=prior, diffusion=diffusion, items=items, real_unit_ID=real_unit_ID)
+
+    @cached_property
+    def real_item_id(self) -> pa.Array | None:
+        return None if self.items is None else pa.array(self.items.item_id, pa.string())
+
+
+class UserSampler:
+    """Samples users in batches: their vectors, their candidates, and the choice among these.
+
+    `rated_ID` are the embeddings of the items that `histories` counts.
+    """
+
+    def __init__(
+        self,
+        config: GenerateConfig | SampleConfig,
+        loaded: LoadedPrior,
+        histories: Histories | None = None,
+        rated_ID: np.ndarray | None = None,
+    ) -> None:
+        self.config, self.loaded, self.prior, self.histories = config, loaded, loaded.prior, histories
         self.sampler = config.sampler.resolve(self.prior.sampling, self.prior.diffusion.num_train_timesteps)
         self.settings = settings_of_key(config, self.sampler)
         self.schema = schemas.sampled(
             self.prior.scaler.embed_dim, prior=self.prior.fingerprint, clip=self.prior.clip
         )
-        self.histories: Histories | None = None
-        self.real_item_id: pa.Array | None = None
-        self.real_unit_ID: torch.Tensor | None = None
-        rated_ID: np.ndarray | None = None
-        if config.items is not None:
-            items = read_image_embeds(config.items)
-            self.real_item_id = pa.array(items.item_id, pa.string())
-            self.real_unit_ID = F.normalize(torch.from_numpy(items.image_embeds)).to(device)
-            if config.interactions is not None:
-                if config.catalog is not None:
-                    items = with_rated(items, config.catalog, config.interactions)
-                everything = config.interactions.for_serving(hide_hold_out=config.hide_hold_out)
-                self.histories = build_histories(everything, items.item_id, config.storage)
-            rated_ID = items.image_embeds
-        self.loader = UserLoader(
-            self.prior, self.histories, rated_ID, device, training_only=config.hide_hold_out
-        )
+        device = config.sampler.device
+        self.loader = UserLoader(self.prior, histories, rated_ID, device, training_only=config.hide_hold_out)
         self.population: pa.Table | None = None
         self.cold_start_users = 0
 
+    @classmethod
+    def open(cls, config: SampleConfig) -> Self:
+        """Return a sampler of all users of a config."""
+        loaded = LoadedPrior.load(config)
+        items = loaded.items
+        if items is None:
+            return cls(config, loaded)
+        histories = None
+        if config.interactions is not None:
+            if config.catalog is not None:
+                items = with_rated(items, config.catalog, config.interactions)
+            everything = config.interactions.for_serving(hide_hold_out=config.hide_hold_out)
+            histories = build_histories(everything, items.item_id, config.storage)
+        return cls(config, loaded, histories, items.image_embeds)
+
+    def keys(self, users: pa.Table) -> list[str]:
+        """Return the plan keys of the rows of `users_table`."""
+        return plan_keys(users, self.prior.fingerprint, self.settings, self.sampler.variant)
+
     @torch.inference_mode()
-    def sample(self, users: pa.Table) -> pa.Table:
-        """Return the rows of `schemas.sampled` for the rows of `users_table`."""
+    def choose(self, users: pa.Table, keys: list[str]) -> ChosenItems:
+        """Return the chosen candidates of the rows of `users_table`, whose noise follows from `keys`."""
         vectors = self.loader.load(users)
-        keys = plan_keys(users, self.prior.fingerprint, self.settings, self.sampler.variant)
-        variants = self.loader.load_variants(users, self.real_item_id)
+        variants = self.loader.load_variants(users, self.loaded.real_item_id)
         selection = self.config.selection
         count_G = np.full(users.num_rows, self.config.num_images)
         sampled_G = count_G * selection.candidates_per_item
         x_ND, user_N = sample_candidates(
-            self.prior, self.diffusion, self.sampler, vectors, keys, sampled_G, variants
+            self.prior, self.loaded.diffusion, self.sampler, vectors, keys, sampled_G, variants
         )
-        candidates = judge_candidates(self.prior, vectors.factor_GF, x_ND, user_N, self.real_unit_ID)
-        chosen = choose_candidates(candidates, count_G, selection, variants)
+        candidates = judge_candidates(self.prior, vectors.factor_GF, x_ND, user_N, self.loaded.real_unit_ID)
+        return choose_candidates(candidates, count_G, selection, variants)
+
+    def sample(self, users: pa.Table) -> pa.Table:
+        """Return the rows of `schemas.sampled` for the rows of `users_table`."""
+        keys = self.keys(users)
+        chosen = self.choose(users, keys)
         numbers = zip(chosen.user_K.tolist(), chosen.candidate_K.tolist(), strict=True)
         columns = {
             "user_id": users["user_id"].take(pa.array(chosen.user_K)),
@@ -160,11 +203,11 @@ class UserSampler:
         arrays = [arrow_column(columns[field.name], field.type, len(chosen.rank_K)) for field in self.schema]
         return pa.table(arrays, schema=self.schema)
 
-    def sample_population(self, user_id: pa.ChunkedArray) -> pa.Table:
+    def sample_population(self, user_id: pa.ChunkedArray, seed: int) -> pa.Table:
         """Return the rows of cold-start users: each gets the embeddings of the population."""
         if self.population is None:
             pool = pa.table({"user_id": [POPULATION_USER]})
-            self.population = self.sample(users_table(pool, pa.array([""]), bucket=0, seed=self.config.seed))
+            self.population = self.sample(users_table(pool, pa.array([""]), bucket=0, seed=seed))
         self.cold_start_users += len(user_id)
         count = self.config.num_images
         rows = self.population.take(pa.array(np.tile(np.arange(count), len(user_id))))
@@ -172,13 +215,13 @@ class UserSampler:
         return rows.set_column(0, self.schema.field("user_id"), users)
 
 
-def sample_all(sampler: UserSampler, requested: pa.Table | None) -> Iterator[pa.Table]:
+def sample_all(sampler: UserSampler, requested: pa.Table | None, seed: int) -> Iterator[pa.Table]:
     """Yield the rows of `requested`, a batch of users at a time; without it, of all users with ratings."""
     size = users_per_batch(sampler.config)
     num_rated = sampler.histories.num_users if sampler.histories else 0
     total = sampler.config.num_images * (num_rated if requested is None else len(requested))
     rows, started, logged = 0, time.monotonic(), time.monotonic()
-    for users in users_by_bucket(sampler, requested):
+    for users in users_by_bucket(sampler, requested, seed):
         # A cold-start user with an item gets variants of it for the population's taste.
         is_personal = pc.or_(users["history_digest"].is_valid(), users["item_id"].is_valid())
         personal, cold_start = users.filter(is_personal), users.filter(pc.invert(is_personal))["user_id"]
@@ -187,7 +230,7 @@ def sample_all(sampler: UserSampler, requested: pa.Table | None) -> Iterator[pa.
         batches = chain(
             (sampler.sample(personal.slice(start, size)) for start in range(0, len(personal), size)),
             (
-                sampler.sample_population(cold_start.slice(start, size))
+                sampler.sample_population(cold_start.slice(start, size), seed)
                 for start in range(0, len(cold_start), size)
             ),
         )
@@ -199,7 +242,7 @@ def sample_all(sampler: UserSampler, requested: pa.Table | None) -> Iterator[pa.
                 log_progress("sample", rows, total, logged - started)
 
 
-def users_by_bucket(sampler: UserSampler, requested: pa.Table | None) -> Iterator[pa.Table]:
+def users_by_bucket(sampler: UserSampler, requested: pa.Table | None, seed: int) -> Iterator[pa.Table]:
     """Yield a `users_table` per bucket of the histories. A null digest marks a cold-start user."""
     prior, histories = sampler.prior, sampler.histories
     num_buckets = 1 if histories is None else len(histories.users_of_bucket)
@@ -214,7 +257,7 @@ def users_by_bucket(sampler: UserSampler, requested: pa.Table | None) -> Iterato
         if requested is not None:
             users = requested.filter(pa.array(bucket_G == bucket))
         digest = known["history_digest"].take(pc.index_in(users["user_id"], value_set=known_id))
-        yield users_table(users, digest, bucket=bucket, seed=sampler.config.seed)
+        yield users_table(users, digest, bucket=bucket, seed=seed)
 
 
 def users_table(users: pa.Table, digest: pa.ChunkedArray, *, bucket: int, seed: int) -> pa.Table:
