@@ -16,22 +16,36 @@ def gallery(
     other: Annotated[str | None, typer.Option(help="Another catalog, to compare with side by side.")] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="Config of `rebeca generate`: its interactions show the liked items of each user."),
+        typer.Option(
+            help="Config of `rebeca generate`: its interactions show the liked items of each user, and its "
+            "models draw while a person steers."
+        ),
     ] = None,
     items: Annotated[
         str | None,
         typer.Option(help="Real items with their images, as `rebeca embed` reads them, to show liked items."),
     ] = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on. Beyond this machine, the printed address has a token.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 8400,
+    feedback: Annotated[
+        str | None,
+        typer.Option(
+            help="Parquet file that receives the votes that a person saves, such as a file of the "
+            "interactions. It may be new. Needs --config."
+        ),
+    ] = None,
+    bind: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Address to listen on; port 0: any free one. Beyond this machine, the printed address has "
+            "a token.",
+        ),
+    ] = "127.0.0.1:8400",
     name: Annotated[
         list[str] | None,
         typer.Option(help="Further host name by which browsers reach the gallery. May be repeated."),
     ] = None,
 ) -> None:
-    """Show a catalog in a browser: users, items, snapshots, comparisons. Nothing is written."""
+    """Show a catalog in a browser: users, items, snapshots, comparisons. With --config, steer users too."""
     from rebeca_ray.config.fields import absolute
     from rebeca_ray.config.jobs import GenerateConfig
     from rebeca_ray.errors import InputError
@@ -40,22 +54,27 @@ def gallery(
         settings = read_config(GenerateConfig, config, None) if config else None
         try:
             from rebeca_ray.gallery.app import Gallery
-            from rebeca_ray.gallery.serve import listen, serve
+            from rebeca_ray.gallery.serve import listen, parse_bind, serve
         except ImportError as error:
             raise InputError(
                 f"gallery: {error.name} is not installed; pip install 'rebeca-ray[gallery]'"
             ) from None
         from rebeca_ray.gallery.people import Histories, RealItems
         from rebeca_ray.gallery.source import Source
+        from rebeca_ray.gallery.steering import Steering
 
+        if feedback and settings is None:
+            raise InputError("--feedback: needs --config, whose interactions give the scale of ratings")
+        histories = Histories(settings.interactions) if settings and settings.interactions else None
         shown = Gallery(
             source=Source(catalog),
             other=Source(other) if other else None,
-            histories=Histories(settings.interactions) if settings and settings.interactions else None,
+            histories=histories,
             real_items=RealItems(absolute(items)) if items else None,
             config=absolute(str(config)) if config else None,
+            steering=Steering(settings, histories, feedback and absolute(feedback)) if settings else None,
         )
-        listening = listen(host, port, name or [])
+        listening = listen(*parse_bind(bind), name or [])
         print_result(f"gallery of {shown.source.root}: {listening.url} (Ctrl-C ends it)")
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with suppress(KeyboardInterrupt):

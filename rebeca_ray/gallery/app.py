@@ -6,17 +6,19 @@ Every handler is a plain function, so that Starlette runs it in a thread: a slow
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import parse_qsl, urlencode
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
@@ -37,10 +39,12 @@ from rebeca_ray.gallery.pictures import (
     read_row,
 )
 from rebeca_ray.gallery.source import Source, is_one_name
+from rebeca_ray.gallery.steering import Steering, votes_of
 from rebeca_ray.gallery.tables import PAGE, Position, Tables
 
 USERS_COMPARED = 20  # per page
 IMAGES_COMPARED = 8  # per user and side
+FORM_BYTES = 64 * 2**10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,7 @@ class Gallery:
     histories: Histories | None = None
     real_items: RealItems | None = None
     config: str | None = None  # the file of the run's config, which draws an item again
+    steering: Steering | None = None
 
 
 def build_app(gallery: Gallery, hosts: list[str], token: str | None = None) -> Starlette:
@@ -67,6 +72,8 @@ def build_app(gallery: Gallery, hosts: list[str], token: str | None = None) -> S
         Route("/map", pages.map),
         Route("/picture/{side}/{date}/{run_id}/{file}/{row}/{kind}", pages.picture),
         Route("/real", pages.real),
+        Route("/steered/{token}/{number}", pages.steered),
+        Route("/feedback", pages.feedback, methods=["POST"]),
         Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
     ]
     return Starlette(
@@ -91,7 +98,10 @@ class Pages:
 
     def tables(self, request: Request) -> Tables:
         """Return the tables of the snapshot that the address names, by default of the published one."""
-        date, run_id = (request.query_params.get(name, "") for name in ("date", "run"))
+        return self.tables_of(request.query_params)
+
+    def tables_of(self, values: Mapping[str, str]) -> Tables:
+        date, run_id = (values.get(name, "") for name in ("date", "run"))
         if is_one_name(date) and is_one_name(run_id):
             return self.gallery.source.at(date, run_id)
         return self.gallery.source.current()
@@ -138,7 +148,8 @@ class Pages:
         if row is None and user_id != POPULATION_USER:
             raise HTTPException(404, f"user {user_id!r} is not in this snapshot")
         histories = self.gallery.histories
-        num_likes, liked = histories.of(user_id) if histories and row else (0, [])
+        num_likes, liked = histories.liked_by(user_id) if histories and row else (0, [])
+        steering = self.gallery.steering
         return self.page(
             "user.html.j2",
             request,
@@ -151,7 +162,35 @@ class Pages:
             liked=liked,
             num_likes=num_likes,
             against=compared and (compared[0], compared[1], views.items_of(compared[1], user_id)),
+            steered=steering.look(tables, row, request.query_params) if steering and row else None,
+            saved=number(request, "saved"),
         )
+
+    def steered(self, request: Request) -> Response:
+        """Return an image that was drawn for a person who steers."""
+        values, steering = request.path_params, self.gallery.steering
+        number = whole(values["number"])
+        picture = steering.picture(values["token"], number) if steering and number is not None else None
+        return picture_response(picture, FOR_A_WHILE)
+
+    async def feedback(self, request: Request) -> Response:
+        """Save the votes of a form, and lead back to the user's page."""
+        form = dict(parse_qsl((await body_of(request)).decode(errors="replace")))
+        return await run_in_threadpool(self.save, form)
+
+    def save(self, form: dict[str, str]) -> Response:
+        steering, user_id, votes = self.gallery.steering, form.get("id", ""), votes_of(form)
+        tables = self.tables_of(form)
+        if steering is None or views.user_row(tables, user_id) is None:
+            raise HTTPException(404, f"user {user_id!r} is not in this snapshot")
+        known = {item["item_id"] for item in views.items_of(tables, user_id)}
+        if unknown := [item for item in votes if item not in known]:
+            raise HTTPException(404, f"item {unknown[0]!r} of user {user_id!r} is not in this snapshot")
+        if not votes:
+            raise HTTPException(422, "nothing is voted on: choose more or less for an image first")
+        steering.save(user_id, votes)
+        pinned = {name: value for name, value in form.items() if name in ("date", "run")}
+        return RedirectResponse(link("/user", pinned, id=user_id, saved=len(votes)), status_code=303)
 
     def item(self, request: Request) -> Response:
         """Show an item: its image and its row."""
@@ -277,6 +316,16 @@ class Pages:
         response = self.page("error.html.j2", request, None, message=text, status=status)
         response.status_code = status
         return response
+
+
+async def body_of(request: Request) -> bytes:
+    """Return the body of a request. Raises HTTPException for more than FORM_BYTES."""
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > FORM_BYTES:
+            raise HTTPException(413, f"the form has more than {FORM_BYTES:,} bytes")
+    return body
 
 
 def link(path: str, pinned: dict[str, str] | None = None, **query: Any) -> str:

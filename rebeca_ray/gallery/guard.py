@@ -59,6 +59,8 @@ class Guard:
                 421,
             )
         origin = headers.get("origin")
+        if origin is None and scope["method"] not in ("GET", "HEAD"):  # browsers send it with each form
+            return plain("a form must come from a page of this gallery: the header Origin is missing", 403)
         if origin is not None and origin.lower().partition("://")[2] != host.lower():
             return plain(f"origin {origin!r}: pages of other sites may not ask this gallery", 403)
         # Browsers say where a request comes from. A link from elsewhere may lead here, nothing else.

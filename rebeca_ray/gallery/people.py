@@ -35,40 +35,42 @@ class Liked:
 
 
 class Histories:
-    """The liked items of users, the latest first. Each user costs one pass over the interactions."""
+    """The ratings of users. Each user costs one pass over the interactions, and is remembered for a while."""
 
     def __init__(self, settings: InteractionSettings) -> None:
         self.settings = settings
         self.columns = check_columns(open_interactions(settings), schemas.INTERACTIONS)
         self.lock = threading.Lock()
-        self.remembered: OrderedDict[tuple[str, str], tuple[int, list[Liked]]] = OrderedDict()
+        self.remembered: OrderedDict[tuple[str, str], pa.Table] = OrderedDict()
 
-    def of(self, user_id: str) -> tuple[int, list[Liked]]:
+    def liked_by(self, user_id: str) -> tuple[int, list[Liked]]:
         """Return the number of a user's likes, and the latest LIKED_SHOWN of them."""
-        with self.lock:  # one pass at a time
-            return self.look_up(user_id)
+        rows = self.ratings_of(user_id)
+        if "rating" in rows.column_names:
+            rows = rows.filter(pc.greater_equal(rows["rating"], self.settings.like_threshold))
+        if "timestamp" in rows.column_names:
+            rows = rows.sort_by([("timestamp", "descending")])
+        liked = [
+            Liked(row["item_id"], row.get("rating"), row.get("timestamp"))
+            for row in rows.slice(0, LIKED_SHOWN).to_pylist()
+        ]
+        return rows.num_rows, liked
 
-    def look_up(self, user_id: str) -> tuple[int, list[Liked]]:
-        interactions = open_interactions(self.settings)
-        key = (user_id, interactions.digest())
-        if key not in self.remembered:
-            parts = [
-                batch.filter(pc.equal(batch["user_id"], user_id))
-                for batch in interactions.batches(self.columns, ROWS_AT_ONCE)
-            ]
-            rows = normalise(pa.concat_tables([self.columns.empty_table(), *parts]), self.settings.path)
-            if "rating" in rows.column_names:
-                rows = rows.filter(pc.greater_equal(rows["rating"], self.settings.like_threshold))
-            if "timestamp" in rows.column_names:
-                rows = rows.sort_by([("timestamp", "descending")])
-            liked = [
-                Liked(row["item_id"], row.get("rating"), row.get("timestamp"))
-                for row in rows.slice(0, LIKED_SHOWN).to_pylist()
-            ]
-            self.remembered[key] = rows.num_rows, liked
-            while len(self.remembered) > USERS_REMEMBERED:
-                self.remembered.popitem(last=False)
-        return self.remembered[key]
+    def ratings_of(self, user_id: str) -> pa.Table:
+        """Return all ratings of a user, as `schemas.INTERACTIONS` without impressions."""
+        with self.lock:  # one pass at a time
+            interactions = open_interactions(self.settings)
+            key = (user_id, interactions.digest())
+            if key not in self.remembered:
+                parts = [
+                    batch.filter(pc.equal(batch["user_id"], user_id))
+                    for batch in interactions.batches(self.columns, ROWS_AT_ONCE)
+                ]
+                rows = pa.concat_tables([self.columns.empty_table(), *parts]).combine_chunks()
+                self.remembered[key] = normalise(rows, self.settings.path)
+                while len(self.remembered) > USERS_REMEMBERED:
+                    self.remembered.popitem(last=False)
+            return self.remembered[key]
 
 
 class RealItems:

@@ -5,7 +5,7 @@ import os
 import secrets
 import socket
 from dataclasses import dataclass
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 import uvicorn
 
@@ -26,6 +26,18 @@ class Listening:
     url: str
 
 
+def parse_bind(bind: str) -> tuple[str, int]:
+    """Return the host and the port of `HOST:PORT`, with 8400 for a missing port."""
+    try:
+        parts = urlsplit(f"//{bind}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if host is None or parts.netloc != bind:
+        raise InputError(f"--bind {bind}: is no HOST:PORT; give such as 127.0.0.1:8400 or [::1]:8400")
+    return host, 8400 if port is None else port
+
+
 def listen(host: str, port: int, names: list[str]) -> Listening:
     """Open a port. Raises InputError if that is not possible.
 
@@ -37,7 +49,7 @@ def listen(host: str, port: int, names: list[str]) -> Listening:
         server = socket.create_server((host, port), family=family)
     except (OSError, UnicodeError) as error:
         raise InputError(
-            f"gallery: {host}:{port} cannot be opened ({describe(error)}); give another --port or --host"
+            f"gallery: {host}:{port} cannot be opened ({describe(error)}); give another address with --bind"
         ) from None
     token = os.environ.get(TOKEN)
     if token is None and (names or not is_loopback(host)):

@@ -84,6 +84,25 @@ class Steerer:
         self.renderer = Renderer(decoder)
 
     @property
+    def reads_histories(self) -> bool:
+        """Whether votes have an effect."""
+        return self.loaded.prior.settings.user_encoder == "history"
+
+    @property
+    def has_selector(self) -> bool:
+        return self.loaded.prior.selector is not None
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether steps and guidance are built into the prior."""
+        return self.loaded.prior.sampling.distilled_steps is not None
+
+    @property
+    def has_guidance(self) -> bool:
+        """Whether the prior was trained for classifier-free guidance and can still be guided."""
+        return not self.is_distilled and self.loaded.prior.condition_dropout > 0
+
+    @property
     def sampler(self) -> SamplerSettings:
         """The sampler of the config, with its defaults filled in."""
         prior = self.loaded.prior

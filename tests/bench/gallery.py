@@ -141,7 +141,7 @@ def picture(random: np.random.Generator, size: int) -> bytes:
 def served(root: str, environment: dict[str, str]) -> Iterator[tuple[str, psutil.Process]]:
     """Run `rebeca gallery` in a fresh process; yield its address."""
     port = free_port()
-    command = [Path(sys.executable).parent / "rebeca", "gallery", root, "--port", str(port)]
+    command = [Path(sys.executable).parent / "rebeca", "gallery", root, "--bind", f"127.0.0.1:{port}"]
     process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     for _ in range(600):

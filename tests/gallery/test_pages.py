@@ -18,7 +18,7 @@ from rebeca_ray.gallery import source as source_module
 from rebeca_ray.gallery import tables as tables_module
 from rebeca_ray.gallery.app import Gallery
 from rebeca_ray.gallery.map import cells
-from rebeca_ray.gallery.serve import listen
+from rebeca_ray.gallery.serve import listen, parse_bind
 from rebeca_ray.gallery.source import Source
 from rebeca_ray.gallery.tables import Position, Tables
 from rebeca_ray.gallery.views import ITEM, filter_of
@@ -297,6 +297,15 @@ def test_beyond_this_machine_and_behind_a_name_a_token_is_needed(monkeypatch: py
             listen(host, port, [])
     for listening in (*opened, fixed):
         listening.server.close()
+
+
+def test_an_address_to_listen_on_has_a_host_and_a_port() -> None:
+    assert parse_bind("127.0.0.1:0") == ("127.0.0.1", 0)
+    assert parse_bind("localhost") == ("localhost", 8400)
+    assert parse_bind("[::1]:81") == ("::1", 81)
+    for bind in ("", ":80", "host:port", "host:99999", "host/path", "[::1"):
+        with pytest.raises(InputError, match="is no HOST:PORT; give such as 127.0.0.1:8400"):
+            parse_bind(bind)
 
 
 def test_a_token_opens_the_gallery_once_and_a_cookie_keeps_it_open(gallery: Gallery) -> None:
