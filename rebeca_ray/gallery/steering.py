@@ -35,7 +35,8 @@ VOTES: Mapping[str, bool] = {"more": True, "less": False}
 DRAWINGS = 32  # whose images are kept
 SAME = "Without votes and changes, these are the published images."
 NOT_SAME = (
-    "These differ from the published images: the config, the models or the ratings are not those of the run."
+    "These differ from the published images: models, ratings, settings or the number of images are not those "
+    "of the run."
 )
 
 
@@ -169,6 +170,8 @@ def votes_of(query: Mapping[str, str]) -> dict[str, bool]:
 
 def sliders_of(steerer: "Steerer", query: Mapping[str, str]) -> list[Slider]:
     """Return the settings that the prior can follow, at the values of the address or else of the config."""
+    from rebeca_ray.halves.steer import Settled
+
     sampler, selection = steerer.sampler, steerer.config.selection
     sliders = []
 
@@ -200,6 +203,8 @@ def sliders_of(steerer: "Steerer", query: Mapping[str, str]) -> list[Slider]:
         )
     if not steerer.is_distilled:
         add("num_inference_steps", "Steps", 3, 30, 1, sampler.num_inference_steps)
+    if steerer.reads_histories:
+        add("ratings_per_vote", "Ratings per vote", 1, 64, 1, Settled().ratings_per_vote)
     add("candidates_per_item", "Candidates per image", 1, 64, 1, selection.candidates_per_item)
     add("diversity", "Diversity", 0, 1, 0.05, selection.diversity)
     return sliders

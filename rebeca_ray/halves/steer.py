@@ -49,6 +49,7 @@ class Settled(Settings):
     num_inference_steps: Annotated[int, Field(ge=1, le=50)] | None = None
     candidates_per_item: Annotated[int, Field(ge=1, le=64)] | None = None
     diversity: Fraction | None = None
+    ratings_per_vote: Annotated[int, Field(ge=1, le=64)] = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +112,9 @@ class Steerer:
     def draw(self, user: SteeredUser, votes: Mapping[str, bool], settled: Settled) -> pa.Table:
         """Return IMAGES rows, best first: `schemas.IMAGES`, `rank` and `like_probability`.
 
-        `votes` says of items whether the user likes them, in place of earlier ratings. Raises InputError for
-        a setting that the prior cannot follow.
+        `votes` says of items whether the user likes them, in place of earlier ratings. A vote counts as
+        several ratings, or it would get lost among hundreds. Raises InputError for a setting that the prior
+        cannot follow.
         """
         config = self.with_settings(settled)
         row = request_row(config.request, user.user_id)
@@ -120,7 +122,7 @@ class Steerer:
         users = users_table(row, pa.chunked_array([digest]), bucket=0, seed=user.generation)
         keys = UserSampler(self.config, self.loaded).keys(users)
         with tempfile.TemporaryDirectory(prefix="rebeca-steer-") as folder:
-            histories, rated_ID = self.history(user, votes, folder)
+            histories, rated_ID = self.history(user, votes, settled.ratings_per_vote, folder)
             chosen = UserSampler(config, self.loaded, histories, rated_ID).choose(users, keys)
         prompt, negative = (text_of(row, name) for name in ("prompt", "negative_prompt"))
         count = len(chosen.rank_K)
@@ -143,7 +145,7 @@ class Steerer:
 
     def with_settings(self, settled: Settled) -> GenerateConfig:
         """Return the config with a person's settings in place of its own."""
-        changes = settled.model_dump(exclude_none=True)
+        changes = settled.model_dump(exclude_none=True, exclude={"ratings_per_vote"})
         sampler = {name: value for name, value in changes.items() if name in SamplerSettings.model_fields}
         selection = {name: value for name, value in changes.items() if name not in sampler}
         config = self.config.model_copy(
@@ -156,13 +158,13 @@ class Steerer:
         return config
 
     def history(
-        self, user: SteeredUser, votes: Mapping[str, bool], folder: str
+        self, user: SteeredUser, votes: Mapping[str, bool], ratings_per_vote: int, folder: str
     ) -> tuple[Histories | None, np.ndarray | None]:
         """Write the user's history below `folder`. Return it, and the embeddings [I, D] that it counts."""
         items, settings = self.loaded.items, self.config.interactions
         if items is None or settings is None:
             return None, None if items is None else items.image_embeds
-        ratings = with_votes(user, votes, settings)
+        ratings = with_votes(user.ratings, user.user_id, votes, settings)
         rated_id = ratings["item_id"].combine_chunks()
         embed_dim = items.image_embeds.shape[1]
         folder_of_rated = rated_folder(self.config.catalog, self.loaded.prior.clip, embed_dim)
@@ -173,7 +175,16 @@ class Steerer:
             embeds = generated["image_embeds"].combine_chunks().flatten().to_numpy()
             ids = np.concatenate([ids, generated["item_id"].to_numpy(zero_copy_only=False)])
             rated_ID = np.concatenate([rated_ID, embeds.reshape(-1, embed_dim)])
-        known = ratings.filter(pc.is_in(rated_id, value_set=pa.array(ids, pa.string())))
+        # Further ratings per vote are ratings of copies, since nobody rates an item twice.
+        rows = pc.index_in(pa.array(votes, pa.string()), value_set=pa.array(ids, pa.string())).to_pylist()
+        row_of: dict[str, int] = {item: row for item, row in zip(votes, rows, strict=True) if row is not None}
+        copies = {f"{item} #{number}": item for item in row_of for number in range(1, ratings_per_vote)}
+        if copies:
+            rated_ID = np.concatenate([rated_ID, rated_ID[[row_of[item] for item in copies.values()]]])
+            ids = np.concatenate([ids, np.array([*copies], object)])
+            again = {copy: votes[item] for copy, item in copies.items()}
+            ratings = with_votes(ratings, user.user_id, again, settings)
+        known = ratings.filter(pc.is_in(ratings["item_id"], value_set=pa.array(ids, pa.string())))
         if not known.num_rows:
             write_histories(schemas.HISTORIES.empty_table(), folder, 0)
             return Histories(uri=folder, users_of_bucket=[0], digest=""), rated_ID
@@ -184,17 +195,18 @@ class Steerer:
         return build_histories(serving, ids, folder), rated_ID
 
 
-def with_votes(user: SteeredUser, votes: Mapping[str, bool], settings: InteractionSettings) -> pa.Table:
-    """Return the user's ratings, with a vote in place of an earlier rating of the same item.
+def with_votes(
+    ratings: pa.Table, user_id: str, votes: Mapping[str, bool], settings: InteractionSettings
+) -> pa.Table:
+    """Return a user's ratings, with a vote in place of an earlier rating of the same item.
 
     A vote counts as given at the time of the user's latest rating.
     """
     dislike, like = settings.rating_scale
-    ratings = user.ratings
     if "rating" not in ratings.column_names:  # then all are likes
         ratings = ratings.append_column("rating", pa.array([like] * ratings.num_rows, pa.float32()))
     voted = {
-        "user_id": [user.user_id] * len(votes),
+        "user_id": [user_id] * len(votes),
         "item_id": [*votes],
         "rating": [like if liked else dislike for liked in votes.values()],
     }

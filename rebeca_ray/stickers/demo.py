@@ -78,12 +78,16 @@ def run_demo(*, out: Path, data: Path, num_users: int, seed: int) -> TruthCheck:
     prepare_folders(out, data)
     embed = parse_config(EmbedConfig, settings_in(data, "embed"), where="demo")
     train = parse_config(TrainConfig, settings_in(data, "train"), where="demo")
-    generate = parse_config(GenerateConfig, settings_in(data, "generate"), where="demo")
+    settings = settings_in(data, "generate")
+    generate = parse_config(GenerateConfig, settings, where="demo")
     # The report judges by ratings that neither the training nor the generator sees.
-    apart = {"interactions": train.interactions.model_copy(update={"hold_out": 0.05, "test": 0.1})}
-    train = train.model_copy(update=apart)
-    generate = generate.model_copy(update={**apart, "hide_hold_out": True})
-    (data / "generate.yaml").write_text(yaml.safe_dump(settings_in(data, "generate"), sort_keys=False))
+    apart = {"hold_out": 0.05, "test": 0.1}
+    interactions_apart = train.interactions.model_copy(update=apart)
+    train = train.model_copy(update={"interactions": interactions_apart})
+    generate = generate.model_copy(update={"interactions": interactions_apart, "hide_hold_out": True})
+    # With this config, the gallery and `rebeca generate` draw the same images again.
+    settings |= {"interactions": {"path": train.interactions.path, **apart}, "hide_hold_out": True}
+    (data / "generate.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
 
     with phases("Simulate users"):
         ratings = simulate(num_users, seed, data)

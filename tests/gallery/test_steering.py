@@ -104,6 +104,7 @@ def test_without_a_change_the_images_are_the_published_ones(gallery: Gallery, sn
         "prior_guidance_scale": (1, 10, 2),
         "selector_guidance_scale": (0, 20, 0),
         "num_inference_steps": (3, 30, 4),
+        "ratings_per_vote": (1, 64, 8),
         "candidates_per_item": (1, 64, 16),
         "diversity": (0, 1, 0.15),
     }

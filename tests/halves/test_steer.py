@@ -79,7 +79,7 @@ def test_votes_change_taste_as_saved_ratings_would(
         return chosen
 
     monkeypatch.setattr(sample_module.UserSampler, "choose", keep)
-    drawn = Steerer(night).draw(user, votes, Settled())
+    drawn = Steerer(night).draw(user, votes, Settled(ratings_per_vote=1))
     assert not {*pictures(drawn)} & {*snapshot.images(snapshot.for_user("user-0"))}
     assert list(Path(night.catalog).glob("rated/*")) == []  # nothing is written
 
@@ -124,6 +124,9 @@ def test_a_user_without_ratings_follows_votes_too(night: GenerateConfig) -> None
         pictures(steerer.draw(user, votes, Settled())) for votes in ({}, {"real-7": True}, {"real-7": False})
     )
     assert len({*without, *liked, *disliked}) == 3 * IMAGES
+    heavier = pictures(steerer.draw(user, {"real-7": True, "real-9": True}, Settled(ratings_per_vote=16)))
+    lighter = pictures(steerer.draw(user, {"real-7": True, "real-9": True}, Settled(ratings_per_vote=1)))
+    assert heavier != lighter
     # An item that nothing holds an embedding of changes nothing.
     assert pictures(steerer.draw(user, {"unknown": True}, Settled())) == without
 
