@@ -21,6 +21,7 @@ app.add_typer(stickers, name="stickers")
 app.add_typer(catalog_commands.app, name="catalog")
 app.add_typer(data_commands.app, name="data")
 app.command()(first_hour.doctor)
+app.command()(first_hour.init)
 app.command()(gallery_command.gallery)
 
 Config = Annotated[Path, typer.Option(help="YAML file with the settings; jobs/configs has examples.")]
