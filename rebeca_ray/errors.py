@@ -17,6 +17,10 @@ class UserError(ValueError):
     def __init__(self, *arguments: object) -> None:
         super().__init__(*(redacted(text) if isinstance(text, str) else text for text in arguments))
 
+    def _render_traceback_(self) -> list[str]:
+        """Return one line, which IPython shows in place of a traceback."""
+        return [f"{type(self).__name__}: {self}".splitlines()[0]]
+
 
 class InputError(UserError):
     """The input or the config is invalid, or a file cannot be used."""

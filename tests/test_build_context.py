@@ -102,3 +102,4 @@ def test_the_build_context_is_enough_to_build_the_package(tmp_path: Path) -> Non
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {"rebeca_ray/cli/commands.py", "rebeca_ray/model_repository/decoder/1/model.py"} <= set(names)
+    assert "rebeca_ray/py.typed" in names  # or type checkers ignore the package's types

@@ -7,15 +7,33 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from rebeca_ray import schemas
 from rebeca_ray.catalog.read_errors import explained
 from rebeca_ray.catalog.row_groups import EncodedImage, read_rows
 from rebeca_ray.errors import InputError
+from rebeca_ray.inline import Images
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rebeca_ray.catalog.read import Snapshot
 
 FILES_AT_ONCE = 16
 LOCATION = ("image_file", "image_row")
+FIRST_ITEMS = 24  # shown of a snapshot if nobody names a user
+
+
+def show_items(snapshot: Snapshot, user_ids: Sequence[str] | None) -> Images:
+    """Return the items of some users with their images; without users, the first items of one file."""
+    columns = [name for name in snapshot.schema("items").names if name != "image_embeds"]
+    if user_ids is not None:
+        items = snapshot.items(columns, user_ids)
+    else:
+        paths = snapshot.paths("items")[:1]
+        with explained(snapshot, *paths):
+            items = snapshot.dataset_of("items", paths).head(FIRST_ITEMS, columns=columns)
+    images = pa.array(read_images(snapshot, items), schemas.IMAGES.field("image").type)
+    return Images(items.append_column("image", images))
 
 
 def read_images(snapshot: Snapshot, items: pa.Table) -> list[EncodedImage]:

@@ -26,6 +26,7 @@ from rebeca_ray.catalog.user_files import File, UserFiles
 from rebeca_ray.config.fields import absolute
 from rebeca_ray.errors import InputError
 from rebeca_ray.identity import bucket_of
+from rebeca_ray.inline import Images, figures_html
 from rebeca_ray.storage.filesystem import exists, join
 from rebeca_ray.storage.parquet import PARQUET
 from rebeca_ray.storage.store import failure_types, open_store
@@ -229,6 +230,21 @@ class Snapshot:
         from rebeca_ray.catalog.images import read_images
 
         return read_images(self, items)
+
+    def show(self, user_ids: Sequence[str] | None = None) -> Images:
+        """Return items of users with their images, which a notebook shows; without users, the first items.
+
+        `rr.read_catalog("s3://bucket/catalog").show(["ann", "ben"])` is a grid of all their images.
+        """
+        from rebeca_ray.catalog.images import show_items
+
+        return show_items(self, user_ids)
+
+    def __repr__(self) -> str:
+        return f"Snapshot of run {self.run_id} in {self.root}"
+
+    def _repr_html_(self) -> str:
+        return figures_html(repr(self), self.manifest.counts.model_dump()) + self.show()._repr_html_()
 
     def changed_users(self, since: str, bucket: int | None = None) -> list[str]:
         """Return the users with other items than in the snapshot of run `since`, sorted.

@@ -220,7 +220,7 @@ def sample(
         settings = with_overrides(SampleConfig, options, overrides, where="options")
         from rebeca_ray.halves.sample import sample_embeddings
 
-        print_result(output.sampled(sample_embeddings(settings), settings.out))
+        print_result(output.sampled(sample_embeddings(settings), str(settings.out)))
 
 
 @app.command()

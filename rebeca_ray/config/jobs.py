@@ -230,15 +230,16 @@ class GenerateConfig(JobConfig):
 
 
 class SampleConfig(Settings):
-    """`rebeca sample`: prior + users -> a file of embeddings, for another decoder."""
+    """`rebeca sample`: prior + users -> embeddings, for a notebook or another decoder."""
 
     prior: Annotated[Location, Effect.CONTENT]
     """Folder of the prior, written by `rebeca train` or `rebeca distill`."""
     users: Annotated[Location | None, Effect.CONTENT] = None
     """Parquet file or folder of the users, in a column `user_id`, with `item_id` and `strength` for variants
     of real items. By default, it is all users of the prior's table, or all users with ratings."""
-    out: Annotated[Location, Effect.NOTHING]
-    """Parquet file that receives the embeddings. It may not exist yet."""
+    out: Annotated[Location | None, Effect.NOTHING] = None
+    """Parquet file that receives the embeddings. It may not exist yet. By default, they stay in memory, for
+    `rebeca_ray.sample` in a notebook."""
     items: Annotated[Location | None, Effect.CONTENT] = None
     """Folder of embedded real items, for variants and to avoid copies of them.
     A prior with the user encoder `history` needs it."""

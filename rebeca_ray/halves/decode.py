@@ -1,6 +1,6 @@
 """Decode embeddings alone: the second half of a night, for notebooks, and for embeddings of your own.
 
-embeddings of `rebeca sample`, or any others -> the decoder of a config -> one Parquet file of images
+embeddings of `rebeca sample`, or any others -> the decoder of a config -> images in a file or a table
 
 The rows keep their order and their other columns, but those with the name of an image's column. The noise of
 an image follows from the row's `item_id`, or from the embedding where there is none: the same embeddings give
@@ -66,16 +66,30 @@ def decode_embeddings(embeds: str, decoder: DecoderSettings, out: str) -> Decode
         [*kept, *DRAWN], metadata=schemas.with_mark(schemas.IMAGES, decoder.provenance).metadata
     )
     decoded = Decoded()
-    batches = decoded.counted(renderer.batches(source, schema, written))
-    write_tables(batches, written, out, row_group_size=IMAGES_PER_GROUP)
+    embeddings = source.batches(schema, decoder.batch_size)
+    images = (
+        batch.select(written.names).cast(written) for batch in renderer.batches(embeddings, source.num_rows)
+    )
+    write_tables(decoded.counted(images), written, out, row_group_size=IMAGES_PER_GROUP)
     return decoded
 
 
 def decode_table(table: pa.Table, decoder: DecoderSettings) -> pa.Table:
-    """Return the rows of a table of embeddings with their images, in memory, as `decode_embeddings` does."""
+    """Return the rows of a table of embeddings with their images, in memory, as `decode_embeddings` does.
+
+    Raises InputError for anything but a table of embeddings that the decoder can read.
+    """
+    if not isinstance(table, pa.Table):
+        raise InputError(
+            f"embeddings: are a {type(table).__name__}, expected a pyarrow table with a column {EMBEDS!r}; "
+            "give the result of `rebeca_ray.sample`, or make one with pyarrow.table"
+        )
     if EMBEDS not in table.column_names:
-        raise missing("the table", table.column_names)
-    return Renderer(choose(decoder)).render(table)
+        raise missing("in memory", table.column_names)
+    decoder = choose(decoder)
+    rows = range(0, max(1, len(table)), decoder.batch_size)
+    embeddings = (table.slice(start, decoder.batch_size) for start in rows)
+    return pa.concat_tables(Renderer(decoder).batches(embeddings, len(table)))
 
 
 def check_source(source: ParquetInput, embed_dim: int, model: str) -> pa.Schema:
@@ -110,15 +124,15 @@ class Renderer:
         self.decoder: Decoder = build_decoder(settings)
         self.signer = load_signer(settings, identity.fingerprint(settings))
 
-    def batches(self, source: ParquetInput, schema: pa.Schema, written: pa.Schema) -> Iterator[pa.Table]:
-        """Yield all rows with their images, some at a time."""
+    def batches(self, embeddings: Iterator[pa.Table], total: int) -> Iterator[pa.Table]:
+        """Yield batches of embeddings with their images, and log the progress among `total` rows."""
         rows, started, logged = 0, time.monotonic(), time.monotonic()
-        for batch in source.batches(schema, self.settings.batch_size):
-            yield self.render(batch).select(written.names).cast(written)
+        for batch in embeddings:
+            yield self.render(batch)
             rows += batch.num_rows
             if time.monotonic() - logged > SECONDS_BETWEEN_LINES:
                 logged = time.monotonic()
-                log_progress("decode", rows, source.num_rows, logged - started)
+                log_progress("decode", rows, total, logged - started)
 
     def render(self, batch: pa.Table) -> pa.Table:
         """Return rows without their embeddings, and with the columns of `schemas.IMAGES`.

@@ -1,6 +1,6 @@
 """Sample embeddings alone: for notebooks, and for people with a decoder of their own.
 
-prior + users -> their histories or table rows, bucket by bucket -> the choice of planning -> one Parquet file
+prior + users -> their histories or table rows, bucket by bucket -> the choice of planning -> embeddings
 
 An embedding is the one that `rebeca generate` would plan for the same user and rank. Cold-start users share
 the embeddings of the population, as they share its items in a catalog, unless they name an item.
@@ -9,7 +9,7 @@ Shapes: G users, K embeddings, D embed dim.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -28,7 +28,7 @@ from rebeca_ray.data.feedback import with_rated
 from rebeca_ray.data.histories import Histories, build_histories
 from rebeca_ray.data.items import EmbeddedItems, check_items_fit, read_image_embeds
 from rebeca_ray.data.validation import check_columns, check_ids, check_numbers, check_rows, check_texts
-from rebeca_ray.errors import InputError
+from rebeca_ray.errors import InputError, describe, shown
 from rebeca_ray.generation.context import with_current_versions
 from rebeca_ray.generation.plan import arrow_column, plan_keys, settings_of_key, users_per_batch
 from rebeca_ray.generation.progress import SECONDS_BETWEEN_LINES, log_progress
@@ -57,21 +57,12 @@ class Sampled:
 def sample_embeddings(config: SampleConfig) -> Sampled:
     """Write the embeddings of the users to `config.out`, which appears when it is complete.
 
-    Raises InputError for an output that exists, for users without ids or repeated ones, and for a prior that
-    misses an input or cannot follow the settings.
+    Raises InputError for an output that is missing or exists, and as `open_sampler` does.
     """
+    if config.out is None:
+        raise InputError("out: is missing; give a Parquet file that receives the embeddings")
     require_new_parquet(config.out)
-    config = with_current_versions(config)
-    prior_config = read_prior_config(config.prior)
-    check_prior_can(config, prior_config)
-    if config.items is not None:
-        check_items_fit(config.items, prior_config)
-    requested = None if config.users is None else read_users(config.users, config.items)
-    sampler = UserSampler.open(config)
-    if requested is None and sampler.prior.users is not None:
-        requested = sampler.prior.users.select(["user_id"])
-    if requested is None and sampler.prior.settings.user_encoder != "history":
-        raise InputError(f"prior {config.prior}: knows no users; give --users instead of --all")
+    sampler, requested = open_sampler(config)
     written = write_tables(
         sample_all(sampler, requested, config.seed),
         sampler.schema,
@@ -84,6 +75,57 @@ def sample_embeddings(config: SampleConfig) -> Sampled:
         users=written["rows"] // config.num_images,
         cold_start_users=sampler.cold_start_users,
     )
+
+
+def sample_table(config: SampleConfig, users: Sequence[str] | None = None) -> pa.Table:
+    """Return the embeddings in memory, the rows that `sample_embeddings` writes.
+
+    `users` are the ids of users, in place of those of `config.users`. Raises InputError for a config with an
+    output, and as `open_sampler` does.
+    """
+    if config.out is not None:
+        raise InputError(
+            f"out {config.out}: is set, but the embeddings stay in memory; leave it out, "
+            "or write the file with `rebeca sample`"
+        )
+    sampler, requested = open_sampler(config, None if users is None else table_of(users))
+    return pa.concat_tables([sampler.schema.empty_table(), *sample_all(sampler, requested, config.seed)])
+
+
+def open_sampler(
+    config: SampleConfig, requested: pa.Table | None = None
+) -> "tuple[UserSampler, pa.Table | None]":
+    """Return the sampler and the users of a config, or those that are `requested`. None means all users.
+
+    Raises InputError for users without ids or repeated ones, and for a prior that misses an input or cannot
+    follow the settings.
+    """
+    config = with_current_versions(config)
+    prior_config = read_prior_config(config.prior)
+    check_prior_can(config, prior_config)
+    if config.items is not None:
+        check_items_fit(config.items, prior_config)
+    if requested is None and config.users is not None:
+        requested = read_users(config.users, config.items)
+    sampler = UserSampler.open(config)
+    if requested is None and sampler.prior.users is not None:
+        requested = sampler.prior.users.select(["user_id"])
+    if requested is None and sampler.prior.settings.user_encoder != "history":
+        raise InputError(f"prior {config.prior}: knows no users; give users instead of all")
+    return sampler, requested
+
+
+def table_of(user_ids: Sequence[str]) -> pa.Table:
+    """Return users as a table. Raises InputError for a single name, for none, and for repeated ids."""
+    if isinstance(user_ids, str):
+        raise InputError(f"users: are the text {shown(user_ids)}; give a list of users, [{shown(user_ids)}]")
+    try:
+        users = pa.table({"user_id": pa.array(user_ids, pa.string())})
+    except (pa.ArrowException, TypeError) as error:
+        raise InputError(f"users: are no list of texts ({describe(error)}); give ids of users") from None
+    check_rows(users, "users", "in memory")
+    check_ids(users["user_id"], "users", "in memory", "user_id", unique="keep one of each")
+    return users
 
 
 def read_users(uri: str, items: str | None) -> pa.Table:

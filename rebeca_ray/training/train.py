@@ -72,7 +72,7 @@ def train_prior(config: TrainConfig, *, run_date: datetime.date | None = None) -
         replace_version(config.out, "prior", "train") as version,
         watchdog(activity, config.stall_minutes, on_stall=version.lease.release),
     ):
-        prior = fit_prior(config, items, activity)
+        prior = calibrated_prior(config, items, activity)
         publish_prior(prior, version, run_date)
     return prior.metrics
 
@@ -184,7 +184,7 @@ def start_run(
     return result
 
 
-def fit_prior(config: TrainConfig, items: EmbeddedItems, activity: Activity) -> TrainedPrior:
+def calibrated_prior(config: TrainConfig, items: EmbeddedItems, activity: Activity) -> TrainedPrior:
     """Return the prior of the best epoch, calibrated. Progress is noted in `activity`.
 
     Raises InputError if the loss diverges; the best epoch's checkpoint stays in the storage.

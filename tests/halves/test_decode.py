@@ -10,7 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-import rebeca_ray
+import rebeca_ray as rr
 from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.cli.commands import app
 from rebeca_ray.config.jobs import GenerateConfig
@@ -48,11 +48,13 @@ def test_the_items_of_a_catalog_give_its_images_again(config: GenerateConfig, tm
 
 def test_equal_embeddings_give_equal_images_in_any_order_and_in_memory(config: GenerateConfig) -> None:
     table = embeddings(5)
-    images = decode_table(table, config.decoder)["image"].to_pylist()
+    shown = rr.decode(table, config, "decoder.batch_size=2")
+    assert shown.table["name"].to_pylist() == table["name"].to_pylist()
+    images = shown.table["image"].to_pylist()
+    assert rr.decode(table, config.decoder, "batch_size=2").table == shown.table
     assert len({image["bytes"] for image in images}) == 5
     others = decode_table(table.take([4, 0, 2]), config.decoder)["image"].to_pylist()
     assert others == [images[4], images[0], images[2]]
-    assert rebeca_ray.decode_table is decode_table
 
 
 def test_the_command_writes_images_or_one_line_and_nothing(config: GenerateConfig, tmp_path: Path) -> None:
@@ -83,6 +85,8 @@ def test_the_command_writes_images_or_one_line_and_nothing(config: GenerateConfi
     assert not (tmp_path / "new.parquet").exists()
     with pytest.raises(InputError, match="column 'image_embeds' is missing"):
         decode_table(pa.table({"name": ["a"]}), config.decoder)
+    with pytest.raises(InputError, match="embeddings: are a list, expected a pyarrow table"):
+        decode_table([[0.0] * D], config.decoder)
 
 
 def test_a_row_that_cannot_be_drawn_costs_itself_alone(

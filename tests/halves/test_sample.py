@@ -11,17 +11,19 @@ import pyarrow.parquet as pq
 import pytest
 from s3fs import S3FileSystem
 
+import rebeca_ray as rr
 from rebeca_ray import identity, schemas
 from rebeca_ray.catalog.layout import POPULATION_USER
 from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.cli.commands import app
-from rebeca_ray.config.jobs import GenerateConfig, SampleConfig
-from rebeca_ray.config.sections import SelectionSettings
+from rebeca_ray.config.jobs import GenerateConfig, SampleConfig, TrainConfig
+from rebeca_ray.config.sections import InteractionSettings, NetworkSettings, SelectionSettings
 from rebeca_ray.data import histories as histories_module
 from rebeca_ray.errors import InputError
 from rebeca_ray.generation.plan import settings_of_key
 from rebeca_ray.halves import sample as sample_module
 from rebeca_ray.halves.sample import Sampled, UserSampler, sample_embeddings
+from rebeca_ray.notebook import FittedPrior
 from rebeca_ray.prior.checkpoint import load_prior
 from rebeca_ray.prior.selector import Selector
 from rebeca_ray.storage.filesystem import exists, list_files
@@ -83,6 +85,40 @@ def test_the_embeddings_are_those_that_planning_chooses(
     rows = plan(config, pa.table({"user_id": [*USERS[:5], *STRANGERS]})).to_pylist()
     assert rows_of(sampling.out) == planned_rows(rows, STRANGERS)
     assert len({tuple(row["image_embeds"]) for row in rows}) == 18  # the two strangers share three
+
+
+def test_a_table_in_memory_equals_the_file(sampling: SampleConfig) -> None:
+    sample_embeddings(sampling)
+    in_memory = sampling.model_copy(update={"out": None})
+    table = rr.sample(in_memory)
+    assert table == read_table(str(sampling.out), "out")
+    assert table.schema.metadata[b"rebeca.prior"] == load_prior(sampling.prior).fingerprint.encode()
+    fitted = FittedPrior(
+        folder=sampling.prior,
+        figures={},
+        config=TrainConfig(
+            interactions=InteractionSettings(path="absent"),
+            items=str(sampling.items),
+            out=sampling.prior,
+            storage=sampling.storage,
+            network=NetworkSettings(user_encoder="id"),
+        ),
+    )
+    settings = ["num_images=2", "sampler.num_inference_steps=4"]
+    some = rr.sample(fitted, *settings, users=[USERS[3], USERS[1]])
+    assert some["user_id"].to_pylist() == [USERS[3]] * 2 + [USERS[1]] * 2
+    assert some == rr.sample(fitted.sample_config(), *settings, users=[USERS[3], USERS[1]])
+    for config, users, message in (
+        (sampling, None, "is set, but the embeddings stay in memory; leave it out"),
+        (in_memory, "ann", "users: are the text 'ann'; give a list of users"),
+        (in_memory, [1], "users: are no list of texts"),
+        (in_memory, [], "users in memory: "),
+        (in_memory, ["a", "a"], "1 user_ids are repeated"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            rr.sample(config, users=users)
+    with pytest.raises(InputError, match="out: is missing; give a Parquet file"):
+        sample_embeddings(in_memory)
 
 
 def test_the_file_has_its_schema_and_names_its_models(sampling: SampleConfig) -> None:
@@ -294,7 +330,7 @@ def test_prior_users_and_output_may_be_in_an_object_store(
         ),
         (
             "--prior none --out e.parquet --all",
-            "prior {folder}/none: knows no users; give --users instead of --all",
+            "prior {folder}/none: knows no users; give users instead of all",
         ),
     ],
 )

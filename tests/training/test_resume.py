@@ -98,7 +98,7 @@ def test_one_of_two_trainings_works_and_a_kill_leaves_the_prior(
         prior.network.null_user_UH.data.fill_(next(seeds))
         return prior
 
-    monkeypatch.setattr(train, "fit_prior", fit)
+    monkeypatch.setattr(train, "calibrated_prior", fit)
     train_prior(config, run_date=datetime.date(2026, 3, 1))
     first = load_prior(config.out).fingerprint
     assert current_version(config.out, "prior").endswith(f"_versions/00000001-{first}")
@@ -156,7 +156,7 @@ def test_an_interrupted_fit_ends_as_an_interrupt(code: int, kind: type[BaseExcep
 def test_a_full_disk_leaves_the_prior(world: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     config = configure(world)
     prior = untrained_prior(config.network.model_copy(update={"user_encoder": "history"}))
-    monkeypatch.setattr(train, "fit_prior", lambda *_: prior)
+    monkeypatch.setattr(train, "calibrated_prior", lambda *_: prior)
     train_prior(config)
     before = load_prior(config.out).fingerprint
 
