@@ -10,7 +10,8 @@ export PATH := $(abspath $(BIN)):$(PATH)
 help:
 	@echo "make demo    the whole job on the bundled stickers, then demo/report.html"
 	@echo "make test    lint, type checks and all tests"
-	@echo "make lint | format | docs | bench | lock | clean"
+	@echo "make docs    the generated pages, and the documentation site in infra/site"
+	@echo "make lint | format | bench | lock | clean"
 
 setup: $(VENV)/.ready
 
@@ -46,6 +47,8 @@ format: setup
 docs: setup
 	$(BIN)/python -m rebeca_ray.config.reference > infra/docs/configuration.md
 	$(BIN)/python -m rebeca_ray.studies.metrics > infra/docs/metrics.schema.json
+	sed 's|](infra/docs/|](|g' CONTRIBUTING.md > infra/docs/contributing.md
+	$(BIN)/zensical build --strict --config-file infra/mkdocs.yml
 
 bench: setup
 	for script in tests/bench/*.py; do PYTHONPATH=. $(BIN)/python $$script || exit 1; done
@@ -57,5 +60,5 @@ lock: $(VENV)/.ready
 		--no-header --override - --all-extras --group dev pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf $(VENV) demo runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) demo runs infra/site infra/.cache infra/docs/contributing.md .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -56,6 +56,7 @@ from rebeca_ray.stickers.truth import Truth
 from tests.gpu.sd15 import write_sd15
 
 RESULTS = Path(__file__).parent / "results"
+FIGURES = Path(__file__).parents[2] / "infra" / "docs" / "figures"
 INSTRUCTIONS = torch.backends.cpu.get_cpu_capability().lower()  # avx2, avx512
 LIMITED = INSTRUCTIONS == "avx2" and "avx512f" in Path("/proc/cpuinfo").read_text()
 REFERENCE = DecoderSettings(
@@ -258,7 +259,7 @@ def quality(world: World) -> dict[str, dict[str, float]]:
             strip.append(images[:12])
             Console().print(f"{scheduler}, {steps} steps", figures[f"{scheduler}, {steps} steps"])
     Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in strip])).save(
-        RESULTS / "decoding-steps.png"
+        FIGURES / "decoding-steps.png"
     )
     return figures
 
@@ -313,7 +314,7 @@ def intervals(world: World) -> dict[str, dict[str, float]]:
         strip.append(images[:12])
         Console().print(f"{start:g} to {stop:g}", figures[f"{start:g} to {stop:g}"])
     Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in strip])).save(
-        RESULTS / "decoding-intervals.png"
+        FIGURES / "decoding-intervals.png"
     )
     return figures
 

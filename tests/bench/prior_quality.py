@@ -55,6 +55,7 @@ from tests.bench.population import (
 )
 
 RESULTS = Path(__file__).parent / "results"
+FIGURES = Path(__file__).parents[2] / "infra" / "docs" / "figures"
 SAMPLES, PERMUTED_USERS = 25, 2000
 CANDIDATES = (1, 2, 4, 8, 16)
 # Names of permutation figures in the results file.
@@ -308,7 +309,7 @@ def main() -> None:
         seeds[str(seed)] = one_seed(seed, data, arguments.users, items)
         results.write_text(json.dumps(seeds, indent=2) + "\n")
     report(seeds)
-    plot(seeds, RESULTS / "prior_quality.png")
+    plot(seeds, FIGURES / "prior_quality.png")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from rebeca_ray.stickers.simulate import simulate
 from rebeca_ray.training.calibrate import user_vectors
 from rebeca_ray.training.train import train_prior
 from tests.bench.population import SPLIT, Population, read_population
-from tests.bench.prior_quality import RESULTS, ROOT
+from tests.bench.prior_quality import FIGURES, RESULTS, ROOT
 
 SEED, NUM_USERS = 201, 200
 STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -204,7 +204,7 @@ def main() -> None:
     }
     (RESULTS / "variants.json").write_text(json.dumps(results, indent=2) + "\n")
     report(results)
-    plot(results["methods"], results["item_like"], RESULTS / "variants.png")
+    plot(results["methods"], results["item_like"], FIGURES / "variants.png")
 
 
 if __name__ == "__main__":
