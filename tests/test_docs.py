@@ -170,6 +170,8 @@ def check_command(words: list[str], where: str) -> None:
         makefile = (REPO / "Makefile").read_text()
         for target in words[1:]:
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), where
+    elif program == "python" and words[1] == "-c":
+        compile(words[2], where, "exec")
     elif program == "python":
         source = module_of(words)
         assert source.exists(), where
@@ -352,7 +354,8 @@ def anchors(text: str) -> set[str]:
 def block_commands(page: Path) -> Iterator[str]:
     """Yield the shell commands in the blocks of a page, without comments and extra spaces."""
     blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", page.read_text(), re.MULTILINE | re.DOTALL)
-    for line in "".join(text for language, text in blocks if not language).splitlines():
+    shell = "".join(text for language, text in blocks if language in ("", "bash"))
+    for line in shell.replace("\\\n", " ").splitlines():
         for command in re.sub(r"\s+#.*", "", line).split(" && "):
             words = command.split()
             if words and words[0].rsplit("/", 1)[-1] in PROGRAMS:
