@@ -1,13 +1,20 @@
 """A small published catalog whose users have hostile names, and a gallery of it."""
 
 import re
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html import unescape
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import uvicorn
 import yaml
+from playwright.sync_api import Browser, Page, sync_playwright
 from starlette.testclient import TestClient
 
 from rebeca_ray.catalog.read import Snapshot, read_catalog
@@ -16,9 +23,11 @@ from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import InteractionSettings
 from rebeca_ray.gallery.app import Gallery, build_app
 from rebeca_ray.gallery.people import Histories, RealItems
+from rebeca_ray.gallery.serve import listen
 from rebeca_ray.gallery.source import Source
 from tests.conftest import generate_config, prior_users, snapshot_of, write_tiny_prior
 
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 HOSTILE = [
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(2)>',
@@ -79,6 +88,39 @@ def gallery(night: GenerateConfig, snapshot: Snapshot) -> Gallery:
 @pytest.fixture
 def client(gallery: Gallery) -> TestClient:
     return client_of(gallery)
+
+
+@contextmanager
+def served(gallery: Gallery) -> Iterator[str]:
+    """Serve a gallery on a free port; yield its address."""
+    listening = listen("127.0.0.1", 0, [])
+    server = uvicorn.Server(
+        uvicorn.Config(build_app(gallery, listening.hosts), log_level="warning", access_log=False)
+    )
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening.server]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield listening.url.rstrip("/")
+    server.should_exit = True
+    thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        # For this browser, another site's name leads to this machine, as after DNS rebinding.
+        arguments = ["--no-sandbox", "--host-resolver-rules=MAP evil.example 127.0.0.1"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    context = browser.new_context()
+    yield context.new_page()
+    context.close()
 
 
 def client_of(gallery: Gallery, token: str | None = None) -> TestClient:

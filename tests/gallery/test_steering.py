@@ -1,30 +1,24 @@
 """Steering on a user's page: by requests, and in a real browser."""
 
 import re
-import threading
-import time
-from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import uvicorn
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 from starlette.testclient import TestClient
 
 from rebeca_ray.catalog.read import Snapshot, read_catalog
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.gallery import steering as steering_module
-from rebeca_ray.gallery.app import Gallery, build_app
+from rebeca_ray.gallery.app import Gallery
 from rebeca_ray.gallery.people import Histories
-from rebeca_ray.gallery.serve import listen
 from rebeca_ray.gallery.source import Source
 from rebeca_ray.gallery.steering import Steering
 from tests.conftest import generate_config, snapshot_of
-from tests.gallery.conftest import client_of
-from tests.gallery.test_browser import CHROMIUM
+from tests.gallery.conftest import CHROMIUM, client_of, served
 from tests.generation.test_plan import write_histories, write_history_prior
 
 USER = "user-0"
@@ -189,29 +183,6 @@ def test_a_form_that_may_not_be_saved_changes_nothing(
     assert client.get("/feedback").status_code == 405
 
 
-@pytest.fixture
-def address(gallery: Gallery) -> Iterator[str]:
-    listening = listen("127.0.0.1", 0, [])
-    server = uvicorn.Server(
-        uvicorn.Config(build_app(gallery, listening.hosts), log_level="warning", access_log=False)
-    )
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening.server]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield listening.url.rstrip("/")
-    server.should_exit = True
-    thread.join(30)
-
-
-@pytest.fixture
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 def drawn(page: Page, after: list[str] | None = None) -> list[str]:
     """Return the addresses of the drawn images, as soon as they differ from earlier ones."""
     # `wait_for_function` would need a script, which the policy refuses.
@@ -224,42 +195,43 @@ def drawn(page: Page, after: list[str] | None = None) -> list[str]:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 def test_a_person_steers_by_keyboard_and_saves(
-    browser: Browser, address: str, snapshot: Snapshot, tmp_path: Path
+    browser: Browser, gallery: Gallery, snapshot: Snapshot, tmp_path: Path
 ) -> None:
     from axe_playwright_python.sync_playwright import Axe
 
-    phone = {"width": 390, "height": 844}
-    page = browser.new_context(viewport=phone).new_page()
-    problems: list[str] = []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.goto(f"{address}/user?id={USER}")
-    page.get_by_role("link", name="Steer this user").click()
-    first = drawn(page)
-    assert len(first) == 4
+    with served(gallery) as address:
+        phone = {"width": 390, "height": 844}
+        page = browser.new_context(viewport=phone).new_page()
+        problems: list[str] = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(f"{address}/user?id={USER}")
+        page.get_by_role("link", name="Steer this user").click()
+        first = drawn(page)
+        assert len(first) == 4
 
-    # A slider draws again without another page.
-    page.evaluate("window.kept = true")
-    page.get_by_label("Diversity").press("ArrowRight")
-    second = drawn(page, after=first)
-    assert page.evaluate("document.querySelector('output[for=diversity]').value") == "0.2"
-    page.get_by_label("Vote on image 1").select_option("less")
-    assert len(drawn(page, after=second)) == 4
-    assert page.evaluate("window.kept")
-    item = snapshot.for_user(USER)["item_id"][0].as_py()
-    assert f"vote.{item}=less" in page.url
-    assert "diversity=0.2" in page.url
+        # A slider draws again without another page.
+        page.evaluate("window.kept = true")
+        page.get_by_label("Diversity").press("ArrowRight")
+        second = drawn(page, after=first)
+        assert page.evaluate("document.querySelector('output[for=diversity]').value") == "0.2"
+        page.get_by_label("Vote on image 1").select_option("less")
+        assert len(drawn(page, after=second)) == 4
+        assert page.evaluate("window.kept")
+        item = snapshot.for_user(USER)["item_id"][0].as_py()
+        assert f"vote.{item}=less" in page.url
+        assert "diversity=0.2" in page.url
 
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    with_axe = browser.new_context(viewport=phone, bypass_csp=True).new_page()  # a script of the test
-    with_axe.goto(page.url)
-    violations = Axe().run(with_axe).response["violations"]
-    assert [(violation["id"], violation["nodes"][0]["html"]) for violation in violations] == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        with_axe = browser.new_context(viewport=phone, bypass_csp=True).new_page()  # a script of the test
+        with_axe.goto(page.url)
+        violations = Axe().run(with_axe).response["violations"]
+        assert [(violation["id"], violation["nodes"][0]["html"]) for violation in violations] == []
 
-    # The address alone leads to the same votes.
-    page.reload()
-    assert page.get_by_label("Vote on image 1").input_value() == "less"
-    page.get_by_role("button", name="Save votes as feedback").click()
-    page.wait_for_url("**saved=1")
-    assert "1 vote in" in (page.get_by_role("status").text_content() or "")
-    assert pq.read_table(tmp_path / "feedback.parquet")["item_id"].to_pylist() == [item]
-    assert problems == []
+        # The address alone leads to the same votes.
+        page.reload()
+        assert page.get_by_label("Vote on image 1").input_value() == "less"
+        page.get_by_role("button", name="Save votes as feedback").click()
+        page.wait_for_url("**saved=1")
+        assert "1 vote in" in (page.get_by_role("status").text_content() or "")
+        assert pq.read_table(tmp_path / "feedback.parquet")["item_id"].to_pylist() == [item]
+        assert problems == []
