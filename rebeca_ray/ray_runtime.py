@@ -1,12 +1,11 @@
 """Join or start Ray, quietly, and check that it has room.
 
-Its log keeps only what a person needs: warnings, and how far our own stages are.
+Its log keeps only warnings: the progress of our stages is shown by progress.py.
 """
 
 import io
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import pyarrow.compute as pc
 
 from rebeca_ray import log as package_log
 from rebeca_ray.errors import InputError, ResumableError
+from rebeca_ray.progress import counting
 from rebeca_ray.ray_start import GCS_PORT, connect
 from rebeca_ray.termination import unwind_on_sigterm
 
@@ -27,22 +27,12 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # by default each epoch waits 2 s for a check
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DATA_NON_TTY_PROGRESS_LOG_INTERVAL": "20",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # else an interrupted grid counts as complete
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # by default each read starts 32 processes of ten footers each
     "RAY_DATA_PARQUET_FOOTER_BATCH_SIZE": "128",
     "RAY_OVERRIDE_RESOURCES": '{"decoder_slot": 1}',  # of a Ray started here; nodes declare theirs
     "RAY_local_fs_capacity_threshold": "0.99",  # at 95% of a large disk Ray would warn every ten seconds
 }
-
-
-def progress_only(record: logging.LogRecord) -> bool:
-    """Keep only the progress of our own stages of Ray Data's log.
-
-    Its errors are raised too, and its log file keeps everything.
-    """
-    return record.name.endswith("logging_progress") and bool(
-        re.fullmatch(r"\s*MapBatches\(.*: [1-9]\d*/\d+", record.getMessage())
-    )
 
 
 def start_ray() -> None:
@@ -60,10 +50,11 @@ def start_ray() -> None:
     unwind_on_sigterm()  # Ray's own handler ends with code 15, and its stack in C++ is printed without one
     context = ray.data.DataContext.get_current()  # this sets up Ray Data's log, so the rest comes after it
     context.print_on_execution_start = False
+    context.enable_progress_bars = False  # progress.py has ours
     context.raise_original_map_exception = True  # a UserError in a stage arrives as one
     for handler in logging.getLogger("ray.data").handlers:
         if handler.name == "console":  # a program or a test may have added its own
-            handler.addFilter(progress_only)  # once, however often this runs
+            handler.setLevel(logging.CRITICAL + 1)  # its errors are raised too, its log file keeps all
     package_log.enable()
     # A pool of few actors is right where there is little to do.
     warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
@@ -142,10 +133,11 @@ def for_each_bucket(
     buckets: Sequence[int],
     on_progress: Callable[[], None] | None = None,
     *,
+    name: str = "buckets",
     in_process: bool = False,
 ) -> list[T]:
     """Return `work` of some buckets; see `for_each`."""
-    return for_each(work, buckets, on_progress, in_process=in_process)
+    return for_each(work, buckets, on_progress, name=name, in_process=in_process)
 
 
 def for_each(
@@ -153,21 +145,34 @@ def for_each(
     values: Sequence[A],
     on_progress: Callable[[], None] | None = None,
     *,
+    name: str = "tasks",
     in_process: bool = False,
 ) -> list[T]:
     """Return `work` of some values, in order; call `on_progress` whenever one is done.
 
+    The progress is shown as that of the stage `name`.
     Each value is a Ray task. A single one, and all of them with `in_process`, are done in this process.
     `work`, with everything it refers to, is stored once for all tasks. Raises ResumableError if no task ends
     for TASK_SECONDS.
     """
-    if in_process or len(values) < 2:
+    with counting(name, len(values)) as counted:
+
+        def note(done: int) -> None:
+            counted.add(done)
+            if on_progress:
+                on_progress()
+
+        if not in_process and len(values) > 1:
+            return in_tasks(work, values, note)
         results = []
         for value in values:
             results.append(work(value))
-            if on_progress:
-                on_progress()
+            note(1)
         return results
+
+
+def in_tasks(work: Callable[[A], T], values: Sequence[A], note: Callable[[int], None]) -> list[T]:
+    """Return `work` of some values, each a Ray task; call `note` with the number of tasks that ended."""
     import ray
 
     start_ray()
@@ -183,8 +188,7 @@ def for_each(
                 f"{len(pending)} of {len(tasks)} Ray tasks are at work, and none ended within "
                 f"{TASK_SECONDS / 60:g} min; look at the store and the cluster's load, start again"
             )
-        if on_progress:
-            on_progress()
+        note(len(done))
     return list(ray.get(tasks))
 
 

@@ -8,11 +8,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
 from rebeca_ray.errors import ResumableError
+from rebeca_ray.progress import Counted, counting
 from rebeca_ray.storage.filesystem import join, open_filesystem
 
 log = logging.getLogger(__name__)
@@ -24,23 +25,28 @@ SECONDS_TO_ANSWER = 30.0  # a question for the number of beats
 
 
 class Pulse:
-    """The heartbeats of Ray's workers, counted in an actor. A worker has a copy of it."""
+    """The heartbeats of Ray's workers, with the rows done since the last, summed in an actor.
+
+    A worker has a copy of it.
+    """
 
     def __init__(self) -> None:
         import ray
 
         # It starts anew on another node if its node dies: the count changes then, too.
         self.counter: Any = ray.remote(num_cpus=0, max_restarts=-1)(Counter).remote()
-        self.last_beat = 0.0
+        self.last_beat, self.unsent = 0.0, 0
 
-    def beat(self) -> None:
-        """Note progress. Most calls only read the clock."""
+    def beat(self, rows: int = 1) -> None:
+        """Note that rows are done. Most calls only count and read the clock."""
+        self.unsent += rows
         if time.monotonic() - self.last_beat > SECONDS_BETWEEN_BEATS:
             self.last_beat = time.monotonic()
-            self.counter.add.remote()
+            self.counter.add.remote(self.unsent)
+            self.unsent = 0
 
     def count(self) -> int:
-        """Return the number of beats. Raises an error of Ray's if the cluster does not answer."""
+        """Return the rows of all beats. Raises an error of Ray's if the cluster does not answer."""
         import ray
 
         return int(ray.get(self.counter.value.remote(), timeout=SECONDS_TO_ANSWER))
@@ -52,8 +58,8 @@ class Counter:
     def __init__(self) -> None:
         self.number = 0
 
-    def add(self) -> None:
-        self.number += 1
+    def add(self, rows: int) -> None:
+        self.number += rows
 
     def value(self) -> int:
         return self.number
@@ -86,6 +92,21 @@ class Activity:
         self.pulse = self.pulse or Pulse()
         return self.pulse
 
+    @contextmanager
+    def counting(self, name: str, total: int) -> Iterator[Counted]:
+        """Show the progress of a stage in the block; with a pulse, the workers' beats count its rows."""
+        with counting(name, total) as counted:
+            if self.pulse is None:
+                yield counted
+                return
+            done = threading.Event()
+            follow = threading.Thread(target=count_beats, args=(self.pulse, counted, done), daemon=True)
+            follow.start()
+            try:
+                yield counted
+            finally:
+                done.set()
+
     def seconds_without_progress(self) -> float:
         if self.pulse:
             try:
@@ -97,6 +118,17 @@ class Activity:
                     self.beats = beats
                     self.move()
         return time.monotonic() - self.moved_at
+
+
+def count_beats(pulse: Pulse, counted: Counted, done: threading.Event) -> None:
+    """Count the rows of all beats from now on, until `done`. The watchdog deals with a mute cluster."""
+    before: int | None = None
+    while not done.wait(0 if before is None else SECONDS_BETWEEN_BEATS):
+        with suppress(Exception):
+            rows = pulse.count()
+            before = rows if before is None else before
+            if not done.is_set():
+                counted.reach(rows - before)
 
 
 @contextmanager

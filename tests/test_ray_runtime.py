@@ -1,6 +1,5 @@
 """Ray as the jobs use it: impossible requests are refused, its log is quiet, our log reaches the driver."""
 
-import logging
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 
 from rebeca_ray import ray_runtime
 from rebeca_ray.errors import InputError, ResumableError
-from rebeca_ray.ray_runtime import ExcludeIds, for_each_bucket, progress_only, require_room
+from rebeca_ray.ray_runtime import ExcludeIds, for_each_bucket, require_room
 
 
 @pytest.fixture(params=[None, "local"])
@@ -52,21 +51,6 @@ def test_a_cluster_may_grow(
     ]
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "shown"),
-    [
-        ("ray.data._internal.progress.logging_progress", "MapBatches(RenderImages): 120/400", True),
-        ("ray.data._internal.progress.logging_progress", "MapBatches(RenderImages): 0/400", False),
-        ("ray.data._internal.progress.logging_progress", "Total Progress: 120/400", False),
-        ("ray.data._internal.progress.logging_progress", "ListFiles: 1/1", False),
-        ("ray.data._internal.progress.logging_progress", "======= Running Dataset: a =======", False),
-        ("ray.data.exceptions", "Full stack trace: 1/2", False),
-    ],
-)
-def test_ray_datas_log_shows_progress_alone(name: str, text: str, shown: bool) -> None:
-    assert progress_only(logging.LogRecord(name, logging.INFO, "", 0, text, (), None)) is shown
-
-
 DRIVER = """
 import logging, sys
 from rebeca_ray.log import configure, set_run_id
@@ -75,6 +59,8 @@ from rebeca_ray.ray_runtime import for_each_bucket, start_ray, with_log
 log = logging.getLogger("rebeca_ray.example")
 start_ray()
 import ray
+assert not ray.data.DataContext.get_current().enable_progress_bars
+logging.getLogger("ray.data").error("an error that is raised too")
 set_run_id("the-run")
 
 class Stage:
@@ -122,6 +108,8 @@ def test_lines_of_workers_show_once_on_the_driver_with_the_run_id(ray_local: str
         "INFO run the-run: the driver ends",
     ):
         assert everything.count(line) == 1, everything
+    assert "raised too" not in everything
+    assert "Running Dataset" not in everything
 
 
 @pytest.mark.usefixtures("ray_local")

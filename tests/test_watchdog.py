@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,14 +53,29 @@ def test_beats_of_workers_are_progress() -> None:
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_a_worker_sends_few_beats() -> None:
+def test_a_worker_sends_few_beats_with_all_its_rows() -> None:
     pulse = Pulse()
     for _ in range(1000):
         pulse.beat()
     assert pulse.count() == 1
     pulse.last_beat = 0.0
-    pulse.beat()
-    assert pulse.count() == 2
+    pulse.beat(16)
+    assert pulse.count() == 1000 + 16
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_beats_are_the_progress_of_a_stage() -> None:
+    activity = Activity()
+    pulse = activity.listen()
+    pulse.beat(7)  # of an earlier stage
+    assert pulse.count() == 7
+    with activity.counting("embed", 400) as counted:
+        while counted.done == 0:  # the count before the stage is read in a thread
+            pulse.last_beat = 0.0
+            pulse.beat(4)
+            time.sleep(0.05)
+    assert counted.done % 4 == 0
+    assert counted.done <= pulse.count() - 7
 
 
 class SilentPulse:

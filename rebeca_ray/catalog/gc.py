@@ -29,6 +29,7 @@ from rebeca_ray.catalog.runs import (
 )
 from rebeca_ray.catalog.snapshots import LEASE_SECONDS, read_manifests
 from rebeca_ray.errors import InputError
+from rebeca_ray.progress import counting
 from rebeca_ray.storage.filesystem import (
     delete,
     delete_files,
@@ -42,6 +43,7 @@ from rebeca_ray.storage.leftovers import remove_leftovers
 log = logging.getLogger(__name__)
 
 MAX_HOURS = 100_000
+FILES_AT_ONCE = 1000  # as many as a request to S3 removes
 PARTIAL = r"(\.partial\S*)?$"  # a writer that was killed left it
 IN_SNAPSHOT = re.compile(
     r"(\.manifest\.lock|manifest\.json|files-\d+\.parquet"
@@ -95,7 +97,11 @@ def remove(garbage: Garbage) -> None:
     for folder in garbage.work:
         delete(join(folder, "run.json"))
         delete(folder)
-    delete_files(garbage.files)
+    with counting("remove files", len(garbage.files)) as counted:
+        for start in range(0, len(garbage.files), FILES_AT_ONCE):
+            files = garbage.files[start : start + FILES_AT_ONCE]
+            delete_files(files)
+            counted.add(len(files))
     for folder in garbage.folders:
         remove_empty_folders(folder)
     for record in garbage.records:

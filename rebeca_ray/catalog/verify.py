@@ -23,6 +23,7 @@ from rebeca_ray.catalog.read_errors import explained
 from rebeca_ray.errors import InputError
 from rebeca_ray.identity import bucket_of
 from rebeca_ray.pixels import open_image
+from rebeca_ray.progress import counting
 from rebeca_ray.schemas import TABLES
 from rebeca_ray.storage.filesystem import exists, join, open_filesystem
 
@@ -40,22 +41,29 @@ def verify(snapshot: Snapshot, level: Level) -> list[str]:
     snapshot is collected meanwhile, or its store cannot be reached.
     """
     files = snapshot.files.to_pylist()
-    defects = in_threads(check_size, snapshot, files) or list(check_counts(snapshot, files))
+    defects = in_threads("sizes", check_size, snapshot, files) or list(check_counts(snapshot, files))
     if level == "metadata" or defects:
         return defects
     chosen = [row for name in TABLES for row in spread([row for row in files if row["table"] == name], level)]
-    defects += in_threads(check_bytes, snapshot, chosen)
+    defects += in_threads("bytes", check_bytes, snapshot, chosen)
     if defects:
         return defects
     image_files = {row["file"]: row for row in files if row["table"] == "images"}
     items = [row for row in chosen if row["table"] == "items"]
-    defects += in_threads(lambda snapshot, row: check_items(snapshot, row, image_files), snapshot, items)
+    defects += in_threads(
+        "items", lambda snapshot, row: check_items(snapshot, row, image_files), snapshot, items
+    )
     images = [row for row in chosen if row["table"] == "images"]
-    defects += in_threads(lambda snapshot, row: check_images(snapshot, row, level), snapshot, images)
+    defects += in_threads(
+        "images", lambda snapshot, row: check_images(snapshot, row, level), snapshot, images
+    )
     if level == "full" and not defects:
         used: dict[int, Any] = {}
         defects += in_threads(
-            lambda snapshot, row: check_locations(snapshot, row, image_files, used), snapshot, items
+            "locations",
+            lambda snapshot, row: check_locations(snapshot, row, image_files, used),
+            snapshot,
+            items,
         )
         defects += check_live_rows(image_files, used)
     return defects
@@ -68,13 +76,19 @@ def spread(rows: list[T], level: Level) -> list[T]:
     return [rows[number] for number in np.unique(np.linspace(0, len(rows) - 1, SAMPLE).astype(int))]
 
 
-def in_threads(check: Check, snapshot: Snapshot, rows: list[FileRow]) -> list[str]:
+def in_threads(name: str, check: Check, snapshot: Snapshot, rows: list[FileRow]) -> list[str]:
+    """Return the defects that `check` yields for some files; `name` is that of the progress."""
+
     def checked(row: FileRow) -> list[str]:
         with explained(snapshot, row["path"]):
             return list(check(snapshot, row))
 
-    with ThreadPoolExecutor(16) as pool:
-        return [line for lines in pool.map(checked, rows) for line in lines]
+    defects: list[str] = []
+    with ThreadPoolExecutor(16) as pool, counting(f"verify {name}", len(rows)) as counted:
+        for lines in pool.map(checked, rows):
+            defects += lines
+            counted.add(failed=bool(lines))
+    return defects
 
 
 def check_counts(snapshot: Snapshot, files: list[FileRow]) -> Iterator[str]:

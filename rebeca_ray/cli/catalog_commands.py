@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 from rebeca_ray.cli import output
-from rebeca_ray.cli.runner import plain_errors, print_result
+from rebeca_ray.cli.runner import RESUMES, plain_errors, print_result
 
 app = typer.Typer(no_args_is_help=True, help="List, verify, publish, clean up and export snapshots.")
 exports = typer.Typer(no_args_is_help=True, help="Export the published snapshot for systems without Parquet.")
@@ -81,7 +81,7 @@ def verify(
     from rebeca_ray.catalog.verify import verify as find_damage
     from rebeca_ray.errors import QualityGateError
 
-    with plain_errors():
+    with plain_errors("nothing was changed: run the same command again"):
         snapshot = (
             open_snapshot(catalog, find_snapshot(catalog, run_id).path) if run_id else read_catalog(catalog)
         )
@@ -105,7 +105,7 @@ def publish(
     """Publish a complete snapshot, even one that the quality gate refused; latest.json records it."""
     from rebeca_ray.catalog.snapshots import publish_snapshot
 
-    with plain_errors():
+    with plain_errors("`rebeca catalog list` shows the published run"):
         manifest = publish_snapshot(catalog, run_id)
         print_result(f"published run {run_id} of {manifest.run_date} in {catalog}")
 
@@ -115,7 +115,7 @@ def rollback(catalog: Catalog) -> None:
     """Publish the snapshot that the current one was made from."""
     from rebeca_ray.catalog.snapshots import roll_back
 
-    with plain_errors():
+    with plain_errors("`rebeca catalog list` shows the published run"):
         manifest = roll_back(catalog)
         print_result(f"published run {manifest.run_id} of {manifest.run_date} in {catalog} again")
 
@@ -139,7 +139,7 @@ def gc(
     """Remove files that no kept snapshot and no unfinished run needs."""
     from rebeca_ray.catalog.gc import collect
 
-    with plain_errors():
+    with plain_errors(RESUMES):
         garbage = collect(catalog, keep=keep, grace_hours=grace_hours, dry_run=dry_run)
         print_result(output.collected(garbage, dry_run=dry_run))
 

@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 import typer
 
 from rebeca_ray.cli import catalog_commands, data_commands, first_hour, gallery_command, output
-from rebeca_ray.cli.runner import log_options, plain_errors, print_result, read_config
+from rebeca_ray.cli.runner import RESUMES, log_options, plain_errors, print_result, read_config
+
+SAME_DATE = "on the same date in UTC or with its run_date"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -71,7 +73,7 @@ def demo(
     """Run everything on the bundled stickers: simulate, embed, train, generate, publish, check, report."""
     from rebeca_ray.stickers.demo import run_demo
 
-    with plain_errors():
+    with plain_errors("a demo starts afresh: run the same command again"):
         run_demo(out=out, data=data.expanduser(), num_users=users, seed=seed)
 
 
@@ -92,7 +94,7 @@ def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) 
     """Train a prior on interactions and embedded items."""
     from rebeca_ray.config.jobs import TrainConfig
 
-    with plain_errors():
+    with plain_errors(RESUMES):
         if settings := read_config(TrainConfig, config, overrides, dry_run=dry_run):
             from rebeca_ray.training.train import train_prior
 
@@ -124,7 +126,8 @@ def generate(
     """Generate items for the users of a request, and publish them as a snapshot."""
     from rebeca_ray.config.jobs import GenerateConfig, dated
 
-    with plain_errors():
+    how = "again" if resume != "never" else "with --resume auto"
+    with plain_errors(f"what was done is kept: run the same command {how} to go on, {SAME_DATE}"):
         if settings := read_config(GenerateConfig, config, overrides, dry_run=dry_run):
             from rebeca_ray.generation.pipeline import generate_catalog
 
@@ -147,7 +150,7 @@ def nightly(config: Config, overrides: Overrides = None, dry_run: DryRun = False
     """
     from rebeca_ray.config.jobs import NightlyConfig
 
-    with plain_errors():
+    with plain_errors(RESUMES):
         if settings := read_config(NightlyConfig, config, overrides, dry_run=dry_run):
             from rebeca_ray.nightly import run_nightly
 
@@ -168,7 +171,7 @@ def estimate(
     """
     from rebeca_ray.config.jobs import GenerateConfig, dated
 
-    with plain_errors():
+    with plain_errors("nothing was changed: run the same command again"):
         if settings := read_config(GenerateConfig, config, overrides):
             from rebeca_ray.catalog.read import published
             from rebeca_ray.generation.estimate import estimate as forecast_run
@@ -249,7 +252,7 @@ def tune(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -
     """Train on a grid of settings with Ray Tune, and show the validation loss of each."""
     from rebeca_ray.config.tuning import TuneConfig
 
-    with plain_errors():
+    with plain_errors(RESUMES):
         if settings := read_config(TuneConfig, config, overrides, dry_run=dry_run):
             from rebeca_ray.studies.tuning import tune_training
 
@@ -272,7 +275,7 @@ def evaluate(
     """Evaluate a catalog, or compare two, by figures per user and a report."""
     from rebeca_ray.config.evaluation import EvaluateConfig
 
-    with plain_errors():
+    with plain_errors("drawn items are kept: run the same command again to go on"):
         overrides = [*([f"suite={suite}"] if suite else []), *(overrides or [])]
         if settings := read_config(EvaluateConfig, config, overrides, dry_run=dry_run):
             from rebeca_ray.stickers.captions import caption_sources

@@ -14,12 +14,16 @@ import typer
 from rebeca_ray import log
 from rebeca_ray.console import console
 from rebeca_ray.errors import redacted
-from rebeca_ray.termination import unwind_on_sigterm
+from rebeca_ray.termination import sigterm, unwind_on_sigterm
 
 if TYPE_CHECKING:
     from rebeca_ray.config.jobs import JobConfig
 
 C = TypeVar("C", bound="JobConfig")
+
+# The line of a command that was stopped says how to go on.
+RESUMES = "what was done is kept: run the same command again to go on"
+STARTS_OVER = "nothing was published: run the same command again, it starts over"
 
 
 def log_options(
@@ -90,15 +94,23 @@ def print_result(result: Any, *, as_json: bool = False) -> None:
 
 
 @contextmanager
-def plain_errors() -> Iterator[None]:
+def plain_errors(stopped: str = STARTS_OVER) -> Iterator[None]:
     """End the process with one line and the exit code of a UserError, also of one raised inside Ray.
 
-    SIGTERM unwinds the command: it frees its lease and ends with code 143.
+    Ctrl-C and SIGTERM unwind the command, which frees its lease. The line is `stopped` then, and the exit
+    codes are 130 and 143. A second Ctrl-C or SIGTERM ends the process on the spot.
     """
     before = signal.getsignal(signal.SIGTERM)
+    sigterm.clear()
     unwind_on_sigterm()
     try:
         yield
+    except KeyboardInterrupt:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while Ray ends
+        cause, code = (" by SIGTERM", 143) if sigterm.is_set() else ("", 130)
+        print(f"stopped{cause}; {stopped}", file=sys.stderr, flush=True)
+        raise SystemExit(code) from None
     except Exception as error:
         from rebeca_ray.storage.failures import user_error
 

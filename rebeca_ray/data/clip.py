@@ -35,9 +35,10 @@ class EmbedImages:
         self.model = self.model.eval().to(device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        embedded = embed_batch(batch, self.background, self.encode)
         if self.pulse:
-            self.pulse.beat()
-        return embed_batch(batch, self.background, self.encode)
+            self.pulse.beat(batch.num_rows)
+        return embedded
 
     def encode(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Return the embeddings [B, D] of RGB images."""

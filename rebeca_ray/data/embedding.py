@@ -141,7 +141,7 @@ def embed_images(
         items = items.map_batches(ExcludeIds(kept.all_ids), batch_format="pyarrow", batch_size=None)
     # A small file is one block, and one actor would embed it alone.
     blocks = items.repartition(target_num_rows_per_block=config.batch_size)
-    return blocks.map_batches(
+    embedded = blocks.map_batches(
         with_log(EmbedImages),
         fn_constructor_args=(config.clip, config.device, config.background, activity.listen()),
         batch_size=config.batch_size,
@@ -149,7 +149,12 @@ def embed_images(
         compute=ray.data.ActorPoolStrategy(size=config.num_actors),
         num_cpus=config.cpus_per_actor,
         num_gpus=1 if config.device == "cuda" else 0,
-    ).materialize()
+    )
+    total = max(0, source.num_rows - len(kept.all_ids))  # kept items may be gone from the source
+    with activity.counting("embed", total) as counted:
+        embedded = embedded.materialize()
+        counted.reach(total)  # the last rows of a worker had no beat
+    return embedded
 
 
 def without_errors(batch: pa.Table) -> pa.Table:

@@ -160,7 +160,7 @@ def find_in(snapshot: Snapshot, missing: pa.Table) -> pa.Table:
         users_with_hits = hits(snapshot.items(names, sorted(users[bucket])))["user_id"].unique()
         return hits(snapshot.items([*names, "image_embeds"], users_with_hits)).drop_columns(["user_id"])
 
-    return each_once(pa.concat_tables(for_each_bucket(find, buckets))).sort_by("item_id")
+    return each_once(pa.concat_tables(for_each_bucket(find, buckets, name="rated items"))).sort_by("item_id")
 
 
 def pair_of(table: pa.Table) -> pa.ChunkedArray:

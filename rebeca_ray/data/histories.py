@@ -133,7 +133,7 @@ def build_histories(
             def build(bucket: int) -> WrittenBucket:
                 return build_bucket(settings, split, items, out, bucket)
 
-            counted = for_each_bucket(build, range(num_buckets), activity.move)
+            counted = for_each_bucket(build, range(num_buckets), activity.move, name="histories")
             delete(split)
         source.require_unchanged("it was grouped by user")
         users_of_bucket, digests, sizes, sha256 = (list(column) for column in zip(*counted, strict=True))
@@ -173,14 +173,14 @@ def split_by_bucket(
         object_store_memory=BYTES_IN_FLIGHT
     )
     interactions.context.target_max_block_size = BYTES_PER_BLOCK
-    (
+    add_bucket = AddBucket(num_buckets, source.uri, activity.listen())
+    with activity.counting("group by user", source.num_rows):
         interactions.map_batches(
-            with_log(AddBucket(num_buckets, source.uri, activity.listen())),
+            with_log(add_bucket),
             batch_format="pyarrow",
             batch_size=ROWS_PER_BLOCK,
             zero_copy_batch=True,
         ).write_parquet(split_path, filesystem=arrow_filesystem(split_filesystem), partition_cols=["bucket"])
-    )
 
 
 class AddBucket:
@@ -190,7 +190,7 @@ class AddBucket:
         self.num_buckets, self.uri, self.pulse = num_buckets, uri, pulse
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        self.pulse.beat()
+        self.pulse.beat(batch.num_rows)
         batch = normalise(batch, self.uri)
         users = batch["user_id"].combine_chunks().dictionary_encode()
         of_user = np.array(

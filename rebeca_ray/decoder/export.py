@@ -28,6 +28,7 @@ from rebeca_ray.decoder.files import hash_file, read_weights
 from rebeca_ray.decoder.interface import Rows
 from rebeca_ray.decoder.networks import Networks, Signature, Tensors
 from rebeca_ray.errors import InputError
+from rebeca_ray.progress import counting
 from rebeca_ray.storage.objects import JsonObject
 
 OPSET = 20
@@ -67,10 +68,12 @@ def export_decoder(settings: DecoderSettings, out: Path) -> dict[str, Path]:
     # Write one checked graph per network.
     graphs, inputs = networks.by_name(), example_inputs(networks)
     signatures = networks.family.signatures(deep_cache=networks.shallow_unet is not None)
-    for name, signature in signatures.items():
-        path = unfinished / f"{name}.onnx"
-        export_network(graphs[name], inputs[name], signature, path)
-        onnx.checker.check_model(path, full_check=True)
+    with counting("export graphs", len(signatures)) as counted:
+        for name, signature in signatures.items():
+            path = unfinished / f"{name}.onnx"
+            export_network(graphs[name], inputs[name], signature, path)
+            onnx.checker.check_model(path, full_check=True)
+            counted.add()
     for name, tokenizer in networks.tokenizers.items():
         tokenizer.save_pretrained(unfinished / name)
     (unfinished / "scheduler").mkdir()

@@ -24,6 +24,7 @@ from rebeca_ray.evaluation.verifier import (
     check_ratings,
     make_network,
 )
+from rebeca_ray.progress import counting
 
 USER_STEPS, USER_LEARNING_RATE = 500, 0.1  # of users who are fitted to a frozen verifier
 MIN_DEVIATION = 1e-3  # of a number over the trained users
@@ -131,24 +132,27 @@ def train(
     )
     schedule = schedule_of(optimizer, settings)
     best, best_epoch, best_weights = float("inf"), 0, (network.state_dict(), theta_VT.detach())
-    for epoch in range(1, settings.max_epochs + 1):
-        network.train()
-        for part in batches(training, settings.batch_size):
-            optimizer.zero_grad()
-            mean_loss(network, theta_VT, x_ID, part).backward()
-            optimizer.step()
-        network.eval()
-        with torch.no_grad():
-            loss = float(mean_loss(network, theta_VT, x_ID, validation))
-        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            schedule.step(loss)
-        else:
-            schedule.step()
-        if loss < best - settings.early_stopping_tolerance:
-            best, best_epoch = loss, epoch
-            best_weights = (copy.deepcopy(network.state_dict()), theta_VT.detach().clone())
-        elif epoch - best_epoch >= settings.early_stopping_patience:
-            break
+    most = settings.max_epochs
+    with counting(f"fit the verifier for at most {most} epochs", most) as counted:
+        for epoch in range(1, most + 1):
+            counted.add()
+            network.train()
+            for part in batches(training, settings.batch_size):
+                optimizer.zero_grad()
+                mean_loss(network, theta_VT, x_ID, part).backward()
+                optimizer.step()
+            network.eval()
+            with torch.no_grad():
+                loss = float(mean_loss(network, theta_VT, x_ID, validation))
+            if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                schedule.step(loss)
+            else:
+                schedule.step()
+            if loss < best - settings.early_stopping_tolerance:
+                best, best_epoch = loss, epoch
+                best_weights = (copy.deepcopy(network.state_dict()), theta_VT.detach().clone())
+            elif epoch - best_epoch >= settings.early_stopping_patience:
+                break
     if not best_epoch:
         raise InputError(
             f"verifier: the validation loss is {loss} in every epoch; expected a number; "

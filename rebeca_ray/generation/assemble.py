@@ -99,7 +99,7 @@ def assemble(
                 raise
             return BucketResult(files=[], images=[], counts={}, sums={}, live_rows={}, damaged=damaged)
 
-    results = for_each(assemble_bucket, inputs, on_progress, in_process=context.in_process)
+    results = for_each(assemble_bucket, inputs, on_progress, name="assemble", in_process=context.in_process)
     if damaged := {path: reason for result in results for path, reason in result.damaged.items()}:
         raise damaged_files(damaged)
     if unrendered := sum(result.unrendered for result in results):

@@ -15,6 +15,7 @@ import pyarrow as pa
 from rebeca_ray.ray_runtime import with_log
 from rebeca_ray.storage.filesystem import arrow_filesystem, open_filesystem
 from rebeca_ray.storage.parquet import read_table
+from rebeca_ray.watchdog import Pulse
 
 WRITER_CPUS = 0.5  # reserved by a task that mostly waits for storage
 Work = Callable[[pa.Table], pa.Table]
@@ -47,11 +48,20 @@ class Stage:
 
 
 def run_graph(
-    files: Sequence[str], stages: Sequence[Stage], *, columns: list[str] | None = None, in_process: bool
+    files: Sequence[str],
+    stages: Sequence[Stage],
+    *,
+    columns: list[str] | None = None,
+    in_process: bool,
+    pulse: Pulse | None = None,
 ) -> Iterator[pa.Table]:
-    """Read some Parquet files and pass their rows through the stages; yield batches of the last stage."""
-    run = run_here if in_process else run_on_ray
-    return run(files, stages, columns)
+    """Read some Parquet files and pass their rows through the stages; yield batches of the last stage.
+
+    Actors on Ray beat `pulse` with the rows of each call.
+    """
+    if in_process:
+        return run_here(files, stages, columns)
+    return run_on_ray(files, stages, columns, pulse)
 
 
 def run_here(files: Sequence[str], stages: Sequence[Stage], columns: list[str] | None) -> Iterator[pa.Table]:
@@ -78,7 +88,7 @@ def batched(tables: Iterator[pa.Table], batch_size: int | None) -> Iterator[pa.T
 
 
 def run_on_ray(
-    files: Sequence[str], stages: Sequence[Stage], columns: list[str] | None
+    files: Sequence[str], stages: Sequence[Stage], columns: list[str] | None, pulse: Pulse | None
 ) -> Iterator[pa.Table]:
     import ray
 
@@ -100,7 +110,7 @@ def run_on_ray(
             continue
         actors = stage.actors
         rows = rows.map_batches(
-            with_log(stage.work),
+            with_log(beating(stage.work, pulse)),
             fn_constructor_args=stage.arguments,
             batch_size=stage.batch_size,
             batch_format="pyarrow",
@@ -115,3 +125,17 @@ def run_on_ray(
             resources={"decoder_slot": actors.decoder_slots} if actors.decoder_slots else None,
         )
     return iter(rows.iter_batches(batch_size=None, batch_format="pyarrow"))
+
+
+def beating(work: Callable[..., Any], pulse: Pulse | None) -> Callable[..., Any]:
+    """Return an actor's class that beats `pulse` with the rows of each call. It keeps its name."""
+    if pulse is None:
+        return work
+    base: Any = work
+
+    def call(self: Any, batch: pa.Table) -> pa.Table:
+        rows = base.__call__(self, batch)
+        pulse.beat(rows.num_rows)
+        return rows
+
+    return type(base.__name__, (base,), {"__call__": call})

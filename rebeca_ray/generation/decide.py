@@ -91,7 +91,9 @@ def decide_all(
         def decide(bucket: int) -> BucketDecisions:
             return decide_bucket(context, histories, bucket, by_urgency, known)
 
-        return for_each_bucket(decide, range(num_buckets), on_progress, in_process=context.in_process)
+        return for_each_bucket(
+            decide, range(num_buckets), on_progress, name="decide", in_process=context.in_process
+        )
 
     parts = decide_on_all(known_damage)
     damaged = {path: reason for part in parts for path, reason in part.damaged.items()}

@@ -97,7 +97,8 @@ def plan_items(
     records: list[PartRecord] = []
     if files:
         stages = [planner, Stage(work=writer, batch_size=ITEMS_PER_FILE)]
-        batches = run_graph(files, stages, in_process=context.in_process)
+        pulse = None if context.in_process else progress.listen()
+        batches = run_graph(files, stages, in_process=context.in_process, pulse=pulse)
         total = decisions.planned_items + decisions.rescored_items
         records = progress.follow("plan", batches, total=total)
     if problem := missing_rows(records, decisions):

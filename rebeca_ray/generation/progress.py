@@ -1,6 +1,5 @@
-"""The progress of a run: stages timed, and rows counted and logged."""
+"""The stages of a run: timed, and their rows counted."""
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +10,6 @@ import pyarrow as pa
 from rebeca_ray.catalog.manifest import StageFigures
 from rebeca_ray.generation.parts import PartRecord
 from rebeca_ray.watchdog import Activity
-
-log = logging.getLogger(__name__)
-
-SECONDS_BETWEEN_LINES = 20  # of progress in the log
 
 
 @dataclass(kw_only=True)
@@ -59,26 +54,19 @@ class Progress(Activity):
         self.since = now
 
     def follow(self, name: str, batches: Iterator[pa.Table], *, total: int) -> list[PartRecord]:
-        """Run a graph that ends with `PartRecord` rows, log its progress, and return the records."""
+        """Run a graph that ends with `PartRecord` rows, show its progress, and return the records."""
         records: list[PartRecord] = []
-        with self.stage(name):
+        with self.stage(name), self.counting(name, total) as counted:
             stage = self.stages[name]
-            stage.rows, stage.busy_seconds = stage.rows or 0, stage.busy_seconds or 0.0
-            started = logged = time.monotonic()
-            rows = 0
+            before, rows = stage.rows or 0, 0
+            stage.rows, stage.busy_seconds = before, stage.busy_seconds or 0.0
             for batch in batches:
                 new = [PartRecord.from_dict(values) for values in batch.to_pylist()]
                 records += new
                 rows += sum(record.rows for record in new)
-                stage.rows += sum(record.rows for record in new)
+                stage.rows = before + rows
                 stage.busy_seconds = round(stage.busy_seconds + sum(record.busy_seconds for record in new), 3)
                 self.move()
-                if time.monotonic() - logged > SECONDS_BETWEEN_LINES and rows:
-                    logged = time.monotonic()
-                    log_progress(name, rows, total, logged - started)
+                counted.reach(rows)  # the actors' beats may have counted them
+                counted.add(0, failed=sum(record.failed for record in new))
         return records
-
-
-def log_progress(name: str, rows: int, total: int, seconds: float) -> None:
-    remaining = max(0, total - rows) * seconds / rows
-    log.info(f"{name}: {rows:,} of {total:,}, {rows / seconds:.1f} per second, ETA {remaining / 60:.0f} min")

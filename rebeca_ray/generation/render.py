@@ -156,7 +156,8 @@ def render_shard(
     if remaining and has_time(deadline):
         files = [join(run.work, part.path) for part in parts]
         stages = render_stages(context, shard, done, attempt, deadline)
-        batches = run_graph(files, stages, columns=COLUMNS, in_process=context.in_process)
+        pulse = None if context.in_process else progress.listen()
+        batches = run_graph(files, stages, columns=COLUMNS, in_process=context.in_process, pulse=pulse)
         written = progress.follow("render", batches, total=remaining)
         # A listing may miss a record, so those that the graph returned count too.
         by_path = {record.path: record for record in [*records, *written, *read_records(run, shard)]}

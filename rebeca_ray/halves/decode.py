@@ -7,7 +7,6 @@ an image follows from the row's `item_id`, or from the embedding where there is 
 the same images again. Those of a catalog's items, with their prompts, give the catalog's images.
 """
 
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -22,8 +21,8 @@ from rebeca_ray.decoder.choices import choose
 from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.decoder.interface import Decoder, Rows
 from rebeca_ray.errors import InputError, describe
-from rebeca_ray.generation.progress import SECONDS_BETWEEN_LINES, log_progress
 from rebeca_ray.identity import hash128, image_seed
+from rebeca_ray.progress import counting
 from rebeca_ray.provenance.signing import load_signer
 from rebeca_ray.storage.parquet import ParquetInput, open_parquet, write_tables
 from rebeca_ray.storage.writable import require_new_parquet
@@ -125,14 +124,9 @@ class Renderer:
         self.signer = load_signer(settings, identity.fingerprint(settings))
 
     def batches(self, embeddings: Iterator[pa.Table], total: int) -> Iterator[pa.Table]:
-        """Yield batches of embeddings with their images, and log the progress among `total` rows."""
-        rows, started, logged = 0, time.monotonic(), time.monotonic()
-        for batch in embeddings:
-            yield self.render(batch)
-            rows += batch.num_rows
-            if time.monotonic() - logged > SECONDS_BETWEEN_LINES:
-                logged = time.monotonic()
-                log_progress("decode", rows, total, logged - started)
+        """Yield batches of embeddings with their images, and show the progress among `total` rows."""
+        with counting("decode", total) as counted:
+            yield from counted.tables(self.render(batch) for batch in embeddings)
 
     def render(self, batch: pa.Table) -> pa.Table:
         """Return rows without their embeddings, and with the columns of `schemas.IMAGES`.

@@ -8,11 +8,9 @@ the embeddings of the population, as they share its items in a catalog, unless t
 Shapes: G users, K embeddings, D embed dim.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from typing import Self
 
 import numpy as np
@@ -31,13 +29,13 @@ from rebeca_ray.data.validation import check_columns, check_ids, check_numbers, 
 from rebeca_ray.errors import InputError, describe, shown
 from rebeca_ray.generation.context import with_current_versions
 from rebeca_ray.generation.plan import arrow_column, plan_keys, settings_of_key, users_per_batch
-from rebeca_ray.generation.progress import SECONDS_BETWEEN_LINES, log_progress
 from rebeca_ray.generation.request import check_prior_can, check_variants
 from rebeca_ray.generation.user_loader import UserLoader
 from rebeca_ray.identity import bucket_of, candidate_seed
 from rebeca_ray.prior.candidates import ChosenItems, choose_candidates, judge_candidates, sample_candidates
 from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior, read_prior_config
 from rebeca_ray.prior.diffusion import Diffusion
+from rebeca_ray.progress import counting
 from rebeca_ray.storage.parquet import open_parquet, read_table, write_tables
 from rebeca_ray.storage.writable import require_new_parquet
 
@@ -259,29 +257,24 @@ class UserSampler:
 
 def sample_all(sampler: UserSampler, requested: pa.Table | None, seed: int) -> Iterator[pa.Table]:
     """Yield the rows of `requested`, a batch of users at a time; without it, of all users with ratings."""
-    size = users_per_batch(sampler.config)
     num_rated = sampler.histories.num_users if sampler.histories else 0
     total = sampler.config.num_images * (num_rated if requested is None else len(requested))
-    rows, started, logged = 0, time.monotonic(), time.monotonic()
+    with counting("sample", total) as counted:
+        yield from counted.tables(sample_batches(sampler, requested, seed))
+
+
+def sample_batches(sampler: UserSampler, requested: pa.Table | None, seed: int) -> Iterator[pa.Table]:
+    size = users_per_batch(sampler.config)
     for users in users_by_bucket(sampler, requested, seed):
         # A cold-start user with an item gets variants of it for the population's taste.
         is_personal = pc.or_(users["history_digest"].is_valid(), users["item_id"].is_valid())
         personal, cold_start = users.filter(is_personal), users.filter(pc.invert(is_personal))["user_id"]
         digest = pc.fill_null(personal["history_digest"], "")
         personal = personal.drop_columns("history_digest").append_column("history_digest", digest)
-        batches = chain(
-            (sampler.sample(personal.slice(start, size)) for start in range(0, len(personal), size)),
-            (
-                sampler.sample_population(cold_start.slice(start, size), seed)
-                for start in range(0, len(cold_start), size)
-            ),
-        )
-        for batch in batches:
-            yield batch
-            rows += batch.num_rows
-            if time.monotonic() - logged > SECONDS_BETWEEN_LINES:
-                logged = time.monotonic()
-                log_progress("sample", rows, total, logged - started)
+        for start in range(0, len(personal), size):
+            yield sampler.sample(personal.slice(start, size))
+        for start in range(0, len(cold_start), size):
+            yield sampler.sample_population(cold_start.slice(start, size), seed)
 
 
 def users_by_bucket(sampler: UserSampler, requested: pa.Table | None, seed: int) -> Iterator[pa.Table]:

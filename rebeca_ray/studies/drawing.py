@@ -4,8 +4,6 @@ Shapes: N items, B items of a chunk, D embed dim.
 """
 
 import functools
-import logging
-import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,12 +15,11 @@ from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.decoder.interface import DecodedImage, Decoder, Rows
 from rebeca_ray.errors import StorageError
 from rebeca_ray.identity import hash128, image_seed
+from rebeca_ray.progress import counting
 from rebeca_ray.storage.filesystem import exists, join
 from rebeca_ray.storage.parquet import open_parquet, write_tables
 from rebeca_ray.studies.methods import NEGATIVE, Wishes
 from rebeca_ray.studies.sets import ItemSet
-
-log = logging.getLogger(__name__)
 
 BATCHES_AT_ONCE = 4
 
@@ -50,7 +47,8 @@ def draw_set(
     if not exists(uri):
         schema = set_schema(catalog.embeds_ND.shape[1])
         tables = drawn_tables(name, rows, catalog, decoder, settings.batch_size * BATCHES_AT_ONCE, schema)
-        write_tables(tables, schema, uri, row_group_size=100, embed_column="image_embeds")
+        with counting(f"draw {name}", len(rows)) as counted:
+            write_tables(counted.tables(tables), schema, uri, row_group_size=100, embed_column="image_embeds")
     table = open_parquet(uri, "set").read(set_schema(catalog.embeds_ND.shape[1]))
     return ItemSet(
         name=name,
@@ -114,7 +112,6 @@ def drawn_tables(
     name: str, rows: Rows, catalog: ItemSet, decoder: Decoder, size: int, schema: pa.Schema
 ) -> Iterator[pa.Table]:
     """Yield the drawn items, `size` at a time."""
-    started = time.monotonic()
     for start in range(0, len(rows), size):
         index = np.arange(start, min(start + size, len(rows)))
         chunk = rows.take(index)
@@ -130,8 +127,6 @@ def drawn_tables(
             pa.array([{"bytes": image.image, "path": None} for image in drawn], schemas.IMAGE),
         ]
         yield pa.table(columns, schema=schema)
-        rate = (index[-1] + 1) / (time.monotonic() - started)
-        log.info(f"{name}: {index[-1] + 1:,} of {len(rows):,} images, {rate:.1f} images/s")
 
 
 def check_drawn(name: str, drawn: list[DecodedImage]) -> None:

@@ -21,6 +21,7 @@ from rebeca_ray.decoder.build import build_decoder
 from rebeca_ray.errors import InputError
 from rebeca_ray.evaluation.paired import compare_users
 from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior
+from rebeca_ray.progress import counting
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.parquet import write_table
@@ -133,7 +134,11 @@ def evaluate(
         if config.prior_guidance_tried:
             clip = next(space for space in spaces if space.name == CLIP)
             cells = guidance_cells(config, materials, decoder, config.decoder, clip, true_like)
-    measured = [measure_set(item_set, spaces, topics, perceptual, true_like) for item_set in sets]
+    measured = []
+    with counting("measure sets", len(sets)) as counted:
+        for item_set in sets:
+            measured.append(measure_set(item_set, spaces, topics, perceptual, true_like))
+            counted.add()
     metrics = Metrics(
         verifier=verifier,
         verifiers=verifiers,

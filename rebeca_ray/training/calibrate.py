@@ -23,6 +23,7 @@ from rebeca_ray.prior.schedules import fewest_steps
 from rebeca_ray.prior.selector import MAX_HISTORY, Selector
 from rebeca_ray.prior.user_blocks import UserBlock
 from rebeca_ray.prior.users import UserVectors
+from rebeca_ray.progress import counting
 from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.training.selector import fit_selector
 
@@ -167,17 +168,21 @@ def choose_guidance(prior: TrainedPrior, block: UserBlock, x0_ID: np.ndarray, se
     row_N = np.repeat(np.arange(len(user_G)), SAMPLES_PER_USER)
     guided, diffusion = replace(prior, selector=guide), Diffusion.build(prior.diffusion)
     points = []
-    for scale in SELECTOR_SCALES:
-        sampler = default.model_copy(update={"num_inference_steps": steps, "selector_guidance_scale": scale})
-        x_ND = sample_liked(guided, diffusion, users, row_N, range(len(row_N)), sampler)
-        like_N = judge.like_probability(x_ND, factor_GF[torch.from_numpy(row_N)])
-        like_G = like_N.view(len(user_G), -1).mean(1).numpy()
-        diversity = mean_distance(x_ND.view(len(user_G), SAMPLES_PER_USER, -1))
-        points.append(Point(scale, like_G, diversity))
-        log.info(
-            f"selector guidance {scale:g}: like probability {like_G.mean():.3f}, "
-            f"{diversity / points[0].diversity:.0%} of the diversity without guidance"
-        )
+    with counting("calibrate guidance", len(SELECTOR_SCALES)) as counted:
+        for scale in SELECTOR_SCALES:
+            sampler = default.model_copy(
+                update={"num_inference_steps": steps, "selector_guidance_scale": scale}
+            )
+            x_ND = sample_liked(guided, diffusion, users, row_N, range(len(row_N)), sampler)
+            like_N = judge.like_probability(x_ND, factor_GF[torch.from_numpy(row_N)])
+            like_G = like_N.view(len(user_G), -1).mean(1).numpy()
+            diversity = mean_distance(x_ND.view(len(user_G), SAMPLES_PER_USER, -1))
+            points.append(Point(scale, like_G, diversity))
+            log.info(
+                f"selector guidance {scale:g}: like probability {like_G.mean():.3f}, "
+                f"{diversity / points[0].diversity:.0%} of the diversity without guidance"
+            )
+            counted.add()
     chosen = choose_point(points)
     metrics = {
         "judged_like_probability": float(chosen.like_G.mean()),

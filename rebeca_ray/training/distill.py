@@ -32,6 +32,7 @@ from rebeca_ray.prior.denoisers import LIKE
 from rebeca_ray.prior.diffusion import Denoiser, Diffusion
 from rebeca_ray.prior.sampling import dpm_solver_pp_2m, guided_denoiser, sample_liked, selector_guidance
 from rebeca_ray.prior.users import UserVectors
+from rebeca_ray.progress import counting
 from rebeca_ray.storage.writable import require_own, require_writable
 from rebeca_ray.training.calibrate import training_blocks, user_vectors
 
@@ -186,32 +187,35 @@ def draw_trajectories(
     sampler = SamplerSettings().resolve(teacher.sampling, teacher.diffusion.num_train_timesteps)
     points: list[torch.Tensor] = []
     ends: list[torch.Tensor] = []
-    for start in range(0, count, TILE):
-        if start // TILE % 16 == 0:
-            log.info(f"{start:,} of {count:,} of the teacher's trajectories solved")
-        row = torch.from_numpy(row_N[start : start + TILE]).to(users.token_GUH.device)
-        index = torch.arange(len(row), device=row.device)
-        guided = guided_denoiser(teacher, diffusion, users.take(row), index, sampler)
-        passed: list[torch.Tensor] = []
+    with counting("solve trajectories", count) as counted:
+        for start in range(0, count, TILE):
+            row = torch.from_numpy(row_N[start : start + TILE]).to(users.token_GUH.device)
+            index = torch.arange(len(row), device=row.device)
+            guided = guided_denoiser(teacher, diffusion, users.take(row), index, sampler)
+            passed: list[torch.Tensor] = []
 
-        def denoise(
-            x_BD: torch.Tensor, timestep: int, guided: Denoiser = guided, passed: list[torch.Tensor] = passed
-        ) -> torch.Tensor:
-            if timestep in timesteps:
-                passed.append(x_BD)
-            return guided(x_BD, timestep)
+            def denoise(
+                x_BD: torch.Tensor,
+                timestep: int,
+                guided: Denoiser = guided,
+                passed: list[torch.Tensor] = passed,
+            ) -> torch.Tensor:
+                if timestep in timesteps:
+                    passed.append(x_BD)
+                return guided(x_BD, timestep)
 
-        seeds = [seed * 2**40 + number for number in range(start, start + len(row))]
-        ends.append(
-            dpm_solver_pp_2m(
-                denoise,
-                item_noise(seeds, teacher.network.embed_dim, row.device),
-                fine,
-                diffusion,
-                teacher.scaler.clip or math.inf,
+            seeds = [seed * 2**40 + number for number in range(start, start + len(row))]
+            ends.append(
+                dpm_solver_pp_2m(
+                    denoise,
+                    item_noise(seeds, teacher.network.embed_dim, row.device),
+                    fine,
+                    diffusion,
+                    teacher.scaler.clip or math.inf,
+                )
             )
-        )
-        points.append(torch.stack(passed))
+            points.append(torch.stack(passed))
+            counted.add(len(row))
     return Trajectories(row_N=row_N, x_SND=torch.cat(points, dim=1), x0_ND=torch.cat(ends))
 
 
@@ -259,23 +263,25 @@ def fit_student(
     row_N, timestep_S = torch.from_numpy(drawn.row_N).to(device), torch.tensor(timesteps, device=device)
     losses = []
     network.train()
-    for epoch in range(1, config.max_epochs + 1):
-        total = torch.zeros((), device=device)
-        for part in torch.randperm(count * len(timesteps), device=device).split(config.batch_size):
-            step, number = part // count, part % count
-            x_BD, timestep_B, row_B = drawn.x_SND[step, number], timestep_S[step], row_N[number]
-            condition = network.condition(token_GUH[row_B], torch.full_like(number, LIKE))
-            denoised = diffusion.denoised(network(x_BD, timestep_B, condition), x_BD, timestep_B)
-            factor_BF = None if factor_GF is None else factor_GF[row_B]
-            pull = selector_guidance(student, factor_BF, torch.arange(len(row_B), device=device), scale)
-            loss = F.mse_loss(pull(denoised, variance_S1[step]), goal_SND[step, number])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            decay.step()
-            total += loss.detach() * len(part)
-        losses.append(float(total) / (count * len(timesteps)))
-        log.info(f"epoch {epoch}/{config.max_epochs}  train {losses[-1]:.5f}")
+    with counting("distill, in steps", steps) as counted:
+        for epoch in range(1, config.max_epochs + 1):
+            total = torch.zeros((), device=device)
+            for part in torch.randperm(count * len(timesteps), device=device).split(config.batch_size):
+                step, number = part // count, part % count
+                x_BD, timestep_B, row_B = drawn.x_SND[step, number], timestep_S[step], row_N[number]
+                condition = network.condition(token_GUH[row_B], torch.full_like(number, LIKE))
+                denoised = diffusion.denoised(network(x_BD, timestep_B, condition), x_BD, timestep_B)
+                factor_BF = None if factor_GF is None else factor_GF[row_B]
+                pull = selector_guidance(student, factor_BF, torch.arange(len(row_B), device=device), scale)
+                loss = F.mse_loss(pull(denoised, variance_S1[step]), goal_SND[step, number])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                decay.step()
+                total += loss.detach() * len(part)
+                counted.add()
+            losses.append(float(total) / (count * len(timesteps)))
+            log.info(f"epoch {epoch}/{config.max_epochs}  train {losses[-1]:.5f}")
     return losses
 
 

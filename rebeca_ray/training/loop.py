@@ -8,7 +8,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -85,10 +84,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
         generator = torch.Generator(device).manual_seed(seed)
         torch.manual_seed(seed)  # of the dropout inside a network, so that a resumed run is the same
         batches = islice(beating(epoch_batches(users, config, epoch), pulse), optimization.steps_per_epoch)
-        with progress_bar(
-            num_steps(histories, config), f"epoch {epoch}", settings["live"] and rank == 0
-        ) as bar:
-            train_loss, samples = train_epoch(loss, state, batches, x0_ID, generator, config, bar)
+        train_loss, samples = train_epoch(loss, state, batches, x0_ID, generator, config)
         val_loss = validation_loss(state, diffusion, validation, x0_ID, rank, world_size, device)
         if not state.diverged and not val_loss < DIVERGED * state.best_loss:
             steps = epoch * num_steps(histories, config)
@@ -206,7 +202,6 @@ def train_epoch(
     x0_ID: np.ndarray,
     generator: torch.Generator,
     config: TrainConfig,
-    bar: Any,
 ) -> tuple[float, int]:
     """Make one optimizer step per batch; return the mean loss over all workers, and this worker's samples.
 
@@ -242,8 +237,6 @@ def train_epoch(
         total += loss.detach()
         diverged = torch.where(loss.isfinite(), diverged, diverged.clamp(max=step))
         samples += len(x0_BD)
-        if bar is not None:
-            bar.update(1)
         if step % STEPS_PER_CHECK == 0 and first_of_workers(diverged) < NEVER:
             break
     weight = torch.stack([parameter.detach().double().sum() for parameter in state.prior.parameters()]).sum()
@@ -306,14 +299,3 @@ def first_of_workers(step: torch.Tensor) -> int:
         step = step.clone()
         dist.all_reduce(step, op=dist.ReduceOp.MIN)
     return int(step)
-
-
-def progress_bar(total: int, label: str, live: bool) -> AbstractContextManager[Any]:
-    """Return a bar on the driver's terminal through Ray; without a terminal, nothing."""
-    if not live:
-        return nullcontext()
-    from contextlib import closing
-
-    from ray.experimental import tqdm_ray
-
-    return closing(tqdm_ray.tqdm(total=total, desc=label))

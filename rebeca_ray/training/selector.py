@@ -15,6 +15,7 @@ from torch import nn
 
 from rebeca_ray.prior.selector import NUM_FACTORS, RatedSums, Selector
 from rebeca_ray.prior.user_blocks import UserBlock
+from rebeca_ray.progress import counting
 
 ITEMS_TO_START_FROM = 100_000
 EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 6, 4096, 6e-4, 1e-2
@@ -48,16 +49,18 @@ def fit_selector(blocks: Iterable[UserBlock], x0_ID: np.ndarray, seed: int) -> S
     optimizer = torch.optim.AdamW(selector.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     steps = EPOCHS * -(-len(user_N) // BATCH_SIZE)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
-    for _ in range(EPOCHS):
-        for part in torch.randperm(len(user_N), generator=generator).split(BATCH_SIZE):
-            x_BD, like_B = standard_ID[item_N[part]], like_N[part]
-            others = without(sums.take(user_N[part]), standard_ID[rated_item_N[part]], rated_like_N[part])
-            kept_B = 1 - MOST_FORGOTTEN * torch.rand(len(part), generator=generator)
-            user_BF = selector.factors_from(others.shrunk(kept_B))
-            optimizer.zero_grad()
-            F.binary_cross_entropy_with_logits(selector.logit(x_BD, user_BF), like_B).backward()
-            optimizer.step()
-            decay.step()
+    with counting("fit a selector, in steps", steps) as counted:
+        for _ in range(EPOCHS):
+            for part in torch.randperm(len(user_N), generator=generator).split(BATCH_SIZE):
+                x_BD, like_B = standard_ID[item_N[part]], like_N[part]
+                others = without(sums.take(user_N[part]), standard_ID[rated_item_N[part]], rated_like_N[part])
+                kept_B = 1 - MOST_FORGOTTEN * torch.rand(len(part), generator=generator)
+                user_BF = selector.factors_from(others.shrunk(kept_B))
+                optimizer.zero_grad()
+                F.binary_cross_entropy_with_logits(selector.logit(x_BD, user_BF), like_B).backward()
+                optimizer.step()
+                decay.step()
+                counted.add()
     # Map the weights from standardised embeddings back to the prior's space.
     with torch.no_grad():
         for layer in (selector.said, selector.factors, selector.popularity):

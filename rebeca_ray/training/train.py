@@ -5,14 +5,12 @@ import datetime
 import hashlib
 import io
 import logging
-import signal
 import statistics
-import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -47,12 +45,13 @@ from rebeca_ray.storage.objects import JsonObject, read_json
 from rebeca_ray.storage.store import open_store
 from rebeca_ray.storage.writable import require_own, require_writable
 from rebeca_ray.training.calibrate import calibrate_prior, training_blocks
-from rebeca_ray.training.loop import ENDED, STATE, is_streamed, train_loop_per_worker
+from rebeca_ray.training.loop import ENDED, STATE, is_streamed, num_steps, train_loop_per_worker
 from rebeca_ray.watchdog import Activity, Pulse, watchdog
 
 log = logging.getLogger(__name__)
 
 VALIDATION_SAMPLES = 8192
+SECONDS_TO_ABORT = 20
 
 
 def train_prior(config: TrainConfig, *, run_date: datetime.date | None = None) -> dict[str, float]:
@@ -178,8 +177,11 @@ def start_run(
     )
     set_run_id(config.run_name)
     activity.enter("training")
-    with sigint_kept():
-        result = build_trainer(config, histories, x0_ID, activity.listen(), callbacks).fit()
+    most = config.optimization.max_epochs
+    total = most * num_steps(histories, config) * workers.num_workers
+    pulse = activity.listen()
+    with activity.counting(f"train (at most {most} epochs)", total):
+        result = build_trainer(config, histories, x0_ID, pulse, callbacks).fit()
     set_run_id(None)
     return result
 
@@ -196,22 +198,26 @@ def calibrated_prior(config: TrainConfig, items: EmbeddedItems, activity: Activi
     return calibrate_prior(prior, training.histories, training.x0_ID, seed=config.optimization.seed)
 
 
-@contextmanager
-def sigint_kept() -> Iterator[None]:
-    """Keep the handler of SIGINT, which Ray Train replaces, and end an interrupt as one.
+class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # not followed by the checker
+    """A trainer that an interrupt leaves as an exception.
 
-    Ray Train would end the process with code 0, and would still take a SIGINT long after its workers ended.
+    Ray Train's own handler of SIGINT ends the process from inside `ray.get`, with code 1: no lease is freed.
     """
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as error:
-        if error.code:
+
+    controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self.controller = controller
+
+    def fit(self) -> Result:
+        """Train. After an interrupt, the workers end first."""
+        try:
+            return super().fit()
+        except KeyboardInterrupt:
+            if self.controller is not None:
+                with suppress(Exception):  # the controller ends, so its answer is an error
+                    ray.get(self.controller.abort.remote(), timeout=SECONDS_TO_ABORT)
             raise
-        raise KeyboardInterrupt from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
 
 
 def build_trainer(
@@ -228,14 +234,13 @@ def build_trainer(
     workers = config.workers
     on_gpu = workers.device == "cuda"
     storage = open_store(config.storage)
-    return TorchTrainer(
+    return InterruptibleTrainer(
         train_loop_per_worker,
         train_loop_config={
             "config": config.model_dump(),
             "x0_ID": ray.put(x0_ID),
             "histories": histories,
             "validation": ray.put(validation_batch(histories, config)),
-            "live": sys.stderr.isatty(),
             "log": current_settings(),
             "pulse": pulse,
         },

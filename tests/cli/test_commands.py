@@ -1,7 +1,9 @@
 """The command line: light to import, plain help, results for people and as JSON, one-line errors."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,9 +13,10 @@ import click
 import pytest
 import typer
 
+import rebeca_ray
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.cli.commands import app
-from rebeca_ray.cli.runner import print_result
+from rebeca_ray.cli.runner import RESUMES, STARTS_OVER, print_result
 from rebeca_ray.config.jobs import GenerateConfig
 from tests.conftest import USERS
 from tests.generation.test_nights import night
@@ -65,6 +68,61 @@ def test_help_lists_the_commands() -> None:
     assert out.returncode == 0
     for command in ("demo", "embed", "train", "generate", "stickers", "catalog", "--log-level", "--log-json"):
         assert command in out.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("rebeca ge", ["generate"]),
+        ("rebeca catalog export ", ["images", "key-values", "atlas", "iceberg"]),
+        ("rebeca generate --re", ["--resume", "--retry-failed"]),
+        ("rebeca generate --resume ", ["auto", "require", "never"]),
+    ],
+)
+def test_a_shell_completes_commands_options_and_values(words: str, completed: list[str]) -> None:
+    protocol = {"_REBECA_COMPLETE": "complete_bash", "COMP_WORDS": words}
+    environment = os.environ | protocol | {"COMP_CWORD": str(words.count(" "))}
+    out = subprocess.run([REBECA], env=environment, capture_output=True, text=True, timeout=60)
+    assert out.stdout.split() == completed
+    assert out.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "work", "line"),
+    [
+        (["train"], "training.train.train_prior", f"stopped; {RESUMES}"),
+        (["embed"], "data.embedding.embed_items", f"stopped; {STARTS_OVER}"),
+        (
+            ["generate"],
+            "generation.pipeline.generate_catalog",
+            f"stopped; {RESUMES}, on the same date in UTC or with its run_date",
+        ),
+        (
+            ["generate", "--resume", "never"],
+            "generation.pipeline.generate_catalog",
+            "stopped; what was done is kept: run the same command with --resume auto to go on, "
+            "on the same date in UTC or with its run_date",
+        ),
+        (["nightly"], "nightly.run_nightly", f"stopped; {RESUMES}"),
+    ],
+)
+def test_each_command_says_how_to_go_on_after_ctrl_c(
+    command: list[str],
+    work: str,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"rebeca_ray.{work}", stop)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    config = Path(rebeca_ray.__file__).parent / "stickers" / "configs" / f"{command[0]}_stickers.yaml"
+    with pytest.raises(SystemExit) as caught:
+        app([*command, "--config", str(config)])
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == line
 
 
 @pytest.mark.parametrize("name", COMMANDS)

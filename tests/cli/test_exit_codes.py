@@ -3,6 +3,7 @@
 import errno
 import logging
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,8 @@ from ray.train import WorkerGroupError
 
 from rebeca_ray import errors, log
 from rebeca_ray.catalog.pointer import Pointer
-from rebeca_ray.cli.runner import plain_errors
+from rebeca_ray.cli.runner import STARTS_OVER, plain_errors
 from rebeca_ray.errors import UserError
-from rebeca_ray.termination import SIGTERM_LINE
 from tests.conftest import without_id
 
 EXIT_CODES = {
@@ -146,10 +146,11 @@ def test_a_closed_standard_output_is_no_failure_of_a_store() -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
 
-SIGTERM_COMMAND = """
+STOPPED_COMMAND = """
 import time
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.cli.runner import plain_errors, run_script
+from rebeca_ray.progress import counting
 from rebeca_ray.ray_runtime import start_ray
 
 def main(root: str, with_ray: bool = False) -> None:
@@ -157,20 +158,32 @@ def main(root: str, with_ray: bool = False) -> None:
         if with_ray:
             start_ray()
             import ray
+            task = ray.remote(lambda: time.sleep(60)).remote()
             print("ready", flush=True)
-            ray.data.range(10).map(lambda row: (time.sleep(60), row)[1]).materialize()
-        print("ready", flush=True)
-        time.sleep(60)
+            ray.get(task)
+        with counting("wait", 1):
+            print("ready", flush=True)
+            time.sleep(60)
 
 if __name__ == "__main__":
     run_script(main)
 """
 
 
-@pytest.mark.parametrize("options", [[], ["--with-ray"]])
-def test_sigterm_frees_the_lease_and_ends_with_code_143(tmp_path: Path, options: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("options", "number", "code", "line"),
+    [
+        ([], signal.SIGINT, 130, f"stopped; {STARTS_OVER}"),
+        (["--with-ray"], signal.SIGINT, 130, f"stopped; {STARTS_OVER}"),
+        (["--with-ray"], signal.SIGTERM, 143, f"stopped by SIGTERM; {STARTS_OVER}"),
+    ],
+    ids=["SIGINT", "SIGINT with Ray", "SIGTERM with Ray"],
+)
+def test_a_stopped_command_frees_its_lease_and_says_how_to_go_on(
+    tmp_path: Path, options: list[str], number: signal.Signals, code: int, line: str
+) -> None:
     script = tmp_path / "script.py"
-    script.write_text(SIGTERM_COMMAND)
+    script.write_text(STOPPED_COMMAND)
     process = subprocess.Popen(
         [sys.executable, script, tmp_path / "catalog", *options],
         stdout=subprocess.PIPE,
@@ -179,10 +192,10 @@ def test_sigterm_frees_the_lease_and_ends_with_code_143(tmp_path: Path, options:
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    process.terminate()
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert stderr.splitlines()[-1] == SIGTERM_LINE.decode().strip()
+    assert process.returncode == code
+    assert stderr.splitlines()[-1] == line
     assert "Traceback" not in stderr
     assert "*** SIGTERM" not in stderr
     assert without_id(str(tmp_path / "catalog")) == Pointer(fencing_token=1)

@@ -50,8 +50,8 @@ class HangsLater(render.RenderImages):
 
 {sabotage}
 configure()
-with plain_errors():
-    pipeline.generate_catalog(GenerateConfig.model_validate_json(sys.argv[1]))
+with plain_errors("go on"):
+    pipeline.generate_catalog(GenerateConfig.model_validate_json(sys.argv[1]), in_process={in_process})
 """
 HANG = "render.RenderImages = HangsLater"  # so that a kill always comes in the middle
 DIE_PLANNING = "plan.write_record = lambda *_: os._exit(9)"  # all items are planned, without the marker
@@ -81,11 +81,12 @@ def record_beginning(context: RunContext) -> None:
     begin(context.config.catalog, context.run.run_id, context.date, description)
 
 
-def start(config: GenerateConfig, sabotage: str, ray_address: str) -> subprocess.Popen[str]:
-    """Generate the catalog in another process."""
+def start(config: GenerateConfig, sabotage: str, ray_address: str | None) -> subprocess.Popen[str]:
+    """Generate the catalog in another process, without an address without Ray."""
+    code = DRIVER.format(sabotage=sabotage, in_process=ray_address is None)
     return subprocess.Popen(
-        [sys.executable, "-c", DRIVER.format(sabotage=sabotage), config.model_dump_json()],
-        env={**os.environ, "RAY_ADDRESS": ray_address},
+        [sys.executable, "-c", code, config.model_dump_json()],
+        env={**os.environ, "RAY_ADDRESS": ray_address or ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -161,6 +162,24 @@ def test_a_run_that_is_killed_while_rendering_renders_the_rest(
     assert manifest.measured.stages["render"].rows == 40 - kept
     assert read_pointer(config.catalog)[0].lease is None
     assert unfinished_runs(config.catalog) == {}
+
+
+def test_a_run_that_ctrl_c_stops_is_resumed(config: GenerateConfig) -> None:
+    config = to_resume(config)
+    run_id = planned(config)
+    process = start(config, HANG, None)
+    wait_for_records(process, config, run_id)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert output.splitlines()[-1] == "stopped; go on"
+    assert "Traceback" not in output
+    assert read_pointer(config.catalog)[0].lease is None  # freed, not expired
+    before = rendered(config.catalog, run_id)
+
+    manifest = generate_catalog(config, resume="require", in_process=True).manifest
+    assert manifest.measured.stages["render"].rows == 40 - 4 * len(before)
+    assert_everything_once(read_catalog(config.catalog))
 
 
 def test_a_run_that_dies_while_planning_and_again_before_publishing_is_resumed(

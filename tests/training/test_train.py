@@ -152,7 +152,7 @@ def test_the_first_step_whose_loss_is_not_finite_is_named(world: dict[str, str])
     batches = [replace(batch, history=Rated.nothing(len(batch.user_index_G), 24)) for batch in batches[:5]]
     batches = [replace(batch, item_index_B=np.full_like(batch.item_index_B, 1)) for batch in batches]
     batches[2] = replace(batches[2], item_index_B=np.full_like(batches[2].item_index_B, 7))
-    train_epoch(loss, state, iter(batches), x0_ID, torch.Generator().manual_seed(0), config, None)
+    train_epoch(loss, state, iter(batches), x0_ID, torch.Generator().manual_seed(0), config)
     assert state.diverged == "the loss is not finite in epoch 1, step 3, at learning rate 0.003"
 
 
@@ -175,9 +175,9 @@ def test_every_network_learns(world: dict[str, str], architecture: str, user_enc
     config = config.model_copy(update={"network": config.network.model_copy(update=changes)})
     state, loss, batches, x0_ID = in_process(config)
     generator = torch.Generator().manual_seed(0)
-    first, _ = train_epoch(loss, state, iter(batches[:10]), x0_ID, generator, config, None)
-    train_epoch(loss, state, iter(batches[10:-10]), x0_ID, generator, config, None)
-    last, _ = train_epoch(loss, state, iter(batches[-10:]), x0_ID, generator, config, None)
+    first, _ = train_epoch(loss, state, iter(batches[:10]), x0_ID, generator, config)
+    train_epoch(loss, state, iter(batches[10:-10]), x0_ID, generator, config)
+    last, _ = train_epoch(loss, state, iter(batches[-10:]), x0_ID, generator, config)
     assert last < 0.7 * first
 
 

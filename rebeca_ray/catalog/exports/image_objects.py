@@ -132,7 +132,7 @@ def export_images(snapshot: Snapshot, out: str, url_base: str) -> Exported:
         def work(bucket: int) -> Exported:
             return export_bucket(snapshot, job, bucket)
 
-        done = total(for_each_bucket(work, range(num_buckets)))
+        done = total(for_each_bucket(work, range(num_buckets), name="export images"))
         export = ImageExport(
             folder=job.folder,
             run_id=snapshot.run_id,

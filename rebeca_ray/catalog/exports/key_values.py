@@ -93,7 +93,8 @@ def export_key_values(
         def work(bucket: int) -> PartFile | None:
             return export_bucket(snapshot, folder, format, key_prefix, since, urls, bucket)
 
-        parts = [part for part in for_each_bucket(work, range(snapshot.manifest.num_buckets)) if part]
+        buckets = range(snapshot.manifest.num_buckets)
+        parts = [part for part in for_each_bucket(work, buckets, name="export values") if part]
         description = {
             "run_id": snapshot.run_id,
             "since": since,

@@ -27,6 +27,7 @@ from rebeca_ray.data.published.dataset import (
 )
 from rebeca_ray.data.validation import check_ids
 from rebeca_ray.errors import InputError, shown
+from rebeca_ray.progress import counting
 from rebeca_ray.storage.filesystem import (
     delete,
     is_local,
@@ -131,16 +132,18 @@ def write_items(data: PublishedData, items: set[str], folder: str) -> None:
     """
     tables = data.read_images(items)
     rows = 0
-    for number in range(len(items)):
-        if (first := next(tables, None)) is None:
-            break
-        written = write_tables(
-            chain([first], islice(tables, GROUPS_PER_FILE - 1)),
-            schemas.ITEMS,
-            join(folder, f"part-{number:05d}.parquet"),
-            row_group_size=IMAGES_PER_GROUP,
-        )
-        rows += written["rows"]
+    with counting("import images", len(items)) as counted:
+        for number in range(len(items)):
+            if (first := next(tables, None)) is None:
+                break
+            written = write_tables(
+                chain([first], islice(tables, GROUPS_PER_FILE - 1)),
+                schemas.ITEMS,
+                join(folder, f"part-{number:05d}.parquet"),
+                row_group_size=IMAGES_PER_GROUP,
+            )
+            rows += written["rows"]
+            counted.add(written["rows"])
     if rows != len(items):
         raise InputError(
             f"{data.name} {data.source}: {rows:,} images were read, {len(items):,} expected; "

@@ -19,6 +19,7 @@ from rebeca_ray.decoder.families.sd import load_parts
 from rebeca_ray.decoder.files import find_decoder, find_model
 from rebeca_ray.decoder.inspection import family_of
 from rebeca_ray.errors import InputError
+from rebeca_ray.progress import counting
 from rebeca_ray.studies.pictures import picture_tensor
 
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention
@@ -83,20 +84,22 @@ def train_lora(
         [weight for weight in unet.parameters() if weight.requires_grad], lr=settings.learning_rate
     )
     generator = torch.Generator().manual_seed(settings.seed)
-    for _ in range(settings.steps):
-        row_B = torch.randint(len(latents_NCYX), (settings.batch_size,), generator=generator)
-        clean = latents_NCYX[row_B]
-        noise = torch.randn(clean.shape, generator=generator).to(clean)
-        timestep_B = torch.randint(
-            schedule.config.num_train_timesteps, (settings.batch_size,), generator=generator
-        ).to(clean.device)
-        is_velocity = schedule.config.prediction_type == "v_prediction"
-        target = schedule.get_velocity(clean, noise, timestep_B) if is_velocity else noise
-        noisy = schedule.add_noise(clean, noise, timestep_B)
-        predicted = unet(noisy, timestep_B, text_BLH.expand(settings.batch_size, -1, -1)).sample
-        optimizer.zero_grad()
-        F.mse_loss(predicted, target).backward()
-        optimizer.step()
+    with counting("train a LoRA, in steps", settings.steps) as counted:
+        for _ in range(settings.steps):
+            row_B = torch.randint(len(latents_NCYX), (settings.batch_size,), generator=generator)
+            clean = latents_NCYX[row_B]
+            noise = torch.randn(clean.shape, generator=generator).to(clean)
+            timestep_B = torch.randint(
+                schedule.config.num_train_timesteps, (settings.batch_size,), generator=generator
+            ).to(clean.device)
+            is_velocity = schedule.config.prediction_type == "v_prediction"
+            target = schedule.get_velocity(clean, noise, timestep_B) if is_velocity else noise
+            noisy = schedule.add_noise(clean, noise, timestep_B)
+            predicted = unet(noisy, timestep_B, text_BLH.expand(settings.batch_size, -1, -1)).sample
+            optimizer.zero_grad()
+            F.mse_loss(predicted, target).backward()
+            optimizer.step()
+            counted.add()
     weights = {name: weight.contiguous().cpu() for name, weight in get_peft_model_state_dict(unet).items()}
     save_file(weights, file)
 
