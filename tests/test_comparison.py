@@ -1,0 +1,52 @@
+"""The page that compares: its figures are those of the measurement, and each source in a cell is listed."""
+
+import json
+import re
+
+from tests.conftest import REPO
+
+PAGE = REPO / "infra" / "docs" / "comparison.md"
+RESULTS = REPO / "tests" / "bench" / "results" / "comparison.json"
+
+
+def test_the_measured_table_shows_the_figures_of_the_measurement() -> None:
+    measured = json.loads(RESULTS.read_text())
+    speed, wrong, broken = (measured[name] for name in ("images_per_cpu_second", "wrong_rows", "broken_row"))
+    rows, killed = measured["rows"], measured["after_a_kill"]
+    script, ours = killed["script"], killed["rebeca"]
+    assert broken["script_says"] == "nothing"
+    expected = [
+        [f"images per second of processor time, batches of {rows}"]
+        + [str(speed[name]) for name in ("script, batches", "rebeca, batches")],
+        ["the same, one row at a time", str(speed["script, one row at a time"]), "–"],
+        ["images of a batch that differ from the row drawn alone"]
+        + [f"{wrong[name]} of {rows}" for name in ("script", "rebeca")],
+        [
+            "a row without numbers in its embedding",
+            "no error",
+            f"an error in its row, `{broken['rebeca_says']}`",
+        ],
+        [f"rows after SIGKILL and the same command again, of {killed['expected']}"]
+        + [str(part["rows"]) for part in (script, ours)],
+        ["repeated rows among them", *(str(part["repeated"]) for part in (script, ours))],
+        [
+            "lines of code",
+            str(measured["lines_of_code"]["script"]),
+            f"0, and a config; the package has {measured['lines_of_code']['rebeca_ray']:,}",
+        ],
+    ]
+    section = PAGE.read_text().split("\n## Measured\n")[1].split("\n## ")[0]
+    table = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section.splitlines()
+        if line.startswith("|")
+    ]
+    assert table[2:] == expected
+    assert f"Device: {measured['device']}." in section
+    assert (script["missing"], ours["missing"], ours["repeated"]) == (0, 0, 0)
+
+
+def test_each_source_of_a_cell_is_listed_and_used() -> None:
+    text, _, sources = PAGE.read_text().partition("\n## Sources\n")
+    used = {name for group in re.findall(r"\[([A-Z]\d(?:, [A-Z]\d)*)\]", text) for name in group.split(", ")}
+    assert used == set(re.findall(r"^\| ([A-Z]\d) \|", sources, re.MULTILINE))
