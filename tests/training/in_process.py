@@ -18,7 +18,7 @@ from rebeca_ray.watchdog import Activity
 @pytest.fixture
 def loop_in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_local: str) -> None:
     """Let this process be the only worker of each training. A rerun gets the last checkpoint, as in Ray."""
-    monkeypatch.setattr(Activity, "listen", lambda _: SimpleNamespace(beat=lambda: None))
+    monkeypatch.setattr(Activity, "listen", lambda _: SimpleNamespace(beat=lambda rows=0: None))
     reports: dict[str, list[tuple[Checkpoint, dict[str, Any]]]] = {}
 
     def fit(trainer: TorchTrainer) -> Result:
