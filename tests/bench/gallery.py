@@ -138,10 +138,17 @@ def picture(random: np.random.Generator, size: int) -> bytes:
 
 
 @contextmanager
-def served(root: str, environment: dict[str, str]) -> Iterator[tuple[str, psutil.Process]]:
+def served(root: str, environment: dict[str, str], *options: str) -> Iterator[tuple[str, psutil.Process]]:
     """Run `rebeca gallery` in a fresh process; yield its address."""
     port = free_port()
-    command = [Path(sys.executable).parent / "rebeca", "gallery", root, "--bind", f"127.0.0.1:{port}"]
+    command = [
+        Path(sys.executable).parent / "rebeca",
+        "gallery",
+        root,
+        "--bind",
+        f"127.0.0.1:{port}",
+        *options,
+    ]
     process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     for _ in range(600):
