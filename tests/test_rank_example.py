@@ -1,21 +1,26 @@
-"""The example ranker, run from the command line, on two kinds of items far apart."""
+"""The example ranker on two kinds of items far apart: once as a script, then in this process."""
 
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import InteractionSettings
+from rebeca_ray.console import console
 from rebeca_ray.data.histories import histories_table
 from rebeca_ray.data.interactions import interactions_of
 from rebeca_ray.data.items import read_image_embeds
@@ -25,6 +30,8 @@ from rebeca_ray.prior.users import History
 from rebeca_ray.training.selector import fit_selector
 from tests.conftest import REPO, USERS, D
 from tests.generation.test_nights import night
+
+SCRIPT = REPO / "infra" / "examples" / "rank_example.py"
 
 
 @pytest.fixture
@@ -75,14 +82,18 @@ def add_selector(prior: str, ratings: pa.Table, embeds: np.ndarray) -> None:
     save_prior(replace(trained, selector=fit_selector([block], x0_ID, seed=0)), prior)
 
 
-def run(*options: str) -> subprocess.CompletedProcess[str]:
+def run_script(*options: str) -> subprocess.CompletedProcess[str]:
     environment = {"COLUMNS": "200", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, REPO / "infra" / "examples" / "rank_example.py", *options],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    return subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, env=environment)
+
+
+def run(*options: str) -> subprocess.CompletedProcess[str]:
+    """Return what the script would, without the seconds of its start."""
+    app = typer.Typer()
+    app.command()(runpy.run_path(str(SCRIPT))["rank"])
+    with patch.multiple(console, _width=200, _height=50):
+        result = CliRunner().invoke(app, options)
+    return subprocess.CompletedProcess(options, result.exit_code, result.stdout, result.stderr)
 
 
 def rate_nothing_known(items: str) -> Path:
@@ -102,7 +113,7 @@ def rows_of(finished: subprocess.CompletedProcess[str]) -> list[tuple[str, ...]]
 
 def test_it_ranks_unrated_items_retrieved_and_generated_together(world: tuple[Snapshot, list[str]]) -> None:
     snapshot, options = world
-    finished = run(*options, "--user", USERS[0], "--top", "100")
+    finished = run_script(*options, "--user", USERS[0], "--top", "100")
     rows = rows_of(finished)
     # 24 real items that the user has not rated, and two generated ones.
     assert [int(row[0]) for row in rows] == list(range(1, 27))

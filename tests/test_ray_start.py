@@ -233,11 +233,12 @@ def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_server_that_never_answers_ends_the_command_within_a_minute(home: Path) -> None:
+    """Ray would try twenty times. A try takes 41 s, and 16 s here, where its first wait is shorter."""
     with socket.create_server(("0.0.0.0", 0)) as server:  # Ray asks the machine's address, not 127.0.0.1
         address = f"127.0.0.1:{server.getsockname()[1]}"
         started = time.monotonic()
-        ended = run("ray_runtime.start_ray()", RAY_ADDRESS=address)
-        assert time.monotonic() - started < 100  # 41 s, and the import of Ray on a busy machine
+        ended = run("ray_runtime.start_ray()", RAY_ADDRESS=address, RAY_py_gcs_connect_timeout_s="5")
+        assert time.monotonic() - started < 75  # with the import of Ray on a busy machine
     assert ended.returncode == 75
     assert ended.stderr.splitlines()[-1].startswith(f"error: RAY_ADDRESS {address}: no Ray answers there (")
     assert "Traceback" not in ended.stderr

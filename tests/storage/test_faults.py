@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.fs
 import pytest
 from s3fs import S3FileSystem
 
@@ -257,6 +258,8 @@ def test_an_export_to_a_disk_ends_in_one_line_when_the_store_goes_down(
 ) -> None:
     """Ray's workers have their own store settings, so the exports work in this process."""
     monkeypatch.setattr(S3FileSystem, "retries", 1)
+    once = pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=1)
+    monkeypatch.setattr(pyarrow.fs, "AwsStandardS3RetryStrategy", lambda max_attempts: once)
     for module in (image_objects, key_values):
         monkeypatch.setattr(module, "for_each_bucket", partial(for_each_bucket, in_process=True))
     write_snapshot(root, rows_per_group=100)
