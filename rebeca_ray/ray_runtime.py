@@ -30,6 +30,8 @@ RAY_ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # else an interrupted grid counts as complete
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # by default each read starts 32 processes of ten footers each
     "RAY_DATA_PARQUET_FOOTER_BATCH_SIZE": "128",
+    "RAY_USAGE_STATS_ENABLED": "0",  # its count of uses is a process of its own
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "50",  # of logs: from then on it lists them every 0.5 s, not 0.1
     "RAY_OVERRIDE_RESOURCES": '{"decoder_slot": 1}',  # of a Ray started here; nodes declare theirs
     "RAY_local_fs_capacity_threshold": "0.99",  # at 95% of a large disk Ray would warn every ten seconds
 }

@@ -32,7 +32,8 @@ class EmbedImages:
 
         self.torch, self.device, self.background, self.pulse = torch, device, background, pulse
         self.model, self.preprocess = load_clip(clip)
-        self.model = self.model.eval().to(device)
+        # A convolutional CLIP is a fifth faster so on a CPU.
+        self.model = self.model.eval().to(device, memory_format=torch.channels_last)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         embedded = embed_batch(batch, self.background, self.encode)

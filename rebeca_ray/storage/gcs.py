@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import fsspec
 import pyarrow.fs
-from aiohttp import ClientTimeout
 from fsspec.spec import AbstractFileSystem
 
 from rebeca_ray.errors import Failure, InputError, StorageError, describe
@@ -34,6 +33,8 @@ class GcsStore:
         self.uri = uri
         self.filesystem: AbstractFileSystem
         self.path: str
+        from aiohttp import ClientTimeout  # every process imports this module, few use it
+
         try:
             self.filesystem, self.path = fsspec.core.url_to_fs(
                 uri, requests_timeout=ClientTimeout(sock_connect=5, sock_read=30)

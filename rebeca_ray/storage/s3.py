@@ -5,6 +5,7 @@ or from the instance's role, never from a config file. The version of an object 
 """
 
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime
@@ -15,7 +16,6 @@ from typing import Any, ClassVar
 import botocore.exceptions
 import fsspec
 import pyarrow.fs
-from aiohttp import ClientError
 from botocore.exceptions import (
     BotoCoreError,
     HTTPClientError,
@@ -152,7 +152,7 @@ class S3Store:
         """Return why botocore or Arrow's client raised `error`. s3fs raises OSErrors, as a disk does."""
         if isinstance(error, REFUSED_HERE):
             return Failure.DENIED
-        if isinstance(error, BotoCoreError | ClientError):
+        if isinstance(error, S3Store.failure_types()):
             return Failure.UNREACHABLE
         # Arrow's client raises an OSError without a number, as Arrow does for a broken file.
         text = str(error) if isinstance(error, OSError) else ""
@@ -164,8 +164,12 @@ class S3Store:
 
     @staticmethod
     def failure_types() -> tuple[type[Exception], ...]:
-        """BotoCoreError: no credentials, no endpoint. aiohttp's ClientError: every answer was cut off."""
-        return BotoCoreError, ClientError
+        """BotoCoreError: no credentials, no endpoint. aiohttp's ClientError: every answer was cut off.
+
+        s3fs imports aiohttp, which takes a fifth of a second: without s3fs there are none of its errors.
+        """
+        aiohttp = sys.modules.get("aiohttp")
+        return (BotoCoreError, aiohttp.ClientError) if aiohttp else (BotoCoreError,)
 
     @staticmethod
     def iceberg_properties() -> dict[str, str]:

@@ -31,7 +31,7 @@ def stickers() -> Stickers:
 
 @pytest.fixture(scope="module")
 def clip() -> open_clip.CLIP:
-    return open_clip.create_model(f"local-dir:{CLIP}").eval()
+    return open_clip.create_model(f"local-dir:{CLIP}").eval().to(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
