@@ -7,21 +7,22 @@ import tempfile
 import pytest
 
 LONGEST = [  # the names of test files, longest first
-    *("test_resume.py", "test_jobs.py", "test_triton_client.py", "test_pipeline.py", "test_weights.py"),
-    *("test_train.py", "test_damage.py", "test_faults.py", "test_suspects.py", "test_exports.py"),
-    *("test_sdxl.py", "test_campaign.py", "test_ray_start.py", "test_pages.py", "test_browser.py"),
-    *("test_commands.py", "test_readers.py", "test_tuning.py", "test_acceptance.py", "test_lease.py"),
+    *("test_jobs.py", "test_triton_client.py", "test_resume.py", "test_train.py", "test_weights.py"),
+    *("test_faults.py", "test_tuning.py", "test_exports.py", "test_sdxl.py", "test_pipeline.py"),
+    *("test_campaign.py", "test_acceptance.py", "test_damage.py", "test_pages.py", "test_browser.py"),
+    *("test_commands.py", "test_suspects.py", "test_ray_start.py", "test_readers.py", "test_lease.py"),
 ]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give each test process a Ray of its own.
+    """Give each test process a Ray of its own, and let it wait for no disk.
 
     With one folder, the first process starts a Ray and the others join it: they wait for each other's CPUs,
     and die with the process that started it.
     """
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # short, for the sockets' paths
     os.environ["RAY_TMPDIR"] = folder
+    os.fsync = lambda _: None  # a night in process has sixty, of milliseconds each
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 

@@ -9,7 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -218,32 +218,6 @@ def test_the_client_waits_for_a_slow_server_and_then_gives_up(
         os.kill(process.pid, signal.SIGCONT)
 
 
-def test_a_server_that_is_killed_and_restarted_loses_and_repeats_nothing(
-    tiny_decoder: DecoderSettings, rows: Rows
-) -> None:
-    ports = {name: free_port() for name in PORTS}
-    many = Rows.concatenate([rows] * 20)
-    expected = LocalDecoder(tiny_decoder).decode(rows) * 20
-    answers: list[object] = []
-    with ExitStack() as stack:
-        first = stack.enter_context(triton_server(tiny_decoder, **ports, instances=1))
-        decoder = TritonDecoder(served(tiny_decoder, ports["grpc_port"]))
-        thread = threading.Thread(target=lambda: answers.extend(decoder.decode(many)))
-        thread.start()
-        while statistics(decoder)[1] < 5:
-            time.sleep(0.01)
-        backends = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
-        first.kill()
-        first.wait()
-        for backend in backends:  # it outlives its server and holds a gigabyte
-            with suppress(ProcessLookupError):
-                os.kill(int(backend), signal.SIGKILL)
-        assert thread.is_alive()
-        stack.enter_context(triton_server(tiny_decoder, **ports, instances=1))
-        thread.join(60)
-    assert answers == expected
-
-
 @pytest.mark.usefixtures("ray_local")
 def test_both_backends_write_the_same_catalog(server: DecoderSettings, config: GenerateConfig) -> None:
     run = prepare(config).run  # plans and renders locally
@@ -324,28 +298,52 @@ def test_a_missing_server_ends_the_run_before_planning(config: GenerateConfig) -
     assert not (Path(config.catalog) / "work").exists()
 
 
-def test_rebeca_serve_prints_its_address_and_stops_cleanly(
-    tiny_decoder: DecoderSettings, rows: Rows, tmp_path: Path
+def test_a_server_that_is_killed_and_restarted_loses_and_repeats_nothing(
+    process: "subprocess.Popen[bytes]",
+    server: DecoderSettings,
+    tiny_decoder: DecoderSettings,
+    ports: dict[str, int],
+    rows: Rows,
+    tmp_path: Path,
 ) -> None:
-    ports = {name: free_port() for name in PORTS}
-    decoder = tiny_decoder.model_dump(mode="json", exclude_defaults=True)
-    (tmp_path / "c.yaml").write_text(
-        yaml.safe_dump({"prior": "p", "request": "r", "catalog": "c", "decoder": decoder})
-    )
-    options = [part for name, port in ports.items() for part in (f"--{name.replace('_', '-')}", str(port))]
-    command = [
-        str(Path(sys.executable).parent / "rebeca"),
-        "serve",
-        "--config",
-        str(tmp_path / "c.yaml"),
-        *options,
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout is not None
-    line = process.stdout.readline()  # a single line, for scripts that wait for it
-    assert f"ready: grpc 127.0.0.1:{ports['grpc_port']}" in line
-    assert TritonDecoder(served(tiny_decoder, ports["grpc_port"])).decode(rows.take([0]))[0].image
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    """The last test of the server, which it kills. `rebeca serve` starts another in its place."""
+    many = Rows.concatenate([rows] * 20)
+    expected = LocalDecoder(tiny_decoder).decode(rows) * 20
+    answers: list[object] = []
+    decoder = TritonDecoder(server)
+    before = statistics(decoder)[1]
+    thread = threading.Thread(target=lambda: answers.extend(decoder.decode(many)))
+    thread.start()
+    while statistics(decoder)[1] < before + 5:
+        time.sleep(0.01)
+    backends = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    for backend in backends:  # it outlives its server and holds a gigabyte
+        with suppress(ProcessLookupError):
+            os.kill(int(backend), signal.SIGKILL)
+    assert thread.is_alive()
+    with rebeca_serve(tiny_decoder, ports, tmp_path) as line:
+        assert f"ready: grpc 127.0.0.1:{ports['grpc_port']}" in line
+        thread.join(60)
+    assert answers == expected
     with pytest.raises(ServerLostError):
         TritonDecoder(served(tiny_decoder, ports["grpc_port"], ready_seconds=1))
+
+
+@contextmanager
+def rebeca_serve(decoder: DecoderSettings, ports: dict[str, int], folder: Path) -> Iterator[str]:
+    """Run the command until SIGTERM, which it obeys; yield its first line, for which scripts wait."""
+    values = decoder.model_dump(mode="json", exclude_defaults=True)
+    config = folder / "c.yaml"
+    config.write_text(yaml.safe_dump({"prior": "p", "request": "r", "catalog": "c", "decoder": values}))
+    options = [part for name, port in ports.items() for part in (f"--{name.replace('_', '-')}", str(port))]
+    command = [Path(sys.executable).parent / "rebeca", "serve", "--config", config, *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(60)
+    assert code == 0

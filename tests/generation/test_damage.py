@@ -16,13 +16,14 @@ from rebeca_ray.catalog.read import Snapshot, read_catalog
 from rebeca_ray.catalog.verify import verify
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import LayoutSettings
-from rebeca_ray.decoder.local import LocalDecoder
+from rebeca_ray.generation import render
 from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.pipeline import generate_catalog
 from rebeca_ray.generation.render import Rendered
 from rebeca_ray.generation.repair import previous
 from rebeca_ray.identity import bucket_of
 from tests.conftest import NO_GATE, USERS, assembled, prepare, publish, snapshot_of
+from tests.generation.light_render import PlainDecoder
 from tests.generation.test_plan import write_histories, write_history_prior
 
 MONDAY = datetime.date(2026, 3, 2)
@@ -77,7 +78,15 @@ def ids_by_user(snapshot: Snapshot) -> dict[str, list[str]]:
 
 
 @pytest.fixture
-def half_done(config: GenerateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GenerateConfig:
+def plain_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw plain images: a hundred nights load no weights, and nobody looks at their images."""
+    monkeypatch.setattr(render, "build_decoder", lambda _: PlainDecoder())
+
+
+@pytest.fixture
+def half_done(
+    config: GenerateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_decoder: None
+) -> GenerateConfig:
     """The config of a run that was killed with one shard of two rendered, and half of the other."""
     ratings = write_histories(tmp_path, user_0=[(1, 5.0), (2, 1.0)], user_1=[(3, 4.0), (4, 2.0)])
     pq.write_table(pa.table({"user_id": [*USERS[:2], "nobody"]}), config.request)
@@ -92,9 +101,9 @@ def half_done(config: GenerateConfig, tmp_path: Path, monkeypatch: pytest.Monkey
         }
     )
     calls = 0
-    whole = LocalDecoder.decode
+    whole = PlainDecoder.decode
 
-    def decode(self: LocalDecoder, rows: Any) -> Any:
+    def decode(self: PlainDecoder, rows: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls > 3:
@@ -102,7 +111,7 @@ def half_done(config: GenerateConfig, tmp_path: Path, monkeypatch: pytest.Monkey
         return whole(self, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LocalDecoder, "decode", decode)
+        patch.setattr(PlainDecoder, "decode", decode)
         with pytest.raises(Killed):
             generate_catalog(config, in_process=True)
     return config
@@ -147,7 +156,7 @@ def test_any_damaged_work_file_of_an_unfinished_run_is_made_again(
 
 
 @pytest.fixture
-def two_buckets(config: GenerateConfig) -> GenerateConfig:
+def two_buckets(config: GenerateConfig, plain_decoder: None) -> GenerateConfig:
     """The config of a catalog of two nights with two buckets, the pool among them."""
     pq.write_table(pa.table({"user_id": [*USERS, "nobody"]}), config.request)
     layout = LayoutSettings(num_buckets=2, images_per_file=4)

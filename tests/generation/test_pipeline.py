@@ -52,6 +52,22 @@ def generated(
     return shared, generate_catalog(shared).manifest
 
 
+@pytest.fixture(scope="module")
+def on_s3(generated: tuple[GenerateConfig, Manifest]) -> dict[str, str]:
+    """The same prior, request and items on S3, and a catalog there."""
+    config, _ = generated
+    filesystem = fsspec.filesystem("s3")
+    filesystem.put(config.prior, "rebeca/in/prior", recursive=True)
+    filesystem.put_file(config.request, "rebeca/in/request.parquet")
+    filesystem.put_file(config.items, "rebeca/in/items.parquet")
+    return {
+        "prior": "s3://rebeca/in/prior",
+        "request": "s3://rebeca/in/request.parquet",
+        "items": "s3://rebeca/in/items.parquet",
+        "catalog": "s3://rebeca/catalog",
+    }
+
+
 def test_a_complete_snapshot_is_published(generated: tuple[GenerateConfig, Manifest]) -> None:
     config, manifest = generated
     assert manifest.counts == Counts(
@@ -125,23 +141,24 @@ def assert_same_pixels(left: list[bytes], right: list[bytes]) -> None:
     assert np.abs(difference).max() <= 3
 
 
-def test_two_runs_agree_whatever_their_order_actors_buckets_shards_and_files(
-    generated: tuple[GenerateConfig, Manifest], tmp_path: Path
+def test_two_runs_agree_whatever_their_order_actors_buckets_shards_files_and_store(
+    generated: tuple[GenerateConfig, Manifest], on_s3: dict[str, str], tmp_path: Path
 ) -> None:
-    """Another catalog, cut into buckets, shards and files, agrees with the first item by item."""
+    """Another catalog, on S3 and cut into buckets, shards and files, agrees with the first item by item."""
     config, _ = generated
     before = read_catalog(config.catalog)
     pq.write_table(pq.read_table(config.request).take([4, 2, 3, 1]), tmp_path / "shuffled.parquet")
     decoder = config.decoder.model_copy(update={"num_actors": 2, "cpus_per_actor": 0.5})
     layout = LayoutSettings(num_buckets=3, items_per_shard=7, images_per_file=4)
     update = {
-        "catalog": str(tmp_path / "catalog"),
+        **on_s3,
+        "catalog": "s3://rebeca/cut",
         "request": str(tmp_path / "shuffled.parquet"),
         "decoder": decoder,
         "layout": layout,
     }
     manifest = generate_catalog(config.model_copy(update=update)).manifest
-    after = read_catalog(str(tmp_path / "catalog"))
+    after = read_catalog("s3://rebeca/cut")
     left = before.items().filter(np.array(before.items()["user_id"]) != USERS[0])
     right = after.items().sort_by([("user_id", "ascending"), ("rank", "ascending")])
     assert_same_items(left, right)
@@ -294,26 +311,16 @@ def test_reading_without_a_published_snapshot_is_refused(tmp_path: Path) -> None
         read_catalog(str(tmp_path))
 
 
-def test_a_catalog_on_s3_is_the_same(generated: tuple[GenerateConfig, Manifest]) -> None:
+def test_a_catalog_on_s3_is_the_same(
+    generated: tuple[GenerateConfig, Manifest], on_s3: dict[str, str]
+) -> None:
     """Everything on S3: prior, request, items, catalog."""
     config, local = generated
     expected = read_catalog(config.catalog)
-    filesystem = fsspec.filesystem("s3")
-    filesystem.put(config.prior, "rebeca/in/prior", recursive=True)
-    filesystem.put_file(config.request, "rebeca/in/request.parquet")
-    filesystem.put_file(config.items, "rebeca/in/items.parquet")
-    on_s3 = config.model_copy(
-        update={
-            "prior": "s3://rebeca/in/prior",
-            "request": "s3://rebeca/in/request.parquet",
-            "items": "s3://rebeca/in/items.parquet",
-            "catalog": "s3://rebeca/catalog",
-        }
-    )
-    manifest = generate_catalog(on_s3).manifest
+    manifest = generate_catalog(config.model_copy(update=on_s3), in_process=True).manifest
     assert manifest.counts == local.counts
     assert manifest.fencing_token == 1
-    snapshot = read_catalog(on_s3.catalog)
+    snapshot = read_catalog(on_s3["catalog"])
     assert_same_items(snapshot.items(), expected.items())
     assert_same_pixels(snapshot.images(snapshot.items()), expected.images(expected.items()))
 
@@ -324,7 +331,8 @@ def test_an_impersonal_plan_is_neither_rendered_nor_published(config: GenerateCo
     prior = write_tiny_prior(tmp_path, users=prior_users(users), selector=Selector(D, 4))
     pq.write_table(pa.table({"user_id": users}), tmp_path / "request.parquet")
     gate = GateSettings(max_p_value=1e-5)
+    config = config.model_copy(update={"prior": prior, "gate": gate, "num_images": 2})
     with pytest.raises(QualityGateError, match=r"20 users.*Nothing was rendered or published"):
-        generate_catalog(config.model_copy(update={"prior": prior, "gate": gate, "num_images": 2}))
+        generate_catalog(config, in_process=True)
     assert published(config.catalog) is None
     assert not (Path(config.catalog) / "images").exists()

@@ -23,6 +23,7 @@ from rebeca_ray.config.sections import LayoutSettings, LimitSettings
 from rebeca_ray.decoder.interface import DecodedImage
 from rebeca_ray.decoder.local import LocalDecoder
 from rebeca_ray.errors import UserError
+from rebeca_ray.generation import render
 from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.pipeline import generate_catalog
 from rebeca_ray.generation.request import input_digests
@@ -31,6 +32,7 @@ from rebeca_ray.storage.filesystem import join, list_files, open_filesystem
 from rebeca_ray.storage.objects import read_json
 from rebeca_ray.storage.parquet import read_table
 from tests.conftest import context_of, planned_items, prepare, render_rows, versions_of, write_plan
+from tests.generation.light_render import LightRender
 
 DRIVER = """
 import os, sys, time
@@ -39,8 +41,9 @@ from rebeca_ray.catalog.lease import Lease
 from rebeca_ray.cli.runner import plain_errors
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.log import configure
+from tests.generation.light_render import LightRender
 
-class HangsLater(render.RenderImages):
+class HangsLater(LightRender):
     calls = 0
     def __call__(self, batch):
         self.calls += 1
@@ -48,6 +51,7 @@ class HangsLater(render.RenderImages):
             time.sleep(3600)
         return super().__call__(batch)
 
+render.RenderImages = LightRender
 {sabotage}
 configure()
 with plain_errors("go on"):
@@ -81,12 +85,12 @@ def record_beginning(context: RunContext) -> None:
     begin(context.config.catalog, context.run.run_id, context.date, description)
 
 
-def start(config: GenerateConfig, sabotage: str, ray_address: str | None) -> subprocess.Popen[str]:
-    """Generate the catalog in another process, without an address without Ray."""
-    code = DRIVER.format(sabotage=sabotage, in_process=ray_address is None)
+def start(config: GenerateConfig, sabotage: str, ray_address: str = "") -> subprocess.Popen[str]:
+    """Generate the catalog in another process; without a Ray, that process runs all stages."""
+    script = DRIVER.format(sabotage=sabotage, in_process=not ray_address)
     return subprocess.Popen(
-        [sys.executable, "-c", code, config.model_dump_json()],
-        env={**os.environ, "RAY_ADDRESS": ray_address or ""},
+        [sys.executable, "-c", script, config.model_dump_json()],
+        env={**os.environ, "RAY_ADDRESS": ray_address},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -135,9 +139,13 @@ def on_s3(config: GenerateConfig) -> GenerateConfig:
 
 
 def test_a_run_that_is_killed_while_rendering_renders_the_rest(
-    config: GenerateConfig, ray_local: str, caplog: pytest.LogCaptureFixture
+    config: GenerateConfig,
+    ray_local: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")
+    monkeypatch.setattr(render, "RenderImages", LightRender)
     config = on_s3(to_resume(config))
     run_id = planned(config)
     process = start(config, HANG, ray_local)
@@ -167,7 +175,7 @@ def test_a_run_that_is_killed_while_rendering_renders_the_rest(
 def test_a_run_that_ctrl_c_stops_is_resumed(config: GenerateConfig) -> None:
     config = to_resume(config)
     run_id = planned(config)
-    process = start(config, HANG, None)
+    process = start(config, HANG)
     wait_for_records(process, config, run_id)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
@@ -183,11 +191,11 @@ def test_a_run_that_ctrl_c_stops_is_resumed(config: GenerateConfig) -> None:
 
 
 def test_a_run_that_dies_while_planning_and_again_before_publishing_is_resumed(
-    config: GenerateConfig, ray_local: str, caplog: pytest.LogCaptureFixture
+    config: GenerateConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     config = to_resume(config)
-    process = start(config, DIE_PLANNING, ray_local)
+    process = start(config, DIE_PLANNING)
     output, _ = process.communicate()
     assert process.returncode == 9, output
     (run_id,) = unfinished_runs(config.catalog)
@@ -196,7 +204,7 @@ def test_a_run_that_dies_while_planning_and_again_before_publishing_is_resumed(
     assert not (work / "plan.json").exists()
     assert not (work / "records").exists()
 
-    process = start(config, DIE_PUBLISHING, ray_local)
+    process = start(config, DIE_PUBLISHING)
     output, _ = process.communicate()
     assert process.returncode == 9, output
     assert f"resuming run {run_id}" in output
@@ -208,7 +216,7 @@ def test_a_run_that_dies_while_planning_and_again_before_publishing_is_resumed(
     assert len(before) == 10
     assert published(config.catalog) is None
 
-    manifest = generate_catalog(config).manifest
+    manifest = generate_catalog(config, in_process=True).manifest
     assert f"resuming run {run_id}" in caplog.text
     assert (manifest.run_id, manifest.fencing_token) == (run_id, 3)
     assert not {"plan", "render"} & set(manifest.measured.stages)  # neither was done again
@@ -240,17 +248,14 @@ def test_a_run_that_hangs_ends_itself_and_is_resumed(config: GenerateConfig, ray
     rows = sum(image_file["rows"] for image_file in records(config.catalog, run_id))
 
     # The next attempt starts at once, though the lease was one of ten minutes.
-    manifest = generate_catalog(config, resume="require").manifest
+    manifest = generate_catalog(config, resume="require", in_process=True).manifest
     assert manifest.run_id == run_id
     assert manifest.measured.stages["render"].rows == 40 - rows
     assert_everything_once(read_catalog(config.catalog))
 
 
 def test_failed_items_are_rendered_again_with_retry_failed(
-    config: GenerateConfig,
-    ray_local: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two of sixteen items failed in a decoder that works again."""
     decoder = config.decoder.model_copy(update={"batch_size": 16})  # one call of the decoder
@@ -267,7 +272,7 @@ def test_failed_items_are_rendered_again_with_retry_failed(
     record_beginning(context)
     for _ in range(2):  # without the option they stay failed
         with pytest.raises(SystemExit) as caught, plain_errors():
-            generate_catalog(config)
+            generate_catalog(config, in_process=True)
         assert caught.value.code == 3
         assert (
             capsys.readouterr()
@@ -282,7 +287,7 @@ def test_failed_items_are_rendered_again_with_retry_failed(
     errors = read_table(errors_uri, "errors").to_pylist()
     assert [(row["stage"], row["error"], row["attempt"]) for row in errors] == [("render", "bad luck", 0)] * 2
 
-    manifest = generate_catalog(config, retry_failed=True).manifest
+    manifest = generate_catalog(config, retry_failed=True, in_process=True).manifest
     assert manifest.run_id == run.run_id
     assert (manifest.counts.new, manifest.counts.failed) == (16, 0)
     assert manifest.measured.stages["render"].rows == 2
@@ -299,7 +304,7 @@ def test_failed_items_are_rendered_again_with_retry_failed(
     assert items.num_rows == 16
     assert None not in snapshot.images(items)
     with pytest.raises(UserError, match="no unfinished run of .* to go on with"):
-        generate_catalog(config, retry_failed=True)
+        generate_catalog(config, retry_failed=True, in_process=True)
 
 
 def test_a_run_without_gpu_hours_left_publishes_its_rendered_items(

@@ -1,7 +1,5 @@
 """A row that kills its process is recorded as failed, and everything else is rendered."""
 
-import os
-import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,11 +13,11 @@ from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.generation import render as render_module
 from rebeca_ray.generation.pipeline import generate_catalog
-from rebeca_ray.generation.render import RenderImages
 from rebeca_ray.generation.repair import suspects as suspects_module
 from rebeca_ray.generation.repair.suspects import REASON, Suspects
 from rebeca_ray.storage.filesystem import delete
 from tests.conftest import NO_GATE, snapshot_of
+from tests.generation.light_render import KilledByOneRow
 
 
 class DyingError(Exception):
@@ -107,17 +105,6 @@ def test_rows_are_noted_in_one_call_at_a_time(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as calls:
         list(calls.map(lambda item: suspects.render(batch_of(item), render), ("a", "b")))
     assert noted == [1, 1]
-
-
-class KilledByOneRow(RenderImages):
-    """A render actor that one item kills: the one whose id is in the file beside the notes."""
-
-    def render(self, batch: pa.Table) -> pa.Table:
-        assert self.suspects is not None
-        poison = Path(self.suspects.uri).parents[2].joinpath("poison").read_text()
-        if poison in batch["item_id"].to_pylist():
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().render(batch)
 
 
 def test_a_row_that_kills_its_actor_costs_that_row_alone(
