@@ -53,6 +53,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     subprocess.run(
         [BIN / "ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True
     )
+    (home / ".ray" / "auth_token").chmod(0o600)
     process = subprocess.Popen(
         [
             BIN / "ray",
@@ -66,6 +67,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
             f"--dashboard-agent-listen-port={free_port()}",
             f"--ray-client-server-port={free_port()}",
             "--num-cpus=2",
+            "--disable-usage-stats",
+            '--resources={"decoder_slot": 1}',
             f"--temp-dir=/tmp/rebeca-{port}",
         ],
         env=environment,

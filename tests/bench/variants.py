@@ -38,8 +38,8 @@ from rebeca_ray.prior.variants import Variants
 from rebeca_ray.stickers.simulate import simulate
 from rebeca_ray.training.calibrate import user_vectors
 from rebeca_ray.training.train import train_prior
-from tests.bench.population import SPLIT, Population, read_population
-from tests.bench.prior_quality import FIGURES, RESULTS, ROOT
+from tests.bench.population import ROOT, SPLIT, Population, read_population
+from tests.bench.prior_quality import FIGURES, RESULTS
 
 SEED, NUM_USERS = 201, 200
 STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
