@@ -2,6 +2,7 @@
 
 import signal
 from contextlib import suppress
+from datetime import date
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +48,7 @@ def gallery(
 ) -> None:
     """Show a catalog in a browser: users, items, snapshots, comparisons. With --config, steer users too."""
     from rebeca_ray.config.fields import absolute
-    from rebeca_ray.config.jobs import GenerateConfig
+    from rebeca_ray.config.jobs import GenerateConfig, dated
     from rebeca_ray.errors import InputError
 
     with plain_errors():
@@ -63,18 +64,23 @@ def gallery(
         from rebeca_ray.gallery.source import Source
         from rebeca_ray.gallery.steering import Steering
 
-        if feedback and settings is None:
-            raise InputError("--feedback: needs --config, whose interactions give the scale of ratings")
+        if feedback and not (settings and settings.interactions):
+            raise InputError(
+                "--feedback: needs a --config with interactions, for the scale of ratings and the columns"
+            )
+        source = Source(catalog)
+        if settings:
+            settings = dated(settings, date.fromisoformat(source.published.manifest.run_date))
         histories = Histories(settings.interactions) if settings and settings.interactions else None
         shown = Gallery(
-            source=Source(catalog),
+            source=source,
             other=Source(other) if other else None,
             histories=histories,
             real_items=RealItems(absolute(items)) if items else None,
             config=absolute(str(config)) if config else None,
             steering=Steering(settings, histories, feedback and absolute(feedback)) if settings else None,
         )
-        listening = listen(*parse_bind(bind), name or [])
+        listening = listen(*parse_bind(bind), name or [], writes=bool(feedback))
         print_result(f"gallery of {shown.source.root}: {listening.url} (Ctrl-C ends it)")
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with suppress(KeyboardInterrupt):

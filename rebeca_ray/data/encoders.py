@@ -47,6 +47,7 @@ def load_encoder(name: str, device: str) -> Encode:
     if name == EFFICIENTNET or name.startswith(TIMM):
         return load_timm(name, device)
     model, preprocess = load_clip(name)
+    model = model.to(memory_format=torch.channels_last)  # as `EmbedImages` does, so that bits are equal
     return encoder_of(model.encode_image, model, preprocess, device)
 
 

@@ -38,11 +38,11 @@ def parse_bind(bind: str) -> tuple[str, int]:
     return host, 8400 if port is None else port
 
 
-def listen(host: str, port: int, names: list[str]) -> Listening:
+def listen(host: str, port: int, names: list[str], *, writes: bool = False) -> Listening:
     """Open a port. Raises InputError if that is not possible.
 
-    `names` are further names of this server for browsers. With names, or beyond this machine, a token is
-    needed.
+    `names` are further names of this server for browsers. With names, beyond this machine, and for a gallery
+    that `writes` votes, a token is needed.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -52,7 +52,7 @@ def listen(host: str, port: int, names: list[str]) -> Listening:
             f"gallery: {host}:{port} cannot be opened ({describe(error)}); give another address with --bind"
         ) from None
     token = os.environ.get(TOKEN)
-    if token is None and (names or not is_loopback(host)):
+    if token is None and (names or writes or not is_loopback(host)):
         token = secrets.token_urlsafe(24)
     hosts = [host, *names]
     if is_loopback(host) or is_any(host):
@@ -69,7 +69,9 @@ def serve(gallery: Gallery, listening: Listening) -> None:
     """Answer requests until SIGINT or SIGTERM."""
     app = build_app(gallery, listening.hosts, listening.token)
     # Without the access log, which would hold tokens and the ids of users.
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=1
+    )
     uvicorn.Server(config).run(sockets=[listening.server])
 
 

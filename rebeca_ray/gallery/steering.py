@@ -5,6 +5,7 @@ address -> votes, settings -> rebeca_ray.halves.steer, one drawing at a time -> 
 Nothing is written but votes that a person saves, to the file given at the start.
 """
 
+import logging
 import math
 import secrets
 import threading
@@ -21,19 +22,23 @@ from rebeca_ray.catalog.layout import POPULATION_USER
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.load import parse_config
 from rebeca_ray.data.votes import append_votes
-from rebeca_ray.errors import InputError, UserError, redacted
+from rebeca_ray.errors import InputError, describe, redacted
 from rebeca_ray.gallery.people import Histories
 from rebeca_ray.gallery.pictures import media_type
 from rebeca_ray.gallery.tables import Tables
 from rebeca_ray.gallery.views import Row
+from rebeca_ray.storage.failures import user_error
 
 if TYPE_CHECKING:
     from rebeca_ray.halves.steer import SteeredUser, Steerer
+
+log = logging.getLogger(__name__)
 
 VOTE = "vote."  # before an item's id, as the name of a field
 VOTES: Mapping[str, bool] = {"more": True, "less": False}
 DRAWINGS = 32  # whose images are kept
 SAME = "Without votes and changes, these are the published images."
+COLD_START = "Published, this user shares the images of the population. These are drawn for the user alone."
 NOT_SAME = (
     "These differ from the published images: models, ratings, settings or the number of images are not those "
     "of the run."
@@ -102,16 +107,21 @@ class Steering:
                 steerer = self.steerer
                 sliders = sliders_of(steerer, query)
                 steered = replace(steered, sliders=sliders, can_vote=steerer.reads_histories)
-                values = {slider.name: slider.value for slider in sliders}
+                values = {slider.name: slider.value for slider in sliders if not slider.is_default}
                 settled = parse_config(Settled, values, where="steering")
                 steered_user = self.steered_user(tables, user)
                 drawn = steerer.draw(steered_user, steered.votes, settled)
-            except UserError as error:
-                return replace(steered, message=redacted(str(error)))
+            except Exception as error:
+                # A model may fail too, such as for want of memory. The page says so, the log says more.
+                reason = user_error(error)
+                if reason is None:
+                    log.exception("steering user %r failed", user["user_id"])
+                return replace(steered, message=redacted(str(reason or describe(error))))
             note = None
             if not steered.votes and all(slider.is_default for slider in sliders):
                 published = steered_user.items["item_id"].to_pylist()
-                note = SAME if {*drawn["item_id"].to_pylist()} <= {*published} else NOT_SAME
+                is_same = {*drawn["item_id"].to_pylist()} <= {*published}
+                note = SAME if is_same else COLD_START if user["cold_start"] else NOT_SAME
             return replace(steered, images=self.keep(drawn), note=note)
 
     def keep(self, drawn: pa.Table) -> list[DrawnImage]:
@@ -156,7 +166,8 @@ class Steering:
         """Append votes to the file of feedback. Raises InputError without one, and as `append_votes` does."""
         if self.feedback is None or self.config.interactions is None:
             raise InputError("feedback: no file is given; start the gallery with --feedback")
-        append_votes(self.feedback, user_id, votes, self.config.interactions)
+        rated = self.histories.ratings_of(user_id)["item_id"].to_pylist() if self.histories else []
+        append_votes(self.feedback, user_id, votes, self.config.interactions, rated)
 
 
 def votes_of(query: Mapping[str, str]) -> dict[str, bool]:

@@ -70,7 +70,7 @@ class SteeredUser:
 class Steerer:
     """The models of a config, loaded once. One caller at a time.
 
-    Raises InputError for a config whose prior or decoder cannot be used here.
+    Raises InputError if the prior or the decoder of the config cannot be used here.
     """
 
     def __init__(self, config: GenerateConfig) -> None:
@@ -122,7 +122,9 @@ class Steerer:
         users = users_table(row, pa.chunked_array([digest]), bucket=0, seed=user.generation)
         keys = UserSampler(self.config, self.loaded).keys(users)
         with tempfile.TemporaryDirectory(prefix="rebeca-steer-") as folder:
-            histories, rated_ID = self.history(user, votes, settled.ratings_per_vote, folder)
+            histories, rated_ID = self.history(
+                user, votes, settled.ratings_per_vote, folder, is_variant=users["item_id"].null_count == 0
+            )
             chosen = UserSampler(config, self.loaded, histories, rated_ID).choose(users, keys)
         prompt, negative = (text_of(row, name) for name in ("prompt", "negative_prompt"))
         count = len(chosen.rank_K)
@@ -158,23 +160,20 @@ class Steerer:
         return config
 
     def history(
-        self, user: SteeredUser, votes: Mapping[str, bool], ratings_per_vote: int, folder: str
+        self,
+        user: SteeredUser,
+        votes: Mapping[str, bool],
+        ratings_per_vote: int,
+        folder: str,
+        *,
+        is_variant: bool,
     ) -> tuple[Histories | None, np.ndarray | None]:
         """Write the user's history below `folder`. Return it, and the embeddings [I, D] that it counts."""
         items, settings = self.loaded.items, self.config.interactions
         if items is None or settings is None:
             return None, None if items is None else items.image_embeds
         ratings = with_votes(user.ratings, user.user_id, votes, settings)
-        rated_id = ratings["item_id"].combine_chunks()
-        embed_dim = items.image_embeds.shape[1]
-        folder_of_rated = rated_folder(self.config.catalog, self.loaded.prior.clip, embed_dim)
-        generated = pa.concat_tables([read_known(folder_of_rated, ratings, embed_dim), user.items])
-        generated = each_once(generated.filter(pc.is_in(generated["item_id"], value_set=rated_id)))
-        ids, rated_ID = items.item_id, items.image_embeds
-        if generated.num_rows:
-            embeds = generated["image_embeds"].combine_chunks().flatten().to_numpy()
-            ids = np.concatenate([ids, generated["item_id"].to_numpy(zero_copy_only=False)])
-            rated_ID = np.concatenate([rated_ID, embeds.reshape(-1, embed_dim)])
+        ids, rated_ID = self.embedded(user, ratings["item_id"].combine_chunks(), is_variant)
         # Further ratings per vote are ratings of copies, since nobody rates an item twice.
         rows = pc.index_in(pa.array(votes, pa.string()), value_set=pa.array(ids, pa.string())).to_pylist()
         row_of: dict[str, int] = {item: row for item, row in zip(votes, rows, strict=True) if row is not None}
@@ -187,12 +186,34 @@ class Steerer:
         known = ratings.filter(pc.is_in(ratings["item_id"], value_set=pa.array(ids, pa.string())))
         if not known.num_rows:
             write_histories(schemas.HISTORIES.empty_table(), folder, 0)
-            return Histories(uri=folder, users_of_bucket=[0], digest=""), rated_ID
+            nothing = np.zeros((1, items.image_embeds.shape[1]), np.float32)  # absent ratings need a row
+            return Histories(uri=folder, users_of_bucket=[0], digest=""), rated_ID if is_variant else nothing
         path = join(folder, "interactions.parquet")
         write_table(known, path, row_group_size=known.num_rows)
         serving = settings.for_serving(hide_hold_out=self.config.hide_hold_out)
         serving = serving.model_copy(update={"path": path, "columns": ColumnNames()})
         return build_histories(serving, ids, folder), rated_ID
+
+    def embedded(
+        self, user: SteeredUser, rated_id: pa.Array, is_variant: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids and embeddings of the rated items, real ones first. For a variant, of all real items."""
+        items = self.loaded.items
+        assert items is not None
+        ids, rated_ID = items.item_id, items.image_embeds
+        if not is_variant:  # a few rows instead of a copy of all
+            row = pc.index_in(rated_id, value_set=self.loaded.real_item_id).drop_null().to_numpy()
+            ids, rated_ID = ids[row], rated_ID[row]
+        embed_dim = rated_ID.shape[1]
+        folder = rated_folder(self.config.catalog, self.loaded.prior.clip, embed_dim)
+        rated = pa.table({"item_id": rated_id})
+        generated = pa.concat_tables([read_known(folder, rated, embed_dim), user.items])
+        generated = each_once(generated.filter(pc.is_in(generated["item_id"], value_set=rated_id)))
+        if not generated.num_rows:
+            return ids, rated_ID
+        embeds_ID = generated["image_embeds"].combine_chunks().flatten().to_numpy().reshape(-1, embed_dim)
+        generated_id = generated["item_id"].to_numpy(zero_copy_only=False)
+        return np.concatenate([ids, generated_id]), np.concatenate([rated_ID, embeds_ID])
 
 
 def with_votes(

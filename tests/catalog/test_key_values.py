@@ -106,7 +106,7 @@ def test_an_export_of_key_values_that_dies_leaves_the_earlier_one_whole(
     description = Path(done.folder, "export.json")
     assert json.loads(description.read_text())["key_prefix"] == "one:"
 
-    def die(*_: Any) -> None:
+    def die(*_: Any, name: str | None = None) -> None:
         raise StorageError("the store is gone")
 
     with monkeypatch.context() as patch:

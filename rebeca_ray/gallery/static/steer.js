@@ -1,32 +1,37 @@
 // Draw again as soon as a slider or a vote changes. Without this script, the button does.
 const form = document.getElementById("steer");
-let running = null;
+let isDrawing = false;
+let isOutdated = false;
 
 function addressOf(form) {
   const filled = [...new FormData(form)].filter(([, value]) => value !== "");
   return `${form.getAttribute("action")}?${new URLSearchParams(filled)}`;
 }
 
+// One request at a time: changes during a drawing are drawn together afterwards.
 async function draw() {
-  running?.abort();
-  const request = (running = new AbortController());
-  const before = document.getElementById("steered");
-  before.setAttribute("aria-busy", "true");
+  isOutdated = isDrawing;
+  if (isDrawing) return;
+  isDrawing = true;
+  const shown = document.getElementById("steered");
+  shown.setAttribute("aria-busy", "true");
+  const address = addressOf(form);
   try {
-    const answer = await fetch(addressOf(form), { signal: request.signal });
+    const answer = await fetch(address);
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-    const after = page.getElementById("steered");
-    if (!after) throw new Error(page.querySelector("main")?.textContent ?? answer.statusText);
-    before.replaceChildren(...after.children);
-    history.replaceState(null, "", addressOf(form));
+    const drawn = page.getElementById("steered");
+    if (!drawn) throw new Error(page.querySelector("main")?.textContent ?? answer.statusText);
+    shown.replaceChildren(...drawn.children);
+    history.replaceState(null, "", address);
   } catch (error) {
-    if (error.name === "AbortError") return; // a later change draws
     const message = document.createElement("p");
     message.className = "warn";
     message.textContent = error.message;
-    before.replaceChildren(message);
+    shown.replaceChildren(message);
   }
-  before.removeAttribute("aria-busy");
+  isDrawing = false;
+  if (isOutdated) return draw();
+  shown.removeAttribute("aria-busy");
 }
 
 form.addEventListener("input", ({ target }) => {
