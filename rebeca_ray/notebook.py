@@ -154,7 +154,7 @@ def decode(
 ) -> Images:
     """Return the rows of a table of embeddings with their images, which a notebook shows as a grid.
 
-    `decoder` is a DecoderSettings, or a config of `generate` whose section `decoder` counts.
+    `decoder` is a DecoderSettings, or a config of `generate`. Of the latter, its section `decoder` counts.
 
     ```python
     rr.decode(embeddings, rr.DecoderSettings(model="package:stickers/assets/decoder"))

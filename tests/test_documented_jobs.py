@@ -152,10 +152,11 @@ def test_the_gallery_serves_and_stops(
     interactions = InteractionSettings(path=str(Path("interactions.parquet").absolute()))
     write_yaml("generate.yaml", here.model_copy(update={"interactions": interactions}))
     pages, serve_gallery = list[str](), serve.serve
+    browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())  # which keeps a token
 
     def fetch(url: str) -> None:
         try:
-            with urllib.request.urlopen(url, timeout=60) as page:
+            with browser.open(url, timeout=60) as page:
                 pages.append(page.read().decode())
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
