@@ -21,7 +21,7 @@ from rebeca_ray.errors import InputError, shown
 from rebeca_ray.storage.filesystem import join
 
 MODELS: dict[str, type[JobConfig]] = {"embed": EmbedConfig, "train": TrainConfig, "generate": GenerateConfig}
-CLIP = "ViT-H-14/laion2b_s32b_b79k"  # that IP-Adapter reads, for Stable Diffusion 1.5 and XL
+CLIP = "ViT-H-14/laion2b_s32b_b79k"  # that the IP-Adapter in generate.yaml reads
 SMALL_USERS = 5_000  # with fewer, the small network is large enough
 SMALL_DRAWS = 48_000  # per epoch of the small network, as many as in the demo
 MAX_DRAWS_PER_USER = 480
@@ -113,7 +113,7 @@ def embed_tree(view: Look, folder: str, machine: Machine) -> Tree:
         "items": Setting(items_uri(view, folder), "Ids and encoded images."),
         "clip": Setting(
             CLIP,
-            "The CLIP that IP-Adapter reads, for Stable Diffusion 1.5 and XL. The decoder reads the same.",
+            "The CLIP that the IP-Adapter in generate.yaml reads. Other adapters may read another one.",
         ),
         "out": Setting(join(folder, "embedded")),
         **(
@@ -193,12 +193,16 @@ def generate_tree(view: Look, folder: str, machine: Machine) -> Tree:
         "decoder": {
             "model": Setting(
                 "stable-diffusion-v1-5/stable-diffusion-v1-5",
-                "Any Stable Diffusion 1.x, 2.x or XL: a name of the model hub, or a folder.",
+                "Any Stable Diffusion 1.x: a name of the model hub, or a folder. XL needs another adapter.",
             ),
             "ip_adapter_repo": Setting(
                 "h94/IP-Adapter", "A plain IP-Adapter. Those called plus or faceid do not fit."
             ),
-            "ip_adapter": Setting("models/ip-adapter_sd15.safetensors"),
+            "ip_adapter": Setting(
+                "models/ip-adapter_sd15.safetensors",
+                "For Stable Diffusion XL: sdxl_models/ip-adapter_sdxl_vit-h.safetensors. "
+                "Do not take ip-adapter_sdxl, for it reads a CLIP of 1280 numbers.",
+            ),
             "device": Setting(
                 machine.device, seen(machine) + ("" if is_gpu else " It takes minutes for each image.")
             ),
@@ -285,11 +289,16 @@ def render(tree: Tree, indent: str = "") -> list[str]:
     lines = []
     for key, node in tree.items():
         if isinstance(node, Setting):
-            lines += [f"{indent}# {line}" for line in textwrap.wrap(node.why, WIDTH - len(indent))]
+            lines += [f"{indent}# {line}" for line in wrapped(node.why, WIDTH - len(indent))]
             lines.append(f"{indent}{key}: {scalar(node.value)}")
         else:
             lines += [f"{indent}{key}:", *render(node, f"{indent}  ")]
     return lines
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Return the lines of a text. Names with hyphens stay whole."""
+    return textwrap.wrap(text, width, break_on_hyphens=False)
 
 
 def scalar(value: str | float | list[float]) -> str:

@@ -42,8 +42,8 @@ def init(
         list[str] | None,
         typer.Argument(
             metavar="[COLUMN=NAME]...",
-            help="Names in the file of the columns user_id, item_id, rating and timestamp, such as "
-            "user_id=rater. By default, they are guessed.",
+            help="Names in the file of the columns user_id, item_id, rating, timestamp and event, such as "
+            "user_id=rater. By default, they are guessed. `rating=` is for no ratings.",
         ),
     ] = None,
     like_threshold: Annotated[
@@ -54,6 +54,7 @@ def init(
     """Look at your data, and write configs and tables for `rebeca embed`, `train` and `generate`."""
     from rebeca_ray.cli.first_look_table import first_look
     from rebeca_ray.config.fields import absolute
+    from rebeca_ray.data.first_look.columns import OPTIONAL
     from rebeca_ray.data.first_look.look import facts, look
     from rebeca_ray.data.published.csv_ratings import column_names
     from rebeca_ray.first_configs import check_folder, next_commands, this_machine, write_folder
@@ -61,7 +62,7 @@ def init(
     with plain_errors():
         target, ratings, images = absolute(folder), absolute(interactions), absolute(items)
         check_folder(target, ratings, images)
-        view = look(ratings, images, column_names(columns or []), like_threshold)
+        view = look(ratings, images, column_names(columns or [], OPTIONAL), like_threshold)
         files = write_folder(view, target, this_machine())
         result = facts(view) | {"folder": target, "files": files, "commands": next_commands(folder)}
         print_result(result if as_json else first_look(result), as_json=as_json)

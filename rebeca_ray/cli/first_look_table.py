@@ -15,7 +15,8 @@ MAX_NAMED = 3
 
 def first_look(facts: JsonObject) -> RenderableType:
     """Return a table of facts and one of the left out, the files, and the commands to paste."""
-    table = Table("", Column("", overflow="fold"), show_header=False, title=facts["interactions"]["path"])
+    title = escape(facts["interactions"]["path"])
+    table = Table("", Column("", overflow="fold"), show_header=False, title=title)
     for name, value in (*rating_rows(facts["interactions"]), *item_rows(facts["items"])):
         table.add_row(name, escape(value))
     parts: list[RenderableType] = [table]

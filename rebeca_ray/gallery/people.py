@@ -47,7 +47,8 @@ class Histories:
         """Return the number of a user's likes, and the latest LIKED_SHOWN of them."""
         rows = self.ratings_of(user_id)
         if "rating" in rows.column_names:
-            rows = rows.filter(pc.greater_equal(rows["rating"], self.settings.like_threshold))
+            least = pa.scalar(self.settings.like_threshold, rows["rating"].type)  # 0.7 as the ratings hold it
+            rows = rows.filter(pc.greater_equal(rows["rating"], least))
         if "timestamp" in rows.column_names:
             rows = rows.sort_by([("timestamp", "descending")])
         liked = [

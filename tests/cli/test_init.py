@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from rebeca_ray.cli.commands import app
 from rebeca_ray.config.jobs import EmbedConfig, GenerateConfig, TrainConfig
 from rebeca_ray.config.load import load_config
+from rebeca_ray.data.first_look import sources
 from rebeca_ray.data.first_look.look import Look, look
 from rebeca_ray.data.interactions import read_interactions
 from rebeca_ray.first_configs import MODELS, Machine, config_text
@@ -203,6 +204,9 @@ def test_an_existing_folder_stays_as_it_is_and_a_failure_leaves_nothing(data: Pa
         ("user,item\n1,1\n", ("rating=zzz",), "column 'zzz' is missing; known: item, user"),
         ("user,item\n", (), "has no rows"),
         ("user,item,rating\na,1,good\n", (), "none of 1 rows can be used (1 have a rating that is no finite"),
+        ("user,item,rating\na,1,good\n", (), "or leave a column out by rating="),
+        ("user,item,event\na,1,click\n", (), "or leave a column out by event="),
+        ("user,item\na,1\n", ("item_id=",), "column 'item_id=': no name in it"),
         (
             "user,item,rating\na,9,5\n",
             (),
@@ -218,6 +222,74 @@ def test_a_wrong_table_is_one_line(data: Path, text: str, options: tuple[str, ..
     (data / "ratings.csv").write_text(text)
     assert problem in refused("mine", "--interactions", "ratings.csv", "--items", "photos", *options)
     assert not (data / "mine").exists()
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "options"),
+    [
+        ("user,image,label", "cat", ()),
+        ("user,image,label,response", "cat,fine", ()),
+        ("user,image,label", "3", ("rating=",)),
+        ("user,image,rating,event,time", "good,click,1600000000", ("rating=", "event=", "timestamp=")),
+    ],
+)
+def test_columns_of_other_things_can_be_left_out(
+    data: Path, header: str, row: str, options: tuple[str, ...]
+) -> None:
+    (data / "ratings.csv").write_text(f"{header}\na,1,{row}\nb,2,{row}\n")
+    facts = init("mine", "--interactions", "ratings.csv", "--items", "photos", *options)
+    assert list(facts["interactions"]["columns"]) == ["user_id", "item_id"]
+    assert (facts["interactions"]["likes"], facts["left_out"][1:]) == (2, [])
+    assert pq.read_table(data / "mine" / "interactions.parquet").column_names == ["user_id", "item_id"]
+
+
+def test_parquet_with_a_column_to_leave_out_is_converted(data: Path) -> None:
+    write_parquet(data)
+    init("mine", "--interactions", "ratings.parquet", "--items", "items.parquet", "user_id=who", "rating=")
+    table = pq.read_table(data / "mine" / "interactions.parquet")
+    assert table.column_names == ["user_id", "item_id", "timestamp"]
+
+
+def test_json_lines_may_change_after_the_first_block(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 64)
+    lines = [
+        {"user": 1, "image": "1.png"},
+        {"user": 2, "image": "1.png"},
+        {"user": 1, "image": "2.png", "rating": None},
+        {"user": 2, "image": "2.png", "rating": 4},
+        {"user": 3, "image": "2.png", "rating": 1},
+        {"user": 4, "image": "2.png", "rating": 4.5},
+    ]
+    (data / "ratings.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    facts = init("mine", "--interactions", "ratings.jsonl", "--items", "photos")
+    assert facts["left_out"][0] == {
+        "number": 3,
+        "kind": "rows",
+        "reason": "a rating that is no finite number",
+        "by": "init",
+    }
+    assert pq.read_table(data / "mine" / "interactions.parquet")["rating"].to_pylist() == [4, 1, 4.5]
+    (data / "ratings.jsonl").write_text(json.dumps({"user": "a" * 200, "image": "1.png"}) + "\n")
+    assert "not readable as JSON lines" in refused(
+        "other", "--interactions", "ratings.jsonl", "--items", "photos"
+    )
+
+
+def test_markup_in_a_path_is_plain_text(data: Path) -> None:
+    (data / "x[").mkdir()
+    os.rename("ratings.csv", "x[/b].csv")
+    code, output = run("init", "mine", "--interactions", "x[/b].csv", "--items", "photos")
+    assert code == 0, output
+    assert "x[/b].csv" in output.replace("\n", "")
+
+
+def test_opened_images_are_counted(
+    data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("rebeca_ray.progress.SECONDS_BETWEEN_LINES", -1)
+    with caplog.at_level("INFO"):
+        view_of(data)
+    assert "open images: 3 of 3" in caplog.text
 
 
 def test_wrong_files_are_one_line(data: Path) -> None:
@@ -268,6 +340,8 @@ def test_a_control_character_in_a_path_is_refused(data: Path) -> None:
         ("1 2 3 3", [1, 5], 3.0, 2),  # none lies in the upper quarter
         ("1 1 2 500", [1, 500], 500.0, 1),
         ("7 7 7 7", [1, 10], 7.0, 4),
+        ("0.1 0.6 0.7 0.7", [0, 1], 0.7, 2),  # none is above 0.75
+        ("0.7 0.7 0.7 0.7", [0, 1], 0.7, 4),
     ],
 )
 def test_the_like_threshold_fits_the_scale(

@@ -22,6 +22,7 @@ COMMON_NAMES = {
 }
 NOUNS = {"user_id": "users", "item_id": "items", "rating": "ratings", "timestamp": "times"}
 REQUIRED = ("user_id", "item_id")
+OPTIONAL = ("rating", "timestamp", "event")
 MAX_COLUMNS_SHOWN = 12
 
 
@@ -34,12 +35,14 @@ class Column:
 
 
 def choose_columns(uri: str, names: Sequence[str], given: Mapping[str, str]) -> dict[str, Column]:
-    """Return the columns by declared name. `given` are those that a person named.
+    """Return the columns by declared name. `given` are those that a person named; an empty name is for none.
 
     Raises InputError for a name that the file lacks or has twice, and if users or items cannot be guessed.
     """
     chosen: dict[str, Column] = {}
     for declared, name in given.items():
+        if not name:
+            continue
         if name not in names:
             raise InputError(
                 f"interactions {uri}: column {name!r} is missing; {did_you_mean(name, names)}; "
@@ -49,7 +52,7 @@ def choose_columns(uri: str, names: Sequence[str], given: Mapping[str, str]) -> 
     for declared in COMMON_NAMES:
         taken = {column.name for column in chosen.values()}
         free = [name for name in names if name not in taken]
-        if declared not in chosen and (best := guess(declared, free)):
+        if declared not in given and (best := guess(declared, free)):
             chosen[declared] = Column(name=best, guessed=best != declared)
     for declared in REQUIRED:
         if declared not in chosen:

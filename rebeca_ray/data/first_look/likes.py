@@ -62,18 +62,25 @@ def choose_threshold(ratings: Ratings, given: float | None) -> Threshold | None:
         return Threshold(scale=scale, like=given, reason="given by --like-threshold")
     on_scale = f"{scale[0]:g} to {scale[1]:g}"
     if low == high:
-        return Threshold(scale=scale, like=low, reason=f"every rating is {low:g}, so every row is a like")
+        return Threshold(
+            scale=scale, like=plain(low), reason=f"every rating is {low:g}, so every row is a like"
+        )
     cut = scale[0] + LIKE_FRACTION * (scale[1] - scale[0])
     if (rating >= cut).mean() >= MIN_LIKE_SHARE:
         least = float(rating[rating >= cut].min())
         reason = f"the least rating in the upper quarter of the scale {on_scale}, as 4 is of 1 to 5"
-        return Threshold(scale=scale, like=least, reason=reason)
+        return Threshold(scale=scale, like=plain(least), reason=reason)
     least = float(np.quantile(rating, LIKE_FRACTION, method="higher"))
     least = least if least > low else float(rating[rating > low].min())
     reason = (
         f"under {MIN_LIKE_SHARE:.0%} lie in the upper quarter of the scale {on_scale}, so the best are likes"
     )
-    return Threshold(scale=scale, like=least, reason=reason)
+    return Threshold(scale=scale, like=plain(least), reason=reason)
+
+
+def plain(rating: float) -> float:
+    """Return the shortest number that is the same float32: a rating of 0.7 is 0.7."""
+    return float(str(np.float32(rating)))
 
 
 def scale_of(low: float, high: float) -> tuple[float, float]:

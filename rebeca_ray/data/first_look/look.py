@@ -3,6 +3,7 @@
 ratings, items -> `look` -> `Look` -> `facts` for people and scripts, `write_tables_of` for the jobs
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -12,22 +13,25 @@ import pyarrow.compute as pc
 
 from rebeca_ray import schemas
 from rebeca_ray.data.bad_images import MAX_NAMED
-from rebeca_ray.data.first_look.columns import choose_columns
+from rebeca_ray.data.first_look.columns import Column, choose_columns
 from rebeca_ray.data.first_look.likes import Taste, Threshold, choose_threshold, taste_of
 from rebeca_ray.data.first_look.pictures import Items, read_items
 from rebeca_ray.data.first_look.ratings import (
     IMPRESSION,
     REPEATED,
     Ratings,
+    holds_number,
     is_in_form,
     read_ratings,
 )
-from rebeca_ray.data.first_look.sources import batches, kind_of, open_source
+from rebeca_ray.data.first_look.sources import Source, batches, kind_of, open_source
 from rebeca_ray.data.published.write import RATINGS_PER_GROUP, write_items
 from rebeca_ray.errors import InputError, shown
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.objects import JsonObject
 from rebeca_ray.storage.parquet import replaced, write_table, write_tables
+
+log = logging.getLogger(__name__)
 
 MAX_EXAMPLES = 5
 
@@ -61,13 +65,13 @@ class Look:
 def look(
     interactions: str, items: str, given: Mapping[str, str], like_threshold: float | None = None
 ) -> Look:
-    """Read the ratings and open the images, each once. `given` names columns of the ratings.
+    """Read the ratings and open the images. `given` names columns of the ratings.
 
     Raises InputError for input that cannot be read, for columns that cannot be guessed, and if no rating
     has an item with an image.
     """
     source = open_source(interactions)
-    ratings = read_ratings(source, choose_columns(interactions, source.names, given))
+    ratings = read_ratings(source, columns_of(source, given))
     threshold = choose_threshold(ratings, like_threshold)
     pictures = read_items(items, ratings.items)
     has_image = pc.is_in(ratings.items, value_set=pictures.good).to_numpy(zero_copy_only=False)
@@ -94,6 +98,18 @@ def look(
         missing_items=ratings.items.filter(pc.invert(is_known)),
         interactions_in_form=is_in_form(ratings),
     )
+
+
+def columns_of(source: Source, given: Mapping[str, str]) -> dict[str, Column]:
+    """Return the columns by declared name. A guess of the ratings holds a number, or is left out."""
+    names = list(source.names)
+    while True:
+        columns = choose_columns(source.uri, names, given)
+        rating = columns.get("rating")
+        if rating is None or not rating.guessed or holds_number(source, rating):
+            return columns
+        log.warning("column %s holds no number, so it is not read as ratings", shown(rating.name))
+        names.remove(rating.name)
 
 
 def facts(view: Look) -> JsonObject:

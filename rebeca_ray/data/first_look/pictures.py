@@ -21,6 +21,7 @@ from rebeca_ray.data.published.dataset import IMAGES_PER_GROUP, PublishedData
 from rebeca_ray.data.published.image_files import SUFFIXES, find_images, reader_of
 from rebeca_ray.data.validation import check_columns, check_ids
 from rebeca_ray.errors import InputError, shown
+from rebeca_ray.progress import counting
 from rebeca_ray.storage.filesystem import list_files
 from rebeca_ray.storage.listing import THREADS
 from rebeca_ray.storage.parquet import open_parquet
@@ -44,7 +45,7 @@ class Items:
 
     @property
     def good(self) -> pa.Array:
-        """Return the ids of the items whose image opens."""
+        """Return the ids of the items with an image that opens."""
         bad = pa.array(list(self.bad_images), pa.string())
         return self.item_id.filter(pc.invert(pc.is_in(self.item_id, value_set=bad)))
 
@@ -76,7 +77,8 @@ def read_items(uri: str, rated: pa.Array) -> Items:
         item_id = pa.array(read_item_ids(source), pa.string())
         tables = source.batches(columns, IMAGES_PER_GROUP)
     log.info("opening %s images of %s", f"{len(item_id):,}", uri)
-    bad_images = bad_images_in(tables)
+    with counting("open images", len(item_id)) as counted:
+        bad_images = bad_images_in(counted.tables(tables))
     if len(bad_images) == len(item_id):
         raise InputError(f"{describe_bad(uri, bad_images, len(item_id))}; give images that open")
     return Items(uri=uri, item_id=item_id, bad_images=bad_images, files=files)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
-from rebeca_ray.data.first_look.columns import Column
+from rebeca_ray.data.first_look.columns import OPTIONAL, Column
 from rebeca_ray.data.first_look.sources import (
     MILLISECONDS,
     ROWS_AT_ONCE,
@@ -32,7 +32,7 @@ CHUNKS_AT_ONCE = 16  # of codes with dictionaries of their own
 UNKNOWN_TIME = np.iinfo(np.int64).min
 MAX_RATING = 1e6  # that a config takes
 IMPRESSION = "an impression, which teaches nothing yet"
-REPEATED = "an earlier rating of the same pair, of which the last is kept"
+REPEATED = "an earlier rating of the same pair; the last is kept"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +133,14 @@ def read_ratings(source: Source, columns: Mapping[str, Column]) -> Ratings:
     )
 
 
+def holds_number(source: Source, column: Column) -> bool:
+    """Return whether any row has a number as rating in a column. Reads up to the first one."""
+    columns = {"rating": column}
+    types = read_types(source, {"rating": column.name})
+    parts = batches(replace(source, columns=renamed(columns)), types)
+    return any(part["rating"].null_count < part.num_rows for part in parts)
+
+
 def span_of(micro: np.ndarray) -> tuple[datetime | None, datetime | None]:
     """Return the first and the last of some times in microseconds."""
     if not len(micro):
@@ -183,9 +191,11 @@ def require_some(
     if not any(part.any() for part in stays):
         reasons = ", ".join(f"{count:,} have {reason}" for reason, count in defects.items())
         named = ", ".join(f"{declared} from {column.name!r}" for declared, column in columns.items())
+        empty = " or ".join(f"{declared}=" for declared in OPTIONAL if declared in columns)
+        leave_out = f", or leave a column out by {empty}" if empty else ""
         raise InputError(
             f"interactions {source.uri}: none of {rows:,} rows can be used ({reasons}); "
-            f"read as {named}; correct the file, or name the columns by user_id=NAME"
+            f"read as {named}; correct the file, or name the columns by user_id=NAME{leave_out}"
         )
 
 
@@ -208,6 +218,8 @@ def is_in_form(ratings: Ratings) -> bool:
     if isinstance(source, JsonLines) or source.files[0].is_csv or set(ratings.defects) - {IMPRESSION}:
         return False
     if not all(name.isprintable() for name in source.columns.values()):  # which a config cannot hold
+        return False
+    if any(name in source.names and name not in ratings.columns for name in OPTIONAL):  # jobs would read it
         return False
     try:
         check_columns(source, schemas.INTERACTIONS)

@@ -3,8 +3,10 @@
 file or folder -> `open_source` -> `Source` -> `batches` -> user_id, item_id, rating, timestamp, event
 """
 
+import io
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,7 +33,7 @@ MILLISECONDS, MICROSECONDS, NANOSECONDS = 1e11, 1e14, 1e17  # numbers from here 
 
 @dataclass(frozen=True, kw_only=True)
 class JsonLines:
-    """Files of JSON objects, one per line. The first block of the first file gives the types."""
+    """Files of JSON objects, one per line. `schema` has every key, in the type of its first value."""
 
     uri: str
     files: list[str]
@@ -63,7 +65,7 @@ def open_source(uri: str) -> Source:
     files = [name for name in list_files(uri) if is_visible(name.removeprefix(uri).lstrip("/"))]
     if not files or not all(JSON_NAME.search(name) for name in files):
         return open_table(uri, "interactions", columns={})
-    return JsonLines(uri=uri, files=files, schema=next(read_json_lines(files[0], None)).schema)
+    return JsonLines(uri=uri, files=files, schema=read_json_keys(files))
 
 
 def kind_of(source: Source) -> str:
@@ -73,24 +75,53 @@ def kind_of(source: Source) -> str:
     return "CSV" if source.files[0].is_csv else "Parquet"
 
 
-def read_json_lines(uri: str, schema: pa.Schema | None) -> Iterator[pa.RecordBatch]:
-    """Read a file in blocks: the columns of `schema`, or those of the first block. Raises InputError."""
+def read_json_keys(files: list[str]) -> pa.Schema:
+    """Return every key of all files, in the type of its first value. Raises InputError."""
+    types: dict[str, pa.DataType] = {}
+    for file in files:
+        with open_json(file) as stream:
+            for block in whole_lines(stream):
+                options = pyarrow.json.ReadOptions(block_size=len(block) + 1)
+                for column in pyarrow.json.read_json(io.BytesIO(block), options).schema:
+                    if pa.types.is_null(types.get(column.name, pa.null())):
+                        types[column.name] = column.type
+    return pa.schema(types.items())
+
+
+def whole_lines(stream: pa.NativeFile) -> Iterator[bytes]:
+    """Yield a stream in blocks that end with a line. A line longer than a block is cut, and not JSON."""
+    block = stream.read(BLOCK_BYTES)
+    while more := stream.read(BLOCK_BYTES):
+        lines, newline, rest = block.rpartition(b"\n")
+        yield lines if newline else rest
+        block = rest + more
+    yield block
+
+
+def read_json_lines(uri: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Read the columns of `schema` of a file in blocks. Raises InputError."""
+    with (
+        open_json(uri) as stream,
+        pyarrow.json.open_json(
+            stream,
+            read_options=pyarrow.json.ReadOptions(block_size=BLOCK_BYTES),
+            parse_options=pyarrow.json.ParseOptions(
+                explicit_schema=schema, unexpected_field_behavior="ignore"
+            ),
+        ) as reader,
+    ):
+        yield from reader
+
+
+@contextmanager
+def open_json(uri: str) -> Iterator[pa.NativeFile]:
+    """Open a file, unpacked. Raises InputError for a failure of the store or of Arrow in the block."""
     filesystem, path = open_filesystem(uri)
-    options = pyarrow.json.ParseOptions(
-        explicit_schema=schema, unexpected_field_behavior="infer" if schema is None else "ignore"
-    )
     try:
-        with (
-            arrow_filesystem(filesystem).open_input_stream(
-                path, compression="gzip" if path.lower().endswith(".gz") else None
-            ) as stream,
-            pyarrow.json.open_json(
-                stream,
-                read_options=pyarrow.json.ReadOptions(block_size=BLOCK_BYTES),
-                parse_options=options,
-            ) as reader,
-        ):
-            yield from reader
+        with arrow_filesystem(filesystem).open_input_stream(
+            path, compression="gzip" if path.lower().endswith(".gz") else None
+        ) as stream:
+            yield stream
     except (pa.ArrowException, *failure_types()) as error:
         if classify(error) is not Failure.DAMAGED:
             raise unreadable(f"interactions {uri}", error) from None
@@ -112,12 +143,15 @@ def read_types(source: Source, columns: Mapping[str, str]) -> pa.Schema:
 
 
 def read_type(declared: str, stored: pa.DataType, *, is_json: bool) -> pa.DataType:
+    is_number = declared in ("rating", "timestamp")
+    if is_json and is_number and (pa.types.is_integer(stored) or pa.types.is_null(stored)):
+        return pa.float64()  # later lines may hold fractions
     if pa.types.is_boolean(stored):
         return stored if is_json else pa.float64()
     if pa.types.is_integer(stored):
         return pa.int64()
     if pa.types.is_floating(stored) or pa.types.is_decimal(stored):
-        return pa.float64() if declared in ("rating", "timestamp") or is_json else pa.int64()
+        return pa.float64() if is_number or is_json else pa.int64()
     # JSON has no times: a text that looks like one is a text.
     return TIME if declared == "timestamp" and not is_json and not is_any(stored, TEXTS) else pa.string()
 

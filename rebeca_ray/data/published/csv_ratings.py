@@ -3,7 +3,7 @@
 SOURCE (user_id, item_id, rating, timestamp if present), IMAGES/<item_id>, with or without its suffix
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -20,18 +20,19 @@ COLUMNS = ("user_id", "item_id", "rating", "timestamp")
 TIMES = r"^([-+]?\d+|\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[-+]\d\d(:?\d\d)?)?)?)$"
 
 
-def column_names(pairs: Iterable[str]) -> dict[str, str]:
+def column_names(pairs: Iterable[str], optional: Sequence[str] = ()) -> dict[str, str]:
     """Return the names in the file by column, from texts such as `user_id=rater`.
 
+    Those of `optional` columns may be empty.
     Raises InputError for an unknown column and for a text of another form.
     """
-    names = {}
+    names, known = {}, sorted({*COLUMNS, *optional})
     for pair in pairs:
         column, equals, name = pair.partition("=")
-        if not (equals and name):
+        if not (equals and (name or column in optional)):
             raise InputError(f"column {shown(pair)}: no name in it; expected the form user_id=rater")
-        if column not in COLUMNS:
-            raise InputError(f"column {shown(column)}: unknown; {did_you_mean(column, COLUMNS)}")
+        if column not in known:
+            raise InputError(f"column {shown(column)}: unknown; {did_you_mean(column, known)}")
         names[column] = name
     return names
 
