@@ -36,9 +36,12 @@ class Images:
     images[0]  # the first image in full size, as Pillow has it
     images[60:]  # the rows after the first grid
     ```
+
+    `left_out` items of a snapshot have no row, because a grid has no room for them.
     """
 
     table: pa.Table
+    left_out: int = 0
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -69,6 +72,8 @@ class Images:
     def _repr_html_(self) -> str:
         cells = [cell(self.table, row) for row in range(min(MAX_SHOWN, len(self)))]
         rest = f"; the first {MAX_SHOWN} are shown, [{MAX_SHOWN}:] holds the rest" * (len(self) > MAX_SHOWN)
+        if self.left_out:
+            rest += f"; {self.left_out:,} more items are left out, name fewer users to see them"
         return f"<p>{escape(repr(self))}{rest}</p><div>{''.join(cells)}</div>"
 
 

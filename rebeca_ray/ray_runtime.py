@@ -18,7 +18,7 @@ from rebeca_ray import log as package_log
 from rebeca_ray.errors import InputError, ResumableError
 from rebeca_ray.progress import counting
 from rebeca_ray.ray_start import GCS_PORT, connect
-from rebeca_ray.termination import unwind_on_sigterm
+from rebeca_ray.termination import keep_sigterm
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +48,8 @@ def start_ray() -> None:
     import ray
 
     if not ray.is_initialized():
-        connect()
-    unwind_on_sigterm()  # Ray's own handler ends with code 15, and its stack in C++ is printed without one
+        with keep_sigterm():  # Ray's own handler ends the process with code 15, and frees no lease
+            connect()
     context = ray.data.DataContext.get_current()  # this sets up Ray Data's log, so the rest comes after it
     context.print_on_execution_start = False
     context.enable_progress_bars = False  # progress.py has ours

@@ -21,6 +21,7 @@ from PIL import Image
 
 import rebeca_ray as rr
 from rebeca_ray import log, notebook
+from rebeca_ray.catalog import images as catalog_images
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.errors import InputError
 from rebeca_ray.inline import MAX_SHOWN, MAX_SIDE, Images, figures_html
@@ -136,6 +137,15 @@ def test_generate_returns_a_snapshot_that_shows_itself(config: GenerateConfig) -
     assert shown.table["user_id"].to_pylist() == [USERS[0]] * 2 + [USERS[1]] * 4
     assert images_in(shown._repr_html_()) == snapshot.images(snapshot.items(None, USERS[:2]))
     assert len(snapshot.show(["nobody"])) == 0
+
+
+def test_only_the_images_of_a_grid_are_read(config: GenerateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = rr.generate(config.model_copy(update={"gate": NO_GATE}), "num_images=2", in_process=True)
+    monkeypatch.setattr(catalog_images, "MAX_SHOWN", 3)
+    shown = snapshot.show(USERS[:2])
+    assert images_in(shown._repr_html_()) == snapshot.images(snapshot.items(None, USERS[:2]))[:3]
+    assert (len(shown), shown.left_out) == (3, 3)
+    assert "<p>images: 3, users: 2; 3 more items are left out, name fewer users" in shown._repr_html_()
 
 
 def test_overrides_replace_settings_of_a_config_and_of_a_file(config: GenerateConfig, tmp_path: Path) -> None:

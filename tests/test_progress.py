@@ -3,12 +3,17 @@
 import logging
 import re
 import sys
+from collections.abc import Iterable
 from io import StringIO
 from types import SimpleNamespace
+from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from rebeca_ray import log, progress
+from rebeca_ray.config.jobs import SampleConfig
+from rebeca_ray.halves import sample
 from rebeca_ray.progress import Counted, counting
 
 MODULE = logging.getLogger("rebeca_ray.example")
@@ -110,6 +115,28 @@ def test_short_work_writes_no_line(clock: Clock, caplog: pytest.LogCaptureFixtur
         clock.seconds = 19.0
         counted.add(2)
     assert caplog.messages == []
+
+
+def test_a_closed_stage_ends_its_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt beside a generator leaves it waiting, with its bar."""
+    terminal = on_terminal(monkeypatch)
+    log.configure()
+
+    def interrupted(tables: Iterable[pa.Table], *_: object, **__: object) -> None:
+        next(iter(tables))
+        raise KeyboardInterrupt
+
+    sampler: Any = SimpleNamespace(config=SimpleNamespace(num_images=1), histories=None, schema=None)
+    users = pa.table({"user_id": ["ann", "ben"]})
+    monkeypatch.setattr(sample, "require_new_parquet", lambda _: None)
+    monkeypatch.setattr(sample, "open_sampler", lambda _: (sampler, users))
+    monkeypatch.setattr(sample, "sample_batches", lambda *_: (users.slice(row, 1) for row in range(2)))
+    monkeypatch.setattr(sample, "write_tables", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        sample.sample_embeddings(SampleConfig(prior="prior", out="out.parquet"))
+    assert caught.tb is not None  # it keeps the frames, and with them the generator
+    assert sys.stderr is terminal
+    assert terminal.getvalue().endswith("\n\x1b[?25h")
 
 
 def test_the_time_to_go_is_never_negative(clock: Clock) -> None:

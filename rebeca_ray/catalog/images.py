@@ -11,7 +11,7 @@ from rebeca_ray import schemas
 from rebeca_ray.catalog.read_errors import explained
 from rebeca_ray.catalog.row_groups import EncodedImage, read_rows
 from rebeca_ray.errors import InputError
-from rebeca_ray.inline import Images
+from rebeca_ray.inline import MAX_SHOWN, Images
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +24,10 @@ FIRST_ITEMS = 24  # shown of a snapshot if nobody names a user
 
 
 def show_items(snapshot: Snapshot, user_ids: Sequence[str] | None) -> Images:
-    """Return the items of some users with their images; without users, the first items of one file."""
+    """Return the items of some users with their images; without users, the first items of one file.
+
+    Only the images of a grid are read.
+    """
     columns = [name for name in snapshot.schema("items").names if name != "image_embeds"]
     if user_ids is not None:
         items = snapshot.items(columns, user_ids)
@@ -32,8 +35,9 @@ def show_items(snapshot: Snapshot, user_ids: Sequence[str] | None) -> Images:
         paths = snapshot.paths("items")[:1]
         with explained(snapshot, *paths):
             items = snapshot.dataset_of("items", paths).head(FIRST_ITEMS, columns=columns)
-    images = pa.array(read_images(snapshot, items), schemas.IMAGES.field("image").type)
-    return Images(items.append_column("image", images))
+    shown = items.slice(0, MAX_SHOWN)
+    images = pa.array(read_images(snapshot, shown), schemas.IMAGES.field("image").type)
+    return Images(shown.append_column("image", images), left_out=len(items) - len(shown))
 
 
 def read_images(snapshot: Snapshot, items: pa.Table) -> list[EncodedImage]:

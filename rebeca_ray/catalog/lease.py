@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import FrameType
 
 from rebeca_ray.catalog.pointer import (
     POINTERS_OF,
@@ -193,10 +194,12 @@ def hold_lease(root: str, run_id: str, seconds: float, kind: Kind = "catalog") -
     lease = Lease(root, run_id, seconds, kind)
     main = threading.current_thread() is threading.main_thread()
 
-    def interrupt(*_: object) -> None:
-        # A loss that is noticed at the very end interrupts nothing any more.
-        if not (lease.lost and lease.released.is_set()):
-            raise KeyboardInterrupt
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if lease.lost and lease.released.is_set():
+            return  # a loss that is noticed at the very end interrupts nothing any more
+        if not lease.lost and callable(before):
+            before(number, frame)  # of a command: a second Ctrl-C ends the process
+        raise KeyboardInterrupt
 
     # A process that a shell starts with `&` ignores SIGINT, and would go on without its lease.
     before = signal.signal(signal.SIGINT, interrupt) if main else None
@@ -214,5 +217,5 @@ def hold_lease(root: str, run_id: str, seconds: float, kind: Kind = "catalog") -
         thread.join(10)
         if not lease.lost:
             lease.release()
-        if main:
+        if main and signal.getsignal(signal.SIGINT) is interrupt:
             signal.signal(signal.SIGINT, before)

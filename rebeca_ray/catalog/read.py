@@ -234,7 +234,9 @@ class Snapshot:
     def show(self, user_ids: Sequence[str] | None = None) -> Images:
         """Return items of users with their images, which a notebook shows; without users, the first items.
 
-        `rr.read_catalog("s3://bucket/catalog").show(["ann", "ben"])` is a grid of all their images.
+        `rr.read_catalog("s3://bucket/catalog").show(["ann", "ben"])` is a grid of at most 60 images.
+
+        Those of more items are left out. `images` returns the images of any rows of `items`.
         """
         from rebeca_ray.catalog.images import show_items
 

@@ -1,9 +1,7 @@
 """Run one command: options in, a log as the options say, truthful exit code out."""
 
 import json
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +12,7 @@ import typer
 from rebeca_ray import log
 from rebeca_ray.console import console
 from rebeca_ray.errors import redacted
-from rebeca_ray.termination import sigterm, unwind_on_sigterm
+from rebeca_ray.termination import sigterm, unwinding
 
 if TYPE_CHECKING:
     from rebeca_ray.config.jobs import JobConfig
@@ -100,14 +98,10 @@ def plain_errors(stopped: str = STARTS_OVER) -> Iterator[None]:
     Ctrl-C and SIGTERM unwind the command, which frees its lease. The line is `stopped` then, and the exit
     codes are 130 and 143. A second Ctrl-C or SIGTERM ends the process on the spot.
     """
-    before = signal.getsignal(signal.SIGTERM)
-    sigterm.clear()
-    unwind_on_sigterm()
     try:
-        yield
+        with unwinding():
+            yield
     except KeyboardInterrupt:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while Ray ends
         cause, code = (" by SIGTERM", 143) if sigterm.is_set() else ("", 130)
         print(f"stopped{cause}; {stopped}", file=sys.stderr, flush=True)
         raise SystemExit(code) from None
@@ -120,6 +114,3 @@ def plain_errors(stopped: str = STARTS_OVER) -> Iterator[None]:
         # Ray Data appends advice on retries to the first line.
         print(f"error: {redacted(str(reason)).splitlines()[0]}", file=sys.stderr)
         raise SystemExit(reason.exit_code) from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)

@@ -174,13 +174,14 @@ def split_by_bucket(
     )
     interactions.context.target_max_block_size = BYTES_PER_BLOCK
     add_bucket = AddBucket(num_buckets, source.uri, activity.listen())
-    with activity.counting("group by user", source.num_rows):
+    with activity.counting("group by user", source.num_rows) as counted:
         interactions.map_batches(
             with_log(add_bucket),
             batch_format="pyarrow",
             batch_size=ROWS_PER_BLOCK,
             zero_copy_batch=True,
         ).write_parquet(split_path, filesystem=arrow_filesystem(split_filesystem), partition_cols=["bucket"])
+        counted.reach(source.num_rows)  # the last rows of a worker had no beat
 
 
 class AddBucket:

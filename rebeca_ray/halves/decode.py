@@ -7,7 +7,8 @@ an image follows from the row's `item_id`, or from the embedding where there is 
 the same images again. Those of a catalog's items, with their prompts, give the catalog's images.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -66,10 +67,9 @@ def decode_embeddings(embeds: str, decoder: DecoderSettings, out: str) -> Decode
     )
     decoded = Decoded()
     embeddings = source.batches(schema, decoder.batch_size)
-    images = (
-        batch.select(written.names).cast(written) for batch in renderer.batches(embeddings, source.num_rows)
-    )
-    write_tables(decoded.counted(images), written, out, row_group_size=IMAGES_PER_GROUP)
+    with closing(renderer.batches(embeddings, source.num_rows)) as batches:
+        images = (batch.select(written.names).cast(written) for batch in batches)
+        write_tables(decoded.counted(images), written, out, row_group_size=IMAGES_PER_GROUP)
     return decoded
 
 
@@ -88,7 +88,8 @@ def decode_table(table: pa.Table, decoder: DecoderSettings) -> pa.Table:
     decoder = choose(decoder)
     rows = range(0, max(1, len(table)), decoder.batch_size)
     embeddings = (table.slice(start, decoder.batch_size) for start in rows)
-    return pa.concat_tables(Renderer(decoder).batches(embeddings, len(table)))
+    with closing(Renderer(decoder).batches(embeddings, len(table))) as batches:
+        return pa.concat_tables(batches)
 
 
 def check_source(source: ParquetInput, embed_dim: int, model: str) -> pa.Schema:
@@ -123,8 +124,11 @@ class Renderer:
         self.decoder: Decoder = build_decoder(settings)
         self.signer = load_signer(settings, identity.fingerprint(settings))
 
-    def batches(self, embeddings: Iterator[pa.Table], total: int) -> Iterator[pa.Table]:
-        """Yield batches of embeddings with their images, and show the progress among `total` rows."""
+    def batches(self, embeddings: Iterator[pa.Table], total: int) -> Generator[pa.Table, None, None]:
+        """Yield batches of embeddings with their images.
+
+        The progress among `total` rows shows until the generator is closed.
+        """
         with counting("decode", total) as counted:
             yield from counted.tables(self.render(batch) for batch in embeddings)
 

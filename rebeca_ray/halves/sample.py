@@ -8,7 +8,8 @@ the embeddings of the population, as they share its items in a catalog, unless t
 Shapes: G users, K embeddings, D embed dim.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
@@ -61,13 +62,10 @@ def sample_embeddings(config: SampleConfig) -> Sampled:
         raise InputError("out: is missing; give a Parquet file that receives the embeddings")
     require_new_parquet(config.out)
     sampler, requested = open_sampler(config)
-    written = write_tables(
-        sample_all(sampler, requested, config.seed),
-        sampler.schema,
-        config.out,
-        row_group_size=ROWS_PER_GROUP,
-        embed_column="image_embeds",
-    )
+    with closing(sample_all(sampler, requested, config.seed)) as tables:
+        written = write_tables(
+            tables, sampler.schema, config.out, row_group_size=ROWS_PER_GROUP, embed_column="image_embeds"
+        )
     return Sampled(
         embeddings=written["rows"],
         users=written["rows"] // config.num_images,
@@ -87,7 +85,8 @@ def sample_table(config: SampleConfig, users: Sequence[str] | None = None) -> pa
             "or write the file with `rebeca sample`"
         )
     sampler, requested = open_sampler(config, None if users is None else table_of(users))
-    return pa.concat_tables([sampler.schema.empty_table(), *sample_all(sampler, requested, config.seed)])
+    with closing(sample_all(sampler, requested, config.seed)) as tables:
+        return pa.concat_tables([sampler.schema.empty_table(), *tables])
 
 
 def open_sampler(
@@ -255,8 +254,13 @@ class UserSampler:
         return rows.set_column(0, self.schema.field("user_id"), users)
 
 
-def sample_all(sampler: UserSampler, requested: pa.Table | None, seed: int) -> Iterator[pa.Table]:
-    """Yield the rows of `requested`, a batch of users at a time; without it, of all users with ratings."""
+def sample_all(
+    sampler: UserSampler, requested: pa.Table | None, seed: int
+) -> Generator[pa.Table, None, None]:
+    """Yield the rows of `requested`, a batch of users at a time; without it, of all users with ratings.
+
+    The progress shows until the generator is closed.
+    """
     num_rated = sampler.histories.num_users if sampler.histories else 0
     total = sampler.config.num_images * (num_rated if requested is None else len(requested))
     with counting("sample", total) as counted:

@@ -130,27 +130,28 @@ def run_training(
     histories = build_histories(config.interactions, items.item_id, config.storage, activity=activity)
     config = config.model_copy(update={"run_name": run_name(config, histories, items)})
     x0_ID = scaler.scale(torch.from_numpy(items.image_embeds)).numpy()
-    result = ended_run(config)
-    if result is None:
-        result = start_run(config, histories, x0_ID, activity, callbacks)
+    result = earlier_run(config)
+    last = (result and result.metrics) or {}
+    if result and last.get(ENDED):
+        log.info(
+            f"training run {config.run_name} in {config.storage} has ended: its best epoch is read again"
+        )
+    else:
+        result = start_run(config, histories, x0_ID, activity, callbacks, epochs_done=last.get("epoch", 0))
     return Training(
         config=config, scaler=scaler, items=items, histories=histories, x0_ID=x0_ID, result=result
     )
 
 
-def ended_run(config: TrainConfig) -> Result | None:
-    """Return the result of a run that has ended, which is read without a worker, else None."""
+def earlier_run(config: TrainConfig) -> Result | None:
+    """Return the result of an earlier attempt, with the figures of its last epoch, else None."""
     run = join(config.storage, config.run_name)
     record = join(run, "checkpoint_manager_snapshot.json")
     drop_torn_record(record)
     if read_json(record) is None:
         return None
     store = open_store(run)
-    result = Result.from_path(store.path, store.scan_filesystem())
-    if not (result.metrics or {}).get(ENDED):
-        return None
-    log.info(f"training run {config.run_name} in {config.storage} has ended: its best epoch is read again")
-    return result
+    return Result.from_path(store.path, store.scan_filesystem())
 
 
 def start_run(
@@ -159,8 +160,13 @@ def start_run(
     x0_ID: np.ndarray,
     activity: Activity,
     callbacks: Sequence[UserCallback],
+    *,
+    epochs_done: int,
 ) -> Result:
-    """Start the workers of a run, or resume it after its last checkpoint; return its result."""
+    """Start the workers of a run, or resume it after its last checkpoint; return its result.
+
+    The progress is that of the epochs to come.
+    """
     start_ray()
     workers = config.workers
     require_room(
@@ -177,7 +183,7 @@ def start_run(
     )
     set_run_id(config.run_name)
     activity.enter("training")
-    most = config.optimization.max_epochs
+    most = max(0, config.optimization.max_epochs - epochs_done)
     total = most * num_steps(histories, config) * workers.num_workers
     pulse = activity.listen()
     with activity.counting(f"train (at most {most} epochs)", total):

@@ -19,6 +19,7 @@ from rebeca_ray import errors, log
 from rebeca_ray.catalog.pointer import Pointer
 from rebeca_ray.cli.runner import STARTS_OVER, plain_errors
 from rebeca_ray.errors import UserError
+from rebeca_ray.termination import SIGNALS, keep_sigterm, unwind
 from tests.conftest import without_id
 
 EXIT_CODES = {
@@ -199,6 +200,48 @@ def test_a_stopped_command_frees_its_lease_and_says_how_to_go_on(
     assert "Traceback" not in stderr
     assert "*** SIGTERM" not in stderr
     assert without_id(str(tmp_path / "catalog")) == Pointer(fencing_token=1)
+
+
+CLEANED_UP = """
+import os, signal, sys
+from rebeca_ray.catalog.lease import hold_lease
+from rebeca_ray.cli.runner import plain_errors
+
+with plain_errors():
+    try:
+        with hold_lease(sys.argv[1], "run", 60):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            finally:
+                print("first", flush=True)
+                if sys.argv[2] == "inside":
+                    os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        print("second", flush=True)
+        os.kill(os.getpid(), signal.SIGINT)
+        print("third", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("place", "lines"), [("inside", "first\n"), ("after", "first\nsecond\n")])
+def test_a_second_ctrl_c_ends_a_command_on_the_spot(tmp_path: Path, place: str, lines: str) -> None:
+    """The lease, which has a handler of its own, is held at the second Ctrl-C, or was freed before."""
+    run = subprocess.run(
+        [sys.executable, "-c", CLEANED_UP, tmp_path / "catalog", place], capture_output=True, text=True
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (-signal.SIGINT, lines, "")
+    held = without_id(str(tmp_path / "catalog")).lease is not None
+    assert held == (place == "inside")
+
+
+def test_handlers_of_signals_are_put_back() -> None:
+    """Ray's own handler of SIGTERM must not take the place of a program's, or of a command's."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with plain_errors():
+        with keep_sigterm():
+            signal.signal(signal.SIGTERM, lambda *_: None)
+        assert [signal.getsignal(number) for number in SIGNALS] == [unwind, unwind]
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 SCRIPT = """
