@@ -1,9 +1,11 @@
 """The jobs, the gallery and the exports of the pages run as they stand, beside configs of tiny models."""
 
 import functools
-import os
 import re
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import uvicorn
 import yaml
 from pydantic import BaseModel
 
@@ -146,7 +149,7 @@ def stop_signals() -> Iterator[None]:
 def test_the_gallery_serves_and_stops(
     here: GenerateConfig, nights: list[Snapshot], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Start each on a free port, fetch its first page, and stop it by SIGTERM."""
+    """Start each on a free port, fetch its first page, and stop it."""
     ratings = {"user_id": USERS[:2], "item_id": ["a", "b"], "rating": pa.array([5, 4], pa.float32())}
     pq.write_table(pa.table(ratings), "interactions.parquet")
     interactions = InteractionSettings(path=str(Path("interactions.parquet").absolute()))
@@ -154,18 +157,29 @@ def test_the_gallery_serves_and_stops(
     pages, serve_gallery = list[str](), serve.serve
     browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())  # which keeps a token
 
-    def fetch(url: str) -> None:
-        try:
-            with browser.open(url, timeout=60) as page:
-                pages.append(page.read().decode())
-        finally:
-            os.kill(os.getpid(), signal.SIGTERM)
+    class OnePage(uvicorn.Server):
+        """A server that ends after its first page. A signal would end the test's process too."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets=sockets)
+            (listening,) = sockets or []
+            threading.Thread(target=self.fetch, args=[addresses[listening.fileno()]]).start()
+
+        def fetch(self, url: str) -> None:
+            try:
+                with browser.open(url, timeout=60) as page:
+                    pages.append(page.read().decode())
+            finally:
+                self.should_exit = True
+
+    addresses: dict[int, str] = {}
 
     def serve_once(gallery: Any, listening: serve.Listening) -> None:
-        threading.Thread(target=fetch, args=[listening.url]).start()
+        addresses[listening.server.fileno()] = listening.url
         serve_gallery(gallery, listening)
 
     monkeypatch.setattr(serve, "serve", serve_once)
+    monkeypatch.setattr(uvicorn, "Server", OnePage)
     assert len(GALLERY) >= 5
     for number, command in enumerate(GALLERY, start=1):
         for written in ("~/rebeca-stickers/", "s3://bucket/"):
@@ -174,6 +188,16 @@ def test_the_gallery_serves_and_stops(
         assert run(f"{command} --bind 127.0.0.1:0").endswith("stopped\n")
         assert len(pages) == number, command
         assert all(user in pages[-1] for user in USERS[:3])
+
+
+def test_the_gallery_ends_on_sigterm(nights: list[Snapshot]) -> None:
+    command = [str(Path(sys.executable).parent / "rebeca"), "gallery", nights[0].root, "--bind=127.0.0.1:0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "http://127.0.0.1:" in process.stdout.readline()
+        process.terminate()
+        assert process.stdout.read() == "stopped\n"
+    assert process.returncode == 0
 
 
 def test_the_exports_get_decoder_folder_and_items(
