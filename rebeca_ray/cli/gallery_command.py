@@ -81,8 +81,8 @@ def gallery(
             steering=Steering(settings, histories, feedback and absolute(feedback)) if settings else None,
         )
         listening = listen(*parse_bind(bind), name or [], writes=bool(feedback))
-        print_result(f"gallery of {shown.source.root}: {listening.url} (Ctrl-C ends it)")
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with suppress(KeyboardInterrupt):
+            print_result(f"gallery of {shown.source.root}: {listening.url} (Ctrl-C ends it)")
             serve(shown, listening)
         print_result("stopped")

@@ -18,7 +18,7 @@ from rebeca_ray.catalog.read import read_catalog
 from tests.bench.gallery import served
 
 RESULTS = Path(__file__).parent / "results" / "steering.json"
-PAGES = 6
+PAGES = 20
 
 
 def seconds(client: httpx.Client, query: dict[str, str]) -> float:

@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,7 @@ import os, signal, sys
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.cli.runner import plain_errors
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for work in the background
 with plain_errors():
     try:
         with hold_lease(sys.argv[1], "run", 60):
@@ -234,6 +236,17 @@ def test_a_second_ctrl_c_ends_a_command_on_the_spot(tmp_path: Path, place: str, 
     assert held == (place == "inside")
 
 
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Set the handlers of a new process in the foreground, and put those of the test run back."""
+    before = [signal.signal(signal.SIGINT, signal.default_int_handler)]
+    before.append(signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    yield
+    for number, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
 def test_handlers_of_signals_are_put_back() -> None:
     """Ray's own handler of SIGTERM must not take the place of a program's, or of a command's."""
     before = [signal.getsignal(number) for number in SIGNALS]
