@@ -82,6 +82,7 @@ class Steerer:
         check_decoder(decoder)
         self.fingerprint = identify_decoder(decoder).fingerprint(decoder)
         self.loaded = LoadedPrior.load(self.config)
+        self.unchanged = UserSampler(self.config, self.loaded)
         self.renderer = Renderer(decoder)
 
     @property
@@ -106,8 +107,7 @@ class Steerer:
     @property
     def sampler(self) -> SamplerSettings:
         """The sampler of the config, with its defaults filled in."""
-        prior = self.loaded.prior
-        return self.config.sampler.resolve(prior.sampling, prior.diffusion.num_train_timesteps)
+        return self.unchanged.sampler
 
     def draw(self, user: SteeredUser, votes: Mapping[str, bool], settled: Settled) -> pa.Table:
         """Return IMAGES rows, best first: `schemas.IMAGES`, `rank` and `like_probability`.
@@ -120,7 +120,7 @@ class Steerer:
         row = request_row(config.request, user.user_id)
         digest = pa.array([user.history_digest])
         users = users_table(row, pa.chunked_array([digest]), bucket=0, seed=user.generation)
-        keys = UserSampler(self.config, self.loaded).keys(users)
+        keys = self.unchanged.keys(users)
         with tempfile.TemporaryDirectory(prefix="rebeca-steer-") as folder:
             histories, rated_ID = self.history(
                 user, votes, settled.ratings_per_vote, folder, is_variant=users["item_id"].null_count == 0

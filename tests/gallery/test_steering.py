@@ -17,9 +17,8 @@ from rebeca_ray.gallery.app import Gallery
 from rebeca_ray.gallery.people import Histories
 from rebeca_ray.gallery.source import Source
 from rebeca_ray.gallery.steering import Steering
-from tests.conftest import generate_config, snapshot_of
 from tests.gallery.conftest import CHROMIUM, client_of, served
-from tests.generation.test_plan import write_histories, write_history_prior
+from tests.halves.test_steer import history_night
 
 USER = "user-0"
 ORIGIN = {"Origin": "http://127.0.0.1"}
@@ -27,17 +26,7 @@ ORIGIN = {"Origin": "http://127.0.0.1"}
 
 @pytest.fixture(scope="module")
 def night(tmp_path_factory: pytest.TempPathFactory, tiny_decoder: DecoderSettings) -> GenerateConfig:
-    """A published night of four images per user, by a prior that reads histories."""
-    folder = tmp_path_factory.mktemp("steering")
-    config = generate_config(folder, tiny_decoder).model_copy(
-        update={
-            "prior": write_history_prior(folder, "history"),
-            "interactions": write_histories(folder, user_0=[(1, 5.0), (2, 1.0)], user_2=[(3, 4.0)]),
-            "num_images": 4,
-        }
-    )
-    snapshot_of(config)
-    return config
+    return history_night(tmp_path_factory.mktemp("steering"), tiny_decoder)
 
 
 @pytest.fixture(scope="module")

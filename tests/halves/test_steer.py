@@ -9,24 +9,28 @@ import pytest
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.read import Snapshot, read_catalog
+from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.data.interactions import open_interactions, read_columns
 from rebeca_ray.errors import InputError
 from rebeca_ray.halves import sample as sample_module
 from rebeca_ray.halves.steer import IMAGES, Settled, SteeredUser, Steerer
 from rebeca_ray.identity import hash128
-from tests.conftest import D, snapshot_of
+from tests.conftest import D, generate_config, snapshot_of
 from tests.generation.test_plan import plan_with_histories, write_histories, write_history_prior
 
 
 @pytest.fixture
-def night(config: GenerateConfig, tmp_path: Path) -> GenerateConfig:
-    """A published night of four images per user, by a prior that reads histories."""
-    ratings = {"user_0": [(1, 5.0), (2, 1.0)], "user_2": [(3, 4.0)]}
-    config = config.model_copy(
+def night(tmp_path: Path, tiny_decoder: DecoderSettings) -> GenerateConfig:
+    return history_night(tmp_path, tiny_decoder)
+
+
+def history_night(folder: Path, decoder: DecoderSettings) -> GenerateConfig:
+    """Publish a night of four images per user, by a prior that reads histories."""
+    config = generate_config(folder, decoder).model_copy(
         update={
-            "prior": write_history_prior(tmp_path, "history"),
-            "interactions": write_histories(tmp_path, **ratings),
+            "prior": write_history_prior(folder, "history"),
+            "interactions": write_histories(folder, user_0=[(1, 5.0), (2, 1.0)], user_2=[(3, 4.0)]),
             "num_images": IMAGES,
         }
     )
