@@ -68,9 +68,13 @@ def listen(host: str, port: int, names: list[str], *, writes: bool = False) -> L
 def serve(gallery: Gallery, listening: Listening) -> None:
     """Answer requests until SIGINT or SIGTERM."""
     app = build_app(gallery, listening.hosts, listening.token)
-    # Without the access log, which would hold tokens and the ids of users.
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=1
+        app,
+        log_config=None,  # its setup closes the handlers of every other library of the process
+        log_level="warning",
+        access_log=False,  # it would hold tokens and the ids of users
+        server_header=False,
+        timeout_graceful_shutdown=1,
     )
     uvicorn.Server(config).run(sockets=[listening.server])
 

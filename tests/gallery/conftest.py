@@ -95,7 +95,9 @@ def served(gallery: Gallery) -> Iterator[str]:
     """Serve a gallery on a free port; yield its address."""
     listening = listen("127.0.0.1", 0, [])
     server = uvicorn.Server(
-        uvicorn.Config(build_app(gallery, listening.hosts), log_level="warning", access_log=False)
+        uvicorn.Config(
+            build_app(gallery, listening.hosts), log_config=None, log_level="warning", access_log=False
+        )
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening.server]}, daemon=True)
     thread.start()
