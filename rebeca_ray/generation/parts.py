@@ -60,15 +60,19 @@ class WriteParts:
     attempt: int = 0
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        records = [self.write(batch.filter(mask), values) for values, mask in self.groups(batch)]
+        records = [self.write(rows, values) for values, rows in self.groups(batch)]
         empty = pa.table({"path": pa.array([], pa.string())})
         return pa.Table.from_pylist([asdict(record) for record in records]) if records else empty
 
-    def groups(self, batch: pa.Table) -> Iterator[tuple[dict[str, int], pa.Array]]:
+    def groups(self, batch: pa.Table) -> Iterator[tuple[dict[str, int], pa.Table]]:
         names = list(self.by)
-        for values in batch.select(names).group_by(names).aggregate([]).to_pylist():
+        groups = batch.select(names).group_by(names).aggregate([]).to_pylist()
+        if len(groups) == 1:  # a filter would copy the images
+            yield groups[0], batch
+            return
+        for values in groups:
             masks = [pc.equal(batch[name], value).combine_chunks() for name, value in values.items()]
-            yield values, masks[0] if len(masks) == 1 else pc.and_(*masks)
+            yield values, batch.filter(masks[0] if len(masks) == 1 else pc.and_(*masks))
 
     def write(self, table: pa.Table, values: dict[str, int]) -> PartRecord:
         """Write one file, then its record."""

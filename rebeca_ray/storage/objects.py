@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypedDict
@@ -15,6 +16,7 @@ from rebeca_ray.storage.local import make_folder, partial_of, sync
 from rebeca_ray.storage.store import failure_types, open_store
 
 JsonObject = dict[str, Any]
+LARGE = 2**16  # bytes of a write that is worth a thread
 
 
 class FileDigest(TypedDict):
@@ -25,12 +27,17 @@ class FileDigest(TypedDict):
 
 
 class HashingSink:
-    """Write a file and hash its bytes on the way. A local file appears only when complete."""
+    """Write a file and hash its bytes on the way. A local file appears only when complete.
+
+    Large writes are hashed by a thread, while they are written and the next one is made.
+    """
 
     def __init__(self, filesystem: AbstractFileSystem, path: str) -> None:
         self.local = is_local(filesystem)
         self.path = os.path.realpath(path) if self.local else path  # a link stays, its target is written
         self.digest = hashlib.sha256()
+        self.hasher = ThreadPoolExecutor(max_workers=1)  # which starts with the first large write
+        self.hashing: Future[None] | None = None
         self.size = 0
         with storage_errors(path):
             if self.local:
@@ -41,7 +48,11 @@ class HashingSink:
     closed = False
 
     def write(self, data: bytes) -> int:
-        self.digest.update(data)
+        self.wait_for_hash()
+        if len(data) < LARGE:
+            self.digest.update(data)
+        else:
+            self.hashing = self.hasher.submit(self.digest.update, data)
         self.size += len(data)
         try:
             with storage_errors(self.path):
@@ -54,10 +65,18 @@ class HashingSink:
     def flush(self) -> None:
         pass
 
+    def wait_for_hash(self) -> None:
+        """Return once everything that was written is hashed."""
+        if self.hashing:
+            self.hashing.result()
+            self.hashing = None
+
     def close(self) -> None:
         if self.closed:
             return
         self.closed = True
+        self.wait_for_hash()
+        self.hasher.shutdown()
         try:
             with storage_errors(self.path):
                 if self.local:
@@ -74,6 +93,7 @@ class HashingSink:
     def discard(self) -> None:
         """Leave nothing behind, as far as the store allows. Hides no earlier error by one of its own."""
         self.closed = True
+        self.hasher.shutdown()
         with suppress(*failure_types()):
             if self.local:
                 self.file.close()

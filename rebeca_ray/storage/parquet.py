@@ -40,6 +40,7 @@ PARQUET = pyarrow.dataset.ParquetFileFormat(
     )
 )
 ROWS_AT_ONCE = 200_000
+IMAGE_COLUMNS = ("image", "thumbnail")
 INPUTS_REMEMBERED = 8  # a job has three
 
 
@@ -201,11 +202,12 @@ def write_tables(
     """Write tables of `schema` as one Parquet file, with one row group in memory at a time.
 
     Returns `rows`, `bytes` and `sha256` of the file, hashed while writing. The embedding column is stored
-    byte-stream-split, without a dictionary or statistics. Everything is compressed with zstd and has a
-    checksum per page. Locally one rename makes the file appear, so a crash leaves no half-written file.
+    byte-stream-split, without a dictionary or statistics. Everything but images, which are compressed
+    already, is compressed with zstd. Each page has a checksum. Locally one rename makes the file appear, so a
+    crash leaves no half-written file.
     """
     filesystem, path = open_filesystem(uri)
-    plain = [field.name for field in schema if field.name not in (embed_column, "image", "thumbnail")]
+    plain = [field.name for field in schema if field.name not in (embed_column, *IMAGE_COLUMNS)]
     leaf = f"{embed_column}.list.element"
     sink = HashingSink(filesystem, path)
     with (
@@ -213,7 +215,11 @@ def write_tables(
         pq.ParquetWriter(
             pa.PythonFile(sink, mode="w"),
             schema,
-            compression="zstd",
+            compression={
+                leaf: "none" if field.name in IMAGE_COLUMNS else "zstd"
+                for field in schema
+                for leaf in leaves(field.name, field.type)
+            },
             use_dictionary=[name for name in plain if pa.types.is_string(schema.field(name).type)],
             use_byte_stream_split=[leaf] if embed_column else False,
             write_statistics=plain,
@@ -225,6 +231,17 @@ def write_tables(
             writer.write_table(group, row_group_size=row_group_size)
             rows += group.num_rows
     return {"rows": rows, **sink.record()}
+
+
+def leaves(path: str, kind: pa.DataType) -> Iterator[str]:
+    """Yield the paths of the Parquet columns below a column."""
+    if pa.types.is_struct(kind):
+        for field in kind:
+            yield from leaves(f"{path}.{field.name}", field.type)
+    elif pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        yield from leaves(f"{path}.list.element", kind.value_type)
+    else:
+        yield path
 
 
 def joined(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
