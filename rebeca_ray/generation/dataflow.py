@@ -13,11 +13,11 @@ from typing import Any
 import pyarrow as pa
 
 from rebeca_ray.ray_runtime import with_log
-from rebeca_ray.storage.filesystem import arrow_filesystem, open_filesystem
 from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.watchdog import Pulse
 
 WRITER_CPUS = 0.5  # reserved by a task that mostly waits for storage
+MAX_READ_TASKS = 500  # of a graph; each costs the driver milliseconds
 Work = Callable[[pa.Table], pa.Table]
 
 
@@ -44,7 +44,7 @@ class Stage:
     arguments: tuple[Any, ...] = ()
     batch_size: int | None
     actors: Actors | None = None
-    rows_per_block: int | None = None  # split large files, so that all actors get work
+    rows_per_block: int | None = None  # split large files, so that all actors get work; needed with actors
 
 
 def run_graph(
@@ -92,11 +92,11 @@ def run_on_ray(
 ) -> Iterator[pa.Table]:
     import ray
 
-    filesystem, _ = open_filesystem(files[0])
-    paths = [open_filesystem(file)[1] for file in files]
-    rows = ray.data.read_parquet(paths, filesystem=arrow_filesystem(filesystem), partitioning=None)
-    if columns is not None:
-        rows = rows.select_columns(columns)
+    numbers = ray.data.range(len(files), override_num_blocks=min(len(files), MAX_READ_TASKS))
+    # Not `read_parquet`, which would start processes of its own for lists and footers.
+    rows = numbers.map_batches(
+        with_log(ReadFiles(list(files), columns)), batch_size=1, batch_format="pyarrow"
+    )
     for stage in stages:
         if stage.rows_per_block is not None:
             rows = rows.repartition(target_num_rows_per_block=stage.rows_per_block)
@@ -116,7 +116,8 @@ def run_on_ray(
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
                 size=actors.count,
-                max_tasks_in_flight_per_actor=2,  # an actor never waits for its next batch
+                # An actor never waits for its next batch: each thread has one more at hand.
+                max_tasks_in_flight_per_actor=2 * actors.calls,
                 max_concurrent_calls_per_actor=actors.calls,
                 enable_true_multi_threading=actors.calls > 1,
             ),
@@ -125,6 +126,18 @@ def run_on_ray(
             resources={"decoder_slot": actors.decoder_slots} if actors.decoder_slots else None,
         )
     return iter(rows.iter_batches(batch_size=None, batch_format="pyarrow"))
+
+
+@dataclass(frozen=True)
+class ReadFiles:
+    """Numbers of files in, the rows of these files out."""
+
+    files: list[str]
+    columns: list[str] | None
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for number in batch["id"].to_pylist():
+            yield read_table(self.files[number], "rows", self.columns)
 
 
 def beating(work: Callable[..., Any], pulse: Pulse | None) -> Callable[..., Any]:

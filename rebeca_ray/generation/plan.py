@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 
 ITEMS_PER_FILE = 20_000
 TILES_PER_BATCH = 4  # several tiles of the sampler per batch, so that padding costs little
+BATCHES_PER_BLOCK = 16  # a second of a GPU; a block costs the driver 20 ms
 NOT_RENDERED = -1  # the shard of a rescored item, which has its image already
 
 
@@ -81,6 +82,7 @@ def plan_items(
             context.inputs.get("items"),
         ),
         batch_size=users_per_batch(config),
+        rows_per_block=BATCHES_PER_BLOCK * users_per_batch(config),
         actors=Actors(
             count=config.sampler.num_actors,
             cpus=config.sampler.cpus_per_actor,
