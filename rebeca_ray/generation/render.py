@@ -49,7 +49,9 @@ log = logging.getLogger(__name__)
 ROW_GROUP = 100
 MAX_CLOCK_DIFFERENCE = 60  # seconds, between the actors' clocks and ours
 HASHED_BYTES = 16 * 2**30  # of the images of finished shards, when a run is resumed
-BATCHES_PER_CALL = 4  # of a server or a GPU, which waits for nothing but between calls
+# Batches per call of a server or a GPU, which waits for nothing but between calls. The driver orders calls
+# one by one, some fifty a second, so many images mean long calls, yet enough of them for each actor.
+FEWEST_BATCHES, MOST_BATCHES, CALLS_PER_ACTOR = 4, 16, 16
 COLUMNS = ["item_id", "bucket", "image_embeds", "prompt", "negative_prompt"]
 
 
@@ -154,8 +156,9 @@ def render_shard(
     planned = planned_ids(run, parts)
     remaining = len(planned) - (pc.sum(pc.is_in(planned, value_set=done)).as_py() or 0)
     if remaining and has_time(deadline):
+        decoder = context.config.decoder
         files = [join(run.work, part.path) for part in parts]
-        stages = render_stages(context, shard, done, attempt, deadline)
+        stages = render_stages(context, shard, done, attempt, deadline, rows_per_call(decoder, remaining))
         pulse = None if context.in_process else progress.listen()
         batches = run_graph(files, stages, columns=COLUMNS, in_process=context.in_process, pulse=pulse)
         written = progress.follow("render", batches, total=remaining)
@@ -186,11 +189,10 @@ def planned_ids(run: Run, parts: list[PartRecord]) -> pa.Array:
 
 
 def render_stages(
-    context: RunContext, shard: int, done: pa.Array, attempt: int, deadline: float | None
+    context: RunContext, shard: int, done: pa.Array, attempt: int, deadline: float | None, rows: int
 ) -> list[Stage]:
-    """Return the stages that render a shard's items, except those that are `done`."""
+    """Return the stages that render a shard's items, except those that are `done`, by calls of some rows."""
     decoder, served = context.config.decoder, context.config.decoder.backend == "triton"
-    rows = decoder.batch_size * (BATCHES_PER_CALL if served or decoder.device == "cuda" else 1)
     renderer = Stage(
         work=RenderImages,
         arguments=(
@@ -227,6 +229,14 @@ def render_stages(
     if not len(done):
         return stages
     return [Stage(work=ExcludeIds(done, in_process=context.in_process), batch_size=None), *stages]
+
+
+def rows_per_call(decoder: DecoderSettings, images: int) -> int:
+    """Return the rows that an actor draws per call, in whole batches, when `images` are left in all."""
+    if decoder.backend != "triton" and decoder.device == "cpu":
+        return decoder.batch_size
+    batches = images // (decoder.batch_size * decoder.num_actors * CALLS_PER_ACTOR)
+    return decoder.batch_size * min(max(batches, FEWEST_BATCHES), MOST_BATCHES)
 
 
 def read_records(run: Run, shard: int) -> list[PartRecord]:

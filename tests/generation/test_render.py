@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.errors import InputError
 from rebeca_ray.generation.parts import BusyClock
 from rebeca_ray.generation.progress import Progress
-from rebeca_ray.generation.render import RenderImages, render_all
+from rebeca_ray.generation.render import RenderImages, render_all, rows_per_call
 from tests.conftest import context_of, versions_of, write_plan
 
 
@@ -42,3 +43,20 @@ def test_the_time_of_overlapping_calls_counts_once(monkeypatch: pytest.MonkeyPat
     assert [clock.stop() for _ in "CAB"] == [8.0, 2.0, 10.0]
     clock.start()
     assert clock.stop() == 4.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "images", "rows"),
+    [
+        ({"device": "cpu", "num_actors": 1}, 2_000_000, 16),  # such calls are long already
+        ({"device": "cuda", "num_actors": 1}, 100, 64),  # four batches
+        ({"device": "cuda", "num_actors": 1000}, 2_000_000, 112),  # 18 calls for each actor
+        ({"device": "cuda", "num_actors": 8}, 2_000_000, 256),  # sixteen batches
+        ({"device": "cpu", "num_actors": 1, "backend": "triton"}, 2_000_000, 256),
+    ],
+)
+def test_many_images_mean_long_calls_of_a_gpu_or_a_server(
+    settings: dict[str, object], images: int, rows: int
+) -> None:
+    decoder = DecoderSettings(model="any", batch_size=16, dtype="float32").model_copy(update=settings)
+    assert rows_per_call(decoder, images) == rows
