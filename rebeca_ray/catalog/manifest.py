@@ -72,6 +72,7 @@ class DecisionCounts(Record):
     planned_users: int
     planned_items: int
     shards: int
+    shared_items: int = 0  # of the planned ones: they show the image of another user's item
 
 
 class PermutationFigures(Record):

@@ -320,6 +320,9 @@ class SelectionSettings(Settings):
     """Weight of the distance to chosen candidates against the like probability. At 0, liking decides."""
     max_item_similarity: Annotated[float, Field(gt=0, le=1), Effect.ITEM] = 0.98
     """Candidates with a higher cosine similarity to an existing item are copies and are chosen last."""
+    share_within: Annotated[float | None, Field(gt=0, le=1), Effect.PLAN] = None
+    """Cosine distance below which users of a bucket with the same prompts share one image. Null means that
+    no image is shared. A change plans all users again."""
 
 
 class RefreshSettings(Settings):

@@ -51,6 +51,7 @@ from rebeca_ray.generation.plan import read_plan
 from rebeca_ray.generation.progress import Progress
 from rebeca_ray.generation.render import Rendered
 from rebeca_ray.generation.repair.previous import damage_of_tables
+from rebeca_ray.generation.sharing.planned import num_shared
 from rebeca_ray.ray_runtime import for_each
 from rebeca_ray.schemas import SCHEMA_VERSION
 from rebeca_ray.storage.filesystem import join
@@ -123,6 +124,7 @@ def assemble(
             planned_users=decisions.planned_users,
             planned_items=decisions.planned_items,
             shards=decisions.shards,
+            shared_items=num_shared([part for bucket in inputs for part in bucket.parts]),
         ),
         carried_buckets=sum(result.by_reference for result in results),
         figures=figures_of(

@@ -27,6 +27,7 @@ from rebeca_ray.generation.item_columns import (
     close_gaps,
     image_location,
     set_column,
+    user_and_item,
     without_pool,
 )
 from rebeca_ray.generation.outcomes import count_carried, count_outcomes
@@ -267,7 +268,8 @@ class Bucket:
         items = self.previous_items()
         items = items.filter(is_among(items, users)).select(schema.names).cast(schema)
         items = without_images(items, damaged_numbers(self.previous, self.work.damaged))
-        row = pc.index_in(items["item_id"], value_set=rescored["item_id"].combine_chunks()).combine_chunks()
+        # By user and item, because users may share an item.
+        row = pc.index_in(user_and_item(items), value_set=user_and_item(rescored))
         for name in ("like_probability", "rank"):
             items = set_column(items, name, pc.coalesce(rescored[name].take(row), items[name]))
         was_new = pc.equal(items["origin"], schemas.NEW)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
+from rebeca_ray.generation.item_columns import image_location
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.parquet import write_table
 from rebeca_ray.storage.records import listed, read_recorded
@@ -34,9 +35,10 @@ def compact(work: Assembly, bucket: int, items: pa.Table) -> tuple[pa.Table, lis
     if not len(dying):
         return items, []
     files, rows = items["image_file"].to_numpy().copy(), items["image_row"].to_numpy().copy()
-    moving = np.flatnonzero(np.isin(files, dying))
-    moving = moving[np.lexsort((rows[moving], files[moving]))][: MAX_FILES * ROWS_PER_FILE]
-    copies = read_images(previous, files[moving], rows[moving])
+    # Users may share an image: each is copied once.
+    location = image_location(items).to_numpy()
+    moving = np.unique(location[np.isin(files, dying)])[: MAX_FILES * ROWS_PER_FILE]
+    copies = read_images(previous, moving >> 32, moving & 0xFFFFFFFF)
     rows_of_files: list[FileRow] = []
     run = work.context.run
     for number, start in enumerate(range(0, len(moving), ROWS_PER_FILE)):
@@ -56,8 +58,9 @@ def compact(work: Assembly, bucket: int, items: pa.Table) -> tuple[pa.Table, lis
                 "live_rows": None,
             }
         )
-        moved = moving[start : start + ROWS_PER_FILE]
-        files[moved], rows[moved] = file, np.arange(images.num_rows)
+        new_row = {old: row for row, old in enumerate(moving[start : start + ROWS_PER_FILE].tolist())}
+        moved = np.flatnonzero(np.isin(location, list(new_row)))
+        files[moved], rows[moved] = file, [new_row[old] for old in location[moved].tolist()]
     for name, values in (("image_file", files), ("image_row", rows)):
         index = items.schema.get_field_index(name)
         items = items.set_column(index, items.schema.field(name), pa.array(values, pa.int32()))

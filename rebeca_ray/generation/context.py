@@ -95,5 +95,7 @@ class RunContext:
         hidden = ""
         if config.interactions is not None:
             hidden = config.interactions.hidden_shares(hide_hold_out=config.hide_hold_out)
-        sampler, selection = config.sampler.identity_json(), config.selection.model_dump_json()
-        return hash128(sampler, selection + hidden, self.versions["decoder"])
+        sampler, selection = config.sampler.identity_json(), config.selection.identity_json()
+        bound = config.selection.share_within
+        sharing = "" if bound is None else f"share_within {bound}"
+        return hash128(sampler, selection + hidden + sharing, self.versions["decoder"])

@@ -66,7 +66,7 @@ def estimate(config: GenerateConfig, *, images_per_second: float | None = None) 
 
 
 HOUR, GIB = 3600, 2**30
-OTHER_STAGES = ("histories", "decide", "test", "assemble")
+OTHER_STAGES = ("histories", "decide", "share", "test", "assemble")
 TABLES_PER_BUCKET = 4 + 3  # published, and private
 
 

@@ -30,6 +30,11 @@ def close_gaps(items: pa.Table) -> pa.Table:
     return set_column(items, "rank", pa.array(rank, pa.int16()))
 
 
+def user_and_item(items: pa.Table) -> pa.Array:
+    """Return each row's user and item as one text. Users may share an item."""
+    return pc.binary_join_element_wise(items["user_id"], items["item_id"], "\x1f").combine_chunks()
+
+
 def without_pool(items: pa.Table) -> pa.Table:
     """Return the items that somebody requested: all but those of the population pool."""
     return items.filter(pc.not_equal(items["user_id"], POPULATION_USER))
@@ -44,10 +49,7 @@ def changes_table(items: pa.Table, before: pa.Table | None) -> pa.Table:
     """Return `schemas.CHANGES` of items of a bucket against those of the previous snapshot."""
     now = items.select(COMPARED)
     before = now.slice(0, 0) if before is None else before.select(COMPARED)
-    keys, keys_before = (
-        pc.binary_join_element_wise(part["user_id"], part["item_id"], "\x1f").combine_chunks()
-        for part in (now, before)
-    )
+    keys, keys_before = user_and_item(now), user_and_item(before)
     row_before = pc.index_in(keys, value_set=keys_before)
     stayed, old = now.filter(pc.is_valid(row_before)), before.take(row_before.drop_null())
     same = np.ones(stayed.num_rows, bool)

@@ -33,6 +33,7 @@ from rebeca_ray.generation.dataflow import Actors, Stage, run_graph
 from rebeca_ray.generation.decisions import Action, Decisions, render_keys, shards_of
 from rebeca_ray.generation.parts import PartRecord, WriteParts, with_busy_seconds
 from rebeca_ray.generation.progress import Progress
+from rebeca_ray.generation.sharing.planned import share_images
 from rebeca_ray.generation.user_loader import UserLoader
 from rebeca_ray.prior.candidates import (
     choose_candidates,
@@ -105,6 +106,7 @@ def plan_items(
         records = progress.follow("plan", batches, total=total)
     if problem := missing_rows(records, decisions):
         raise ResumableError(f"run {run.run_id}: {problem}; nothing is published, start it again to resume")
+    records = share_images(context, decisions, records, progress, ITEMS_PER_FILE)
     write_record(
         {"decisions": decisions.fingerprint(), "parts": [asdict(record) for record in records]},
         run.plan_marker,
@@ -129,7 +131,7 @@ def missing_rows(parts: list[PartRecord], decisions: Decisions) -> str | None:
     """Return the difference between the rows of a plan and the items that were decided on; None if equal."""
     rows = {NOT_RENDERED: 0, 0: 0}
     for part in parts:
-        rows[min(part.shard, 0)] += part.rows
+        rows[part.shard if part.shard == NOT_RENDERED else 0] += part.rows
     expected = {NOT_RENDERED: decisions.rescored_items, 0: decisions.planned_items}
     if rows == expected:
         return None
@@ -154,7 +156,7 @@ def users_per_batch(config: GenerateConfig | SampleConfig) -> int:
 
 def settings_of_key(config: GenerateConfig | SampleConfig, sampler: SamplerSettings) -> str:
     """Return the digest of the settings in a plan key. `sampler` is the resolved one of the config."""
-    text = sampler.identity_json() + config.selection.model_dump_json()
+    text = sampler.identity_json() + config.selection.identity_json()
     if config.interactions is not None:
         text += config.interactions.hidden_shares(hide_hold_out=config.hide_hold_out)
     return hashlib.sha256(text.encode()).hexdigest()

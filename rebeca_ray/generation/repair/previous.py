@@ -18,6 +18,7 @@ from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.errors import InputError
 from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.decisions import PublishedUser, published_users
+from rebeca_ray.generation.sharing.separated import separated_users
 from rebeca_ray.identity import hash128
 from rebeca_ray.storage.filesystem import delete, delete_files, join
 from rebeca_ray.storage.records import FileRecord, ListedFile, damage_among, listed, read_record, write_record
@@ -71,6 +72,7 @@ def read_previous(context: RunContext, bucket: int, requested: Set[str], known: 
     intact = without_images(items, damaged_numbers(previous, damaged))
     num_intact = tally(intact["user_id"])
     lost = {user for user, row in users.items() if num_intact.get(user, 0) < row.num_items}
+    lost |= separated_users(previous, bucket, context.num_buckets, without=damaged)
     return PreviousBucket(users=users, lost=lost, damaged=damaged)
 
 
