@@ -41,7 +41,7 @@ SAME = "Without votes and changes, these are the published images."
 COLD_START = "Published, this user shares the images of the population. These are drawn for the user alone."
 NOT_SAME = (
     "These differ from the published images: models, ratings, settings or the number of images are not those "
-    "of the run."
+    "of the run, or the user shares an image of another user."
 )
 
 

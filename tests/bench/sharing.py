@@ -1,9 +1,10 @@
 """Shared images: images saved against like probability lost, for several bounds of `selection.share_within`.
 
-Users of the demo's world are planned as on a night, and nothing is decoded. Each bound is applied to
-the same plan. `lost` is the relative loss of the mean like probability of all items. By the selector it is that of
-the embedding that is drawn. By the truth it is the true like probability of the nearest real item, and no model
-knows it. `without the rule` shares by distance alone, whatever the selector says.
+Users of the demo's world are planned as on a night, and nothing is decoded. Each bound is applied to the
+same plan. `lost` is the relative loss of the mean like probability of all items. By the selector it is that
+of the embedding that is drawn. By the truth it is the true like probability of the nearest real item, and no
+model knows it. `without the rule` shares by distance alone, whatever the selector says. The time of a full
+bucket is that of random embeddings.
 
     rebeca demo
     python -m tests.bench.sharing [--demo ~/rebeca-stickers] [--users 2000]
@@ -28,7 +29,7 @@ from rebeca_ray.config.load import load_config
 from rebeca_ray.generation.sharing.planned import lenders_of
 from rebeca_ray.prior import sharing
 from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior
-from rebeca_ray.prior.sharing import LARGEST_LOSS, Tastes
+from rebeca_ray.prior.sharing import LARGEST_LOSS, Tastes, find_lenders
 from rebeca_ray.stickers.simulate import load_world
 from tests.bench.prior_quality import RESULTS
 from tests.conftest import context_of, planned_items, write_plan
@@ -103,6 +104,18 @@ def diversity(plan: pa.Table, embeds_ND: np.ndarray) -> float:
     return float((1 - (np.square(sum_UD).sum(1) - count_U) / (count_U * (count_U - 1))).mean())
 
 
+def full_bucket() -> dict[str, float]:
+    """Return the seconds in which the items of 10,000 users of a large catalog are compared."""
+    random = np.random.default_rng(0)
+    user_N = np.repeat(np.arange(10_000), 4)
+    unit_ND = random.standard_normal((len(user_N), 1024))
+    unit_ND /= np.linalg.norm(unit_ND, axis=1, keepdims=True)
+    user_NF, item_NF = random.standard_normal((2, len(user_N), 129))
+    started = time.perf_counter()
+    find_lenders(unit_ND, user_N, 0.2, Tastes(user_NF=user_NF, item_NF=item_NF))
+    return {"items": len(user_N), "embed_dim": 1024, "seconds": time.perf_counter() - started}
+
+
 def report(title: str, rows: list[dict[str, float]]) -> None:
     table = Table("share_within", "saved", "lost", "truly lost", "diversity lost", "most users", title=title)
     for row in rows:
@@ -132,6 +145,8 @@ def main() -> None:
         results["nights"][f"{num_users}"] = night
         report(f"{num_users:,} users, {part.num_rows:,} items", night["curve"])
         report("without the rule", night["without_the_rule"])
+    results["full_bucket"] = full_bucket()
+    Console().print("a bucket of {items:,} items: {seconds:.0f} s".format(**results["full_bucket"]))
     (RESULTS / "sharing.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
