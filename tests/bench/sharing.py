@@ -74,7 +74,7 @@ def curve(
     embeds_ND = np.stack(plan["image_embeds"].to_numpy(zero_copy_only=False))
     tastes = Tastes.of(prior, np.stack(plan["user_factors"].to_numpy(zero_copy_only=False)), embeds_ND, TILE)
     assert tastes is not None
-    own, own_true = tastes.like_of(every), true_NP[every, pair_N]
+    like_before, true_before = tastes.like_of(every), true_NP[every, pair_N]
     rows = []
     for bound in BOUNDS:
         started = time.perf_counter()
@@ -84,8 +84,8 @@ def curve(
             {
                 "share_within": bound,
                 "saved": float((lender_N != every).mean()),
-                "lost": 1 - float(like.mean() / own.mean()),
-                "truly_lost": 1 - float(true.mean() / own_true.mean()),
+                "lost": 1 - float(like.mean() / like_before.mean()),
+                "truly_lost": 1 - float(true.mean() / true_before.mean()),
                 "most_users": int(np.bincount(lender_N).max()),
                 "diversity_lost": 1 - diversity(plan, embeds_ND[lender_N]) / diversity(plan, embeds_ND),
                 "seconds": time.perf_counter() - started,

@@ -65,7 +65,7 @@ def test_users_share_images_and_every_count_adds_up(
     config: GenerateConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     apart, alone = night(config, USERS)
-    own = {(row["user_id"], row["rank"]): row for row in alone.items().to_pylist()}
+    alone_items = {(row["user_id"], row["rank"]): row for row in alone.items().to_pylist()}
     with caplog.at_level(logging.INFO, logger="rebeca_ray"):
         manifest, snapshot = night(sharing(config), USERS, 1)
     shared = manifest.decisions.shared_items
@@ -76,10 +76,10 @@ def test_users_share_images_and_every_count_adds_up(
     assert f"{shared} of 21 images are saved ({shared / 21:.1%}): users share them" in caplog.text
     assert sum(len(users) - 1 for users in owners(snapshot).values()) == shared
     for row in snapshot.items().to_pylist():
-        before = own[row["user_id"], row["rank"]]
+        before = alone_items[row["user_id"], row["rank"]]
         a, b = np.array(row["image_embeds"]), np.array(before["image_embeds"])
         assert 1 - a @ b / np.linalg.norm(a) / np.linalg.norm(b) < BOUND
-        lent = next(other for other in own.values() if other["item_id"] == row["item_id"])
+        lent = next(other for other in alone_items.values() if other["item_id"] == row["item_id"])
         assert row["image_embeds"] == lent["image_embeds"]
         assert row["nearest_item_id"] == lent["nearest_item_id"]
     assert {len(images) for images in images_by_item(snapshot).values()} == {1}
@@ -184,14 +184,16 @@ def test_a_borrower_is_judged_by_the_embedding_that_is_drawn(config: GenerateCon
     uri = write_tiny_prior(tmp_path, users=prior_users(USERS), selector=Selector(D, 4))
     config = config.model_copy(update={"prior": uri})
     _, alone = night(config, USERS)
-    own = dict(zip(*(alone.items()[name].to_pylist() for name in ("item_id", "user_id")), strict=True))
+    alone_items = dict(
+        zip(*(alone.items()[name].to_pylist() for name in ("item_id", "user_id")), strict=True)
+    )
     _, snapshot = night(sharing(config, selection=SelectionSettings(share_within=1.0)), USERS, 1)
     prior = load_prior(uri)
     assert prior.selector is not None
     assert prior.selector.rows_VF is not None
     items = snapshot.items()
     borrowed = items.filter(
-        pa.array([own[row["item_id"]] != row["user_id"] for row in items.to_pylist()], pa.bool_())
+        pa.array([alone_items[row["item_id"]] != row["user_id"] for row in items.to_pylist()], pa.bool_())
     )
     assert borrowed.num_rows
     user_NF = prior.selector.rows_VF[[USERS.index(user) for user in borrowed["user_id"].to_pylist()]]
