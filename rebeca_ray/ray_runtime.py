@@ -103,6 +103,7 @@ def require_room(
 
 A = TypeVar("A")
 T = TypeVar("T")
+TASKS_AT_ONCE = 1000  # waiting for one of n takes time in proportion to n
 TASK_SECONDS = 3600  # without an end of any task, after which they count as stuck
 
 
@@ -180,14 +181,20 @@ def in_tasks(work: Callable[[A], T], values: Sequence[A], note: Callable[[int], 
     start_ray()
     shared = ray.put(with_log(work))
     task: Any = ray.remote(call)
-    tasks = pending = [task.remote(shared, value) for value in values]
-    while pending:
+    tasks: list[Any] = []
+    pending: list[Any] = []
+    while pending or len(tasks) < len(values):
+        begin = len(tasks)
+        tasks += [
+            task.remote(shared, value) for value in values[begin : begin + TASKS_AT_ONCE - len(pending)]
+        ]
+        pending += tasks[begin:]
         done, pending = ray.wait(pending, timeout=TASK_SECONDS, fetch_local=False)
         if not done:
             for stuck in pending:
                 ray.cancel(stuck, force=True)
             raise ResumableError(
-                f"{len(pending)} of {len(tasks)} Ray tasks are at work, and none ended within "
+                f"{len(pending)} of {len(values)} Ray tasks are at work, and none ended within "
                 f"{TASK_SECONDS / 60:g} min; look at the store and the cluster's load, start again"
             )
         note(len(done))

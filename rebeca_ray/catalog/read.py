@@ -301,8 +301,7 @@ class Snapshot:
         """Return the rows of `schemas.FILES` that may hold users of one of `num_buckets` buckets."""
         files = self.files.filter(pc.equal(self.files["table"], name))
         step = math.gcd(self.num_buckets, num_buckets)  # both are the same hash, modulo
-        near = [other % step == bucket % step for other in files["bucket"].to_pylist()]
-        return files.filter(pa.array(near, pa.bool_()))
+        return files.filter(pa.array(files["bucket"].to_numpy() % step == bucket % step))
 
     def bucket(
         self,

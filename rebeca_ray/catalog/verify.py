@@ -7,7 +7,7 @@ import hashlib
 import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.counts import OUTCOMES, tally
+from rebeca_ray.catalog.figures import group_starts
 from rebeca_ray.catalog.layout import POPULATION_USER
 from rebeca_ray.catalog.manifest import FileRow
 from rebeca_ray.catalog.read import Snapshot
@@ -58,7 +59,7 @@ def verify(snapshot: Snapshot, level: Level) -> list[str]:
         "images", lambda snapshot, row: check_images(snapshot, row, level), snapshot, images
     )
     if level == "full" and not defects:
-        used: dict[int, Any] = {}
+        used: dict[int, np.ndarray] = {}
         defects += in_threads(
             "locations",
             lambda snapshot, row: check_locations(snapshot, row, image_files, used),
@@ -156,22 +157,22 @@ def check_items(snapshot: Snapshot, row: FileRow, image_files: dict[int, FileRow
     ordered = items.sort_by([("user_id", "ascending"), ("rank", "ascending")])
     if not ordered.equals(items):
         yield f"{row['path']}: is not sorted by user and rank"
-    num_items = tally(items["user_id"])
-    ranks = ordered["rank"].to_pylist()
-    if ranks != [rank for user in sorted(num_items) for rank in range(num_items[user])]:
+    starts = group_starts(ordered["user_id"].to_numpy(zero_copy_only=False))
+    ranks = np.arange(items.num_rows) - np.repeat(starts, np.diff([*starts, items.num_rows]))
+    if not np.array_equal(ordered["rank"].to_numpy(), ranks):
         yield f"{row['path']}: a user's ranks have a gap or come twice"
     pairs = pc.binary_join_element_wise(items["user_id"], items["item_id"], "\x1f")
     if pc.count_distinct(pairs).as_py() != items.num_rows:
         yield f"{row['path']}: a user has an item twice"
-    for number, image_row in zip(
-        items["image_file"].to_pylist(), items["image_row"].to_pylist(), strict=True
-    ):
-        if number not in image_files or not 0 <= image_row < image_files[number]["rows"]:
-            yield (
-                f"{row['path']}: an item points to row {image_row} of image file {number}, "
-                "which is not listed"
-            )
-            return
+    files, image_rows = items["image_file"].to_numpy(), items["image_row"].to_numpy()
+    numbers, index = np.unique(files, return_inverse=True)
+    ends = np.array([image_files[file]["rows"] if file in image_files else 0 for file in numbers.tolist()])
+    unlisted = np.flatnonzero((image_rows < 0) | (image_rows >= ends[index]))
+    if len(unlisted):
+        yield (
+            f"{row['path']}: an item points to row {image_rows[unlisted[0]]} of image file "
+            f"{files[unlisted[0]]}, which is not listed"
+        )
 
 
 def check_images(snapshot: Snapshot, row: FileRow, level: Level) -> Iterator[str]:
@@ -191,11 +192,11 @@ def check_images(snapshot: Snapshot, row: FileRow, level: Level) -> Iterator[str
 
 
 def check_locations(
-    snapshot: Snapshot, items_file: FileRow, image_files: dict[int, FileRow], used: dict[int, Any]
+    snapshot: Snapshot, items_file: FileRow, image_files: dict[int, FileRow], used: dict[int, np.ndarray]
 ) -> Iterator[str]:
     """Check that every item of a file has its own image at its location.
 
-    Adds the rows in use to `used`, by image file.
+    Marks the rows in use in `used`: for each image file, one byte per row.
     """
     filesystem, root = open_filesystem(snapshot.root)
     with filesystem.open(join(root, items_file["path"]), "rb") as file:
@@ -209,12 +210,12 @@ def check_locations(
             yield f"{row['path']}: holds another item's image where `items` points"
         if images["width"].null_count:
             yield f"{row['path']}: an item points to a row without an image"
-        used.setdefault(number, []).append(pc.unique(pointing["image_row"]).to_numpy())
+        used.setdefault(number, np.zeros(row["rows"], bool))[pointing["image_row"].to_numpy()] = True
 
 
-def check_live_rows(image_files: dict[int, FileRow], used: dict[int, Any]) -> Iterator[str]:
+def check_live_rows(image_files: dict[int, FileRow], used: dict[int, np.ndarray]) -> Iterator[str]:
     """Compare the rows in use with `live_rows`. Fewer are fine: they only keep a file longer."""
     for number, row in image_files.items():
-        pointed_to = len(np.unique(np.concatenate(used.get(number, [[]]))))
+        pointed_to = np.count_nonzero(used[number]) if number in used else 0
         if pointed_to > (row["live_rows"] or 0):
             yield f"{row['path']}: {pointed_to} rows are pointed to, the file list says {row['live_rows']}"

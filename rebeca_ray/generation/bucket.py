@@ -116,10 +116,11 @@ class Bucket:
     def carry_by_reference(self) -> BucketResult:
         """List the previous files again."""
         assert self.previous is not None
+        listed = self.previous.files
         files: list[FileRow] = [
             row
-            for row in self.previous.files.to_pylist()
-            if row["bucket"] == self.bucket and row["table"] in ("items", "users")
+            for row in listed.filter(pc.equal(listed["bucket"], self.bucket)).to_pylist()
+            if row["table"] in ("items", "users")
         ]
         items = self.previous.bucket("items", self.bucket, self.context.num_buckets, [*LOCATION, "origin"])
         return BucketResult(

@@ -9,15 +9,12 @@ import datetime
 import logging
 from collections.abc import Callable, Set
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 
-from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import POPULATION_USER, Run
 from rebeca_ray.config.sections import RefreshSettings
 from rebeca_ray.data.histories import Histories
-from rebeca_ray.data.validation import check_columns
 from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.decisions import (
     RENDER_KEY,
@@ -31,36 +28,26 @@ from rebeca_ray.generation.decisions import (
     render_keys,
 )
 from rebeca_ray.generation.repair.previous import Damage, read_known, read_previous
+from rebeca_ray.generation.request import Request, known_file, read_requests, split_prior_users, split_request
 from rebeca_ray.identity import bucket_of, hash128, settings_for_item
 from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.storage.filesystem import join
-from rebeca_ray.storage.parquet import open_parquet, read_table, write_table
+from rebeca_ray.storage.parquet import read_table, write_table
 from rebeca_ray.storage.records import damage_among, read_record, write_record
 
 log = logging.getLogger(__name__)
 
 ROWS_PER_GROUP = 20_000
+KEYS_PER_BUCKET = 256  # shards of millions of items need no finer ones
 Known = dict[str, tuple[str, int]]  # user -> digest and length of their history
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One row of the request, with the defaults filled in."""
-
-    user_id: str
-    num_images: int
-    prompt: str
-    negative_prompt: str
-    priority: float
-    item_id: str | None
-    strength: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class BucketDecisions:
     """What must be known of a bucket to cut the work of all buckets into shards, and to read it again."""
 
-    planned: np.ndarray  # [G, 4], see `keys_and_sizes`
+    planned_users: int
+    planned: np.ndarray  # at most [KEYS_PER_BUCKET, 4], see `thinned`
     pool_size: int  # images that the most demanding cold-start user wants
     rescored_items: int
     files: list[DecisionsFile]
@@ -86,6 +73,8 @@ def decide_all(
     by_urgency = limits.publish_by is not None or limits.max_gpu_hours is not None
     known_damage = read_known(run.work)
     split_request(context)
+    if context.models.user_encoder == "id":
+        split_prior_users(context)
 
     def decide_on_all(known: Damage) -> list[BucketDecisions]:
         def decide(bucket: int) -> BucketDecisions:
@@ -102,12 +91,14 @@ def decide_all(
         parts = decide_on_all(known_damage | damaged)
     pool = decide_pool(context, parts, pool_size=max(part.pool_size for part in parts))
     planned, files = [part.planned for part in parts], [file for part in parts for file in part.files]
+    planned_users = sum(part.planned_users for part in parts)
     rescored_items = sum(part.rescored_items for part in parts)
     if pool and pool.action is not Action.CARRY:
         # One more file beside those of the buckets.
         files.append(write_decisions([pool], run, num_buckets, to_plan=True))
     if pool and pool.action is Action.PLAN:
         planned.append(keys_and_sizes([pool], by_urgency))
+        planned_users += 1
     last_pool = parts[bucket_of(POPULATION_USER, num_buckets)].last_pool
     if pool and pool.action is Action.RESCORE and last_pool:
         rescored_items += last_pool.num_items
@@ -117,9 +108,9 @@ def decide_all(
         pool=pool,
         by_urgency=by_urgency,
         boundaries=boundaries,
-        planned_users=len(planned_G4),
+        planned_users=planned_users,
         planned_items=int(planned_G4[:, 3].sum()),
-        shards=len(boundaries) + 1 if len(planned_G4) else 0,
+        shards=len(boundaries) + 1 if planned_users else 0,
         rescored_items=rescored_items,
         files=files,
         damaged={path: reason for part in parts for path, reason in part.damaged.items()},
@@ -135,9 +126,29 @@ def decide_all(
 
 def cut(planned_G4: np.ndarray, items_per_shard: int) -> list[RenderKey]:
     """Return the first key of every shard but the first, so that each has about `items_per_shard` items."""
-    ordered_G4 = planned_G4[np.lexsort((planned_G4[:, 2], planned_G4[:, 1], planned_G4[:, 0]))]
+    ordered_G4 = in_order(planned_G4)
     shard_G = (np.cumsum(ordered_G4[:, 3]) - 1) // items_per_shard
     return [(float(key[0]), float(key[1]), float(key[2])) for key in ordered_G4[1:][np.diff(shard_G) > 0]]
+
+
+def in_order(planned_G4: np.ndarray) -> np.ndarray:
+    return planned_G4[np.lexsort((planned_G4[:, 2], planned_G4[:, 1], planned_G4[:, 0]))]
+
+
+def thinned(planned_G4: np.ndarray) -> np.ndarray:
+    """Return at most KEYS_PER_BUCKET rows of `keys_and_sizes`, in order.
+
+    Each stands for as many neighbours: it has the key of the middle one, and the images of all. So the keys
+    of all buckets fit into the driver, however many users there are.
+    """
+    users = len(planned_G4)
+    if users <= KEYS_PER_BUCKET:
+        return planned_G4
+    ordered_G4 = in_order(planned_G4)
+    ends = np.linspace(0, users, KEYS_PER_BUCKET + 1).astype(int)
+    kept = ordered_G4[(ends[:-1] + ends[1:]) // 2]
+    kept[:, 3] = np.add.reduceat(ordered_G4[:, 3], ends[:-1])
+    return kept
 
 
 def keys_and_sizes(decisions: list[Decision], by_urgency: bool) -> np.ndarray:
@@ -145,41 +156,6 @@ def keys_and_sizes(decisions: list[Decision], by_urgency: bool) -> np.ndarray:
     keys = render_keys(decisions_table(decisions), by_urgency)
     sizes = np.array([decision.num_images for decision in decisions], np.float64)
     return np.stack([*(keys[name] for name in RENDER_KEY.names or ()), sizes], axis=1)
-
-
-def split_request(context: RunContext) -> None:
-    """Write the request below the run's work folder, one file per bucket."""
-    num_buckets = context.num_buckets
-    source = open_parquet(context.config.request, "request")
-    table = source.read(check_columns(source, schemas.REQUEST))
-    users = table["user_id"].to_pylist()
-    bucket = np.array([bucket_of(user, num_buckets) for user in users])
-    order = np.argsort(bucket, kind="stable")
-    table, ends = table.take(order), np.searchsorted(bucket[order], np.arange(num_buckets + 1))
-    for number, (start, stop) in enumerate(pairwise(ends.tolist())):
-        rows = table.slice(start, stop - start)
-        write_table(rows, request_file(context.run, number), row_group_size=ROWS_PER_GROUP)
-
-
-def request_file(run: Run, bucket: int) -> str:
-    return join(run.work, "request", f"bucket-{bucket:05d}.parquet")
-
-
-def read_requests(context: RunContext, bucket: int) -> list[Request]:
-    """Return the requests of one bucket."""
-    rows = read_table(request_file(context.run, bucket), "request").to_pylist()
-    return [
-        Request(
-            user_id=row["user_id"],
-            num_images=row.get("num_images") or context.config.num_images,
-            prompt=row.get("prompt") or "",
-            negative_prompt=row.get("negative_prompt") or "",
-            priority=float(np.float32(row.get("priority") or 0.0)),  # as it is read back
-            item_id=row.get("item_id"),
-            strength=row.get("strength") and float(np.float32(row["strength"])),
-        )
-        for row in rows
-    ]
 
 
 def known_users(context: RunContext, histories: Histories | None, bucket: int) -> Known:
@@ -190,7 +166,7 @@ def known_users(context: RunContext, histories: Histories | None, bucket: int) -
     """
     if context.models.user_encoder == "none":
         return {}
-    files = [join(context.config.prior, "users.parquet")]
+    files = [known_file(context.run, bucket)]
     if context.models.user_encoder == "history":
         assert histories is not None
         numbers = range(bucket, len(histories.users_of_bucket), context.num_buckets)
@@ -199,12 +175,7 @@ def known_users(context: RunContext, histories: Histories | None, bucket: int) -
     for file in files:
         table = read_table(file, "users", ["user_id", "history_digest", "num_likes"])
         rows = zip(*(column.to_pylist() for column in table), strict=True)
-        inside = (
-            (user, digest, likes)
-            for user, digest, likes in rows
-            if bucket_of(user, context.num_buckets) == bucket
-        )
-        known |= {user: (digest, likes) for user, digest, likes in inside}
+        known |= {user: (digest, likes) for user, digest, likes in rows}
     return known
 
 
@@ -231,7 +202,8 @@ def decide_bucket(
     planned = [decision for decision in to_plan if decision.action is Action.PLAN]
     pool_sizes = [decision.num_images for decision in decisions if decision.action is Action.POOL]
     return BucketDecisions(
-        planned=keys_and_sizes(planned, by_urgency),
+        planned_users=len(planned),
+        planned=thinned(keys_and_sizes(planned, by_urgency)),
         pool_size=max(pool_sizes, default=0),
         rescored_items=sum(previous.users[user].num_items for user in rescored),
         files=files,

@@ -10,6 +10,7 @@ renders the items without a record. (Why not Ray Data's checkpoints: infra/docs/
 import logging
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -100,13 +101,16 @@ def render_all(
     timed_out = False
     markers = [ShardMarker.read(context.run, shard) for shard in range(decisions.shards)]
     lost = lost_images(context.run, [record for marker in markers if marker for record in marker.files])
+    parts = defaultdict[int, list[PartRecord]](list)
+    for part in sorted(read_plan(context.run), key=lambda part: part.bucket):
+        parts[part.shard].append(part)  # by bucket, so that few files hold rows of two buckets
     for shard, marker in enumerate(markers):
         if marker and any(record.path in lost for record in marker.files):
             marker = None
         can_continue = marker is not None and marker.timed_out and has_time(deadline)
         if marker is None or can_continue or (retry_failed and marker.failed):
             earlier = None if can_continue else marker
-            marker = render_shard(context, shard, earlier, progress, deadline)
+            marker = render_shard(context, shard, parts[shard], earlier, progress, deadline)
         files += marker.files
         timed_out = timed_out or marker.timed_out
     return Rendered(files=files, timed_out=timed_out)
@@ -139,20 +143,20 @@ def has_time(deadline: float | None, margin: float = 0.0) -> bool:
 def render_shard(
     context: RunContext,
     shard: int,
+    parts: list[PartRecord],
     earlier: ShardMarker | None,
     progress: Progress,
     deadline: float | None,
 ) -> ShardMarker:
     """Render the items of one shard that have no image yet, write its marker, and return it.
 
-    With the marker of an `earlier` attempt, its failed rows are rendered again.
+    `parts` are the shard's files of the plan. With the marker of an `earlier` attempt, its failed rows are
+    rendered again.
     """
     run = context.run
     records = intact_records(run, shard)
     attempt = max([earlier.attempt + 1 if earlier else 0, *(record.attempt for record in records)])
     done = rendered_ids(run, records, with_failed=lambda record: earlier is None or record.attempt == attempt)
-    # Sorted by bucket, so that few files hold rows of two buckets.
-    parts = sorted((part for part in read_plan(run) if part.shard == shard), key=lambda part: part.bucket)
     planned = planned_ids(run, parts)
     remaining = len(planned) - (pc.sum(pc.is_in(planned, value_set=done)).as_py() or 0)
     if remaining and has_time(deadline):

@@ -1,12 +1,19 @@
-"""The request: users and their numbers of items, checked against the models before a run writes anything."""
+"""The request: users and their numbers of items, checked against the models before a run writes anything.
+
+request, some rows at a time -> checked; -> work/…/request/bucket-…/ -> `Request`s of one bucket
+"""
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
+from rebeca_ray.catalog.layout import Run
 from rebeca_ray.config.fields import MAX_IMAGES
 from rebeca_ray.config.jobs import GenerateConfig, SampleConfig
 from rebeca_ray.config.load import parse_config
@@ -25,11 +32,32 @@ from rebeca_ray.data.validation import (
 )
 from rebeca_ray.decoder.files import DecoderIdentity
 from rebeca_ray.errors import InputError, shown
+from rebeca_ray.generation.context import RunContext
+from rebeca_ray.identity import bucket_of
 from rebeca_ray.prior.checkpoint import read_prior_config
 from rebeca_ray.prior.schedules import check_steps
+from rebeca_ray.storage.filesystem import delete, join
 from rebeca_ray.storage.listing import digest_of, list_data
 from rebeca_ray.storage.objects import JsonObject
-from rebeca_ray.storage.parquet import open_parquet, replaced
+from rebeca_ray.storage.parquet import ParquetInput, joined, open_parquet, read_table, replaced, write_table
+
+ROWS_AT_ONCE = 1_000_000  # of users, in memory
+ROWS_PER_BATCH = 100_000  # of users, as Python objects
+ROWS_PER_GROUP = 20_000
+WRITERS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One row of the request, with the defaults filled in."""
+
+    user_id: str
+    num_images: int
+    prompt: str
+    negative_prompt: str
+    priority: float
+    item_id: str | None
+    strength: float | None
 
 
 def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
@@ -53,9 +81,36 @@ def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
         check_columns(open_interactions(config.interactions), schemas.INTERACTIONS)
 
     source = open_parquet(config.request, "request")
-    request = source.read(check_columns(source, schemas.REQUEST))
+    columns = check_columns(source, schemas.REQUEST)
+    ids, requested, rows = np.empty(source.num_rows, np.int64), 0, 0
+    try:
+        for users in joined(source.batches(columns, ROWS_PER_BATCH), ROWS_AT_ONCE):
+            requested += check_users(users, config)
+            ids[rows : rows + users.num_rows] = hashes_of(users["user_id"])
+            rows += users.num_rows
+    except InputError:
+        check_users(source.read(columns), config, unique=True)  # the error counts the bad rows of all
+        raise
+    ids.sort()
+    if not rows or (ids[1:] == ids[:-1]).any():
+        check_users(source.read(columns), config, unique=True)
+    return requested
+
+
+def hashes_of(ids: pa.ChunkedArray) -> np.ndarray:
+    """Return 64 bits of each id, the same within this process."""
+    parts = [np.fromiter(map(hash, chunk.to_pylist()), np.int64, len(chunk)) for chunk in ids.chunks]
+    return np.concatenate(parts)
+
+
+def check_users(request: pa.Table, config: GenerateConfig, *, unique: bool = False) -> int:
+    """Validate rows of the request, with `unique` also that no user repeats. Returns their items.
+
+    Raises InputError for no rows, empty users, texts and numbers that are no such, and counts below 1.
+    """
+    remedy = "ask for each user once" if unique else None
     check_rows(request, "request", config.request)
-    check_ids(request["user_id"], "request", config.request, "user_id", unique="ask for each user once")
+    check_ids(request["user_id"], "request", config.request, "user_id", unique=remedy)
     for name in request.column_names:
         if pa.types.is_string(schemas.REQUEST.field(name).type):
             check_texts(request[name], "request", config.request, name)
@@ -109,6 +164,72 @@ def check_variants(users: pa.Table, what: str, uri: str, items: str | None) -> N
             f"{what} {uri}: {count} item_ids are not in items {items} (the first is {first}); "
             "give ids of real items of that table"
         )
+
+
+def split_request(context: RunContext) -> None:
+    """Write the request below the run's work folder, by bucket."""
+    source = open_parquet(context.config.request, "request")
+    split_users(source, check_columns(source, schemas.REQUEST), context, "request")
+
+
+def split_prior_users(context: RunContext) -> None:
+    """Write the users of an `id` prior below the run's work folder, by bucket."""
+    source = open_parquet(join(context.config.prior, "users.parquet"), "users")
+    split_users(source, check_columns(source, schemas.PRIOR_USERS), context, "known")
+
+
+def split_users(source: ParquetInput, columns: pa.Schema, context: RunContext, name: str) -> None:
+    """Write a table of users as folders of one bucket each, with ROWS_AT_ONCE rows in memory."""
+    num_buckets = context.num_buckets
+    delete(join(context.run.work, name))  # of an attempt that was killed
+    tables = joined(source.batches(columns, ROWS_PER_BATCH), ROWS_AT_ONCE)
+    for number, table in enumerate(tables):
+        users = table["user_id"].chunks
+        bucket = np.concatenate(
+            [[bucket_of(user, num_buckets) for user in chunk.to_pylist()] for chunk in users]
+        )
+        order = np.argsort(bucket, kind="stable")
+        ends = np.searchsorted(bucket[order], np.arange(num_buckets + 1)).tolist()
+        sorted_table = table.take(order)
+
+        def write(
+            bucket: int,
+            rows: pa.Table = sorted_table,
+            ends: list[int] = ends,
+            file: str = f"part-{number:05d}.parquet",
+        ) -> None:
+            inside = rows.slice(ends[bucket], ends[bucket + 1] - ends[bucket])
+            uri = join(split_folder(context.run, name, bucket), file)
+            write_table(inside, uri, row_group_size=ROWS_PER_GROUP)
+
+        with ThreadPoolExecutor(WRITERS) as pool:
+            list(pool.map(write, range(num_buckets)))
+
+
+def split_folder(run: Run, name: str, bucket: int) -> str:
+    return join(run.work, name, f"bucket-{bucket:05d}")
+
+
+def known_file(run: Run, bucket: int) -> str:
+    """Return the folder with the users of a bucket that an `id` prior knows."""
+    return split_folder(run, "known", bucket)
+
+
+def read_requests(context: RunContext, bucket: int) -> list[Request]:
+    """Return the requests of one bucket."""
+    rows = read_table(split_folder(context.run, "request", bucket), "request").to_pylist()
+    return [
+        Request(
+            user_id=row["user_id"],
+            num_images=row.get("num_images") or context.config.num_images,
+            prompt=row.get("prompt") or "",
+            negative_prompt=row.get("negative_prompt") or "",
+            priority=float(np.float32(row.get("priority") or 0.0)),  # as it is read back
+            item_id=row.get("item_id"),
+            strength=row.get("strength") and float(np.float32(row["strength"])),
+        )
+        for row in rows
+    ]
 
 
 def input_digests(config: GenerateConfig) -> dict[str, str]:
