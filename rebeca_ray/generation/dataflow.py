@@ -6,6 +6,7 @@ In this process the stages follow one another as generators. That serves tests a
 same rows.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,9 @@ def run_on_ray(
 ) -> Iterator[pa.Table]:
     import ray
 
+    # A finished graph is a cycle of Python objects that holds objects in Ray's store. Beside torch, Python
+    # would not collect it for dozens of graphs.
+    gc.collect()
     numbers = ray.data.range(len(files), override_num_blocks=min(len(files), MAX_READ_TASKS))
     # Not `read_parquet`, which would start processes of its own for lists and footers.
     rows = numbers.map_batches(
