@@ -137,7 +137,8 @@ class Case:
     def __init__(self, world: World, number: int, seed: int, kinds: tuple[str, ...], main: str = "") -> None:
         self.world, self.number, self.kinds = world, number, kinds
         self.generator = random.Random(f"{seed}-{number}")
-        self.main = main or self.generator.choice(kinds)
+        # Every kind comes once before one comes again.
+        self.main = main or random.Random(seed).sample(kinds, len(kinds))[number % len(kinds)]
         self.records: list[Record] = []
         self.problems: list[str] = []
         self.struck_at: list[float] = []
@@ -387,7 +388,6 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no case after this time")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the servers are stopped, too
     until, done, number = time.monotonic() + 60 * arguments.minutes, 0, 0
     with real_world() as world:
         while done < arguments.faults and time.monotonic() < until:

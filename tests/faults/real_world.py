@@ -8,7 +8,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -137,16 +137,14 @@ class World:
         """A head without CPUs and one node with two. The driver joins the head."""
         from ray.cluster_utils import Cluster
 
-        cluster = Cluster(
-            initialize_head=True,
-            head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False},
-        )
+        head = {**NODE, "num_cpus": 0, "include_dashboard": False}
+        cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
         self.stack.callback(cluster.shutdown)
-        self.nodes.append(cluster.add_node(**NODE, resources={"decoder_slot": 1}))
+        self.nodes.append(patiently(lambda: cluster.add_node(**NODE, resources={"decoder_slot": 1})))
         return cluster
 
     def add_node(self) -> None:
-        self.nodes.append(self.cluster.add_node(**NODE, resources={"decoder_slot": 1}))
+        self.nodes.append(patiently(lambda: self.cluster.add_node(**NODE, resources={"decoder_slot": 1})))
 
     def remove_node(self, *, kill: bool) -> None:
         """Remove the oldest node, in order or by a kill of its raylet."""
@@ -192,6 +190,17 @@ class World:
     def drawn(self) -> list[str]:
         """Return the items that render actors drew in this case, with repetitions."""
         return [item for file in self.orders.glob("drawn-*") for item in file.read_text().splitlines()]
+
+
+def patiently(start: Callable[[], Any]) -> Any:
+    """Start a part of Ray, again if a busy machine needs more than Ray's 30 s."""
+    for _ in range(3):
+        try:
+            return start()
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+    return start()
 
 
 def raylet(node: Any) -> int:

@@ -182,7 +182,9 @@ def main() -> None:
         import ray
 
         ray.shutdown()
-    arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
+    rows = ",\n  ".join(json.dumps(row) for row in figures.pop("samples"))
+    text = json.dumps(figures, indent=1).removesuffix("\n}")
+    arguments.out.write_text(f'{text},\n "samples": [\n  {rows}\n ]\n}}\n')
     print(json.dumps({name: figures[name] for name in ("nights", "reader", "trends")}, indent=1))
 
 
