@@ -110,8 +110,7 @@ class NetworkSettings(Settings):
     architecture: Annotated[Literal["cross_attention", "paper_v1", "paper_v2"], Effect.ITEM] = (
         "cross_attention"
     )
-    """Architecture of the prior: `cross_attention`, or the networks of the paper's two versions, `paper_v1`
-    and `paper_v2`, with their bugs."""
+    """Architecture of the prior: `cross_attention`, or the paper's with their bugs, `paper_v1`, `paper_v2`."""
     num_layers: Annotated[SmallCount, Effect.ITEM] = 6
     """Transformer layers of the prior."""
     num_heads: Annotated[SmallCount, Effect.ITEM] = 8
@@ -321,8 +320,7 @@ class SelectionSettings(Settings):
     max_item_similarity: Annotated[float, Field(gt=0, le=1), Effect.ITEM] = 0.98
     """Candidates with a higher cosine similarity to an existing item are copies and are chosen last."""
     share_within: Annotated[float | None, Field(gt=0, le=1), Effect.PLAN] = None
-    """Cosine distance below which users of a bucket with the same prompts share one image. Null means that
-    no image is shared. A change plans all users again."""
+    """Cosine distance below which users of a bucket with the same prompts share an image; null: none do."""
 
 
 class RefreshSettings(Settings):
@@ -331,8 +329,7 @@ class RefreshSettings(Settings):
     rotation: Annotated[FractionBelow1, Effect.PLAN] = 0.0
     """Fraction of unchanged users that each run generates again, in turn. At 0, nobody is."""
     on_new_prior: Annotated[Literal["keep", "rescore", "replace"], Effect.PLAN] = "keep"
-    """Treatment of unchanged users after a new prior: `keep` their items, `rescore` and rank them,
-    or `replace` them."""
+    """Treatment of unchanged users after a new prior: `keep` their items, `rescore` or `replace` them."""
 
 
 class LayoutSettings(Settings):

@@ -3,9 +3,10 @@
 Both draw the same embeddings with the bundled decoder's weights, seeds, scheduler and steps.
 Speed: images per second of processor time with one thread, encoded; medians of rounds taken in turn.
 Rows: how many images of a batch are those of the same row drawn alone, and what becomes of a broken row.
+Jobs: images per second of whole jobs on two cores, beyond their first images. Ours plans and publishes too.
 Kill: both jobs are killed by SIGKILL after their first file, and started again; then the rows are counted.
 
-    python -m tests.bench.comparison [--rounds 2] [--users 30]
+    python -m tests.bench.comparison [--rounds 2] [--users 30] [--only rows jobs kill]
 """
 
 import argparse
@@ -46,9 +47,11 @@ from tests.conftest import NO_GATE, prior_users, write_tiny_prior
 
 RESULTS = Path(__file__).parent / "results" / "comparison.json"
 PLAIN = Path(__file__).parent / "plain_ray_data.py"
+LOOP = Path(__file__).parent / "plain_accelerate.py"
 PACKAGE = Path(__file__).parents[2] / "rebeca_ray"
 Drawing = Callable[[np.ndarray, list[int]], list[bytes]]
 BATCH, IMAGES_PER_USER = 20, 4
+FEW, MANY = 80, 400  # images of a job: the rate is that of those between
 SAME = 2  # levels of 255 that a pixel may differ by on average
 OURS = DecoderSettings(
     model=str(DECODER),
@@ -170,6 +173,68 @@ def kill_after_first_file(
     return kept
 
 
+def write_inputs(users: int, folder: Path, decoder: DecoderSettings = OURS) -> GenerateConfig:
+    """Write a request and a small prior; return the config of a job for them."""
+    names = [f"user-{number}" for number in range(users)]
+    pq.write_table(pa.table({"user_id": names}), folder / "request.parquet")
+    return GenerateConfig(
+        prior=write_tiny_prior(folder, users=prior_users(names), embed_dim=EMBED_DIM, norm=11.0),
+        decoder=decoder,
+        request=str(folder / "request.parquet"),
+        catalog=str(folder / "catalog"),
+        num_images=IMAGES_PER_USER,
+        sampler=SamplerSettings(num_inference_steps=4, cpus_per_actor=0.5),
+        layout=LayoutSettings(images_per_file=BATCH),
+        limits=LimitSettings(lease_seconds=3),
+        gate=NO_GATE,
+    )
+
+
+def write_embeddings(count: int, path: Path) -> None:
+    """Write the inputs of the scripts: ids, embeddings and seeds."""
+    embeds = 0.7 * np.random.default_rng(0).standard_normal(count * EMBED_DIM).astype(np.float32)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(embeds), type=schemas.image_embeds(EMBED_DIM))
+    ids = [f"item-{number}" for number in range(count)]
+    pq.write_table(pa.table({"item_id": ids, "image_embeds": column, "seed": list(range(count))}), path)
+
+
+def whole_jobs(rounds: int) -> dict[str, float]:
+    """Return the images per second of whole jobs, each a command of its own, as the median of the rounds."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--cpu", "--num_processes", "2"]
+    scripts = {
+        "script, batches": ([sys.executable, str(PLAIN)], BATCH),
+        "script, one row at a time": ([sys.executable, str(PLAIN)], 1),
+        "accelerate, batches": ([*launch, str(LOOP)], BATCH),
+    }
+    ours = {"rebeca, float32": OURS, "rebeca, dtype auto": OURS.model_copy(update={"dtype": "auto"})}
+
+    def taken(name: str, count: int) -> float:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            (folder / "out").mkdir()
+            if name in ours:
+                config = write_inputs(count // IMAGES_PER_USER, folder, ours[name])
+                command = [sys.executable, "-c", GENERATE, config.model_dump_json()]
+            else:
+                program, size = scripts[name]
+                write_embeddings(count, folder / "embeddings.parquet")
+                command = [*program, f"{folder}/embeddings.parquet", f"{folder}/out", str(DECODER), str(size)]
+            started = time.perf_counter()
+            subprocess.run(command, env=environment, check=True)
+            return time.perf_counter() - started
+
+    rates: dict[str, list[float]] = {name: [] for name in (*scripts, *ours)}
+    for _ in range(rounds):
+        for name, measured in rates.items():
+            few, many = taken(name, FEW), taken(name, MANY)
+            measured.append((MANY - FEW) / (many - few))
+    return {name: round(median(measured), 2) for name, measured in rates.items()}
+
+
 def killed(users: int, folder: Path) -> dict[str, Any]:
     """Return the rows of both jobs after a kill and another start."""
     start_ray()
@@ -180,19 +245,7 @@ def killed(users: int, folder: Path) -> dict[str, Any]:
         "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
         "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]),
     }
-    names, expected = [f"user-{number}" for number in range(users)], users * IMAGES_PER_USER
-    pq.write_table(pa.table({"user_id": names}), folder / "request.parquet")
-    config = GenerateConfig(
-        prior=write_tiny_prior(folder, users=prior_users(names), embed_dim=EMBED_DIM, norm=11.0),
-        decoder=OURS,
-        request=str(folder / "request.parquet"),
-        catalog=str(folder / "catalog"),
-        num_images=IMAGES_PER_USER,
-        sampler=SamplerSettings(num_inference_steps=4, cpus_per_actor=0.5),
-        layout=LayoutSettings(images_per_file=BATCH),
-        limits=LimitSettings(lease_seconds=3),
-        gate=NO_GATE,
-    )
+    config, expected = write_inputs(users, folder), users * IMAGES_PER_USER
 
     def our_files() -> list[str]:
         return [str(path) for path in folder.glob("catalog/work/*/records/*/*.json")]
@@ -229,20 +282,24 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--users", type=int, default=30)
+    parts = ["rows", "jobs", "kill"]
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     arguments = parser.parse_args()
-    results: dict[str, Any] = {
-        "device": f"one thread of {processor()}, {torch.backends.cpu.get_cpu_capability()}",
-        "lines_of_code": {
-            "script": lines_of_code(PLAIN),
-            "rebeca_ray": sum(lines_of_code(path) for path in PACKAGE.rglob("*.py")),
-        },
-        **in_one_process(arguments.rounds),
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results["device"] = f"two cores of {processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    results["lines_of_code"] = {
+        "script": lines_of_code(PLAIN),
+        "accelerate": lines_of_code(LOOP),
+        "rebeca_ray": sum(lines_of_code(path) for path in PACKAGE.rglob("*.py")),
     }
-    with tempfile.TemporaryDirectory() as folder:
-        results["after_a_kill"] = {
-            "expected": arguments.users * IMAGES_PER_USER,
-            **killed(arguments.users, Path(folder)),
-        }
+    if "rows" in arguments.only:
+        results |= in_one_process(arguments.rounds)
+    if "jobs" in arguments.only:
+        results["images_per_second_of_whole_jobs"] = whole_jobs(arguments.rounds)
+    if "kill" in arguments.only:
+        with tempfile.TemporaryDirectory() as folder:
+            expected = arguments.users * IMAGES_PER_USER
+            results["after_a_kill"] = {"expected": expected, **killed(arguments.users, Path(folder))}
     table = Table("figure", "value")
     for name, value in results.items():
         table.add_row(name, json.dumps(value))

@@ -1,0 +1,1 @@
+"""Arms of `tests/bench/pipeline.py`: each measures one way to do some work, in a process of its own."""
