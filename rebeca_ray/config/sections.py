@@ -110,7 +110,7 @@ class NetworkSettings(Settings):
     architecture: Annotated[Literal["cross_attention", "paper_v1", "paper_v2"], Effect.ITEM] = (
         "cross_attention"
     )
-    """Architecture of the prior: `cross_attention`, or the paper's with their bugs, `paper_v1`, `paper_v2`."""
+    """Architecture of the prior: `cross_attention`, or the paper's, bugs included: `paper_v1`, `paper_v2`."""
     num_layers: Annotated[SmallCount, Effect.ITEM] = 6
     """Transformer layers of the prior."""
     num_heads: Annotated[SmallCount, Effect.ITEM] = 8
