@@ -158,13 +158,16 @@ class World:
         self.proxy.misbehave([])
         if self.s3.poll() is not None:
             self.start_s3()
+        for node in [node for node in self.nodes if not psutil.pid_exists(raylet(node))]:
+            self.nodes.remove(node)  # it died with one of its parts
+            self.cluster.remove_node(node, allow_graceful=False)
         if not self.nodes:
             self.add_node()
         while len(self.nodes) > 1:
             self.remove_node(kill=False)
 
     def workers(self, *names: str) -> list[psutil.Process]:
-        """Return the processes of Ray's workers with one of some names in their titles."""
+        """Return workers with one of some names in their titles. Agents are none: they end their node."""
         workers = []
         for node in self.nodes:
             for process in psutil.Process(raylet(node)).children():
@@ -172,7 +175,8 @@ class World:
                     title = " ".join(process.cmdline())
                 except psutil.NoSuchProcess:
                     continue
-                if title.startswith("ray::") and any(name in title for name in names):
+                is_worker = title.startswith("ray::") and "Agent" not in title
+                if is_worker and any(name in title for name in names):
                     workers.append(process)
         return workers
 
@@ -204,7 +208,9 @@ def patiently(start: Callable[[], Any]) -> Any:
 
 
 def raylet(node: Any) -> int:
-    return int(node.all_processes["raylet"][0].process.pid)
+    process = node.all_processes["raylet"][0].process
+    process.poll()  # a dead one is no zombie then
+    return int(process.pid)
 
 
 def copy_tree(source: Path, target: Path) -> None:
