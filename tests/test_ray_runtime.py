@@ -150,3 +150,9 @@ def test_progress_shows_without_ray_too() -> None:
         3,
     ]
     assert done == [1, 1]
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_more_tasks_than_ray_gets_at_once_end_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_runtime, "TASKS_AT_ONCE", 2)
+    assert ray_runtime.for_each(abs, [-1, -2, -3, -4, -5]) == [1, 2, 3, 4, 5]

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.config.jobs import GenerateConfig
-from rebeca_ray.config.sections import RefreshSettings, SamplerSettings
+from rebeca_ray.config.sections import LayoutSettings, RefreshSettings, SamplerSettings
+from rebeca_ray.generation import request
 from rebeca_ray.generation.context import Models, RunContext
-from rebeca_ray.generation.decide import cut, decide_action, keys_and_sizes, turn
+from rebeca_ray.generation.decide import KEYS_PER_BUCKET, cut, decide_action, keys_and_sizes, thinned, turn
 from rebeca_ray.generation.decisions import (
     Action,
     Decision,
@@ -24,6 +25,7 @@ from rebeca_ray.generation.decisions import (
     shards_of,
 )
 from rebeca_ray.generation.plan import settings_of_key
+from tests.conftest import decide, run_of
 
 DATE = datetime.date(2026, 3, 1)
 YESTERDAY = DATE - datetime.timedelta(days=1)
@@ -181,6 +183,35 @@ def test_shards_hold_the_most_urgent_users_first_and_no_more_items_than_allowed(
         size_of_shard = sum(size for size, other in zip(sizes, shards, strict=True) if other == shard)
         assert size_of_shard <= items_per_shard + max(sizes) - 1
     assert sorted(set(shards)) == list(range(len(set(shards))))
+
+
+def test_the_keys_of_large_buckets_are_thinned_and_cut_into_even_shards() -> None:
+    """Of two buckets with 1,000 users each; a row stands for at most four users of two items."""
+    users = [
+        decision(user_id=f"user-{number}", bucket=number % 2, priority=float(number % 3), num_images=2)
+        for number in range(2000)
+    ]
+    for by_urgency in (False, True):
+        parts = [keys_and_sizes(users[bucket::2], by_urgency) for bucket in range(2)]
+        few_G4 = np.concatenate([thinned(part) for part in parts])
+        assert few_G4.shape == (2 * KEYS_PER_BUCKET, 4)
+        assert few_G4[:, 3].sum() == 4000
+        boundaries = cut(few_G4, 1000)
+        sizes = 2 * np.bincount(shards_of(render_keys(decisions_table(users), by_urgency), boundaries))
+        assert len(sizes) == 4
+        assert np.abs(sizes - 1000).max() <= 3 * 8
+    np.testing.assert_array_equal(thinned(parts[0][:5]), parts[0][:5])
+
+
+def test_a_request_that_is_split_in_pieces_gives_the_same_decisions(
+    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config.model_copy(update={"layout": LayoutSettings(num_buckets=2)})
+    whole = decide(config, run_of(config))
+    monkeypatch.setattr(request, "ROWS_PER_BATCH", 1)
+    monkeypatch.setattr(request, "ROWS_AT_ONCE", 2)
+    assert decide(config, run_of(config)) == whole
+    assert whole.planned_users == 5
 
 
 def test_hidden_ratings_make_other_items_and_visible_ones_none() -> None:

@@ -13,8 +13,11 @@ import pytest
 
 from rebeca_ray import schemas
 from rebeca_ray.config.jobs import GenerateConfig
+from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.errors import UserError
+from rebeca_ray.generation import request
 from rebeca_ray.generation.pipeline import generate_catalog
+from rebeca_ray.generation.request import check_request
 
 
 @pytest.mark.parametrize(
@@ -39,6 +42,28 @@ def test_bad_requests_are_refused_before_anything_is_written(
     with pytest.raises(UserError, match=message):
         generate_catalog(config.model_copy(update={"request": str(tmp_path / "bad.parquet")}))
     assert not Path(config.catalog).exists()
+
+
+@pytest.mark.parametrize(
+    ("users", "message"),
+    [
+        (["a", "b", "c", "a"], r"1 user_ids are repeated \('a'\); ask for each user once"),
+        (["a", "", "b", None], r"2 of 4 rows have an empty user_id \(rows 1, 3\)"),
+    ],
+)
+def test_a_request_that_is_read_in_pieces_is_refused_as_a_whole(
+    config: GenerateConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    users: list[str | None],
+    message: str,
+) -> None:
+    monkeypatch.setattr(request, "ROWS_PER_BATCH", 1)
+    monkeypatch.setattr(request, "ROWS_AT_ONCE", 1)
+    pq.write_table(pa.table({"user_id": users}), tmp_path / "bad.parquet")
+    config = config.model_copy(update={"request": str(tmp_path / "bad.parquet")})
+    with pytest.raises(UserError, match=message):
+        check_request(config, identify_decoder(config.decoder))
 
 
 def test_a_prior_that_does_not_fit_the_decoder_is_refused(config: GenerateConfig) -> None:

@@ -9,11 +9,16 @@ from safetensors.torch import load_file, save_file
 
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import GenerateConfig
+from rebeca_ray.config.sections import LayoutSettings
 from rebeca_ray.errors import InputError
+from rebeca_ray.generation import render
 from rebeca_ray.generation.parts import BusyClock
 from rebeca_ray.generation.progress import Progress
 from rebeca_ray.generation.render import RenderImages, render_all, rows_per_call
+from rebeca_ray.storage.objects import JsonObject
+from rebeca_ray.storage.records import read_record
 from tests.conftest import context_of, versions_of, write_plan
+from tests.generation.light_render import LightRender
 
 
 def test_a_decoder_that_is_replaced_while_rendering_is_refused(
@@ -32,6 +37,24 @@ def test_a_decoder_that_is_replaced_while_rendering_is_refused(
         InputError, match=rf"decoder {tmp_path}/decoder: was replaced while this run was rendering; run again"
     ):
         render_all(context, decisions, Progress(), deadline=None, retry_failed=False)
+
+
+def test_the_plan_is_read_once_for_all_shards(
+    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = context_of(config.model_copy(update={"layout": LayoutSettings(items_per_shard=6)}))
+    decisions = write_plan(context)
+    reads: list[str] = []
+    monkeypatch.setattr(render, "RenderImages", LightRender)
+
+    def counted(uri: str) -> JsonObject | None:
+        reads.append(uri)
+        return read_record(uri)
+
+    monkeypatch.setattr("rebeca_ray.generation.plan.read_record", counted)
+    rendered = render_all(context, decisions, Progress(), deadline=None, retry_failed=False)
+    assert (decisions.shards, reads) == (3, [context.run.plan_marker])
+    assert sum(record.rows for record in rendered.files) == decisions.planned_items == 16
 
 
 def test_the_time_of_overlapping_calls_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
