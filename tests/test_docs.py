@@ -188,7 +188,8 @@ def module_of(words: list[str]) -> Path:
         return REPO / words[1]
     if words[2] == "pytest":
         return REPO / "tests"
-    return REPO / (words[2].replace(".", "/") + ".py")
+    module = REPO / words[2].replace(".", "/")
+    return module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
 
 
 def check_click(command: Any, words: list[str], where: str) -> None:

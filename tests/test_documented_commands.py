@@ -115,6 +115,8 @@ ELSEWHERE = {
         "tests/stickers/test_lcm.py::test_the_lora_learns_is_saved_and_draws"
     ),
     "python -m tests.bench.*": BENCHMARK,
+    "python -m tests.faults.real_campaign*": "runs nights for an hour",
+    "python -m tests.faults.soak*": "runs nights for half an hour",
     "python tests/bench/*": BENCHMARK,
     "pip install *": REGISTRY,
     "uvx embedding-atlas *": "needs a package registry and a browser",

@@ -52,7 +52,9 @@ class LocalDecoder:
         for attempt in range(safety.max_attempts if safety.policy == "regenerate" else 1):
             seeds = [retry_seed(rows.seeds[row], attempt) for row in todo]
             with self.drawing:
-                # A new thread takes over the number that any thread set last, and the checker sets one.
+                # A new thread takes over the number that any thread set last, and the checker sets one. It
+                # does so when it first reads the number, hence the reading.
+                torch.get_num_threads()
                 torch.set_num_threads(self.threads)
                 finished = [
                     (tile, self.finisher.submit(self.finish, images, [seeds[index] for index in tile]))
