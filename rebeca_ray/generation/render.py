@@ -229,7 +229,10 @@ def render_stages(
         shard=shard,
         attempt=attempt,
     )
-    stages = [renderer, Stage(work=writer, batch_size=context.config.layout.images_per_file)]
+    # Ray Data passes whole blocks to a task. Of the rest of a block, it would make a small file.
+    per_file = context.config.layout.images_per_file
+    whole_blocks = per_file - per_file % rows if per_file > rows else per_file
+    stages = [renderer, Stage(work=writer, batch_size=whole_blocks)]
     if not len(done):
         return stages
     return [Stage(work=ExcludeIds(done, in_process=context.in_process), batch_size=None), *stages]

@@ -23,13 +23,14 @@ class Workers(threading.Thread):
         super().__init__(daemon=True)
         self.begun: dict[int, float] = {}
         self.cpu: dict[int, float] = {}
-        self.peak_mb = self.store_mb = 0.0
+        self.peak_mb = self.store_mb = self.look_cpu = 0.0
         self.done = threading.Event()
         self.look(first=True)
 
     def run(self) -> None:
         while not self.done.wait(SECONDS_BETWEEN_LOOKS):
             self.look()
+            self.look_cpu = time.thread_time()
 
     def look(self, *, first: bool = False) -> None:
         """Note the state of all workers. CPU that they used before the first look does not count."""
@@ -86,6 +87,7 @@ def measured(work: Callable[[], object]) -> dict[str, float]:
     work()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     workers_cpu = workers.stop()
+    cpu -= workers.look_cpu
     return {
         "seconds": round(wall, 2),
         "driver_cpu": round(cpu, 2),
