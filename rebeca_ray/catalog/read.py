@@ -248,10 +248,8 @@ class Snapshot:
     def _repr_html_(self) -> str:
         return figures_html(repr(self), self.manifest.counts.model_dump()) + self.show()._repr_html_()
 
-    def changed_users(self, since: str, bucket: int | None = None) -> list[str]:
+    def changed_users(self, since: str) -> list[str]:
         """Return the users with other items than in the snapshot of run `since`, sorted.
-
-        `bucket` limits the result to one user bucket.
 
         Users who left are among them. A copy of the catalog that replaces the items of these users equals a
         reload in all but `origin`, which says of every item whether it is of this night. Raises InputError if
@@ -259,11 +257,7 @@ class Snapshot:
         """
         changed: set[str] = set()
         for snapshot in self.back_to(since):
-            if bucket is None:
-                changes = snapshot.table("changes", ["user_id"])
-            else:
-                changes = snapshot.bucket("changes", bucket, self.num_buckets, ["user_id"])
-            changed.update(changes["user_id"].unique().to_pylist())
+            changed.update(snapshot.table("changes", ["user_id"])["user_id"].unique().to_pylist())
         return sorted(changed)
 
     def back_to(self, since: str) -> list[Snapshot]:

@@ -3,11 +3,9 @@
 Three levels compare its metadata, a sample of its files, or every byte, row and image.
 """
 
-import hashlib
-import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -21,17 +19,27 @@ from rebeca_ray.catalog.layout import POPULATION_USER
 from rebeca_ray.catalog.manifest import FileRow
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.catalog.read_errors import explained
+from rebeca_ray.catalog.row_groups import StoredImage
 from rebeca_ray.errors import InputError
 from rebeca_ray.identity import bucket_of
 from rebeca_ray.pixels import open_image
 from rebeca_ray.progress import counting
 from rebeca_ray.schemas import TABLES
 from rebeca_ray.storage.filesystem import exists, join, open_filesystem
+from rebeca_ray.storage.records import sha256_of
 
 T = TypeVar("T")
 Level = Literal["metadata", "sample", "full"]
 SAMPLE = 20  # files per table, images per file
+IMAGES_AT_ONCE = 100  # a row group of the image files of a run
 Check = Callable[[Snapshot, FileRow], Iterator[str]]
+
+
+class SizedImage(StoredImage):
+    """A row of an image file with the size of its image."""
+
+    width: int
+    height: int
 
 
 def verify(snapshot: Snapshot, level: Level) -> list[str]:
@@ -130,13 +138,13 @@ def check_size(snapshot: Snapshot, row: FileRow) -> Iterator[str]:
 def check_bytes(snapshot: Snapshot, row: FileRow) -> Iterator[str]:
     """Compare a file's hash, rows and columns with the file list and the schema."""
     filesystem, root = open_filesystem(snapshot.root)
-    data = filesystem.cat_file(join(root, row["path"]))
-    if hashlib.sha256(data).hexdigest() != row["sha256"]:
+    if sha256_of(join(snapshot.root, row["path"])) != row["sha256"]:
         yield (
             f"{row['path']}: its sha256 is not the one in the file list; it was changed after it was written"
         )
         return
-    metadata = pq.read_metadata(io.BytesIO(data))
+    with filesystem.open(join(root, row["path"]), "rb", cache_type="none") as file:
+        metadata = pq.read_metadata(file)
     if metadata.num_rows != row["rows"]:
         yield f"{row['path']}: has {metadata.num_rows:,} rows, the file list says {row['rows']:,}"
     schema = metadata.schema.to_arrow_schema()
@@ -177,10 +185,7 @@ def check_items(snapshot: Snapshot, row: FileRow, image_files: dict[int, FileRow
 
 def check_images(snapshot: Snapshot, row: FileRow, level: Level) -> Iterator[str]:
     """Decode the images of one file, and compare their sizes with the table."""
-    filesystem, root = open_filesystem(snapshot.root)
-    with filesystem.open(join(root, row["path"]), "rb") as file:
-        images = pq.read_table(file, columns=["item_id", "image", "width", "height"]).to_pylist()
-    for image in spread([image for image in images if image["image"]], level):
+    for image in stored_images(snapshot.root, row["path"], level):
         try:
             size = open_image(image["image"]["bytes"]).size
         except InputError as error:
@@ -189,6 +194,19 @@ def check_images(snapshot: Snapshot, row: FileRow, level: Level) -> Iterator[str
         expected = (image["width"], image["height"])
         if size != expected:
             yield f"{row['path']}: the image of {image['item_id']} is {size}, not {expected}"
+
+
+def stored_images(root: str, path: str, level: Level) -> Iterator[SizedImage]:
+    """Yield the images of one file, all or a sample. IMAGES_AT_ONCE of them are in memory."""
+    filesystem, base = open_filesystem(root)
+    with filesystem.open(join(base, path), "rb", cache_type="none") as opened:
+        file, start = pq.ParquetFile(opened), 0
+        has_image = file.read(columns=["image.path"])["image"].is_valid().to_numpy()
+        chosen = np.array(spread(np.flatnonzero(has_image).tolist(), level), int)
+        for batch in file.iter_batches(IMAGES_AT_ONCE, columns=["item_id", "image", "width", "height"]):
+            inside = chosen[(chosen >= start) & (chosen < start + batch.num_rows)] - start
+            yield from cast(list[SizedImage], batch.take(pa.array(inside)).to_pylist())
+            start += batch.num_rows
 
 
 def check_locations(

@@ -23,7 +23,7 @@ from rebeca_ray.data.items import EmbeddedItems
 from rebeca_ray.data.validation import check_columns
 from rebeca_ray.errors import Failure, InputError, StorageError, UserError, describe
 from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
-from rebeca_ray.ray_runtime import for_each_bucket
+from rebeca_ray.ray_runtime import for_each
 from rebeca_ray.storage.failures import user_error
 from rebeca_ray.storage.filesystem import arrow_filesystem, exists, join, list_files, open_filesystem
 from rebeca_ray.storage.parquet import PARQUET, ParquetInput, write_table
@@ -141,26 +141,31 @@ def find_in(snapshot: Snapshot, missing: pa.Table) -> pa.Table:
 
     The search covers the items of each rating user, and the items of the population user.
     """
+    # Users by bucket, and all missing items under the name of the population user.
+    missing_id = missing["item_id"].unique()
+    owner = pa.scalar(POPULATION_USER, missing.schema.field("user_id").type)
+    pool = pa.table({"user_id": pa.repeat(owner, len(missing_id)), "item_id": missing_id})
+    pairs = pa.concat_tables([missing.select(pool.column_names), pool])
+    users = pairs["user_id"].combine_chunks().dictionary_encode()
     num_buckets = snapshot.manifest.num_buckets
-    users: dict[int, set[str]] = {bucket_of(POPULATION_USER, num_buckets): {POPULATION_USER}}
-    for user in missing["user_id"].unique().to_pylist():
-        users.setdefault(bucket_of(user, num_buckets), set()).add(user)
-    missing_id, pairs = missing["item_id"].unique(), pair_of(missing).combine_chunks()
-    buckets = sorted(users)
+    buckets = (bucket_of(user.as_py(), num_buckets) for user in users.dictionary)
+    bucket_of_user = np.fromiter(buckets, int, len(users.dictionary))
+    bucket = bucket_of_user[users.indices.to_numpy()]
+    order = np.argsort(bucket, kind="stable")
+    rows_of_buckets = np.split(order, np.flatnonzero(np.diff(bucket[order])) + 1)
 
-    def hits(items: pa.Table) -> pa.Table:
-        shared = pc.and_(
-            pc.equal(items["user_id"], POPULATION_USER), pc.is_in(items["item_id"], value_set=missing_id)
-        )
-        return items.filter(pc.or_(shared, pc.is_in(pair_of(items), value_set=pairs)))
+    def find(pairs: pa.Table) -> pa.Table:
+        def hits(items: pa.Table) -> pa.Table:
+            return items.filter(pc.is_in(pair_of(items), value_set=pair_of(pairs).combine_chunks()))
 
-    def find(bucket: int) -> pa.Table:
         # Embeddings are much to read, so first the ids tell which users have a hit.
         names = ["user_id", "item_id"]
-        users_with_hits = hits(snapshot.items(names, sorted(users[bucket])))["user_id"].unique()
+        users = pairs["user_id"].unique().to_pylist()
+        users_with_hits = hits(snapshot.items(names, users))["user_id"].unique().to_pylist()
         return hits(snapshot.items([*names, "image_embeds"], users_with_hits)).drop_columns(["user_id"])
 
-    return each_once(pa.concat_tables(for_each_bucket(find, buckets, name="rated items"))).sort_by("item_id")
+    values = [pairs.take(rows) for rows in rows_of_buckets]
+    return each_once(pa.concat_tables(for_each(find, values, name="rated items"))).sort_by("item_id")
 
 
 def pair_of(table: pa.Table) -> pa.ChunkedArray:

@@ -8,8 +8,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from rebeca_ray import schemas
 from rebeca_ray.catalog.read import Snapshot, read_catalog
-from rebeca_ray.catalog.verify import verify
+from rebeca_ray.catalog.verify import spread, stored_images, verify
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.storage.parquet import write_table
 from tests.conftest import USERS
@@ -112,3 +113,19 @@ def test_the_full_level_finds_an_image_of_another_item_and_a_damaged_image(snaps
     )
     damage = verify(listed_again(snapshot, "images"), "full")
     assert [f"the image of {rows[0]['item_id']} cannot be decoded" in line for line in damage] == [True]
+
+
+def test_images_of_a_long_file_come_in_order_without_those_that_failed(tmp_path: Path) -> None:
+    """250 rows are three batches. Every fifth row has no image."""
+    images = [
+        {"item_id": str(row), "seed": row, "image": {"bytes": b"x", "path": "x.png"} if row % 5 else None}
+        for row in range(250)
+    ]
+    write_table(
+        pa.Table.from_pylist(images, schema=schemas.IMAGES), f"{tmp_path}/long.parquet", row_group_size=40
+    )
+    every = [image["item_id"] for image in stored_images(str(tmp_path), "long.parquet", "full")]
+    assert every == [str(row) for row in range(250) if row % 5]
+    sample = [image["item_id"] for image in stored_images(str(tmp_path), "long.parquet", "sample")]
+    assert sample == spread(every, "sample")
+    assert len(sample) == 20

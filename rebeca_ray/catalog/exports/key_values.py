@@ -82,16 +82,16 @@ def export_key_values(
     or `images` do not fit the snapshot, LeaseHeldError while another export of this format writes to `out`.
     """
     out = outside(snapshot.root, out, "out")
-    if since is not None:
-        snapshot.back_to(since)  # raises before anything is written
+    # Opened once, for all buckets; raises before anything is written.
+    later = None if since is None else [after.only("changes") for after in snapshot.back_to(since)]
     urls = None if images is None else url_files(snapshot, absolute(images))
     base = join(out, format)
     with hold_lease(base, f"export of {snapshot.run_id}", LEASE_SECONDS) as lease:
         name = f"run_id={snapshot.run_id}{f',since={since}' if since else ''}/token={lease.fencing_token}"
-        folder = join(base, name)
+        folder, items = join(base, name), snapshot.only("items")
 
         def work(bucket: int) -> PartFile | None:
-            return export_bucket(snapshot, folder, format, key_prefix, since, urls, bucket)
+            return export_bucket(items, folder, format, key_prefix, later, urls, bucket)
 
         buckets = range(snapshot.manifest.num_buckets)
         parts = [part for part in for_each_bucket(work, buckets, name="export values") if part]
@@ -133,12 +133,15 @@ def export_bucket(
     folder: str,
     format: Format,
     key_prefix: str,
-    since: str | None,
+    later: list[Snapshot] | None,
     urls: list[str] | None,
     bucket: int,
 ) -> PartFile | None:
-    """Write the part file of one bucket; return None for a bucket without users."""
-    changed = None if since is None else snapshot.changed_users(since, bucket)
+    """Write the part file of one bucket; return None for a bucket without users.
+
+    With `later` snapshots, the part has only the users whom one of them changed.
+    """
+    changed = None if later is None else changed_users(later, bucket, snapshot.num_buckets)
     if changed == []:
         return None
     if urls is not None:
@@ -158,6 +161,12 @@ def export_bucket(
             sink.write(encode(key_prefix, user, user_items))
     removed = sum(user_items is None for user_items in values.values())
     return PartFile(path=path, users=len(values) - removed, removed=removed, **sink.record())
+
+
+def changed_users(later: list[Snapshot], bucket: int, num_buckets: int) -> list[str]:
+    """Return the users of a bucket whose items some snapshots changed, sorted."""
+    changes = [snapshot.bucket("changes", bucket, num_buckets, ["user_id"]) for snapshot in later]
+    return sorted({user for table in changes for user in table["user_id"].unique().to_pylist()})
 
 
 def items_by_user(items: pa.Table, users: list[str]) -> dict[str, list[ValueItem] | None]:
