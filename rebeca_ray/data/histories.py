@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 ROWS_PER_BUCKET = 500_000
 ROWS_PER_BLOCK = 100_000  # of interactions, while they are split
+ROWS_PER_WRITE = 500_000  # of interactions that one task splits and writes
 BYTES_PER_BLOCK, BYTES_IN_FLIGHT = 16 * 2**20, 128 * 2**20  # by default Ray Data reads all before the split
 USERS_PER_ROW_GROUP = 2_000
 MARKER = "histories.json"
@@ -173,6 +174,8 @@ def split_by_bucket(
         object_store_memory=BYTES_IN_FLIGHT
     )
     interactions.context.target_max_block_size = BYTES_PER_BLOCK
+    # Else Ray Data joins read and write into one task, which holds all files.
+    interactions = interactions.repartition(target_num_rows_per_block=ROWS_PER_WRITE)
     add_bucket = AddBucket(num_buckets, source.uri, activity.listen())
     with activity.counting("group by user", source.num_rows) as counted:
         interactions.map_batches(

@@ -18,10 +18,12 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
@@ -34,9 +36,17 @@ SAMPLES_PER_WORKER = 1024  # with 256, half of a step is overhead
 
 
 def used_memory() -> int:
-    """Return the bytes of memory in use on this machine: all processes and shared memory, no file cache."""
-    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return 1024 * (int(meminfo["MemTotal"].split()[0]) - int(meminfo["MemAvailable"].split()[0]))
+    """Return the bytes in use by this process and all below it, Ray's included.
+
+    Shared memory, and so the object store, counts once. Files that the kernel caches do not count.
+    """
+    total, this = 0, psutil.Process()
+    for process in (this, *this.children(recursive=True)):
+        with suppress(OSError):  # it has ended
+            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
+            sizes = dict(line.split(":") for line in lines)
+            total += sum(1024 * int(sizes[kind].split()[0]) for kind in ("Pss_Anon", "Pss_Shmem"))
+    return total
 
 
 def time_steps(num_users: int) -> dict[str, float]:
@@ -105,7 +115,7 @@ def write_ratings(folder: Path, rows: int) -> None:
 
 
 def measure_memory(rows: int, data: Path) -> dict[str, float]:
-    """Group `rows` interactions by user. Return the rise of the machine's used memory, at its peak."""
+    """Group `rows` interactions by user. Return the rise of this process tree's memory, at its peak."""
     from rebeca_ray.config.sections import InteractionSettings
     from rebeca_ray.data.histories import build_histories
 

@@ -1,6 +1,8 @@
 """Histories: one row per user, the same from one piece and through buckets."""
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +13,7 @@ from rebeca_ray.config.sections import InteractionSettings
 from rebeca_ray.data import histories as histories_module
 from rebeca_ray.data.histories import build_histories, user_table
 from rebeca_ray.errors import UserError
+from rebeca_ray.ray_runtime import for_each_bucket
 from rebeca_ray.schemas import VALIDATION
 from rebeca_ray.storage.parquet import read_table
 
@@ -62,7 +65,19 @@ def test_buckets_hold_the_same_histories(tmp_path: Path, monkeypatch: pytest.Mon
     settings = write_interactions(tmp_path)
     whole = build_histories(settings, ITEMS, str(tmp_path / "whole"))
     monkeypatch.setattr(histories_module, "ROWS_PER_BUCKET", 10)
+    monkeypatch.setattr(histories_module, "ROWS_PER_BLOCK", 20)
+    monkeypatch.setattr(histories_module, "ROWS_PER_WRITE", 40)
+    rows_of_task: Counter[str] = Counter()
+
+    def count_then_build(*arguments: Any, **options: Any) -> list[Any]:
+        for file in tmp_path.glob("parts/*/split/*/*.parquet"):
+            rows_of_task[file.name] += pq.read_metadata(file).num_rows
+        return for_each_bucket(*arguments, **options)
+
+    monkeypatch.setattr(histories_module, "for_each_bucket", count_then_build)
     parts = build_histories(settings, ITEMS, str(tmp_path / "parts"))
+    assert rows_of_task.total() == 244
+    assert max(rows_of_task.values()) < 40 + 20  # a task takes a small block with another
     assert len(parts.users_of_bucket) > 20
     assert parts.num_users == whole.num_users == 40
     columns = ["user_id", "num_likes", "history_digest", "item_index", "like", "timestamp", "split"]
