@@ -1,6 +1,6 @@
 # Every target sets up what it needs: uv and a virtual environment, both inside .venv, from the locked versions.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench lock clean setup
+.PHONY: help demo test lint format docs bench faults lock clean setup
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,6 +11,7 @@ help:
 	@echo "make demo    the whole job on the bundled stickers, then demo/report.html"
 	@echo "make test    lint, type checks and all tests"
 	@echo "make docs    the generated pages, and the documentation site in infra/site"
+	@echo "make faults  N=1000 seeded faults, and half as many interleavings of two commands, of SEED=1"
 	@echo "make lint | format | bench | lock | clean"
 
 setup: $(VENV)/.ready
@@ -52,6 +53,12 @@ docs: setup
 
 bench: setup
 	for script in tests/bench/*.py; do PYTHONPATH=. $(BIN)/python $$script || exit 1; done
+
+N ?= 1000
+SEED ?= 1
+faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.campaign --faults $(N) --seed $(SEED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.interleaving --number $$(($(N) / 2)) --seed $(SEED)
 
 # Versions and hashes only; no index address is written. nvidia-pytriton asks for an older numpy, but of it only the server is
 # used, in a process of its own: so numpy is overridden here, and what is locked is installed with --no-deps.

@@ -151,16 +151,23 @@ def faulty_s3(endpoint: str) -> Iterator[FaultyS3]:
             thread.join()
 
 
-@pytest.fixture
-def proxy(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    """Put a faulty proxy before the S3 server. botocore retries without a delay."""
-    for name, value in s3_server.items():
+@contextmanager
+def impatient_proxy(server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
+    """Put a faulty proxy before an S3 server. botocore retries without a delay."""
+    for name, value in server.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(S3FileSystem, "_cache", {})
     at_once = asyncio.sleep
     monkeypatch.setattr("aiobotocore.endpoint.asyncio", SimpleNamespace(sleep=lambda seconds: at_once(0)))
-    with faulty_s3(s3_server["AWS_ENDPOINT_URL"]) as proxy:
+    with faulty_s3(server["AWS_ENDPOINT_URL"]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield proxy
+
+
+@pytest.fixture
+def proxy(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
+    """Yield a faulty proxy before the S3 server."""
+    with impatient_proxy(s3_server, monkeypatch) as proxy:
         yield proxy
 
 

@@ -47,6 +47,7 @@ PLANNED_TARGETS = {
     "lint": "lint-imports",
     "format": "ruff format .",
     "docs": "--config-file infra/mkdocs.yml",
+    "faults": "--seed 1",
     "lock": "-o requirements.lock",
     "setup": ".ready",
 }

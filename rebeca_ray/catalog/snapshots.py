@@ -88,6 +88,7 @@ def publish_snapshot(root: str, run_id: str) -> Manifest:
     manifests, _ = read_manifests(root)
 
     def move(pointer: Pointer) -> Pointer:
+        require_uncollected(root, manifest)
         # A lost pointer begins again: under the catalog's own id, and beyond all tokens that were given.
         pointer = replace(
             pointer,
@@ -128,11 +129,24 @@ def roll_back(root: str) -> Manifest:
                 f"catalog {root}: run {current.run_id} was published meanwhile; "
                 "look at it and roll back again"
             )
+        require_uncollected(root, manifest)
         back = moved(current, **publication(manifest))
         return replace(back, withdrawn=(*back.withdrawn, withdrawn)[-REMEMBERED:])
 
     change_pointer(root, move)
     return manifest
+
+
+def require_uncollected(root: str, manifest: Manifest) -> None:
+    """Raise InputError for a snapshot that garbage collection removed after it was verified.
+
+    Call it between the read and the swap of the pointer: a collection in between changes the pointer.
+    """
+    if not exists(join(root, manifest.path, "manifest.json")):
+        raise InputError(
+            f"catalog {root}: run {manifest.run_id} was collected meanwhile; publish another, which "
+            "`rebeca catalog list` shows"
+        )
 
 
 class Publication(TypedDict):

@@ -26,6 +26,7 @@ from rebeca_ray.storage.filesystem import (
     list_folders,
     remove_empty_folders,
 )
+from rebeca_ray.storage.leftovers import remove_leftovers
 from rebeca_ray.storage.objects import read_json
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class NewVersion:
         kept = {self.name, self.previous_name, *uses}
         self.name = None
         self.remove(name for name in [ROOT, *versions_in(self.root)] if name not in kept)
+        remove_leftovers(self.root)
 
     def discard(self) -> None:
         """Remove the new version if it is not published."""

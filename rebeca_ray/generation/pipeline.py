@@ -21,7 +21,13 @@ from rebeca_ray.catalog.manifest import (
 )
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.catalog.read import published
-from rebeca_ray.catalog.runs import read_records, remove_run, require_own_root, unfinished_runs
+from rebeca_ray.catalog.runs import (
+    read_records,
+    remove_run,
+    require_own_root,
+    unfinished_runs,
+    write_run_record,
+)
 from rebeca_ray.catalog.snapshots import require_pointer
 from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.data.histories import Histories
@@ -54,6 +60,7 @@ from rebeca_ray.generation.runs import (
     described_inputs,
     inputs_digest,
     is_made_already,
+    record_of,
 )
 from rebeca_ray.log import set_run_id
 from rebeca_ray.provenance.signing import check_signing
@@ -137,6 +144,7 @@ def generate_catalog(
         begun = begun or begin(config.catalog, run_id, run_date, description)
         set_run_id(run_id)
         if resumed:
+            write_run_record(config.catalog, record_of(config.catalog, begun))  # it may be damaged
             log.info(f"resuming run {run_id}, begun at {begun.begun_at}")
         context = RunContext(
             config=pinned,

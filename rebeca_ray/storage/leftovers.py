@@ -1,6 +1,6 @@
 """Leftovers of crashes: partial files, probes and unfinished uploads that no process will complete."""
 
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from rebeca_ray.storage.failures import only_warn
@@ -8,6 +8,7 @@ from rebeca_ray.storage.filesystem import delete_files, is_local, storage_errors
 from rebeca_ray.storage.local import PARTIAL
 from rebeca_ray.storage.store import open_store
 
+RETURN_HOURS = 1  # in which a writer may come back to its partial file
 PROBES = (".write-probe-", ".swap-probe-")  # the beginnings of their names, directly below a root
 
 
@@ -31,13 +32,37 @@ def leftovers(root: str, older_than: datetime) -> list[str]:
     return sorted(f"{root.rstrip('/')}{path.removeprefix(store.path.rstrip('/'))}" for path in old)
 
 
+def remove_partials(uri: str) -> None:
+    """Remove the partial files of one local file that no writer returns to any more."""
+    older_than = no_return()
+    store = open_store(uri)
+    if not is_local(store.filesystem):
+        return
+    path = Path(store.path)
+    with only_warn(f"removing the leftovers of crashes of {uri}"), storage_errors(uri, "remove"):
+        for file in path.parent.iterdir():
+            # Its name is the target's and the suffix; another file's name may begin alike.
+            is_partial = PARTIAL.sub("", file.name) == path.name != file.name
+            if is_partial and file.lstat().st_mtime < older_than.timestamp():
+                file.unlink(missing_ok=True)
+
+
 def is_leftover(name: str) -> bool:
     return bool(PARTIAL.search(name)) or name.startswith(PROBES)
 
 
-def remove_leftovers(root: str, older_than: datetime) -> None:
-    """Remove the leftovers below `root`, and abort unfinished uploads. A store that fails is a warning."""
+def remove_leftovers(root: str, older_than: datetime | None = None) -> None:
+    """Remove the leftovers below `root`, and abort unfinished uploads. A store that fails is a warning.
+
+    By default, these are the leftovers that no writer returns to any more.
+    """
+    older_than = older_than or no_return()
     with only_warn(f"removing the leftovers of crashes in {root}"):
         delete_files(leftovers(root, older_than))
         with storage_errors(root, "remove"):
             open_store(root).abort_uploads(older_than)
+
+
+def no_return() -> datetime:
+    """Return the time after which every writer that may return has changed its files."""
+    return datetime.now(UTC) - timedelta(hours=RETURN_HOURS)

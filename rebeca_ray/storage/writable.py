@@ -1,11 +1,14 @@
 """Check that an output can be written, before the work starts."""
 
 import os
+import secrets
 from contextlib import suppress
+from errno import EIO
 from pathlib import Path
 
 from rebeca_ray.errors import Failure, InputError, StorageError, describe
 from rebeca_ray.storage.filesystem import exists, is_local, join, open_filesystem, unreadable
+from rebeca_ray.storage.leftovers import remove_partials
 from rebeca_ray.storage.objects import read_json
 from rebeca_ray.storage.store import classify, failure_types
 
@@ -13,7 +16,7 @@ from rebeca_ray.storage.store import classify, failure_types
 def require_writable(uri: str, what: str) -> None:
     """Raise UserError, naming `what`, unless a file can be written below `uri`."""
     filesystem, path = open_filesystem(uri)
-    probe = f"{path.rstrip('/')}/.write-probe-{os.getpid()}"
+    probe = f"{path.rstrip('/')}/.write-probe-{secrets.token_hex(8)}"
     missing = [
         folder
         for folder in (Path(path), *Path(path).parents)
@@ -25,7 +28,9 @@ def require_writable(uri: str, what: str) -> None:
         filesystem.pipe_file(probe, b"")
         filesystem.rm_file(probe)
     except failure_types() as error:
-        kind = StorageError if classify(error) is Failure.UNREACHABLE else InputError
+        broken_disk = is_local(filesystem) and getattr(error, "errno", None) == EIO
+        failed = broken_disk or classify(error) in (Failure.UNREACHABLE, Failure.FULL)
+        kind = StorageError if failed else InputError
         raise kind(
             f"{what} {uri}: cannot be written ({describe(error)}); "
             "choose another place or mend its permissions"
@@ -37,12 +42,16 @@ def require_writable(uri: str, what: str) -> None:
 
 
 def require_new_parquet(out: str) -> None:
-    """Raise UserError unless `out`, an absolute path or an address, may become a new Parquet file."""
+    """Raise UserError unless `out`, an absolute path or an address, may become a new Parquet file.
+
+    Removes the partial files of `out` that writers left, if they were killed an hour ago.
+    """
     if not out.endswith(".parquet"):
         raise InputError(f"out {out}: the output is a Parquet file; give a name that ends with .parquet")
     if exists(out):
         raise InputError(f"out {out}: already exists; remove it, or give another name")
     require_writable(out.rpartition("/")[0] or "/", "out")
+    remove_partials(out)
 
 
 def require_own(uri: str, what: str, markers: dict[str, str]) -> None:

@@ -3,14 +3,22 @@
 They run on disk and on a real S3 server.
 """
 
+import os
+import re
+import sqlite3
+import uuid
+from errno import ENOSPC
 from pathlib import Path
+from unittest.mock import Mock
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyiceberg.exceptions import CommitFailedException, ValidationException
+from sqlalchemy.exc import OperationalError
 
-from rebeca_ray.catalog.exports import image_objects
+from rebeca_ray.catalog.exports import iceberg, image_objects
 from rebeca_ray.catalog.exports.iceberg import open_iceberg, register_snapshot
 from rebeca_ray.catalog.exports.image_objects import export_images, read_export
 from rebeca_ray.catalog.exports.key_values import export_key_values
@@ -19,10 +27,11 @@ from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.read import Snapshot, read_catalog
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import LayoutSettings
-from rebeca_ray.errors import LeaseHeldError, StorageError, UserError
+from rebeca_ray.errors import LeaseHeldError, ResumableError, StorageError, UserError
 from rebeca_ray.identity import bucket_of
 from rebeca_ray.schemas import TABLES
 from rebeca_ray.storage.filesystem import list_files
+from rebeca_ray.storage.local import make_folder, partial_of
 from tests.catalog.exported import CDN, objects, urls
 from tests.cli.test_commands import run
 from tests.conftest import USERS, snapshot_of
@@ -112,8 +121,13 @@ def test_a_killed_export_leaves_the_previous_one_visible_and_can_be_repeated(
         export_images(tuesday, out, CDN)
     assert_every_item_has_its_image(monday, out)
     monkeypatch.setattr(image_objects, "write_image", write)
+    killed = partial_of(tmp_path / "cdn" / "objects" / "00" / "image.png")
+    make_folder(killed.parent)
+    killed.write_bytes(b"half")
+    os.utime(killed, (0, 0))
     assert export_images(tuesday, out, CDN).written == 3
     assert_every_item_has_its_image(tuesday, out)
+    assert not killed.exists()
     other = config.model_copy(update={"catalog": str(tmp_path / "another-catalog")})
     night(other, USERS[:1])
     with pytest.raises(
@@ -219,6 +233,49 @@ def test_an_iceberg_table_without_its_metadata_is_no_damaged_catalog(
         match=r"catalog .*: run .*missing or damaged .*; `rebeca catalog verify` names every such file",
     ):
         register_snapshot(tuesday, **other)
+
+
+def test_iceberg_ends_with_one_line_when_another_writer_commits_or_its_disk_fails(
+    config: GenerateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = {"catalog": f"sqlite:///{tmp_path}/iceberg.db", "warehouse": f"file://{tmp_path}/warehouse"}
+    _, monday = night(config, USERS[:2])
+    full = sqlite3.OperationalError("database or disk is full")
+    full.sqlite_errorname = "SQLITE_FULL"
+    for error, line in (
+        (CommitFailedException("too late"), "rebeca was changed by another writer (too late); run it again"),
+        (ValidationException("added"), "rebeca was changed by another writer (added); run it again"),
+        (OSError(ENOSPC, "No space left"), "cannot be used (No space left)"),
+        (OperationalError("COMMIT", {}, full), "cannot be used ((sqlite3.OperationalError) database or disk"),
+    ):
+        monkeypatch.setattr(iceberg, "bring_to", Mock(side_effect=error))
+        with pytest.raises(ResumableError, match=f"^iceberg {database['catalog']}: {re.escape(line)}"):
+            register_snapshot(monday, **database)
+
+
+def test_orphans_of_an_iceberg_table_go_after_an_hour_and_its_files_stay(
+    config: GenerateConfig, tmp_path: Path
+) -> None:
+    database = {"catalog": f"sqlite:///{tmp_path}/iceberg.db", "warehouse": f"file://{tmp_path}/warehouse"}
+    _, monday = night(config, USERS[:2])
+    register_snapshot(monday, **database)
+    folder = tmp_path / "warehouse" / "rebeca" / "items" / "metadata"
+    needed = {*folder.iterdir()}
+    ident = uuid.uuid4()
+    orphans = {
+        folder / name
+        for name in (f"00001-{ident}.metadata.json", f"{ident}-m0.avro", f"snap-77-0-{ident}.avro")
+    }
+    others = {folder / name for name in ("notes.avro", f"{ident}.puffin")}
+    for path in orphans | others:
+        path.write_bytes(b"")
+    register_snapshot(monday, **database)  # while their writer may still be at work
+    assert {*folder.iterdir()} == needed | orphans | others
+    for path in folder.iterdir():
+        os.utime(path, (0, 0))
+    register_snapshot(monday, **database)
+    assert {*folder.iterdir()} == needed | others
+    assert open_iceberg(**database).load_table("rebeca.items").scan().to_arrow().num_rows == 6
 
 
 def test_a_refused_export_writes_nothing(config: GenerateConfig, tmp_path: Path) -> None:

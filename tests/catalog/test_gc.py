@@ -1,22 +1,23 @@
 """Garbage collection: a reader's snapshot stays, garbage goes, and a killed collection loses nothing."""
 
 import datetime
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from rebeca_ray.catalog import gc
+from rebeca_ray.catalog import gc, snapshots
 from rebeca_ray.catalog.gc import collect, find_garbage, kept_snapshots
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.lease import hold_lease
-from rebeca_ray.catalog.manifest import FileList, GateOutcome
-from rebeca_ray.catalog.pointer import Pointer, Replaced, read_pointer
+from rebeca_ray.catalog.manifest import FileList, GateOutcome, Manifest
+from rebeca_ray.catalog.pointer import Pointer, Replaced, change_pointer, read_pointer
 from rebeca_ray.catalog.read import open_snapshot, read_catalog
 from rebeca_ray.catalog.snapshots import find_snapshot, list_snapshots, publish_snapshot, roll_back
 from rebeca_ray.catalog.verify import verify
 from rebeca_ray.config.jobs import GenerateConfig
-from rebeca_ray.errors import LeaseHeldError, QualityGateError, UserError
+from rebeca_ray.errors import InputError, LeaseHeldError, QualityGateError, UserError
 from rebeca_ray.generation.runs import begin
 from rebeca_ray.storage.filesystem import list_files
 from tests.cli.test_commands import run
@@ -186,6 +187,34 @@ def test_publishing_by_hand_and_back_again(four_nights: GenerateConfig) -> None:
         QualityGateError, match=r"is not published: .*items/bucket=0/.*: is missing \(1 such\)"
     ):
         publish_snapshot(root, fourth)
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_snapshot_that_is_collected_after_its_check_is_not_published(
+    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch, back: bool
+) -> None:
+    root = config.catalog
+    first = night(config, USERS[:1])[0].run_id
+    second = night(config, USERS[:2], 1)[0].run_id
+    third = night(config, USERS[:3], 2)[0].run_id
+    check = snapshots.verified
+
+    def collected_after(root: str, run_id: str) -> Manifest:
+        manifest = check(root, run_id)
+        monkeypatch.undo()
+        if back:  # gc keeps the snapshot that the published one followed
+            publish_snapshot(root, first)
+            collect(root, keep=1, grace_hours=0)
+            change_pointer(root, lambda pointer: replace(pointer, run_id=third))
+        else:
+            collect(root, keep=1, grace_hours=0)
+        return manifest
+
+    monkeypatch.setattr(snapshots, "verified", collected_after)
+    run_id = second if back else first
+    with pytest.raises(InputError, match=f"run {run_id} was collected meanwhile; publish another"):
+        roll_back(root) if back else publish_snapshot(root, first)
+    assert read_pointer(root)[0].run_id == third
 
 
 def test_a_lost_pointer_is_repaired_by_publishing_a_listed_snapshot(config: GenerateConfig) -> None:

@@ -155,6 +155,15 @@ def test_any_damaged_work_file_of_an_unfinished_run_is_made_again(
             assert resumed() == expected, (damage, file)
 
 
+def test_a_damaged_record_of_a_resumed_run_is_written_again(half_done: GenerateConfig) -> None:
+    """Without a record, garbage collection would leave the run's files for ever."""
+    (record,) = Path(half_done.catalog, "runs").iterdir()
+    before = record.read_bytes()
+    record.write_bytes(before[:-9])
+    generate_catalog(half_done, in_process=True)
+    assert record.read_bytes() == before
+
+
 @pytest.fixture
 def two_buckets(config: GenerateConfig, plain_decoder: None) -> GenerateConfig:
     """The config of a catalog of two nights with two buckets, the pool among them."""

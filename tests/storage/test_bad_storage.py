@@ -8,11 +8,12 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import fsspec
 import pyarrow as pa
 import pytest
-from fsspec.implementations.local import LocalFileOpener
+from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
 from ray.exceptions import RayTaskError
 from s3fs import S3FileSystem
 
@@ -22,7 +23,7 @@ from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.cli.runner import plain_errors
 from rebeca_ray.data.items import read_image_embeds
 from rebeca_ray.data.validation import check_columns
-from rebeca_ray.errors import StorageError
+from rebeca_ray.errors import InputError, StorageError
 from rebeca_ray.prior.checkpoint import read_prior_config
 from rebeca_ray.storage import remote
 from rebeca_ray.storage import s3 as s3_module
@@ -248,16 +249,16 @@ def test_a_folder_below_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_write_probe_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_write_probe_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     require_writable(str(tmp_path / "a" / "b"), "out")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "a").mkdir()
     require_writable(str(tmp_path / "a"), "out")
     assert list(tmp_path.rglob("*")) == [tmp_path / "a"]
-    monkeypatch.setattr(LocalFileOpener, "__init__", full)
-    assert_one_line(WRITERS[1], f"{tmp_path}/a/b", "cannot be written (No space left on device)", capsys)
+    for number, kind in ((errno.ENOSPC, StorageError), (errno.EIO, StorageError), (errno.EACCES, InputError)):
+        monkeypatch.setattr(LocalFileOpener, "__init__", Mock(side_effect=OSError(number, "by plan")))
+        with pytest.raises(kind, match=r"^out .*: cannot be written \(by plan\)"):
+            require_writable(str(tmp_path / "a" / "b"), "out")
     assert list(tmp_path.rglob("*")) == [tmp_path / "a"]
 
 
@@ -292,6 +293,22 @@ def test_a_full_disk_keeps_the_last_json(
     assert "No space left on device" in capsys.readouterr().err
     assert json.loads(Path(path).read_text()) == {"a": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["latest.json"]
+
+
+def test_two_jobs_with_one_process_id_may_check_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As two machines do, whose main processes have the same number."""
+    remove = LocalFileSystem.rm_file
+
+    def meanwhile(filesystem: LocalFileSystem, path: str) -> None:
+        monkeypatch.setattr(LocalFileSystem, "rm_file", remove)
+        require_writable(str(tmp_path), "catalog")
+        remove(filesystem, path)
+
+    monkeypatch.setattr(LocalFileSystem, "rm_file", meanwhile)
+    require_writable(str(tmp_path), "catalog")
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT])

@@ -19,6 +19,7 @@ from rebeca_ray.storage.local import partial_of
 from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.parquet import write_table
 from rebeca_ray.storage.swap_probe import require_swaps
+from rebeca_ray.storage.writable import require_new_parquet
 from tests.conftest import without_id
 
 TABLE = pa.table({"user_id": ["a"]})
@@ -89,6 +90,17 @@ def test_leftovers_are_old_files_with_a_name_of_ours(tmp_path: Path) -> None:
         "latest.json",
     ]
     remove_leftovers(f"{root}/nowhere", SOON)
+
+
+def test_the_partial_files_of_one_output_go_before_it_is_written_again(tmp_path: Path) -> None:
+    out = tmp_path / "atlas.parquet"
+    dead, other, alive = partial_of(out), partial_of(tmp_path / "other.atlas.parquet"), partial_of(out)
+    for path in (dead, other, alive):
+        path.write_bytes(b"half")
+    for path in (dead, other):
+        os.utime(path, (0, 0))
+    require_new_parquet(str(out))
+    assert {*tmp_path.iterdir()} == {other, alive}
 
 
 @pytest.fixture

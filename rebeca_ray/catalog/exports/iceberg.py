@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from rebeca_ray.catalog.exports.iceberg_orphans import remove_orphans
 from rebeca_ray.catalog.layout import outside
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.catalog.read_errors import explained
 from rebeca_ray.config.fields import absolute
-from rebeca_ray.errors import Failure, InputError, StorageError, UserError, describe
+from rebeca_ray.errors import Failure, InputError, ResumableError, StorageError, UserError, describe
 from rebeca_ray.schemas import TABLES, VERSION_3_NAMES
+from rebeca_ray.storage.failures import only_warn
+from rebeca_ray.storage.leftovers import no_return
 from rebeca_ray.storage.store import classify, iceberg_properties
 
 if TYPE_CHECKING:
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 RUN = "rebeca.run_id"  # a property of the tables
 # `rebeca catalog gc` removes the catalog's files, and the clean-up of Iceberg must not.
 PROPERTIES = {"gc.enabled": "false"}
+SQLITE_FAILURES = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_BUSY")
+FAILURES = (Failure.UNREACHABLE, Failure.FAILED, Failure.FULL)  # of a store, and no mistake of a person
 
 
 def register_snapshot(
@@ -35,8 +40,8 @@ def register_snapshot(
     """Bring the tables of a namespace to the snapshot, and return the files that each gained and lost.
 
     `catalog` is the database of an Iceberg SQL catalog (`sqlite:////path/catalog.db`). `warehouse` is the
-    folder for the tables' metadata. Raises InputError where pyiceberg is not installed, or another writer
-    commits at the same time.
+    folder for the tables' metadata. Raises InputError where pyiceberg is not installed, ResumableError where
+    another writer commits at the same time.
     """
     outside(snapshot.root, warehouse, "warehouse")
     if not all(namespace.split(".")):
@@ -48,7 +53,7 @@ def register_snapshot(
             f"iceberg {catalog}: {error.name} is not installed; "
             "pip install 'rebeca-ray[iceberg]' (and the driver)"
         ) from None
-    from pyiceberg.exceptions import CommitFailedException
+    from pyiceberg.exceptions import CommitFailedException, ValidationException
     from sqlalchemy.exc import SQLAlchemyError
 
     done = {}
@@ -64,6 +69,8 @@ def register_snapshot(
             table = iceberg.load_table(identifier)
             try:
                 done[name] = bring_to(table, snapshot, name)
+                with only_warn(f"removing orphans of {identifier}"):
+                    remove_orphans(table, no_return())
             except (pa.ArrowException, OSError) as error:
                 # A damaged file of the catalog, and not one of the warehouse.
                 if classify(error) is Failure.DAMAGED or any(
@@ -72,9 +79,9 @@ def register_snapshot(
                     with explained(snapshot):
                         raise
                 raise
-    except CommitFailedException as error:
-        raise InputError(
-            f"iceberg {catalog}: {namespace} was changed by another writer ({error}); run it again"
+    except (CommitFailedException, ValidationException) as error:
+        raise ResumableError(
+            f"iceberg {catalog}: {namespace} was changed by another writer ({describe(error)}); run it again"
         ) from None
     except (SQLAlchemyError, ValueError, OSError) as error:
         if isinstance(error, UserError):
@@ -98,7 +105,9 @@ def open_iceberg(catalog: str, warehouse: str) -> "Catalog":
 
 
 def refused(catalog: str, error: Exception) -> UserError:
-    kind = StorageError if classify(error) in (Failure.UNREACHABLE, Failure.FAILED) else InputError
+    database = str(getattr(getattr(error, "orig", None), "sqlite_errorname", ""))
+    failed = classify(error) in FAILURES or database.startswith(SQLITE_FAILURES)
+    kind = StorageError if failed else InputError
     return kind(
         f"iceberg {catalog}: cannot be used ({describe(error)}); "
         "give a database as sqlite:////absolute/path.db, "

@@ -8,6 +8,7 @@ import re
 
 from rebeca_ray.catalog.lease import Lease
 from rebeca_ray.storage.filesystem import delete_files, join, list_files, remove_empty_folders
+from rebeca_ray.storage.leftovers import remove_leftovers
 
 FOLDER = re.compile(r"(run_id=[^/]+/token=(\d+))/(.+)")
 
@@ -18,7 +19,8 @@ def remove_old_exports(
     """Remove exports below `base` but the `keep` latest complete ones, under the lease of a complete one.
 
     `previous` is the folder of the export that was published before; it stays too. `description` is the file
-    that is written last, `parts` a pattern of the other files. Files with other names stay.
+    that is written last, `parts` a pattern of the other files. Files with other names stay. Partial files of
+    writers that were killed an hour ago go everywhere below the root of the lease.
     """
     root = base.rstrip("/")
     files: dict[tuple[int, str], list[str]] = {}
@@ -39,3 +41,4 @@ def remove_old_exports(
         names = files[token, folder]
         delete_files([join(root, folder, name) for name in names if ours.fullmatch(name)])
         remove_empty_folders(join(root, folder))
+    remove_leftovers(lease.root)
