@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from rebeca_ray.errors import Failure, InputError, StorageError, UserError, describe
-from rebeca_ray.storage.local import remove_with_lock, sync
+from rebeca_ray.storage.local import files_below, remove_with_lock, sync
 from rebeca_ray.storage.remote import exact_filesystem
 from rebeca_ray.storage.store import classify, failure_types, open_store
 
@@ -62,7 +62,7 @@ def list_files(uri: str, suffix: str = "") -> list[str]:
     filesystem, path = open_filesystem(uri)
     filesystem.invalidate_cache()
     with storage_errors(uri, "list"):
-        names = [str(name) for name in filesystem.find(path)]
+        names = files_below(path) if is_local(filesystem) else [str(name) for name in filesystem.find(path)]
     return sorted(
         f"{uri.rstrip('/')}{name.removeprefix(path.rstrip('/'))}" for name in names if name.endswith(suffix)
     )

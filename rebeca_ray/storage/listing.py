@@ -19,6 +19,7 @@ from fsspec.spec import AbstractFileSystem
 
 from rebeca_ray.errors import InputError
 from rebeca_ray.storage.filesystem import is_local, open_filesystem, unreadable
+from rebeca_ray.storage.local import files_below
 from rebeca_ray.storage.store import failure_types
 
 THREADS = 16  # on S3 a footer takes a round trip or two
@@ -102,7 +103,10 @@ def list_all(filesystem: AbstractFileSystem, path: str) -> dict[str, dict[str, A
     """Return all files at or below `path` by name."""
     if filesystem.isfile(path):
         return {path: filesystem.info(path)}
-    infos = filesystem.find(path, detail=True)
+    if is_local(filesystem):
+        infos = {name: filesystem.info(name) for name in files_below(path)}
+    else:
+        infos = filesystem.find(path, detail=True)
     # An object store may hold an empty object that stands for a folder, also for this one.
     folder = str(filesystem._strip_protocol(path)).rstrip("/")
     return {

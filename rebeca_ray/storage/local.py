@@ -138,6 +138,22 @@ def make_folder(folder: Path) -> None:
         sync(path.parent)
 
 
+def files_below(path: str) -> list[str]:
+    """Return all files at or below a path; none for a missing one.
+
+    Raises the OSError of a folder that cannot be listed. fsspec would leave that folder out.
+    """
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
+
+    if os.path.isfile(path):
+        return [path]
+    folders = os.walk(path, onerror=fail, followlinks=True)
+    return [os.path.join(folder, name) for folder, _, names in folders for name in names]
+
+
 def sync(path: Path) -> None:
     """Bring a file, or the names in a folder, to the disk: a crash may otherwise undo a rename."""
     descriptor = os.open(path, os.O_RDONLY)

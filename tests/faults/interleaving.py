@@ -42,6 +42,7 @@ from tests.faults.trial import unexplained
 from tests.faults.world import Lab, World, in_this_process
 
 DOCUMENTED = (0, 2, 4, 5, 75)  # done, refused input, a missing file, a rival, start again
+READS = 10  # as many operations as a collection has
 Work = Callable[[World], object]
 
 
@@ -130,8 +131,9 @@ def command(name: str) -> Work:
 
 
 def read_oldest(world: World) -> None:
-    """Read all of the oldest snapshot, which garbage collection may remove meanwhile."""
-    rows_of(open_snapshot(world.catalog, list_snapshots(world.catalog)[0].path))
+    """Read all of the oldest snapshot again and again. Garbage collection may remove it meanwhile."""
+    snapshot = open_snapshot(world.catalog, list_snapshots(world.catalog)[0].path)
+    assert len({tuple(rows_of(snapshot)) for _ in range(READS)}) == 1
 
 
 def read_published(world: World) -> None:

@@ -3,6 +3,7 @@
 import errno
 import http.server
 import json
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -293,6 +294,26 @@ def test_a_full_disk_keeps_the_last_json(
     assert "No space left on device" in capsys.readouterr().err
     assert json.loads(Path(path).read_text()) == {"a": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["latest.json"]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Garbage collection would take its snapshots for gone, and a job would miss a part of its input."""
+    for folder in ("a", "b"):
+        write_table(TABLE, f"{tmp_path}/{folder}/part.parquet", row_group_size=10)
+    assert list_files(str(tmp_path)) == [f"{tmp_path}/a/part.parquet", f"{tmp_path}/b/part.parquet"]
+    assert list_files(f"{tmp_path}/a/part.parquet/nothing") == list_files(f"{tmp_path}/nothing") == []
+    scan = os.scandir
+
+    def broken(path: str) -> Any:
+        if path == f"{tmp_path}/b":
+            raise OSError(errno.EIO, "Input/output error", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", broken)
+    with pytest.raises(StorageError, match=rf"^{tmp_path}: cannot be listed \(Input/output error\)"):
+        list_files(str(tmp_path))
+    with pytest.raises(StorageError, match=rf"^items {tmp_path}: cannot be read \(Input/output error\)"):
+        open_parquet(str(tmp_path), "items")
 
 
 def test_two_jobs_with_one_process_id_may_check_one_folder(
