@@ -41,6 +41,7 @@ PARQUET = pyarrow.dataset.ParquetFileFormat(
 )
 ROWS_AT_ONCE = 200_000
 IMAGE_COLUMNS = ("image", "thumbnail")
+IMAGES_AT_ONCE = 16  # after which a page may end: a page of 100 images leaves the processor's cache
 INPUTS_REMEMBERED = 8  # a job has three
 
 
@@ -224,6 +225,7 @@ def write_tables(
             use_byte_stream_split=[leaf] if embed_column else False,
             write_statistics=plain,
             write_page_checksum=True,
+            write_batch_size=IMAGES_AT_ONCE if {*IMAGE_COLUMNS} & {*schema.names} else None,
         ) as writer,
     ):
         rows = 0

@@ -68,7 +68,7 @@ def measure(part: str, data: str, rounds: int) -> dict[str, Any]:
         }
     if part == "plan":
         return in_turn("plan", "items_per_second", rounds, data, "20")
-    on_ray, alone = arm("write", "ray", "20000"), arm("write", "alone", "2500")
+    on_ray, alone = arm("write", "ray", "40000"), arm("write", "alone", "2500")
     return {
         "on_ray": {**on_ray, "ratio": on_ray["ours"] / on_ray["ray"]},
         "alone": {**alone, "ratio": alone["ours"] / alone["pyarrow"]},

@@ -179,7 +179,8 @@ def on_ray(actor: type, settings: DecoderSettings, count: int) -> None:
         assert sum(record.rows for record in rendered.files) == count
         first = pq.read_table(f"{context.run.root}/{rendered.files[0].path}", columns=["image"])
         size = np.mean([len(value["bytes"]) for value in first.slice(0, 16)["image"].to_pylist()])
-        spans = np.sort(np.loadtxt(os.environ[TIMES]), axis=0)
+        spans = np.loadtxt(os.environ[TIMES])
+    spans = spans[np.argsort(spans[:, 0])]
     start, end = spans[0, 0], spans[:, 1].max()
     busy = float((spans[:, 1] - spans[:, 0]).sum())
     processor = {

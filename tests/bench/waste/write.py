@@ -77,7 +77,7 @@ def on_ray(rows: int) -> None:
     )
 
     def by_us(dataset: Any) -> None:
-        records = dataset.map_batches(writer, batch_size=ROWS_PER_FILE, batch_format="pyarrow", num_cpus=0.5)
+        records = dataset.map_batches(writer, batch_size=ROWS_PER_FILE, batch_format="pyarrow")
         assert sum(batch["rows"].to_numpy().sum() for batch in records.iter_batches(batch_format="pyarrow"))
 
     def by_ray(dataset: Any) -> None:
