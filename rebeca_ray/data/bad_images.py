@@ -1,11 +1,7 @@
 """Images that cannot be read: refuse them all at once by name, or leave them out and say so every time."""
 
 import logging
-from typing import Any
 
-import pyarrow.compute as pc
-
-from rebeca_ray.data.clip import ERROR
 from rebeca_ray.errors import InputError, shown
 from rebeca_ray.storage.filesystem import delete, join
 from rebeca_ray.storage.objects import read_json, write_json
@@ -27,16 +23,6 @@ def write_bad_images(reasons: dict[str, str], out: str) -> None:
         write_json(reasons, join(out, FILE))
     else:
         delete(join(out, FILE))
-
-
-def errors_in(embedded: Any) -> dict[str, str]:
-    """Return the reasons of the images that could not be read, by item id, from a dataset of EmbedImages."""
-    reasons: dict[str, str] = {}
-    columns = embedded.select_columns(["item_id", ERROR])
-    for batch in columns.iter_batches(batch_format="pyarrow", batch_size=None):
-        bad = batch.filter(pc.is_valid(batch[ERROR]))
-        reasons.update(zip(bad["item_id"].to_pylist(), bad[ERROR].to_pylist(), strict=True))
-    return reasons
 
 
 def refuse_bad_images(uri: str, reasons: dict[str, str], total: int) -> None:

@@ -1,21 +1,21 @@
 """Embed the images of items with open_clip, in a Ray Data stage, and publish the embeddings as a version.
 
-items (images) -> `EmbedImages` -> rows without an error -> a new version of the embedded items
+items (images) -> `EmbedImages` -> `WriteEmbeds` -> files of a new version of the embedded items
+
+No process holds more than the rows of one file.
 """
 
 import datetime
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
-from rebeca_ray.catalog.versions import replace_version, versions_in
+from rebeca_ray.catalog.versions import VERSIONS, replace_version, versions_in
 from rebeca_ray.config.jobs import EmbedConfig
 from rebeca_ray.data.bad_images import (
-    errors_in,
     read_bad_images,
     refuse_bad_images,
     warn_of_bad_images,
@@ -26,12 +26,24 @@ from rebeca_ray.data.items import MARKER, files_of, open_items, read_item_ids, v
 from rebeca_ray.data.streaming import stream
 from rebeca_ray.data.validation import check_columns
 from rebeca_ray.errors import InputError
+from rebeca_ray.identity import hash128
 from rebeca_ray.ray_runtime import ExcludeIds, require_room, start_ray, with_log
-from rebeca_ray.storage.filesystem import arrow_filesystem, join, open_filesystem, sync_files
+from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.objects import read_json, write_json
-from rebeca_ray.storage.parquet import ParquetInput, open_parquet
+from rebeca_ray.storage.parquet import ParquetInput, open_parquet, write_table
 from rebeca_ray.storage.writable import require_own, require_writable
 from rebeca_ray.watchdog import Activity, watchdog
+
+ROWS_PER_FILE = 20_000
+BATCHES_PER_BLOCK = 4  # at most: Ray takes milliseconds to hand a block to an actor
+BLOCKS_PER_ACTOR = 8  # at least, so that all actors end at about the same time
+WRITTEN = pa.schema(
+    [
+        ("file", pa.string()),  # null for a batch of bad images alone
+        ("rows", pa.int64()),
+        ("bad_images", pa.list_(pa.struct([("item_id", pa.string()), ("reason", pa.string())]))),
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,23 +89,19 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False, run_date: dateti
             warn_of_bad_images(config.items, kept.bad_images, len(item_id), version.previous)
             return 0
         activity.enter("embed")
-        dataset = embed_images(config, source, columns, kept, activity)
-        activity.enter("write")
+        folder = version.begin(fingerprint)
+        written = embed_images(config, source, columns, kept, folder, activity)
         source.require_unchanged("it was embedded")
-        new_bad_images = errors_in(dataset)
-        embedded = int(dataset.count()) - len(new_bad_images)
-        bad_images = kept.bad_images | new_bad_images
+        embedded = sum(written["rows"].to_pylist())
+        bad_images = dict(kept.bad_images)
+        for file in written["bad_images"].to_pylist():
+            bad_images |= {image["item_id"]: image["reason"] for image in file}
         if config.bad_images == "refuse" or not (embedded or len(kept.item_id)):
             refuse_bad_images(config.items, bad_images, len(item_id))
-        folder = version.begin(fingerprint)
         warn_of_bad_images(config.items, bad_images, len(item_id), folder)
-        if embedded:
-            filesystem, path = open_filesystem(folder)
-            readable = dataset.map_batches(without_errors, batch_format="pyarrow", batch_size=None)
-            readable.write_parquet(path, filesystem=arrow_filesystem(filesystem))
-            sync_files(folder)
         write_bad_images(bad_images, folder)
-        files = [*kept.files, *files_of(folder)]
+        new_files = (f"{VERSIONS}/{version.name}/{file}" for file in written["file"].drop_null().to_pylist())
+        files = [*kept.files, *sorted(new_files)]
         meta = {
             "clip": fingerprint,
             "clip_name": config.clip,
@@ -123,9 +131,9 @@ def kept_of(config: EmbedConfig, previous: str, fingerprint: str, item_id: np.nd
 
 
 def embed_images(
-    config: EmbedConfig, source: ParquetInput, columns: pa.Schema, kept: Kept, activity: Activity
-) -> Any:
-    """Return the rows of EmbedImages as a Ray Dataset in memory, without the items that are kept."""
+    config: EmbedConfig, source: ParquetInput, columns: pa.Schema, kept: Kept, folder: str, activity: Activity
+) -> pa.Table:
+    """Write the embeddings of all items that are not kept; return a row of WRITTEN for each file."""
     start_ray()
     require_room(
         "num_actors",
@@ -139,8 +147,11 @@ def embed_images(
     items = stream(source, columns, config.batch_size)
     if len(kept.all_ids):
         items = items.map_batches(ExcludeIds(kept.all_ids), batch_format="pyarrow", batch_size=None)
-    # A small file is one block, and one actor would embed it alone.
-    blocks = items.repartition(target_num_rows_per_block=config.batch_size)
+    total = max(0, source.num_rows - len(kept.all_ids))  # kept items may be gone from the source
+    batches = total // (config.num_actors * BLOCKS_PER_ACTOR * config.batch_size)
+    blocks = items.repartition(
+        target_num_rows_per_block=config.batch_size * min(max(1, batches), BATCHES_PER_BLOCK)
+    )
     embedded = blocks.map_batches(
         with_log(EmbedImages),
         fn_constructor_args=(config.clip, config.device, config.background, activity.listen()),
@@ -150,13 +161,32 @@ def embed_images(
         num_cpus=config.cpus_per_actor,
         num_gpus=1 if config.device == "cuda" else 0,
     )
-    total = max(0, source.num_rows - len(kept.all_ids))  # kept items may be gone from the source
+    written = embedded.map_batches(
+        with_log(WriteEmbeds(folder)), batch_size=ROWS_PER_FILE, batch_format="pyarrow"
+    )
     with activity.counting("embed", total) as counted:
-        embedded = embedded.materialize()
+        files = list(written.iter_batches(batch_size=None, batch_format="pyarrow"))
         counted.reach(total)  # the last rows of a worker had no beat
-    return embedded
+    return pa.concat_tables([WRITTEN.empty_table(), *files])
 
 
-def without_errors(batch: pa.Table) -> pa.Table:
-    """Return the rows whose image could be read."""
-    return batch.filter(pc.is_null(batch[ERROR])).drop_columns([ERROR])
+@dataclass(frozen=True)
+class WriteEmbeds:
+    """Rows of EmbedImages in; one file of those without an error, and a row of WRITTEN out.
+
+    The ids decide the name of a file: a task that Ray retries writes over its own file.
+    """
+
+    folder: str
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        is_bad = pc.is_valid(batch[ERROR])
+        bad = batch.filter(is_bad).select(["item_id", ERROR]).rename_columns(["item_id", "reason"])
+        rows = batch.filter(pc.invert(is_bad)).drop_columns([ERROR])
+        file = None
+        if rows.num_rows:
+            file = f"{hash128(*rows['item_id'].to_pylist())[:16]}.parquet"
+            path = join(self.folder, file)
+            write_table(rows, path, row_group_size=ROWS_PER_FILE, embed_column="image_embeds")
+        row = {"file": file, "rows": rows.num_rows, "bad_images": bad.to_pylist()}
+        return pa.Table.from_pylist([row], schema=WRITTEN)

@@ -275,8 +275,8 @@ class PlanUsers:
         x_ND, user_N = sample_candidates(
             self.prior, self.diffusion, self.sampler, vectors, keys, sampled_G, variants
         )
-        candidates = judge_candidates(self.prior, vectors.factor_GF, x_ND, user_N, self.real_unit_ID)
-        chosen = choose_candidates(candidates, count_G, selection, variants)
+        candidates = judge_candidates(self.prior, vectors.factor_GF, x_ND, user_N)
+        chosen = choose_candidates(candidates, count_G, selection, self.real_unit_ID, variants)
 
         # Repeat the users' columns per item. An item's id follows from its user's key and prompts.
         user_K = chosen.user_K

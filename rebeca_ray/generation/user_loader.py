@@ -39,8 +39,10 @@ class UserLoader:
         *,
         training_only: bool = False,
     ) -> None:
-        self.prior, self.histories, self.rated_ID, self.device = prior, histories, rated_ID, device
+        self.prior, self.histories, self.device = prior, histories, device
         self.training_only = training_only
+        # In the prior's space, once for all users.
+        self.scaled_ID = None if rated_ID is None else prior.scaler.scale(torch.from_numpy(rated_ID)).numpy()
         user_ids = [] if prior.users is None else prior.users["user_id"].to_pylist()
         self.user_index = {user: index for index, user in enumerate(user_ids)}
 
@@ -61,12 +63,12 @@ class UserLoader:
 
     def load_variants(self, users: pa.Table, real_item_id: pa.Array | None) -> Variants | None:
         """Return the given items of rows of `schemas.DECISIONS`; None if there is none among them."""
-        if self.rated_ID is None or real_item_id is None or users["item_id"].null_count == users.num_rows:
+        if self.scaled_ID is None or real_item_id is None or users["item_id"].null_count == users.num_rows:
             return None
         row_G = pc.index_in(users["item_id"], value_set=real_item_id).fill_null(-1).to_numpy()
         return Variants(
             row_G=row_G,
-            item_GD=self.prior.scaler.scale(torch.from_numpy(self.rated_ID[row_G])),
+            item_GD=torch.from_numpy(self.scaled_ID[row_G]),
             strength_G=users["strength"].fill_null(1.0).to_numpy(),
         )
 
@@ -90,7 +92,7 @@ class UserLoader:
 
     def load_history(self, users: pa.Table, padding: int) -> History | None:
         """Return the histories of `users` in the prior's space; cold-start users have empty ones."""
-        if self.histories is None or self.rated_ID is None:
+        if self.histories is None or self.scaled_ID is None:
             return None
         max_history = max(self.prior.settings.max_history, MAX_HISTORY)
         rated = Rated.nothing(users.num_rows + padding, max_history)
@@ -103,8 +105,7 @@ class UserLoader:
             positions = np.array([position_of[user_ids[row]] for row in rows])
             for column, values in zip(rated, block.history(positions, max_history), strict=True):
                 column[rows] = values
-        history = rated.look_up(self.rated_ID, self.device)
-        return history._replace(item_BLD=self.prior.scaler.scale(history.item_BLD))
+        return rated.look_up(self.scaled_ID, self.device)
 
 
 @lru_cache(maxsize=2)

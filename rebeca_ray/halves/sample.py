@@ -224,8 +224,8 @@ class UserSampler:
         x_ND, user_N = sample_candidates(
             self.prior, self.loaded.diffusion, self.sampler, vectors, keys, sampled_G, variants
         )
-        candidates = judge_candidates(self.prior, vectors.factor_GF, x_ND, user_N, self.loaded.real_unit_ID)
-        return choose_candidates(candidates, count_G, selection, variants)
+        candidates = judge_candidates(self.prior, vectors.factor_GF, x_ND, user_N)
+        return choose_candidates(candidates, count_G, selection, self.loaded.real_unit_ID, variants)
 
     def sample(self, users: pa.Table) -> pa.Table:
         """Return the rows of `schemas.sampled` for the rows of `users_table`."""

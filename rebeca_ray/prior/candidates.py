@@ -4,7 +4,8 @@ keys, user tokens -> sample_candidates -> judge_candidates -> choose_candidates 
 embeddings of earlier items -> rescore_items -> their order and like probabilities
 
 In float32, matrix products of a few rows round differently from those of many. Candidates therefore stay in
-whole tiles until they are chosen: an item's bits then depend on the item alone.
+whole tiles until they are chosen: an item's bits then depend on the item alone. For the same reason, chosen
+ones are compared with the real items in tiles.
 
 Shapes: G users, N candidates padded to whole tiles, K planned items, D embed dim, U user tokens, H width,
 F factors of the selector, I real items.
@@ -27,6 +28,9 @@ from rebeca_ray.prior.selector import Selector, match
 from rebeca_ray.prior.users import UserVectors
 from rebeca_ray.prior.variants import Variants, sample_variants
 
+ROWS_PER_TILE = 64  # of candidates that are compared with the real items
+UNKNOWN = -1  # instead of the row of a real item
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
@@ -36,8 +40,6 @@ class Candidates:
     unit_ND: np.ndarray
     like_N: np.ndarray | None
     factor_NF: np.ndarray | None
-    nearest_N: np.ndarray | None  # row of the nearest real item
-    similarity_N: np.ndarray | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class ChosenItems:
     sampled_factor_KF: (
         np.ndarray | None
     )  # of candidate number `rank`: an unbiased sample, since nobody chose it
-    nearest_K: np.ndarray | None
+    nearest_K: np.ndarray | None  # row of the nearest real item
     similarity_K: np.ndarray | None
 
 
@@ -98,23 +100,15 @@ def judge_candidates(
     factor_GF: torch.Tensor | None,
     x_ND: torch.Tensor,
     user_N: np.ndarray,
-    real_unit_ID: torch.Tensor | None,
 ) -> Candidates:
-    """Return the columns of candidates `x_ND`: the selector's verdict, and the nearest real items if any."""
+    """Return the columns of candidates `x_ND`, with the selector's verdict if there is one."""
     like_N, factor_NF = judge(prior.selector, factor_GF, x_ND, user_N)
     embeds_ND = prior.scaler.unscale(x_ND).half().float()  # as the catalog keeps them
-    unit_ND = F.normalize(embeds_ND)
-    nearest_N, similarity_N = None, None
-    if real_unit_ID is not None:
-        nearest, similarity = nearest_items(unit_ND.to(real_unit_ID.device), real_unit_ID)
-        nearest_N, similarity_N = nearest.cpu().numpy(), similarity.cpu().numpy()
     return Candidates(
         embeds_ND=embeds_ND.numpy(),
-        unit_ND=unit_ND.numpy(),
+        unit_ND=F.normalize(embeds_ND).numpy(),
         like_N=like_N,
         factor_NF=factor_NF,
-        nearest_N=nearest_N,
-        similarity_N=similarity_N,
     )
 
 
@@ -133,51 +127,68 @@ def choose_candidates(
     candidates: Candidates,
     count_G: np.ndarray,
     selection: SelectionSettings,
+    real_unit_ID: torch.Tensor | None,
     variants: Variants | None = None,
 ) -> ChosenItems:
     """Return `count_G[g]` items of each user, chosen from `candidates_per_item` times as many candidates.
 
     A candidate near a real item is a copy, unless that item is the one of `variants` that it was made from.
+    Only chosen candidates are compared with the real items. A user with a copy among them chooses again,
+    which ends with the choice that all comparisons would give.
     """
     candidates_G = count_G * selection.candidates_per_item
     stop_G = np.cumsum(candidates_G)
     start_G = stop_G - candidates_G
+    like_N, num_candidates = candidates.like_N, len(candidates.unit_ND)
     # Without a selector all are equally relevant; without real items none is a copy.
-    like_N, similarity_N = candidates.like_N, candidates.similarity_N
-    relevance_N = np.zeros(len(candidates.unit_ND), np.float32) if like_N is None else like_N
-    copy_N = np.zeros(len(relevance_N), bool)
-    if similarity_N is not None and candidates.nearest_N is not None:
-        copy_N = similarity_N > selection.max_item_similarity
-        if variants is not None:
-            given_N = np.repeat(variants.row_G, candidates_G)
-            copy_N[: len(given_N)] &= candidates.nearest_N[: len(given_N)] != given_N
+    relevance_N = np.zeros(num_candidates, np.float32) if like_N is None else like_N
+    copy_N = np.zeros(num_candidates, bool)
+    nearest_N, similarity_N = np.full(num_candidates, UNKNOWN), np.zeros(num_candidates, np.float32)
 
     # A choice depends on the user's earlier ones, so users are taken one by one. All else is columns.
-    candidate_K = np.concatenate(
-        [
-            choose(
-                candidates.unit_ND[start:stop],
-                relevance_N[start:stop],
-                copy_N[start:stop],
-                count,
-                selection.diversity,
+    row_GK: list[np.ndarray] = [np.array([], int)] * len(count_G)
+    choosing = np.arange(len(count_G))
+    while len(choosing):
+        for user in choosing.tolist():
+            of = slice(start_G[user], stop_G[user])
+            row_GK[user] = start_G[user] + choose(
+                candidates.unit_ND[of], relevance_N[of], copy_N[of], count_G[user], selection.diversity
             )
-            for start, stop, count in zip(start_G.tolist(), stop_G.tolist(), count_G.tolist(), strict=True)
-        ]
-    )
+        if real_unit_ID is None:
+            break
+        row_C = np.concatenate([row_GK[user] for user in choosing])
+        row_C = row_C[nearest_N[row_C] == UNKNOWN]
+        if not len(row_C):
+            break
+        nearest_N[row_C], similarity_N[row_C] = nearest_in_tiles(candidates.unit_ND[row_C], real_unit_ID)
+        copy_N[row_C] = similarity_N[row_C] > selection.max_item_similarity
+        if variants is not None:
+            copy_N[row_C] &= nearest_N[row_C] != np.repeat(variants.row_G, candidates_G)[row_C]
+        choosing = np.unique(np.searchsorted(stop_G, row_C[copy_N[row_C]], side="right"))
+
     user_K = np.repeat(np.arange(len(count_G)), count_G)
-    rank_K = ranks(user_K)
-    row_K = start_G[user_K] + candidate_K
+    rank_K, row_K = ranks(user_K), np.concatenate(row_GK)
     return ChosenItems(
         user_K=user_K,
         rank_K=rank_K,
-        candidate_K=candidate_K,
+        candidate_K=row_K - start_G[user_K],
         embeds_KD=candidates.embeds_ND[row_K],
         like_K=take(like_N, row_K),
         sampled_factor_KF=take(candidates.factor_NF, start_G[user_K] + rank_K),
-        nearest_K=take(candidates.nearest_N, row_K),
-        similarity_K=take(similarity_N, row_K),
+        nearest_K=None if real_unit_ID is None else nearest_N[row_K],
+        similarity_K=None if real_unit_ID is None else similarity_N[row_K],
     )
+
+
+def nearest_in_tiles(unit_CD: np.ndarray, real_unit_ID: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return row [C] and cosine similarity [C] of the nearest real item of each candidate."""
+    padded = np.pad(unit_CD, ((0, -len(unit_CD) % ROWS_PER_TILE), (0, 0)))
+    tiles = torch.from_numpy(padded).to(real_unit_ID.device).split(ROWS_PER_TILE)
+    pairs = [nearest_items(tile, real_unit_ID) for tile in tiles if len(tile)]
+    nearest, similarity = (
+        torch.cat(parts)[: len(unit_CD)].cpu().numpy() for parts in zip(*pairs, strict=True)
+    )
+    return nearest, similarity
 
 
 def rescore_items(

@@ -84,8 +84,8 @@ def variants_of(
     sampled_G = count_G * SELECTION.candidates_per_item
     diffusion = Diffusion.build(prior.diffusion)
     x_ND, user_N = sample_candidates(prior, diffusion, sampler, users, keys, sampled_G, variants)
-    candidates = judge_candidates(prior, users.factor_GF, x_ND, user_N, unit_ID)
-    chosen = choose_candidates(candidates, count_G, SELECTION, variants)
+    candidates = judge_candidates(prior, users.factor_GF, x_ND, user_N)
+    chosen = choose_candidates(candidates, count_G, SELECTION, unit_ID, variants)
     assert chosen.nearest_K is not None
     assert chosen.similarity_K is not None
     unit_GD = F.normalize(prior.scaler.scale(torch.from_numpy(chosen.embeds_KD)))

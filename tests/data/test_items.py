@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +24,8 @@ from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.pointer import read_pointer
 from rebeca_ray.config.jobs import EmbedConfig
 from rebeca_ray.data import embedding
-from rebeca_ray.data.clip import clip_fingerprint, load_clip
-from rebeca_ray.data.embedding import Kept, embed_items
+from rebeca_ray.data.clip import ERROR, clip_fingerprint, load_clip
+from rebeca_ray.data.embedding import Kept, WriteEmbeds, embed_items
 from rebeca_ray.data.items import open_items, read_image_embeds
 from rebeca_ray.errors import InputError, LeaseHeldError, StorageError, UserError
 from rebeca_ray.stickers import CLIP, EMBED_DIM, ITEMS
@@ -211,28 +210,6 @@ def test_embeddings_that_have_no_direction_are_refused_by_name(tmp_path: Path, b
         read_image_embeds(str(tmp_path / "items.parquet"))
 
 
-class Embedded:
-    """Stands for a Ray Dataset: its rows are written in two files, and `between` runs after the first."""
-
-    def __init__(self, config: EmbedConfig, table: pa.Table, between: Callable[[], None]) -> None:
-        vector = np.full((table.num_rows, 8), len(config.clip), np.float32)
-        column = pa.FixedSizeListArray.from_arrays(pa.array(vector.ravel()), type=schemas.image_embeds(8))
-        self.table = table.append_column("image_embeds", column)
-        self.between = between
-
-    def write_parquet(self, path: str, **_: object) -> None:
-        Path(path).mkdir(parents=True)
-        pq.write_table(self.table.slice(0, 1), f"{path}/0.parquet")
-        self.between()
-        pq.write_table(self.table.slice(1), f"{path}/1.parquet")
-
-    def count(self) -> int:
-        return self.table.num_rows
-
-    def map_batches(self, *_: object, **__: object) -> "Embedded":
-        return self  # no image of it is bad
-
-
 class World(NamedTuple):
     """An embedding without Ray: `reads` gets the ids and values that a reader sees half-way."""
 
@@ -269,16 +246,23 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
             raise error
 
     def embed(
-        config: EmbedConfig, source: ParquetInput, _: pa.Schema, kept: Kept, activity: Activity
-    ) -> Embedded:
+        config: EmbedConfig, source: ParquetInput, _: pa.Schema, kept: Kept, folder: str, activity: Activity
+    ) -> pa.Table:
+        """Write two files, without an image that is bad; `between` runs after the first."""
         table = source.read(pa.schema([("item_id", pa.string())]))
         known = pa.array(kept.item_id, pa.string())
         table = table.filter(pc.invert(pc.is_in(table["item_id"], value_set=known)))
-        return Embedded(config, table, between)
+        vector = np.full((table.num_rows, 8), len(config.clip), np.float32)
+        column = pa.FixedSizeListArray.from_arrays(pa.array(vector.ravel()), type=schemas.image_embeds(8))
+        table = table.append_column("image_embeds", column)
+        table = table.append_column(ERROR, pa.nulls(table.num_rows, pa.string()))
+        write = WriteEmbeds(folder)
+        first = write(table.slice(0, 1))
+        between()
+        return pa.concat_tables([first, write(table.slice(1))])
 
     monkeypatch.setattr(embedding, "embed_images", embed)
     monkeypatch.setattr(embedding, "clip_fingerprint", lambda *_: "clip")
-    monkeypatch.setattr(embedding, "errors_in", lambda _: {})
     return world
 
 
@@ -288,7 +272,12 @@ def test_new_items_join_the_others_and_no_reader_sees_half(world: World) -> None
     world.put("a", "b", "c", "d")
     assert embed_items(world.config, only_new=True) == 2
     folders = ["_versions/00000001-clip", "_versions/00000002-clip"]
-    assert world.files() == [f"{folder}/{part}.parquet" for folder in folders for part in "01"]
+    assert [os.path.dirname(file) for file in world.files()] == [
+        folders[0],
+        folders[0],
+        folders[1],
+        folders[1],
+    ]
     assert world.ids() == ["a", "b", "c", "d"]
     assert embed_items(world.config, only_new=True) == 0  # nothing is new, so nothing is published
     assert read_pointer(world.config.out, "items")[0].fencing_token == 3
@@ -352,6 +341,7 @@ def test_one_of_two_embeddings_works(world: World) -> None:
 def test_a_listed_file_that_is_gone_is_named(world: World) -> None:
     world.put("a", "b")
     embed_items(world.config)
-    next(Path(world.config.out).rglob("0.parquet")).unlink()
-    with pytest.raises(InputError, match=r"^items .*: file .*0.parquet is missing; restore it"):
+    name = world.files()[0]
+    Path(world.config.out, name).unlink()
+    with pytest.raises(InputError, match=rf"^items .*: file .*{name} is missing; restore it"):
         read_image_embeds(world.config.out)

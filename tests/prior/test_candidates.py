@@ -10,6 +10,7 @@ from rebeca_ray.prior.candidates import (
     Candidates,
     choose_candidates,
     judge_candidates,
+    nearest_in_tiles,
     rescore_items,
     sample_candidates,
 )
@@ -34,20 +35,24 @@ def candidates_of(random: np.random.Generator, **columns: np.ndarray | None) -> 
             "unit_ND": unit_ND,
             "like_N": random.random(TILE, np.float32),
             "factor_NF": random.random((TILE, 5), np.float32),
-            "nearest_N": random.integers(0, 9, TILE),
-            "similarity_N": random.random(TILE, np.float32),
             **columns,
         }
     )
 
 
-def test_a_choice_for_many_users_is_the_choice_for_each() -> None:
-    candidates = candidates_of(np.random.default_rng(0))
-    chosen = choose_candidates(candidates, COUNT_G, SELECTION)
+@pytest.mark.parametrize("share_of_copies", [0.0, 0.4, 0.9, 1.0])
+def test_a_choice_for_many_users_is_the_choice_for_each(share_of_copies: float) -> None:
+    """Also where most chosen candidates turn out to be copies, or all are."""
+    random = np.random.default_rng(0)
+    candidates = candidates_of(random)
+    is_near = random.random(TILE) < share_of_copies
+    nowhere = -candidates.unit_ND.mean(0, keepdims=True)  # an item far from all candidates
+    real_unit_ID = torch.from_numpy(np.concatenate([candidates.unit_ND[is_near], nowhere]))
+    similarity_NI = candidates.unit_ND @ real_unit_ID.numpy().T
+    chosen = choose_candidates(candidates, COUNT_G, SELECTION, real_unit_ID)
     assert chosen.user_K.tolist() == [0, 0, 0, 1, 2, 2]
     assert chosen.rank_K.tolist() == [0, 1, 2, 0, 0, 1]
     assert candidates.like_N is not None
-    assert candidates.similarity_N is not None
     assert candidates.factor_NF is not None
     rows, sampled = [], []
     for start, count in zip((0, 12, 16), COUNT_G, strict=True):
@@ -55,7 +60,7 @@ def test_a_choice_for_many_users_is_the_choice_for_each() -> None:
         numbers = choose(
             candidates.unit_ND[user],
             candidates.like_N[user],
-            candidates.similarity_N[user] > 0.5,
+            similarity_NI[user].max(1) > SELECTION.max_item_similarity,
             count,
             diversity=0.4,
         )
@@ -65,20 +70,34 @@ def test_a_choice_for_many_users_is_the_choice_for_each() -> None:
     for column, expected in (
         (chosen.embeds_KD, candidates.embeds_ND[rows]),
         (chosen.like_K, candidates.like_N[rows]),
-        (chosen.similarity_K, candidates.similarity_N[rows]),
+        (chosen.nearest_K, similarity_NI[rows].argmax(1)),
         (chosen.sampled_factor_KF, candidates.factor_NF[sampled]),
     ):
         np.testing.assert_array_equal(column, expected)
+    assert chosen.similarity_K is not None
+    np.testing.assert_allclose(chosen.similarity_K, similarity_NI[rows].max(1), rtol=0, atol=1e-6)
 
 
 def test_without_selector_or_real_items_their_columns_are_absent() -> None:
-    nothing = dict.fromkeys(("like_N", "factor_NF", "nearest_N", "similarity_N"))
-    chosen = choose_candidates(candidates_of(np.random.default_rng(0), **nothing), COUNT_G, SELECTION)
+    candidates = candidates_of(np.random.default_rng(0), like_N=None, factor_NF=None)
+    chosen = choose_candidates(candidates, COUNT_G, SELECTION, None)
     assert chosen.like_K is None
     assert chosen.sampled_factor_KF is None
     assert chosen.nearest_K is None
     assert chosen.similarity_K is None
     assert len(chosen.candidate_K) == 6
+
+
+@torch.inference_mode()
+def test_the_nearest_item_of_a_candidate_depends_on_no_other_candidate() -> None:
+    random = np.random.default_rng(0)
+    unit_ND = random.standard_normal((70, 512), np.float32)
+    items_ID = torch.from_numpy(random.standard_normal((1000, 512), np.float32))
+    nearest_N, similarity_N = nearest_in_tiles(unit_ND, items_ID)
+    for rows in ([0], [69, 3], [*range(30, 70)]):
+        nearest, similarity = nearest_in_tiles(unit_ND[rows], items_ID)
+        np.testing.assert_array_equal(nearest, nearest_N[rows])
+        np.testing.assert_array_equal(similarity, similarity_N[rows])
 
 
 @pytest.fixture
@@ -104,13 +123,10 @@ def test_candidates_come_in_whole_tiles_and_depend_on_their_key_alone(prior: Tra
     assert torch.equal(alone_ND[:8], x_ND[16:24])
 
     factor_GF = torch.randn(64, 5, generator=torch.Generator().manual_seed(2))
-    real_unit_ID = torch.nn.functional.normalize(x_ND[:2])
-    candidates = judge_candidates(prior, factor_GF, x_ND, user_N, real_unit_ID)
+    candidates = judge_candidates(prior, factor_GF, x_ND, user_N)
     assert prior.selector is not None
     expected = prior.selector.like_probability(x_ND, factor_GF[user_N])
     np.testing.assert_array_equal(candidates.like_N, expected.numpy())
-    assert candidates.nearest_N is not None
-    assert candidates.nearest_N[:2].tolist() == [0, 1]
     halves = prior.scaler.unscale(x_ND).numpy().astype(np.float16).astype(np.float32)
     np.testing.assert_array_equal(candidates.embeds_ND, halves)
 

@@ -15,7 +15,6 @@ from rebeca_ray.prior.checkpoint import TrainedPrior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import dpm_solver_pp_2m, guided_denoiser, sample_liked
 from rebeca_ray.prior.schedules import inference_timesteps
-from rebeca_ray.prior.selection import choose
 from rebeca_ray.prior.users import UserVectors
 from rebeca_ray.prior.variants import Variants, sample_variants, slerp, timesteps_below
 from tests.conftest import TINY_NETWORK, D, untrained_prior
@@ -145,23 +144,22 @@ def test_company_changes_no_bit_of_a_variant_or_of_a_plain_sample(method: str) -
 
 
 def test_a_variant_may_be_near_its_item_and_near_no_other() -> None:
+    """Candidates 0, 2, 4, … are near item 4, the others near item 5."""
     random = np.random.default_rng(0)
-    unit_ND = F.normalize(torch.from_numpy(random.standard_normal((TILE, D), np.float32))).numpy()
-    nearest_N = np.array([4, 5] * 8)
+    real_unit_ID = F.normalize(torch.from_numpy(random.standard_normal((6, D), np.float32)))
+    noise_ND = torch.from_numpy(random.standard_normal((TILE, D), np.float32))
+    unit_ND = F.normalize(real_unit_ID[[4, 5] * 8] + 0.01 * noise_ND).numpy()
     candidates = Candidates(
         embeds_ND=unit_ND,
         unit_ND=unit_ND,
         like_N=np.linspace(0, 0.9, TILE, dtype=np.float32),
         factor_NF=None,
-        nearest_N=nearest_N,
-        similarity_N=np.full(TILE, 0.99, np.float32),
     )
     selection = SelectionSettings(candidates_per_item=4, diversity=0)
     variants = replace(variants_of(0.1, 1), row_G=np.array([4, -1]))
-    chosen = choose_candidates(candidates, np.array([2, 1]), selection, variants)
-    expected = choose(unit_ND[:8], candidates.like_N[:8], nearest_N[:8] != 4, 2, 0)  # type: ignore[index]
-    assert chosen.candidate_K.tolist() == [*expected, 3] == [6, 4, 3]
+    chosen = choose_candidates(candidates, np.array([2, 1]), selection, real_unit_ID, variants)
+    assert chosen.candidate_K.tolist() == [6, 4, 3]
     assert chosen.nearest_K is not None
     assert chosen.nearest_K.tolist() == [4, 4, 5]
-    without = choose_candidates(candidates, np.array([2, 1]), selection)
+    without = choose_candidates(candidates, np.array([2, 1]), selection, real_unit_ID)
     assert without.candidate_K.tolist() == [7, 6, 3]
