@@ -150,15 +150,17 @@ def is_visible(path: str) -> bool:
     )
 
 
-@lru_cache(maxsize=100_000)
 def is_parquet(uri: str, file: InputFile) -> bool:
     """Return whether a file is Parquet by its name, or else by its content."""
     if PARQUET_NAME.search(file.path):
         return True
     if file.path == base_of(uri):  # somebody named this very file
         return not CSV_NAME.search(file.path)
-    if file.size < 2 * len(MAGIC) or CSV_NAME.search(file.path):
-        return False
+    return file.size >= 2 * len(MAGIC) and not CSV_NAME.search(file.path) and begins_as_parquet(uri, file)
+
+
+@lru_cache(maxsize=100_000)
+def begins_as_parquet(uri: str, file: InputFile) -> bool:
     filesystem, _ = open_filesystem(uri)
     return bool(filesystem.cat_file(file.path, 0, len(MAGIC)) == MAGIC)
 
