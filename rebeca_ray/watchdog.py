@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
+from rebeca_ray.demand import unmet_demand
 from rebeca_ray.errors import ResumableError
 from rebeca_ray.progress import Counted, counting
 from rebeca_ray.storage.filesystem import join, open_filesystem
@@ -135,16 +136,22 @@ def count_beats(pulse: Pulse, counted: Counted, done: threading.Event) -> None:
 def watchdog(activity: Activity, minutes: float | None, *, on_stall: Callable[[], None]) -> Iterator[None]:
     """End the process with code 75 after `minutes` without progress in the block.
 
-    Its state is written down first, then `on_stall` is called. Without `minutes`, nothing is watched.
+    Its state is written down first, then `on_stall` is called. A line of the log names the resources that the
+    cluster lacks meanwhile. Without `minutes`, nothing is watched.
     """
     if minutes is None:
         yield
         return
     done = threading.Event()
+    seconds_between_polls = 60 * minutes / POLLS
 
     def watch() -> None:
-        while not done.wait(60 * minutes / POLLS):
-            if activity.seconds_without_progress() > 60 * minutes and not done.is_set():
+        while not done.wait(seconds_between_polls):
+            idle = activity.seconds_without_progress()
+            if seconds_between_polls < idle <= 60 * minutes and (demand := unmet_demand()):
+                step = f"stage {activity.current}: no progress for {idle / 60:.1f} min"
+                log.warning(f"{step}; the cluster waits for a node with free resources: {demand}")
+            if idle > 60 * minutes and not done.is_set():
                 where = dump_state(activity)
                 problem = f"no progress for {minutes:g} min in stage {activity.current} (stall_minutes)"
                 log.error(f"{problem}; its state is in {where}. Start it again: it resumes")

@@ -1,5 +1,6 @@
 """The watchdog: workers' heartbeats are progress, and an embedding or a training that hangs ends itself."""
 
+import re
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from rebeca_ray.catalog.pointer import Kind, read_pointer
 from rebeca_ray.config.jobs import EmbedConfig, TrainConfig
 from rebeca_ray.ray_runtime import for_each
 from rebeca_ray.stickers import CLIP, ITEMS
-from rebeca_ray.watchdog import Activity, Pulse
+from rebeca_ray.watchdog import Activity, Counter, Pulse, watchdog
 
 HANG = """
 import sys, time
@@ -92,6 +93,20 @@ def test_a_cluster_that_does_not_answer_makes_no_progress(caplog: pytest.LogCapt
     activity.seconds_without_progress()
     assert activity.moved_at == before
     assert "the workers' heartbeats cannot be counted: GetTimeoutError" in caplog.text
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_step_that_waits_for_a_node_says_for_which(caplog: pytest.LogCaptureFixture) -> None:
+    actor = ray.remote(num_cpus=1, resources={"telescope": 2})(Counter).remote()
+    with watchdog(Activity(), 0.5, on_stall=pytest.fail):
+        while "telescope" not in caplog.text:
+            time.sleep(0.1)
+    ray.kill(actor)
+    line = next(line for line in caplog.messages if "telescope" in line)
+    assert re.sub(r"\d\.\d min", "N min", line) == (
+        "stage starting: no progress for N min; "
+        "the cluster waits for a node with free resources: 1 x (1 CPU, 2 telescope)"
+    )
 
 
 @pytest.mark.parametrize(("work", "stage"), [(EMBED, "embed"), (TRAIN, "histories")])

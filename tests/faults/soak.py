@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 
 from tests.conftest import NO_GATE, REPO, USERS, generate_config
-from tests.faults.real_checks import Reader
+from tests.faults.real.checks import Reader
 
 RESULTS = REPO / "tests" / "bench" / "results" / "soak.json"
 MONDAY = datetime.date(2026, 3, 2)

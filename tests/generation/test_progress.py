@@ -1,12 +1,10 @@
 """The watchdog ends a run that stalls in any step, from the lease on."""
 
+import re
 import subprocess
 import sys
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import ray
 
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import LimitSettings
@@ -44,20 +42,17 @@ def test_a_run_that_hangs_in_any_step_ends_itself(config: GenerateConfig, step: 
     assert f"no progress for 0.1 min in stage {stage} (stall_minutes)" in process.stderr
 
 
-def test_a_check_of_the_renderer_that_does_not_end_is_given_up(
-    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("ray_local")
+def test_a_check_of_the_renderer_that_does_not_end_says_why_and_is_given_up(
+    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    timeouts = []
-
-    def get(_: Any, timeout: float | None) -> None:
-        timeouts.append(timeout)
-        raise ray.exceptions.GetTimeoutError
-
-    task = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: None))
-    monkeypatch.setattr(ray, "remote", lambda **_: lambda _: task)
-    monkeypatch.setattr(ray, "get", get)
-    monkeypatch.setattr(ray, "cancel", lambda *_, **__: None)
-    decoder = config.decoder.model_copy(update={"backend": "triton"})
-    with pytest.raises(ResumableError, match="decoder: its check on a node did not end within 540 s"):
-        checks.check_renderer(decoder, 10)
-    assert timeouts == [540]
+    monkeypatch.setattr(checks, "SECONDS_BETWEEN_LINES", 1.0)
+    caplog.set_level("INFO")
+    decoder = config.decoder.model_copy(update={"backend": "triton", "cpus_per_actor": 999})
+    with pytest.raises(ResumableError, match="decoder: its check on a node did not end within 5.4 s"):
+        checks.check_renderer(decoder, 0.1)
+    lines = [record.getMessage() for record in caplog.records if record.name == checks.log.name]
+    assert re.sub(r"\d+ s so far", "N s so far", lines[-1]) == (
+        "decoder: waiting for a node with free resources: 1 x (999 CPU, 1 decoder_slot) (N s so far)"
+    )
+    assert 3 <= len(lines) <= 6

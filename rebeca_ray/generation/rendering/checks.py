@@ -1,6 +1,7 @@
 """Check the decoder, and choose its device and number format, on a machine that draws."""
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -8,7 +9,9 @@ from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.decoder.build import check_decoder, needs_check
 from rebeca_ray.decoder.choices import choose, is_open
+from rebeca_ray.demand import unmet_demand
 from rebeca_ray.errors import ResumableError
+from rebeca_ray.progress import SECONDS_BETWEEN_LINES
 from rebeca_ray.ray_runtime import start_ray
 
 log = logging.getLogger(__name__)
@@ -64,13 +67,31 @@ def as_renderer(work: Callable[[DecoderSettings], T], decoder: DecoderSettings, 
     task: Any = ray.remote(max_retries=0)(work).options(**options)
     result = task.remote(decoder)
     deadline = None if minutes is None else 60 * CHECK_SHARE * minutes
-    try:
-        return cast(T, ray.get(result, timeout=deadline))
-    except ray.exceptions.GetTimeoutError:
+    if not ended(result, deadline):
         ray.cancel(result, force=True)
         raise ResumableError(
             f"decoder: its check on a node did not end within {deadline:g} s "
             "(limits.stall_minutes); look for a node with its resources, and at its server; start again"
-        ) from None
+        )
+    try:
+        return cast(T, ray.get(result))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
+
+
+def ended(result: Any, seconds: float | None) -> bool:
+    """Return whether a check of the decoder ends within `seconds`. Meanwhile, log the reason for the wait."""
+    import ray
+
+    began = time.monotonic()
+    remaining = seconds
+    while remaining is None or remaining > 0:
+        patience = SECONDS_BETWEEN_LINES if remaining is None else min(SECONDS_BETWEEN_LINES, remaining)
+        if ray.wait([result], timeout=patience)[0]:
+            return True
+        waited = time.monotonic() - began
+        remaining = None if seconds is None else seconds - waited
+        demand = unmet_demand()
+        reason = f"for a node with free resources: {demand}" if demand else "for the check on a node to end"
+        log.info(f"decoder: waiting {reason} ({waited:.0f} s so far)")
+    return False

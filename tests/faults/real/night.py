@@ -1,4 +1,4 @@
-"""The driver of a night under faults: `python -m tests.faults.real_night CONFIG [OPTION …]`.
+"""The driver of a night under faults: `python -m tests.faults.real.night CONFIG [OPTION …]`.
 
 It is `rebeca generate` with a light decoder, and it prints each stage that it enters. The files beside the
 decoder give its render actors orders: `stalled` lets them wait for ever, `poison` names an item that kills
@@ -16,8 +16,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.generation import render
 from rebeca_ray.generation.progress import Progress
+from rebeca_ray.generation.rendering import checks
 from tests.generation.light_render import LightRender
 
 STALL_SECONDS = 3600
@@ -38,6 +40,10 @@ class OrderedRender(LightRender):
         with (orders / f"drawn-{os.getpid()}").open("a") as file:
             file.write("".join(f"{item}\n" for item in items))
         return images
+
+
+def check_light(_: DecoderSettings) -> None:
+    """A light decoder asks no server."""
 
 
 def read(path: Path) -> str:
@@ -64,6 +70,7 @@ def main(config: str, *options: str) -> None:
     Progress.stage = announced  # type: ignore[method-assign, assignment]
     if "triton" not in Path(config).name:
         render.RenderImages = OrderedRender  # type: ignore[misc]
+        checks.check_decoder = check_light
     sys.argv[1:] = options
     print("stage start", flush=True)
     run_script(generate, config=Path(config))

@@ -27,7 +27,7 @@ from rebeca_ray.decoder.triton_server import triton_server
 from rebeca_ray.generation import render
 from rebeca_ray.generation.pipeline import generate_catalog
 from tests.conftest import NO_GATE, USERS, D, generate_config
-from tests.faults.real_checks import fingerprint
+from tests.faults.real.checks import fingerprint
 from tests.faulty_s3 import faulty_s3
 from tests.generation.light_render import PlainDecoder
 from tests.generation.test_nights import change_digest, request_for
@@ -42,9 +42,9 @@ DISK_BYTES = 16 * 2**20
 class World:
     """Servers, cluster and inputs of the campaign; see `real_world`."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self.folder, self.stack = folder, stack
-        self.orders = folder  # beside the decoder, where the render actors read their orders
+    def __init__(self, folder: Path, stack: ExitStack, num_buckets: int) -> None:
+        self.folder, self.stack, self.num_buckets = folder, stack, num_buckets
+        self.orders = folder / "decoder"  # beside the model, where the render actors read their orders
         (folder / "s3").mkdir()
         self.command, self.environment = server_command(folder / "s3")
         self.start_s3()
@@ -73,7 +73,7 @@ class World:
             update={
                 "gate": NO_GATE,
                 "num_images": 8,
-                "layout": LayoutSettings(num_buckets=2, images_per_file=IMAGES_PER_FILE),
+                "layout": LayoutSettings(num_buckets=self.num_buckets, images_per_file=IMAGES_PER_FILE),
                 "limits": LimitSettings(lease_seconds=4, stall_minutes=2),
             }
         )
@@ -137,7 +137,8 @@ class World:
         """A head without CPUs and one node with two. The driver joins the head."""
         from ray.cluster_utils import Cluster
 
-        head = {**NODE, "num_cpus": 0, "include_dashboard": False}
+        # Its dashboard's usual port may be that of another Ray on this machine.
+        head = {**NODE, "num_cpus": 0, "include_dashboard": False, "dashboard_port": None}
         cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
         self.stack.callback(cluster.shutdown)
         self.nodes.append(patiently(lambda: cluster.add_node(**NODE, resources={"decoder_slot": 1})))
@@ -218,21 +219,22 @@ def copy_tree(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def real_world() -> Iterator[World]:
+def real_world(num_buckets: int = 2) -> Iterator[World]:
     """Start the S3 server and the proxy, and prepare the nights. The cluster and Triton start when needed."""
     from rebeca_ray.ray_runtime import RAY_ENVIRONMENT
     from rebeca_ray.ray_start import protect_token, stay_on_loopback
 
     with ExitStack() as stack:
+        stack.enter_context(patch.dict(os.environ))
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rf", dir="/tmp"))
         (Path(folder) / "ray").mkdir()
         os.environ.update(RAY_ENVIRONMENT | {"RAY_TMPDIR": f"{folder}/ray"})
         os.environ["PYTHONPATH"] = (
-            f"{Path(__file__).parents[2]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+            f"{Path(__file__).parents[3]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
         )
         protect_token()
         stay_on_loopback(True)
-        world = World(Path(folder), stack)
+        world = World(Path(folder), stack, num_buckets)
         try:
             yield world
         finally:

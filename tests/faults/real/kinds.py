@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults.real_world import World
+from tests.faults.real.world import World
 from tests.faulty_s3 import Fault
 
 STAGES = ("start", "histories", "decide", "plan", "test", "render", "assemble")

@@ -1,0 +1,4 @@
+"""Faults of real processes.
+
+An S3 server, a Ray cluster and Triton stay between the nights that they disturb.
+"""
