@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 import pyarrow as pa
@@ -104,6 +104,7 @@ def require_room(
 A = TypeVar("A")
 T = TypeVar("T")
 TASKS_AT_ONCE = 1000  # waiting for one of n takes time in proportion to n
+MAX_READ_TASKS = 500  # of a graph; each costs the driver milliseconds
 TASK_SECONDS = 3600  # without an end of any task, after which they count as stuck
 
 
@@ -222,6 +223,29 @@ class Shared(Generic[T]):
         import ray
 
         return cast(T, ray.get(self.reference))
+
+
+def rows_of_files(count: int, read: Callable[[int], Iterator[pa.Table]]) -> Any:
+    """Return a Ray Dataset of the rows of files 0, 1, …, `count` - 1.
+
+    `ray.data.read_parquet` would start processes of its own for lists and footers.
+    """
+    import ray
+
+    def read_some(batch: pa.Table) -> Iterator[pa.Table]:
+        for number in batch["id"].to_pylist():
+            yield from read(number)
+
+    numbers = ray.data.range(count, override_num_blocks=min(count, MAX_READ_TASKS))
+    return numbers.map_batches(with_log(read_some), batch_size=1, batch_format="pyarrow")
+
+
+def whole_blocks(rows: int, rows_per_block: int) -> int:
+    """Return the largest number of rows of whole blocks, at most `rows`; `rows` for larger blocks.
+
+    Ray Data passes whole blocks to a task. A batch of another size would leave a small one beside it.
+    """
+    return rows - rows % rows_per_block if rows > rows_per_block else rows
 
 
 class ExcludeIds:

@@ -136,8 +136,8 @@ def count_beats(pulse: Pulse, counted: Counted, done: threading.Event) -> None:
 def watchdog(activity: Activity, minutes: float | None, *, on_stall: Callable[[], None]) -> Iterator[None]:
     """End the process with code 75 after `minutes` without progress in the block.
 
-    Its state is written down first, then `on_stall` is called. A line of the log names the resources that the
-    cluster lacks meanwhile. Without `minutes`, nothing is watched.
+    Its state is written down first, then `on_stall` is called. A line of the log names the resources that work
+    waits for meanwhile. Without `minutes`, nothing is watched.
     """
     if minutes is None:
         yield
@@ -150,7 +150,7 @@ def watchdog(activity: Activity, minutes: float | None, *, on_stall: Callable[[]
             idle = activity.seconds_without_progress()
             if seconds_between_polls < idle <= 60 * minutes and (demand := unmet_demand()):
                 step = f"stage {activity.current}: no progress for {idle / 60:.1f} min"
-                log.warning(f"{step}; the cluster waits for a node with free resources: {demand}")
+                log.warning(f"{step}; these wait for free resources: {demand}")
             if idle > 60 * minutes and not done.is_set():
                 where = dump_state(activity)
                 problem = f"no progress for {minutes:g} min in stage {activity.current} (stall_minutes)"

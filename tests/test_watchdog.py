@@ -104,8 +104,7 @@ def test_a_step_that_waits_for_a_node_says_for_which(caplog: pytest.LogCaptureFi
     ray.kill(actor)
     line = next(line for line in caplog.messages if "telescope" in line)
     assert re.sub(r"\d\.\d min", "N min", line) == (
-        "stage starting: no progress for N min; "
-        "the cluster waits for a node with free resources: 1 x (1 CPU, 2 telescope)"
+        "stage starting: no progress for N min; these wait for free resources: 1 x (1 CPU, 2 telescope)"
     )
 
 

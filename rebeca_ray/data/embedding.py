@@ -2,11 +2,12 @@
 
 items (images) -> `EmbedImages` -> `WriteEmbeds` -> files of a new version of the embedded items
 
-No process holds more than the rows of one file.
+No process holds more embeddings than those of one file. The driver holds the ids of all items.
 """
 
 import datetime
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +28,7 @@ from rebeca_ray.data.streaming import stream
 from rebeca_ray.data.validation import check_columns
 from rebeca_ray.errors import InputError
 from rebeca_ray.identity import hash128
-from rebeca_ray.ray_runtime import ExcludeIds, require_room, start_ray, with_log
+from rebeca_ray.ray_runtime import ExcludeIds, require_room, start_ray, whole_blocks, with_log
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import ParquetInput, open_parquet, write_table
@@ -54,7 +55,7 @@ class Kept:
     files: list[str] = field(default_factory=list)
     bad_images: dict[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def all_ids(self) -> pa.Array:
         return pa.array([*self.item_id, *self.bad_images], pa.string())
 
@@ -149,9 +150,8 @@ def embed_images(
         items = items.map_batches(ExcludeIds(kept.all_ids), batch_format="pyarrow", batch_size=None)
     total = max(0, source.num_rows - len(kept.all_ids))  # kept items may be gone from the source
     batches = total // (config.num_actors * BLOCKS_PER_ACTOR * config.batch_size)
-    blocks = items.repartition(
-        target_num_rows_per_block=config.batch_size * min(max(1, batches), BATCHES_PER_BLOCK)
-    )
+    rows_per_block = config.batch_size * min(max(1, batches), BATCHES_PER_BLOCK)
+    blocks = items.repartition(target_num_rows_per_block=rows_per_block)
     embedded = blocks.map_batches(
         with_log(EmbedImages),
         fn_constructor_args=(config.clip, config.device, config.background, activity.listen()),
@@ -162,7 +162,9 @@ def embed_images(
         num_gpus=1 if config.device == "cuda" else 0,
     )
     written = embedded.map_batches(
-        with_log(WriteEmbeds(folder)), batch_size=ROWS_PER_FILE, batch_format="pyarrow"
+        with_log(WriteEmbeds(folder)),
+        batch_size=whole_blocks(ROWS_PER_FILE, rows_per_block),
+        batch_format="pyarrow",
     )
     with activity.counting("embed", total) as counted:
         files = list(written.iter_batches(batch_size=None, batch_format="pyarrow"))

@@ -13,12 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from rebeca_ray.ray_runtime import with_log
+from rebeca_ray.ray_runtime import rows_of_files, with_log
 from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.watchdog import Pulse
 
 WRITER_CPUS = 0.5  # reserved by a task that mostly waits for storage
-MAX_READ_TASKS = 500  # of a graph; each costs the driver milliseconds
 Work = Callable[[pa.Table], pa.Table]
 
 
@@ -96,11 +95,7 @@ def run_on_ray(
     # A finished graph is a cycle of Python objects that holds objects in Ray's store. Beside torch, Python
     # would not collect it for dozens of graphs.
     gc.collect()
-    numbers = ray.data.range(len(files), override_num_blocks=min(len(files), MAX_READ_TASKS))
-    # Not `read_parquet`, which would start processes of its own for lists and footers.
-    rows = numbers.map_batches(
-        with_log(ReadFiles(list(files), columns)), batch_size=1, batch_format="pyarrow"
-    )
+    rows = rows_of_files(len(files), ReadFile(list(files), columns))
     for stage in stages:
         if stage.rows_per_block is not None:
             rows = rows.repartition(target_num_rows_per_block=stage.rows_per_block)
@@ -133,15 +128,14 @@ def run_on_ray(
 
 
 @dataclass(frozen=True)
-class ReadFiles:
-    """Numbers of files in, the rows of these files out."""
+class ReadFile:
+    """The number of a file in, its rows out."""
 
     files: list[str]
     columns: list[str] | None
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        for number in batch["id"].to_pylist():
-            yield read_table(self.files[number], "rows", self.columns)
+    def __call__(self, number: int) -> Iterator[pa.Table]:
+        yield read_table(self.files[number], "rows", self.columns)
 
 
 def beating(work: Callable[..., Any], pulse: Pulse | None) -> Callable[..., Any]:

@@ -35,7 +35,7 @@ from rebeca_ray.generation.progress import Progress
 from rebeca_ray.generation.repair.previous import HashedBytes
 from rebeca_ray.generation.repair.suspects import Suspects, was_started_again
 from rebeca_ray.provenance.signing import load_signer
-from rebeca_ray.ray_runtime import ExcludeIds
+from rebeca_ray.ray_runtime import ExcludeIds, whole_blocks
 from rebeca_ray.storage.filesystem import delete_files, join, list_files, open_filesystem, storage_errors
 from rebeca_ray.storage.records import (
     damage_among,
@@ -229,10 +229,8 @@ def render_stages(
         shard=shard,
         attempt=attempt,
     )
-    # Ray Data passes whole blocks to a task. Of the rest of a block, it would make a small file.
-    per_file = context.config.layout.images_per_file
-    whole_blocks = per_file - per_file % rows if per_file > rows else per_file
-    stages = [renderer, Stage(work=writer, batch_size=whole_blocks)]
+    per_file = whole_blocks(context.config.layout.images_per_file, rows)
+    stages = [renderer, Stage(work=writer, batch_size=per_file)]
     if not len(done):
         return stages
     return [Stage(work=ExcludeIds(done, in_process=context.in_process), batch_size=None), *stages]

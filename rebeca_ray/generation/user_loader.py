@@ -22,6 +22,8 @@ from rebeca_ray.prior.users import History, UserVectors
 from rebeca_ray.prior.variants import Variants
 from rebeca_ray.storage.parquet import read_table
 
+ROWS_AT_ONCE = 50_000
+
 
 class UserLoader:
     """Loads the vectors of some users at a time.
@@ -41,8 +43,7 @@ class UserLoader:
     ) -> None:
         self.prior, self.histories, self.device = prior, histories, device
         self.training_only = training_only
-        # In the prior's space, once for all users.
-        self.scaled_ID = None if rated_ID is None else prior.scaler.scale(torch.from_numpy(rated_ID)).numpy()
+        self.scaled_ID = None if rated_ID is None else scaled(prior, rated_ID)  # once for all users
         user_ids = [] if prior.users is None else prior.users["user_id"].to_pylist()
         self.user_index = {user: index for index, user in enumerate(user_ids)}
 
@@ -106,6 +107,15 @@ class UserLoader:
             for column, values in zip(rated, block.history(positions, max_history), strict=True):
                 column[rows] = values
         return rated.look_up(self.scaled_ID, self.device)
+
+
+def scaled(prior: TrainedPrior, embeds_ID: np.ndarray) -> np.ndarray:
+    """Return embeddings in the prior's space. Temporary arrays hold a part of the rows alone."""
+    scaled_ID = np.empty_like(embeds_ID)
+    for start in range(0, len(embeds_ID), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        scaled_ID[rows] = prior.scaler.scale(torch.from_numpy(embeds_ID[rows])).numpy()
+    return scaled_ID
 
 
 @lru_cache(maxsize=2)

@@ -184,7 +184,7 @@ def nearest_in_tiles(unit_CD: np.ndarray, real_unit_ID: torch.Tensor) -> tuple[n
     """Return row [C] and cosine similarity [C] of the nearest real item of each candidate."""
     padded = np.pad(unit_CD, ((0, -len(unit_CD) % ROWS_PER_TILE), (0, 0)))
     tiles = torch.from_numpy(padded).to(real_unit_ID.device).split(ROWS_PER_TILE)
-    pairs = [nearest_items(tile, real_unit_ID) for tile in tiles if len(tile)]
+    pairs = [nearest_items(tile, real_unit_ID) for tile in tiles]
     nearest, similarity = (
         torch.cat(parts)[: len(unit_CD)].cpu().numpy() for parts in zip(*pairs, strict=True)
     )

@@ -1,5 +1,6 @@
 """Leftovers of crashes: partial files, probes and unfinished uploads that no process will complete."""
 
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -21,8 +22,13 @@ def leftovers(root: str, older_than: datetime) -> list[str]:
     store.filesystem.invalidate_cache()
     with storage_errors(root, "list"):
         if is_local(store.filesystem):
-            files = [path for path in Path(store.path).rglob("*") if is_leftover(path.name)]
-            old = [str(path) for path in files if path.lstat().st_mtime < older_than.timestamp()]
+            files = [
+                Path(folder, name)
+                for folder, _, names in os.walk(store.path)
+                for name in names
+                if is_leftover(name)
+            ]
+            old = [str(path) for path in files if is_older(path, older_than)]
         elif store.filesystem.exists(store.path):
             names = [str(name) for name in store.filesystem.ls(store.path, detail=False)]
             probes = [name for name in names if is_leftover(name.rsplit("/", 1)[-1])]
@@ -40,11 +46,19 @@ def remove_partials(uri: str) -> None:
         return
     path = Path(store.path)
     with only_warn(f"removing the leftovers of crashes of {uri}"), storage_errors(uri, "remove"):
-        for file in path.parent.iterdir():
+        for file in path.parent.iterdir() if path.parent.exists() else ():
             # Its name is the target's and the suffix; another file's name may begin alike.
             is_partial = PARTIAL.sub("", file.name) == path.name != file.name
-            if is_partial and file.lstat().st_mtime < older_than.timestamp():
+            if is_partial and is_older(file, older_than):
                 file.unlink(missing_ok=True)
+
+
+def is_older(file: Path, than: datetime) -> bool:
+    """Return whether a file was last changed before a time. One that its writer renamed meanwhile was not."""
+    try:
+        return file.lstat().st_mtime < than.timestamp()
+    except FileNotFoundError:
+        return False
 
 
 def is_leftover(name: str) -> bool:

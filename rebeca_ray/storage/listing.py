@@ -104,7 +104,10 @@ def list_all(filesystem: AbstractFileSystem, path: str) -> dict[str, dict[str, A
     if filesystem.isfile(path):
         return {path: filesystem.info(path)}
     if is_local(filesystem):
-        infos = {name: filesystem.info(name) for name in files_below(path)}
+        infos = {}
+        for name in files_below(path):
+            with suppress(FileNotFoundError):  # a writer renamed it meanwhile, or a link leads nowhere
+                infos[name] = filesystem.info(name)
     else:
         infos = filesystem.find(path, detail=True)
     # An object store may hold an empty object that stands for a folder, also for this one.

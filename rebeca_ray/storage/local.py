@@ -94,10 +94,10 @@ class LocalStore:
         """
         if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
             return Failure.MISSING
-        if isinstance(error, PermissionError):
-            return Failure.DENIED
         number = getattr(error, "errno", None)
-        if number in (ENOSPC, EDQUOT, EROFS):
+        if isinstance(error, PermissionError) or number == EROFS:
+            return Failure.DENIED
+        if number in (ENOSPC, EDQUOT):
             return Failure.FULL
         # s3fs translates the answers of a server that is broken or busy to the first two numbers.
         if number in (EREMOTEIO, EBUSY, ESTALE, EHOSTUNREACH, ENETUNREACH):

@@ -7,6 +7,7 @@
 The two kinds of Avro files of one commit share its uuid.
 """
 
+import logging
 import re
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from rebeca_ray.storage.filesystem import delete_files, list_files, open_filesys
 
 if TYPE_CHECKING:
     from pyiceberg.table import Table
+
+log = logging.getLogger(__name__)
 
 UUID = r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"
 VERSION = re.compile(rf"(\d{{5}})-{UUID}\.metadata\.json")
@@ -36,8 +39,12 @@ def remove_orphans(table: "Table", older_than: datetime) -> None:
     orphans = [name for name in orphans if name not in versions]
     avro = [name for name in files if (match := AVRO.fullmatch(name)) and not {*match.groups()} & committed]
     if avro:  # a snapshot that somebody expired may have left manifests that others use
-        used = manifests_of(table)
-        orphans += [name for name in avro if name not in used]
+        try:
+            used = manifests_of(table)
+        except OSError as error:  # one of another snapshot is gone: nobody knows which ones it used
+            log.warning("%s: its manifests cannot be read, so none is removed (%s)", table.location(), error)
+        else:
+            orphans += [name for name in avro if name not in used]
     delete_files([files[name] for name in orphans if written_before(files[name], older_than)])
 
 
@@ -55,5 +62,9 @@ def manifests_of(table: "Table") -> set[str]:
 
 
 def written_before(uri: str, time: datetime) -> bool:
+    """Return whether a file is there and was written before a time."""
     filesystem, path = open_filesystem(uri)
-    return bool(filesystem.modified(path) < time)
+    try:
+        return bool(filesystem.modified(path) < time)
+    except FileNotFoundError:  # another export removed it
+        return False
