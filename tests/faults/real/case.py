@@ -116,7 +116,7 @@ class Case:
 
     def attempt(self, number: int) -> int | None:
         """Run one attempt with its faults; return its exit code."""
-        if self.main == KILLED_AT_90:  # at full speed, most items would still wait for the first writer
+        if self.main == KILLED_AT_90:  # slowly, so that the writers keep up
             (self.world.orders / "seconds").write_text("3")
         poisoned = self.main == POISON and number == 0
         if poisoned:
