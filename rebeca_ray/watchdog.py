@@ -136,8 +136,8 @@ def count_beats(pulse: Pulse, counted: Counted, done: threading.Event) -> None:
 def watchdog(activity: Activity, minutes: float | None, *, on_stall: Callable[[], None]) -> Iterator[None]:
     """End the process with code 75 after `minutes` without progress in the block.
 
-    Its state is written down first, then `on_stall` is called. A line of the log names the resources that work
-    waits for meanwhile. Without `minutes`, nothing is watched.
+    Its state is written down first, then `on_stall` is called. A line of the log names the resources that
+    work waits for meanwhile. Without `minutes`, nothing is watched.
     """
     if minutes is None:
         yield

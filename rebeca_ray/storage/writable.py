@@ -31,9 +31,9 @@ def require_writable(uri: str, what: str) -> None:
         broken_disk = is_local(filesystem) and getattr(error, "errno", None) == EIO
         failed = broken_disk or classify(error) in (Failure.UNREACHABLE, Failure.FULL)
         kind = StorageError if failed else InputError
-        remedy = "mend the store or free some space" if failed else "mend its permissions"
+        remedy = "free some space or mend the store" if failed else "mend its permissions"
         raise kind(
-            f"{what} {uri}: cannot be written ({describe(error)}); {remedy}, or choose another place"
+            f"{what} {uri}: cannot be written ({describe(error)}); choose another place or {remedy}"
         ) from None
     finally:
         for folder in missing:  # a job that fails later leaves no empty folder behind
