@@ -203,7 +203,8 @@ def render_stages(
             decoder,
             deadline,
             context.in_process,
-            join(context.run.work, "suspects"),
+            # Per attempt: rows that killed are drawn again once `retry_failed` begins another.
+            join(context.run.work, "suspects", f"attempt={attempt}"),
             context.versions["decoder"],
         ),
         batch_size=rows,

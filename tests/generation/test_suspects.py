@@ -13,11 +13,13 @@ from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.generation import render as render_module
 from rebeca_ray.generation.pipeline import generate_catalog
+from rebeca_ray.generation.progress import Progress
+from rebeca_ray.generation.render import ShardMarker, render_all
 from rebeca_ray.generation.repair import suspects as suspects_module
-from rebeca_ray.generation.repair.suspects import REASON, Suspects
+from rebeca_ray.generation.repair.suspects import DEATHS, REASON, Suspects
 from rebeca_ray.storage.filesystem import delete
-from tests.conftest import NO_GATE, snapshot_of
-from tests.generation.light_render import KilledByOneRow
+from tests.conftest import NO_GATE, context_of, planned_items, snapshot_of, write_plan
+from tests.generation.light_render import KilledByOneRow, LightRender
 
 
 class DyingError(Exception):
@@ -125,3 +127,36 @@ def test_a_row_that_kills_its_actor_costs_that_row_alone(
     assert (error["item_id"], error["error"]) == (poison, REASON)
     others = expected.filter(pc.not_equal(expected["item_id"], poison))
     assert sorted(snapshot.items()["item_id"].to_pylist()) == sorted(others["item_id"].to_pylist())
+
+
+def test_a_row_that_killed_is_drawn_again_with_the_failed_ones(
+    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = context_of(config)
+    decisions = write_plan(context)
+    poison = planned_items(context.run)["item_id"][5].as_py()
+    drawn: list[list[str]] = []
+
+    class Dying(LightRender):
+        def render(self, batch: pa.Table) -> pa.Table:
+            drawn.append(batch["item_id"].to_pylist())
+            if poison in drawn[-1]:
+                raise DyingError
+            return super().render(batch)
+
+    def render(*, retry_failed: bool = False) -> int:
+        render_all(context, decisions, Progress(), deadline=None, retry_failed=retry_failed)
+        marker = ShardMarker.read(context.run, 0)
+        assert marker is not None
+        return marker.failed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(render_module, "RenderImages", Dying)
+        patch.setattr(suspects_module, "delete", lambda uri: poison in drawn[-1] or delete(uri))
+        for _ in range(2 * DEATHS):
+            with pytest.raises(DyingError):
+                render()
+        assert render() == 1
+    monkeypatch.setattr(render_module, "RenderImages", LightRender)
+    assert render() == 1
+    assert render(retry_failed=True) == 0

@@ -2,7 +2,8 @@
 
 Ray starts a killed actor again and gives it the same rows, for ever. So an actor that Ray has started again
 notes the rows of each batch before it draws them, and removes the note afterwards. A note that stays tells of
-a death. Rows of DEATHS such notes are drawn alone; one that has killed DEATHS times alone is not drawn again.
+a death. Rows of DEATHS such notes are drawn alone; one that has killed DEATHS times alone is not drawn again
+in this attempt.
 
 Before the first death nothing is noted, so a run without deaths pays nothing.
 """
@@ -26,7 +27,7 @@ REASON = f"killed its process {DEATHS} times when it was drawn alone: a crash, o
 
 
 class Suspects:
-    """The notes of the processes that died while they rendered for a run, below `uri`."""
+    """The notes of the processes that died while they rendered in an attempt, below `uri`."""
 
     def __init__(self, uri: str, *, watchful: bool) -> None:
         self.uri = uri

@@ -14,6 +14,7 @@ from tests.faults.real.kinds import STAGES
 from tests.faults.real.world import World
 
 STUCK_SECONDS = 180  # without a new stage and without a fault
+ERROR = re.compile(r"error: |[\d:]+ ERROR run \S+: no progress for ")  # of the command, or of its watchdog
 
 
 class Night:
@@ -68,7 +69,7 @@ class Night:
 
     def complaints(self) -> list[str]:
         """Return the problems of the attempt's end: a traceback, a wrong code, not exactly one line."""
-        code, errors = self.process.returncode, [line for line in self.lines if line.startswith("error: ")]
+        code, errors = self.process.returncode, [line for line in self.lines if ERROR.match(line)]
         problems = []
         if any(re.match(r"Traceback", line) for line in self.lines):
             problems.append("traceback")

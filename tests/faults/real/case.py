@@ -76,15 +76,15 @@ class Case:
         expected = world.expected_of_triton if self.triton else world.expected
         world.cluster  # noqa: B018 - starts it
         self.root = world.prepare(f"case-{self.number}-{os.getpid()}", on_disk=self.main == DISK_FULL)
-        self.config = self.write_config()
         before = read_catalog(self.root)
+        self.published_before = before.run_id
         allowed = {fingerprint(before), expected}
         reader = Reader(self.root)
         reader.start()
         published = False
         for attempt in range(MAX_ATTEMPTS):
             code = self.attempt(attempt)
-            if code == 0 and read_catalog(self.root).run_id != before.run_id:
+            if code == 0 and self.has_published():
                 published = True
                 break
         ended_at = time.monotonic()
@@ -98,10 +98,17 @@ class Case:
             self.keep_log()
         return self.records
 
+    def has_published(self) -> bool:
+        return read_catalog(self.root).run_id != self.published_before
+
+    def pends(self, kind: str) -> bool:
+        """Return whether the case is about a kind of fault that has not struck yet."""
+        return self.main == kind and all(record.kind != kind for record in self.records)
+
     def write_config(self) -> Path:
-        """Write the config of the night."""
+        """Write the config of the next attempt."""
         config: GenerateConfig = self.world.tonight.model_copy(update={"catalog": self.root})
-        if self.main == STALLED:
+        if self.pends(STALLED):
             limits = LimitSettings(lease_seconds=4, stall_minutes=STALL_MINUTES)
             config = config.model_copy(update={"limits": limits})
         if self.triton:
@@ -118,21 +125,22 @@ class Case:
         """Run one attempt with its faults; return its exit code."""
         if self.main == KILLED_AT_90:  # slowly, so that the writers keep up
             (self.world.orders / "seconds").write_text("3")
-        poisoned = self.main == POISON and number == 0
+        poisoned = self.pends(POISON)
         if poisoned:
             (self.world.orders / "poison").write_text(self.generator.choice(self.world.new_items))
         if self.main == STALLED:
             (self.world.orders / "stalled").unlink(missing_ok=True)
-            if number == 0:
+            if self.pends(STALLED):
                 (self.world.orders / "stalled").touch()
+        config = self.write_config()
         retry = ["--retry-failed"] if self.main == POISON and number and self.codes[-1] == 3 else []
-        night = Night(self.world, self.config, *retry)
+        night = Night(self.world, config, *retry)
         self.nights.append(night)
         began = len(self.records)
         other = None
         if self.main == TWO_ATTEMPTS and number == 0:
             time.sleep(self.generator.choice((0.0, self.generator.uniform(0, 10))))
-            other = Night(self.world, self.config)
+            other = Night(self.world, config)
             self.note(TWO_ATTEMPTS, "start")
         killed = False
         for stage, delay, kind, strike in self.plan(number):
@@ -150,14 +158,14 @@ class Case:
             self.end_of_other(other, code)
         if poisoned and code == 3:
             self.note(POISON, "render")
-        if self.main == STALLED and number == 0 and code == 75:
+        if self.pends(STALLED) and code == 75 and night.stages[-1] == "render":
             self.note(STALLED, "render")
         allowed = {0, 75} | ({3} if poisoned else set()) | ({5} if other else set())
         if not killed:
             self.problems += night.complaints()
             if code is not None and code not in allowed:
                 self.problems.append(f"exit code {code}")
-        if killed and self.main in DAMAGES and number == 0:
+        if killed and self.main in DAMAGES and number == 0 and not self.has_published():
             name = damage(self.world, self.root, self.main, self.generator)
             if name:
                 self.note(self.main, night.stages[-1])

@@ -11,6 +11,7 @@ from pathlib import Path
 from tests.faults.real.world import World
 from tests.faulty_s3 import Fault
 
+WAIT_SECONDS = 20  # for a worker to kill, which starts late on a busy machine
 STAGES = ("start", "histories", "decide", "plan", "test", "render", "assemble")
 Strike = Callable[[World, random.Random], bool]  # returns whether it met anything
 
@@ -19,9 +20,11 @@ def kill_one(*names: str) -> Strike:
     """Return a strike that kills one of Ray's workers by SIGKILL."""
 
     def strike(world: World, generator: random.Random) -> bool:
-        workers = world.workers(*names)
-        if not workers:
-            return False
+        until = time.monotonic() + WAIT_SECONDS
+        while not (workers := world.workers(*names)):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.1)
         os.kill(generator.choice(sorted(workers, key=lambda worker: worker.pid)).pid, signal.SIGKILL)
         return True
 
@@ -105,7 +108,7 @@ def restart_triton(world: World, generator: random.Random) -> bool:
 # Kinds that a night may survive without ending: the stages that they strike in, and the strike.
 SURVIVED: dict[str, tuple[tuple[str, ...], Strike]] = {
     "plan actor killed": (("plan",), kill_one("PlanUsers")),
-    "render actor killed": (("render",), kill_one("RenderImages")),
+    "render actor killed": (("render",), kill_one("OrderedRender")),
     "worker killed": (("plan", "render"), kill_one("ray::")),
     "raylet killed": (("plan", "render"), kill_raylet),
     "node removed": (("plan", "render"), remove_node),
