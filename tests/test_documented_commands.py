@@ -47,7 +47,6 @@ BENCHMARK = "measures for minutes; the last test of this file imports it"
 # with `*` stands for all commands that begin so.
 ELSEWHERE = {
     **{f"make {target}": MAKE for target in PLANNED_TARGETS},
-    "make faults *": MAKE,
     "source .venv/bin/activate": README,
     "cd mine": README,
     f"{GENERATE_YAML} num_images=10 --dry-run": README,
