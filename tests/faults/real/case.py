@@ -53,6 +53,7 @@ class Record:
     ended_with: int | None = None  # exit code of the attempt
     seconds: float | None = None  # until the snapshot was published
     problems: list[str] = field(default_factory=list)
+    file: str = ""  # that was damaged, below the catalog
 
 
 class Case:
@@ -168,7 +169,7 @@ class Case:
         if killed and self.main in DAMAGES and number == 0 and not self.has_published():
             name = damage(self.world, self.root, self.main, self.generator)
             if name:
-                self.note(self.main, night.stages[-1])
+                self.note(self.main, night.stages[-1], name)
         for record in self.records[began:]:
             record.ended_with = code
         return code
@@ -184,8 +185,8 @@ class Case:
         if 0 not in (code, other_code) or not {code, other_code} <= {0, 5}:
             self.problems.append(f"two attempts ended with {code} and {other_code}")
 
-    def note(self, kind: str, stage: str) -> None:
-        self.records.append(Record(kind, stage, self.number))
+    def note(self, kind: str, stage: str, file: str = "") -> None:
+        self.records.append(Record(kind, stage, self.number, file=file))
         self.struck_at.append(time.monotonic())
 
     def strike(self, night: Night, kind: str, strike: Strike | None) -> bool:

@@ -6,7 +6,6 @@ import random
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from tests.faults.real.world import World
 from tests.faulty_s3 import Fault
@@ -134,7 +133,7 @@ ALL_KINDS = (
 
 
 def damage(world: World, root: str, kind: str, generator: random.Random) -> str | None:
-    """Damage one file that an unfinished run wrote; return its name, or None without one."""
+    """Damage one file that an unfinished run wrote; return its path below the root, or None without one."""
     bucket_path = root.removeprefix("s3://")
     before = {str(path.relative_to(world.folder / "first")) for path in (world.folder / "first").rglob("*")}
     files = [
@@ -153,4 +152,4 @@ def damage(world: World, root: str, kind: str, generator: random.Random) -> str 
         path,
         bytes(data[: len(data) // 2]) if "truncated" in kind else b"" if "emptied" in kind else bytes(data),
     )
-    return Path(path).name
+    return str(path.removeprefix(f"{bucket_path}/"))
