@@ -226,6 +226,7 @@ def real_world(num_buckets: int = 2) -> Iterator[World]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ))
+        stack.enter_context(patch.object(s3fs.S3FileSystem, "_cache", {}))  # of clients of other servers
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rf", dir="/tmp"))
         (Path(folder) / "ray").mkdir()
         os.environ.update(RAY_ENVIRONMENT | {"RAY_TMPDIR": f"{folder}/ray"})
