@@ -104,6 +104,8 @@ def require_room(
 A = TypeVar("A")
 T = TypeVar("T")
 TASKS_AT_ONCE = 1000  # waiting for one of n takes time in proportion to n
+WRITER_CPUS = 0.5  # reserved by a task that mostly waits for storage
+WRITERS_PER_ACTOR = 2
 MAX_READ_TASKS = 500  # of a graph; each costs the driver milliseconds
 TASK_SECONDS = 3600  # without an end of any task, after which they count as stuck
 
@@ -238,6 +240,26 @@ def rows_of_files(count: int, read: Callable[[int], Iterator[pa.Table]]) -> Any:
 
     numbers = ray.data.range(count, override_num_blocks=min(count, MAX_READ_TASKS))
     return numbers.map_batches(with_log(read_some), batch_size=1, batch_format="pyarrow")
+
+
+def behind_actors(
+    rows: Any, work: Callable[[pa.Table], pa.Table], batch_size: int | None, *, actors: int, cpus: float
+) -> Any:
+    """Return the Ray Dataset of `work` on the batches that come from `actors` actors of `cpus` CPUs each.
+
+    Its tasks reserve no CPU where the actors and the reading take them all. Ray Data would start them only
+    after everything is read, and until then hold the results of all actors in its store.
+    """
+    import ray
+
+    spare = ray.cluster_resources().get("CPU", 0) - actors * cpus - 1
+    return rows.map_batches(
+        with_log(work),
+        batch_size=batch_size,
+        batch_format="pyarrow",
+        num_cpus=WRITER_CPUS if spare >= WRITER_CPUS else 0,
+        compute=ray.data.TaskPoolStrategy(size=WRITERS_PER_ACTOR * actors),
+    )
 
 
 def whole_blocks(rows: int, rows_per_block: int) -> int:

@@ -28,7 +28,7 @@ from rebeca_ray.data.streaming import stream
 from rebeca_ray.data.validation import check_columns
 from rebeca_ray.errors import InputError
 from rebeca_ray.identity import hash128
-from rebeca_ray.ray_runtime import ExcludeIds, require_room, start_ray, whole_blocks, with_log
+from rebeca_ray.ray_runtime import ExcludeIds, behind_actors, require_room, start_ray, whole_blocks, with_log
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import ParquetInput, open_parquet, write_table
@@ -161,10 +161,9 @@ def embed_images(
         num_cpus=config.cpus_per_actor,
         num_gpus=1 if config.device == "cuda" else 0,
     )
-    written = embedded.map_batches(
-        with_log(WriteEmbeds(folder)),
-        batch_size=whole_blocks(ROWS_PER_FILE, rows_per_block),
-        batch_format="pyarrow",
+    per_file = whole_blocks(ROWS_PER_FILE, rows_per_block)
+    written = behind_actors(
+        embedded, WriteEmbeds(folder), per_file, actors=config.num_actors, cpus=config.cpus_per_actor
     )
     with activity.counting("embed", total) as counted:
         files = list(written.iter_batches(batch_size=None, batch_format="pyarrow"))

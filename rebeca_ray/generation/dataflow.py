@@ -13,11 +13,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from rebeca_ray.ray_runtime import rows_of_files, with_log
+from rebeca_ray.ray_runtime import behind_actors, rows_of_files, with_log
 from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.watchdog import Pulse
 
-WRITER_CPUS = 0.5  # reserved by a task that mostly waits for storage
 Work = Callable[[pa.Table], pa.Table]
 
 
@@ -90,41 +89,44 @@ def batched(tables: Iterator[pa.Table], batch_size: int | None) -> Iterator[pa.T
 def run_on_ray(
     files: Sequence[str], stages: Sequence[Stage], columns: list[str] | None, pulse: Pulse | None
 ) -> Iterator[pa.Table]:
-    import ray
-
     # A finished graph is a cycle of Python objects that holds objects in Ray's store. Beside torch, Python
     # would not collect it for dozens of graphs.
     gc.collect()
     rows = rows_of_files(len(files), ReadFile(list(files), columns))
+    actors: Actors | None = None  # of the last stage that has some
     for stage in stages:
         if stage.rows_per_block is not None:
             rows = rows.repartition(target_num_rows_per_block=stage.rows_per_block)
-        if stage.actors is None:
-            rows = rows.map_batches(
-                with_log(stage.work),
-                batch_size=stage.batch_size,
-                batch_format="pyarrow",
-                num_cpus=WRITER_CPUS,
-            )
-            continue
-        actors = stage.actors
-        rows = rows.map_batches(
-            with_log(beating(stage.work, pulse)),
-            fn_constructor_args=stage.arguments,
-            batch_size=stage.batch_size,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(
-                size=actors.count,
-                # An actor never waits for its next batch: each thread has one more at hand.
-                max_tasks_in_flight_per_actor=2 * actors.calls,
-                max_concurrent_calls_per_actor=actors.calls,
-                enable_true_multi_threading=actors.calls > 1,
-            ),
-            num_cpus=actors.cpus,
-            num_gpus=actors.gpus,
-            resources={"decoder_slot": actors.decoder_slots} if actors.decoder_slots else None,
-        )
+        if stage.actors is not None:
+            actors = stage.actors
+            rows = on_actors(rows, stage, actors, pulse)
+        elif actors is not None:
+            rows = behind_actors(rows, stage.work, stage.batch_size, actors=actors.count, cpus=actors.cpus)
+        else:  # one task with the reading
+            rows = rows.map_batches(with_log(stage.work), batch_size=stage.batch_size, batch_format="pyarrow")
     return iter(rows.iter_batches(batch_size=None, batch_format="pyarrow"))
+
+
+def on_actors(rows: Any, stage: Stage, actors: Actors, pulse: Pulse | None) -> Any:
+    """Return the Ray Dataset of a stage's batches, each from one of its actors."""
+    import ray
+
+    return rows.map_batches(
+        with_log(beating(stage.work, pulse)),
+        fn_constructor_args=stage.arguments,
+        batch_size=stage.batch_size,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(
+            size=actors.count,
+            # An actor never waits for its next batch: each thread has one more at hand.
+            max_tasks_in_flight_per_actor=2 * actors.calls,
+            max_concurrent_calls_per_actor=actors.calls,
+            enable_true_multi_threading=actors.calls > 1,
+        ),
+        num_cpus=actors.cpus,
+        num_gpus=actors.gpus,
+        resources={"decoder_slot": actors.decoder_slots} if actors.decoder_slots else None,
+    )
 
 
 @dataclass(frozen=True)
