@@ -24,6 +24,7 @@ from rebeca_ray.generation.sharing.planned import lenders_of
 from rebeca_ray.identity import bucket_of
 from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior
 from rebeca_ray.prior.selector import Selector
+from rebeca_ray.ray_runtime import for_each
 from tests.conftest import USERS, D, prior_users, snapshot_of, write_tiny_prior
 from tests.generation.test_nights import by_user, change_digest, counts, night, request_for
 
@@ -83,6 +84,24 @@ def test_users_share_images_and_every_count_adds_up(
         assert row["image_embeds"] == lent["image_embeds"]
         assert row["nearest_item_id"] == lent["nearest_item_id"]
     assert {len(images) for images in images_by_item(snapshot).values()} == {1}
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_ray_shares_the_images_that_this_process_shares(
+    config: GenerateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, local = night(sharing(config), USERS)
+
+    def on_ray(*arguments: Any, name: str, in_process: bool) -> list[Any]:
+        assert in_process
+        return for_each(*arguments, name=name, in_process=False)
+
+    monkeypatch.setattr(planned, "for_each", on_ray)
+    manifest, shared = night(sharing(config, catalog=str(tmp_path / "on-ray")), USERS)
+    assert manifest.decisions.shared_items >= 3
+    names = ["user_id", "rank", "item_id", "image_embeds", "like_probability"]
+    assert shared.items(names).equals(local.items(names))
+    assert images_by_item(shared) == images_by_item(local)
 
 
 def test_a_run_that_is_killed_while_it_shares_or_later_gives_the_same_snapshot(
