@@ -83,7 +83,7 @@ def time_steps(num_users: int) -> dict[str, float]:
             history=Rated.nothing(BATCH, 1),
         )
         started = time.perf_counter()
-        train_epoch(loss, state, iter([batch]), x0_ID, generator, config, None)
+        train_epoch(loss, state, iter([batch]), x0_ID, generator, config)
         seconds.append(time.perf_counter() - started)
     assert state.table is not None
     table = state.table.rows_VUH.nbytes / 2**20
