@@ -27,7 +27,7 @@ from rich.table import Table
 RESULT = Path(__file__).parent / "results" / "training_step.json"
 CONFIG = Path(__file__).parents[2] / "jobs" / "configs" / "train_stickers.yaml"
 USERS, RATINGS_PER_USER, ITEMS, D = 2000, 30, 7096, 256
-STEPS_OF_SAMPLES = {1024: 16, 4096: 6, 8192: 4}
+STEPS_OF_SAMPLES = {1024: 24, 4096: 6}
 KINDS = {"one": (1, False), "two, nothing shared": (2, False), "two, gradients exchanged": (2, True)}
 
 
@@ -138,6 +138,7 @@ def measure(count: int, exchange: bool, samples: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--samples", type=int, nargs="*", default=list(STEPS_OF_SAMPLES))
+    parser.add_argument("--rounds", type=int, default=5, help="in turn; the figures are their medians")
     parser.add_argument("--rank", type=int, help="be this worker, in this process")
     parser.add_argument("--exchange", type=int, default=0, help="port of the exchange; 0: none")
     arguments = parser.parse_args()
@@ -146,7 +147,15 @@ def main() -> None:
         return
     result = {}
     for samples in arguments.samples:
-        figures = {name: measure(*kind, samples) for name, kind in KINDS.items()}
+        rounds = [
+            {name: measure(*kind, samples) for name, kind in KINDS.items()} for _ in range(arguments.rounds)
+        ]
+        figures = {
+            name: {
+                part: statistics.median(figures[name][part] for figures in rounds) for part in rounds[0][name]
+            }
+            for name in KINDS
+        }
         result[samples] = figures
         table = Table(f"{samples:,} samples per worker", *figures)
         for part in figures["two, gradients exchanged"]:
