@@ -58,8 +58,8 @@ def start_ray() -> None:
         if handler.name == "console":  # a program or a test may have added its own
             handler.setLevel(logging.CRITICAL + 1)  # its errors are raised too, its log file keeps all
     package_log.enable()
-    # A pool of few actors is right where there is little to do.
-    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
+    # A pool of few actors, or few tasks of those allowed, are right where there is little to do.
+    warnings.filterwarnings("ignore", message="The (minimum|maximum) number of concurrent (actors|tasks)")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a job's log shows each line at once, not at the end
 
