@@ -1,6 +1,6 @@
 # Every target sets up what it needs: uv and a virtual environment, both inside .venv, from the locked versions.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench faults lock clean setup
+.PHONY: help demo test pytest lint format docs bench faults lock clean setup
 
 PYTHON ?= python3
 VENV := .venv
@@ -31,8 +31,11 @@ demo: setup
 # Two files of tests at a time, each with a Ray of its own; three gain little on two cores, and tests time out. One thread each, for threads of
 # processes that wait for each other by spinning take longer than one. Ray's workers are not nice (by default 15): beside busy tests
 # they would get next to nothing of two cores, and their own tests time out. A test process that dies ends the run: with another in
-# its place, the run would wait for ever.
-test: lint
+# its place, the run would wait for ever. Lint runs beside the tests: mypy alone would leave a core idle for a minute.
+test: setup
+	$(MAKE) --no-print-directory --jobs 2 lint pytest
+
+pytest: setup
 	OMP_NUM_THREADS=1 RAY_worker_niceness=0 $(BIN)/python -m pytest --numprocesses 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 
 lint: setup

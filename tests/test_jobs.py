@@ -110,8 +110,8 @@ def wait_for_dashboard(environment: dict[str, str]) -> None:
 
 
 def simulate(head: dict[str, str]) -> Path:
-    """Simulate forty users; return the items that they rated, a third of all stickers."""
-    command = [BIN / "rebeca", "stickers", "simulate", "--users", "40"]
+    """Simulate twelve users; return the items that they rated, a seventh of all stickers."""
+    command = [BIN / "rebeca", "stickers", "simulate", "--users", "12"]
     subprocess.run(command, env=head, check=True, capture_output=True)
     folder = Path(head["HOME"]) / "rebeca-stickers"
     rated = pq.read_table(folder / "interactions.parquet")["item_id"].unique()
@@ -142,7 +142,7 @@ def test_a_night_with_its_default_config_and_once_is_enough(head: dict[str, str]
         "train.optimization.max_epochs=1",
         "generate.num_images=1",
         "generate.decoder.num_inference_steps=2",
-        # After one epoch on 40 users the prior ignores them, and the gate would refuse the night.
+        # After one epoch on 12 users the prior ignores them, and the gate would refuse the night.
         "generate.gate.max_p_value=null",
     ]
     out = submit(head, *night)
@@ -151,8 +151,8 @@ def test_a_night_with_its_default_config_and_once_is_enough(head: dict[str, str]
     manifest = json.loads((data / "catalog" / pointer["snapshot"] / "manifest.json").read_text())
     assert (manifest["run_date"], manifest["counts"]["new"], manifest["counts"]["users"]) == (
         "2026-03-02",
-        40,
-        40,
+        12,
+        12,
     )
     assert pointer["lease"] is None
     again = submit(head, *night)
