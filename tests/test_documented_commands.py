@@ -69,6 +69,9 @@ ELSEWHERE = {
     "rebeca catalog export atlas *": (
         "tests/catalog/test_atlas.py::test_every_item_has_an_image_a_position_and_its_nearest_others"
     ),
+    "rebeca catalog forget *": (
+        "tests/catalog/test_forget.py::test_a_dry_run_lists_and_changes_nothing_and_the_command_prints_json"
+    ),
     "rebeca catalog verify CATALOG --provenance": (
         "tests/generation/test_provenance.py"
         "::test_the_command_reports_how_many_were_checked_and_damage_ends_with_4"

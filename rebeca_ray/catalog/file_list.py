@@ -1,4 +1,4 @@
-"""The list of a snapshot's files: checked against the manifest, or all lists of a damaged snapshot."""
+"""The list of a snapshot's files: write it, check it, or read all lists of a damaged snapshot."""
 
 import hashlib
 import re
@@ -6,12 +6,20 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rebeca_ray import schemas
 from rebeca_ray.catalog.layout import inside
-from rebeca_ray.catalog.manifest import REPAIR, FileList
+from rebeca_ray.catalog.manifest import REPAIR, FileList, FileRow
 from rebeca_ray.errors import Failure, InputError, StorageError, describe
 from rebeca_ray.storage.filesystem import join, list_files, open_filesystem
-from rebeca_ray.storage.parquet import read_table
+from rebeca_ray.storage.parquet import read_table, write_table
 from rebeca_ray.storage.store import classify, failure_types
+
+
+def write_file_list(root: str, path: str, fencing_token: int, rows: list[FileRow]) -> FileList:
+    """Write the file list of the snapshot in a folder below the root; return its entry in the manifest."""
+    file = f"{path}/files-{fencing_token:06d}.parquet"
+    table = pa.Table.from_pylist(rows, schema=schemas.FILES)
+    return FileList(path=file, **write_table(table, join(root, file), row_group_size=10_000))
 
 
 def read_file_list(root: str, path: str, files: FileList) -> pa.Table:

@@ -47,7 +47,7 @@ FILES_AT_ONCE = 1000  # as many as a request to S3 removes
 PARTIAL = r"(\.partial\S*)?$"  # a writer that was killed left it
 IN_SNAPSHOT = re.compile(
     r"(\.manifest\.lock|manifest\.json|files-\d+\.parquet"
-    r"|(items|users|errors|changes)/bucket=\d+/part-\d+\.parquet)" + PARTIAL
+    r"|(items|users|errors|changes)/bucket=\d+/part-[\d-]+\.parquet)" + PARTIAL
 )
 IN_IMAGES = re.compile(r"bucket=\d+/(part|compacted)-[0-9a-f-]+\.parquet" + PARTIAL)
 

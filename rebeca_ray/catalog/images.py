@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 
 from rebeca_ray import schemas
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 FILES_AT_ONCE = 16
 LOCATION = ("image_file", "image_row")
 FIRST_ITEMS = 24  # shown of a snapshot if nobody names a user
+
+
+def image_location(items: pa.Table) -> pa.Array:
+    """Return each item's image location as one number: file in the upper 32 bits, row in the lower."""
+    return pa.array((items["image_file"].to_numpy().astype(np.int64) << 32) + items["image_row"].to_numpy())
 
 
 def show_items(snapshot: Snapshot, user_ids: Sequence[str] | None) -> Images:

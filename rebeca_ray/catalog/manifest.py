@@ -4,6 +4,7 @@ The manifest is the public contract of a snapshot, and it only grows. Version 3 
 `read_manifest` translates them, so the rest of the package knows the current names alone.
 """
 
+import re
 from datetime import datetime
 from typing import Annotated, NotRequired
 
@@ -142,6 +143,12 @@ class FileList(Record):
     rows: int
     bytes: int
     sha256: str
+
+    @property
+    def fencing_token(self) -> int:
+        """The token of its writer; 0 for a list of another name."""
+        name = re.search(r"/files-(\d+)\.parquet$", self.path)
+        return int(name[1]) if name else 0
 
 
 class Manifest(Record):

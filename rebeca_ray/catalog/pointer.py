@@ -69,6 +69,7 @@ class Pointer:
     previously_published: tuple[Replaced, ...] = ()  # the latest at the end; gc needs them
     withdrawn: tuple[Withdrawn, ...] = ()
     doomed: tuple[str, ...] = ()  # run ids
+    rewritten: int = 0  # the token of the last erasure that wrote the published snapshot anew
 
 
 POINTERS = TypeAdapter(Pointer)

@@ -64,10 +64,10 @@ class Snapshot:
     def refresh(self) -> Snapshot:
         """Return the snapshot that is published now: this very one if nothing was published since.
 
-        Reads `latest.json` alone.
+        Reads `latest.json` alone. A snapshot from which somebody was erased is opened again.
         """
         pointer, _ = read_pointer(self.root)
-        if pointer.snapshot == self.path:
+        if pointer.snapshot == self.path and pointer.rewritten <= self.manifest.files.fencing_token:
             return self
         if pointer.snapshot is None:
             raise nothing_published(self.root)
@@ -383,9 +383,11 @@ def nothing_published(root: str) -> InputError:
 def open_snapshot(root: str, path: str) -> Snapshot:
     """Return one snapshot by its folder below the root. Raises InputError as `read_manifest` does."""
     manifest = read_manifest(root, path)
-    return Snapshot(
-        root=absolute(root).rstrip("/"),
-        path=path,
-        manifest=manifest,
-        files=read_file_list(root, path, manifest.files),
-    )
+    try:
+        files = read_file_list(root, path, manifest.files)
+    except InputError:
+        before, manifest = manifest, read_manifest(root, path)
+        if manifest.files == before.files:
+            raise
+        files = read_file_list(root, path, manifest.files)  # somebody was erased in between
+    return Snapshot(root=absolute(root).rstrip("/"), path=path, manifest=manifest, files=files)

@@ -63,8 +63,9 @@ def explained(snapshot: Snapshot, path: str = "") -> Iterator[None]:
         broken = classify(error) in (Failure.MISSING, Failure.DAMAGED)
         try:
             gone = broken and not exists(join(snapshot.root, snapshot.path, "manifest.json"))
+            rewritten = broken and not gone and not exists(join(snapshot.root, snapshot.manifest.files.path))
         except StorageError:
-            broken, gone = False, False
+            broken, gone, rewritten = False, False, False
         if not broken:
             raise StorageError(
                 f"{run}: {file}cannot be read ({describe(error)}); "
@@ -74,6 +75,11 @@ def explained(snapshot: Snapshot, path: str = "") -> Iterator[None]:
             raise InputError(
                 f"{run} was collected and cannot be read any more; go on with `refresh()`, "
                 "and hold no snapshot longer than the grace period of `rebeca catalog gc`"
+            ) from None
+        if rewritten:
+            raise InputError(
+                f"{run} was written anew, because somebody was erased from it; go on with `refresh()`, "
+                "or open it again"
             ) from None
         raise InputError(
             f"{run}: {file}is missing or damaged ({describe(error)}); "

@@ -21,7 +21,14 @@ log = logging.getLogger(__name__)
 
 RUN = "run_id="
 # The folders of a catalog, and the start of the names in them; None: no folders of runs.
-FOLDERS = {"snapshots": "run_date=", "images": RUN, "work": RUN, "runs": None, "rated": None}
+FOLDERS = {
+    "snapshots": "run_date=",
+    "images": RUN,
+    "work": RUN,
+    "runs": None,
+    "rated": None,
+    "erasures": None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""`rebeca catalog`: look at published snapshots, verify, publish, collect, export them."""
+"""`rebeca catalog`: look at published snapshots, verify, publish, collect, export them, erase people."""
 
 from typing import Annotated, Literal
 
@@ -142,6 +142,52 @@ def gc(
     with plain_errors(RESUMES):
         garbage = collect(catalog, keep=keep, grace_hours=grace_hours, dry_run=dry_run)
         print_result(output.collected(garbage, dry_run=dry_run))
+
+
+@app.command()
+def forget(
+    catalog: Catalog,
+    user: Annotated[list[str] | None, typer.Option(help="Id of a user to erase; may be repeated.")] = None,
+    users: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Parquet or CSV file of the users to erase, in a column user_id."),
+    ] = None,
+    places: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--from",
+            metavar="FOLDER",
+            help="Folder of `export images`, of `export key-values` or of a prior; may be repeated.",
+        ),
+    ] = None,
+    storage: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FOLDER", help="Storage of trainings: histories and checkpoints; may be repeated."
+        ),
+    ] = None,
+    iceberg: Annotated[
+        tuple[str, str, str] | None,
+        typer.Option(
+            metavar="DATABASE WAREHOUSE NAMESPACE", help="Iceberg tables, as `export iceberg` wrote them."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files to write anew or to remove, and change nothing.")
+    ] = False,
+) -> None:
+    """Erase users from all snapshots, and from the given places; keep them away from later runs. Prints JSON.
+
+    Needs the secret key of the tombstones in REBECA_ERASURE_KEY. Unfinished runs are given up.
+    """
+    from rebeca_ray.forget import Iceberg, Places, read_users
+    from rebeca_ray.forget import forget as erase
+
+    with plain_errors(RESUMES):
+        tables = Iceberg(*iceberg) if iceberg else None
+        given = Places(folders=places or [], storages=storage or [], iceberg=tables)
+        names = [*(user or []), *(read_users(users) if users is not None else [])]
+        print_result(erase(catalog, names, given, dry_run=dry_run).values(), as_json=True)
 
 
 @exports.command(name="images")

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
+from rebeca_ray.catalog.erasure.tombstones import Tombstones, read_tombstones
 from rebeca_ray.config.sections import InteractionSettings
 from rebeca_ray.data.interactions import (
     Interactions,
@@ -102,17 +103,20 @@ def build_histories(
     *,
     multiple_of: int = 1,
     activity: Activity | None = None,
+    catalog: str | None = None,
 ) -> Histories:
     """Group the interactions by user below `storage`, or return an earlier folder of the same input.
 
     `item_id` are the ids of the embedded items, and `item_index` counts into them. The number of buckets is a
-    multiple of `multiple_of`. Progress is noted in `activity`. Raises InputError as `read_interactions` does,
+    multiple of `multiple_of`. Progress is noted in `activity`. Users who were erased from `catalog` are left
+    out. Raises InputError as `read_interactions` does,
     and for rated items that have no embedding.
     """
     # The name of the folder is a hash of everything in it, so a complete folder of that name serves again.
     source = open_interactions(settings)
     columns = check_columns(source, schemas.INTERACTIONS)
-    out = join(storage, f"histories-{fingerprint(settings, source, item_id)[:12]}")
+    tombstones = read_tombstones(catalog)
+    out = join(storage, f"histories-{fingerprint(settings, source, item_id, tombstones)[:12]}")
     if record := read_record(join(out, MARKER)):
         histories = Histories(**record)
         if not (damaged := damage_among(out, histories.written_files())):
@@ -120,16 +124,22 @@ def build_histories(
         name, reason = next(iter(damaged.items()))
         log.warning(f"{join(out, name)}: {reason}; all histories are built again")
 
+    if tombstones:
+        log.info(
+            f"interactions {settings.path}: ratings of erased users are left out "
+            f"(tombstones: {len(tombstones.hashes):,})"
+        )
     items = pa.array(item_id, pa.string())
     num_buckets = multiple_of * math.ceil(source.num_rows / ROWS_PER_BUCKET / multiple_of)
     try:
         # One bucket fits into this process, where no Ray needs to start.
         if num_buckets <= 1:
-            ratings = known_items(read_columns(source), items, settings)
+            ratings = read_columns(source)
+            ratings = known_items(tombstones.without(ratings) if tombstones else ratings, items, settings)
             counted = [write_bucket(interactions_of(ratings, settings), items, settings.path, out, 0)]
         else:
             split, activity = join(out, "split"), activity or Activity()
-            split_by_bucket(source, columns, split, num_buckets, activity)
+            split_by_bucket(source, columns, split, num_buckets, activity, tombstones)
 
             def build(bucket: int) -> WrittenBucket:
                 return build_bucket(settings, split, items, out, bucket)
@@ -153,15 +163,21 @@ def build_histories(
     return histories
 
 
-def fingerprint(settings: InteractionSettings, source: ParquetInput, item_id: np.ndarray) -> str:
-    """Return a hash of the settings, the files of the input, the items, and the columns of a history."""
-    return hash128(
-        settings.model_dump_json(), source.digest(), ",".join(schemas.HISTORIES.names), *item_id.tolist()
-    )
+def fingerprint(
+    settings: InteractionSettings, source: ParquetInput, item_id: np.ndarray, tombstones: Tombstones | None
+) -> str:
+    """Return a hash of the settings, the input, the items, the columns of a history, and the tombstones."""
+    columns, erased = ",".join(schemas.HISTORIES.names), [tombstones.digest] if tombstones else []
+    return hash128(settings.model_dump_json(), source.digest(), columns, *item_id.tolist(), *erased)
 
 
 def split_by_bucket(
-    source: ParquetInput, columns: pa.Schema, split: str, num_buckets: int, activity: Activity
+    source: ParquetInput,
+    columns: pa.Schema,
+    split: str,
+    num_buckets: int,
+    activity: Activity,
+    tombstones: Tombstones | None,
 ) -> None:
     """Write the interactions into one folder per bucket below `split`, with Ray Data."""
     from ray.data import ExecutionResources
@@ -176,7 +192,7 @@ def split_by_bucket(
     interactions.context.target_max_block_size = BYTES_PER_BLOCK
     # Else Ray Data joins read and write into one task, which holds all files.
     interactions = interactions.repartition(target_num_rows_per_block=ROWS_PER_WRITE)
-    add_bucket = AddBucket(num_buckets, source.uri, activity.listen())
+    add_bucket = AddBucket(num_buckets, source.uri, activity.listen(), tombstones)
     with activity.counting("group by user", source.num_rows) as counted:
         interactions.map_batches(
             with_log(add_bucket),
@@ -188,14 +204,15 @@ def split_by_bucket(
 
 
 class AddBucket:
-    """Add the `bucket` of the user to every row of a batch."""
+    """Add the `bucket` of the user to every row of a batch, and leave out erased users."""
 
-    def __init__(self, num_buckets: int, uri: str, pulse: Pulse) -> None:
-        self.num_buckets, self.uri, self.pulse = num_buckets, uri, pulse
+    def __init__(self, num_buckets: int, uri: str, pulse: Pulse, tombstones: Tombstones | None) -> None:
+        self.num_buckets, self.uri, self.pulse, self.tombstones = num_buckets, uri, pulse, tombstones
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         self.pulse.beat(batch.num_rows)
         batch = normalise(batch, self.uri)
+        batch = self.tombstones.without(batch) if self.tombstones else batch
         users = batch["user_id"].combine_chunks().dictionary_encode()
         of_user = np.array(
             [bucket_of(user, self.num_buckets) for user in users.dictionary.to_pylist()], np.int32

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TypeVar
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.counts import OUTCOMES
 from rebeca_ray.catalog.figures import GateFigures, figures_of
+from rebeca_ray.catalog.file_list import write_file_list
 from rebeca_ray.catalog.layout import POPULATION_USER, Run
 from rebeca_ray.catalog.manifest import (
     Counts,
@@ -55,7 +55,7 @@ from rebeca_ray.generation.sharing.planned import num_shared
 from rebeca_ray.ray_runtime import for_each
 from rebeca_ray.schemas import SCHEMA_VERSION
 from rebeca_ray.storage.filesystem import join
-from rebeca_ray.storage.parquet import read_table, write_table
+from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.storage.records import damaged_files
 
 T = TypeVar("T")
@@ -117,6 +117,7 @@ def assemble(
     images = image_rows(context, [file for bucket in inputs for file in bucket.files], results)
     tables = [row for result in results for row in result.files]
     rows = sorted(tables + images, key=lambda row: (row["table"], row["bucket"], row["file"]))
+    run = context.run
     return Assembled(
         created_at=work.now,
         counts=counts,
@@ -132,8 +133,8 @@ def assemble(
         ),
         next_file=1 + max([work.first_file - 1, *(row["file"] for row in images)]),
         bytes=sum(row["bytes"] for row in rows),
-        bytes_written=sum(row["bytes"] for row in rows if f"run_id={context.run.run_id}/" in row["path"]),
-        files=write_file_list(context.run, rows),
+        bytes_written=sum(row["bytes"] for row in rows if f"run_id={run.run_id}/" in row["path"]),
+        files=write_file_list(run.root, run.snapshot, run.fencing_token, rows),
     )
 
 
@@ -266,12 +267,6 @@ def image_rows(context: RunContext, files: list[ImageFile], results: list[Bucket
         if row["table"] == "images" and live[row["file"]]
     ]
     return [{**row, "live_rows": live[row["file"]]} for row in earlier + rendered + compacted]
-
-
-def write_file_list(run: Run, rows: list[FileRow]) -> FileList:
-    path = f"{run.snapshot}/files-{run.fencing_token:06d}.parquet"
-    table = pa.Table.from_pylist(rows, schema=schemas.FILES)
-    return FileList(path=path, **write_table(table, join(run.root, path), row_group_size=10_000))
 
 
 def file_metadata(versions: dict[str, str]) -> dict[str, str]:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from rebeca_ray import schemas
 from rebeca_ray.catalog.counts import tally
 from rebeca_ray.catalog.figures import quality_sums
+from rebeca_ray.catalog.images import image_location
 from rebeca_ray.catalog.manifest import FileRow
 from rebeca_ray.errors import ResumableError
 from rebeca_ray.generation.assembly import Assembly, BucketInput, BucketResult, BucketTables, RenderedIndex
@@ -25,7 +26,6 @@ from rebeca_ray.generation.item_columns import (
     COMPARED,
     changes_table,
     close_gaps,
-    image_location,
     set_column,
     user_and_item,
     without_pool,

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
-from rebeca_ray.generation.item_columns import image_location
+from rebeca_ray.catalog.images import image_location
 from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.parquet import write_table
 from rebeca_ray.storage.records import listed, read_recorded

@@ -1,4 +1,4 @@
-"""Columns of items, computed a table at a time: image locations, ranks, changes."""
+"""Columns of items, computed a table at a time: ranks, pairs of user and item, changes."""
 
 from typing import Any
 
@@ -15,11 +15,6 @@ def set_column(table: pa.Table, name: str, values: Any) -> pa.Table:
     """Return the table with new values in a column, cast to its type."""
     index = table.schema.get_field_index(name)
     return table.set_column(index, table.schema.field(name), values.cast(table.schema.field(name).type))
-
-
-def image_location(items: pa.Table) -> pa.Array:
-    """Return each item's image location as one number: file in the upper 32 bits, row in the lower."""
-    return pa.array((items["image_file"].to_numpy().astype(np.int64) << 32) + items["image_row"].to_numpy())
 
 
 def close_gaps(items: pa.Table) -> pa.Table:

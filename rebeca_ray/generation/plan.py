@@ -204,6 +204,7 @@ def request_histories(config: GenerateConfig, run: Run, activity: Activity | Non
         run.work,
         multiple_of=config.layout.num_buckets,
         activity=activity,
+        catalog=config.catalog,
     )
     return replace(histories, rated=rated_uri)
 

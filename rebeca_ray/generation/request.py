@@ -3,6 +3,7 @@
 request, some rows at a time -> checked; -> work/…/request/bucket-…/ -> `Request`s of one bucket
 """
 
+import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rebeca_ray import schemas
+from rebeca_ray.catalog.erasure.tombstones import read_tombstones
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.config.fields import MAX_IMAGES
 from rebeca_ray.config.jobs import GenerateConfig, SampleConfig
@@ -40,6 +42,8 @@ from rebeca_ray.storage.filesystem import delete, join
 from rebeca_ray.storage.listing import digest_of, list_data
 from rebeca_ray.storage.objects import JsonObject
 from rebeca_ray.storage.parquet import ParquetInput, joined, open_parquet, read_table, replaced, write_table
+
+log = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 1_000_000  # of users, in memory
 ROWS_PER_BATCH = 100_000  # of users, as Python objects
@@ -82,10 +86,14 @@ def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
 
     source = open_parquet(config.request, "request")
     columns = check_columns(source, schemas.REQUEST)
+    tombstones, erased = read_tombstones(config.catalog), 0
     ids, requested, rows = np.empty(source.num_rows, np.int64), 0, 0
     try:
         for users in joined(source.batches(columns, ROWS_PER_BATCH), ROWS_AT_ONCE):
             requested += check_users(users, config)
+            if tombstones and (left_out := users.filter(tombstones.rows(users))).num_rows:
+                requested -= check_users(left_out, config)
+                erased += left_out.num_rows
             ids[rows : rows + users.num_rows] = hashes_of(users["user_id"])
             rows += users.num_rows
     except InputError:
@@ -94,6 +102,10 @@ def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
     ids.sort()
     if not rows or (ids[1:] == ids[:-1]).any():
         check_users(source.read(columns), config, unique=True)
+    if erased == rows:
+        raise InputError(f"request {config.request}: all {rows:,} users were erased; ask for others")
+    if erased:
+        log.info(f"request {config.request}: {erased:,} of {rows:,} users were erased, and are left out")
     return requested
 
 
@@ -181,13 +193,12 @@ def split_prior_users(context: RunContext) -> None:
 def split_users(source: ParquetInput, columns: pa.Schema, context: RunContext, name: str) -> None:
     """Write a table of users as folders of one bucket each, with ROWS_AT_ONCE rows in memory."""
     num_buckets = context.num_buckets
+    tombstones = read_tombstones(context.config.catalog)
     delete(join(context.run.work, name))  # of an attempt that was killed
     tables = joined(source.batches(columns, ROWS_PER_BATCH), ROWS_AT_ONCE)
     for number, table in enumerate(tables):
-        users = table["user_id"].chunks
-        bucket = np.concatenate(
-            [[bucket_of(user, num_buckets) for user in chunk.to_pylist()] for chunk in users]
-        )
+        table = tombstones.without(table) if tombstones else table
+        bucket = np.array([bucket_of(user, num_buckets) for user in table["user_id"].to_pylist()], int)
         order = np.argsort(bucket, kind="stable")
         ends = np.searchsorted(bucket[order], np.arange(num_buckets + 1)).tolist()
         sorted_table = table.take(order)

@@ -206,7 +206,7 @@ class UserSampler:
             if config.catalog is not None:
                 items = with_rated(items, config.catalog, config.interactions)
             everything = config.interactions.for_serving(hide_hold_out=config.hide_hold_out)
-            histories = build_histories(everything, items.item_id, config.storage)
+            histories = build_histories(everything, items.item_id, config.storage, catalog=config.catalog)
         return cls(config, loaded, histories, items.image_embeds)
 
     def keys(self, users: pa.Table) -> list[str]:

@@ -68,7 +68,7 @@ def tune_training(config: TuneConfig) -> pa.Table:
     if train.catalog is not None:
         items = with_rated(items, train.catalog, train.interactions)
     # Once, for all trials. Other ratings or items are another experiment.
-    histories = build_histories(train.interactions, items.item_id, train.storage)
+    histories = build_histories(train.interactions, items.item_id, train.storage, catalog=train.catalog)
     embeds = hashlib.sha256(items.image_embeds.tobytes()).hexdigest()
     name = hash128(config.identity_json(), embeds, *items.item_id, histories.digest)[:12]
     grid = tuner_of(config, name).fit()

@@ -147,7 +147,8 @@ def known_users(teacher: TrainedPrior, config: DistillConfig) -> tuple[UserVecto
     if config.catalog is not None:
         items = with_rated(items, config.catalog, config.interactions)
     x0_ID = teacher.scaler.scale(torch.from_numpy(items.image_embeds)).numpy()
-    block = next(training_blocks(build_histories(config.interactions, items.item_id, config.storage)))
+    histories = build_histories(config.interactions, items.item_id, config.storage, catalog=config.catalog)
+    block = next(training_blocks(histories))
     chosen = np.linspace(0, len(block.counts_V) - 1, min(config.num_users, len(block.counts_V))).astype(int)
     if len(chosen) < MIN_USERS:
         raise InputError(

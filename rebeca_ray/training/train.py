@@ -127,7 +127,9 @@ def run_training(
     activity.enter("histories")
     if config.catalog is not None:
         items = with_rated(items, config.catalog, config.interactions)
-    histories = build_histories(config.interactions, items.item_id, config.storage, activity=activity)
+    histories = build_histories(
+        config.interactions, items.item_id, config.storage, activity=activity, catalog=config.catalog
+    )
     config = config.model_copy(update={"run_name": run_name(config, histories, items)})
     x0_ID = scaler.scale(torch.from_numpy(items.image_embeds)).numpy()
     result = earlier_run(config)

@@ -6,6 +6,7 @@ does nothing.
 """
 
 import logging
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -35,24 +36,19 @@ FAILURES = (Failure.UNREACHABLE, Failure.FAILED, Failure.FULL)  # of a store, an
 
 
 def register_snapshot(
-    snapshot: Snapshot, catalog: str, warehouse: str, namespace: str = "rebeca"
+    snapshot: Snapshot, catalog: str, warehouse: str, namespace: str = "rebeca", *, anew: bool = False
 ) -> dict[str, tuple[int, int]]:
     """Bring the tables of a namespace to the snapshot, and return the files that each gained and lost.
 
     `catalog` is the database of an Iceberg SQL catalog (`sqlite:////path/catalog.db`). `warehouse` is the
-    folder for the tables' metadata. Raises InputError where pyiceberg is not installed, ResumableError where
+    folder for the tables' metadata. With `anew`, the tables are dropped first, and nothing of their history
+    stays. Raises InputError where pyiceberg is not installed, ResumableError where
     another writer commits at the same time.
     """
     outside(snapshot.root, warehouse, "warehouse")
     if not all(namespace.split(".")):
         raise InputError(f"namespace {namespace!r}: has an empty part; give one such as rebeca")
-    try:
-        iceberg = open_iceberg(catalog, warehouse)
-    except ImportError as error:
-        raise InputError(
-            f"iceberg {catalog}: {error.name} is not installed; "
-            "pip install 'rebeca-ray[iceberg]' (and the driver)"
-        ) from None
+    iceberg = connected(catalog, warehouse)
     from pyiceberg.exceptions import CommitFailedException, ValidationException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -61,6 +57,8 @@ def register_snapshot(
         iceberg.create_namespace_if_not_exists(namespace)
         for name in TABLES:
             identifier = f"{namespace}.{name}"
+            if anew and iceberg.table_exists(identifier):
+                iceberg.drop_table(identifier)
             # Without the first check, pyiceberg writes metadata for a table that exists.
             if not iceberg.table_exists(identifier):
                 iceberg.create_table_if_not_exists(
@@ -69,6 +67,9 @@ def register_snapshot(
             table = iceberg.load_table(identifier)
             try:
                 done[name] = bring_to(table, snapshot, name)
+                if anew:
+                    remove_orphans(iceberg.load_table(identifier), datetime.now(UTC))
+                    continue
                 with only_warn(f"removing orphans of {identifier}"):
                     remove_orphans(table, no_return())
             except (pa.ArrowException, OSError) as error:
@@ -88,6 +89,17 @@ def register_snapshot(
             raise
         raise refused(catalog, error) from None
     return done
+
+
+def connected(catalog: str, warehouse: str) -> "Catalog":
+    """Return an SQL catalog. Raises InputError for an unusable database, or without pyiceberg."""
+    try:
+        return open_iceberg(catalog, warehouse)
+    except ImportError as error:
+        raise InputError(
+            f"iceberg {catalog}: {error.name} is not installed; "
+            "pip install 'rebeca-ray[iceberg]' (and the driver)"
+        ) from None
 
 
 def open_iceberg(catalog: str, warehouse: str) -> "Catalog":

@@ -33,6 +33,7 @@ Format = Literal["jsonl", "redis"]
 COLUMNS = ["user_id", "rank", "item_id", "like_probability"]  # `origin` would age without a change
 DESCRIPTION, KEPT = "export.json", 7
 ENDINGS = {"jsonl": "jsonl", "redis": "resp"}
+PARTS = r"part-[\d-]+\.(jsonl|resp)"  # an erasure writes a part anew, under a longer name
 
 
 class ValueItem(TypedDict):
@@ -106,9 +107,7 @@ def export_key_values(
         previous = read_pointer(base)[0].snapshot
         lease.publish(run_id=snapshot.run_id, run_date=snapshot.manifest.run_date, snapshot=name)
         with only_warn(f"removing earlier exports from {base}"):
-            remove_old_exports(
-                base, lease, previous, description=DESCRIPTION, parts=r"part-\d+\.(jsonl|resp)", keep=KEPT
-            )
+            remove_old_exports(base, lease, previous, description=DESCRIPTION, parts=PARTS, keep=KEPT)
     return KeyValues(
         folder=folder,
         files=[part.path for part in parts],

@@ -16,9 +16,10 @@ import pyarrow as pa
 from rebeca_ray import schemas
 from rebeca_ray.catalog.counts import OUTCOMES
 from rebeca_ray.catalog.figures import figures_of
+from rebeca_ray.catalog.file_list import write_file_list
 from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.manifest import Counts, FileList, FileRow
-from rebeca_ray.generation.assemble import check_counts, image_rows, inputs_of, write_file_list
+from rebeca_ray.generation.assemble import check_counts, image_rows, inputs_of
 from rebeca_ray.generation.assembly import BucketResult
 from rebeca_ray.generation.decide import KEYS_PER_BUCKET, cut
 from rebeca_ray.generation.decisions import Decisions, DecisionsFile
@@ -111,7 +112,8 @@ def lists(night: Night) -> Callable[[], object]:
         rows = image_rows(context, [file for bucket in inputs for file in bucket.files], results)
         rows += [row for result in results for row in result.files]
         rows = sorted(rows, key=lambda row: (row["table"], row["bucket"], row["file"]))
-        assert write_file_list(night.run, rows).rows == len(rows)
+        run = night.run
+        assert write_file_list(run.root, run.snapshot, run.fencing_token, rows).rows == len(rows)
 
     return work
 
