@@ -78,7 +78,7 @@ class Erased:
     receipt: Receipt | None
 
     def values(self) -> JsonObject:
-        """Return the result as JSON; that of a dry run has the files to write anew or to remove."""
+        """Return the result as JSON; that of a dry run has the files to rewrite or to remove."""
         return {
             "dry_run": self.removed.dry_run,
             "users": self.users,
@@ -160,7 +160,9 @@ def erase(root: str, users: list[str], places: Places, removed: Removed, lease: 
             rewrite_snapshots(traces, images, users, lease)
     if lease is not None and places.iceberg and read_pointer(root)[0].run_id is not None:
         tables = places.iceberg
-        register_snapshot(read_catalog(root), tables.database, tables.warehouse, tables.namespace, anew=True)
+        register_snapshot(
+            read_catalog(root), tables.database, tables.warehouse, tables.namespace, without_history=True
+        )
     pointer, _ = read_pointer(root)
     unlisted = find_unlisted(root, pointer.catalog_id or "", read_manifests(root)[0])
     removed.add("folders of work", len(unlisted.work), *unlisted.work)
@@ -201,7 +203,7 @@ def rows_erased(images: ImageRows) -> int:
 def rewrite_snapshots(
     traces: list[Trace], images: dict[str, ImageRows], users: list[str], lease: Lease
 ) -> None:
-    """Write all files with rows of the users anew, then the manifests, then a note for readers.
+    """Rewrite all files with rows of the users, then the manifests, then a note for readers.
 
     Older snapshots come first: until the last manifest, the published snapshot is as it was.
     """

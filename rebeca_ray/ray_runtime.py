@@ -114,7 +114,7 @@ def with_log(work: Callable[..., T]) -> Callable[..., T]:
     """Return `work`, a function or a class, so that its worker first logs as this process does.
 
     It keeps its name, which Ray Data shows. A setup hook of Ray's runtime environment would do the same, but
-    workers that Ray has started in advance have none, so each would start anew.
+    workers that Ray has started in advance have none, so each would start again.
     """
     settings = package_log.current_settings()
     if isinstance(work, type):

@@ -34,7 +34,7 @@ class Pulse:
     def __init__(self) -> None:
         import ray
 
-        # It starts anew on another node if its node dies: the count changes then, too.
+        # It starts again on another node if its node dies: the count changes then, too.
         self.counter: Any = ray.remote(num_cpus=0, max_restarts=-1)(Counter).remote()
         self.last_beat, self.unsent = 0.0, 0
 

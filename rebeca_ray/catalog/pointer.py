@@ -69,7 +69,7 @@ class Pointer:
     previously_published: tuple[Replaced, ...] = ()  # the latest at the end; gc needs them
     withdrawn: tuple[Withdrawn, ...] = ()
     doomed: tuple[str, ...] = ()  # run ids
-    rewritten: int = 0  # the token of the last erasure that wrote the published snapshot anew
+    rewritten: int = 0  # the token of the last erasure that rewrote the published snapshot
 
 
 POINTERS = TypeAdapter(Pointer)

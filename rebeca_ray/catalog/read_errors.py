@@ -78,7 +78,7 @@ def explained(snapshot: Snapshot, path: str = "") -> Iterator[None]:
             ) from None
         if rewritten:
             raise InputError(
-                f"{run} was written anew, because somebody was erased from it; go on with `refresh()`, "
+                f"{run} was rewritten, because somebody was erased from it; go on with `refresh()`, "
                 "or open it again"
             ) from None
         raise InputError(

@@ -173,7 +173,7 @@ def forget(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the files to write anew or to remove, and change nothing.")
+        bool, typer.Option("--dry-run", help="List the files to rewrite or to remove, and change nothing.")
     ] = False,
 ) -> None:
     """Erase users from all snapshots, and from the given places; keep them away from later runs. Prints JSON.

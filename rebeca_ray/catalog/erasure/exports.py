@@ -1,8 +1,8 @@
 """Erase some users from the exports of a catalog, in the folders that the caller names.
 
-    <out>/urls/run_id=…/token=…/bucket=<b>.parquet      written anew, as a whole, under the same name
+    <out>/urls/run_id=…/token=…/bucket=<b>.parquet      rewritten, as a whole, under the same name
     <out>/objects/…                                     removed, if no other user shows them
-    <out>/<format>/run_id=…/token=…/part-*              written anew, then the description, then the old goes
+    <out>/<format>/run_id=…/token=…/part-*              rewritten, then the description, then the old goes
 
 Objects go before the rows that name them, so that an erasure that was killed finds them again. An export
 without a description was never finished, and goes as a whole.
@@ -167,7 +167,7 @@ def erase_values(base: str, users: list[str], token: int, removed: Removed) -> N
 def part_without(
     folder: str, part: PartFile, is_theirs: Belongs, name: str, removed: Removed
 ) -> list[PartFile]:
-    """Return a part without the entries of some users, written anew if it held any; none if none is left."""
+    """Return a part without the entries of some users, rewritten if it held any; none if none is left."""
     filesystem, path = open_filesystem(join(folder, part.path))
     with storage_errors(join(folder, part.path), "read"):
         data: bytes = filesystem.cat_file(path)

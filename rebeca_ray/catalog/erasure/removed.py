@@ -9,7 +9,7 @@ class Removed:
     """Everything that an erasure removes, or would remove in a dry run.
 
     `counts` are things by kind, such as `items` or `image rows`. `paths` are the files and folders that are
-    written anew or removed.
+    rewritten or removed.
     """
 
     dry_run: bool

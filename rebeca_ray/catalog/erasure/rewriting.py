@@ -1,4 +1,4 @@
-"""Write the files of snapshots anew without some users: new files, then a new file list, then the manifest.
+"""Rewrite the files of snapshots without some users: new files, then a new file list, then the manifest.
 
 Old files stay until `sweep`. A reader therefore sees a snapshot as it was, or without the users.
 """

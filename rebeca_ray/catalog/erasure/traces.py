@@ -201,7 +201,7 @@ def pool_locations(snapshot: Snapshot) -> np.ndarray:
 
 
 def damaged_file(root: str, error: DamagedFilesError) -> InputError:
-    """Return the error for a file that cannot be written anew without some of its rows."""
+    """Return the error for a file that cannot be rewritten without some of its rows."""
     path, reason = next(iter(error.reasons.items()))
     return InputError(
         f"catalog {root}: {path}: {reason}; restore it, or let a night and `rebeca catalog gc` remove it, "

@@ -36,13 +36,18 @@ FAILURES = (Failure.UNREACHABLE, Failure.FAILED, Failure.FULL)  # of a store, an
 
 
 def register_snapshot(
-    snapshot: Snapshot, catalog: str, warehouse: str, namespace: str = "rebeca", *, anew: bool = False
+    snapshot: Snapshot,
+    catalog: str,
+    warehouse: str,
+    namespace: str = "rebeca",
+    *,
+    without_history: bool = False,
 ) -> dict[str, tuple[int, int]]:
     """Bring the tables of a namespace to the snapshot, and return the files that each gained and lost.
 
     `catalog` is the database of an Iceberg SQL catalog (`sqlite:////path/catalog.db`). `warehouse` is the
-    folder for the tables' metadata. With `anew`, the tables are dropped first, and nothing of their history
-    stays. Raises InputError where pyiceberg is not installed, ResumableError where
+    folder for the tables' metadata. With `without_history`, the tables are dropped first, and nothing of
+    their history stays. Raises InputError where pyiceberg is not installed, ResumableError where
     another writer commits at the same time.
     """
     outside(snapshot.root, warehouse, "warehouse")
@@ -57,7 +62,7 @@ def register_snapshot(
         iceberg.create_namespace_if_not_exists(namespace)
         for name in TABLES:
             identifier = f"{namespace}.{name}"
-            if anew and iceberg.table_exists(identifier):
+            if without_history and iceberg.table_exists(identifier):
                 iceberg.drop_table(identifier)
             # Without the first check, pyiceberg writes metadata for a table that exists.
             if not iceberg.table_exists(identifier):
@@ -67,7 +72,7 @@ def register_snapshot(
             table = iceberg.load_table(identifier)
             try:
                 done[name] = bring_to(table, snapshot, name)
-                if anew:
+                if without_history:
                     remove_orphans(iceberg.load_table(identifier), datetime.now(UTC))
                     continue
                 with only_warn(f"removing orphans of {identifier}"):

@@ -33,7 +33,7 @@ Format = Literal["jsonl", "redis"]
 COLUMNS = ["user_id", "rank", "item_id", "like_probability"]  # `origin` would age without a change
 DESCRIPTION, KEPT = "export.json", 7
 ENDINGS = {"jsonl": "jsonl", "redis": "resp"}
-PARTS = r"part-[\d-]+\.(jsonl|resp)"  # an erasure writes a part anew, under a longer name
+PARTS = r"part-[\d-]+\.(jsonl|resp)"  # an erasure rewrites a part, under a longer name
 
 
 class ValueItem(TypedDict):
