@@ -1,6 +1,7 @@
 """Steering on a user's page: by requests, and in a real browser."""
 
 import re
+from collections.abc import Sequence
 from html import unescape
 from pathlib import Path
 
@@ -172,12 +173,12 @@ def test_a_form_that_may_not_be_saved_changes_nothing(
     assert client.get("/feedback").status_code == 405
 
 
-def drawn(page: Page, after: list[str] | None = None) -> list[str]:
-    """Return the addresses of the drawn images, as soon as they differ from earlier ones."""
+def drawn(page: Page, after: Sequence[str] = ()) -> list[str]:
+    """Return the addresses of the drawn images, as soon as some differ from earlier ones."""
     # `wait_for_function` would need a script, which the policy refuses.
     while True:
         sources: list[str] = page.evaluate("[...document.querySelectorAll('#steered img')].map(i => i.src)")
-        if sources != after:
+        if sources and sources != after:
             return sources
         page.wait_for_timeout(50)
 
@@ -195,6 +196,7 @@ def test_a_person_steers_by_keyboard_and_saves(
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto(f"{address}/user?id={USER}")
         page.get_by_role("link", name="Steer this user").click()
+        page.wait_for_url("**draw=1**")
         first = drawn(page)
         assert len(first) == 4
 
