@@ -3,6 +3,7 @@
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -89,6 +90,24 @@ def ray_local(s3_server: dict[str, str]) -> Iterator[str]:
     start_ray()
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _all_cpus_are_free_again() -> Iterator[None]:
+    """Fail the file of tests that leaves work on the one Ray, in place of a later one that waits for its CPUs."""
+    yield
+    import ray
+
+    if not ray.is_initialized():
+        return
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU", 0) < ray.cluster_resources().get("CPU", 0):
+        if time.monotonic() > deadline:
+            from ray.util.state import list_actors, list_placement_groups
+
+            alive = [actor for actor in list_actors(detail=True) if actor.state != "DEAD"]
+            raise AssertionError(f"CPUs in use: {ray.available_resources()} {alive} {list_placement_groups()}")
+        time.sleep(0.2)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
@@ -62,10 +63,16 @@ def list_files(uri: str, suffix: str = "") -> list[str]:
     filesystem, path = open_filesystem(uri)
     filesystem.invalidate_cache()
     with storage_errors(uri, "list"):
-        names = files_below(path) if is_local(filesystem) else [str(name) for name in filesystem.find(path)]
+        names = files_below(path) if is_local(filesystem) else objects_below(filesystem, path)
     return sorted(
         f"{uri.rstrip('/')}{name.removeprefix(path.rstrip('/'))}" for name in names if name.endswith(suffix)
     )
+
+
+def objects_below(filesystem: Any, path: str) -> list[str]:
+    """Return the objects below a path. s3fs gives the path itself for one that holds no object any more."""
+    entries = filesystem.find(path, detail=True)
+    return [name for name, entry in entries.items() if entry["type"] != "directory"]
 
 
 def list_folders(uri: str) -> list[str]:

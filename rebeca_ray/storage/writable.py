@@ -7,7 +7,7 @@ from errno import EIO
 from pathlib import Path
 
 from rebeca_ray.errors import Failure, InputError, StorageError, describe
-from rebeca_ray.storage.filesystem import exists, is_local, join, open_filesystem, unreadable
+from rebeca_ray.storage.filesystem import exists, is_local, join, list_files, open_filesystem, unreadable
 from rebeca_ray.storage.leftovers import remove_partials
 from rebeca_ray.storage.objects import read_json
 from rebeca_ray.storage.store import classify, failure_types
@@ -55,16 +55,18 @@ def require_new_parquet(out: str) -> None:
 
 
 def require_own(uri: str, what: str, markers: dict[str, str]) -> None:
-    """Raise UserError unless `uri` is empty, or one of the JSON `markers` in it has its key.
+    """Raise UserError unless `uri` holds no file, or one of the JSON `markers` in it has its key.
 
-    The job replaces it.
+    The job replaces it. Empty folders do not count: some stores keep those of removed objects for a while.
     """
+    if any(key in (read_json(join(uri, name)) or {}) for name, key in markers.items()):
+        return
     filesystem, path = open_filesystem(uri)
     try:
-        occupied = filesystem.exists(path) and (filesystem.isfile(path) or filesystem.ls(path))
+        occupied = filesystem.isfile(path) or list_files(uri)
     except failure_types() as error:
         raise unreadable(f"{what} {uri}", error) from None
-    if occupied and not any(key in (read_json(join(uri, name)) or {}) for name, key in markers.items()):
+    if occupied:
         raise InputError(
             f"{what} {uri}: holds something else (no {' or '.join(markers)} of ours) and would be replaced; "
             "choose another folder"

@@ -20,7 +20,7 @@ from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import open_parquet, read_table, write_table
 from rebeca_ray.storage.remote import check_endpoint
 from rebeca_ray.storage.store import STORES, classify, normalize, open_store
-from rebeca_ray.storage.writable import require_writable
+from rebeca_ray.storage.writable import require_own, require_writable
 from tests.storage.fake_gcs import FakeGcs
 
 TABLE = pa.table({"user_id": [f"user-{row}" for row in range(500)], "rank": list(range(500))})
@@ -49,6 +49,15 @@ def test_a_removed_object_has_no_version(root: str) -> None:
     assert store.read_versioned() is None
     assert not store.compare_and_swap(b"two", version)
     assert store.compare_and_swap(b"three", None)
+
+
+def test_a_folder_whose_files_are_removed_is_free_again(root: str) -> None:
+    """Some stores go on listing the folders of removed objects."""
+    write_json({"name": "other"}, f"{root}/out/inner/a.json")
+    with pytest.raises(InputError, match="holds something else"):
+        require_own(f"{root}/out", "out", {"marker.json": "key"})
+    delete(f"{root}/out/inner/a.json")
+    require_own(f"{root}/out", "out", {"marker.json": "key"})
 
 
 @settings(
