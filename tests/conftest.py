@@ -94,7 +94,7 @@ def ray_local(s3_server: dict[str, str]) -> Iterator[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _all_cpus_are_free_again() -> Iterator[None]:
-    """Fail the file of tests that leaves work on the one Ray, in place of a later one that waits for its CPUs."""
+    """Fail the file of tests that leaves work on the one Ray, not a later one that waits for its CPUs."""
     yield
     import ray
 
@@ -106,7 +106,7 @@ def _all_cpus_are_free_again() -> Iterator[None]:
             from ray.util.state import list_actors, list_placement_groups
 
             alive = [actor for actor in list_actors(detail=True) if actor.state != "DEAD"]
-            raise AssertionError(f"CPUs in use: {ray.available_resources()} {alive} {list_placement_groups()}")
+            raise AssertionError(f"still on the one Ray: {alive} {list_placement_groups()}")
         time.sleep(0.2)
 
 

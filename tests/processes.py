@@ -7,7 +7,7 @@ import tempfile
 import pytest
 
 LONGEST = [  # the names of test files, longest first
-    *("test_jobs.py", "test_triton_client.py", "test_resume.py", "test_train.py", "test_weights.py"),
+    *("test_local_prod.py", "test_triton_client.py", "test_resume.py", "test_train.py", "test_weights.py"),
     *("test_faults.py", "test_tuning.py", "test_exports.py", "test_sdxl.py", "test_pipeline.py"),
     *("test_real.py", "test_campaign.py", "test_acceptance.py", "test_damage.py", "test_nodes.py"),
     *("test_pages.py", "test_browser.py"),

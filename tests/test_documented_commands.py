@@ -30,7 +30,7 @@ from tests.test_docs import DOCS, PAGES, PLANNED_TARGETS, block_commands, inline
 
 MAKE = "tests/test_docs.py::test_make_plans_every_target"  # the targets install 8 GB
 README = "tests/test_docs.py::test_the_commands_of_the_readme_run"
-NIGHT = "tests/test_jobs.py::test_a_night_with_its_default_config_and_once_is_enough"
+NIGHT = "tests/ops/test_local_prod.py::test_three_nights_with_a_fault_each_lose_and_double_nothing"
 TRITON = "tests/decoder/test_triton_client.py"
 SERVE = f"{TRITON}::test_a_server_that_is_killed_and_restarted_loses_and_repeats_nothing"
 SAMPLE = "tests/halves/test_sample.py::test_the_commands_of_the_page_run_without_ray"

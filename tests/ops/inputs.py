@@ -1,6 +1,7 @@
 """The inputs of three nights on S3: users come, rate more and go, and new stickers appear."""
 
 import datetime
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rebeca_ray.stickers import ITEMS
-from rebeca_ray.stickers.simulate import simulate, user_name
+from rebeca_ray.stickers.simulate import user_name
+from tests.ops.cluster import BIN
 
 DATES = [datetime.date(2026, 3, day) for day in (2, 3, 4)]
 USERS = [[0, 1, 2, 3, 4, 5, 6, 7], [0, 2, 3, 4, 5, 6, 7, 8, 9], [0, 2, 3, 4, 5, 6, 7, 8, 10, 11]]
@@ -42,7 +44,8 @@ def ratings_of(all_ratings: pa.Table, night: int) -> pa.Table:
 
 def write_inputs(folder: Path, store: Any) -> None:
     """Write the interactions, the request and the items of each night below `s3://rebeca/in/<date>/`."""
-    simulate(12, 0, folder)
+    command = [BIN / "rebeca", "stickers", "simulate", "--users", "12", "--out", folder]
+    subprocess.run(command, check=True, capture_output=True)
     ratings = pq.read_table(folder / "interactions.parquet")
     items = pq.read_table(ITEMS)
     for night, date in enumerate(DATES):
