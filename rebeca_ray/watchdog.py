@@ -69,10 +69,11 @@ class Counter:
 class Activity:
     """What a job does at the moment, and when it last made progress.
 
-    `dump_to` is the folder that receives the state of a job that stalls.
+    `dump_to` is the folder that receives the state of a job that stalls. Each progress calls `on_move`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_move: Callable[[], None] = lambda: None) -> None:
+        self.on_move = on_move
         self.dump_to = tempfile.gettempdir()
         self.current = "starting"
         self.moved_at = time.monotonic()
@@ -82,6 +83,7 @@ class Activity:
     def move(self) -> None:
         """Note progress: the watchdog waits from now on."""
         self.moved_at = time.monotonic()
+        self.on_move()
 
     def enter(self, name: str) -> None:
         """Note the beginning of a step."""
@@ -101,7 +103,7 @@ class Activity:
                 yield counted
                 return
             done = threading.Event()
-            follow = threading.Thread(target=count_beats, args=(self.pulse, counted, done), daemon=True)
+            follow = threading.Thread(target=count_beats, args=(self, counted, done), daemon=True)
             follow.start()
             try:
                 yield counted
@@ -121,14 +123,16 @@ class Activity:
         return time.monotonic() - self.moved_at
 
 
-def count_beats(pulse: Pulse, counted: Counted, done: threading.Event) -> None:
+def count_beats(activity: Activity, counted: Counted, done: threading.Event) -> None:
     """Count the rows of all beats from now on, until `done`. The watchdog deals with a mute cluster."""
+    assert activity.pulse
     before: int | None = None
     while not done.wait(0 if before is None else SECONDS_BETWEEN_BEATS):
         with suppress(Exception):
-            rows = pulse.count()
+            rows = activity.pulse.count()
             before = rows if before is None else before
-            if not done.is_set():
+            if rows - before > counted.done and not done.is_set():
+                activity.move()
                 counted.reach(rows - before)
 
 

@@ -6,8 +6,9 @@ No process holds more embeddings than those of one file. The driver holds the id
 """
 
 import datetime
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +34,8 @@ from rebeca_ray.storage.filesystem import join
 from rebeca_ray.storage.objects import read_json, write_json
 from rebeca_ray.storage.parquet import ParquetInput, open_parquet, write_table
 from rebeca_ray.storage.writable import require_own, require_writable
+from rebeca_ray.telemetry import metrics
+from rebeca_ray.telemetry.calls import recorded
 from rebeca_ray.watchdog import Activity, watchdog
 
 ROWS_PER_FILE = 20_000
@@ -60,6 +63,7 @@ class Kept:
         return pa.array([*self.item_id, *self.bad_images], pa.string())
 
 
+@metrics.running(metrics.Command.EMBED)
 def embed_items(config: EmbedConfig, *, only_new: bool = False, run_date: datetime.date | None = None) -> int:
     """Embed every item of `config.items`, and publish the embeddings as a new version of `config.out`.
 
@@ -79,7 +83,7 @@ def embed_items(config: EmbedConfig, *, only_new: bool = False, run_date: dateti
         require_own(config.out, "out", {"items.json": "fencing_token", MARKER: "clip"})
     fingerprint = clip_fingerprint(config.clip, config.background)
     require_writable(config.out, "out")
-    activity = Activity()
+    activity = Activity(partial(metrics.note_progress, metrics.Command.EMBED))
     with (
         replace_version(config.out, "items", "embed") as version,
         watchdog(activity, config.stall_minutes, on_stall=version.lease.release),
@@ -153,7 +157,7 @@ def embed_images(
     rows_per_block = config.batch_size * min(max(1, batches), BATCHES_PER_BLOCK)
     blocks = items.repartition(target_num_rows_per_block=rows_per_block)
     embedded = blocks.map_batches(
-        with_log(EmbedImages),
+        with_log(recorded(EmbedImages, metrics.Stage.EMBED)),
         fn_constructor_args=(config.clip, config.device, config.background, activity.listen()),
         batch_size=config.batch_size,
         batch_format="pyarrow",
@@ -166,9 +170,19 @@ def embed_images(
         embedded, WriteEmbeds(folder), per_file, actors=config.num_actors, cpus=config.cpus_per_actor
     )
     with activity.counting("embed", total) as counted:
-        files = list(written.iter_batches(batch_size=None, batch_format="pyarrow"))
+        files = list(counted_files(written.iter_batches(batch_size=None, batch_format="pyarrow"), activity))
         counted.reach(total)  # the last rows of a worker had no beat
     return pa.concat_tables([WRITTEN.empty_table(), *files])
+
+
+def counted_files(batches: Iterator[pa.Table], activity: Activity) -> Iterator[pa.Table]:
+    """Yield rows of WRITTEN, and record the rows of their files."""
+    for batch in batches:
+        activity.move()
+        bad_images = sum(len(images) for images in batch["bad_images"].to_pylist())
+        metrics.ROWS.record(sum(batch["rows"].to_pylist()) + bad_images, metrics.Stage.EMBED)
+        metrics.FAILED_ROWS.record(bad_images, metrics.Stage.EMBED)
+        yield batch
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ import pyarrow as pa
 
 from rebeca_ray.ray_runtime import behind_actors, rows_of_files, with_log
 from rebeca_ray.storage.parquet import read_table
+from rebeca_ray.telemetry import metrics
+from rebeca_ray.telemetry.calls import recorded
 from rebeca_ray.watchdog import Pulse
 
 Work = Callable[[pa.Table], pa.Table]
@@ -44,6 +46,7 @@ class Stage:
     batch_size: int | None
     actors: Actors | None = None
     rows_per_block: int | None = None  # split large files, so that all actors get work; needed with actors
+    name: metrics.Stage = metrics.Stage.OTHER  # under which the calls of actors are recorded
 
 
 def run_graph(
@@ -112,7 +115,7 @@ def on_actors(rows: Any, stage: Stage, actors: Actors, pulse: Pulse | None) -> A
     import ray
 
     return rows.map_batches(
-        with_log(beating(stage.work, pulse)),
+        with_log(recorded(beating(stage.work, pulse), stage.name)),
         fn_constructor_args=stage.arguments,
         batch_size=stage.batch_size,
         batch_format="pyarrow",

@@ -68,6 +68,7 @@ from rebeca_ray.ray_runtime import require_room, start_ray
 from rebeca_ray.storage.failures import only_warn, user_error
 from rebeca_ray.storage.filesystem import delete, exists, remove_empty_folders
 from rebeca_ray.storage.writable import require_writable
+from rebeca_ray.telemetry import metrics
 from rebeca_ray.watchdog import watchdog
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class Generated:
     seconds: dict[str, float]
 
 
+@metrics.running(metrics.Command.GENERATE)
 def generate_catalog(
     config: GenerateConfig,
     *,
@@ -226,6 +228,7 @@ def make_snapshot(
 
     Stages that read a damaged file run again without it.
     """
+    record_beginning(context)
     with progress.stage("histories"):
         histories = request_histories(context.config, context.run, progress)
     for _ in range(MAX_REPAIRS):
@@ -263,6 +266,7 @@ def run_stages(
 
     with progress.stage("test"):
         permutation, refusal = check_plan(run, config.gate)
+    metrics.REFUSALS.record(bool(refusal), metrics.Refused.PLAN)
     if refusal and not force:
         raise QualityGateError(
             f"{refusal}. Nothing was rendered or published; "
@@ -276,6 +280,7 @@ def run_stages(
         assembled = assemble(context, decisions, rendered, progress.move)
         manifest = describe_snapshot(context, decisions, assembled, permutation, progress)
         reasons = refusals(manifest, previous.manifest if previous else None, config.gate)
+        metrics.REFUSALS.record(len(reasons), metrics.Refused.SNAPSHOT)
         reasons = [refusal, *reasons] if refusal else reasons
         gate = GateOutcome(refused=reasons, forced=bool(reasons) and force)
         manifest = manifest.model_copy(update={"gate": gate, "catalog_id": lease.catalog_id})
@@ -289,7 +294,20 @@ def run_stages(
             "or remove the cause"
         )
     lease.publish(run_id=run.run_id, run_date=run.run_date, snapshot=run.snapshot, forced=bool(reasons))
+    metrics.record_snapshot(manifest)
+    if (end := publish_time(context)) is not None:
+        metrics.LATENESS.record(time.time() - end)
     return manifest
+
+
+def record_beginning(context: RunContext) -> None:
+    """Record the aims of a run, and the snapshot that it follows."""
+    metrics.REQUESTED.record(context.requested)
+    metrics.ERROR_BUDGET.record(context.config.error_budget)
+    if context.previous:
+        metrics.record_snapshot(context.previous.manifest)
+    if (end := publish_time(context)) is not None:
+        metrics.PUBLISH_BY.record(end)
 
 
 def check_file_numbers(context: RunContext, decisions: Decisions) -> None:
@@ -347,13 +365,19 @@ def deadline_of(context: RunContext, spent_seconds: float) -> float | None:
     """
     limits, previous = context.config.limits, context.previous
     ends = []
-    if limits.publish_by is not None:
-        hour, minute = (int(part) for part in limits.publish_by.split(":"))
-        end = context.began_at.replace(hour=hour, minute=minute, second=0, microsecond=0)
-        end += datetime.timedelta(days=end <= context.began_at)
+    if (end := publish_time(context)) is not None:
         last = previous.manifest.measured.stages["assemble"].seconds if previous else 0.0
-        ends.append(end.timestamp() - ASSEMBLE_RESERVE * last)
+        ends.append(end - ASSEMBLE_RESERVE * last)
     if limits.max_gpu_hours is not None:
         remaining = 3600 * limits.max_gpu_hours - spent_seconds
         ends.append(time.time() + remaining / context.config.decoder.num_actors)
     return min(ends, default=None)
+
+
+def publish_time(context: RunContext) -> float | None:
+    """Return the time by which this run must publish, in seconds since 1970; None without a limit."""
+    if context.config.limits.publish_by is None:
+        return None
+    hour, minute = (int(part) for part in context.config.limits.publish_by.split(":"))
+    end = context.began_at.replace(hour=hour, minute=minute, second=0, microsecond=0)
+    return (end + datetime.timedelta(days=end <= context.began_at)).timestamp()

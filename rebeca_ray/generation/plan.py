@@ -46,6 +46,7 @@ from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.storage.filesystem import delete, join
 from rebeca_ray.storage.parquet import replaced, write_table
 from rebeca_ray.storage.records import damage_among, damaged_files, listed, read_record, write_record
+from rebeca_ray.telemetry import metrics
 from rebeca_ray.watchdog import Activity
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def plan_items(
     files = [join(run.work, file.path) for file in decisions.to_plan]
     rescored_from = context.previous if decisions.rescored_items else None
     planner = Stage(
+        name=metrics.Stage.PLAN,
         work=PlanUsers,
         # Each actor gets a copy of these, so without the long lists of files.
         arguments=(
@@ -103,7 +105,7 @@ def plan_items(
         pulse = None if context.in_process else progress.listen()
         batches = run_graph(files, stages, in_process=context.in_process, pulse=pulse)
         total = decisions.planned_items + decisions.rescored_items
-        records = progress.follow("plan", batches, total=total)
+        records = progress.follow("plan", batches, total=total, actors=config.sampler.num_actors)
     if problem := missing_rows(records, decisions):
         raise ResumableError(f"run {run.run_id}: {problem}; nothing is published, start it again to resume")
     records = share_images(context, decisions, records, progress, ITEMS_PER_FILE)

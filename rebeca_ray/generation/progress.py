@@ -4,11 +4,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import pyarrow as pa
 
 from rebeca_ray.catalog.manifest import StageFigures
 from rebeca_ray.generation.parts import PartRecord
+from rebeca_ray.telemetry import metrics
 from rebeca_ray.watchdog import Activity
 
 
@@ -30,7 +32,7 @@ class Progress(Activity):
     """The stages of one attempt, timed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(partial(metrics.note_progress, metrics.Command.GENERATE))
         self.stages: dict[str, StageClock] = {}
         self.since = time.perf_counter()
 
@@ -51,12 +53,16 @@ class Progress(Activity):
         now = time.perf_counter()
         stage = self.stages[self.current]
         stage.seconds = round(stage.seconds + now - self.since, 3)
+        metrics.STAGE_SECONDS.record(now - self.since, self.current)
         self.since = now
 
-    def follow(self, name: str, batches: Iterator[pa.Table], *, total: int) -> list[PartRecord]:
-        """Run a graph that ends with `PartRecord` rows, show its progress, and return the records."""
+    def follow(self, name: str, batches: Iterator[pa.Table], *, total: int, actors: int) -> list[PartRecord]:
+        """Run a graph that ends with `PartRecord` rows, show its progress, and return the records.
+
+        `actors` is their number in the graph.
+        """
         records: list[PartRecord] = []
-        with self.stage(name), self.counting(name, total) as counted:
+        with self.stage(name), self.counting(name, total) as counted, recorded_graph(name, total, actors):
             stage = self.stages[name]
             before, rows = stage.rows or 0, 0
             stage.rows, stage.busy_seconds = before, stage.busy_seconds or 0.0
@@ -65,8 +71,30 @@ class Progress(Activity):
                 records += new
                 rows += sum(record.rows for record in new)
                 stage.rows = before + rows
+                record_files(name, new, rows)
                 stage.busy_seconds = round(stage.busy_seconds + sum(record.busy_seconds for record in new), 3)
                 self.move()
                 counted.reach(rows)  # the actors' beats may have counted them
                 counted.add(0, failed=sum(record.failed for record in new))
         return records
+
+
+@contextmanager
+def recorded_graph(stage: str, total: int, actors: int) -> Iterator[None]:
+    """Record the size of a graph while it runs."""
+    metrics.STAGE_ROWS.record(total, stage)
+    metrics.STAGE_ROWS_DONE.record(0, stage)
+    metrics.ACTORS.record(actors, stage)
+    try:
+        yield
+    finally:
+        metrics.ACTORS.record(0, stage)
+
+
+def record_files(stage: str, files: list[PartRecord], done: int) -> None:
+    """Record complete files of a graph, which has `done` rows by now."""
+    metrics.STAGE_ROWS_DONE.record(done, stage)
+    metrics.ROWS.record(sum(file.rows for file in files), stage)
+    metrics.FAILED_ROWS.record(sum(file.failed for file in files), stage)
+    metrics.BYTES.record(sum(file.bytes for file in files), stage)
+    metrics.BUSY_SECONDS.record(sum(file.busy_seconds for file in files), stage)

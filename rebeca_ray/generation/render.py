@@ -44,6 +44,7 @@ from rebeca_ray.storage.records import (
     read_recorded,
     write_record,
 )
+from rebeca_ray.telemetry import metrics
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ def render_shard(
         stages = render_stages(context, shard, done, attempt, deadline, rows_per_call(decoder, remaining))
         pulse = None if context.in_process else progress.listen()
         batches = run_graph(files, stages, columns=COLUMNS, in_process=context.in_process, pulse=pulse)
-        written = progress.follow("render", batches, total=remaining)
+        written = progress.follow("render", batches, total=remaining, actors=decoder.num_actors)
         # A listing may miss a record, so those that the graph returned count too.
         by_path = {record.path: record for record in [*records, *written, *read_records(run, shard)]}
         records = list(by_path.values())
@@ -198,6 +199,7 @@ def render_stages(
     """Return the stages that render a shard's items, except those that are `done`, by calls of some rows."""
     decoder, served = context.config.decoder, context.config.decoder.backend == "triton"
     renderer = Stage(
+        name=metrics.Stage.RENDER,
         work=RenderImages,
         arguments=(
             decoder,
@@ -348,6 +350,7 @@ class RenderImages:
         )
         suffix = self.settings.image_format.lower()
         outcomes = self.decode(rows)
+        record_unsafe(rows, outcomes, self.settings.safety.max_probability)
         encoded = [outcome.image for outcome in outcomes]
         if self.signer:  # last, because two signatures differ
             encoded = self.signer.sign_all(encoded, item_ids)
@@ -374,3 +377,13 @@ class RenderImages:
             log.error(f"render actor ends: {error}")
             # An exception would fail the run, and Ray takes a polite exit for the actor's own wish.
             os._exit(1)
+
+
+def record_unsafe(rows: Rows, outcomes: list[DecodedImage], limit: float) -> None:
+    """Record the images that the safety checker objected to: each once, by its last treatment."""
+    for seed, outcome in zip(rows.seeds, outcomes, strict=True):
+        probability = outcome.safety_probability
+        if probability is not None and not probability <= limit:
+            metrics.UNSAFE.record(1, metrics.Treatment.FLAGGED if outcome.image else metrics.Treatment.LEFT_OUT)
+        elif outcome.image and outcome.seed != seed:
+            metrics.UNSAFE.record(1, metrics.Treatment.REGENERATED)

@@ -30,6 +30,7 @@ from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.user_blocks import TARGETS_PER_HISTORY, USERS_PER_BLOCK, Batch, UserBlock, num_batches
 from rebeca_ray.prior.users import History
 from rebeca_ray.storage.parquet import read_table
+from rebeca_ray.telemetry.metrics import record_epoch
 from rebeca_ray.training.state import DenoisingLoss, TrainState, user_tokens
 from rebeca_ray.watchdog import Pulse
 
@@ -109,6 +110,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
         for name in ("train_loss", "val_loss", "learning_rate"):
             writer.add_scalar(name, metrics[name], epoch)
         writer.flush()
+        record_epoch(epoch, train_loss, val_loss, rate)
         log.info(
             f"epoch {epoch}/{optimization.max_epochs}  train {train_loss:.4f}  val {val_loss:.4f}  "
             f"best {state.best_loss:.4f}  lr {state.learning_rate:.1e}  {rate:,.0f} samples/s"

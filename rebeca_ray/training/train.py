@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, open_f
 from rebeca_ray.storage.objects import JsonObject, read_json
 from rebeca_ray.storage.store import open_store
 from rebeca_ray.storage.writable import require_own, require_writable
+from rebeca_ray.telemetry import metrics
 from rebeca_ray.training.calibrate import calibrate_prior, training_blocks
 from rebeca_ray.training.loop import ENDED, STATE, is_streamed, num_steps, train_loop_per_worker
 from rebeca_ray.watchdog import Activity, Pulse, watchdog
@@ -54,6 +56,7 @@ VALIDATION_SAMPLES = 8192
 SECONDS_TO_ABORT = 20
 
 
+@metrics.running(metrics.Command.TRAIN)
 def train_prior(config: TrainConfig, *, run_date: datetime.date | None = None) -> dict[str, float]:
     """Train a prior by `config` and publish it in `config.out`; return the metrics of the best epoch.
 
@@ -66,7 +69,7 @@ def train_prior(config: TrainConfig, *, run_date: datetime.date | None = None) -
         require_own(config.out, "out", MARKERS)
     require_writable(config.out, "out")
     require_writable(config.storage, "storage")
-    activity = Activity()
+    activity = Activity(partial(metrics.note_progress, metrics.Command.TRAIN))
     with (
         replace_version(config.out, "prior", "train") as version,
         watchdog(activity, config.stall_minutes, on_stall=version.lease.release),
