@@ -384,6 +384,7 @@ def record_unsafe(rows: Rows, outcomes: list[DecodedImage], limit: float) -> Non
     for seed, outcome in zip(rows.seeds, outcomes, strict=True):
         probability = outcome.safety_probability
         if probability is not None and not probability <= limit:
-            metrics.UNSAFE.record(1, metrics.Treatment.FLAGGED if outcome.image else metrics.Treatment.LEFT_OUT)
+            treatment = metrics.Treatment.FLAGGED if outcome.image else metrics.Treatment.LEFT_OUT
+            metrics.UNSAFE.record(1, treatment)
         elif outcome.image and outcome.seed != seed:
             metrics.UNSAFE.record(1, metrics.Treatment.REGENERATED)

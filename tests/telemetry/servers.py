@@ -56,9 +56,9 @@ class Prometheus:
 
     def history(self, expression: str) -> Series:
         """Return the values since the server's start, second by second."""
-        result = self.ask(
-            "query_range", query=expression, start=self.since, end=time.time(), step="1s"
-        )["result"]
+        result = self.ask("query_range", query=expression, start=self.since, end=time.time(), step="1s")[
+            "result"
+        ]
         return list(result)
 
     def wait_for(self, expression: str, seconds: float = 60) -> Series:
@@ -73,15 +73,14 @@ class Prometheus:
 def prometheus(folder: Path, ray_folder: Path, triton_port: int, rules: str) -> Iterator[Prometheus]:
     """Run a server that scrapes a Ray of that temporary folder, and a Triton."""
     (folder / "rules.yaml").write_text(rules)
+    discovery = f"{ray_folder}/ray/prom_metrics_service_discovery.json"
     config = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
         "rule_files": ["rules.yaml"],
         "scrape_configs": [
             {
                 "job_name": "ray",
-                "file_sd_configs": [
-                    {"files": [f"{ray_folder}/ray/prom_metrics_service_discovery.json"], "refresh_interval": "1s"}
-                ],
+                "file_sd_configs": [{"files": [discovery], "refresh_interval": "1s"}],
             },
             {"job_name": "triton", "static_configs": [{"targets": [f"127.0.0.1:{triton_port}"]}]},
         ],

@@ -1,9 +1,9 @@
-"""The metrics: names, bounded labels, values equal to the manifest's; none without Ray, and none that fails."""
+"""Metrics have bounded labels and the manifest's values. Without Ray there are none, and none fails a run."""
 
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +23,7 @@ from rebeca_ray.errors import (
 from rebeca_ray.telemetry import metrics, recording
 from rebeca_ray.telemetry.calls import recorded
 from rebeca_ray.telemetry.metrics import Command, Metric, Reason, Stage
-from tests.conftest import snapshot_of
+from tests.conftest import REPO, snapshot_of
 
 Values = dict[tuple[str, ...], float]
 
@@ -176,3 +176,19 @@ def tick() -> Callable[[], float]:
     """Return a clock that moves one second at each look."""
     ticks = iter(range(100))
     return lambda: float(next(ticks))
+
+
+def test_the_page_has_each_metric_and_each_word() -> None:
+    page = (REPO / "infra" / "docs" / "monitoring.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `rebeca_")]
+    assert rows == [
+        f"| `{metric.name}` | {metric.kind} | {quoted(metric.keys)} | {metric.meaning} |"
+        for metric in metrics.METRICS
+    ]
+    labels = {label.__name__.lower(): label for metric in metrics.METRICS for label in metric.labels}
+    for name, label in labels.items():
+        assert f"| `{name}` | {quoted(label)} |" in page
+
+
+def quoted(words: Iterable[str]) -> str:
+    return ", ".join(f"`{word}`" for word in words)

@@ -62,9 +62,7 @@ class Scraped:
         """Return the sums of a metric's series now, by its words."""
         metric = next(metric for metric in METRICS if metric.name == name)
         series = self.server.now(f"sum by ({','.join(metric.keys)}) (ray_{name})")
-        return {
-            tuple(one["metric"][key] for key in metric.keys): float(one["value"][1]) for one in series
-        }
+        return {tuple(one["metric"][key] for key in metric.keys): float(one["value"][1]) for one in series}
 
 
 def line_of(process: subprocess.Popen[str]) -> str:
@@ -73,9 +71,7 @@ def line_of(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def scraped(
-    tmp_path_factory: pytest.TempPathFactory, tiny_decoder: DecoderSettings
-) -> Iterator[Scraped]:
+def scraped(tmp_path_factory: pytest.TempPathFactory, tiny_decoder: DecoderSettings) -> Iterator[Scraped]:
     """Run a night of 16 items until it is published, and scrape it every second."""
     if not shutil.which("prometheus"):
         pytest.skip("prometheus is missing: install Debian's package `prometheus`")
