@@ -123,7 +123,8 @@ def test_the_scraped_values_are_those_of_the_manifest(scraped: Scraped) -> None:
     assert scraped.values("rebeca_unsafe_images_total") == {
         ("flagged",): 1, ("left_out",): 1, ("regenerated",): 1,
     }  # fmt: skip
-    assert scraped.values("rebeca_call_rows_count") == {}
+    (calls,) = scraped.server.now('sum(ray_rebeca_call_seconds_count{stage="render"})')
+    assert float(calls["value"][1]) == 8  # of two images each
     created = datetime.fromisoformat(scraped.manifest.created_at).timestamp()
     assert scraped.values("rebeca_published_timestamp_seconds") == {(): created}
     assert scraped.values("rebeca_ended_total") == {("generate", "success"): 1}
