@@ -18,7 +18,7 @@ from rebeca_ray.identity import retry_seed
 from rebeca_ray.telemetry import metrics
 from tests.generation.light_render import PlainDecoder
 
-SECONDS_PER_CALL = 0.6
+SECONDS_PER_CALL = 0.8
 
 
 class SlowDecoder(PlainDecoder):
@@ -53,7 +53,7 @@ def main() -> None:
     render.RenderImages = SlowRender  # type: ignore[misc]
     render.build_decoder = lambda _: SlowDecoder()  # type: ignore[assignment,return-value]
     metrics.record_epoch(1, 0.9, 0.8, 1000.0)
-    generate_catalog(GenerateConfig.model_validate_json(sys.argv[1]))
+    generate_catalog(GenerateConfig.model_validate_json(sys.argv[1]), force=True)
     metrics.record_epoch(1, 0.9, 0.8, 1000.0)
     for state in ("published", "stalled"):
         print(state, flush=True)
