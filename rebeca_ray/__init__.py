@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot follow __getatt
     from rebeca_ray.config.jobs import TrainConfig as TrainConfig
     from rebeca_ray.config.sections import InteractionSettings as InteractionSettings
     from rebeca_ray.errors import UserError as UserError
+    from rebeca_ray.identity import read_user_key as read_user_key
     from rebeca_ray.notebook import decode as decode
     from rebeca_ray.notebook import embed as embed
     from rebeca_ray.notebook import fit_prior as fit_prior
@@ -47,6 +48,7 @@ _PUBLIC = {
     "InteractionSettings": "rebeca_ray.config.sections",
     "DecoderSettings": "rebeca_ray.config.decoder",
     "UserError": "rebeca_ray.errors",
+    "read_user_key": "rebeca_ray.identity",
 }
 
 __all__ = [*_PUBLIC]  # each is found by __getattr__

@@ -5,6 +5,7 @@ in what the steps before left, so the same command completes an erasure that was
 """
 
 import itertools
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -27,7 +28,7 @@ from rebeca_ray.catalog.lease import Lease, hold_lease
 from rebeca_ray.catalog.manifest import read_manifest
 from rebeca_ray.catalog.pointer import Pointer, change_pointer, read_pointer
 from rebeca_ray.catalog.read import open_snapshot, read_catalog
-from rebeca_ray.catalog.snapshots import LEASE_SECONDS, read_manifests
+from rebeca_ray.catalog.snapshots import LEASE_SECONDS, read_manifests, user_key_of
 from rebeca_ray.data.erasure import erase_from_storage, erase_rated
 from rebeca_ray.data.validation import check_columns, check_ids, check_rows
 from rebeca_ray.errors import InputError, redacted
@@ -92,7 +93,8 @@ class Erased:
 def forget(root: str, users: Sequence[str], places: Places, *, dry_run: bool = False) -> Erased:
     """Erase some users from a catalog and from some places, and keep them away from later nights.
 
-    Unfinished runs are given up. Raises InputError for a missing key, a damaged snapshot, or a place that is
+    Users are given by their ids, also for a catalog with pseudonyms, which needs their key. Unfinished runs
+    are given up. Raises InputError for a missing or wrong key, a damaged snapshot, or a place that is
     something else, LeaseHeldError while a run is at work.
     """
     names = sorted({*users})
@@ -102,6 +104,8 @@ def forget(root: str, users: Sequence[str], places: Places, *, dry_run: bool = F
         raise InputError("forget: an empty user_id names the population pool, which is nobody's; give an id")
     if read_pointer(root)[1] is None:
         raise InputError(f"catalog {root}: there is none (no latest.json); give the root of one")
+    user_key = user_key_of(root)
+    names = sorted(user_key.pseudonyms(names)) if user_key else names
     check_places(places)
     erasure_key()
     read_tombstones(root)
@@ -177,7 +181,12 @@ def erase(root: str, users: list[str], places: Places, removed: Removed, lease: 
 
 
 def read_users(uri: str) -> list[str]:
-    """Return the users in the column `user_id` of a Parquet or CSV file. Raises InputError for bad ids."""
+    """Return the users in the column `user_id` of a Parquet or CSV file, or those on standard input.
+
+    `-` stands for standard input, with an id in each line. Raises InputError for bad ids.
+    """
+    if uri == "-":
+        return [line for line in sys.stdin.read().splitlines() if line]
     source = open_table(uri, "users", columns={})
     users = source.read(check_columns(source, USERS))["user_id"]
     check_rows(pa.table([users], names=["user_id"]), "users", uri)

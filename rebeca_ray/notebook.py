@@ -51,6 +51,7 @@ class FittedPrior:
         by_history = self.config.network.user_encoder == "history"
         return SampleConfig(
             prior=self.folder,
+            user_key=self.config.user_key,
             items=self.config.items,
             interactions=self.config.interactions if by_history else None,
             catalog=self.config.catalog if by_history else None,

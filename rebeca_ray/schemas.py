@@ -96,6 +96,8 @@ PRIOR_USERS = pa.schema(
     ]
 )
 
+GROUPS = pa.schema([required("user_id", STRING), required("group", STRING)])  # of users, to compare
+
 TRAINING, VALIDATION, TEST = 0, 1, 2  # the splits of a user's interactions
 
 HISTORIES = pa.schema(  # one row per user, their interactions in order of time; for training and planning

@@ -72,6 +72,12 @@ ELSEWHERE = {
     "rebeca catalog forget *": (
         "tests/catalog/test_forget.py::test_a_dry_run_lists_and_changes_nothing_and_the_command_prints_json"
     ),
+    "rebeca catalog groups *": (
+        "tests/evaluation/test_groups.py::test_the_command_prints_a_table_or_json_also_of_pseudonyms"
+    ),
+    "rebeca catalog pseudonyms *": (
+        "tests/test_pseudonyms.py::test_forgetting_takes_the_id_and_the_command_prints_pseudonyms"
+    ),
     "rebeca catalog verify CATALOG --provenance": (
         "tests/generation/test_provenance.py"
         "::test_the_command_reports_how_many_were_checked_and_damage_ends_with_4"

@@ -47,11 +47,7 @@ def quality_sums(items: pa.Table) -> QualitySums:
     starts = group_starts(items["user_id"].to_numpy(zero_copy_only=False))
     counts = np.diff([*starts, items.num_rows])
 
-    # The squared length of a sum of n unit vectors is n plus the sum of their cosines.
-    squared_length = np.square(np.add.reduceat(unit, starts, axis=0)).sum(1)
-    several = counts > 1
-    pairs = counts[several] * (counts[several] - 1)
-    mean_cosine = (squared_length[several] - counts[several]) / pairs
+    mean_cosine = mean_cosines(unit, starts, counts)
 
     # Equal rows have equal products with any vector, and others hardly ever.
     # This takes much less work than comparing rows.
@@ -67,8 +63,18 @@ def quality_sums(items: pa.Table) -> QualitySums:
         "like": float(pc.sum(like).as_py() or 0.0),
         "judged": float(len(like)),
         "distance": float((1 - mean_cosine).sum()),
-        "users_with_several": float(several.sum()),
+        "users_with_several": float(len(mean_cosine)),
     }
+
+
+def mean_cosines(unit: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return the mean cosine between two items, for each user with several. `unit` is sorted by user."""
+    # The squared length of a sum of n unit vectors is n plus the sum of their cosines.
+    squared_length = np.square(np.add.reduceat(unit, starts, axis=0)).sum(1)
+    several = counts > 1
+    pairs = counts[several] * (counts[several] - 1)
+    cosines: np.ndarray = (squared_length[several] - counts[several]) / pairs
+    return cosines
 
 
 def figures_of(requested: int, failed: int, filtered: int, buckets: Iterable[QualitySums]) -> GateFigures:

@@ -172,6 +172,7 @@ class Manifest(Record):
     safety_checker: str | None = None  # null in manifests from before the bundled checker
     embed_dim: int = Field(gt=0)
     clip_fingerprint: str | None = None
+    user_key_fingerprint: str | None = None  # null: user ids as they were given
     num_buckets: int = Field(gt=0)
     next_file: int
     bytes: int

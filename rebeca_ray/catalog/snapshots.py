@@ -22,12 +22,14 @@ from rebeca_ray.catalog.pointer import (
 from rebeca_ray.catalog.read import open_snapshot
 from rebeca_ray.catalog.verify import verify
 from rebeca_ray.errors import InputError, LeaseHeldError, QualityGateError
+from rebeca_ray.identity import UserKey, read_user_key, require_key
 from rebeca_ray.storage.failures import only_warn
 from rebeca_ray.storage.filesystem import delete, exists, join, list_files
 
 log = logging.getLogger(__name__)
 
 LEASE_SECONDS = 60
+USER_KEY = "env:REBECA_USER_KEY"  # for commands without a config
 
 
 def list_snapshots(root: str) -> list[Manifest]:
@@ -60,6 +62,27 @@ def read_manifests(root: str) -> tuple[list[Manifest], dict[str, InputError]]:
     manifests = [manifest for manifest in results.values() if isinstance(manifest, Manifest)]
     errors = {folder: error for folder, error in results.items() if isinstance(error, InputError)}
     return sorted(manifests, key=lambda manifest: (manifest.created_at, manifest.fencing_token)), errors
+
+
+def check_user_key(root: str, key: UserKey | None) -> None:
+    """Raise InputError if the published snapshot names users by another key, or without one."""
+    pointer, _ = read_pointer(root)
+    if pointer.snapshot is not None:
+        manifest = read_manifest(root, pointer.snapshot)
+        require_key(f"catalog {root}", manifest.user_key_fingerprint, key)
+
+
+def user_key_of(root: str) -> UserKey | None:
+    """Return the key of a catalog's pseudonyms from USER_KEY; None for a catalog with user ids as they are.
+
+    Raises InputError if the variable is not set, or holds another key.
+    """
+    pointer, _ = read_pointer(root)
+    if pointer.snapshot is None or read_manifest(root, pointer.snapshot).user_key_fingerprint is None:
+        return None
+    key = read_user_key(USER_KEY)
+    check_user_key(root, key)
+    return key
 
 
 def find_snapshot(root: str, run_id: str) -> Manifest:

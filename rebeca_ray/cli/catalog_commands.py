@@ -150,7 +150,11 @@ def forget(
     user: Annotated[list[str] | None, typer.Option(help="Id of a user to erase; may be repeated.")] = None,
     users: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Parquet or CSV file of the users to erase, in a column user_id."),
+        typer.Option(
+            metavar="FILE",
+            help="Parquet or CSV file of the users to erase, in a column user_id. -: one id per line of "
+            "standard input.",
+        ),
     ] = None,
     places: Annotated[
         list[str] | None,
@@ -178,7 +182,8 @@ def forget(
 ) -> None:
     """Erase users from all snapshots, and from the given places; keep them away from later runs. Prints JSON.
 
-    Needs the secret key of the tombstones in REBECA_ERASURE_KEY. Unfinished runs are given up.
+    Needs the secret key of the tombstones in REBECA_ERASURE_KEY, and for a catalog with pseudonyms theirs in
+    REBECA_USER_KEY. Unfinished runs are given up.
     """
     from rebeca_ray.forget import Iceberg, Places, read_users
     from rebeca_ray.forget import forget as erase
@@ -188,6 +193,55 @@ def forget(
         given = Places(folders=places or [], storages=storage or [], iceberg=tables)
         names = [*(user or []), *(read_users(users) if users is not None else [])]
         print_result(erase(catalog, names, given, dry_run=dry_run).values(), as_json=True)
+
+
+@app.command()
+def pseudonyms(
+    catalog: Catalog,
+    users: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="Parquet or CSV file of users, in a column user_id. -: one id per line of standard input.",
+        ),
+    ] = "-",
+) -> None:
+    """Print the pseudonyms of users, one per line, in their order. Needs the key in REBECA_USER_KEY."""
+    from rebeca_ray.catalog.snapshots import user_key_of
+    from rebeca_ray.errors import InputError
+    from rebeca_ray.forget import read_users
+
+    with plain_errors():
+        key = user_key_of(catalog)
+        if key is None:
+            raise InputError(f"catalog {catalog}: has user ids as they are, no pseudonyms; read it by them")
+        print_result("\n".join(key.pseudonyms(read_users(users))))
+
+
+@app.command()
+def groups(
+    catalog: Catalog,
+    groups: Annotated[
+        str, typer.Argument(metavar="GROUPS", help="Parquet or CSV file with the columns user_id and group.")
+    ],
+    run_id: RunId = None,
+    min_users: Annotated[
+        int, typer.Option(min=2, help="Fewest users of a group. Smaller groups are merged.")
+    ] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Compare groups of users: liking, diversity, failures, unsafe items, cold starts."""
+    from rebeca_ray.catalog.read import open_snapshot, read_catalog
+    from rebeca_ray.catalog.snapshots import find_snapshot
+    from rebeca_ray.cli.groups_table import groups_json, groups_table
+    from rebeca_ray.evaluation.groups import compare_groups
+
+    with plain_errors("nothing was changed: run the same command again"):
+        snapshot = (
+            open_snapshot(catalog, find_snapshot(catalog, run_id).path) if run_id else read_catalog(catalog)
+        )
+        report = compare_groups(snapshot, groups, min_users)
+        print_result(groups_json(report) if as_json else groups_table(report), as_json=as_json)
 
 
 @exports.command(name="images")

@@ -47,9 +47,11 @@ def gallery(
     ] = None,
 ) -> None:
     """Show a catalog in a browser: users, items, snapshots, comparisons. With --config, steer users too."""
+    from rebeca_ray.catalog.snapshots import check_user_key
     from rebeca_ray.config.fields import absolute
     from rebeca_ray.config.jobs import GenerateConfig, dated
     from rebeca_ray.errors import InputError
+    from rebeca_ray.identity import read_user_key
 
     with plain_errors():
         settings = read_config(GenerateConfig, config, None) if config else None
@@ -68,8 +70,13 @@ def gallery(
             raise InputError(
                 "--feedback: needs a --config with interactions, for the scale of ratings and the columns"
             )
+        if feedback and settings and settings.user_key:
+            raise InputError(
+                "--feedback: the gallery knows pseudonyms alone, and interactions hold user ids; leave it out"
+            )
         source = Source(catalog)
         if settings:
+            check_user_key(catalog, read_user_key(settings.user_key))
             settings = dated(settings, date.fromisoformat(source.published.manifest.run_date))
         histories = Histories(settings.interactions) if settings and settings.interactions else None
         shown = Gallery(

@@ -10,6 +10,7 @@ from rebeca_ray.config.fields import (
     Duration,
     Effect,
     Fraction,
+    KeySource,
     Location,
     ModelName,
     Pixels,
@@ -18,22 +19,7 @@ from rebeca_ray.config.fields import (
     Size,
     SmallCount,
     Weight,
-    absolute,
 )
-
-
-def pem_source(value: str) -> str:
-    """Return `env:NAME` as it is, and a path as absolute. Raises ValueError for anything else."""
-    if value.startswith("env:"):
-        if not re.fullmatch(r"env:[A-Za-z_][A-Za-z0-9_]*", value):
-            raise ValueError("names no environment variable; give env:NAME")
-        return value
-    if "-----BEGIN" in value:
-        raise ValueError("is the text itself, which a config must not hold; give a file, or env:NAME")
-    path = absolute(value)
-    if "://" in path:
-        raise ValueError("is no local file; give a file that is on every node, or env:NAME")
-    return path
 
 
 def web_address(value: str) -> str:
@@ -43,7 +29,6 @@ def web_address(value: str) -> str:
     return value
 
 
-PemSource = Annotated[str, AfterValidator(pem_source)]
 WebAddress = Annotated[str, AfterValidator(web_address)]
 
 
@@ -79,10 +64,10 @@ class TritonSettings(Settings):
 class C2paSettings(Settings):
     """The signature of C2PA manifests, read only if `provenance` is `c2pa`."""
 
-    certificate: Annotated[PemSource | None, Effect.NOTHING] = None
+    certificate: Annotated[KeySource | None, Effect.NOTHING] = None
     """Certificate chain in PEM, with the signing certificate first: a file on every node, or `env:NAME` for
     the text in an environment variable."""
-    key: Annotated[PemSource | None, Effect.NOTHING] = None
+    key: Annotated[KeySource | None, Effect.NOTHING] = None
     """Private key in PEM (PKCS#8, unencrypted): a file on every node, or `env:NAME`."""
     signer: Annotated[str | None, Effect.NOTHING] = None
     """Function that signs instead of `key`, such as a client of a key management service:

@@ -18,6 +18,7 @@ from rebeca_ray.config.fields import (
     Size,
 )
 from rebeca_ray.config.jobs import JobConfig
+from rebeca_ray.config.people import PeopleConfig
 from rebeca_ray.config.sections import InteractionSettings
 from rebeca_ray.config.verifier import VerifierSettings
 
@@ -82,7 +83,7 @@ class TrackingSettings(Settings):
     """Name of the run. By default, the tracker makes one up."""
 
 
-class EvaluateConfig(JobConfig):
+class EvaluateConfig(PeopleConfig, JobConfig):
     """`rebeca evaluate`: one catalog, or two -> figures per user, metrics, plots and a report."""
 
     suite: Annotated[Literal["paper", "pipbench"] | None, Effect.ITEM] = None

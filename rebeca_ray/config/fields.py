@@ -43,6 +43,20 @@ def absolute(location: str) -> str:
     return location if "://" in location else os.path.abspath(location)
 
 
+def key_source(value: str) -> str:
+    """Return `env:NAME` as it is, and a path as absolute. Raises ValueError for anything else."""
+    if value.startswith("env:"):
+        if not re.fullmatch(r"env:[A-Za-z_][A-Za-z0-9_]*", value):
+            raise ValueError("names no environment variable; give env:NAME")
+        return value
+    if "-----BEGIN" in value:
+        raise ValueError("is the text itself, which a config must not hold; give a file, or env:NAME")
+    path = absolute(value)
+    if "://" in path:
+        raise ValueError("is no local file; give a file that is on every node, or env:NAME")
+    return path
+
+
 def as_typed(value: Any) -> Any:
     """Return an identifier as a person typed it, where YAML read a number or a date."""
     return str(value) if type(value) in (int, datetime.date) else value
@@ -68,6 +82,7 @@ def fraction_or_whole(value: float) -> float:
 
 MAX_IMAGES = 32_767  # a rank is an int16
 Location = Annotated[str, AfterValidator(absolute)]
+KeySource = Annotated[str, AfterValidator(key_source)]  # of a secret, which no config holds
 ModelName = Annotated[str, AfterValidator(expand)]  # a hub id, or a directory on every node
 Identifier = Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9_.-]+$"), BeforeValidator(as_typed)]
 Count = Annotated[int, Field(ge=0, le=10**9)]

@@ -26,6 +26,7 @@ from rebeca_ray.config.fields import (
     Weight,
 )
 from rebeca_ray.config.load import C
+from rebeca_ray.config.people import PeopleConfig
 from rebeca_ray.config.presets import PRESETS
 from rebeca_ray.config.sections import (
     DiffusionSettings,
@@ -83,7 +84,7 @@ class EmbedConfig(JobConfig):
     """Minutes without a finished batch after which the job ends with exit code 75. Null means no limit."""
 
 
-class TrainConfig(JobConfig):
+class TrainConfig(PeopleConfig, JobConfig):
     """`rebeca train`: interactions + embedded items -> a prior."""
 
     preset: Annotated[Literal["paper-v1", "paper-v2", "stickers"] | None, Effect.ITEM] = None
@@ -142,7 +143,7 @@ class TrainConfig(JobConfig):
         }
 
 
-class DistillConfig(JobConfig):
+class DistillConfig(PeopleConfig, JobConfig):
     """`rebeca distill`: a trained prior -> a prior that needs only a few passes per embedding."""
 
     prior: Annotated[Location, Effect.CONTENT]
@@ -182,7 +183,7 @@ class DistillConfig(JobConfig):
     """Seed of trajectories and training."""
 
 
-class GenerateConfig(JobConfig):
+class GenerateConfig(PeopleConfig, JobConfig):
     """`rebeca generate`: prior + decoder + request -> a published snapshot of a catalog."""
 
     prior: Annotated[Location, Effect.CONTENT]
@@ -229,7 +230,7 @@ class GenerateConfig(JobConfig):
         return self.run_date or (now or datetime.datetime.now(datetime.UTC)).date()
 
 
-class SampleConfig(Settings):
+class SampleConfig(PeopleConfig):
     """`rebeca sample`: prior + users -> embeddings, for a notebook or another decoder."""
 
     prior: Annotated[Location, Effect.CONTENT]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from rebeca_ray.config.decoder import pem_source, web_address
+from rebeca_ray.config.decoder import web_address
 from rebeca_ray.config.evaluation import EvaluateConfig
 from rebeca_ray.config.fields import (
     Effect,
@@ -19,6 +19,7 @@ from rebeca_ray.config.fields import (
     as_typed,
     effect_of,
     expand,
+    key_source,
     section_of,
 )
 from rebeca_ray.config.jobs import (
@@ -48,7 +49,7 @@ CHECKED = {
     expand: "model name",
     as_typed: "identifier",
     as_hexadecimal: "colour",
-    pem_source: "file or env:NAME",
+    key_source: "file or env:NAME",
     web_address: "web address",
 }
 COMPARISONS = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}

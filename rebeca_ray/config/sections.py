@@ -18,6 +18,7 @@ from rebeca_ray.config.fields import (
     FractionBelow1,
     GuidanceWeight,
     HoldOut,
+    KeySource,
     LearningRate,
     Location,
     Positive,
@@ -29,28 +30,7 @@ from rebeca_ray.config.fields import (
     Size,
     SmallCount,
 )
-
-
-class ColumnNames(Settings):
-    """The names of the columns in the files of ratings, where they differ from the usual ones."""
-
-    user_id: Annotated[str | None, Effect.CONTENT] = None
-    """Column of the users. By default, it is `user_id`."""
-    item_id: Annotated[str | None, Effect.CONTENT] = None
-    """Column of the items. By default, it is `item_id`."""
-    rating: Annotated[str | None, Effect.CONTENT] = None
-    """Column of the ratings. By default, it is `rating`, if there is one."""
-    timestamp: Annotated[str | None, Effect.CONTENT] = None
-    """Column of the times. By default, it is `timestamp`, if there is one."""
-    event: Annotated[str | None, Effect.CONTENT] = None
-    """Column of the events. By default, it is `event`, if there is one."""
-
-    @model_validator(mode="after")
-    def check_names(self) -> Self:
-        names = [name for name in self.model_dump().values() if name is not None]
-        if repeated := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"{repeated[0]} is named twice; name each column once")
-        return self
+from rebeca_ray.config.people import ColumnNames
 
 
 class InteractionSettings(Settings):
@@ -60,6 +40,8 @@ class InteractionSettings(Settings):
     """Parquet or CSV file, or folder of files, of ratings."""
     columns: ColumnNames = ColumnNames()
     """Names of the columns in the files."""
+    user_key: Annotated[KeySource | None, Effect.NOTHING] = None
+    """Key of the pseudonyms. It is that of the job, which fills it in."""
     # YAML has lists alone, so the pair is not strict.
     rating_scale: Annotated[tuple[Rating, Rating], Field(strict=False), Effect.ITEM] = (1.0, 5.0)
     """Lowest and highest possible rating. A rating outside is refused."""

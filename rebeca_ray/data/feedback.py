@@ -22,7 +22,7 @@ from rebeca_ray.data.interactions import only_ratings, open_interactions
 from rebeca_ray.data.items import EmbeddedItems
 from rebeca_ray.data.validation import check_columns
 from rebeca_ray.errors import Failure, InputError, StorageError, UserError, describe
-from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
+from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128, require_key
 from rebeca_ray.ray_runtime import for_each
 from rebeca_ray.storage.failures import user_error
 from rebeca_ray.storage.filesystem import arrow_filesystem, exists, join, list_files, open_filesystem
@@ -57,7 +57,8 @@ def find_rated(
     It looks for an item among the items of the rating user, and among those that all cold-start users share.
     Items in no snapshot are left out of the result, and `build_histories` leaves out their ratings.
     """
-    rated = ratings_of_others(open_interactions(interactions), item_id)
+    source = open_interactions(interactions)
+    rated = ratings_of_others(source, item_id)
     if not rated.num_rows:
         return schemas.embedded_items(embed_dim).empty_table()
     folder = rated_folder(root, clip, embed_dim)
@@ -69,6 +70,7 @@ def find_rated(
         if not missing.num_rows:
             break
         of_another_clip = clip and manifest.clip_fingerprint and manifest.clip_fingerprint != clip
+        require_key(f"catalog {root}", manifest.user_key_fingerprint, source.user_key)
         if manifest.embed_dim != embed_dim or of_another_clip:
             continue
         try:

@@ -168,7 +168,8 @@ def fingerprint(
 ) -> str:
     """Return a hash of the settings, the input, the items, the columns of a history, and the tombstones."""
     columns, erased = ",".join(schemas.HISTORIES.names), [tombstones.digest] if tombstones else []
-    return hash128(settings.model_dump_json(), source.digest(), columns, *item_id.tolist(), *erased)
+    described = settings.model_dump_json(exclude={"user_key"})  # the digest of the source has the key
+    return hash128(described, source.digest(), columns, *item_id.tolist(), *erased)
 
 
 def split_by_bucket(

@@ -22,7 +22,7 @@ from rebeca_ray.data.validation import (
     row_numbers,
 )
 from rebeca_ray.errors import InputError
-from rebeca_ray.identity import hash128
+from rebeca_ray.identity import hash128, read_user_key
 from rebeca_ray.schemas import TEST, TRAINING, VALIDATION
 from rebeca_ray.storage.parquet import ParquetInput, open_table
 
@@ -118,8 +118,16 @@ def sorted_values(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def open_interactions(settings: InteractionSettings) -> ParquetInput:
-    """Open the interactions, in Parquet or CSV files, with the settings' names of their columns."""
-    return open_table(settings.path, "interactions", columns=settings.columns.model_dump(exclude_none=True))
+    """Open the interactions, in Parquet or CSV files, with the settings' names of their columns.
+
+    With `user_key`, every read gives pseudonyms for users.
+    """
+    return open_table(
+        settings.path,
+        "interactions",
+        columns=settings.columns.model_dump(exclude_none=True),
+        user_key=read_user_key(settings.user_key),
+    )
 
 
 def read_columns(interactions: ParquetInput) -> pa.Table:
@@ -213,9 +221,9 @@ def validate(table: pa.Table, settings: InteractionSettings) -> pa.Table:
 
 
 def examples(table: pa.Table, bad: pa.Array) -> str:
-    """Return user and item of the first bad rows, as an error shows them."""
-    rows = table.filter(bad).slice(0, MAX_EXAMPLES).select(["user_id", "item_id"]).to_pylist()
-    return "; ".join(f"{row['user_id'][:40]} × {row['item_id'][:40]}" for row in rows)
+    """Return the items of the first bad rows, as an error shows them. Errors name no user."""
+    items = table["item_id"].filter(bad).slice(0, MAX_EXAMPLES).to_pylist()
+    return "of the items " + ", ".join(item[:40] for item in items)
 
 
 def likes(table: pa.Table, threshold: float) -> np.ndarray:

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rebeca_ray.errors import InputError, did_you_mean, shown
+from rebeca_ray.errors import InputError, did_you_mean
 from rebeca_ray.schemas import may_be_missing
 from rebeca_ray.storage.columns import stands_for, type_of
 from rebeca_ray.storage.data_file import DataFile, Header
@@ -111,6 +111,7 @@ def check_rows(table: pa.Table, what: str, uri: str) -> None:
 def check_ids(column: pa.ChunkedArray, what: str, uri: str, name: str, *, unique: str | None = None) -> None:
     """Raise InputError for ids that are null, empty, very long, not UTF-8, or hold a control character.
 
+    The error has numbers of rows and no id, because errors go to logs, and the id may be that of a person.
     `unique` is the remedy for repeated ids. Without it ids may repeat.
     """
     bad = pc.or_kleene(pc.is_null(column), pc.equal(pc.fill_null(column, ""), ""))
@@ -120,11 +121,11 @@ def check_ids(column: pa.ChunkedArray, what: str, uri: str, name: str, *, unique
     bad = pc.match_substring_regex(column, "[\\x00-\\x1f]")
     refuse(what, uri, bad, f"a control character in {name}", row_numbers(bad), "take them out")
     if unique and (repeated := len(column) - pc.count_distinct(column).as_py()):
-        counted = pc.value_counts(column)
-        often = counted.filter(pc.greater(counted.field("counts"), 1)).field("values")[:MAX_EXAMPLES]
+        codes = column.combine_chunks().dictionary_encode().indices.to_numpy()
+        again = np.ones(len(codes), bool)  # all rows but the first of each id
+        again[np.unique(codes, return_index=True)[1]] = False
         raise InputError(
-            f"{what} {uri}: {repeated} {name}s are repeated ({', '.join(map(shown, often.to_pylist()))}); "
-            f"{unique}"
+            f"{what} {uri}: {repeated} {name}s are repeated ({row_numbers(pa.array(again))}); {unique}"
         )
 
 

@@ -59,9 +59,9 @@ def check_independence(
     A rating is a pair of user and item. `training_seed` is `optimization.seed`.
     """
     if shared := set(verifier_pairs) & set(selector_pairs):
-        user, item = min(shared)
+        item = min(shared)[1]  # the error goes to logs, and names no user
         raise InputError(
-            f"verifier: {len(shared)} of its ratings were seen by the selector, such as {user} × {item}; "
+            f"verifier: {len(shared)} of its ratings were seen by the selector, such as one of item {item}; "
             "expected none; take the ratings of ratings_for_verifier"
         )
     if training_seed <= verifier_seed < training_seed + SELECTOR_SEEDS:

@@ -115,7 +115,7 @@ class Steering:
                 # A model may fail too, such as for want of memory. The page says so, the log says more.
                 reason = user_error(error)
                 if reason is None:
-                    log.exception("steering user %r failed", user["user_id"])
+                    log.exception("steering a user failed")
                 return replace(steered, message=redacted(str(reason or describe(error))))
             note = None
             if not steered.votes and all(slider.is_default for slider in sliders):

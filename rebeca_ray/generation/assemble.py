@@ -52,6 +52,7 @@ from rebeca_ray.generation.progress import Progress
 from rebeca_ray.generation.render import Rendered
 from rebeca_ray.generation.repair.previous import damage_of_tables
 from rebeca_ray.generation.sharing.planned import num_shared
+from rebeca_ray.identity import read_user_key
 from rebeca_ray.ray_runtime import for_each
 from rebeca_ray.schemas import SCHEMA_VERSION
 from rebeca_ray.storage.filesystem import join
@@ -287,7 +288,7 @@ def describe_snapshot(
     """Return the manifest of an assembled snapshot, before the gate judges it."""
     run, previous, models = context.run, context.previous, context.models
     stages = measured_stages(context.config, progress, previous)  # first: the cost counts this stage too
-    quality = Quality()
+    quality, key = Quality(), read_user_key(context.config.user_key)
     if permutation:
         quality = Quality(permutation=PermutationFigures.model_validate(permutation.figures()))
     return Manifest(
@@ -307,6 +308,7 @@ def describe_snapshot(
         safety_checker=models.safety_checker,
         embed_dim=models.embed_dim,
         clip_fingerprint=models.clip_fingerprint,
+        user_key_fingerprint=key.fingerprint if key else None,
         num_buckets=context.num_buckets,
         next_file=assembled.next_file,
         bytes=assembled.bytes,

@@ -223,8 +223,8 @@ class Bucket:
             expected = self.decisions[user].num_images
             if planned.get(user, 0) != expected:
                 raise ResumableError(
-                    f"run {self.context.run.run_id}: the plan has {planned.get(user, 0)} items of user "
-                    f"{user!r}, expected {expected}; nothing is published, start it again to resume"
+                    f"run {self.context.run.run_id}: the plan has {planned.get(user, 0)} items of a user, "
+                    f"expected {expected}; nothing is published, start it again to resume"
                 )
 
     def with_hidden_departures(self, changes: pa.Table, items: pa.Table) -> pa.Table:

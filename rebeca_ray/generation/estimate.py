@@ -7,6 +7,7 @@ from rebeca_ray.catalog.layout import Run, new_run_id
 from rebeca_ray.catalog.manifest import Cost, StageFigures
 from rebeca_ray.catalog.read import published
 from rebeca_ray.catalog.runs import BegunRun, remove_run, write_begun, write_run_record
+from rebeca_ray.catalog.snapshots import check_user_key
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.errors import InputError
@@ -18,6 +19,7 @@ from rebeca_ray.generation.progress import Progress
 from rebeca_ray.generation.rendering.checks import with_choices
 from rebeca_ray.generation.request import check_request
 from rebeca_ray.generation.runs import record_of
+from rebeca_ray.identity import read_user_key
 
 
 def estimate(config: GenerateConfig, *, images_per_second: float | None = None) -> Cost:
@@ -33,6 +35,7 @@ def estimate(config: GenerateConfig, *, images_per_second: float | None = None) 
     decoder = identify_decoder(config.decoder)
     requested = check_request(config, decoder)
     previous = published(config.catalog)
+    check_user_key(config.catalog, read_user_key(config.user_key))
     if previous is None and images_per_second is None:
         raise InputError(
             f"catalog {config.catalog}: no run has measured anything there yet; "

@@ -28,7 +28,7 @@ from rebeca_ray.catalog.runs import (
     unfinished_runs,
     write_run_record,
 )
-from rebeca_ray.catalog.snapshots import require_pointer
+from rebeca_ray.catalog.snapshots import check_user_key, require_pointer
 from rebeca_ray.config.jobs import GenerateConfig, Resume
 from rebeca_ray.data.histories import Histories
 from rebeca_ray.decoder.build import check_decoder
@@ -62,6 +62,7 @@ from rebeca_ray.generation.runs import (
     is_made_already,
     record_of,
 )
+from rebeca_ray.identity import read_user_key
 from rebeca_ray.log import set_run_id
 from rebeca_ray.provenance.signing import check_signing
 from rebeca_ray.ray_runtime import require_room, start_ray
@@ -116,6 +117,7 @@ def generate_catalog(
     require_writable(config.catalog, "catalog")
     require_own_root(config.catalog)
     require_pointer(config.catalog)
+    check_user_key(config.catalog, read_user_key(config.user_key))
     config = with_choices(config, in_process)
     pinned = pinned.model_copy(update={"decoder": config.decoder})
     models = identify_models(pinned, decoder)

@@ -35,7 +35,7 @@ from rebeca_ray.data.validation import (
 from rebeca_ray.decoder.files import DecoderIdentity
 from rebeca_ray.errors import InputError, shown
 from rebeca_ray.generation.context import RunContext
-from rebeca_ray.identity import bucket_of
+from rebeca_ray.identity import bucket_of, read_user_key, require_key
 from rebeca_ray.prior.checkpoint import read_prior_config
 from rebeca_ray.prior.schedules import check_steps
 from rebeca_ray.storage.filesystem import delete, join
@@ -84,7 +84,7 @@ def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
     if config.interactions is not None:
         check_columns(open_interactions(config.interactions), schemas.INTERACTIONS)
 
-    source = open_parquet(config.request, "request")
+    source = open_request(config)
     columns = check_columns(source, schemas.REQUEST)
     tombstones, erased = read_tombstones(config.catalog), 0
     ids, requested, rows = np.empty(source.num_rows, np.int64), 0, 0
@@ -107,6 +107,11 @@ def check_request(config: GenerateConfig, decoder: DecoderIdentity) -> int:
     if erased:
         log.info(f"request {config.request}: {erased:,} of {rows:,} users were erased, and are left out")
     return requested
+
+
+def open_request(config: GenerateConfig) -> ParquetInput:
+    """Open the request. With `user_key`, every read gives pseudonyms for users."""
+    return open_parquet(config.request, "request", user_key=read_user_key(config.user_key))
 
 
 def hashes_of(ids: pa.ChunkedArray) -> np.ndarray:
@@ -180,7 +185,7 @@ def check_variants(users: pa.Table, what: str, uri: str, items: str | None) -> N
 
 def split_request(context: RunContext) -> None:
     """Write the request below the run's work folder, by bucket."""
-    source = open_parquet(context.config.request, "request")
+    source = open_request(context.config)
     split_users(source, check_columns(source, schemas.REQUEST), context, "request")
 
 
@@ -246,6 +251,8 @@ def read_requests(context: RunContext, bucket: int) -> list[Request]:
 def input_digests(config: GenerateConfig) -> dict[str, str]:
     """Return the digests of a run's tables, by their names."""
     digests = {"request": digest_of(list_data(config.request, "request"))}
+    if key := read_user_key(config.user_key):
+        digests["user_key"] = key.fingerprint
     if config.items is not None:
         digests["items"] = open_items(config.items).digest()
     if config.interactions is not None:
@@ -276,6 +283,8 @@ def check_prior_can(config: GenerateConfig | SampleConfig, prior: JsonObject) ->
             f"sampler.variant is noise, but prior {config.prior} is distilled and denoises from its "
             f"{sampling.distilled_steps} built-in timesteps alone; set it to slerp"
         )
+    if prior["network"]["user_encoder"] == "id":  # no other prior has a table of users
+        require_key(f"prior {config.prior}", prior.get("user_key"), read_user_key(config.user_key))
     if cast(float, sampler.prior_guidance_scale) > 1 and prior["condition_dropout"] == 0:
         raise InputError(
             f"sampler.prior_guidance_scale is {sampler.prior_guidance_scale}, "

@@ -32,7 +32,7 @@ from rebeca_ray.generation.context import with_current_versions
 from rebeca_ray.generation.plan import arrow_column, plan_keys, settings_of_key, users_per_batch
 from rebeca_ray.generation.request import check_prior_can, check_variants
 from rebeca_ray.generation.user_loader import UserLoader
-from rebeca_ray.identity import bucket_of, candidate_seed
+from rebeca_ray.identity import bucket_of, candidate_seed, read_user_key
 from rebeca_ray.prior.candidates import ChosenItems, choose_candidates, judge_candidates, sample_candidates
 from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior, read_prior_config
 from rebeca_ray.prior.diffusion import Diffusion
@@ -84,7 +84,7 @@ def sample_table(config: SampleConfig, users: Sequence[str] | None = None) -> pa
             f"out {config.out}: is set, but the embeddings stay in memory; leave it out, "
             "or write the file with `rebeca sample`"
         )
-    sampler, requested = open_sampler(config, None if users is None else table_of(users))
+    sampler, requested = open_sampler(config, None if users is None else table_of(users, config.user_key))
     with closing(sample_all(sampler, requested, config.seed)) as tables:
         return pa.concat_tables([sampler.schema.empty_table(), *tables])
 
@@ -103,7 +103,7 @@ def open_sampler(
     if config.items is not None:
         check_items_fit(config.items, prior_config)
     if requested is None and config.users is not None:
-        requested = read_users(config.users, config.items)
+        requested = read_users(config.users, config.items, config.user_key)
     sampler = UserSampler.open(config)
     if requested is None and sampler.prior.users is not None:
         requested = sampler.prior.users.select(["user_id"])
@@ -112,8 +112,11 @@ def open_sampler(
     return sampler, requested
 
 
-def table_of(user_ids: Sequence[str]) -> pa.Table:
-    """Return users as a table. Raises InputError for a single name, for none, and for repeated ids."""
+def table_of(user_ids: Sequence[str], user_key: str | None) -> pa.Table:
+    """Return users as a table, as pseudonyms if there is a key.
+
+    Raises InputError for a single name, for none, and for repeated ids.
+    """
     if isinstance(user_ids, str):
         raise InputError(f"users: are the text {shown(user_ids)}; give a list of users, [{shown(user_ids)}]")
     try:
@@ -122,15 +125,18 @@ def table_of(user_ids: Sequence[str]) -> pa.Table:
         raise InputError(f"users: are no list of texts ({describe(error)}); give ids of users") from None
     check_rows(users, "users", "in memory")
     check_ids(users["user_id"], "users", "in memory", "user_id", unique="keep one of each")
-    return users
+    key = read_user_key(user_key)
+    return pa.table({"user_id": key.pseudonyms(user_ids)}) if key else users
 
 
-def read_users(uri: str, items: str | None) -> pa.Table:
+def read_users(uri: str, items: str | None, user_key: str | None) -> pa.Table:
     """Return the requested users, and the items and strengths of variants if given.
+
+    With a key, the users are pseudonyms.
 
     Raises InputError for invalid or repeated ids, for none, and for an item or a strength that is invalid.
     """
-    source = open_parquet(uri, "users")
+    source = open_parquet(uri, "users", user_key=read_user_key(user_key))
     users = source.read(check_columns(source, pa.schema([schemas.REQUEST.field(name) for name in COLUMNS])))
     check_rows(users, "users", uri)
     check_ids(users["user_id"], "users", uri, "user_id", unique="keep one row per user")

@@ -21,7 +21,8 @@ from pydantic import Field
 from rebeca_ray import identity, schemas
 from rebeca_ray.config.fields import Fraction, GuidanceWeight, Settings
 from rebeca_ray.config.jobs import GenerateConfig
-from rebeca_ray.config.sections import ColumnNames, InteractionSettings, SamplerSettings
+from rebeca_ray.config.people import ColumnNames
+from rebeca_ray.config.sections import InteractionSettings, SamplerSettings
 from rebeca_ray.data.feedback import each_once, rated_folder, read_known
 from rebeca_ray.data.histories import Histories, build_histories, write_histories
 from rebeca_ray.data.validation import check_columns
@@ -30,12 +31,12 @@ from rebeca_ray.decoder.choices import choose
 from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.errors import InputError
 from rebeca_ray.generation.context import with_current_versions
-from rebeca_ray.generation.request import check_prior_can
+from rebeca_ray.generation.request import check_prior_can, open_request
 from rebeca_ray.halves.decode import Renderer
 from rebeca_ray.halves.sample import LoadedPrior, UserSampler, users_table
 from rebeca_ray.prior.checkpoint import read_prior_config
 from rebeca_ray.storage.filesystem import join
-from rebeca_ray.storage.parquet import open_parquet, write_table
+from rebeca_ray.storage.parquet import write_table
 
 IMAGES = 4
 ROWS_AT_ONCE = 500_000  # of the request
@@ -117,7 +118,7 @@ class Steerer:
         cannot follow.
         """
         config = self.with_settings(settled)
-        row = request_row(config.request, user.user_id)
+        row = request_row(config, user.user_id)
         digest = pa.array([user.history_digest])
         users = users_table(row, pa.chunked_array([digest]), bucket=0, seed=user.generation)
         keys = self.unchanged.keys(users)
@@ -191,7 +192,7 @@ class Steerer:
         path = join(folder, "interactions.parquet")
         write_table(known, path, row_group_size=known.num_rows)
         serving = settings.for_serving(hide_hold_out=self.config.hide_hold_out)
-        serving = serving.model_copy(update={"path": path, "columns": ColumnNames()})
+        serving = serving.model_copy(update={"path": path, "columns": ColumnNames(), "user_key": None})
         return build_histories(serving, ids, folder), rated_ID
 
     def embedded(
@@ -238,15 +239,15 @@ def with_votes(
     return pa.concat_tables([kept, pa.table({name: voted[name] for name in kept.column_names}, kept.schema)])
 
 
-def request_row(uri: str, user_id: str) -> pa.Table:
+def request_row(config: GenerateConfig, user_id: str) -> pa.Table:
     """Return a user's row of the request. Raises InputError for an unknown user."""
-    source = open_parquet(uri, "request")
+    source = open_request(config)
     columns = check_columns(source, schemas.REQUEST)
     for batch in source.batches(columns, ROWS_AT_ONCE):
         rows = batch.filter(pc.equal(batch["user_id"], user_id))
         if rows.num_rows:
             return rows.slice(0, 1)
-    raise InputError(f"request {uri}: has no user {user_id!r}; give the config of this catalog")
+    raise InputError(f"request {config.request}: lacks this user; give the config of this catalog")
 
 
 def text_of(row: pa.Table, name: str) -> str:

@@ -92,6 +92,7 @@ class TrainedPrior:
     sampling: PriorSampling
     condition_dropout: float  # how often training hid both user and rating; guidance needs it above 0
     clip: str | None  # fingerprint of the CLIP that made the training embeddings, if known
+    user_key: str | None = None  # fingerprint of the key of the pseudonyms in `users`
     user_rows: torch.Tensor | None = None  # [V, U, H]
     users: pa.Table | None = None
     selector: Selector | None = None
@@ -174,6 +175,7 @@ def write_files(prior: TrainedPrior, folder: Path) -> JsonObject:
         "scaler": prior.scaler.to_dict(),
         "num_users": 0 if prior.users is None else prior.users.num_rows,
         "clip": prior.clip,
+        "user_key": prior.user_key,
         "metrics": prior.metrics,
         "sha256": hashed,
     }
@@ -246,6 +248,7 @@ def load_prior(uri: str, device: str = "cpu") -> TrainedPrior:
         sampling=parse_config(PriorSampling, config["sampling"], where=f"prior {uri}: config.json: sampling"),
         condition_dropout=config["condition_dropout"],
         clip=config["clip"],
+        user_key=config.get("user_key"),
         user_rows=None if user_rows is None else user_rows.to(device),
         users=read_prior_users(uri, config) if "users.parquet" in config["sha256"] else None,
         selector=selector,

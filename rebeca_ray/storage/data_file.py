@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from fsspec.spec import AbstractFileSystem
 
 from rebeca_ray.errors import Failure, InputError, UserError, describe
+from rebeca_ray.identity import UserKey
 from rebeca_ray.storage.columns import convert, parse
 from rebeca_ray.storage.filesystem import arrow_filesystem, open_filesystem, unreadable
 from rebeca_ray.storage.listing import CSV_NAME, InputFile
@@ -57,6 +58,7 @@ class DataFile:
     folders: tuple[tuple[str, str | None], ...]
     columns: dict[str, str]
     is_only_one: bool  # of its table, so that errors need not name it
+    user_key: UserKey | None = None  # of the pseudonyms that stand for `user_id`
 
     @property
     def name(self) -> str:
@@ -95,7 +97,11 @@ class DataFile:
                 else parquet_batches(filesystem, self.file, header, names, rows, pre_buffer)
             )
             for batch in batches:
-                yield pa.table([self.column(batch, field) for field in schema], schema=schema)
+                columns = [self.column(batch, field) for field in schema]
+                if self.user_key and "user_id" in schema.names:
+                    index = schema.names.index("user_id")
+                    columns[index] = self.pseudonymised(columns[index], self.user_key)
+                yield pa.table(columns, schema=schema)
                 count += batch.num_rows
         except (pa.ArrowException, *failure_types()) as error:
             raise self.failure(error) from None
@@ -119,6 +125,18 @@ class DataFile:
                 f"{self.what} {self.uri}: column {name!r} is {actual}{self.where}, with values that are no "
                 f"{field.type} ({describe(error)}); check their form and unit, and write again"
             ) from None
+
+    def pseudonymised(self, users: pa.Array, key: UserKey) -> pa.Array:
+        """Return the pseudonyms of a column of users. Raises InputError for ids that are not UTF-8."""
+        try:
+            users.validate(full=True)
+        except pa.ArrowInvalid:
+            raise InputError(
+                f"{self.what} {self.uri}: column {self.stored('user_id')!r} is not UTF-8 throughout"
+                f"{self.where}; encode it and write again"
+            ) from None
+        users = users.dictionary_encode()  # ratings repeat their users
+        return pa.array(key.pseudonyms(users.dictionary.to_pylist()), pa.string()).take(users.indices)
 
     def failure(self, error: BaseException) -> UserError:
         """Return the error to raise for a failed read: a damaged file, or a store that does not answer."""

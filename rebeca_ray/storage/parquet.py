@@ -18,6 +18,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from rebeca_ray.errors import InputError, did_you_mean
+from rebeca_ray.identity import UserKey, hash128
 from rebeca_ray.storage.data_file import DataFile, Header, read_header
 from rebeca_ray.storage.filesystem import open_filesystem, unreadable
 from rebeca_ray.storage.listing import (
@@ -59,6 +60,7 @@ class ParquetInput:
     headers: tuple[Header, ...]
     columns: Mapping[str, str] = field(default_factory=dict)
     only: tuple[str, ...] = ()  # the addresses of all files, if their writer listed them
+    user_key: UserKey | None = None  # every read gives pseudonyms for `user_id`
 
     @cached_property
     def files(self) -> list[DataFile]:
@@ -72,6 +74,7 @@ class ParquetInput:
                 folders=() if self.only else tuple(folder_columns(base, file.path)),
                 columns=dict(self.columns),
                 is_only_one=len(self.listing) == 1,
+                user_key=self.user_key,
             )
             for file in self.listing
         ]
@@ -87,8 +90,9 @@ class ParquetInput:
         return sum(header.num_rows for header in self.headers)
 
     def digest(self) -> str:
-        """Return a digest of the files by name, size and time of change."""
-        return digest_of(self.listing)
+        """Return a digest of the files by name, size and time of change, and of the key of pseudonyms."""
+        digest = digest_of(self.listing)
+        return hash128(digest, self.user_key.fingerprint) if self.user_key else digest
 
     def require_unchanged(self, action: str) -> None:
         """Raise InputError if a file was replaced or removed since the input was opened; new files may come.
@@ -126,23 +130,40 @@ def replaced(what: str, uri: str, action: str) -> InputError:
     return InputError(f"{what} {uri}: was replaced while {action}; run again")
 
 
-def open_parquet(uri: str, what: str, *, files: list[str] | None = None) -> ParquetInput:
+def open_parquet(
+    uri: str, what: str, *, files: list[str] | None = None, user_key: UserKey | None = None
+) -> ParquetInput:
     """Open a Parquet file or a folder of Parquet files, without reading a footer twice in this process.
 
-    `files` are the addresses of all files, if its writer listed them. Raises InputError, naming `what`, if
-    there is no file, one that is not Parquet or that is missing, or a table with a log.
+    `files` are the addresses of all files, if its writer listed them. With `user_key`, reads give pseudonyms.
+    Raises InputError, naming `what`, if there is no file, one that is not Parquet or that is missing, or a
+    table with a log.
     """
-    return open_table(uri, what, columns={}, csv=False, only=tuple(files or ()))
+    return open_table(uri, what, columns={}, csv=False, only=tuple(files or ()), user_key=user_key)
 
 
 def open_table(
-    uri: str, what: str, *, columns: Mapping[str, str], csv: bool = True, only: tuple[str, ...] = ()
+    uri: str,
+    what: str,
+    *,
+    columns: Mapping[str, str],
+    csv: bool = True,
+    only: tuple[str, ...] = (),
+    user_key: UserKey | None = None,
 ) -> ParquetInput:
     """Open Parquet or CSV files as `open_parquet` does, with the names of some columns."""
     refuse_log(uri, what, logs_above(uri))
     listing = list_named(what, uri, only) if only else list_data(uri, what, csv=csv)
     headers = remembered_headers(uri, what, listing)
-    return ParquetInput(uri=uri, what=what, listing=listing, headers=headers, columns=columns, only=only)
+    return ParquetInput(
+        uri=uri,
+        what=what,
+        listing=listing,
+        headers=headers,
+        columns=columns,
+        only=only,
+        user_key=user_key,
+    )
 
 
 def read_table(uri: str, what: str, columns: list[str] | None = None) -> pa.Table:

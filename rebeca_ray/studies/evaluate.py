@@ -14,12 +14,14 @@ import numpy as np
 import pyarrow as pa
 
 from rebeca_ray.catalog.read import Snapshot, read_catalog
+from rebeca_ray.catalog.snapshots import check_user_key
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.evaluation import IMAGE_METHODS, EvaluateConfig
 from rebeca_ray.data.items import EmbeddedItems, read_image_embeds
 from rebeca_ray.decoder.build import build_decoder
 from rebeca_ray.errors import InputError
 from rebeca_ray.evaluation.paired import compare_users
+from rebeca_ray.identity import read_user_key
 from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior
 from rebeca_ray.progress import counting
 from rebeca_ray.storage.filesystem import join
@@ -157,6 +159,7 @@ def read_inputs(config: EvaluateConfig) -> tuple[list[Snapshot], list[str], Judg
     ratings = read_ratings(config.interactions, items)
     snapshots = [read_catalog(root) for root in (config.catalog, config.other) if root is not None]
     for snapshot in snapshots:
+        check_user_key(snapshot.root, read_user_key(config.user_key))
         check_fit(snapshot.root, snapshot.manifest.embed_dim, items, config.items)
     log.info(f"fitting the verifier to {int(ratings.parts.fit_N.sum()):,} ratings")
     verifier, figures = fit_study_verifier(ratings, config)

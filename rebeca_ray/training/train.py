@@ -303,6 +303,7 @@ def trained_prior(training: Training, *, state: JsonObject, last: JsonObject) ->
     `state` is the best epoch's, `last` is that of the last epoch, which holds the whole loss curve.
     """
     config, items = training.config, training.items
+    key = identity.read_user_key(config.user_key)
     network = Prior(config.network, items.image_embeds.shape[1])
     network.load_state_dict(state["average"])
     return TrainedPrior(
@@ -313,6 +314,7 @@ def trained_prior(training: Training, *, state: JsonObject, last: JsonObject) ->
         sampling=PriorSampling(prior_guidance_scale=1.0),
         condition_dropout=config.optimization.condition_dropout,
         clip=items.clip,
+        user_key=key.fingerprint if key else None,
         user_rows=state["table"]["rows"] if state["table"] else None,
         users=user_table(training.histories) if state["table"] else None,
         metrics={

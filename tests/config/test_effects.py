@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import pytest
 
-from rebeca_ray.config import decoder, evaluation, jobs, sections, verifier
+from rebeca_ray.config import decoder, evaluation, jobs, people, sections, verifier
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.fields import (
     NOT_IN_IDENTITY,
@@ -25,7 +25,7 @@ from rebeca_ray.generation.runs import NOT_COMPARED_ON_RESUME
 
 MODELS = [
     model
-    for module in (decoder, evaluation, jobs, sections, verifier)
+    for module in (decoder, evaluation, jobs, people, sections, verifier)
     for model in vars(module).values()
     if isinstance(model, type) and issubclass(model, Settings) and model.__module__ == module.__name__
 ]
@@ -58,7 +58,8 @@ NOT_IN_AN_IMAGE = {
 UNKNOWN_TO_A_SERVER = {"backend", "triton", "num_actors", "cpus_per_actor", "c2pa"}
 NOT_IN_A_PLAN_KEY = {"batch_size", "num_actors", "cpus_per_actor", "device", "variant"}
 NOT_IN_A_RUN_NAME = {
-    "interactions": {"path": True, "columns": True},
+    "interactions": {"path": True, "columns": True, "user_key": True},
+    "user_key": True,
     "items": True,
     "catalog": True,
     "log_level": True,
@@ -69,6 +70,8 @@ NOT_IN_A_RUN_NAME = {
 }
 NOT_DESCRIBED = {
     "catalog": True,
+    "user_key": True,
+    "interactions": {"user_key": True},
     "log_level": True,
     "run_date": True,
     "run_id": True,

@@ -13,7 +13,8 @@ import pytest
 
 from rebeca_ray.config.jobs import TrainConfig
 from rebeca_ray.config.load import parse_config
-from rebeca_ray.config.sections import ColumnNames, InteractionSettings
+from rebeca_ray.config.people import ColumnNames
+from rebeca_ray.config.sections import InteractionSettings
 from rebeca_ray.data.histories import build_histories
 from rebeca_ray.data.interactions import open_interactions, read_columns, read_interactions
 from rebeca_ray.errors import InputError

@@ -81,17 +81,17 @@ def test_integer_ratings_and_large_strings_are_read(tmp_path: Path) -> None:
         ({"rating": pa.array(["good"] * 6)}, "column 'rating' is string, expected float"),
         (
             {"rating": pa.array([5, float("nan"), 3, 5, None, 2], pa.float32())},
-            r"2 of 6 rows have a rating that is null, NaN or infinite (a × i1; c × i1)",
+            r"2 of 6 rows have a rating that is null, NaN or infinite (of the items i1, i1)",
         ),
         (
             {"rating": pa.array([5, 4, 0, 5, 1, 7], pa.float32())},
-            "2 of 6 rows have a rating outside 1 to 5 (a × i2; b × i2); "
+            "2 of 6 rows have a rating outside 1 to 5 (of the items i2, i2); "
             "correct them, or set interactions.rating_scale",
         ),
         ({"user_id": ["b", "", "a", "a", "c", None]}, "2 of 6 rows have an empty user_id (rows 1, 5)"),
         (
             {"item_id": ["i1", "i1", "i1", "i3", "i1", "i1"]},
-            "2 of 6 rows have a (user_id, item_id) pair seen before (a × i1; b × i1)",
+            "2 of 6 rows have a (user_id, item_id) pair seen before (of the items i1, i1)",
         ),
     ],
 )

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rebeca_ray.config.sections import ColumnNames, InteractionSettings
+from rebeca_ray.config.people import ColumnNames
+from rebeca_ray.config.sections import InteractionSettings
 from rebeca_ray.data.interactions import read_interactions
 from rebeca_ray.data.votes import append_votes
 from rebeca_ray.errors import InputError, StorageError

@@ -314,7 +314,7 @@ def test_prior_users_and_output_may_be_in_an_object_store(
         ),
         (
             "--prior prior --out e.parquet --users twice.parquet",
-            "users {folder}/twice.parquet: 1 user_ids are repeated ('a'); keep one row per user",
+            "users {folder}/twice.parquet: 1 user_ids are repeated (rows 2); keep one row per user",
         ),
         (
             "--prior prior --out e.parquet --users items.parquet",

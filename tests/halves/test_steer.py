@@ -138,5 +138,5 @@ def test_a_user_without_ratings_follows_votes_too(night: GenerateConfig) -> None
 def test_a_user_that_the_request_lacks_is_refused(night: GenerateConfig) -> None:
     user = steered(night, read_catalog(night.catalog), "user-0")
     other = SteeredUser(**{**vars(user), "user_id": "nobody"})
-    with pytest.raises(InputError, match="has no user 'nobody'"):
+    with pytest.raises(InputError, match="lacks this user"):
         Steerer(night).draw(other, {}, Settled())
