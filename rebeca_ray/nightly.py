@@ -8,9 +8,12 @@ import logging
 from dataclasses import dataclass
 
 from rebeca_ray.catalog.gc import Garbage, collect
+from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.pointer import read_pointer
+from rebeca_ray.catalog.versions import LEASE_SECONDS
 from rebeca_ray.config.jobs import NightlyConfig, TrainConfig, dated
 from rebeca_ray.data.embedding import embed_items
+from rebeca_ray.data.erasure import remove_old_work
 from rebeca_ray.errors import InputError, LeaseHeldError, ResumableError, UserError
 from rebeca_ray.generation.pipeline import Generated, generate_catalog
 from rebeca_ray.log import set_run_id
@@ -60,9 +63,24 @@ def run_nightly(config: NightlyConfig) -> tuple[list[Night], Garbage | None]:
             )
         except UserError as error:  # the nights are published all the same
             log.warning("collecting garbage failed, the next night tries again: %s", error)
+        remove_old_training(config, since)
     if trouble:
         raise trouble
     return nights, garbage
+
+
+def remove_old_training(config: NightlyConfig, now: datetime.datetime) -> None:
+    """Remove histories and checkpoints that are older than the config keeps them. A failure is a warning."""
+    if config.train is None or config.keep_training_days is None:
+        return
+    before = now - datetime.timedelta(days=config.keep_training_days)
+    try:
+        with hold_lease(config.train.out, "collect", LEASE_SECONDS, "prior"):  # no training writes meanwhile
+            folders = remove_old_work(config.train.storage, before)
+    except UserError as error:
+        log.warning("collecting the work of trainings failed, the next night tries again: %s", error)
+    else:
+        log.info(f"{config.train.storage}: {len(folders):,} folders of earlier trainings removed")
 
 
 def published_date(config: NightlyConfig, date: datetime.date) -> datetime.date | None:

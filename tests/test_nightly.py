@@ -1,6 +1,7 @@
 """The nightly job: dates due, training due, `{run_date}` in paths, and nights that fail."""
 
 import datetime
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -178,6 +179,41 @@ def test_a_training_that_fails_does_not_cost_the_catalog(
     with pytest.raises(InputError, match="training diverged"):
         run_nightly(missing)
     assert nights.dates == ["2026-03-05"]  # without a prior nothing can be drawn
+
+
+def test_the_work_of_old_trainings_goes_with_the_garbage(
+    config: NightlyConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stub(monkeypatch)
+    monkeypatch.setattr(nightly, "train_prior", lambda *_, **__: None)
+    train = load_config(NightlyConfig, REPO / "jobs" / "configs" / "nightly_stickers.yaml").train
+    assert train is not None
+    storage = tmp_path / "storage"
+    now = datetime.datetime.now().timestamp()
+    ages = {
+        "histories-0123456789ab/histories.json": 9,
+        "histories-0123456789ac/histories.json": 7,
+        "prior-0123456789ab/checkpoint_1/state.pt": 9,
+        "prior-0123456789ac/checkpoint_1/state.pt": 9,
+        "prior-0123456789ac/checkpoint_2/state.pt": 7,
+        "prior-0123456789ad/notes.txt": 9,  # not ours
+    }
+    for name, days in ages.items():
+        (storage / name).parent.mkdir(parents=True, exist_ok=True)
+        (storage / name).write_text("{}")
+        os.utime(storage / name, (now, now - 86_400 * days))
+    train = train.model_copy(update={"out": config.generate.prior, "storage": str(storage)})
+    config = config.model_copy(update={"train": train})
+    run_nightly(config)
+    assert len(list(storage.iterdir())) == 5  # by default, they stay
+    for day, kept in ((6, 8), (7, 6)):
+        date = datetime.date(2026, 3, day)
+        run_nightly(config.model_copy(update={"run_date": date, "keep_training_days": kept}))
+        names = sorted(path.name for path in storage.iterdir())
+        assert names == [
+            *(["histories-0123456789ac", "prior-0123456789ac"] if kept == 8 else []),
+            "prior-0123456789ad",
+        ]
 
 
 def test_a_training_of_another_process_ends_the_night(

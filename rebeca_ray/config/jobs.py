@@ -284,14 +284,21 @@ class NightlyConfig(JobConfig):
     """Latest snapshots that garbage collection keeps."""
     grace_hours: Annotated[float, Field(ge=0, le=10**5), Effect.NOTHING] = 48
     """Hours that a replaced snapshot stays, so that its readers can finish."""
+    keep_training_days: Annotated[Positive | None, Effect.NOTHING] = None
+    """Days that histories and checkpoints stay below `train.storage` after their last change. By default,
+    they stay for ever."""
 
 
 def dated(config: C, date: datetime.date) -> C:
-    """Return the config with `{run_date}` in its paths filled in."""
+    """Return the config with `{run_date}` in its paths filled in, and the date of its ratings."""
 
     def fill(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: fill(inner) for name, inner in value.items()}
         return value.replace("{run_date}", date.isoformat()) if isinstance(value, str) else value
 
-    return type(config).model_validate(fill(config.model_dump()))
+    values = fill(config.model_dump())
+    ratings = values.get("interactions")
+    if ratings and ratings["max_age_days"] is not None and ratings["until"] is None:
+        values["interactions"] = {**ratings, "until": date}
+    return type(config).model_validate(values)

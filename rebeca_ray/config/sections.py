@@ -4,6 +4,7 @@ A `Location` is a local path or the address of an object store. The kinds are in
 sections in `decoder.py`.
 """
 
+import datetime
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -42,6 +43,10 @@ class InteractionSettings(Settings):
     """Names of the columns in the files."""
     user_key: Annotated[KeySource | None, Effect.NOTHING] = None
     """Key of the pseudonyms. It is that of the job, which fills it in."""
+    max_age_days: Annotated[Positive | None, Effect.ITEM] = None
+    """Days after which a rating is ignored, as is one without a time. By default, all ratings count."""
+    until: Annotated[datetime.date | None, Effect.NOTHING] = None
+    """Date that `max_age_days` counts back from. By default, it is the date of the run, or today in UTC."""
     # YAML has lists alone, so the pair is not strict.
     rating_scale: Annotated[tuple[Rating, Rating], Field(strict=False), Effect.ITEM] = (1.0, 5.0)
     """Lowest and highest possible rating. A rating outside is refused."""
@@ -61,6 +66,13 @@ class InteractionSettings(Settings):
         """Return the settings that keep every user, and all their ratings unless some are hidden."""
         splits = {} if hide_hold_out else {"hold_out": 0.0, "test": 0.0}
         return self.model_copy(update={"min_likes": 0, **splits})
+
+    def since(self, now: datetime.datetime | None = None) -> datetime.date | None:
+        """Return the first date on which ratings count; None if all do."""
+        if self.max_age_days is None:
+            return None
+        last = self.until or (now or datetime.datetime.now(datetime.UTC)).date()
+        return last - datetime.timedelta(days=min(self.max_age_days, last.toordinal() - 1))
 
     def hidden_shares(self, *, hide_hold_out: bool) -> str:
         """Return the hidden shares as text for an item's identity; empty if none is hidden."""

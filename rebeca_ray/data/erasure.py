@@ -1,10 +1,11 @@
-"""Erase some users from what trainings keep: histories, checkpoints, and embeddings of rated items.
+"""Erase some users, or old work, from what trainings keep: histories, checkpoints, embeddings of rated items.
 
 A tombstone changes the histories of the next training, so the work of an earlier one is of no use any more.
 """
 
 import re
 from collections.abc import Collection
+from datetime import UTC, datetime
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,7 +15,16 @@ from rebeca_ray.data.feedback import ROWS_PER_GROUP
 from rebeca_ray.data.histories import MARKER, bucket_file
 from rebeca_ray.errors import UserError
 from rebeca_ray.identity import bucket_of, hash128
-from rebeca_ray.storage.filesystem import delete, delete_files, exists, join, list_files, list_folders
+from rebeca_ray.storage.filesystem import (
+    delete,
+    delete_files,
+    exists,
+    join,
+    list_files,
+    list_folders,
+    open_filesystem,
+    storage_errors,
+)
 from rebeca_ray.storage.parquet import read_table, write_table
 from rebeca_ray.storage.records import read_record
 
@@ -27,6 +37,29 @@ def erase_from_storage(storage: str, users: Collection[str], removed: Removed) -
 
     Checkpoints do not say whose rows they hold, so those of all training runs go. No training may run.
     """
+    histories, runs = training_work(storage)
+    histories = [folder for folder in histories if holds_users(folder, users)]
+    removed.add("training runs", len(runs), *runs)
+    removed.add("folders of histories", len(histories), *histories)
+    if removed.dry_run:
+        return
+    remove_work(histories, runs)
+
+
+def remove_old_work(storage: str, before: datetime) -> list[str]:
+    """Remove histories and training runs that were last changed before a time; return their folders.
+
+    No training may run. A later one with the same ratings builds its histories again.
+    """
+    histories, runs = (
+        [folder for folder in folders if last_change(folder) < before] for folders in training_work(storage)
+    )
+    remove_work(histories, runs)
+    return [*histories, *runs]
+
+
+def training_work(storage: str) -> tuple[list[str], list[str]]:
+    """Return the folders of histories, and those of training runs, below a training's storage."""
     folders = list_folders(storage)
     histories = [join(storage, name) for name in folders if HISTORIES.fullmatch(name)]
     runs = [
@@ -36,11 +69,21 @@ def erase_from_storage(storage: str, users: Collection[str], removed: Removed) -
         and not HISTORIES.fullmatch(name)
         and holds_checkpoints(join(storage, name))
     ]
-    histories = [folder for folder in histories if holds_users(folder, users)]
-    removed.add("training runs", len(runs), *runs)
-    removed.add("folders of histories", len(histories), *histories)
-    if removed.dry_run:
-        return
+    return histories, runs
+
+
+def last_change(folder: str) -> datetime:
+    """Return when a file of a folder was last changed. A folder without files is very old."""
+    filesystem, _ = open_filesystem(folder)
+    with storage_errors(folder, "list"):
+        times = [filesystem.modified(open_filesystem(file)[1]) for file in list_files(folder)]
+    return max(
+        (time if time.tzinfo else time.replace(tzinfo=UTC) for time in times),
+        default=datetime.min.replace(tzinfo=UTC),
+    )
+
+
+def remove_work(histories: list[str], runs: list[str]) -> None:
     for folder in runs:
         delete(folder)
     for folder in histories:

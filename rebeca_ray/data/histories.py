@@ -168,7 +168,8 @@ def fingerprint(
 ) -> str:
     """Return a hash of the settings, the input, the items, the columns of a history, and the tombstones."""
     columns, erased = ",".join(schemas.HISTORIES.names), [tombstones.digest] if tombstones else []
-    described = settings.model_dump_json(exclude={"user_key"})  # the digest of the source has the key
+    # The digest of the source has the key. The date alone does not matter, only where it leads back to.
+    described = settings.model_dump_json(exclude={"user_key", "until"}) + str(settings.since() or "")
     return hash128(described, source.digest(), columns, *item_id.tolist(), *erased)
 
 

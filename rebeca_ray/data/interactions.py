@@ -3,6 +3,7 @@
 The columns are numpy arrays: twenty million ratings fit into memory, and a split per user needs one sort.
 """
 
+import datetime
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -73,7 +74,7 @@ def interactions_of(table: pa.Table, settings: InteractionSettings) -> Interacti
     The hold-out takes the same share of the interactions of every user. A hash of user and item selects them,
     so the order of the file does not matter.
     """
-    table = validate(table, settings)
+    table = recent(validate(table, settings), settings)
     users, user_of = sorted_values(table["user_id"])
     items, item_of = sorted_values(table["item_id"])
     like = likes(table, settings.like_threshold)
@@ -102,6 +103,20 @@ def interactions_of(table: pa.Table, settings: InteractionSettings) -> Interacti
         timestamp=timestamp[rows],
         split=split(held_key, user_index, int(selected.sum()), settings.hold_out, settings.test),
     )
+
+
+def recent(table: pa.Table, settings: InteractionSettings) -> pa.Table:
+    """Return the ratings that are young enough. Raises InputError for an age without a column of times."""
+    since = settings.since()
+    if since is None:
+        return table
+    if "timestamp" not in table.column_names:
+        raise InputError(
+            f"interactions {settings.path}: column 'timestamp' is missing, but interactions.max_age_days is "
+            f"{settings.max_age_days}; give the times of the ratings, or set it to null"
+        )
+    first = pa.scalar(datetime.datetime.combine(since, datetime.time()), table["timestamp"].type)
+    return table.filter(pc.fill_null(pc.greater_equal(table["timestamp"], first), False))
 
 
 def sorted_values(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

@@ -58,7 +58,7 @@ NOT_IN_AN_IMAGE = {
 UNKNOWN_TO_A_SERVER = {"backend", "triton", "num_actors", "cpus_per_actor", "c2pa"}
 NOT_IN_A_PLAN_KEY = {"batch_size", "num_actors", "cpus_per_actor", "device", "variant"}
 NOT_IN_A_RUN_NAME = {
-    "interactions": {"path": True, "columns": True, "user_key": True},
+    "interactions": {"path": True, "columns": True, "user_key": True, "until": True},
     "user_key": True,
     "items": True,
     "catalog": True,
@@ -71,7 +71,7 @@ NOT_IN_A_RUN_NAME = {
 NOT_DESCRIBED = {
     "catalog": True,
     "user_key": True,
-    "interactions": {"user_key": True},
+    "interactions": {"user_key": True, "until": True},
     "log_level": True,
     "run_date": True,
     "run_id": True,
