@@ -51,6 +51,7 @@ format: setup
 docs: setup
 	$(BIN)/python -m rebeca_ray.config.reference > infra/docs/configuration.md
 	$(BIN)/python -m rebeca_ray.studies.metrics > infra/docs/metrics.schema.json
+	$(BIN)/python -m rebeca_ray.telemetry.summary > infra/docs/summary.schema.json
 	sed 's|](infra/docs/|](|g' CONTRIBUTING.md > infra/docs/contributing.md
 	$(BIN)/zensical build --strict --config-file infra/mkdocs.yml
 

@@ -28,13 +28,14 @@ from rebeca_ray.catalog.lease import Lease, hold_lease
 from rebeca_ray.catalog.manifest import read_manifest
 from rebeca_ray.catalog.pointer import Pointer, change_pointer, read_pointer
 from rebeca_ray.catalog.read import open_snapshot, read_catalog
+from rebeca_ray.catalog.reports import reports_naming
 from rebeca_ray.catalog.snapshots import LEASE_SECONDS, read_manifests, user_key_of
 from rebeca_ray.data.erasure import erase_from_storage, erase_rated
 from rebeca_ray.data.validation import check_columns, check_ids, check_rows
 from rebeca_ray.errors import InputError, redacted
 from rebeca_ray.prior.erasure import erase_from_prior, is_prior
 from rebeca_ray.progress import counting
-from rebeca_ray.storage.filesystem import join
+from rebeca_ray.storage.filesystem import delete_files, join
 from rebeca_ray.storage.leftovers import remove_leftovers
 from rebeca_ray.storage.objects import JsonObject
 from rebeca_ray.storage.parquet import open_table
@@ -160,6 +161,10 @@ def erase(root: str, users: list[str], places: Places, removed: Removed, lease: 
             else:
                 erase_from_export(folder, users, items, removed, leases)
         erase_rated(root, items, removed)
+        reports = reports_naming(root, users)
+        removed.add("reports of attempts", len(reports), *reports)
+        if lease is not None:
+            delete_files(reports)
         if lease is not None:
             rewrite_snapshots(traces, images, users, lease)
     if lease is not None and places.iceberg and read_pointer(root)[0].run_id is not None:

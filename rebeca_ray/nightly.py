@@ -19,6 +19,8 @@ from rebeca_ray.generation.pipeline import Generated, generate_catalog
 from rebeca_ray.log import set_run_id
 from rebeca_ray.prior.checkpoint import load_prior
 from rebeca_ray.storage.failures import user_error
+from rebeca_ray.telemetry.attempt import Attempt, night_attempt
+from rebeca_ray.telemetry.reporting import reported
 from rebeca_ray.training.train import train_prior
 
 log = logging.getLogger(__name__)
@@ -40,12 +42,20 @@ def run_nightly(config: NightlyConfig) -> tuple[list[Night], Garbage | None]:
     """
     since = datetime.datetime.now(datetime.UTC)  # read once: all dates share one `publish_by`
     tonight = config.run_date or since.date()
+    with reported(night_attempt(config, tonight)) as attempt:
+        return run_dates(config, attempt, since, tonight)
+
+
+def run_dates(
+    config: NightlyConfig, attempt: Attempt, since: datetime.datetime, tonight: datetime.date
+) -> tuple[list[Night], Garbage | None]:
+    """Run the nights of all dates due, as `run_nightly` says, and note them in `attempt`."""
     last = published_date(config, tonight)
     nights, trouble = [], None
     for date in dates_due(last, tonight, config.catch_up):
         set_run_id(None)  # the run of the date before is over
         try:
-            nights.append(run_night(config, date, since))
+            nights.append(run_night(config, attempt, date, since))
             trouble = trouble or nights[-1].trouble
         except Exception as error:
             reason = user_error(error)
@@ -57,13 +67,14 @@ def run_nightly(config: NightlyConfig) -> tuple[list[Night], Garbage | None]:
     set_run_id(None)
     garbage = None
     if nights:
+        root, keep = config.generate.catalog, config.keep_snapshots
         try:
-            garbage = collect(
-                config.generate.catalog, keep=config.keep_snapshots, grace_hours=config.grace_hours
-            )
+            with attempt.step("collect"):
+                garbage = collect(root, keep=keep, grace_hours=config.grace_hours)
         except UserError as error:  # the nights are published all the same
             log.warning("collecting garbage failed, the next night tries again: %s", error)
         remove_old_training(config, since)
+    attempt.changed = bool(nights)
     if trouble:
         raise trouble
     return nights, garbage
@@ -111,19 +122,25 @@ def dates_due(last: datetime.date | None, tonight: datetime.date, catch_up: int)
     return [first + datetime.timedelta(days=number) for number in range((tonight - first).days + 1)]
 
 
-def run_night(config: NightlyConfig, date: datetime.date, since: datetime.datetime) -> Night:
+def run_night(
+    config: NightlyConfig, attempt: Attempt, date: datetime.date, since: datetime.datetime
+) -> Night:
     """Embed, train if due, generate and publish for one date."""
     trouble = None
     if config.embed is not None:
-        new = embed_items(dated(config.embed, date), only_new=True, run_date=date)
+        with attempt.step("embed"):
+            new = embed_items(dated(config.embed, date), only_new=True, run_date=date)
         log.info("%s: %s new items embedded", date, f"{new:,}")
     if config.train is not None:
         train = dated(config.train, date)
         if training_is_due(train.out, date, config.train_every_days):
-            trouble = train_for(train, date, config.generate.catalog)
+            with attempt.step("train"):
+                trouble = train_for(train, date, config.generate.catalog)
     published_date(config, date)  # training holds no lease of the catalog: is a later date published by now?
     generate = dated(config.generate, date).model_copy(update={"run_date": date})
-    return Night(run_date=date, generated=generate_catalog(generate, since=since), trouble=trouble)
+    with attempt.step("generate"):
+        generated = generate_catalog(generate, since=since)
+    return Night(run_date=date, generated=generated, trouble=trouble)
 
 
 def train_for(train: TrainConfig, date: datetime.date, catalog: str) -> UserError | None:

@@ -19,6 +19,7 @@ from rebeca_ray.catalog.layout import image_folder, snapshot_folder, work_folder
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.manifest import Manifest
 from rebeca_ray.catalog.pointer import Pointer, read_pointer
+from rebeca_ray.catalog.reports import old_reports
 from rebeca_ray.catalog.runs import (
     RunRecord,
     has_record,
@@ -58,7 +59,7 @@ class Garbage:
 
     manifests: list[str]  # of snapshots, which are gone from here on
     work: list[str]  # folders of runs that were given up, or were killed after their publication
-    files: list[str]  # tables and images
+    files: list[str]  # tables, images, old reports
     folders: list[str]  # of these files, on a disk and if nothing else is in them
     records: list[str]  # of runs that have nothing left
     kept: list[str]  # run ids of the snapshots that stay
@@ -139,6 +140,7 @@ def find_garbage(root: str, *, keep: int, now: datetime, grace: timedelta) -> Ga
             unknown = True
     damaged = {folder.rpartition("run_id=")[2] for folder in errors}
     garbage = Garbage(manifests=[], work=[], files=[], folders=[], records=[], kept=sorted(kept), runs=[])
+    garbage.files.extend(old_reports(root, now))
     records = read_records(root, pointer.catalog_id or "")
     unkept = [record for record in records if record.run_id not in kept | recent | damaged]
     working = set(list_folders(join(root, "work")))

@@ -11,6 +11,7 @@
     <root>/rated/<clip>-<D>/part-*.parquet          embeddings of rated generated items; kept for ever
     <root>/erasures/tombstones.json                 keyed hashes of erased users
     <root>/erasures/receipts/<number>.json          what each erasure removed; kept for ever
+    <root>/reports/<time>-<job>-<id>.json           the summary of an ended attempt
     <root>/work/run_id=<id>/
         run.json                                    the inputs of the run; written first
         decisions/, plan/, plan.json                decisions; planned items; the plan is complete

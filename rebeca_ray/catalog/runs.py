@@ -28,6 +28,7 @@ FOLDERS = {
     "runs": None,
     "rated": None,
     "erasures": None,
+    "reports": None,
 }
 
 

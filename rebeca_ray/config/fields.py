@@ -80,6 +80,7 @@ def fraction_or_whole(value: float) -> float:
     return value
 
 
+SECRET = "secret"  # the type of an error that must not show the value
 MAX_IMAGES = 32_767  # a rank is an int16
 Location = Annotated[str, AfterValidator(absolute)]
 KeySource = Annotated[str, AfterValidator(key_source)]  # of a secret, which no config holds
@@ -157,7 +158,8 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def refuse_control_characters(cls, value: Any) -> Any:
-        if isinstance(value, str) and re.search(r"[\x00-\x1f]", value):
+        texts = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(text, str) and re.search(r"[\x00-\x1f]", text) for text in texts):
             raise ValueError("holds a NUL, a line break or another control character; leave it out")
         return value
 

@@ -43,6 +43,7 @@ from rebeca_ray.config.sections import (
     SelectionSettings,
     WorkerSettings,
 )
+from rebeca_ray.config.telemetry import ReportSettings
 from rebeca_ray.log import Level
 
 Resume = Literal["auto", "require", "never"]
@@ -115,6 +116,8 @@ class TrainConfig(PeopleConfig, JobConfig):
     stall_minutes: Annotated[Duration | None, Effect.NOTHING] = 60
     """Minutes without progress, such as a finished step, after which the job ends with exit code 75. The
     calibration is one step. Null means no limit."""
+    report: ReportSettings = ReportSettings()
+    """Reports at the end of a training."""
 
     @model_validator(mode="after")
     def check_workers(self) -> Self:
@@ -216,6 +219,8 @@ class GenerateConfig(PeopleConfig, JobConfig):
     """Conditions for publishing."""
     prices: PriceSettings = PriceSettings()
     """Prices for `rebeca estimate`."""
+    report: ReportSettings = ReportSettings()
+    """Reports at the end of an attempt, and of a night."""
     num_images: Annotated[int, Field(gt=0, le=MAX_IMAGES), Effect.PLAN] = 10
     """Images per user, unless the request gives a number."""
     run_date: Annotated[datetime.date | None, Effect.NOTHING] = None

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from rebeca_ray.config.fields import Settings, section_of
+from rebeca_ray.config.fields import SECRET, Settings, section_of
 from rebeca_ray.errors import InputError, did_you_mean, shown
 
 C = TypeVar("C", bound=Settings)
@@ -146,7 +146,7 @@ def parse_config(model: type[C], values: dict[str, Any], *, where: str) -> C:
         # A misspelt key is reported before the missing key that it meant.
         first = min(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
         path = [str(part) for part in first["loc"]]
-        key, value = ".".join(path), shown(first["input"])
+        key, value = ".".join(path), "***" if first["type"] == SECRET else shown(first["input"])
         if first["type"] == "extra_forbidden":
             *parents, leaf = path
             suggestion = did_you_mean(leaf, section_at(model, parents).model_fields)

@@ -31,6 +31,7 @@ from rebeca_ray.config.jobs import (
     TrainConfig,
 )
 from rebeca_ray.config.presets import PRESETS
+from rebeca_ray.config.telemetry import hook_address, variable
 from rebeca_ray.config.tuning import TuneConfig
 
 JOBS: tuple[type[Settings], ...] = (
@@ -51,6 +52,8 @@ CHECKED = {
     as_hexadecimal: "colour",
     key_source: "file or env:NAME",
     web_address: "web address",
+    hook_address: "web address or env:NAME",
+    variable: "env:NAME",
 }
 COMPARISONS = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
 INTRODUCTION = """\

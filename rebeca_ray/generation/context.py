@@ -1,7 +1,7 @@
 """The context of one run: everything that its stages share, made once, before the first stage."""
 
 from dataclasses import dataclass, field
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from functools import cached_property
 from typing import TypeVar
 
@@ -87,6 +87,15 @@ class RunContext:
     @cached_property
     def date(self) -> date:
         return date.fromisoformat(self.run.run_date)
+
+    @property
+    def due_at(self) -> datetime | None:
+        """When the snapshot must be published: `publish_by`, next after the run began."""
+        if self.config.limits.publish_by is None:
+            return None
+        hour, minute = (int(part) for part in self.config.limits.publish_by.split(":"))
+        due = self.began_at.replace(hour=hour, minute=minute, second=0, microsecond=0)
+        return due + timedelta(days=due <= self.began_at)
 
     @cached_property
     def settings_digest(self) -> str:

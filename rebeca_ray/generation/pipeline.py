@@ -70,6 +70,8 @@ from rebeca_ray.storage.failures import only_warn, user_error
 from rebeca_ray.storage.filesystem import delete, exists, remove_empty_folders
 from rebeca_ray.storage.writable import require_writable
 from rebeca_ray.telemetry import metrics
+from rebeca_ray.telemetry.attempt import Attempt, generate_attempt
+from rebeca_ray.telemetry.reporting import reported
 from rebeca_ray.watchdog import watchdog
 
 log = logging.getLogger(__name__)
@@ -98,7 +100,7 @@ def generate_catalog(
     since: datetime.datetime | None = None,
     in_process: bool = False,
 ) -> Generated:
-    """Generate and publish one snapshot.
+    """Generate and publish one snapshot, and report the attempt however it ends.
 
     An unfinished run of the same date, made from the same things, is resumed. (`resume`: `require` accepts
     nothing else, `never` starts a new run.) `retry_failed` renders its failed rows again. `force` publishes a
@@ -108,6 +110,32 @@ def generate_catalog(
     codes are the job's.
     """
     run_date = config.date(since)  # read once: the run may begin before midnight and check its input after it
+    with reported(generate_attempt(config, run_date)) as attempt:
+        generated = generate(
+            config,
+            attempt,
+            since,
+            resume=resume,
+            retry_failed=retry_failed,
+            force=force,
+            in_process=in_process,
+        )
+        attempt.manifest = generated.manifest
+    return generated
+
+
+def generate(
+    config: GenerateConfig,
+    attempt: Attempt,
+    since: datetime.datetime | None,
+    *,
+    resume: Resume,
+    retry_failed: bool,
+    force: bool,
+    in_process: bool,
+) -> Generated:
+    """Generate and publish one snapshot, as `generate_catalog` says, and note everything in `attempt`."""
+    run_date = datetime.date.fromisoformat(str(attempt.run_date))
     # Everything that bad input can break is checked before the first write.
     decoder = identify_decoder(config.decoder)
     check_signing(config.decoder)
@@ -123,6 +151,7 @@ def generate_catalog(
     models = identify_models(pinned, decoder)
     published(config.catalog)
     progress = Progress()
+    attempt.versions, attempt.stages = models.versions, progress.figures
     minutes = config.limits.stall_minutes
     with (
         hold_lease(config.catalog, config.run_id or "starting", config.limits.lease_seconds) as lease,
@@ -135,10 +164,12 @@ def generate_catalog(
             config, models.versions, previous.path if previous else None, input_digests(pinned)
         )
         if previous:
+            attempt.previous = previous.manifest
             delete(work_folder(config.catalog, previous.run_id))  # of a run that was killed past its end
             same = is_made_already(previous.manifest, config, run_date, description)
             if same and resume != "never" and not retry_failed:
                 log.info(f"run {previous.run_id} has published exactly this already: nothing is done")
+                attempt.changed = False
                 return Generated(manifest=previous.manifest, seconds={})
         run_id, begun = choose_run(config, run_date, description, resume=resume, retry_failed=retry_failed)
         lease.run_id = run_id
@@ -167,6 +198,8 @@ def generate_catalog(
             inputs_digest=inputs_digest(description),
             in_process=in_process,
         )
+        attempt.run, attempt.resumed = context.run, resumed
+        attempt.publish_by = context.due_at
         progress.dump_to = context.run.work
         with remove_work_on_error(context.run, lease, resumed=resumed):
             manifest = make_snapshot(context, lease, progress, retry_failed=retry_failed, force=force)
@@ -297,8 +330,8 @@ def run_stages(
         )
     lease.publish(run_id=run.run_id, run_date=run.run_date, snapshot=run.snapshot, forced=bool(reasons))
     metrics.record_snapshot(manifest)
-    if (end := publish_time(context)) is not None:
-        metrics.LATENESS.record(time.time() - end)
+    if end := context.due_at:
+        metrics.LATENESS.record(time.time() - end.timestamp())
     return manifest
 
 
@@ -308,8 +341,8 @@ def record_beginning(context: RunContext) -> None:
     metrics.ERROR_BUDGET.record(context.config.error_budget)
     if context.previous:
         metrics.record_snapshot(context.previous.manifest)
-    if (end := publish_time(context)) is not None:
-        metrics.PUBLISH_BY.record(end)
+    if end := context.due_at:
+        metrics.PUBLISH_BY.record(end.timestamp())
 
 
 def check_file_numbers(context: RunContext, decisions: Decisions) -> None:
@@ -367,19 +400,10 @@ def deadline_of(context: RunContext, spent_seconds: float) -> float | None:
     """
     limits, previous = context.config.limits, context.previous
     ends = []
-    if (end := publish_time(context)) is not None:
+    if end := context.due_at:
         last = previous.manifest.measured.stages["assemble"].seconds if previous else 0.0
-        ends.append(end - ASSEMBLE_RESERVE * last)
+        ends.append(end.timestamp() - ASSEMBLE_RESERVE * last)
     if limits.max_gpu_hours is not None:
         remaining = 3600 * limits.max_gpu_hours - spent_seconds
         ends.append(time.time() + remaining / context.config.decoder.num_actors)
     return min(ends, default=None)
-
-
-def publish_time(context: RunContext) -> float | None:
-    """Return the time by which this run must publish, in seconds since 1970; None without a limit."""
-    if context.config.limits.publish_by is None:
-        return None
-    hour, minute = (int(part) for part in context.config.limits.publish_by.split(":"))
-    end = context.began_at.replace(hour=hour, minute=minute, second=0, microsecond=0)
-    return (end + datetime.timedelta(days=end <= context.began_at)).timestamp()

@@ -11,6 +11,7 @@ import pyarrow as pa
 from rebeca_ray.catalog.manifest import StageFigures
 from rebeca_ray.generation.parts import PartRecord
 from rebeca_ray.telemetry import metrics
+from rebeca_ray.telemetry.traces import span
 from rebeca_ray.watchdog import Activity
 
 
@@ -43,10 +44,15 @@ class Progress(Activity):
         self.stages.setdefault(name, StageClock())
         self.move()
         try:
-            yield
+            with span(name):
+                yield
         finally:
             self.pause()
             self.move()
+
+    def figures(self) -> dict[str, StageFigures]:
+        """Return the stages so far."""
+        return {name: stage.figures() for name, stage in self.stages.items()}
 
     def pause(self) -> None:
         """Add the seconds until now to the current stage."""

@@ -46,6 +46,8 @@ from rebeca_ray.storage.objects import JsonObject, read_json
 from rebeca_ray.storage.store import open_store
 from rebeca_ray.storage.writable import require_own, require_writable
 from rebeca_ray.telemetry import metrics
+from rebeca_ray.telemetry.attempt import training_attempt
+from rebeca_ray.telemetry.reporting import reported
 from rebeca_ray.training.calibrate import calibrate_prior, training_blocks
 from rebeca_ray.training.loop import ENDED, STATE, is_streamed, num_steps, train_loop_per_worker
 from rebeca_ray.watchdog import Activity, Pulse, watchdog
@@ -63,6 +65,12 @@ def train_prior(config: TrainConfig, *, run_date: datetime.date | None = None) -
     The pointer records `run_date`, by default today in UTC. Raises LeaseHeldError if another process writes
     `config.out`. Any error leaves the published prior as it was.
     """
+    with reported(training_attempt(config, run_date)):
+        return train(config, run_date)
+
+
+def train(config: TrainConfig, run_date: datetime.date | None) -> dict[str, float]:
+    """Train and publish a prior, as `train_prior` says, without a report."""
     items = read_image_embeds(config.items)
     check_network(config, items.image_embeds.shape[1])
     if not versions_in(config.out):  # a lost pointer does not make them somebody else's

@@ -65,7 +65,7 @@ BAD: dict[Any, list[Any]] = {  # values that the type must refuse
         datetime.datetime(2026, 1, 5, 1),
     ],
     Literal: ["no such word", "", 7, True, HUGE, math.nan, ["a"], {"a": 1}, "a\0b", LONG],
-    tuple: [[], "12", 7, True, HUGE, {"a": 1}, "", LONG],
+    tuple: ["12", 7, True, HUGE, {"a": 1}, "", LONG],
 }
 SECTION = [7, "text", True, ["a"], math.nan, LONG]
 Key = tuple[str, ...]
@@ -111,9 +111,11 @@ def bad_values(kind: Any, metadata: list[Any]) -> Iterator[Any]:
     yield from BAD[origin]
     if kind is str and not any(getattr(mark, "func", None) is as_typed for mark in metadata):
         yield from (7, HUGE, datetime.date(2026, 1, 5))
-    if origin is tuple:
+    if origin is tuple and get_args(kind)[-1] is Ellipsis:
+        yield from ([bad] for bad in [None, *bad_values(*unwrap(get_args(kind)[0], [])[:2])])
+    elif origin is tuple:
         good = list(range(len(get_args(kind))))
-        yield from (good[1:], [*good, 7])
+        yield from ([], good[1:], [*good, 7])
         for index, element in enumerate(get_args(kind)):
             for bad in [None, *bad_values(*unwrap(element, [])[:2])]:
                 yield [*good[:index], bad, *good[index + 1 :]]

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import pytest
 
-from rebeca_ray.config import decoder, evaluation, jobs, people, sections, verifier
+from rebeca_ray.config import decoder, evaluation, jobs, people, sections, telemetry, verifier
 from rebeca_ray.config.decoder import DecoderSettings
 from rebeca_ray.config.fields import (
     NOT_IN_IDENTITY,
@@ -25,7 +25,7 @@ from rebeca_ray.generation.runs import NOT_COMPARED_ON_RESUME
 
 MODELS = [
     model
-    for module in (decoder, evaluation, jobs, people, sections, verifier)
+    for module in (decoder, evaluation, jobs, people, sections, telemetry, verifier)
     for model in vars(module).values()
     if isinstance(model, type) and issubclass(model, Settings) and model.__module__ == module.__name__
 ]
