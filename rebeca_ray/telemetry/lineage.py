@@ -93,7 +93,7 @@ def event_of(attempt: Attempt, state: str, moment: datetime, summary: Summary | 
     )
     return RunEvent(
         eventType=RunState[state],
-        eventTime=moment.isoformat(),
+        eventTime=moment.isoformat(timespec="milliseconds"),
         producer=PRODUCER,
         run=Run(runId=attempt.attempt_id, facets=run_facets(attempt, summary)),
         job=Job(namespace=attempt.settings.lineage.namespace, name=attempt.job, facets={"jobType": kind}),

@@ -277,4 +277,4 @@ def unexplained(root: str) -> list[str]:
     made_tables = {name.split("/")[2].removeprefix("run_id=") for name in named if "/bucket=" in name}
     named |= {f"runs/{run_id}.json" for run_id in made_images | made_tables}
     files = [uri.removeprefix(f"{root}/") for uri in list_files(root)]
-    return sorted(path for path in files if path not in named)
+    return sorted(path for path in files if path not in named and not path.startswith("reports/"))

@@ -2,16 +2,19 @@
 
 import json
 import logging
+import re
 from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rebeca_ray import termination
 from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.config.jobs import GenerateConfig
+from rebeca_ray.config.load import parse_config
 from rebeca_ray.config.sections import GateSettings, LimitSettings
 from rebeca_ray.config.telemetry import ReportSettings
 from rebeca_ray.errors import (
@@ -180,6 +183,14 @@ def test_a_snapshot_after_publish_by_is_late(config: GenerateConfig) -> None:
     assert late.late_seconds is not None
     assert abs((datetime.fromisoformat(late.ended_at) - due).total_seconds() - late.late_seconds) < 1
     assert late.events == ["success", "late"]
+
+
+def test_the_examples_of_the_page_are_valid() -> None:
+    page = (REPO / "infra" / "docs" / "operations.md").read_text()
+    examples = re.findall(r"```yaml\n(report:\n.*?)```", page, re.DOTALL)
+    assert len(examples) == 3
+    for example in examples:
+        parse_config(ReportSettings, yaml.safe_load(example)["report"], where="page")
 
 
 def test_the_published_schema_is_that_of_the_model() -> None:

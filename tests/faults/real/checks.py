@@ -84,4 +84,5 @@ def without_owner(root: str) -> list[str]:
         named |= set(open_snapshot(root, manifest.path).files["path"].to_pylist())
     runs = {part.removeprefix("run_id=") for name in named for part in name.split("/") if "run_id=" in part}
     named |= {f"runs/{run_id}.json" for run_id in runs}
-    return sorted(name for uri in list_files(root) if (name := uri.removeprefix(f"{root}/")) not in named)
+    files = [uri.removeprefix(f"{root}/") for uri in list_files(root)]
+    return sorted(name for name in files if name not in named and not name.startswith("reports/"))
