@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import os
 import platform
+import time
 from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VARIABLES = ("OPENLINEAGE_URL", "OPENLINEAGE_CONFIG", "OPENLINEAGE__TRANSPORT__TYPE")
+URL = "OPENLINEAGE_URL"
+TRANSPORTS = ("OPENLINEAGE_CONFIG", "OPENLINEAGE__TRANSPORT__TYPE")  # other ways to send events
+PAUSES = (0.3, 1.0)  # seconds before an event is sent again
 PRODUCER = f"urn:rebeca-ray:{rebeca_ray.__version__}"
 STATES = {Outcome.STOPPED: "ABORT", Outcome.PUBLISHED: "COMPLETE", Outcome.NOTHING_TO_DO: "COMPLETE"}
 COUNTS = "rebeca_counts"  # the facet with figures of our own
@@ -46,7 +49,7 @@ class Lineage:
         if self.sender:
             with only_warn("making a lineage event"):
                 event = event_of(self.attempt, state, moment, summary)
-                self.sender.send(lambda: client_of(self.settings).emit(event))
+                self.sender.send(lambda: deliver(self.settings, event))
 
     def end(self, summary: Summary) -> None:
         """Send the last event of the attempt."""
@@ -59,7 +62,7 @@ class Lineage:
 
 def is_on(settings: LineageSettings) -> bool:
     """Return whether a server is named, and warn if the client is not installed."""
-    if settings.url is None and not any(os.environ.get(name) for name in VARIABLES):
+    if settings.url is None and not any(os.environ.get(name) for name in (URL, *TRANSPORTS)):
         return False
     if importlib.util.find_spec("openlineage") is None:
         log.warning(
@@ -69,17 +72,32 @@ def is_on(settings: LineageSettings) -> bool:
     return True
 
 
+def deliver(settings: LineageSettings, event: "RunEvent") -> None:
+    """Send an event, again after a pause if that fails."""
+    client = client_of(settings)
+    for pause in PAUSES:
+        try:
+            client.emit(event)
+            return
+        except Exception:  # of any transport
+            time.sleep(pause)
+    client.emit(event)
+
+
 def client_of(settings: LineageSettings) -> "OpenLineageClient":
     """Return a client for the server of the settings, or as the client's variables say."""
     from openlineage.client import OpenLineageClient
-
-    if settings.url is None:
-        return OpenLineageClient()
-    transport: dict[str, object] = {"type": "http", "url": settings.url, "timeout": settings.timeout_seconds}
-    if key := os.environ.get("OPENLINEAGE_API_KEY"):
-        transport["auth"] = {"type": "api_key", "apiKey": key}
     from openlineage.client.transport.http import HttpConfig, HttpTransport
 
+    url = settings.url or os.environ.get(URL)
+    if settings.url is None and any(os.environ.get(name) for name in TRANSPORTS):
+        return OpenLineageClient()
+    # The client's retries would write a line of the log each.
+    transport: dict[str, object] = {"url": url, "timeout": settings.timeout_seconds, "retry": {"total": 0}}
+    if endpoint := os.environ.get("OPENLINEAGE_ENDPOINT"):
+        transport["endpoint"] = endpoint
+    if key := os.environ.get("OPENLINEAGE_API_KEY"):
+        transport["auth"] = {"type": "api_key", "apiKey": key}
     return OpenLineageClient(transport=HttpTransport(HttpConfig.from_dict(transport)))
 
 

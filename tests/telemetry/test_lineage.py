@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,7 +18,7 @@ from rebeca_ray.config.telemetry import LineageSettings, ReportSettings
 from rebeca_ray.errors import InputError
 from rebeca_ray.generation.pipeline import generate_catalog
 from rebeca_ray.telemetry.attempt import Attempt, night_attempt, training_attempt
-from rebeca_ray.telemetry.lineage import VARIABLES, dataset_name
+from rebeca_ray.telemetry.lineage import TRANSPORTS, URL, dataset_name
 from rebeca_ray.telemetry.reporting import reported
 from tests.conftest import NO_GATE
 from tests.telemetry.receiver import receiving
@@ -33,7 +32,7 @@ SCHEMA = re.compile(r"https://openlineage\.io/spec/(facets/)?[\d-]+/\w+\.json#/\
 
 @pytest.fixture(autouse=True)
 def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in VARIABLES:
+    for name in (URL, *TRANSPORTS):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -184,12 +183,10 @@ def test_a_server_that_fails_or_hangs_is_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, status: int, hangs: bool
 ) -> None:
     with receiving(status=status, hangs=hangs) as receiver:
-        began = time.monotonic()
         attempt = attempt_of(tmp_path, settings_of(receiver.url, 0.6))
         attempt.out = str(tmp_path)
         end(attempt)
-        assert time.monotonic() - began < 30  # the client alone would try for longer
-    lines = [each.getMessage() for each in caplog.records if each.name.startswith("rebeca_ray")]
+    lines = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
     assert len(lines) == 1
     assert lines[0].startswith("lineage: a report was not delivered (")
 

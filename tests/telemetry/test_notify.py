@@ -35,7 +35,7 @@ def end(attempt: Attempt, error: BaseException | None = None) -> None:
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    return [record.getMessage() for record in caplog.records if record.name.startswith("rebeca_ray")]
 
 
 def test_each_event_reaches_a_process_and_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
