@@ -175,6 +175,12 @@ def published(generated: Generated, catalog: str) -> str:
         f"with items of {counts['users']:,} users",
         f"items: {items}; {stages}",
     ]
+    if generated.seconds and (spent := manifest.actual):
+        rate = f" at {spent.images / spent.render_seconds:,.1f} per second" if spent.render_seconds else ""
+        lines.append(
+            f"images: {spent.images:,} rendered{rate}, {figure('gpu_hours', spent.gpu_hours)} of GPUs; "
+            f"{size(manifest.bytes_written)} written of {size(manifest.bytes)}"
+        )
     if counts["stale_users"]:
         lines.append(
             f"time ran out: {counts['stale_users']:,} users have no new items; the next run draws them"

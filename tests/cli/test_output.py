@@ -10,6 +10,7 @@ from rebeca_ray.catalog.layout import Run
 from rebeca_ray.catalog.manifest import Cost, Counts, FileList, GateOutcome, Manifest
 from rebeca_ray.catalog.pointer import Pointer
 from rebeca_ray.cli import output
+from rebeca_ray.generation.pipeline import Generated
 from tests.conftest import synthetic_manifest
 
 FORECAST = Cost(
@@ -26,6 +27,16 @@ FORECAST = Cost(
     requests=7300,
     cost=5.5,
 )
+
+
+def test_a_published_run_shows_its_rate_and_size_once_it_rendered() -> None:
+    run = Run(root="catalog", run_date="2026-03-02", run_id="a-run", fencing_token=1)
+    files = FileList(path="files-1.parquet", rows=3, bytes=1, sha256="")
+    manifest = synthetic_manifest(run, files, actual=FORECAST, bytes=5_000_000, bytes_written=3_300_000)
+    shown = output.published(Generated(manifest=manifest, seconds={"render": 7200.0}), "catalog").splitlines()
+    assert shown[1].endswith("; render 2.0 h")
+    assert shown[2] == "images: 3,600 rendered at 0.5 per second, 2.0 h of GPUs; 3.3 MB written of 5.0 MB"
+    assert len(output.published(Generated(manifest=manifest, seconds={}), "catalog").splitlines()) == 2
 
 
 def lines(renderable: RenderableType) -> list[str]:
