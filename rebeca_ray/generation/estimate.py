@@ -1,5 +1,6 @@
-"""Estimate a run before it starts: decide as the run would, and forecast its cost."""
+"""Estimate a run before it starts: decide as the run would, and forecast its cost. Tell when it must stop."""
 
+import time
 from datetime import UTC, datetime
 from math import ceil
 
@@ -20,6 +21,8 @@ from rebeca_ray.generation.rendering.checks import with_choices
 from rebeca_ray.generation.request import check_request
 from rebeca_ray.generation.runs import record_of
 from rebeca_ray.identity import read_user_key
+
+ASSEMBLE_RESERVE = 1.5  # times the last assembling: rendering stops so long before `publish_by`
 
 
 def estimate(config: GenerateConfig, *, images_per_second: float | None = None) -> Cost:
@@ -178,3 +181,20 @@ def priced(
         requests=requests,
         cost=round(cost, 2),
     )
+
+
+def deadline_of(context: RunContext, spent_seconds: float) -> float | None:
+    """Return when rendering must stop, in seconds since 1970; None without a limit.
+
+    Assembling must end by `publish_by`, and the GPU hours must last. Earlier attempts used `spent_seconds` of
+    the latter.
+    """
+    limits, previous = context.config.limits, context.previous
+    ends = []
+    if end := context.due_at:
+        last = previous.manifest.measured.stages["assemble"].seconds if previous else 0.0
+        ends.append(end.timestamp() - ASSEMBLE_RESERVE * last)
+    if limits.max_gpu_hours is not None:
+        remaining = 3600 * limits.max_gpu_hours - spent_seconds
+        ends.append(time.time() + remaining / context.config.decoder.num_actors)
+    return min(ends, default=None)

@@ -45,7 +45,7 @@ from rebeca_ray.generation.compact import MAX_FILES
 from rebeca_ray.generation.context import RunContext, identify_models, with_current_versions
 from rebeca_ray.generation.decide import decide_all
 from rebeca_ray.generation.decisions import Decisions
-from rebeca_ray.generation.estimate import forecast
+from rebeca_ray.generation.estimate import deadline_of, forecast
 from rebeca_ray.generation.gate import check_plan, refusals
 from rebeca_ray.generation.plan import plan_items, request_histories
 from rebeca_ray.generation.progress import Progress
@@ -79,7 +79,6 @@ log = logging.getLogger(__name__)
 MAX_REPAIRS = 3  # times that stages run again because files were damaged
 MAX_CLOCK_DIFFERENCE = datetime.timedelta(minutes=5)  # between the machines of two nights
 MAX_FILE_NUMBER = 2**31 - 1  # `items.image_file` is an int32
-ASSEMBLE_RESERVE = 1.5  # times the last assembling: rendering stops so long before `publish_by`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,20 +389,3 @@ def check_cluster(config: GenerateConfig) -> None:
         decoder_slots=decoder.num_actors if served else 0,
     )
     check_renderer(decoder, config.limits.stall_minutes)
-
-
-def deadline_of(context: RunContext, spent_seconds: float) -> float | None:
-    """Return when rendering must stop, in seconds since 1970; None without a limit.
-
-    Assembling must end by `publish_by`, and the GPU hours must last. Earlier attempts used `spent_seconds` of
-    the latter.
-    """
-    limits, previous = context.config.limits, context.previous
-    ends = []
-    if end := context.due_at:
-        last = previous.manifest.measured.stages["assemble"].seconds if previous else 0.0
-        ends.append(end.timestamp() - ASSEMBLE_RESERVE * last)
-    if limits.max_gpu_hours is not None:
-        remaining = 3600 * limits.max_gpu_hours - spent_seconds
-        ends.append(time.time() + remaining / context.config.decoder.num_actors)
-    return min(ends, default=None)

@@ -23,7 +23,7 @@ from rebeca_ray.generation import pipeline
 from rebeca_ray.generation import render as render_module
 from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.decisions import Decisions
-from rebeca_ray.generation.pipeline import deadline_of
+from rebeca_ray.generation.estimate import deadline_of
 from rebeca_ray.generation.progress import Progress
 from rebeca_ray.generation.render import (
     Rendered,
