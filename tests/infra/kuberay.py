@@ -18,7 +18,7 @@ class Strict(BaseModel):
 
 
 class Metadata(Strict):
-    name: Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=36)]
+    name: Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=36)]  # of a RayCronJob
     namespace: str | None = None
     labels: dict[str, str] = {}
     annotations: dict[str, str] = {}
