@@ -36,7 +36,7 @@ from rebeca_ray.watchdog import Activity
 @pytest.mark.usefixtures("ray_local")
 def test_every_item_gets_open_clips_own_embedding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     activity = Activity()
-    monkeypatch.setattr(embedding, "Activity", lambda: activity)
+    monkeypatch.setattr(embedding, "Activity", lambda _: activity)
     some = pq.read_table(ITEMS).slice(0, 30)
     pq.write_table(some, tmp_path / "items.parquet")
     config = EmbedConfig(

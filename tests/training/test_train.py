@@ -38,7 +38,7 @@ def test_two_workers_learn_as_one_and_a_rerun_changes_nothing(
 ) -> None:
     """Each has half the batch; the loop itself checks that their weights agree. No worker reads it again."""
     activity = Activity()
-    monkeypatch.setattr(train, "Activity", lambda: activity)
+    monkeypatch.setattr(train, "Activity", lambda _: activity)
     config = configure(world, "history")
     workers = config.workers.model_copy(update={"num_workers": 2})
     config = config.model_copy(update={"workers": workers})
