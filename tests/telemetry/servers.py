@@ -55,8 +55,8 @@ class Prometheus:
         return list(self.ask("query", query=expression)["result"])
 
     def history(self, expression: str) -> Series:
-        """Return the values since the server's start, second by second."""
-        result = self.ask("query_range", query=expression, start=self.since, end=time.time(), step="1s")[
+        """Return the values since the server's start, second by second, and those that came this very second."""
+        result = self.ask("query_range", query=expression, start=self.since, end=time.time() + 2, step="1s")[
             "result"
         ]
         return list(result)
