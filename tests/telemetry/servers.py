@@ -55,7 +55,7 @@ class Prometheus:
         return list(self.ask("query", query=expression)["result"])
 
     def history(self, expression: str) -> Series:
-        """Return the values since the server's start, second by second, and those that came this very second."""
+        """Return the values since the start, second by second, up to the last scrape."""
         result = self.ask("query_range", query=expression, start=self.since, end=time.time() + 2, step="1s")[
             "result"
         ]
