@@ -105,6 +105,11 @@ ELSEWHERE = {
     "pytest tests/gpu": GPU,
     "tests/gpu/measure.sh --tiny": "measures for minutes; tests/gpu/test_measure.py tests its parts",
     "python serving/build_engines.py *": GPU,
+    "python -m tests.platforms.terraform": (
+        "tests/platforms/test_terraform.py::test_terraform_validates_the_files_and_plans_the_record"
+    ),
+    "ray up infra/aws-cluster.yaml": "starts machines on AWS",
+    "ray dashboard infra/aws-cluster.yaml": "needs a cluster on AWS",
     "python -m tests.test_docs": (
         "tests/test_docs.py::test_the_file_tree_matches_the_docstrings_of_the_modules"
     ),
