@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import REPO
+REPO = Path(__file__).parents[2]
 
 SOURCES = sorted((REPO / "infra" / "terraform").glob("*.tf"))
 RUN = Path(__file__).with_name("plan.tftest.hcl")
