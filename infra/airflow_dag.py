@@ -1,4 +1,4 @@
-"""Run `rebeca nightly` every night from Airflow 3.3 or newer, on the cluster of raycluster.yaml.
+"""Run `rebeca nightly` every night from Airflow 3.3 or newer, on the standing cluster of infra/kubernetes.
 
 A pod of the submitter's image submits the job, follows its log, and ends with its exit code. Airflow retries
 codes that a retry mends, and no others. The provider `apache-airflow-providers-cncf-kubernetes` is needed.

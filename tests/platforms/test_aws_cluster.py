@@ -19,7 +19,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 
 from tests.conftest import REPO
-from tests.manifests import at
+from tests.infra.manifests import at
 from tests.platforms import terraform
 
 Config = dict[str, Any]

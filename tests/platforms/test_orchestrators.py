@@ -12,15 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ray.dashboard.modules.job.cli import submit
 from typer.testing import CliRunner
 
 from rebeca_ray.cli.commands import app
 from tests.conftest import REPO
-from tests.manifests import ALL
-from tests.test_infra import STUB, SUBMITTER, check_entrypoint
+from tests.infra.manifests import check_entrypoint
+from tests.infra.test_cronjob import STUB
 
 AIRFLOW, DAGSTER = REPO / "infra" / "airflow_dag.py", REPO / "infra" / "dagster_definitions.py"
+CRONJOB = yaml.safe_load((REPO / "infra" / "kubernetes" / "base" / "cronjob.yaml").read_text())
+JOB = CRONJOB["spec"]["jobTemplate"]["spec"]
+SUBMITTER = JOB["template"]["spec"]["containers"][0]
 DISTRIBUTIONS = {
     "airflow": ("apache_airflow", "apache_airflow_providers_cncf_kubernetes"),
     "dagster": ("dagster", "dagster_ray"),
@@ -108,7 +112,7 @@ def test_the_command_of_dagster_is_a_job_of_the_image() -> None:
 
 def test_both_agree_with_the_manifests_on_the_head_and_the_permanent_codes() -> None:
     address = next(entry["value"] for entry in SUBMITTER["env"] if entry["name"] == "RAY_API_SERVER_ADDRESS")
-    rule = ALL["cronjob.yaml"][0]["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"][0]
+    rule = JOB["podFailurePolicy"]["rules"][0]
     for path in (AIRFLOW, DAGSTER):
         assert constants(path)["HEAD"] == address
         assert constants(path)["PERMANENT"] == set(rule["onExitCodes"]["values"])
