@@ -1,6 +1,7 @@
 """Start Ray on this machine, or join a cluster. Each failure is one line with its remedy.
 
 A Ray that starts here listens on loopback alone. Only its user may read its token, `~/.ray/auth_token`.
+A Ray that other machines reach is joined only if it asks for a token.
 """
 
 import errno
@@ -24,14 +25,16 @@ MIN_FREE_BYTES = 200 * 2**20  # in the temporary folder: Ray's logs and sockets,
 UNUSABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 TOO_LONG = "AF_UNIX path length"
+CLIENT_PORT = 10001  # of `ray://host`
+ALLOW_OPEN = "REBECA_ALLOW_OPEN_RAY"  # 1: join a cluster that takes commands without a token
 log = logging.getLogger(__name__)
 
 
 def connect() -> None:
     """Join the cluster of `RAY_ADDRESS` or of this machine; if there is none, start Ray here.
 
-    Raises InputError for a setting or a machine that a person must change, and ResumableError for a cluster
-    that does not answer within a minute.
+    Raises InputError for a setting, a machine or an open cluster that a person must change, and
+    ResumableError for a cluster that does not answer within a minute.
     """
     import ray
     from ray._private import services
@@ -55,6 +58,7 @@ def connect() -> None:
             stay_on_loopback(True)
         else:
             await_answer(cluster)
+            refuse_open(cluster)
             os.environ.setdefault(GCS_WAIT, "1")
         with nullcontext() if cluster else address_for_workers():
             ray.init(
@@ -171,9 +175,9 @@ def await_answer(address: str) -> None:
 
 
 def probe(address: str) -> None:
-    """Raise OSError unless something listens at `host:port` or `ray://host:port` (by default 10001)."""
+    """Raise OSError unless something listens at `host:port` or `ray://host:port` (by default CLIENT_PORT)."""
     parts = urlsplit(address if "://" in address else f"ray://{address}")
-    socket.create_connection((parts.hostname or "", parts.port or 10001), timeout=PROBE_SECONDS).close()
+    socket.create_connection((parts.hostname or "", parts.port or CLIENT_PORT), timeout=PROBE_SECONDS).close()
 
 
 def listens(address: str) -> bool:
@@ -182,6 +186,42 @@ def listens(address: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def refuse_open(address: str) -> None:
+    """Raise InputError for a cluster that other machines reach and that answers without a token.
+
+    Whoever reaches such a cluster can run code on it. A Ray on loopback counts as closed, and one with TLS,
+    which asks for certificates. Raises ResumableError for a cluster that does not answer.
+    """
+    parts = urlsplit(address if is_client(address) else f"ray://{address}")
+    tls = os.environ.get("RAY_USE_TLS", "").lower() in ("1", "true")
+    if parts.hostname in LOOPBACK or tls or os.environ.get(ALLOW_OPEN) == "1":
+        return
+    import grpc
+    from ray.core.generated import gcs_service_pb2 as gcs
+    from ray.core.generated import ray_client_pb2 as client
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+    from ray.core.generated.ray_client_pb2_grpc import RayletDriverStub
+
+    # Ray, too, connects without a proxy.
+    options = [("grpc.enable_http_proxy", 0)]
+    target = parts.netloc if parts.port else f"{parts.netloc}:{CLIENT_PORT}"
+    with grpc.insecure_channel(target, options) as channel:
+        try:
+            if is_client(address):
+                request = client.ClusterInfoRequest(type=client.ClusterInfoType.PING)
+                RayletDriverStub(channel).ClusterInfo(request, timeout=PROBES_LAST)
+            else:
+                NodeInfoGcsServiceStub(channel).CheckAlive(gcs.CheckAliveRequest(), timeout=PROBES_LAST)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                return
+            raise no_answer(address, describe(Exception(error.details()))) from None
+    raise InputError(
+        f"Ray at {address}: takes commands without a token, so whoever reaches it can run code there; "
+        f"start it with RAY_AUTH_MODE=token, or set {ALLOW_OPEN}=1 if its network is closed"
+    )
 
 
 def no_answer(address: str, reason: str) -> ResumableError:

@@ -201,6 +201,7 @@ def test_a_cluster_of_this_machine_is_joined_where_it_listens(
     with socket.create_server((host, 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setenv("RAY_ADDRESS", address)
+        monkeypatch.setenv(ray_start.ALLOW_OPEN, "1")  # this server answers nothing
         connect()
     assert joins == [(address, loopback)]
 
@@ -237,7 +238,8 @@ def test_a_server_that_never_answers_ends_the_command_within_a_minute(home: Path
     with socket.create_server(("0.0.0.0", 0)) as server:  # Ray asks the machine's address, not 127.0.0.1
         address = f"127.0.0.1:{server.getsockname()[1]}"
         started = time.monotonic()
-        ended = run("ray_runtime.start_ray()", RAY_ADDRESS=address, RAY_py_gcs_connect_timeout_s="5")
+        settings = {"RAY_ADDRESS": address, "RAY_py_gcs_connect_timeout_s": "5", ray_start.ALLOW_OPEN: "1"}
+        ended = run("ray_runtime.start_ray()", **settings)
         assert time.monotonic() - started < 75  # with the import of Ray on a busy machine
     assert ended.returncode == 75
     assert ended.stderr.splitlines()[-1].startswith(f"error: RAY_ADDRESS {address}: no Ray answers there (")
