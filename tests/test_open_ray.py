@@ -61,7 +61,8 @@ def test_an_open_cluster_is_refused_unless_a_setting_allows_it(
         assert ended.returncode == 2, ended.stderr
         assert ended.stderr == (
             f"error: Ray at {address}: takes commands without a token, so whoever reaches it can run code "
-            "there; start it with RAY_AUTH_MODE=token, or set REBECA_ALLOW_OPEN_RAY=1 if its network is closed\n"
+            "there; start it with RAY_AUTH_MODE=token, "
+            "or set REBECA_ALLOW_OPEN_RAY=1 if its network is closed\n"
         )
         for other in ("", "0", "yes"):
             monkeypatch.setenv(ray_start.ALLOW_OPEN, other)

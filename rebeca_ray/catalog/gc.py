@@ -178,11 +178,14 @@ def listed_files(root: str, manifest: Manifest) -> list[str]:
 
 
 def files_of(root: str, record: RunRecord) -> list[str]:
-    """Return the files of a run outside its work folder that have names of ours."""
+    """Return the files of a run outside its work folder that have names of ours.
+
+    A run makes no links: files behind one are those of somebody else, and stay.
+    """
     return [
         file
         for folder, name in folders_of(record).items()
-        for file in list_files(join(root, folder))
+        for file in list_files(join(root, folder), links=False)
         if name.match(file.removeprefix(join(root, folder, "")))
     ]
 

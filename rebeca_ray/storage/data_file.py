@@ -18,13 +18,11 @@ from fsspec.spec import AbstractFileSystem
 from rebeca_ray.errors import Failure, InputError, UserError, describe
 from rebeca_ray.identity import UserKey
 from rebeca_ray.storage.columns import convert, parse
+from rebeca_ray.storage.expansion import check_texts_fit, counted, most_bytes, most_rows
 from rebeca_ray.storage.filesystem import arrow_filesystem, open_filesystem, unreadable
 from rebeca_ray.storage.listing import CSV_NAME, InputFile
 from rebeca_ray.storage.store import classify, failure_types
 
-# A footer that claims more is damaged. Rows of distinct ids take at least a bit each, also when compressed.
-MAX_ROWS_PER_BYTE = 1_000
-MAX_BYTES_PER_BYTE = 100_000  # uncompressed, per byte of the file
 CSV_BYTES_PER_ROW = 20  # about; a compressed row takes a fourth
 BEGINNINGS = {
     b"\x1f\x8b": "gzip",
@@ -158,6 +156,7 @@ def parquet_batches(
 ) -> Iterator[pa.RecordBatch]:
     """Read columns of a Parquet file."""
     with arrow_filesystem(filesystem).open_input_file(file.path) as source:
+        check_texts_fit(source, header.metadata, names, file.size)
         # By default Arrow reads an INT96 time in nanoseconds, which end in 2262.
         parquet = pq.ParquetFile(
             source,
@@ -174,7 +173,7 @@ def csv_batches(
 ) -> Iterator[pa.RecordBatch]:
     """Read columns of a CSV file as text. An empty cell is null."""
     with csv_reader(filesystem, file.path, names) as reader:
-        for batch in reader:
+        for batch in counted(reader, file.size):
             for start in range(0, batch.num_rows, rows):
                 yield batch.slice(start, rows)
 
@@ -243,7 +242,7 @@ def excess_of(metadata: Any, size: int) -> str | None:
     rows = [group.num_rows for group in groups]
     if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
         return f"{metadata.num_rows:,} rows in groups of {sum(rows):,}"
-    if metadata.num_rows > MAX_ROWS_PER_BYTE * size:
+    if metadata.num_rows > most_rows(size):
         return f"{metadata.num_rows:,} rows"
     for group in groups:
         columns = [group.column(index) for index in range(group.num_columns)]
@@ -251,7 +250,7 @@ def excess_of(metadata: Any, size: int) -> str | None:
         if stored > size or min((column.total_compressed_size for column in columns), default=0) < 0:
             return f"{stored:,} bytes of columns"
         largest = max((column.total_uncompressed_size for column in columns), default=0)
-        if largest > MAX_BYTES_PER_BYTE * size:
+        if largest > most_bytes(size):
             return f"{largest:,} bytes of one column"
         if any(column.num_values < group.num_rows for column in columns):
             return f"{group.num_rows:,} rows of fewer values"

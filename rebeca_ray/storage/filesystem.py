@@ -58,12 +58,17 @@ def storage_errors(uri: str, action: str = "write") -> Iterator[None]:
         ) from None
 
 
-def list_files(uri: str, suffix: str = "") -> list[str]:
-    """Return the files below `uri` that end with `suffix`, sorted, as they are now; none for no folder."""
+def list_files(uri: str, suffix: str = "", *, links: bool = True) -> list[str]:
+    """Return the files below `uri` that end with `suffix`, sorted, as they are now; none for no folder.
+
+    Without `links`, those behind a link to a folder below `uri` are left out.
+    """
     filesystem, path = open_filesystem(uri)
     filesystem.invalidate_cache()
     with storage_errors(uri, "list"):
-        names = files_below(path) if is_local(filesystem) else objects_below(filesystem, path)
+        names = (
+            files_below(path, links=links) if is_local(filesystem) else objects_below(filesystem, path)
+        )
     return sorted(
         f"{uri.rstrip('/')}{name.removeprefix(path.rstrip('/'))}" for name in names if name.endswith(suffix)
     )

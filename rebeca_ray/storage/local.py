@@ -138,10 +138,11 @@ def make_folder(folder: Path) -> None:
         sync(path.parent)
 
 
-def files_below(path: str) -> list[str]:
-    """Return all files at or below a path; none for a missing one.
+def files_below(path: str, *, links: bool = True) -> list[str]:
+    """Return all files at or below a path; none for a missing one. Without `links`, none behind a link.
 
-    Raises the OSError of a folder that cannot be listed. fsspec would leave that folder out.
+    A folder that several links reach, or one that leads back up, is listed once. Raises the OSError of a
+    folder that cannot be listed. fsspec would leave that folder out.
     """
 
     def fail(error: OSError) -> None:
@@ -150,8 +151,13 @@ def files_below(path: str) -> list[str]:
 
     if os.path.isfile(path):
         return [path]
-    folders = os.walk(path, onerror=fail, followlinks=True)
-    return [os.path.join(folder, name) for folder, _, names in folders for name in names]
+    files, seen = list[str](), {os.path.realpath(path)}
+    for folder, inner, names in os.walk(path, onerror=fail, followlinks=links):
+        files += [os.path.join(folder, name) for name in names]
+        real = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(inner)}
+        inner[:] = [name for name, target in real.items() if target not in seen]
+        seen.update(real.values())
+    return files
 
 
 def sync(path: Path) -> None:
