@@ -51,7 +51,11 @@ def read_file_list(root: str, path: str, files: FileList) -> pa.Table:
 
 
 def checked(files: pa.Table) -> pa.Table:
-    """Return a file list. Raises ValueError if it names a file outside the catalog."""
+    """Return a file list. Raises ValueError for other columns, and for a file outside the catalog."""
+    for field in schemas.FILES:
+        kind = files.schema.field(field.name).type if field.name in files.column_names else "missing"
+        if kind != field.type or (not field.nullable and files[field.name].null_count):
+            raise ValueError(f"its column {field.name} is {kind} or has nulls, expected {field.type}")
     for path in files["path"].to_pylist():
         inside(path)
     return files

@@ -206,10 +206,10 @@ def read_header(filesystem: AbstractFileSystem, file: InputFile, what: str, uri:
         if CSV_NAME.search(name):
             with csv_reader(filesystem, file.path, None) as reader:
                 bytes_per_row = CSV_BYTES_PER_ROW / (4 if name.lower().endswith(".gz") else 1)
-                return Header(reader.schema, int(file.size / bytes_per_row) + 1, None)
+                return Header(named(reader.schema), int(file.size / bytes_per_row) + 1, None)
         with filesystem.open(file.path, "rb") as source:
             metadata = pq.read_metadata(source)
-        header = Header(metadata.schema.to_arrow_schema(), metadata.num_rows, metadata)
+        header = Header(named(metadata.schema.to_arrow_schema()), metadata.num_rows, metadata)
         excess = excess_of(metadata, file.size)
     except (pa.ArrowException, OSError) as error:
         if classify(error) is not Failure.DAMAGED:
@@ -227,6 +227,15 @@ def read_header(filesystem: AbstractFileSystem, file: InputFile, what: str, uri:
             "write it again"
         )
     return header
+
+
+def named(schema: pa.Schema) -> pa.Schema:
+    """Return a schema. Raises ArrowInvalid if a name is not UTF-8: every use of the names would."""
+    try:
+        schema.names  # noqa: B018
+    except UnicodeDecodeError:
+        raise pa.ArrowInvalid("the names of its columns are not UTF-8") from None
+    return schema
 
 
 def guess(filesystem: AbstractFileSystem, file: InputFile) -> str:

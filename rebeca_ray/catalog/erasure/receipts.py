@@ -76,7 +76,7 @@ def read_receipts(root: str) -> tuple[list[Receipt], str | None]:
         try:
             receipt: Receipt = json.loads(data)
             whole = (receipt["number"], receipt["previous_sha256"]) == (number, previous)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, RecursionError, TypeError, KeyError):
             whole = False
         if not whole:
             raise InputError(
