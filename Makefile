@@ -1,6 +1,6 @@
 # Every target sets up what it needs: uv and a virtual environment, both inside .venv, from the locked versions.
 .DEFAULT_GOAL := help
-.PHONY: help demo test pytest lint format docs bench faults lock clean setup
+.PHONY: help demo test pytest lint format docs bench faults lock audit sbom clean setup
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,6 +12,7 @@ help:
 	@echo "make test    lint, type checks and all tests"
 	@echo "make docs    the generated pages, and the documentation site in infra/site"
 	@echo "make faults  N=1000 seeded faults, and half as many interleavings of two commands, of SEED=1"
+	@echo "make audit   known vulnerabilities of the locked packages; make sbom   the packages as CycloneDX"
 	@echo "make lint | format | bench | lock | clean"
 
 setup: $(VENV)/.ready
@@ -70,6 +71,13 @@ lock: $(VENV)/.ready
 	echo "numpy>=2.2" | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
 		--no-header --override - --all-extras --group dev pyproject.toml -o requirements.lock
 
+# Asks a service of the network about every package, and fails where one has no answer.
+audit: setup
+	$(BIN)/uv tool run pip-audit==2.10.1 --strict --disable-pip --require-hashes --requirement requirements.lock
+
+sbom: setup
+	$(BIN)/uv tool run --from cyclonedx-bom==7.5.0 cyclonedx-py requirements requirements.lock --output-reproducible --output-file rebeca-ray.cdx.json
+
 clean:
-	rm -rf $(VENV) demo runs infra/site infra/.cache infra/docs/contributing.md .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) demo runs rebeca-ray.cdx.json infra/site infra/.cache infra/docs/contributing.md .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -68,7 +68,7 @@ class CaptionImages:
             else:
                 self.processor = AutoProcessor.from_pretrained(model)
                 self.tokenizer = self.processor.tokenizer
-            loaded = AutoModelForImageTextToText.from_pretrained(model)
+            loaded = AutoModelForImageTextToText.from_pretrained(model, use_safetensors=True)
         except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
             raise InputError(
                 f"caption model {model!r}: cannot be loaded ({describe(error)}); expected an image-to-text "
