@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 
 
 def free_port() -> int:
@@ -20,7 +21,7 @@ def free_port() -> int:
 
 def server_command(folder: Path) -> tuple[list[str], dict[str, str]]:
     """Return the command of a server on free ports, and the environment variables for its clients."""
-    key, secret = "test-key", "test-secret"
+    key, secret = "test-key", token_hex(16)  # tests/test_secrets.py looks where it shows up
     identity = {
         "name": "tests",
         "credentials": [{"accessKey": key, "secretKey": secret}],

@@ -51,7 +51,7 @@ def listen(host: str, port: int, names: list[str], *, writes: bool = False) -> L
         raise InputError(
             f"gallery: {host}:{port} cannot be opened ({describe(error)}); give another address with --bind"
         ) from None
-    token = os.environ.get(TOKEN)
+    token = fixed = os.environ.get(TOKEN)
     if token is None and (names or writes or not is_loopback(host)):
         token = secrets.token_urlsafe(24)
     hosts = [host, *names]
@@ -62,6 +62,7 @@ def listen(host: str, port: int, names: list[str], *, writes: bool = False) -> L
     shown = names[0] if names else socket.gethostname() if is_any(host) else host
     shown = f"[{shown}]" if ":" in shown else shown
     query = f"?{urlencode({'token': token})}" if token else ""
+    query = f"?token=${TOKEN}" if fixed else query  # a log may keep what is printed
     return Listening(server, hosts, token, f"http://{shown}:{server.getsockname()[1]}/{query}")
 
 

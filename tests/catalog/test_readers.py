@@ -144,7 +144,7 @@ def test_pyarrow(published: Published, name: str, s3_server: dict[str, str]) -> 
     """Read the files by hand, without this package's reader."""
     filesystem = pyarrow.fs.S3FileSystem(
         access_key="test-key",
-        secret_key="test-secret",
+        secret_key=s3_server["AWS_SECRET_ACCESS_KEY"],
         endpoint_override=s3_server["AWS_ENDPOINT_URL"],
         region="us-east-1",
     )
