@@ -66,9 +66,7 @@ def list_files(uri: str, suffix: str = "", *, links: bool = True) -> list[str]:
     filesystem, path = open_filesystem(uri)
     filesystem.invalidate_cache()
     with storage_errors(uri, "list"):
-        names = (
-            files_below(path, links=links) if is_local(filesystem) else objects_below(filesystem, path)
-        )
+        names = files_below(path, links=links) if is_local(filesystem) else objects_below(filesystem, path)
     return sorted(
         f"{uri.rstrip('/')}{name.removeprefix(path.rstrip('/'))}" for name in names if name.endswith(suffix)
     )
