@@ -199,11 +199,12 @@ def refuse_open(address: str) -> None:
     if parts.hostname in LOOPBACK or tls or os.environ.get(ALLOW_OPEN) == "1":
         return
     import grpc
-    from ray.core.generated import gcs_service_pb2 as gcs
-    from ray.core.generated import ray_client_pb2 as client
+    from ray.core.generated import gcs_service_pb2, ray_client_pb2
     from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
     from ray.core.generated.ray_client_pb2_grpc import RayletDriverStub
 
+    gcs: Any = gcs_service_pb2
+    client: Any = ray_client_pb2
     # Ray, too, connects without a proxy.
     options = [("grpc.enable_http_proxy", 0)]
     target = parts.netloc if parts.port else f"{parts.netloc}:{CLIENT_PORT}"
