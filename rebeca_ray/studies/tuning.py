@@ -33,7 +33,8 @@ from rebeca_ray.storage.parquet import write_table
 from rebeca_ray.storage.store import open_store
 from rebeca_ray.storage.writable import require_writable
 from rebeca_ray.studies.plots import plot_trials
-from rebeca_ray.training.train import check_network, run_training
+from rebeca_ray.training.fitting import check_network
+from rebeca_ray.training.train import run_training
 from rebeca_ray.watchdog import Activity
 
 log = logging.getLogger(__name__)

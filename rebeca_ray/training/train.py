@@ -49,6 +49,7 @@ from rebeca_ray.telemetry import metrics
 from rebeca_ray.telemetry.attempt import training_attempt
 from rebeca_ray.telemetry.reporting import reported
 from rebeca_ray.training.calibrate import calibrate_prior, training_blocks
+from rebeca_ray.training.fitting import check_network
 from rebeca_ray.training.loop import ENDED, STATE, is_streamed, num_steps, train_loop_per_worker
 from rebeca_ray.watchdog import Activity, Pulse, watchdog
 
@@ -85,32 +86,6 @@ def train(config: TrainConfig, run_date: datetime.date | None) -> dict[str, floa
         prior = calibrated_prior(config, items, activity)
         publish_prior(prior, version, run_date)
     return prior.metrics
-
-
-def check_network(config: TrainConfig, embed_dim: int) -> None:
-    """Raise InputError unless embeddings of `embed_dim` numbers, and their noise, fit the network."""
-    network, target = config.network, config.diffusion.prediction_type
-    if network.architecture != "cross_attention" and embed_dim % network.num_tokens:
-        raise InputError(
-            f"network.num_tokens is {network.num_tokens}: {network.architecture} cuts embeddings of "
-            f"{embed_dim} numbers into equal slices; choose a divisor of {embed_dim}"
-        )
-    if network.architecture == "paper_v1" and (network.width < 4 or network.width % 2):
-        raise InputError(
-            f"network.width is {network.width}: paper_v1 encodes time in an even number of at least 4 sines "
-            "and cosines; choose another num_tokens"
-        )
-    if network.architecture == "paper_v1" and network.num_tokens * network.width != embed_dim:
-        raise InputError(
-            f"network.width is {network.width}: a token of paper_v1 is a slice of the embedding, of "
-            f"{embed_dim} / num_tokens = {embed_dim // network.num_tokens} numbers; set width to that"
-        )
-    if target != "sample" and network.num_tokens * network.width < embed_dim:
-        raise InputError(
-            f"network: {network.num_tokens} tokens of width {network.width} hold fewer than D = {embed_dim} "
-            f"numbers, so the network cannot predict {target}; raise num_tokens or width, "
-            "or set diffusion.prediction_type=sample"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,12 +86,12 @@ def test_the_texts_of_a_file_are_counted_where_one_of_them_is_long(tmp_path: Pat
         prompt = pa.DictionaryArray.from_arrays(pa.array(index), pa.array(["short", "y" * 9_000]))
         pq.write_table(pa.table({"user_id": [f"u{row}" for row in range(5_000)], "prompt": prompt}), path)
         table = open_parquet(str(path), "request")
-        wanted = pa.schema([schemas.REQUEST.field(name) for name in ("user_id", "prompt")])
+        columns = pa.schema([schemas.REQUEST.field(name) for name in ("user_id", "prompt")])
         if fits:
-            assert table.read(wanted).num_rows == 5_000
+            assert table.read(columns).num_rows == 5_000
         else:
             with pytest.raises(InputError, match="stand for texts of more than .*; write it again"):
-                table.read(wanted)
+                table.read(columns)
 
 
 @pytest.mark.usefixtures("little_memory")
