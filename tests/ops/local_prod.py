@@ -24,8 +24,8 @@ from tests.conftest import REPO
 from tests.ops.cluster import BIN, Cluster, Ended, Submission, cluster
 from tests.ops.consumer import Consumer
 from tests.ops.inputs import DATES, NUM_IMAGES, names, overrides, unchanged, write_inputs
-from tests.ops.prometheus import Prometheus, prometheus
 from tests.seaweedfs import free_port, seaweedfs
+from tests.telemetry.servers import Prometheus, prometheus
 
 ROOT, PRIOR, TRAINING = "s3://rebeca/catalog", "s3://rebeca/prior", "s3://rebeca/train"
 CONFIG = "jobs/configs/nightly_stickers.yaml"
@@ -217,12 +217,17 @@ def files_of(store: Any) -> list[str]:
 
 
 def check_metrics(prod: Production, server: Prometheus) -> None:
-    """Note whether Prometheus saw both nodes, Triton's work and its restart."""
+    """Note whether Prometheus saw the nodes, the nights and Triton's work."""
     for claim, expression in (
-        ("metrics: nodes of Ray scraped", 'count(max_over_time(up{job="ray"}[30m]) == 1) >= 2'),
+        ("metrics: the nodes of Ray", 'count(max_over_time(up{job="ray"}[30m]) == 1) >= 2'),
         ("metrics: Triton's inferences", "sum(max_over_time(nv_inference_request_success[30m])) > 0"),
+        ("metrics: rows of rendering", 'sum(max_over_time(ray_rebeca_rows_total{stage="render"}[30m])) > 0'),
+        (
+            "metrics: the catalog is fresh",
+            "time() - max(max_over_time(ray_rebeca_published_timestamp_seconds[30m])) < 600",
+        ),
     ):
-        series = server.query(expression)
+        series = server.now(expression)
         prod.hold(claim, bool(series), series[0]["value"][1] if series else "no data")
 
 
@@ -250,7 +255,9 @@ def main() -> int:
         triton = Triton(folder)
         stack.callback(triton.stop)
         nodes = stack.enter_context(cluster(folder / "home", environment))
-        metrics = stack.enter_context(prometheus(folder, nodes.folder, triton.ports["metrics"]))
+        alerts = (REPO / "infra/monitoring/alerts.yaml").read_text()
+        metrics = prometheus(folder, Path(nodes.folder), triton.ports["metrics"], alerts)
+        server = stack.enter_context(metrics)
         write_inputs(folder, store)
         prod = Production(nodes, triton, store)
         consumer = Consumer(ROOT)
@@ -268,7 +275,7 @@ def main() -> int:
             "the consumer never saw half a snapshot", not consumer.problems, consumer.problems[:3] or reads
         )
         prod.hold("the consumer saw every night", len(consumer.reads) >= len(DATES), len(consumer.reads))
-        check_metrics(prod, metrics)
+        check_metrics(prod, server)
         prod.hold(
             "within 8 minutes", time.monotonic() - prod.began < 480, f"{time.monotonic() - prod.began:.0f} s"
         )

@@ -1,15 +1,17 @@
 """The small production holds all its claims."""
 
+import shutil
 import subprocess
 
 import pytest
 
 from tests.conftest import REPO
-from tests.ops.prometheus import BINARY
 
 
 @pytest.mark.timeout(900)  # three nights, alone in five minutes
-@pytest.mark.skipif(BINARY is None, reason="prometheus is not installed: apt-get install prometheus")
+@pytest.mark.skipif(
+    shutil.which("prometheus") is None, reason="prometheus is not installed: apt-get install prometheus"
+)
 def test_three_nights_with_a_fault_each_lose_and_double_nothing() -> None:
     script = [REPO / "tests/ops/run_local_prod.sh"]
     ran = subprocess.run(script, capture_output=True, text=True, timeout=880, check=False)

@@ -71,9 +71,9 @@ class Prometheus:
 
 @contextmanager
 def prometheus(folder: Path, ray_folder: Path, triton_port: int, rules: str) -> Iterator[Prometheus]:
-    """Run a server that scrapes a Ray of that temporary folder, and a Triton."""
+    """Run a server that scrapes a Triton, and the Ray that keeps its sessions in `ray_folder`."""
     (folder / "rules.yaml").write_text(rules)
-    discovery = f"{ray_folder}/ray/prom_metrics_service_discovery.json"
+    discovery = f"{ray_folder}/prom_metrics_service_discovery.json"
     config = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
         "rule_files": ["rules.yaml"],

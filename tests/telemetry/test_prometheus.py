@@ -95,7 +95,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory, tiny_decoder: DecoderSetti
     assert hasty != ALERTS
     with (
         tiny_triton(folder) as triton_port,
-        prometheus(folder, ray_folder, triton_port, hasty) as server,
+        prometheus(folder, ray_folder / "ray", triton_port, hasty) as server,
         subprocess.Popen(
             [sys.executable, "-m", "tests.telemetry.night", config.model_dump_json()],
             env=environment,
