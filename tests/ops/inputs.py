@@ -17,7 +17,7 @@ DATES = [datetime.date(2026, 3, day) for day in (2, 3, 4)]
 USERS = [[0, 1, 2, 3, 4, 5, 6, 7], [0, 2, 3, 4, 5, 6, 7, 8, 9], [0, 2, 3, 4, 5, 6, 7, 8, 10, 11]]
 RATES_MORE = [[], [2], [3, 4, 5, 6]]  # these users rate for the first time since the night before
 NUM_IMAGES = 2
-EARLY = 40  # ratings of a user who rates more later
+EARLY, ALL = 20, 30  # ratings of a user who rates more later, and of one who has
 
 
 def names(night: int) -> list[str]:
@@ -38,7 +38,7 @@ def ratings_of(all_ratings: pa.Table, night: int) -> pa.Table:
     parts = []
     for user in users:
         rows = all_ratings.filter(pc.field("user_id") == user)
-        parts.append(rows.slice(0, EARLY) if user in later else rows)
+        parts.append(rows.slice(0, EARLY if user in later else ALL))
     return pa.concat_tables(parts)
 
 
@@ -80,7 +80,7 @@ def overrides(triton_url: str) -> list[str]:
         f"generate.num_images={NUM_IMAGES}",
         "generate.sampler.num_actors=1",
         "generate.decoder.num_actors=1",
-        "generate.decoder.num_inference_steps=20",  # so that a fault strikes in the midst of rendering
+        "generate.decoder.num_inference_steps=15",  # so that a fault strikes in the midst of rendering
         "generate.decoder.batch_size=2",
         "generate.decoder.backend=triton",
         "generate.decoder.device=cpu",

@@ -256,7 +256,7 @@ def main() -> int:
         stack.callback(triton.stop)
         nodes = stack.enter_context(cluster(folder / "home", environment))
         alerts = (REPO / "infra/monitoring/alerts.yaml").read_text()
-        metrics = prometheus(folder, Path(nodes.folder), triton.ports["metrics"], alerts)
+        metrics = prometheus(folder, Path(nodes.folder), triton.ports["metrics"], alerts, every="5s")
         server = stack.enter_context(metrics)
         write_inputs(folder, store)
         prod = Production(nodes, triton, store)

@@ -70,12 +70,14 @@ class Prometheus:
 
 
 @contextmanager
-def prometheus(folder: Path, ray_folder: Path, triton_port: int, rules: str) -> Iterator[Prometheus]:
+def prometheus(
+    folder: Path, ray_folder: Path, triton_port: int, rules: str, every: str = "1s"
+) -> Iterator[Prometheus]:
     """Run a server that scrapes a Triton, and the Ray that keeps its sessions in `ray_folder`."""
     (folder / "rules.yaml").write_text(rules)
     discovery = f"{ray_folder}/prom_metrics_service_discovery.json"
     config = {
-        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "global": {"scrape_interval": every, "evaluation_interval": every},
         "rule_files": ["rules.yaml"],
         "scrape_configs": [
             {
