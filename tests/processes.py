@@ -9,7 +9,14 @@ import pytest
 LONGEST = [  # the names of test files, longest first
     *("test_local_prod.py", "test_triton_client.py", "test_resume.py", "test_train.py", "test_weights.py"),
     *("test_faults.py", "test_tuning.py", "test_exports.py", "test_sdxl.py", "test_pipeline.py"),
-    *("test_real.py", "test_campaign.py", "test_acceptance.py", "test_damage.py", "test_nodes.py"),
+    *(
+        "test_campaign.py",
+        "test_secrets.py",
+        "test_prometheus.py",
+        "test_acceptance.py",
+        "test_damage.py",
+        "test_nodes.py",
+    ),
     *("test_pages.py", "test_browser.py"),
     *("test_commands.py", "test_suspects.py", "test_ray_start.py", "test_readers.py", "test_lease.py"),
 ]

@@ -140,22 +140,24 @@ def on_s3(config: GenerateConfig) -> GenerateConfig:
 
 def test_a_run_that_is_killed_while_rendering_renders_the_rest(
     config: GenerateConfig,
-    ray_local: str,
+    s3_server: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")
     monkeypatch.setattr(render, "RenderImages", LightRender)
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
     config = on_s3(to_resume(config))
     run_id = planned(config)
-    process = start(config, HANG, ray_local)
+    process = start(config, HANG)
     wait_for_records(process, config, run_id)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = rendered(config.catalog, run_id)
     assert published(config.catalog) is None
 
-    manifest = generate_catalog(config, resume="require").manifest
+    manifest = generate_catalog(config, resume="require", in_process=True).manifest
     assert f"resuming run {run_id}, begun at 20" in caplog.text
     assert (manifest.run_id, manifest.fencing_token) == (run_id, 2)
     snapshot = read_catalog(config.catalog)
@@ -308,7 +310,7 @@ def test_failed_items_are_rendered_again_with_retry_failed(
 
 
 def test_a_run_without_gpu_hours_left_publishes_its_rendered_items(
-    config: GenerateConfig, ray_local: str
+    config: GenerateConfig,
 ) -> None:
     """It was killed with one shard of three rendered, and has no time left."""
     config = config.model_copy(update={"layout": LayoutSettings(items_per_shard=6)})
@@ -319,7 +321,8 @@ def test_a_run_without_gpu_hours_left_publishes_its_rendered_items(
     first = rows.filter(pc.equal(rows["shard"], 0))
     render_rows(context, 0, first)
     limits = LimitSettings(max_gpu_hours=1e-9)
-    counts = generate_catalog(config.model_copy(update={"limits": limits})).manifest.counts
+    tonight = config.model_copy(update={"limits": limits})
+    counts = generate_catalog(tonight, in_process=True).manifest.counts
     assert (counts.requested, counts.new, counts.deferred) == (16, first.num_rows, 16 - first.num_rows)
     done = set(first["user_id"].to_pylist())
     assert (counts.users, counts.stale_users) == (len(done), 5 - len(done))
