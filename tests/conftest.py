@@ -3,7 +3,6 @@
 import logging
 import os
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -53,6 +52,7 @@ from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.parquet import read_table, write_table
 from rebeca_ray.storage.records import read_record, write_record
 from tests.faulty_s3 import proxy as proxy  # a fixture
+from tests.processes import all_cpus_are_free_again as all_cpus_are_free_again
 from tests.processes import pytest_collection_modifyitems as pytest_collection_modifyitems
 from tests.processes import pytest_configure as pytest_configure
 from tests.seaweedfs import seaweedfs
@@ -90,24 +90,6 @@ def ray_local(s3_server: dict[str, str]) -> Iterator[str]:
     start_ray()
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _all_cpus_are_free_again() -> Iterator[None]:
-    """Fail the file of tests that leaves work on the one Ray, not a later one that waits for its CPUs."""
-    yield
-    import ray
-
-    if not ray.is_initialized():
-        return
-    deadline = time.monotonic() + 60
-    while ray.available_resources().get("CPU", 0) < ray.cluster_resources().get("CPU", 0):
-        if time.monotonic() > deadline:
-            from ray.util.state import list_actors, list_placement_groups
-
-            alive = [actor for actor in list_actors(detail=True) if actor.state != "DEAD"]
-            raise AssertionError(f"still on the one Ray: {alive} {list_placement_groups()}")
-        time.sleep(0.2)
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -37,3 +39,21 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the longest files first, so that all test processes end at about the same time."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_cpus_are_free_again() -> Iterator[None]:
+    """Fail the file of tests that leaves work on the one Ray, not a later one that waits for its CPUs."""
+    yield
+    import ray
+
+    if not ray.is_initialized():
+        return
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU", 0) < ray.cluster_resources().get("CPU", 0):
+        if time.monotonic() > deadline:
+            from ray.util.state import list_actors, list_placement_groups
+
+            alive = [actor for actor in list_actors(detail=True) if actor.state != "DEAD"]
+            raise AssertionError(f"still on the one Ray: {alive} {list_placement_groups()}")
+        time.sleep(0.2)
