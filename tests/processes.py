@@ -42,9 +42,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def all_cpus_are_free_again() -> Iterator[None]:
+def all_cpus_are_free_again(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail the file of tests that leaves work on the one Ray, not a later one that waits for its CPUs."""
     yield
+    tests = [item for item in request.session.items if item.path == request.node.path]
+    if not any("ray_local" in getattr(item, "fixturenames", ()) for item in tests):
+        return  # others have a Ray of their own, or none
     import ray
 
     if not ray.is_initialized():

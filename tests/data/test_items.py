@@ -149,6 +149,7 @@ def test_an_embedding_that_did_not_finish_is_not_read(tmp_path: Path) -> None:
 def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path: Path) -> None:
     pq.write_table(pq.read_table(ITEMS).slice(0, 3), tmp_path / "items.parquet")
     (tmp_path / "data" / "catalog").mkdir(parents=True)
+    (tmp_path / "data" / "catalog" / "latest.json").write_text("{}")
     with pytest.raises(
         UserError,
         match=r"holds something else \(no items.json or embedding.json of ours\) and would be replaced",
@@ -158,7 +159,7 @@ def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path: Path) -> N
                 items=str(tmp_path / "items.parquet"), clip=f"local-dir:{CLIP}", out=str(tmp_path / "data")
             )
         )
-    assert (tmp_path / "data" / "catalog").exists()
+    assert (tmp_path / "data" / "catalog" / "latest.json").exists()
 
 
 @pytest.mark.parametrize(
