@@ -73,7 +73,7 @@ def test_a_planned_item_that_vanishes_is_not_filtered(
         return table.slice(0, table.num_rows - 1) if columns else table
 
     monkeypatch.setattr(bucket_module, "read_recorded", without_last)
-    with pytest.raises(ResumableError, match=r"the plan has 2 items of user '.*', expected 3"):
+    with pytest.raises(ResumableError, match="the plan has 2 items of a user, expected 3"):
         snapshot_of(cut)
 
 
@@ -131,9 +131,9 @@ def test_a_night_that_only_rescores_counts_and_forecasts_its_rows(
     totals = []
     follow = Progress.follow
 
-    def noting(self: Progress, name: str, batches: Any, *, total: int) -> Any:
+    def noting(self: Progress, name: str, batches: Any, *, total: int, actors: int) -> Any:
         totals.append((name, total))
-        return follow(self, name, batches, total=total)
+        return follow(self, name, batches, total=total, actors=actors)
 
     monkeypatch.setattr(Progress, "follow", noting)
     assert snapshot_of(tuesday).counts.carried == 16

@@ -19,7 +19,7 @@ from rebeca_ray.catalog.read import Snapshot, open_snapshot, published, read_cat
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import LayoutSettings, LimitSettings
 from rebeca_ray.errors import ErrorBudgetExceededError, ResumableError
-from rebeca_ray.generation import pipeline
+from rebeca_ray.generation import estimate
 from rebeca_ray.generation import render as render_module
 from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.decisions import Decisions
@@ -262,7 +262,7 @@ def test_limits_decide_when_rendering_stops(
 ) -> None:
     """The run began at half past ten in the evening, and came to rendering half an hour later."""
     now = datetime.datetime(2026, 3, 2, 23, tzinfo=datetime.UTC).timestamp()
-    monkeypatch.setattr(pipeline, "time", SimpleNamespace(time=lambda: now))
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(time=lambda: now))
     measured = Measured(stages={"assemble": StageFigures(seconds=40.0)})
     previous = Snapshot(
         root="",
