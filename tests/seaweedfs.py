@@ -45,6 +45,7 @@ def server_command(folder: Path) -> tuple[list[str], dict[str, str]]:
         f"-master.port={ports['master']}",
         f"-master.port.grpc={free_port()}",
         f"-volume.port={ports['volume']}",
+        "-volume.max=100",  # by default 8, of which one bucket takes seven
         f"-volume.port.grpc={free_port()}",
         f"-filer.port={ports['filer']}",
         f"-filer.port.grpc={free_port()}",

@@ -50,6 +50,8 @@ PLANNED_TARGETS = {
     "faults": "--seed 1",
     "lock": "-o requirements.lock",
     "setup": ".ready",
+    "audit": "--requirement requirements.lock",
+    "sbom": "--output-file rebeca-ray.cdx.json",
 }
 
 

@@ -45,7 +45,8 @@ def read_values(path: Path) -> dict[str, Any]:
             text = file.read(MAX_BYTES + 1).decode()
     except OSError as error:
         raise InputError(
-            f"config {path}: cannot be read ({error.strerror}); give an existing YAML file to --config"
+            f"config {str(path)[-300:]}: cannot be read ({error.strerror}); "
+            "give an existing YAML file to --config"
         ) from None
     except ValueError as error:
         raise InputError(f"config {path}: not valid YAML ({error}); save it as UTF-8 text") from None
