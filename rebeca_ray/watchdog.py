@@ -157,6 +157,8 @@ def watchdog(activity: Activity, minutes: float | None, *, on_stall: Callable[[]
                 log.warning(f"{step}; these wait for free resources: {demand}")
             if idle > 60 * minutes and not done.is_set():
                 where = dump_state(activity)
+                if done.is_set():  # the block ended meanwhile
+                    return
                 problem = f"no progress for {minutes:g} min in stage {activity.current} (stall_minutes)"
                 log.error(f"{problem}; its state is in {where}. Start it again: it resumes")
                 on_stall()

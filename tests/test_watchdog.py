@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -93,6 +94,23 @@ def test_a_cluster_that_does_not_answer_makes_no_progress(caplog: pytest.LogCapt
     activity.seconds_without_progress()
     assert activity.moved_at == before
     assert "the workers' heartbeats cannot be counted: GetTimeoutError" in caplog.text
+
+
+def test_a_block_that_ends_while_its_state_is_written_down_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    writing, written = threading.Event(), threading.Event()
+
+    def write(_: Activity) -> str:
+        writing.set()
+        assert written.wait(60)
+        return "a file"
+
+    monkeypatch.setattr("rebeca_ray.watchdog.dump_state", write)
+    monkeypatch.setattr("rebeca_ray.watchdog.os._exit", pytest.fail)
+    stalls: list[bool] = []
+    with watchdog(Activity(), 0.001, on_stall=lambda: stalls.append(True)):
+        assert writing.wait(60)
+        threading.Timer(0.5, written.set).start()  # after the block
+    assert stalls == []
 
 
 @pytest.mark.usefixtures("ray_local")
