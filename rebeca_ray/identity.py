@@ -112,22 +112,29 @@ def fingerprint_of(secret: bytes) -> str:
     return hashlib.blake2b(b"\x1ffingerprint of the key", key=secret, digest_size=16).hexdigest()
 
 
+def read_source(setting: str, source: str) -> bytes:
+    """Return the bytes of a file, or of the variable of `env:NAME`. Raises InputError without them."""
+    if source.startswith("env:"):
+        text = os.environ.get(source.removeprefix("env:"))
+        if text is None:
+            raise InputError(f"{setting} {source}: the variable is not set here; set it on every node")
+        return text.encode()
+    try:
+        return Path(source).read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{setting} {source}: cannot be read ({describe(error)}); "
+            "give a file that is on every node, or env:NAME"
+        ) from None
+
+
 def read_secret(source: str) -> bytes:
     """Return the 64 bytes that the key of a source stands for: its BLAKE2b, for keys of any length."""
-    if source.startswith("env:"):
-        text = os.environ.get(source.removeprefix("env:"), "").encode()
-        remedy = "set the variable on every node"
-    else:
-        remedy = "give a file that is on every node, or env:NAME"
-        try:
-            text = Path(source).read_bytes()
-        except OSError as error:
-            raise InputError(f"user_key {source}: cannot be read ({describe(error)}); {remedy}") from None
-    text = text.strip()
+    text = read_source("user_key", source).strip()
     if len(text) < LEAST_KEY:
         raise InputError(
             f"user_key {source}: has {len(text)} bytes, expected a secret key of at least {LEAST_KEY}; "
-            f"{remedy}"
+            "give one, the same on every node"
         )
     return hashlib.blake2b(b"pseudonyms" + SEPARATOR.encode() + text).digest()
 

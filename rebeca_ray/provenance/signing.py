@@ -9,7 +9,6 @@ item agree in both, although two signatures never do. Nothing about a user is wr
 import hashlib
 import importlib
 import io
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from PIL import Image
 import rebeca_ray
 from rebeca_ray.config.decoder import C2paSettings, DecoderSettings
 from rebeca_ray.errors import InputError, ResumableError, describe
+from rebeca_ray.identity import read_source
 from rebeca_ray.provenance.marks import CREATED, ITEM, OFFLINE, SOURCE_TYPE, defect_of, load_c2pa
 
 THREADS = 8  # signatures at a time: a key management service is slow, and the library frees the interpreter
@@ -161,19 +161,9 @@ def load_function(name: str) -> Sign:
 
 def read_pem(setting: str, source: str) -> bytes:
     """Return the PEM text in a file, or in the variable of `env:NAME`. Raises InputError without one."""
-    if source.startswith("env:"):
-        text = os.environ.get(source.removeprefix("env:"), "").encode()
-        remedy = "set the variable on every node to the text of a PEM file"
-        if not text:
-            raise InputError(f"{setting} {source}: the variable is not set here; {remedy}")
-    else:
-        remedy = "give a PEM file that is on every node, or env:NAME"
-        try:
-            text = Path(source).read_bytes()
-        except OSError as error:
-            raise InputError(f"{setting} {source}: cannot be read ({describe(error)}); {remedy}") from None
+    text = read_source(setting, source)
     if b"-----BEGIN " not in text:
-        raise InputError(f"{setting} {source}: holds no PEM text (-----BEGIN …); {remedy}")
+        raise InputError(f"{setting} {source}: holds no PEM text (-----BEGIN …); give one on every node")
     return text
 
 
