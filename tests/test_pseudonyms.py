@@ -158,7 +158,7 @@ def test_another_key_or_none_is_refused(
         snapshot_of(night.model_copy(update={"catalog": plain.catalog}))
     assert len(list(Path(night.catalog, "snapshots").glob("*/*"))) == 1
     monkeypatch.delenv("REBECA_USER_KEY")
-    with pytest.raises(InputError, match=f"user_key {SOURCE}: has 0 bytes"):
+    with pytest.raises(InputError, match=f"user_key {SOURCE}: the variable is not set here"):
         snapshot_of(night)
 
 
