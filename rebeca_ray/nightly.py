@@ -21,7 +21,6 @@ from rebeca_ray.prior.checkpoint import load_prior
 from rebeca_ray.storage.failures import user_error
 from rebeca_ray.telemetry.attempt import Attempt, night_attempt
 from rebeca_ray.telemetry.reporting import reported
-from rebeca_ray.training.train import train_prior
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +147,8 @@ def train_for(train: TrainConfig, date: datetime.date, catalog: str) -> UserErro
 
     Raises LeaseHeldError if another process trains it now.
     """
+    from rebeca_ray.training.train import train_prior  # it loads torch, which other nights do without
+
     if train.catalog is None:
         train = train.model_copy(update={"catalog": catalog})
     try:

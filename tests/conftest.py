@@ -1,7 +1,6 @@
 """Small real parts for all tests: a tiny prior and decoder, a local Ray, an S3 server, nights in process."""
 
 import logging
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -55,6 +54,7 @@ from tests.faulty_s3 import proxy as proxy  # a fixture
 from tests.processes import all_cpus_are_free_again as all_cpus_are_free_again
 from tests.processes import pytest_collection_modifyitems as pytest_collection_modifyitems
 from tests.processes import pytest_configure as pytest_configure
+from tests.processes import ray_local as ray_local
 from tests.seaweedfs import seaweedfs
 from tests.tiny_exports import cached_sd as cached_sd  # fixtures
 from tests.tiny_exports import cached_sdxl as cached_sdxl
@@ -76,20 +76,6 @@ def _restore_log() -> Iterator[None]:
     yield
     package.handlers, package.level, package.propagate = handlers, level, propagate
     log.settings, log.level_is_given = log.LogSettings(), False
-
-
-@pytest.fixture(scope="session")
-def ray_local(s3_server: dict[str, str]) -> Iterator[str]:
-    """Start one local Ray for the whole test run; yield its address. Its workers reach the S3 server."""
-    import ray
-
-    from rebeca_ray.ray_runtime import start_ray
-
-    os.environ.pop("RAY_ADDRESS", None)
-    os.environ.update(s3_server)
-    start_ray()
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
+from unittest.mock import patch
 
 import pytest
 
@@ -13,7 +15,6 @@ LONGEST = [  # the names of test files, longest first
     *("test_faults.py", "test_tuning.py", "test_exports.py", "test_sdxl.py", "test_pipeline.py"),
     *(
         "test_campaign.py",
-        "test_secrets.py",
         "test_prometheus.py",
         "test_acceptance.py",
         "test_damage.py",
@@ -39,6 +40,24 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the longest files first, so that all test processes end at about the same time."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(scope="session")
+def ray_local(s3_server: dict[str, str]) -> Iterator[str]:
+    """Start one local Ray for the whole test run, without the twelve processes of its dashboard.
+
+    Yields its address. Its workers reach the S3 server.
+    """
+    import ray
+
+    from rebeca_ray.ray_runtime import start_ray
+
+    os.environ.pop("RAY_ADDRESS", None)
+    os.environ.update(s3_server)
+    with patch.object(ray, "init", partial(ray.init, include_dashboard=False)):
+        start_ray()
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
 
 
 @pytest.fixture(scope="module", autouse=True)

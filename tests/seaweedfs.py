@@ -21,7 +21,7 @@ def free_port() -> int:
 
 def server_command(folder: Path) -> tuple[list[str], dict[str, str]]:
     """Return the command of a server on free ports, and the environment variables for its clients."""
-    key, secret = "test-key", token_hex(16)  # tests/test_secrets.py looks where it shows up
+    key, secret = "test-key", token_hex(16)  # tests/ops/canaries.py looks where it shows up
     identity = {
         "name": "tests",
         "credentials": [{"accessKey": key, "secretKey": secret}],

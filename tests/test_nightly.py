@@ -22,6 +22,7 @@ from rebeca_ray.errors import InputError, LeaseHeldError, QualityGateError, Resu
 from rebeca_ray.generation.pipeline import Generated
 from rebeca_ray.nightly import dates_due, run_nightly, training_is_due
 from rebeca_ray.prior.checkpoint import load_prior, publish_prior
+from rebeca_ray.training import train as training
 from tests.conftest import REPO, publish
 
 DATES = st.dates(datetime.date(2026, 1, 1), datetime.date(2027, 1, 1))
@@ -161,7 +162,7 @@ def test_a_training_that_fails_does_not_cost_the_catalog(
     def diverges(*_: object, **__: object) -> None:
         raise InputError("training diverged")
 
-    monkeypatch.setattr(nightly, "train_prior", diverges)
+    monkeypatch.setattr(training, "train_prior", diverges)
     train = load_config(NightlyConfig, REPO / "jobs" / "configs" / "nightly_stickers.yaml").train
     assert train is not None
     with_training = config.model_copy(
@@ -185,7 +186,7 @@ def test_the_work_of_old_trainings_goes_with_the_garbage(
     config: NightlyConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     stub(monkeypatch)
-    monkeypatch.setattr(nightly, "train_prior", lambda *_, **__: None)
+    monkeypatch.setattr(training, "train_prior", lambda *_, **__: None)
     train = load_config(NightlyConfig, REPO / "jobs" / "configs" / "nightly_stickers.yaml").train
     assert train is not None
     storage = tmp_path / "storage"
@@ -224,7 +225,7 @@ def test_a_training_of_another_process_ends_the_night(
     def is_held(*_: object, **__: object) -> None:
         raise LeaseHeldError("prior: run train is at work on it")
 
-    monkeypatch.setattr(nightly, "train_prior", is_held)
+    monkeypatch.setattr(training, "train_prior", is_held)
     train = load_config(NightlyConfig, REPO / "jobs" / "configs" / "nightly_stickers.yaml").train
     assert train is not None
     train = train.model_copy(update={"out": config.generate.prior})

@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import torch
-
 from rebeca_ray.config.decoder import DecoderSettings
 
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # x86 processors have the first two, ARM the third
@@ -12,6 +10,8 @@ BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # x86 processors have the first 
 
 def computes_bfloat16() -> bool:
     """Return whether the processor computes bfloat16. Others emulate it, a hundred times slower."""
+    import torch
+
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in BFLOAT16)
 
@@ -31,6 +31,8 @@ def choose(settings: DecoderSettings) -> DecoderSettings:
         return settings
     device: str = settings.device
     if device == "auto":
+        import torch
+
         device = "cuda" if torch.cuda.is_available() and settings.engine != "openvino" else "cpu"
     dtype: str = settings.dtype
     if dtype == "auto":

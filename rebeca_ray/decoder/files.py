@@ -20,7 +20,6 @@ from rebeca_ray.decoder.inspection import (
     inspect_vae,
     zeroes_negative,
 )
-from rebeca_ray.decoder.lora import inspect_lora
 from rebeca_ray.decoder.safety_model import CONFIG, WEIGHTS
 from rebeca_ray.decoder.single_file.kinds import CONFIGS, kind_of
 from rebeca_ray.decoder.single_file.pickles import refuse_pickle
@@ -301,6 +300,8 @@ def inspect_files(settings: DecoderSettings, files: DecoderFiles) -> None:
     if files.vae:
         inspect_vae(str(settings.vae), files.vae, files.model, unet)
     if files.lora:
+        from rebeca_ray.decoder.lora import inspect_lora  # it loads torch
+
         shapes = {part: network.shapes for part, network in networks.items()}
         inspect_lora(f"decoder.lora {settings.lora}", files.lora, shapes)
     if settings.safety.checker == "stable-diffusion":

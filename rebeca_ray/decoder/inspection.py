@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from rebeca_ray.decoder.headers import Part, find_weights, read_json_file, read_part
 from rebeca_ray.decoder.single_file.kinds import SIGLIP
-from rebeca_ray.decoder.single_file.networks import read_network
 from rebeca_ray.errors import InputError
 from rebeca_ray.storage.objects import JsonObject
 
@@ -66,7 +65,11 @@ def inspect_model(
 
     def read(part: str) -> Part:
         path = folder / part
-        return read_network(what, checkpoint, path) if checkpoint else read_part(what, path)
+        if checkpoint is None:
+            return read_part(what, path)
+        from rebeca_ray.decoder.single_file.networks import read_network  # it loads torch
+
+        return read_network(what, checkpoint, path)
 
     index, family = read_json_file(what, folder / "model_index.json"), family_of(name, folder)
     kind = class_of(index)

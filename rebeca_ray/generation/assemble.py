@@ -46,12 +46,11 @@ from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.decisions import Action, Decisions
 from rebeca_ray.generation.estimate import actual_cost, forecast
 from rebeca_ray.generation.outcomes import COUNTED, num_filtered
-from rebeca_ray.generation.parts import PartRecord
+from rebeca_ray.generation.parts import PartRecord, num_shared
 from rebeca_ray.generation.plan import read_plan
 from rebeca_ray.generation.progress import Progress
 from rebeca_ray.generation.render import Rendered
 from rebeca_ray.generation.repair.previous import damage_of_tables
-from rebeca_ray.generation.sharing.planned import num_shared
 from rebeca_ray.identity import read_user_key
 from rebeca_ray.ray_runtime import for_each
 from rebeca_ray.schemas import SCHEMA_VERSION

@@ -6,7 +6,7 @@ file.
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -19,6 +19,9 @@ from rebeca_ray.storage.objects import JsonObject
 from rebeca_ray.storage.parquet import write_table
 from rebeca_ray.storage.records import write_record
 
+# Shards that nothing is rendered for.
+NOT_RENDERED = -1  # of a rescored item, which has its image already
+SHARED = -2  # of a borrowed item: its lender's shard renders the image
 BUSY = "busy_seconds"  # the column in which actors report the time per row; never written
 
 
@@ -39,6 +42,11 @@ class PartRecord:
     @classmethod
     def from_dict(cls, values: JsonObject) -> "PartRecord":
         return cls(**values)
+
+
+def num_shared(parts: Sequence[PartRecord]) -> int:
+    """Return how many items of a plan borrow their image."""
+    return sum(part.rows for part in parts if part.shard == SHARED)
 
 
 @dataclass(frozen=True, kw_only=True)

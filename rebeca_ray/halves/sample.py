@@ -29,9 +29,10 @@ from rebeca_ray.data.items import EmbeddedItems, check_items_fit, read_image_emb
 from rebeca_ray.data.validation import check_columns, check_ids, check_numbers, check_rows, check_texts
 from rebeca_ray.errors import InputError, describe, shown
 from rebeca_ray.generation.context import with_current_versions
-from rebeca_ray.generation.plan import arrow_column, plan_keys, settings_of_key, users_per_batch
+from rebeca_ray.generation.planning.keys import plan_keys, settings_of_key, users_per_batch
+from rebeca_ray.generation.planning.planner import arrow_column
+from rebeca_ray.generation.planning.user_loader import UserLoader
 from rebeca_ray.generation.request import check_prior_can, check_variants
-from rebeca_ray.generation.user_loader import UserLoader
 from rebeca_ray.identity import bucket_of, candidate_seed, read_user_key
 from rebeca_ray.prior.candidates import ChosenItems, choose_candidates, judge_candidates, sample_candidates
 from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior, read_prior_config

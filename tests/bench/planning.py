@@ -28,7 +28,8 @@ from rebeca_ray import schemas
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.sections import DiffusionSettings
 from rebeca_ray.generation.decisions import Action, Decision, Decisions, decisions_table
-from rebeca_ray.generation.plan import PlanUsers, users_per_batch
+from rebeca_ray.generation.planning.keys import users_per_batch
+from rebeca_ray.generation.planning.planner import PlanUsers
 from rebeca_ray.prior.checkpoint import load_prior, save_prior
 from rebeca_ray.prior.selector import Selector
 from tests.conftest import prior_users, write_tiny_prior

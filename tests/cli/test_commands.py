@@ -45,6 +45,8 @@ COMMANDS = dict(commands(typer.main.get_command(app)))  # type: ignore[arg-type]
             (f"import {module}", ("torch", "ray", "diffusers", "pandas", "pyarrow", "pydantic"))
             for module in ("rebeca_ray", "rebeca_ray.cli.commands")
         ),
+        # The driver of a night without training, and its workers that decide, write and assemble.
+        ("import rebeca_ray.nightly", ("torch", "ray", "diffusers", "transformers", "scipy")),
         # Every worker of a training imports this module.
         ("import rebeca_ray.training.train", ("torchmetrics", "torchvision", "transformers", "scipy")),
     ],

@@ -176,10 +176,9 @@ if __name__ == "__main__":
     ("options", "number", "code", "line"),
     [
         ([], signal.SIGINT, 130, f"stopped; {STARTS_OVER}"),
-        (["--with-ray"], signal.SIGINT, 130, f"stopped; {STARTS_OVER}"),
         (["--with-ray"], signal.SIGTERM, 143, f"stopped by SIGTERM; {STARTS_OVER}"),
     ],
-    ids=["SIGINT", "SIGINT with Ray", "SIGTERM with Ray"],
+    ids=["SIGINT", "SIGTERM with Ray"],
 )
 def test_a_stopped_command_frees_its_lease_and_says_how_to_go_on(
     tmp_path: Path, options: list[str], number: signal.Signals, code: int, line: str

@@ -3,6 +3,7 @@
 import datetime
 import logging
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ def half_done(
 def test_any_damaged_work_file_of_an_unfinished_run_is_made_again(
     half_done: GenerateConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """For each work file and image file in turn, damaged in each way: the run ends with the same items."""
+    """Each work and image file in turn is damaged, a kind in two ways or more: the items are the same."""
     root, copy = Path(half_done.catalog), tmp_path / "copy"
     shutil.move(root, copy)
 
@@ -141,15 +142,16 @@ def test_any_damaged_work_file_of_an_unfinished_run_is_made_again(
         for path in (copy / folder).rglob("*")
         if path.is_file()
     )
-    kinds = {str(file).split("/")[2].split("-")[0] for file in files}
-    assert kinds == {
+    kinds = defaultdict[str, list[Path]](list)
+    for file in files:
+        kinds[str(file).split("/")[2].split("-")[0]].append(file)
+    assert {*kinds} == {
         "decisions", "decisions.json", "plan", "plan.json", "records", "shards", "run.json", "request",
         "histories", *{str(file).split("/")[2] for file in files if file.parts[0] == "images"},
     }  # fmt: skip
-    for number, file in enumerate(files):
-        # Each file is damaged in one way of five here; neighbours of its kind get the others.
-        name = list(DAMAGES)[number % len(DAMAGES)]
-        for damage in [name] if len(files) > 5 and file.suffix != ".json" else DAMAGES:
+    for kind, alike in enumerate(kinds.values()):
+        for number in range(max(len(alike), 2)):
+            damage, file = list(DAMAGES)[(kind + number) % len(DAMAGES)], alike[number % len(alike)]
             shutil.copytree(copy, root)
             DAMAGES[damage](root / file)
             assert resumed() == expected, (damage, file)

@@ -24,7 +24,7 @@ from rebeca_ray.generation.decisions import (
     render_keys,
     shards_of,
 )
-from rebeca_ray.generation.plan import settings_of_key
+from rebeca_ray.generation.planning.keys import settings_of_key
 from tests.conftest import decide, run_of
 
 DATE = datetime.date(2026, 3, 1)

@@ -20,9 +20,10 @@ from rebeca_ray.config.sections import InteractionSettings, SelectionSettings
 from rebeca_ray.decoder.files import identify_decoder
 from rebeca_ray.errors import UserError
 from rebeca_ray.generation.decisions import Decisions
-from rebeca_ray.generation.plan import PlanUsers, request_histories
+from rebeca_ray.generation.plan import request_histories
+from rebeca_ray.generation.planning.planner import PlanUsers
+from rebeca_ray.generation.planning.user_loader import read_bucket
 from rebeca_ray.generation.request import check_request
-from rebeca_ray.generation.user_loader import read_bucket
 from rebeca_ray.prior.checkpoint import load_prior, save_prior
 from rebeca_ray.prior.diffusion import Diffusion
 from rebeca_ray.prior.sampling import sample_liked

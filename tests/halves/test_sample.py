@@ -20,7 +20,7 @@ from rebeca_ray.config.jobs import GenerateConfig, SampleConfig, TrainConfig
 from rebeca_ray.config.sections import InteractionSettings, NetworkSettings, SelectionSettings
 from rebeca_ray.data import histories as histories_module
 from rebeca_ray.errors import InputError
-from rebeca_ray.generation.plan import settings_of_key
+from rebeca_ray.generation.planning.keys import settings_of_key
 from rebeca_ray.halves import sample as sample_module
 from rebeca_ray.halves.sample import Sampled, UserSampler, sample_embeddings
 from rebeca_ray.notebook import FittedPrior

@@ -96,7 +96,7 @@ def test_votes_change_taste_as_saved_ratings_would(
         ),
     ]
     pq.write_table(pa.Table.from_pylist(rows, user.ratings.schema), night.interactions.path)
-    monkeypatch.setattr("rebeca_ray.generation.plan.plan_keys", lambda *_: [*embeds])
+    monkeypatch.setattr("rebeca_ray.generation.planning.planner.plan_keys", lambda *_: [*embeds])
     planned = plan_with_histories(night, ["user-0"])
     assert [row["image_embeds"] for row in planned] == embeds[next(iter(embeds))]
 

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import psutil
 
-from tests.conftest import REPO
 from tests.seaweedfs import free_port
 
-BIN = Path(sys.executable).parent
+BIN, REPO = Path(sys.executable).parent, Path(__file__).parents[2]
 START_SECONDS, JOB_SECONDS = 120, 400
 # A submitter has no torch and no rebeca_ray: their imports fail, whatever this environment holds.
 THIN_CLIENT = """
@@ -101,6 +100,14 @@ class Cluster:
             '--resources={"decoder_slot": 1}',
         )
 
+    def pids(self) -> set[int]:
+        """Return the ids of all processes of the nodes, those of jobs among them."""
+        pids = set[int]()
+        for process in list(self.processes.values()):
+            with suppress(psutil.NoSuchProcess):
+                pids |= {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
+        return pids | {process.pid for process in self.processes.values()}
+
     def kill_node(self, name: str) -> None:
         """Kill a node with all its processes, as a lost machine."""
         process = self.processes.pop(name)
@@ -152,6 +159,7 @@ def cluster(home: Path, more: dict[str, str]) -> Iterator[Cluster]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= more | {
         "RAY_worker_niceness": "0",
+        "REPORTER_UPDATE_INTERVAL_MS": "20000",  # by default each node's agent takes a tenth of a core
         "RAY_AUTH_MODE": "token",
         "HOME": str(home),
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",

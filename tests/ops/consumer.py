@@ -22,7 +22,7 @@ class Consumer:
         self.thread = threading.Thread(target=self.work, daemon=True)
 
     def work(self) -> None:
-        while not self.ended.wait(3):  # with less, it would take a core from the nights
+        while not self.ended.wait(8):  # with less, it would take a core from the nights
             if read_pointer(self.root)[0].run_id is None:
                 continue
             try:

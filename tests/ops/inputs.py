@@ -80,7 +80,7 @@ def overrides(triton_url: str) -> list[str]:
         f"generate.num_images={NUM_IMAGES}",
         "generate.sampler.num_actors=1",
         "generate.decoder.num_actors=1",
-        "generate.decoder.num_inference_steps=15",  # so that a fault strikes in the midst of rendering
+        "generate.decoder.num_inference_steps=10",  # so that a fault strikes in the midst of rendering
         "generate.decoder.batch_size=2",
         "generate.decoder.backend=triton",
         "generate.decoder.device=cpu",

@@ -1,6 +1,8 @@
 """Three nights on a small production, each with a fault; then a rollback, an erasure, and a table.
 
 S3, Triton, Ray with a token, Prometheus -> submitted nights, a consumer reads -> claims that held or failed
+
+Its secrets are searched for in all that the servers and the nights have written.
 """
 
 import subprocess
@@ -20,8 +22,8 @@ from rich.table import Table
 
 from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.catalog.verify import verify
-from tests.conftest import REPO
-from tests.ops.cluster import BIN, Cluster, Ended, Submission, cluster
+from tests.ops.canaries import LOOPBACK, Canaries, Watch, texts_below, texts_of_store
+from tests.ops.cluster import BIN, REPO, Cluster, Ended, Submission, cluster
 from tests.ops.consumer import Consumer
 from tests.ops.inputs import DATES, NUM_IMAGES, names, overrides, unchanged, write_inputs
 from tests.seaweedfs import free_port, seaweedfs
@@ -65,8 +67,8 @@ class Triton:
 class Production:
     """The servers, the nights' submissions, and a record of each claim: whether it held, and a figure."""
 
-    def __init__(self, nodes: Cluster, triton: Triton, store: Any) -> None:
-        self.nodes, self.triton, self.store = nodes, triton, store
+    def __init__(self, nodes: Cluster, triton: Triton, store: Any, canaries: Canaries) -> None:
+        self.nodes, self.triton, self.store, self.canaries = nodes, triton, store, canaries
         self.held: list[tuple[str, bool, str]] = []
         self.began = time.monotonic()
         self.kept: dict[str, list[str]] = {}  # user -> items of the night before
@@ -80,7 +82,8 @@ class Production:
         )
 
     def night(self, night: int, environment: dict[str, str] | None = None) -> Submission:
-        changes = [f"run_date={DATES[night]}", *overrides(self.triton.url)]
+        changes = [f"run_date={DATES[night]}", *overrides(self.triton.url), *self.canaries.overrides()]
+        changes += ["log_level=debug"]  # in which a secret would show up first
         return self.nodes.submit("jobs/nightly.py", "--config", CONFIG, *changes, environment=environment)
 
     def until_published(self, night: int, running: Submission) -> list[Ended]:
@@ -101,7 +104,7 @@ class Production:
             self.store.invalidate_cache()
             if self.store.glob(f"rebeca/catalog/work/{pattern}"):
                 return True
-            time.sleep(0.1)
+            time.sleep(0.5)
         return False
 
     def check(self, night: int) -> None:
@@ -216,6 +219,48 @@ def files_of(store: Any) -> list[str]:
     return [path for root in (ROOT, PRIOR, TRAINING) for path in store.find(root.removeprefix("s3://"))]
 
 
+def open_gallery(prod: Production, log: Path) -> None:
+    """Serve the catalog to people with a token until the log says how to stop it."""
+    command = [BIN / "rebeca", "gallery", ROOT, "--bind", "127.0.0.1:0"]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, env=prod.nodes.environment, stdout=output, stderr=output)
+    until = time.monotonic() + FAULT_SECONDS
+    while "Ctrl-C" not in log.read_text() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.2)
+    prod.hold("the gallery serves with a token", "Ctrl-C" in log.read_text())
+    process.terminate()
+    process.wait(60)
+
+
+def check_secrets(prod: Production, folder: Path, watch: Watch) -> None:
+    """Note whether a secret shows up anywhere, and whether a server listens beyond loopback."""
+    open_gallery(prod, folder / "gallery.log")
+    watch.stop()
+    nodes = (prod.nodes.folder, f"{prod.nodes.folder}-worker")
+    texts = [text for node in nodes for text in texts_below(Path(node))]
+    texts += texts_of_store(prod.store, files_of(prod.store))
+    texts += [(name, (folder / name).read_bytes()) for name in ("triton.log", "gallery.log")]
+    texts += [(f"job {number}", job.log.encode()) for number, job in enumerate(prod.ended)]
+    texts += [("processes", "\n".join(watch.lines).encode()), ("metrics", watch.metrics.encode())]
+    shown = prod.canaries.shown_in(texts)
+    prod.hold("no secret is shown anywhere", not shown, shown[:3] or f"{len(texts)} texts")
+    # The search sees what is no secret: in the nodes' files and logs, in rows, processes and metrics.
+    run_id = read_catalog(ROOT).run_id.encode()
+    seen = [where for where, text in texts if run_id in text]
+    searched = [
+        any(where.endswith(".parquet") for where in seen),
+        any(where.startswith("job ") for where in seen),
+        any(where.startswith(node) for node in nodes for where, _ in texts),
+        b"ray::" in dict(texts)["processes"],
+        b"nv_inference_count" in dict(texts)["metrics"],
+    ]
+    prod.hold("the search reads all of these", all(searched), searched)
+    beyond = {port: ip for port, ip in watch.listening.items() if ip not in LOOPBACK}
+    everything = set(prod.triton.ports.values()) <= set(watch.listening)
+    figure = beyond or len(watch.listening)
+    prod.hold("all other servers listen on loopback alone", everything and not beyond, figure)
+
+
 def check_metrics(prod: Production, server: Prometheus) -> None:
     """Note whether Prometheus saw the nodes, the nights and Triton's work."""
     for claim, expression in (
@@ -248,9 +293,8 @@ def main() -> int:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ops", dir="/tmp")))
         (folder / "s3").mkdir()
         (folder / "home").mkdir()
-        environment = stack.enter_context(seaweedfs(folder / "s3")) | {
-            "REBECA_ERASURE_KEY": "a secret of tests"
-        }
+        canaries = Canaries(folder)
+        environment = stack.enter_context(seaweedfs(folder / "s3")) | canaries.environment
         stack.enter_context(patch.dict("os.environ", environment))
         store = s3fs.S3FileSystem(use_listings_cache=False)
         triton = Triton(folder)
@@ -260,9 +304,12 @@ def main() -> int:
         metrics = prometheus(folder, Path(nodes.folder), triton.ports["metrics"], alerts, every="5s")
         server = stack.enter_context(metrics)
         write_inputs(folder, store)
-        prod = Production(nodes, triton, store)
+        token = (folder / "home" / ".ray" / "auth_token").read_text().strip()
+        canaries.needles |= {"Ray's token": token, "S3's key": environment["AWS_SECRET_ACCESS_KEY"]}
+        prod, watch = Production(nodes, triton, store, canaries), Watch(nodes)
         consumer = Consumer(ROOT)
         consumer.thread.start()
+        watch.thread.start()
         nights: list[Callable[[Production], None]] = [first_night, second_night, third_night]
         try:
             for night in nights:
@@ -277,6 +324,7 @@ def main() -> int:
         )
         prod.hold("the consumer saw every night", len(consumer.reads) >= len(DATES), len(consumer.reads))
         check_metrics(prod, server)
+        check_secrets(prod, folder, watch)
         return 0 if show(prod) else 1
 
 

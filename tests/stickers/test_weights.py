@@ -21,7 +21,7 @@ from rebeca_ray.stickers.build.captions import caption
 from rebeca_ray.stickers.build.data import Stickers, load_stickers
 from rebeca_ray.stickers.judge import Judge
 
-SAMPLE = 240
+SAMPLE = 180
 
 
 @pytest.fixture(scope="module")

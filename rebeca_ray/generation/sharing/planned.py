@@ -9,7 +9,6 @@ A borrowed item keeps its user and rank. It gets the id and the embedding of its
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,7 +20,7 @@ from rebeca_ray import schemas
 from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.decisions import Decisions, DecisionsFile
 from rebeca_ray.generation.item_columns import set_column
-from rebeca_ray.generation.parts import PartRecord, WriteParts, with_busy_seconds
+from rebeca_ray.generation.parts import SHARED, PartRecord, WriteParts, num_shared, with_busy_seconds
 from rebeca_ray.generation.progress import Progress
 from rebeca_ray.prior.checkpoint import TrainedPrior, load_prior
 from rebeca_ray.prior.sharing import Tastes, find_lenders
@@ -30,7 +29,6 @@ from rebeca_ray.storage.records import read_recorded
 
 log = logging.getLogger(__name__)
 
-SHARED = -2  # the shard of a borrowed item: its lender's shard renders the image
 OF_LENDER = ("item_id", "image_embeds", "nearest_item_id", "nearest_similarity")
 
 
@@ -40,11 +38,6 @@ class PlannedBucket:
 
     parts: list[PartRecord]
     decided: DecisionsFile | None
-
-
-def num_shared(parts: Sequence[PartRecord]) -> int:
-    """Return how many items of a plan borrow their image."""
-    return sum(part.rows for part in parts if part.shard == SHARED)
 
 
 def share_images(

@@ -19,9 +19,11 @@ import torch
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.load import load_config
 from rebeca_ray.data.histories import Histories
-from rebeca_ray.generation import pipeline, plan
+from rebeca_ray.generation import pipeline
 from rebeca_ray.generation.context import RunContext
 from rebeca_ray.generation.decisions import Decisions
+from rebeca_ray.generation.planning import planner
+from rebeca_ray.generation.planning.keys import plan_keys, users_per_batch
 from rebeca_ray.generation.progress import Progress
 from rebeca_ray.prior.candidates import sample_candidates
 from rebeca_ray.storage.filesystem import join
@@ -34,7 +36,7 @@ class Planned(BaseException):
     """Ends a run that has its plan."""
 
 
-class TimedPlan(plan.PlanUsers):
+class TimedPlan(planner.PlanUsers):
     """A planning actor on one core that notes each of its calls, with its items."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -52,17 +54,17 @@ class TimedPlan(plan.PlanUsers):
 
 def sample_only(context: RunContext, histories: Histories | None, decisions: Decisions, _: Progress) -> None:
     """Sample the candidates of all users, batch by batch, and do nothing with them."""
-    work: Any = plan.PlanUsers(context.config, context.versions, histories, None, decisions)
+    work: Any = planner.PlanUsers(context.config, context.versions, histories, None, decisions)
     torch.set_num_threads(1)
     take_the_work_core()
     users = pa.concat_tables(
         [read_table(join(context.run.work, file.path), "users") for file in decisions.to_plan]
     )
-    size, per_item = plan.users_per_batch(context.config), context.config.selection.candidates_per_item
+    size, per_item = users_per_batch(context.config), context.config.selection.candidates_per_item
     batches = []
     for start in range(0, users.num_rows, size):
         batch = users.slice(start, size).combine_chunks()
-        keys = plan.plan_keys(batch, context.versions["prior"], work.settings, work.sampler.variant)
+        keys = plan_keys(batch, context.versions["prior"], work.settings, work.sampler.variant)
         count_G = batch["num_images"].to_numpy().astype(np.int64)
         batches.append((work.users.load(batch), keys, count_G))
     ended, items = [], []
@@ -85,7 +87,7 @@ def main(arm: str, data: str, images_per_user: int) -> None:
             run(config, in_process=True)
             return
         leave_the_work_core()
-        plan.PlanUsers = TimedPlan  # type: ignore[misc]
+        planner.PlanUsers = TimedPlan  # type: ignore[misc]
 
         def stop(*_: object) -> None:
             raise Planned
