@@ -5,6 +5,7 @@ in what the steps before left, so the same command completes an erasure that was
 """
 
 import itertools
+import logging
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rebeca_ray import schemas
 from rebeca_ray.catalog.erasure.exports import erase_from_export, formats_in
@@ -35,14 +37,17 @@ from rebeca_ray.data.validation import check_columns, check_ids, check_rows
 from rebeca_ray.errors import InputError, redacted
 from rebeca_ray.prior.erasure import erase_from_prior, is_prior
 from rebeca_ray.progress import counting
-from rebeca_ray.storage.filesystem import delete_files, join
+from rebeca_ray.storage.filesystem import delete_files, join, list_folders
 from rebeca_ray.storage.leftovers import remove_leftovers
 from rebeca_ray.storage.objects import JsonObject
 from rebeca_ray.storage.parquet import open_table
 
+log = logging.getLogger(__name__)
+
 NOT_COVERED = (
     "interactions and requests, copies of the catalog, key-value stores and CDNs that were loaded, maps of "
-    "`export atlas`, and every place that was not given"
+    "`export atlas`, rated items of snapshots that were collected (`rated/` names no user), and every place "
+    "that was not given"
 )
 FILES_AT_ONCE = 4  # in memory; one of images has some ten megabytes
 USERS = pa.schema([schemas.required("user_id", schemas.STRING)])
@@ -135,15 +140,25 @@ def check_places(places: Places) -> None:
     for folder in places.folders:
         if not is_prior(folder):
             formats_in(folder)
-    if places.iceberg:
-        connected(places.iceberg.database, places.iceberg.warehouse)
+    for storage in places.storages:
+        if not list_folders(storage):
+            # No error: the repeat of an erasure that was killed may have emptied it, on an object store.
+            log.warning("storage %s: is empty or missing, so nothing is erased there", redacted(storage))
+    tables = places.iceberg
+    if tables and not connected(tables.database, tables.warehouse).namespace_exists(tables.namespace):
+        raise InputError(
+            f"iceberg {redacted(tables.database)}: has no namespace {tables.namespace}; "
+            "give the one that `rebeca catalog export iceberg` wrote"
+        )
 
 
 def erase(root: str, users: list[str], places: Places, removed: Removed, lease: Lease | None) -> None:
     """Do all steps between tombstones and receipt. Without a lease, only count."""
     traces = find_traces(root, users)
     items = {item for trace in traces for item in trace.item_ids}
-    items -= {item for trace in traces for item in trace.shown_ids}
+    theirs = pa.array(sorted(items), pa.string())
+    for trace in traces:
+        items -= {*trace.shown_ids.filter(pc.is_in(trace.shown_ids, value_set=theirs)).to_pylist()}
     images = image_rows_to_erase(traces)
     for trace in traces:
         for name, number in trace.rows.items():
@@ -180,7 +195,8 @@ def erase(root: str, users: list[str], places: Places, removed: Removed, lease: 
     else:
         lease.check()
         sweep(unlisted)
-        remove_leftovers(root)
+        for place in (root, *places.folders):
+            remove_leftovers(place)
     for storage in places.storages:
         erase_from_storage(storage, users, removed)
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +23,11 @@ from rebeca_ray.catalog.exports.key_values import export_key_values
 from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.cli.commands import app
 from rebeca_ray.config.jobs import GenerateConfig, SampleConfig, TrainConfig
+from rebeca_ray.config.sections import GateSettings, InteractionSettings
 from rebeca_ray.data.histories import build_histories, user_table
-from rebeca_ray.errors import InputError
+from rebeca_ray.errors import InputError, QualityGateError
 from rebeca_ray.forget import Places, forget
+from rebeca_ray.generation.pipeline import generate_catalog
 from rebeca_ray.halves.sample import sample_table
 from rebeca_ray.identity import UserKey, fingerprint_of, read_user_key
 from rebeca_ray.prior.checkpoint import load_prior, save_prior
@@ -204,6 +207,21 @@ def test_forgetting_takes_the_id_and_the_command_prints_pseudonyms(
         forget(night.catalog, [BEN], Places())
 
 
+def test_forgetting_needs_the_key_also_before_anything_is_published(
+    night: GenerateConfig, key: UserKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A snapshot that the gate refused holds people, and may be published later."""
+    monkeypatch.setenv(KEY, "the secret of the tombstones")
+    strict = GateSettings(min_items=1000, max_p_value=None)
+    with pytest.raises(QualityGateError):
+        generate_catalog(night.model_copy(update={"gate": strict}), in_process=True)
+    erased = forget(night.catalog, [ANN], Places())
+    assert erased.removed.counts["rows of items"] == 3
+    monkeypatch.delenv("REBECA_USER_KEY")
+    with pytest.raises(InputError, match="the variable is not set here"):
+        forget(night.catalog, [BEN], Places())
+
+
 def test_sampling_takes_ids_and_returns_pseudonyms(
     night: GenerateConfig, key: UserKey, tmp_path: Path
 ) -> None:
@@ -225,5 +243,8 @@ def test_the_key_of_a_job_is_that_of_its_interactions() -> None:
     assert TrainConfig.model_validate(config.model_dump()) == config
     with pytest.raises(ValueError, match=r"interactions\.user_key differs from user_key"):
         TrainConfig.model_validate({**values, "interactions": {"path": "p", "user_key": "env:OTHER"}})
+    file = InteractionSettings(path="p")
+    config = TrainConfig.model_validate({**values, "interactions": file, "user_key": "a.key"})
+    assert config.interactions.user_key == config.user_key == f"{os.getcwd()}/a.key"
     with pytest.raises(ValueError, match="names no environment variable"):
         TrainConfig.model_validate({**values, "user_key": "env:"})

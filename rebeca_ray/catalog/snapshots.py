@@ -78,10 +78,13 @@ def user_key_of(root: str) -> UserKey | None:
     Raises InputError if the variable is not set, or holds another key.
     """
     pointer, _ = read_pointer(root)
-    if pointer.snapshot is None or read_manifest(root, pointer.snapshot).user_key_fingerprint is None:
+    # Before the first publication, a snapshot that the gate refused may hold users.
+    manifests = [read_manifest(root, pointer.snapshot)] if pointer.snapshot else read_manifests(root)[0]
+    fingerprint = manifests[-1].user_key_fingerprint if manifests else None
+    if fingerprint is None:
         return None
     key = read_user_key(USER_KEY)
-    check_user_key(root, key)
+    require_key(f"catalog {root}", fingerprint, key)
     return key
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import model_validator
 
-from rebeca_ray.config.fields import Effect, KeySource, Settings
+from rebeca_ray.config.fields import Effect, KeySource, Settings, key_source
 
 
 class ColumnNames(Settings):
@@ -42,6 +42,8 @@ class PeopleConfig(Settings):
         if not isinstance(values, dict) or values.get("user_key") is None:
             return values
         ratings, key = values.get("interactions"), {"user_key": values["user_key"]}
+        if isinstance(key["user_key"], str):
+            key = {"user_key": key_source(key["user_key"])}  # `model_copy` checks nothing
         if isinstance(ratings, Settings) and getattr(ratings, "user_key", None) is None:
             ratings = ratings.model_copy(update=key)
         elif isinstance(ratings, dict) and ratings.get("user_key") is None:

@@ -43,11 +43,16 @@ def erase_from_prior(uri: str, users: Collection[str], removed: Removed) -> None
     current = current_version(uri, "prior")
     held = users_held(current, users)
     stale = [version for version in earlier_versions(uri) if users_held(version, users)]
+    torn = [join(uri, VERSIONS, name) for name in versions_in(uri)]
+    torn = [version for version in torn if not exists(join(version, "config.json"))]
     removed.add("users of priors", held, *([current] if held else []))
     removed.add("earlier priors", len(stale), *stale)
-    if removed.dry_run or not (held or stale):
+    removed.add("unfinished priors", len(torn), *torn)  # of trainings that were killed
+    if removed.dry_run or not (held or stale or torn):
         return
     with replace_version(uri, "prior", "forget") as version:
+        for unfinished in torn:
+            delete(unfinished)
         if held:
             pointer, _ = read_pointer(uri, "prior")
             run_date = datetime.date.fromisoformat(pointer.run_date) if pointer.run_date else None

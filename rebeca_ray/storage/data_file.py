@@ -3,6 +3,7 @@
 A file is read by itself, in any process: the header is read again where it did not travel along.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -253,12 +254,15 @@ def excess_of(metadata: Any, size: int) -> str | None:
         return f"{metadata.num_rows:,} rows in groups of {sum(rows):,}"
     if metadata.num_rows > most_rows(size):
         return f"{metadata.num_rows:,} rows"
+    stored, bytes_of_column = 0, Counter[int]()
     for group in groups:
         columns = [group.column(index) for index in range(group.num_columns)]
-        stored = sum(max(column.total_compressed_size, 0) for column in columns)
+        stored += sum(max(column.total_compressed_size, 0) for column in columns)
         if stored > size or min((column.total_compressed_size for column in columns), default=0) < 0:
             return f"{stored:,} bytes of columns"
-        largest = max((column.total_uncompressed_size for column in columns), default=0)
+        for index, column in enumerate(columns):
+            bytes_of_column[index] += max(column.total_uncompressed_size, 0)
+        largest = max(bytes_of_column.values(), default=0)
         if largest > most_bytes(size):
             return f"{largest:,} bytes of one column"
         if any(column.num_values < group.num_rows for column in columns):

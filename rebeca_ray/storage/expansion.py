@@ -56,14 +56,15 @@ def check_texts_fit(source: pa.NativeFile, metadata: Any, names: list[str], size
     longest = 0  # bytes, if every row had the longest text of its row group
     for index, group in enumerate(groups):
         for batch in parquet.iter_batches(1, row_groups=[index], columns=paths):
-            longest += group.num_rows * sum(max(lengths_in(column)[0], default=0) for column in batch.columns)
+            texts = [text for column in batch.columns for text in texts_in(column)]
+            longest += group.num_rows * sum(max(lengths_in(text)[0], default=0) for text in texts)
             break
     if longest <= most_bytes(size):
         return
     total = 0
     for batch in parquet.iter_batches(2**16, columns=paths):
-        for column in batch.columns:
-            lengths, indices = lengths_in(column)
+        for text in (text for column in batch.columns for text in texts_in(column)):
+            lengths, indices = lengths_in(text)
             total += sum(
                 lengths[count["values"]] * count["counts"]
                 for count in pc.value_counts(indices.drop_null()).to_pylist()
@@ -72,13 +73,20 @@ def check_texts_fit(source: pa.NativeFile, metadata: Any, names: list[str], size
             raise too_large(size)
 
 
+def texts_in(column: pa.Array) -> Iterator[pa.Array]:
+    """Yield a column of texts, or those inside a column of images: their bytes and their paths."""
+    if not pa.types.is_struct(column.type):
+        yield column
+        return
+    for index in range(column.type.num_fields):
+        yield from texts_in(column.field(index))
+
+
 def lengths_in(column: pa.Array) -> tuple[list[int], pa.Array]:
     """Return the lengths of the texts in a dictionary, and the index of each row's text.
 
-    A column of images has its texts inside. Lists of texts are no column of ours, and count as empty.
+    Lists of texts are no column of ours, and count as empty.
     """
-    while pa.types.is_struct(column.type):
-        column = column.field(0)
     if not pa.types.is_dictionary(column.type):
         return [], pa.array([], pa.int32())
     return pc.binary_length(column.dictionary).fill_null(0).to_pylist(), column.indices

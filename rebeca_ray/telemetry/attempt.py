@@ -16,6 +16,7 @@ from rebeca_ray.config.telemetry import Event, ReportSettings
 from rebeca_ray.errors import LeaseHeldError, QualityGateError, describe
 from rebeca_ray.storage.failures import user_error
 from rebeca_ray.storage.filesystem import exists
+from rebeca_ray.telemetry.sending import tolerating_errors
 from rebeca_ray.telemetry.summary import Failure, Job, Outcome, Safety, Summary
 from rebeca_ray.telemetry.traces import span
 from rebeca_ray.termination import sigterm
@@ -132,7 +133,7 @@ def failure_of(error: BaseException | None) -> Failure | None:
 
 
 def summarize(attempt: Attempt, error: BaseException | None) -> Summary:
-    """Return the summary of an attempt that ended now. Raises UserError if its snapshot cannot be read."""
+    """Return the summary of an attempt that ended now. It lacks what cannot be read."""
     ended_at = datetime.now(UTC)
     outcome, exit_code = ending(error, changed=attempt.changed)
     manifest = attempt.manifest or refused_manifest(attempt, outcome)
@@ -194,17 +195,23 @@ def refused_manifest(attempt: Attempt, outcome: Outcome) -> Manifest | None:
     run = attempt.run
     if outcome is not Outcome.REFUSED or run is None or not exists(run.manifest):
         return None
-    manifest = read_manifest(run.root, run.snapshot)
-    return manifest if manifest.fencing_token == run.fencing_token else None
+    with tolerating_errors("reading the manifest of the refused snapshot"):
+        manifest = read_manifest(run.root, run.snapshot)
+        return manifest if manifest.fencing_token == run.fencing_token else None
+    return None
 
 
 def failures_of(root: str, manifest: Manifest) -> dict[str, int]:
     """Return the number of failed items by stage and error, the most frequent first."""
     if not manifest.counts.failed:
         return {}
-    errors = open_snapshot(root, manifest.path).table("errors", ["stage", "error"]).to_pylist()
-    counts = Counter(f"{row['stage']}: {' '.join(row['error'].split())}"[:MOST_CHARACTERS] for row in errors)
-    return dict(counts.most_common(MOST_FAILURES))
+    counts = Counter[str]()
+    with tolerating_errors("counting the failed items"):
+        errors = open_snapshot(root, manifest.path).table("errors", ["stage", "error"])
+        for row in errors.group_by(["stage", "error"]).aggregate([([], "count_all")]).to_pylist():
+            kind = f"{row['stage']}: {' '.join(row['error'].split())}"[:MOST_CHARACTERS]
+            counts[kind] += row["count_all"]
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MOST_FAILURES])
 
 
 def lateness(attempt: Attempt, ended_at: datetime) -> float | None:

@@ -17,7 +17,7 @@ import rebeca_ray
 from rebeca_ray import schemas
 from rebeca_ray.config.telemetry import LineageSettings
 from rebeca_ray.telemetry.attempt import Attempt
-from rebeca_ray.telemetry.sending import Sender, only_warn
+from rebeca_ray.telemetry.sending import Sender, UndeliveredError, tolerating_errors
 from rebeca_ray.telemetry.summary import Outcome, Summary
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 URL = "OPENLINEAGE_URL"
-TRANSPORTS = ("OPENLINEAGE_CONFIG", "OPENLINEAGE__TRANSPORT__TYPE")  # other ways to send events
+# Other ways to send events.
+TRANSPORTS = ("OPENLINEAGE_CONFIG", "OPENLINEAGE__TRANSPORT", "OPENLINEAGE__TRANSPORT__TYPE")
 PAUSES = (0.3, 1.0)  # seconds before an event is sent again
 PRODUCER = f"urn:rebeca-ray:{rebeca_ray.__version__}"
 STATES = {Outcome.STOPPED: "ABORT", Outcome.PUBLISHED: "COMPLETE", Outcome.NOTHING_TO_DO: "COMPLETE"}
@@ -47,7 +48,7 @@ class Lineage:
     def send(self, state: str, moment: datetime, summary: Summary | None) -> None:
         """Send one event: make it now, and deliver it in the background."""
         if self.sender:
-            with only_warn("making a lineage event"):
+            with tolerating_errors("making a lineage event"):
                 event = event_of(self.attempt, state, moment, summary)
                 self.sender.send(lambda: deliver(self.settings, event))
 
@@ -78,10 +79,13 @@ def deliver(settings: LineageSettings, event: "RunEvent") -> None:
     for pause in PAUSES:
         try:
             client.emit(event)
-            return
+            break
         except Exception:  # of any transport
             time.sleep(pause)
-    client.emit(event)
+    else:
+        client.emit(event)
+    if not client.close(settings.timeout_seconds):  # some transports only queue an event
+        raise UndeliveredError(f"no answer within {settings.timeout_seconds:g} s")
 
 
 def client_of(settings: LineageSettings) -> "OpenLineageClient":

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import urllib.request
 from collections.abc import Callable, Sequence
+from http.client import HTTPException
 from urllib.error import HTTPError, URLError
 
 from rebeca_ray.config.telemetry import NotifySettings
@@ -45,9 +46,10 @@ class Notifier:
         if value is None or not value.startswith("env:"):
             return value
         variable = value.removeprefix("env:")
-        if not os.environ.get(variable):
+        text = os.environ.get(variable, "").strip()  # a mounted secret ends with a line break
+        if not text:
             log.warning("report.notify.%s: %s is not set here; set it to be notified", name, variable)
-        return os.environ.get(variable)
+        return text or None
 
     def notify(self, summary: Summary, values: JsonObject) -> bool:
         """Send a summary to all receivers if one of its events is chosen; return whether somebody gets it."""
@@ -120,5 +122,5 @@ def post(url: str, authorization: str | None, values: JsonObject, seconds: float
         raise UndeliveredError(f"HTTP {error.code}") from None
     except (URLError, OSError) as error:
         raise UndeliveredError(describe(getattr(error, "reason", error)).replace(url, "***")) from None
-    except ValueError:  # of an address in a variable
-        raise UndeliveredError("the address cannot be used") from None
+    except (ValueError, HTTPException):  # their texts may show the secret
+        raise UndeliveredError("the address or the authorization has a form that HTTP refuses") from None

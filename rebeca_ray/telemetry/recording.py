@@ -40,8 +40,12 @@ class Metric:
                 return
             tags = {key: label(word).value for key, label, word in self.tags_of(words)}
             if self.kind == "gauge":
-                remember(self, words, value)
-            verb = {"counter": "inc", "gauge": "set", "histogram": "observe"}[self.kind]
+                with refreshing:
+                    latest[self, words] = value
+                    instrument(self).set(float(value), tags)
+                start_refreshing()
+                return
+            verb = "inc" if self.kind == "counter" else "observe"
             getattr(instrument(self), verb)(float(value), tags)
         except Exception as error:  # of any kind: no report may fail a run
             log.debug("metric %s was not recorded: %s: %s", self.name, type(error).__name__, error)
@@ -67,20 +71,18 @@ def instrument(metric: Metric) -> Any:
 
 
 latest: dict[tuple[Metric, tuple[str, ...]], float] = {}  # the gauges of this process
-
-
-def remember(gauge: Metric, words: tuple[str, ...], value: float) -> None:
-    """Keep the value of a gauge, which a thread sets again at intervals."""
-    latest[gauge, words] = value
-    start_refreshing()
+refreshing = threading.RLock()  # else an old value might be set after a new one
 
 
 @cache
 def start_refreshing() -> None:
+    """Start the thread that sets every gauge again at intervals."""
+
     def refresh() -> None:
         while True:
             time.sleep(SECONDS_BETWEEN_REFRESHES)
-            for (gauge, words), value in list(latest.items()):
-                gauge.record(value, *words)
+            with refreshing:
+                for (gauge, words), value in list(latest.items()):
+                    gauge.record(value, *words)
 
     threading.Thread(target=refresh, name="gauges", daemon=True).start()

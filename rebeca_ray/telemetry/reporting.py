@@ -13,7 +13,7 @@ from rebeca_ray.telemetry import traces
 from rebeca_ray.telemetry.attempt import Attempt, summarize
 from rebeca_ray.telemetry.lineage import Lineage
 from rebeca_ray.telemetry.notify import Notifier
-from rebeca_ray.telemetry.sending import only_warn
+from rebeca_ray.telemetry.sending import tolerating_errors
 from rebeca_ray.telemetry.summary import Outcome, Summary
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def reported(attempt: Attempt) -> Iterator[Attempt]:
         raise
     finally:
         ACTIVE.reset(active)
-        with only_warn("reporting this attempt"):
+        with tolerating_errors("reporting this attempt"):
             report(attempt, error, lineage, notifier)
 
 
@@ -70,10 +70,10 @@ def write_summary(attempt: Attempt, summary: Summary, values: JsonObject) -> lis
     if attempt.job != "train":
         ended_at = datetime.fromisoformat(summary.ended_at)
         uri = report_uri(attempt.out, ended_at, attempt.job, attempt.attempt_id)
-        with only_warn(f"writing {redacted(uri)}"):
+        with tolerating_errors(f"writing {redacted(uri)}"):
             written += [uri] if write_report(attempt.out, values, uri) else []
     if uri := attempt.settings.summary_file or "":
-        with only_warn(f"writing {redacted(uri)}"):
+        with tolerating_errors(f"writing {redacted(uri)}"):
             write_json(values, uri)
             written.append(uri)
     return written

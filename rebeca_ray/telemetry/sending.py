@@ -54,7 +54,7 @@ class Sender:
 
 
 @contextmanager
-def only_warn(action: str) -> Iterator[None]:
+def tolerating_errors(action: str) -> Iterator[None]:
     """Log any error of a report as one warning: everything that counts is done by then."""
     try:
         yield

@@ -11,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import rebeca_ray
+from rebeca_ray.errors import describe
 from rebeca_ray.telemetry.sending import Sender
 
 if TYPE_CHECKING:
@@ -37,8 +38,16 @@ def exporter() -> "SpanExporter | None":
 
 @cache
 def provider() -> "TracerProvider | None":
-    """Return the source of all spans of this process, None if traces are off."""
-    chosen = exporter()
+    """Return the source of all spans of this process, None if traces are off or their variables are wrong."""
+    try:
+        return source_of(exporter())
+    except Exception as error:  # of any kind, by a variable that the library refuses
+        log.warning("traces: off (%s: %s); check the OTEL_ variables", type(error).__name__, describe(error))
+        return None
+
+
+def source_of(chosen: "SpanExporter | None") -> "TracerProvider | None":
+    """Return the source of spans that an exporter sends."""
     if chosen is None:
         return None
     from opentelemetry.sdk.resources import Resource

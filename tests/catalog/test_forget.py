@@ -28,7 +28,7 @@ from rebeca_ray.cli.commands import app
 from rebeca_ray.config.sections import InteractionSettings, LayoutSettings, SelectionSettings
 from rebeca_ray.data.histories import AddBucket, build_histories
 from rebeca_ray.errors import InputError, LeaseHeldError
-from rebeca_ray.forget import Places, find_traces, forget
+from rebeca_ray.forget import Iceberg, Places, find_traces, forget
 from rebeca_ray.generation.pipeline import generate_catalog
 from rebeca_ray.identity import bucket_of
 from rebeca_ray.prior.checkpoint import load_prior
@@ -224,6 +224,9 @@ def test_a_mistake_is_refused_before_anything_is_written(world: World) -> None:
         forget(world.catalog, [""], Places())
     with pytest.raises(InputError, match="no export of images, no key-values and no prior"):
         forget(world.catalog, [ANN], Places(folders=[world.catalog]))
+    tables = Iceberg(f"sqlite:///{world.out('iceberg.db')}", world.out("warehouse"), "other")
+    with pytest.raises(InputError, match="has no namespace other; give the one that `rebeca catalog export"):
+        forget(world.catalog, [ANN], Places(iceberg=tables))
     Path(list_files(f"{world.catalog}/snapshots", "/manifest.json")[0]).write_text("{}")
     with pytest.raises(InputError, match="nobody can be erased from .*/snapshots/run_date=2026-03-02"):
         forget(world.catalog, [ANN], Places(), dry_run=True)
@@ -250,7 +253,7 @@ def test_a_dry_run_lists_and_changes_nothing_and_the_command_prints_json(world: 
 
 def test_a_night_at_work_keeps_an_erasure_out(world: World) -> None:
     with (
-        lease.hold_lease(world.catalog, "night", 0.4),
+        lease.hold_lease(world.catalog, "night", 3.0),
         patch.object(lease, "time", time),  # which waits for a heartbeat
         pytest.raises(LeaseHeldError, match="run night .* is at work on it"),
     ):
@@ -288,6 +291,11 @@ def test_images_go_that_no_snapshot_knows_any_more(world: World) -> None:
     assert [verify(snapshot, "full") for snapshot in snapshots_of(world)] == [[], []]
 
 
+def test_a_storage_without_anything_is_a_warning(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    forget(world.catalog, [ANN], Places(storages=[world.out("trainning")]))
+    assert f"storage {world.out('trainning')}: is empty or missing, so nothing is erased" in caplog.text
+
+
 def test_a_prior_loses_its_row_and_nobody_else_changes(world: World, tmp_path: Path) -> None:
     shutil.copytree(world.inputs.prior, tmp_path / "prior")
     uri = str(tmp_path / "prior")
@@ -307,6 +315,11 @@ def test_a_prior_loses_its_row_and_nobody_else_changes(world: World, tmp_path: P
     assert not after.user_rows[index].any()
     assert [name for name in list_files(uri) if ANN.encode() in Path(name).read_bytes()] == []
     assert len(list_files(uri, "/config.json")) == 1
+    torn = Path(uri, "_versions", "00000009-torn")  # of a training that was killed
+    torn.mkdir()
+    (torn / "users.parquet").write_bytes(b"user-77")
+    assert forget(world.catalog, ["user-77"], Places(folders=[uri])).removed.counts["unfinished priors"] == 1
+    assert not torn.exists()
     forget(world.catalog, [BEN], Places(folders=[uri]))  # from a folder with versions
     assert [name for name in list_files(uri) if BEN.encode() in Path(name).read_bytes()] == []
     assert len(list_files(uri, "/config.json")) == 1

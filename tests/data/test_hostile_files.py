@@ -95,9 +95,23 @@ def test_the_texts_of_a_file_are_counted_where_one_of_them_is_long(tmp_path: Pat
 
 
 @pytest.mark.usefixtures("little_memory")
-def test_one_image_many_times_is_counted_too(tmp_path: Path) -> None:
+def test_long_texts_in_many_row_groups_are_added_up(tmp_path: Path) -> None:
+    """Without a dictionary, a first row without a text tells nothing of those after it."""
+    path, rows = tmp_path / "a.parquet", 20_000
+    prompts = [None if row % 200 == 0 else "z" * 9_000 for row in range(rows)]
+    table = pa.table({"user_id": [f"u{row}" for row in range(rows)], "prompt": prompts})
+    pq.write_table(table, path, row_group_size=200, use_dictionary=False, compression="zstd")
+    with pytest.raises(InputError, match="its footer claims .* bytes of one column"):
+        open_parquet(str(path), "request")
+
+
+@pytest.mark.parametrize("field", ["bytes", "path"])
+@pytest.mark.usefixtures("little_memory")
+def test_one_image_many_times_is_counted_too(tmp_path: Path, field: str) -> None:
     path, rows = tmp_path / "items.parquet", 10_000
-    image = pa.StructArray.from_arrays([repeated(picture() * 200, rows)], ["bytes"])
+    texts = {"bytes": repeated(picture(), rows), "path": repeated("path", rows)}
+    texts[field] = repeated(texts[field].dictionary[0].as_py() * 2_000, rows)
+    image = pa.StructArray.from_arrays([*texts.values()], [*texts])
     pq.write_table(pa.table({"item_id": [str(row) for row in range(rows)], "image": image}), path)
     with pytest.raises(InputError, match="stand for texts of more than"):
         list(open_parquet(str(path), "items").batches(schemas.ITEMS, 16))

@@ -218,6 +218,18 @@ def test_the_variable_of_the_client_names_a_server(tmp_path: Path, monkeypatch: 
     assert {headers["Authorization"] for headers in receiver.headers} == {"Bearer a-key"}
 
 
+@HAS_CLIENT
+def test_events_that_the_transport_only_queues_arrive_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with receiving() as receiver:
+        monkeypatch.setenv("OPENLINEAGE__TRANSPORT", f'{{"type": "async_http", "url": "{receiver.url}"}}')
+        attempt = attempt_of(tmp_path, ReportSettings())
+        attempt.out = str(tmp_path)
+        end(attempt)
+        assert [event["eventType"] for event in receiver.received] == ["START", "COMPLETE"]
+
+
 def test_a_missing_client_is_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -57,7 +57,8 @@ def ray_gets(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     record = Recorded()
     monkeypatch.setattr(recording, "is_recording", lambda: True)
     monkeypatch.setattr(recording, "instrument", record.instrument)
-    monkeypatch.setattr(recording, "remember", lambda *_: None)
+    monkeypatch.setattr(recording, "latest", {})
+    monkeypatch.setattr(recording, "start_refreshing", lambda: None)
     return record
 
 

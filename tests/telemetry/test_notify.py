@@ -140,7 +140,13 @@ def is_running(pid: int) -> bool:
     return status.exists() and status.read_text().split()[2] != "Z"
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:9/hook/5ec2e7", "ftp://host/5ec2e7", "http://[5ec2e7"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("http://127.0.0.1:9/hook/5ec2e7", "ftp://host/5ec2e7", "http://[5ec2e7"),
+        *("http://user:5ec2e7@127.0.0.1/hook", "http://127.0.0.1:9/5ec2e7 # the hook of the team"),
+    ],
+)
 def test_a_secret_address_is_never_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, address: str
 ) -> None:
@@ -148,6 +154,17 @@ def test_a_secret_address_is_never_logged(
     end(attempt_of(tmp_path, settings_of(url="env:HOOK_URL", events=("success",))))
     assert len(warnings(caplog)) == 1
     assert "5ec2e7" not in caplog.text
+
+
+def test_the_line_break_of_a_mounted_secret_is_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HOOK_TOKEN", f"{SECRET}\n")
+    with receiving() as receiver:
+        settings = settings_of(url=receiver.url, authorization="env:HOOK_TOKEN", events=("success",))
+        end(attempt_of(tmp_path, settings))
+    assert warnings(caplog) == []
+    assert [headers["Authorization"] for headers in receiver.headers] == [SECRET]
 
 
 def test_a_missing_variable_is_a_warning_at_the_start(

@@ -12,7 +12,7 @@ import yaml
 
 from rebeca_ray import termination
 from rebeca_ray.catalog.lease import hold_lease
-from rebeca_ray.catalog.read import read_catalog
+from rebeca_ray.catalog.read import open_snapshot, read_catalog
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.config.load import parse_config
 from rebeca_ray.config.sections import GateSettings, LimitSettings
@@ -27,6 +27,7 @@ from rebeca_ray.errors import (
 )
 from rebeca_ray.generation import pipeline
 from rebeca_ray.generation.pipeline import generate_catalog
+from rebeca_ray.telemetry import attempt as attempts
 from rebeca_ray.telemetry.attempt import (
     ending,
     events_of,
@@ -134,6 +135,19 @@ def test_failed_items_are_counted_by_stage_and_error(config: GenerateConfig) -> 
     ((reason, number),) = failures_of(config.catalog, manifest).items()
     assert number == 1
     assert reason.startswith("render: ")
+
+
+def test_failed_items_that_cannot_be_read_cost_no_other_report(
+    config: GenerateConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = assembled(config, prepare(config, break_first=True), error_budget=0.5)
+    for file in open_snapshot(config.catalog, manifest.path).uris("errors"):
+        Path(file).unlink()
+    attempt = attempts.generate_attempt(config, date(2026, 3, 2))
+    attempt.manifest = manifest
+    summary = attempts.summarize(attempt, None)
+    assert (summary.outcome, summary.counts, summary.failures) == ("published", manifest.counts, {})
+    assert "counting the failed items failed (" in caplog.text
 
 
 @pytest.mark.parametrize(

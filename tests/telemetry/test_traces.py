@@ -55,6 +55,19 @@ def test_a_night_has_a_span_for_each_step_and_stage(
     assert spans[0].resource.attributes["service.name"] == "rebeca_ray"
 
 
+def test_a_variable_that_the_library_refuses_turns_traces_off(
+    exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "256")  # less than a batch
+    for _ in range(2):
+        with traces.span("render") as attributes:
+            attributes["images"] = 3
+    assert exporter.get_finished_spans() == ()
+    (line,) = caplog.messages
+    assert line.startswith("traces: off (ValueError: ")
+    assert line.endswith("; check the OTEL_ variables")
+
+
 def test_an_error_marks_its_span_without_its_message(exporter: InMemorySpanExporter) -> None:
     with suppress(ZeroDivisionError), traces.span("render") as attributes:
         attributes["images"] = 3

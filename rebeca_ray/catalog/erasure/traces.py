@@ -41,7 +41,7 @@ class Trace:
     rows: Counter[str]  # rows of the users, by table
     counts: Counts  # of the manifest, without the users
     item_ids: set[str]  # made for these users
-    shown_ids: set[str]  # items of other users in the same buckets, and of the pool
+    shown_ids: pa.ChunkedArray  # items of other users in the same buckets, and of the pool: perhaps millions
     locations: np.ndarray  # of these users' images
     other_locations: np.ndarray  # of all other images that these buckets show
 
@@ -76,11 +76,10 @@ def find_trace(snapshot: Snapshot, users: list[str]) -> Trace:
         rows=rows,
         counts=counts_without(snapshot, users, theirs),
         item_ids=gone - {ERASED},
-        shown_ids={
-            *others["item_id"].to_pylist(),
-            *pa.concat_tables(pools)["item_id"].to_pylist(),
-            *theirs.filter(pc.equal(theirs["origin"], schemas.POPULATION))["item_id"].to_pylist(),
-        },
+        shown_ids=pa.concat_tables(
+            table.select(["item_id"])
+            for table in (others, *pools, theirs.filter(pc.equal(theirs["origin"], schemas.POPULATION)))
+        )["item_id"],
         locations=np.unique(image_location(theirs)),
         other_locations=np.unique(image_location(others)),
     )
