@@ -1,7 +1,8 @@
 """Run `rebeca nightly` every night from Airflow 3.3 or newer, on the standing cluster of infra/kubernetes.
 
-A pod of the submitter's image submits the job, follows its log, and ends with its exit code. Airflow retries
-codes that a retry mends, and no others. The provider `apache-airflow-providers-cncf-kubernetes` is needed.
+A pod of the submitter's image, in the cluster's namespace, submits the job, follows its log, and ends with
+its exit code. Airflow retries codes that a retry mends, and no others. The provider
+`apache-airflow-providers-cncf-kubernetes` is needed.
 """
 
 import datetime
@@ -56,6 +57,8 @@ with DAG(
 ) as dag:
     KubernetesPodOperator(
         task_id="nightly",
+        namespace="rebeca",  # of the cluster, with its token, its service's name and its network policy
+        service_account_name="rebeca-submitter",
         image="rebeca-client:0.1.0",
         cmds=["bash", "-uc"],
         arguments=[SUBMIT],

@@ -9,6 +9,8 @@
 FROM scratch AS source
 COPY pyproject.toml README.md LICENSE requirements.lock /
 COPY rebeca_ray /rebeca_ray
+# rebeca_ray/stickers/configs links there.
+COPY jobs/configs /jobs/configs
 COPY serving/model_repository /serving/model_repository
 
 # The submitter of the CronJob: Ray's client alone, in the cluster's version, because head and submitter must

@@ -103,16 +103,19 @@ def wait_until_ready(process: "subprocess.Popen[bytes]", http_port: int) -> None
 
 
 def write_repository(settings: DecoderSettings, folder: Path, instances: int = 1) -> None:
-    """Copy the model repository into `folder`, with the settings and sizes of this decoder in its config."""
+    """Copy the model repository into `folder`, with the settings and sizes of this decoder in its config.
+
+    A folder that an earlier try left is filled again. Raises InputError for a decoder that does not load.
+    """
+    identity = identify_decoder(settings)
     template = next(
         path
         for path in (PACKAGE / "model_repository", PACKAGE.parent / "serving" / "model_repository")
         if path.is_dir()
     )
-    shutil.copytree(template, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(template, folder, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
     path = folder / "decoder" / "config.pbtxt"
     config = text_format.Parse(path.read_text(), ModelConfig())
-    identity = identify_decoder(settings)
     config.max_batch_size = settings.batch_size
     config.instance_group[0].count = instances
     config.instance_group[0].kind = (

@@ -31,7 +31,7 @@ SCHEMAS = "1.31"  # of Kubernetes
 PART_OF = {"app.kubernetes.io/part-of": "rebeca"}
 QUEUE = {"kueue.x-k8s.io/queue-name": "rebeca"}
 HEAD_LABEL = {"ray.io/node-type": "head"}  # KubeRay adds it
-OTHER_NAMESPACES = ("kube-system", "kuberay-system")
+OTHER_NAMESPACES = ("kube-system", "ray-system")
 RESOURCES = {"cpu", "memory", "ephemeral-storage", "nvidia.com/gpu"}
 CONFIGS = "/etc/rebeca"
 
@@ -116,7 +116,7 @@ def check_labels(document: Document) -> None:
         return
     queue = QUEUE if document["kind"] == "RayJob" and is_queued(document) else {}
     assert metadata["labels"] == PART_OF | queue
-    assert metadata.get("annotations", {}).keys() <= {"eks.amazonaws.com/role-arn"}
+    assert "annotations" not in metadata
 
 
 def is_queued(job: Document) -> bool:
@@ -289,7 +289,7 @@ def check_selectors(documents: list[Document], pods: list[dict[str, str]]) -> No
             ((label, name),) = mapping["namespaceSelector"]["matchLabels"].items()
             assert (label, name in OTHER_NAMESPACES) == ("kubernetes.io/metadata.name", True)
             pod = mapping.get("podSelector", {}).get("matchLabels", {})
-            assert pod in ({}, {"app.kubernetes.io/name": "kuberay-operator"})
+            assert pod in ({}, {"app.kubernetes.io/component": "kuberay-operator"})
             continue
         for key in ("podSelector", "selector"):
             if key not in mapping:
@@ -314,3 +314,6 @@ def check_configs(documents: list[Document]) -> None:
     if decoder.backend == "triton":
         assert decoder.triton.url in ({f"{name}:8001" for name in services} or {"127.0.0.1:8001"})
     assert bool(sidecars) == (decoder.backend == "triton")
+    resources = [each["resources"] for document in documents for each in containers(document)]
+    has_gpu = any("nvidia.com/gpu" in each["limits"] for each in resources)
+    assert has_gpu == (decoder.device == "cuda"), "a GPU that is rented draws, and no other"

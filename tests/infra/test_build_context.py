@@ -88,17 +88,22 @@ def test_the_build_context_has_the_copied_files_and_nothing_private() -> None:
 
 
 def test_the_build_context_is_enough_to_build_the_package(tmp_path: Path) -> None:
+    """Docker copies a link as a link, so the stage `source` must hold what links in the package point to."""
     source = tmp_path / "src"
+    source.mkdir()
     private = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(REPO / "rebeca_ray", source / "rebeca_ray", ignore=private)
-    shutil.copytree(
-        REPO / "serving" / "model_repository", source / "serving" / "model_repository", ignore=private
-    )
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPO / name, source)
+    stage = DOCKERFILE.read_text().partition("AS source\n")[2].partition("\nFROM")[0]
+    for line in re.findall(r"^COPY (.+)$", stage, re.MULTILINE):
+        *names, target = line.split()
+        for name in names:
+            if (REPO / name).is_file():
+                shutil.copy(REPO / name, f"{source}{target}")
+            else:
+                shutil.copytree(REPO / name, f"{source}{target}", ignore=private, symlinks=True)
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path]
     subprocess.run(build, cwd=source, check=True, capture_output=True, timeout=120)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {"rebeca_ray/cli/commands.py", "rebeca_ray/model_repository/decoder/1/model.py"} <= set(names)
+    assert "rebeca_ray/stickers/configs/generate_stickers.yaml" in names
     assert "rebeca_ray/py.typed" in names  # or type checkers ignore the package's types

@@ -1,5 +1,6 @@
 """The three ways to start nights: their dates, their commands, and the script of the CronJob with a stub."""
 
+import datetime
 import os
 import re
 import subprocess
@@ -109,12 +110,21 @@ def test_the_submitter_retries_and_ends_with_the_exit_code_of_the_job(
         parser.make_context(call[1], call[2:])  # raises if Ray does not accept the options
     submitted = [submit.make_context("submit", call[2:]).params for call in calls if call[1] == "submit"]
     assert [options["submission_id"] for options in submitted] == [
-        f"rebeca-2026-01-30-{number}" for number in range(1, attempts + 1)
+        f"rebeca-nightly-29496060-{number}" for number in range(1, attempts + 1)
     ]
     for options in submitted:
         check_entrypoint(list(options["entrypoint"]))
         assert options["entrypoint"][-1] == "run_date=2026-01-30"
         assert options["no_wait"] is True
+
+
+@pytest.mark.parametrize("name", ["rebeca-again", "rebeca-again-1"])
+def test_a_job_that_a_person_makes_runs_the_night_of_today(tmp_path: Path, name: str) -> None:
+    code, calls = run_submitter(tmp_path, "0", name)
+    assert code == 0
+    submitted = submit.make_context("submit", calls[0][2:]).params
+    assert submitted["submission_id"] == f"{name}-1"
+    assert submitted["entrypoint"][-1] == f"run_date={datetime.datetime.now(datetime.UTC).date()}"
 
 
 def test_permanent_failures_end_the_kubernetes_job() -> None:

@@ -42,8 +42,9 @@ def commands_of(config: Config) -> Iterator[str]:
 def ray_start(config: Config, name: str) -> dict[str, Any]:
     """Parse the last command of a node with the parser of `ray start`."""
     words = shlex.split(config[name][-1].replace("$RAY_HEAD_IP", "10.0.0.1"))
-    assert words[3:6] == ["RAY_AUTH_MODE=token", "~/rebeca/bin/ray", "start"]
-    return dict(start.make_context("start", words[6:]).params)
+    path = "PATH=$HOME/rebeca/bin:$PATH"
+    assert words[3:7] == ["RAY_AUTH_MODE=token", path, "~/rebeca/bin/ray", "start"]
+    return dict(start.make_context("start", words[7:]).params)
 
 
 def check_schema(config: Config) -> None:
@@ -67,7 +68,7 @@ def check_token(config: Config) -> None:
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     assert "chmod 600 ~/.ray/auth_token" in config["setup_commands"]
     for command in commands_of(config):
-        assert "bin/ray" not in command or "RAY_AUTH_MODE=token ~/rebeca/bin/ray" in command
+        assert "bin/ray" not in command or "RAY_AUTH_MODE=token " in command
 
 
 def check_closed(config: Config) -> None:

@@ -5,6 +5,7 @@ The S3 requests of a real night are held against the planned policies: they are 
 
 import datetime
 import json
+import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from rebeca_ray.catalog.gc import collect
 from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.config.jobs import GenerateConfig
 from rebeca_ray.storage.leftovers import remove_leftovers
-from tests.conftest import snapshot_of
+from tests.conftest import REPO, snapshot_of
 from tests.faulty_s3 import FaultyS3, Request
 from tests.platforms import terraform
 
@@ -34,6 +35,21 @@ def statements(name: str) -> list[Statement]:
 def test_terraform_validates_the_files_and_plans_the_record(tmp_path: Path) -> None:
     """By Terraform and the AWS provider. All other tests of this file use the recorded plan."""
     assert terraform.plan(tmp_path) == PLAN
+
+
+def test_the_configs_of_kubernetes_lie_in_the_folders_that_the_policies_open() -> None:
+    variables = (REPO / "infra/terraform/variables.tf").read_text()
+    pattern = r'(?ms)^variable "(\w+_prefix(?:es)?)" {.*?^  default     = (.+?)$'
+    defaults = re.findall(pattern, variables)
+    folders = {kind: set(json.loads(f"[{value.strip('[]')}]")) for kind, value in defaults}
+    assert folders.keys() == {"catalog_prefix", "work_prefixes", "input_prefixes"}
+    configs = [
+        path
+        for name in ("base", "overlays/prod", "overlays/kueue")
+        for path in (REPO / "infra/kubernetes" / name / "config").glob("*.yaml")
+    ]
+    used = {folder for path in configs for folder in re.findall(r"s3://rebeca/(\w+)", path.read_text())}
+    assert used == set.union(*folders.values())
 
 
 def test_the_bucket_is_closed_encrypted_and_versioned() -> None:
