@@ -17,6 +17,7 @@ from tests.faults.real.world import World, real_world
 @pytest.fixture
 def world() -> Iterator[World]:
     with real_world(num_buckets=1) as world:  # decides and assembles without a Ray task
+        assert world.expected  # made before the cluster starts
         yield world
 
 
@@ -45,7 +46,7 @@ def test_a_night_gets_its_decoder_slot_late_and_another_when_that_node_leaves(
     before = read_catalog(root).run_id
     assert cluster.added_nodes() == []
     night = Night(world, path)
-    assert night.wait_for("render"), "\n".join(night.lines)
+    assert night.wait_for("render"), "\n".join([*night.lines, cluster.log.read_text()])
     (node,) = cluster.added_nodes()
     while not world.drawn() and night.process.poll() is None:
         time.sleep(0.05)

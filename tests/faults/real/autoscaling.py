@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,19 +18,27 @@ from ray.autoscaler._private.fake_multi_node.node_provider import (
     FakeMultiNodeProvider,
 )
 
-from rebeca_ray.ray_start import await_answer
+from rebeca_ray.ray_start import listens
 from tests.seaweedfs import free_port
 
 TOKEN = {"RAY_AUTH_MODE": "token"}  # of `ray start` and of its drivers
 COMMANDS = ("setup_commands", "head_setup_commands", "worker_setup_commands")
+START_SECONDS = 180  # of a head, on a busy machine
 MEMORY = 100 * 2**20  # bytes of a node's object store
 
 
 class AutoscalingCluster:
     """A head without decoder slots; see `autoscaling_cluster`."""
 
-    def __init__(self, address: str, process: "subprocess.Popen[bytes]") -> None:
-        self.address, self.process = address, process
+    def __init__(self, address: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+        self.address, self.process, self.log = address, process, log
+
+    def wait_until_it_answers(self) -> None:
+        until = time.monotonic() + START_SECONDS
+        while not listens(self.address):
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < until, self.log.read_text()
+            time.sleep(0.2)
 
     def added_nodes(self) -> list[psutil.Process]:
         """Return the raylets of the nodes that the autoscaler has added and that are alive, oldest first."""
@@ -111,9 +120,9 @@ def autoscaling_cluster(
             stdout=output,
             stderr=output,
         )
-    cluster = AutoscalingCluster(f"127.0.0.1:{port}", process)
+    cluster = AutoscalingCluster(f"127.0.0.1:{port}", process, folder / "ray-start.log")
     try:
-        await_answer(cluster.address)
+        cluster.wait_until_it_answers()
         with patch.dict(os.environ, TOKEN):
             yield cluster
     finally:
