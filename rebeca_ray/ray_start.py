@@ -5,8 +5,10 @@ A Ray that other machines reach is joined only if it asks for a token.
 """
 
 import errno
+import fcntl
 import logging
 import os
+import secrets
 import shutil
 import socket
 import time
@@ -116,9 +118,10 @@ def stay_on_loopback(only: bool) -> None:
 
 
 def protect_token() -> None:
-    """Make Ray's token file private. A missing one is made, empty: Ray fills it when it starts.
+    """Make Ray's token file private, and fill one that is missing or empty.
 
-    Raises InputError if the file cannot be made or changed.
+    Ray would fill it too. But of two that start at once, each would write a token, and one of them would
+    know a token that is in no file any more. Raises InputError if the file cannot be made or changed.
     """
     elsewhere = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
     if elsewhere or os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
@@ -129,6 +132,11 @@ def protect_token() -> None:
         token.touch(mode=0o600)
         if token.stat().st_mode & 0o077:
             token.chmod(0o600)
+        if token.stat().st_size == 0:
+            with token.open("r+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+                if not file.read():
+                    file.write(secrets.token_hex(32))
     except OSError as error:
         raise InputError(
             f"HOME {Path.home()}: Ray's token {token} cannot be written ({describe(error)}); "

@@ -5,7 +5,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -44,17 +43,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def ray_local(s3_server: dict[str, str]) -> Iterator[str]:
-    """Start one local Ray for the whole test run, without the twelve processes of its dashboard.
-
-    Yields its address. Its workers reach the S3 server.
-    """
+    """Start one local Ray for the whole test run; yield its address. Its workers reach the S3 server."""
     import ray
 
     from rebeca_ray.ray_runtime import start_ray
 
     os.environ.pop("RAY_ADDRESS", None)
     os.environ.update(s3_server)
-    with patch.object(ray, "init", partial(ray.init, include_dashboard=False)):
+    # Its agent would look at all processes every five seconds, in a tenth of a core.
+    with patch.dict(os.environ, {"REPORTER_UPDATE_INTERVAL_MS": "60000"}):
         start_ray()
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
@@ -76,6 +73,7 @@ def all_cpus_are_free_again(request: pytest.FixtureRequest) -> Iterator[None]:
         if time.monotonic() > deadline:
             from ray.util.state import list_actors, list_placement_groups
 
-            alive = [actor for actor in list_actors(detail=True) if actor.state != "DEAD"]
-            raise AssertionError(f"still on the one Ray: {alive} {list_placement_groups()}")
+            gcs = ray.get_runtime_context().gcs_address  # another process has a Ray of its own
+            alive = [actor for actor in list_actors(gcs, detail=True) if actor.state != "DEAD"]
+            raise AssertionError(f"still on the one Ray: {alive} {list_placement_groups(gcs)}")
         time.sleep(0.2)

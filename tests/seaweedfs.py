@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 
+START_SECONDS = 180  # on a busy machine
+
 
 def free_port() -> int:
     with socket.socket() as listener:
@@ -76,14 +78,17 @@ def start_server(command: list[str], environment: dict[str, str], folder: Path) 
         secret=environment["AWS_SECRET_ACCESS_KEY"],
         endpoint_url=environment["AWS_ENDPOINT_URL"],
     )
-    for _ in range(120):
+    until = time.monotonic() + START_SECONDS
+    while True:
         try:
             client.makedirs("rebeca", exist_ok=True)
             return process
-        except Exception:
-            assert process.poll() is None, (folder / "log").read_text()[-2000:]
+        except Exception as error:
+            log = (folder / "log").read_text()[-2000:]
+            assert process.poll() is None, log
+            if time.monotonic() > until:
+                raise RuntimeError(f"SeaweedFS takes no bucket: {log}") from error
             time.sleep(0.5)
-    raise RuntimeError((folder / "log").read_text()[-2000:])
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -41,14 +42,28 @@ def mode(path: Path) -> int:
     return path.stat().st_mode & 0o777
 
 
-def test_the_token_is_private_before_ray_writes_it(home: Path) -> None:
+def test_the_token_is_private_and_stays(home: Path) -> None:
     protect_token()
     token = home / ".ray" / "auth_token"
-    assert (mode(token), mode(token.parent), token.read_text()) == (0o600, 0o700, "")
+    assert (mode(token), mode(token.parent), len(token.read_text())) == (0o600, 0o700, 64)
     token.write_text("secret")
     token.chmod(0o644)
     protect_token()
     assert (mode(token), token.read_text()) == (0o600, "secret")
+
+
+def test_those_that_start_at_once_have_one_token(home: Path) -> None:
+    (home / ".ray").mkdir()
+    for _ in range(50):
+        (home / ".ray" / "auth_token").write_text("")
+        with ThreadPoolExecutor(8) as pool:
+            seen = {*pool.map(made_token, [home] * 8)}
+        assert len(seen) == 1
+
+
+def made_token(home: Path) -> str:
+    protect_token()
+    return (home / ".ray" / "auth_token").read_text()
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_every_item_gets_open_clips_own_embedding(tmp_path: Path, monkeypatch: p
     assert activity.pulse is not None
     assert activity.pulse.count() > 0
     items = read_image_embeds(config.out)
-    assert items.item_id.tolist() == some["item_id"].to_pylist()
+    assert sorted(items.item_id) == sorted(some["item_id"].to_pylist())  # actors end in any order
     assert open_items(config.out).names == ["item_id", "image_embeds"]
     assert "style" in some.column_names  # which nobody declared
     assert items.image_embeds.shape == (30, EMBED_DIM)
@@ -58,7 +58,8 @@ def test_every_item_gets_open_clips_own_embedding(tmp_path: Path, monkeypatch: p
     image = preprocess(Image.open(io.BytesIO(some["image"][7]["bytes"].as_py())).convert("RGB"))
     with torch.inference_mode():
         expected = model.eval().encode_image(image[None])[0].numpy()
-    np.testing.assert_allclose(items.image_embeds[7], expected, atol=1e-4)
+    row = items.item_id.tolist().index(some["item_id"][7].as_py())
+    np.testing.assert_allclose(items.image_embeds[row], expected, atol=1e-4)
     assert items.clip is not None
     assert len(items.clip) == 16
 
