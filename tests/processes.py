@@ -5,7 +5,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from unittest.mock import patch
 
 import pytest
 
@@ -50,9 +49,10 @@ def ray_local(s3_server: dict[str, str]) -> Iterator[str]:
 
     os.environ.pop("RAY_ADDRESS", None)
     os.environ.update(s3_server)
-    # Its agent would look at all processes every five seconds, in a tenth of a core.
-    with patch.dict(os.environ, {"REPORTER_UPDATE_INTERVAL_MS": "60000"}):
-        start_ray()
+    # Else its agent looks at all processes every five seconds, in a tenth of a core.
+    os.environ["REPORTER_UPDATE_INTERVAL_MS"] = "60000"
+    start_ray()
+    del os.environ["REPORTER_UPDATE_INTERVAL_MS"]
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
