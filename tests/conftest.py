@@ -1,6 +1,7 @@
 """Small real parts for all tests: a tiny prior and decoder, a local Ray, an S3 server, nights in process."""
 
 import logging
+import signal
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -50,6 +51,7 @@ from rebeca_ray.prior.users import UserTable
 from rebeca_ray.storage.objects import write_json
 from rebeca_ray.storage.parquet import read_table, write_table
 from rebeca_ray.storage.records import read_record, write_record
+from rebeca_ray.termination import SIGNALS
 from tests.faulty_s3 import proxy as proxy  # a fixture
 from tests.processes import all_cpus_are_free_again as all_cpus_are_free_again
 from tests.processes import pytest_collection_modifyitems as pytest_collection_modifyitems
@@ -66,6 +68,15 @@ REPO = Path(__file__).parents[1]
 D = 16
 TINY_NETWORK = NetworkSettings(num_layers=2, num_heads=2, width=16, num_tokens=3, user_encoder="id")
 USERS = [f"user-{number}" for number in range(7)]
+
+
+@pytest.fixture(autouse=True)
+def _restore_signals() -> Iterator[None]:
+    """Leave the signals as they were: an interrupted command leaves those that end the process at once."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
