@@ -76,7 +76,8 @@ def _restore_signals() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
-        signal.signal(number, handler)
+        if handler is not None:  # one that is not Python's stays
+            signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
