@@ -73,8 +73,9 @@ def start_server(command: list[str], environment: dict[str, str], folder: Path) 
     import s3fs
 
     # It would take a key of the environment, perhaps another server's, for one of its own.
-    own = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-    process = subprocess.Popen(command, stdout=(folder / "log").open("a"), stderr=subprocess.STDOUT, env=own)
+    without_aws = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    log = (folder / "log").open("a")
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=without_aws)
     client = s3fs.S3FileSystem(
         key=environment["AWS_ACCESS_KEY_ID"],
         secret=environment["AWS_SECRET_ACCESS_KEY"],
@@ -86,10 +87,10 @@ def start_server(command: list[str], environment: dict[str, str], folder: Path) 
             client.makedirs("rebeca", exist_ok=True)
             return process
         except Exception as error:
-            log = (folder / "log").read_text()[-2000:]
-            assert process.poll() is None, log
+            lines = (folder / "log").read_text()[-2000:]
+            assert process.poll() is None, lines
             if time.monotonic() > until:
-                raise RuntimeError(f"SeaweedFS takes no bucket: {error!r}\n{log}") from error
+                raise RuntimeError(f"SeaweedFS takes no bucket: {error!r}\n{lines}") from error
             time.sleep(0.5)
 
 

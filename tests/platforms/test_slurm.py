@@ -15,10 +15,11 @@ from tests.conftest import REPO
 
 SCRIPT = REPO / "infra" / "slurm.sbatch"
 CONFIG = REPO / "jobs" / "configs" / "nightly_stickers.yaml"
-# Stands for each program, and records its name and arguments in $CALLS. A Ray runs until SIGTERM.
+# Stands for each program, and records its name and arguments in $CALLS. Several run at once, and bash writes
+# after each newline, so that a record has none. A Ray runs until SIGTERM.
 STUB = """#!/bin/bash
 name=$(basename "$0")
-printf '%s\\0' "$name" "$@" >> "$CALLS"; printf '\\n' >> "$CALLS"
+printf '%s\\0' "$name" "$@" $'\\x1e' >> "$CALLS"
 case "$name $1" in
   "scontrol show") printf '%s\\n' alpha beta gamma ;;
   srun*) node=
@@ -31,7 +32,7 @@ case "$name $1" in
     [[ $(stat -c %a "$RAY_AUTH_TOKEN_PATH") == 600 ]] || exit 9
     [[ $(stat -c %a "$(dirname "$RAY_AUTH_TOKEN_PATH")") == 700 ]] || exit 9
     [[ $(wc -c < "$RAY_AUTH_TOKEN_PATH") == 64 && $RAY_AUTH_MODE == token ]] || exit 9
-    trap 'printf "ended\\0%s\\0\\n" "$SLURMD_NODENAME" >> "$CALLS"; exit 0' TERM
+    trap 'printf "ended\\0%s\\0\\x1e\\0" "$SLURMD_NODENAME" >> "$CALLS"; exit 0' TERM
     touch "joined-$SLURMD_NODENAME"
     while true; do /bin/sleep 0.05; done ;;
   "rebeca nightly")
@@ -63,7 +64,7 @@ def run(folder: Path, ends: str, **variables: str) -> tuple[int, list[list[str]]
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=60
     )
     assert list(folder.glob(".ray-token-*")) == []
-    calls = [line.split("\0")[:-1] for line in (folder / "calls").read_text().splitlines()]
+    calls = [call.split("\0") for call in (folder / "calls").read_text().split("\0\x1e\0")[:-1]]
     return ran.returncode, calls, ran.stderr
 
 
