@@ -2,8 +2,8 @@
 
 interactions (Parquet, in any order) -> buckets by a hash of the user -> one file per bucket, one row per user
 
-Few interactions are one bucket, built without Ray. Many are first split by a Ray Data graph. Then one task
-per bucket groups, checks and writes it, so that no process holds more than a bucket.
+Few interactions are one bucket, built without Ray. Many are first split by a Ray Data graph into folders.
+Then one task per folder groups, checks and writes its buckets. A folder is one bucket, unless there are many.
 """
 
 import logging
@@ -45,6 +45,8 @@ ROWS_PER_BUCKET = 500_000
 ROWS_PER_BLOCK = 100_000  # of interactions, while they are split
 ROWS_PER_WRITE = 500_000  # of interactions that one task splits and writes
 BYTES_PER_BLOCK, BYTES_IN_FLIGHT = 16 * 2**20, 128 * 2**20  # by default Ray Data reads all before the split
+# Each task that splits writes a file into every folder. Arrow takes at most 1,024.
+MAX_FOLDERS = 256
 USERS_PER_ROW_GROUP = 2_000
 MARKER = "histories.json"
 
@@ -139,12 +141,18 @@ def build_histories(
             counted = [write_bucket(interactions_of(ratings, settings), items, settings.path, out, 0)]
         else:
             split, activity = join(out, "split"), activity or Activity()
-            split_by_bucket(source, columns, split, num_buckets, activity, tombstones)
+            per_folder = math.ceil(num_buckets / MAX_FOLDERS)
+            add_bucket = AddBucket(num_buckets, per_folder, source.uri, activity.listen(), tombstones)
+            split_by_bucket(source, columns, split, add_bucket, activity)
 
-            def build(bucket: int) -> WrittenBucket:
-                return build_bucket(settings, split, items, out, bucket)
+            def build(first: int) -> list[WrittenBucket]:
+                folder = join(split, f"folder={first // per_folder}")
+                buckets = range(first, min(first + per_folder, num_buckets))
+                return build_folder(settings, folder, items, out, buckets)
 
-            counted = for_each_bucket(build, range(num_buckets), activity.move, name="histories")
+            firsts = range(0, num_buckets, per_folder)
+            built = for_each_bucket(build, firsts, activity.move, name="histories")
+            counted = [bucket for buckets in built for bucket in buckets]
             delete(split)
         source.require_unchanged("it was grouped by user")
         users_of_bucket, digests, sizes, sha256 = (list(column) for column in zip(*counted, strict=True))
@@ -177,11 +185,10 @@ def split_by_bucket(
     source: ParquetInput,
     columns: pa.Schema,
     split: str,
-    num_buckets: int,
+    add_bucket: "AddBucket",
     activity: Activity,
-    tombstones: Tombstones | None,
 ) -> None:
-    """Write the interactions into one folder per bucket below `split`, with Ray Data."""
+    """Write the interactions and their buckets into folders below `split`, with Ray Data."""
     from ray.data import ExecutionResources
 
     start_ray()
@@ -194,22 +201,24 @@ def split_by_bucket(
     interactions.context.target_max_block_size = BYTES_PER_BLOCK
     # Else Ray Data joins read and write into one task, which holds all files.
     interactions = interactions.repartition(target_num_rows_per_block=ROWS_PER_WRITE)
-    add_bucket = AddBucket(num_buckets, source.uri, activity.listen(), tombstones)
     with activity.counting("group by user", source.num_rows) as counted:
         interactions.map_batches(
             with_log(add_bucket),
             batch_format="pyarrow",
             batch_size=ROWS_PER_BLOCK,
             zero_copy_batch=True,
-        ).write_parquet(split_path, filesystem=arrow_filesystem(split_filesystem), partition_cols=["bucket"])
+        ).write_parquet(split_path, filesystem=arrow_filesystem(split_filesystem), partition_cols=["folder"])
         counted.reach(source.num_rows)  # the last rows of a worker had no beat
 
 
 class AddBucket:
-    """Add the `bucket` of the user to every row of a batch, and leave out erased users."""
+    """Add the user's `bucket` and its `folder` to every row of a batch, and leave out erased users."""
 
-    def __init__(self, num_buckets: int, uri: str, pulse: Pulse, tombstones: Tombstones | None) -> None:
-        self.num_buckets, self.uri, self.pulse, self.tombstones = num_buckets, uri, pulse, tombstones
+    def __init__(
+        self, num_buckets: int, per_folder: int, uri: str, pulse: Pulse, tombstones: Tombstones | None
+    ) -> None:
+        self.num_buckets, self.per_folder = num_buckets, per_folder
+        self.uri, self.pulse, self.tombstones = uri, pulse, tombstones
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         self.pulse.beat(batch.num_rows)
@@ -221,21 +230,27 @@ class AddBucket:
         )
         # A null user goes to the first user's bucket. The task of that bucket refuses it.
         codes = users.indices.fill_null(0).to_numpy()
-        return batch.append_column(
-            "bucket", pa.array(of_user[codes] if len(of_user) else np.zeros(len(codes), np.int32))
-        )
+        bucket = of_user[codes] if len(of_user) else np.zeros(len(codes), np.int32)
+        batch = batch.append_column("bucket", pa.array(bucket))
+        return batch.append_column("folder", pa.array(bucket // self.per_folder))
 
 
-def build_bucket(
-    settings: InteractionSettings, split: str, items: pa.Array, out: str, bucket: int
-) -> WrittenBucket:
-    """Build one bucket from its split interactions."""
-    folder = join(split, f"bucket={bucket}")
+def build_folder(
+    settings: InteractionSettings, folder: str, items: pa.Array, out: str, buckets: range
+) -> list[WrittenBucket]:
+    """Build the buckets of one folder of split interactions."""
     filesystem, path = open_filesystem(folder)
-    if not filesystem.exists(path):  # no user has this bucket
-        return write_histories(schemas.HISTORIES.empty_table(), out, bucket)._replace(digest="")
-    ratings = known_items(normalise(read_table(folder, "interactions"), settings.path), items, settings)
-    return write_bucket(interactions_of(ratings, settings), items, settings.path, out, bucket)
+    split = read_table(folder, "interactions") if filesystem.exists(path) else None
+    written = []
+    for bucket in buckets:
+        rows = split.filter(pc.equal(split["bucket"], bucket)).drop_columns(["bucket"]) if split else None
+        if not rows:  # no user has this bucket
+            empty = write_histories(schemas.HISTORIES.empty_table(), out, bucket)
+            written.append(empty._replace(digest=""))
+            continue
+        ratings = known_items(normalise(rows, settings.path), items, settings)
+        written.append(write_bucket(interactions_of(ratings, settings), items, settings.path, out, bucket))
+    return written
 
 
 def known_items(ratings: pa.Table, items: pa.Array, settings: InteractionSettings) -> pa.Table:

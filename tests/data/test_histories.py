@@ -61,15 +61,20 @@ def test_one_row_per_user_in_order_of_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_buckets_hold_the_same_histories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("max_folders", [256, 6])
+def test_buckets_hold_the_same_histories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_folders: int
+) -> None:
     settings = write_interactions(tmp_path)
     whole = build_histories(settings, ITEMS, str(tmp_path / "whole"))
+    monkeypatch.setattr(histories_module, "MAX_FOLDERS", max_folders)
     monkeypatch.setattr(histories_module, "ROWS_PER_BUCKET", 10)
     monkeypatch.setattr(histories_module, "ROWS_PER_BLOCK", 20)
     monkeypatch.setattr(histories_module, "ROWS_PER_WRITE", 40)
     rows_of_task: Counter[str] = Counter()
 
     def count_then_build(*arguments: Any, **options: Any) -> list[Any]:
+        assert 1 < len(list(tmp_path.glob("parts/*/split/*"))) <= max_folders
         for file in tmp_path.glob("parts/*/split/*/*.parquet"):
             rows_of_task[file.name] += pq.read_metadata(file).num_rows
         return for_each_bucket(*arguments, **options)
