@@ -23,7 +23,7 @@ from rebeca_ray.catalog.erasure.rewriting import Rewriting
 from rebeca_ray.catalog.erasure.sweeping import find_unlisted, sweep
 from rebeca_ray.catalog.erasure.tombstones import add_tombstones, erasure_key, read_tombstones
 from rebeca_ray.catalog.erasure.traces import ImageRows, Trace, find_trace, image_rows_to_erase
-from rebeca_ray.catalog.exports.iceberg import connected, register_snapshot
+from rebeca_ray.catalog.exports.iceberg import register_snapshot, require_namespace
 from rebeca_ray.catalog.gc import adopt_runs
 from rebeca_ray.catalog.layout import POPULATION_USER
 from rebeca_ray.catalog.lease import Lease, hold_lease
@@ -145,11 +145,8 @@ def check_places(places: Places) -> None:
             # No error: the repeat of an erasure that was killed may have emptied it, on an object store.
             log.warning("storage %s: is empty or missing, so nothing is erased there", redacted(storage))
     tables = places.iceberg
-    if tables and not connected(tables.database, tables.warehouse).namespace_exists(tables.namespace):
-        raise InputError(
-            f"iceberg {redacted(tables.database)}: has no namespace {tables.namespace}; "
-            "give the one that `rebeca catalog export iceberg` wrote"
-        )
+    if tables:
+        require_namespace(tables.database, tables.warehouse, tables.namespace)
 
 
 def erase(root: str, users: list[str], places: Places, removed: Removed, lease: Lease | None) -> None:

@@ -118,7 +118,7 @@ def read_source(setting: str, source: str) -> bytes:
         text = os.environ.get(source.removeprefix("env:"))
         if text is None:
             raise InputError(f"{setting} {source}: the variable is not set here; set it on every node")
-        return text.encode()
+        return os.fsencode(text)  # any bytes
     try:
         return Path(source).read_bytes()
     except OSError as error:

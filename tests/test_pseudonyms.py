@@ -15,11 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from rebeca_ray.catalog.erasure.tombstones import KEY
 from rebeca_ray.catalog.exports.image_objects import export_images
 from rebeca_ray.catalog.exports.key_values import export_key_values
+from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.read import read_catalog
 from rebeca_ray.cli.commands import app
 from rebeca_ray.config.jobs import GenerateConfig, SampleConfig, TrainConfig
@@ -119,6 +121,13 @@ def test_a_pseudonym_is_the_documented_hash_and_another_key_gives_another(
     with pytest.raises(InputError, match=r"has 5 bytes, expected a secret key of at least 16; give one"):
         key.pseudonym(ANN)
     assert read_user_key(None) is None
+    raw = bytes(range(128, 160))  # no text
+    (tmp_path / "key").write_bytes(raw)
+    monkeypatch.setitem(os.environb, b"REBECA_USER_KEY", raw)
+    from_bytes, same = read_user_key("env:REBECA_USER_KEY"), read_user_key(str(tmp_path / "key"))
+    assert from_bytes is not None
+    assert same is not None
+    assert from_bytes.fingerprint == same.fingerprint
 
 
 def test_two_nights_hold_pseudonyms_alone_and_carry_all_items(
@@ -222,6 +231,17 @@ def test_forgetting_needs_the_key_also_before_anything_is_published(
         forget(night.catalog, [BEN], Places())
 
 
+def test_forgetting_before_a_first_snapshot_uses_the_key_that_is_set(
+    night: GenerateConfig, key: UserKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY, "the secret of the tombstones")
+    with hold_lease(night.catalog, "generate", 60):
+        pass  # the first night was killed
+    forget(night.catalog, [ANN], Places())
+    counts = snapshot_of(night).counts
+    assert (counts.requested, counts.new) == (9, 6)
+
+
 def test_sampling_takes_ids_and_returns_pseudonyms(
     night: GenerateConfig, key: UserKey, tmp_path: Path
 ) -> None:
@@ -246,5 +266,6 @@ def test_the_key_of_a_job_is_that_of_its_interactions() -> None:
     file = InteractionSettings(path="p")
     config = TrainConfig.model_validate({**values, "interactions": file, "user_key": "a.key"})
     assert config.interactions.user_key == config.user_key == f"{os.getcwd()}/a.key"
-    with pytest.raises(ValueError, match="names no environment variable"):
+    with pytest.raises(ValidationError, match="names no environment variable") as refused:
         TrainConfig.model_validate({**values, "user_key": "env:"})
+    assert [error["loc"] for error in refused.value.errors()] == [("user_key",)]

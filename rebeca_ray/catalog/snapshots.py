@@ -4,6 +4,7 @@ This is for operators. Readers follow the pointer.
 """
 
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -75,12 +76,15 @@ def check_user_key(root: str, key: UserKey | None) -> None:
 def user_key_of(root: str) -> UserKey | None:
     """Return the key of a catalog's pseudonyms from USER_KEY; None for a catalog with user ids as they are.
 
-    Raises InputError if the variable is not set, or holds another key.
+    Before the first snapshot nothing says which, and the key counts if the variable is set. Raises InputError
+    if the variable is not set, or holds another key.
     """
     pointer, _ = read_pointer(root)
     # Before the first publication, a snapshot that the gate refused may hold users.
     manifests = [read_manifest(root, pointer.snapshot)] if pointer.snapshot else read_manifests(root)[0]
-    fingerprint = manifests[-1].user_key_fingerprint if manifests else None
+    if not manifests:
+        return read_user_key(USER_KEY) if USER_KEY.removeprefix("env:") in os.environ else None
+    fingerprint = manifests[-1].user_key_fingerprint
     if fingerprint is None:
         return None
     key = read_user_key(USER_KEY)

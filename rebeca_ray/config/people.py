@@ -43,7 +43,10 @@ class PeopleConfig(Settings):
             return values
         ratings, key = values.get("interactions"), {"user_key": values["user_key"]}
         if isinstance(key["user_key"], str):
-            key = {"user_key": key_source(key["user_key"])}  # `model_copy` checks nothing
+            try:
+                key = {"user_key": key_source(key["user_key"])}  # `model_copy` checks nothing
+            except ValueError:
+                return values  # the field refuses it, by its name
         if isinstance(ratings, Settings) and getattr(ratings, "user_key", None) is None:
             ratings = ratings.model_copy(update=key)
         elif isinstance(ratings, dict) and ratings.get("user_key") is None:

@@ -41,19 +41,19 @@ def erase_from_prior(uri: str, users: Collection[str], removed: Removed) -> None
     folder without a prior, LeaseHeldError while a training writes there.
     """
     current = current_version(uri, "prior")
-    held = users_held(current, users)
+    held = users_published(uri, users)
     stale = [version for version in earlier_versions(uri) if users_held(version, users)]
-    torn = [join(uri, VERSIONS, name) for name in versions_in(uri)]
-    torn = [version for version in torn if not exists(join(version, "config.json"))]
+    torn = unfinished_versions(uri)
     removed.add("users of priors", held, *([current] if held else []))
     removed.add("earlier priors", len(stale), *stale)
     removed.add("unfinished priors", len(torn), *torn)  # of trainings that were killed
     if removed.dry_run or not (held or stale or torn):
         return
     with replace_version(uri, "prior", "forget") as version:
-        for unfinished in torn:
+        # Looked at again: a training may have published while this waited for its lease.
+        for unfinished in unfinished_versions(uri):
             delete(unfinished)
-        if held:
+        if users_published(uri, users):
             pointer, _ = read_pointer(uri, "prior")
             run_date = datetime.date.fromisoformat(pointer.run_date) if pointer.run_date else None
             publish_prior(without_users(load_prior(uri), users), version, run_date)
@@ -73,11 +73,25 @@ def without_users(prior: TrainedPrior, users: Collection[str]) -> TrainedPrior:
     return replace(prior, users=prior.users.filter(pc.invert(gone)))
 
 
+def unfinished_versions(uri: str) -> list[str]:
+    """Return the folders of versions without a config, which a training writes last."""
+    versions = [join(uri, VERSIONS, name) for name in versions_in(uri)]
+    return [version for version in versions if not exists(join(version, "config.json"))]
+
+
 def earlier_versions(uri: str) -> list[str]:
     """Return the folders of all versions but the published one, among them that of the older layout."""
     current = current_version(uri, "prior")
     versions = [uri, *(join(uri, VERSIONS, name) for name in versions_in(uri))]
     return [version for version in versions if version != current and exists(join(version, "config.json"))]
+
+
+def users_published(uri: str, users: Collection[str]) -> int:
+    """Return how many of some users the published version has; 0 before a first one."""
+    current = current_version(uri, "prior")
+    if current == uri and not exists(join(uri, "config.json")):
+        return 0
+    return users_held(current, users)
 
 
 def users_held(version: str, users: Collection[str]) -> int:

@@ -193,9 +193,11 @@ def figures_of(attempt: Attempt, manifest: Manifest | None) -> dict[str, object]
 def refused_manifest(attempt: Attempt, outcome: Outcome) -> Manifest | None:
     """Return the manifest of a snapshot that this attempt assembled and the gate refused."""
     run = attempt.run
-    if outcome is not Outcome.REFUSED or run is None or not exists(run.manifest):
+    if outcome is not Outcome.REFUSED or run is None:
         return None
     with tolerating_errors("reading the manifest of the refused snapshot"):
+        if not exists(run.manifest):
+            return None
         manifest = read_manifest(run.root, run.snapshot)
         return manifest if manifest.fencing_token == run.fencing_token else None
     return None

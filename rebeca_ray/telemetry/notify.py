@@ -7,7 +7,7 @@ import signal
 import subprocess
 import urllib.request
 from collections.abc import Callable, Sequence
-from http.client import HTTPException
+from http.client import HTTPException, InvalidURL
 from urllib.error import HTTPError, URLError
 
 from rebeca_ray.config.telemetry import NotifySettings
@@ -122,5 +122,7 @@ def post(url: str, authorization: str | None, values: JsonObject, seconds: float
         raise UndeliveredError(f"HTTP {error.code}") from None
     except (URLError, OSError) as error:
         raise UndeliveredError(describe(getattr(error, "reason", error)).replace(url, "***")) from None
-    except (ValueError, HTTPException):  # their texts may show the secret
+    except (ValueError, InvalidURL):  # their texts may show the secret
         raise UndeliveredError("the address or the authorization has a form that HTTP refuses") from None
+    except HTTPException as error:
+        raise UndeliveredError(f"the answer is no HTTP ({type(error).__name__})") from None

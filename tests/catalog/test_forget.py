@@ -4,8 +4,10 @@ import json
 import logging
 import shutil
 import time
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -22,8 +24,10 @@ from rebeca_ray.catalog.erasure.tombstones import KEY, read_tombstones
 from rebeca_ray.catalog.exports.iceberg import open_iceberg
 from rebeca_ray.catalog.exports.image_objects import read_export
 from rebeca_ray.catalog.gc import collect
+from rebeca_ray.catalog.lease import hold_lease
 from rebeca_ray.catalog.read import open_snapshot, read_catalog
 from rebeca_ray.catalog.verify import verify
+from rebeca_ray.catalog.versions import NewVersion, replace_version
 from rebeca_ray.cli.commands import app
 from rebeca_ray.config.sections import InteractionSettings, LayoutSettings, SelectionSettings
 from rebeca_ray.data.histories import AddBucket, build_histories
@@ -31,7 +35,8 @@ from rebeca_ray.errors import InputError, LeaseHeldError
 from rebeca_ray.forget import Iceberg, Places, find_traces, forget
 from rebeca_ray.generation.pipeline import generate_catalog
 from rebeca_ray.identity import bucket_of
-from rebeca_ray.prior.checkpoint import load_prior
+from rebeca_ray.prior import erasure as prior_erasure
+from rebeca_ray.prior.checkpoint import load_prior, publish_prior
 from rebeca_ray.storage.filesystem import list_files, open_filesystem
 from rebeca_ray.storage.parquet import read_table
 from rebeca_ray.watchdog import Activity
@@ -121,7 +126,7 @@ def test_ratings_of_an_erased_user_are_left_out_of_histories(world: World, tmp_p
     assert [everybody.num_users, histories.num_users] == [2, 1]
     assert read_table(histories.uri, "histories", ["user_id"])["user_id"].to_pylist() == [BEN]
     # Many ratings are split by Ray tasks, each batch so:
-    split = AddBucket(2, "ratings", Activity().listen(), read_tombstones(world.catalog))
+    split = AddBucket(2, 1, "ratings", Activity().listen(), read_tombstones(world.catalog))
     assert split(ratings)["user_id"].to_pylist() == [BEN, BEN]
     # The storage of trainings: the histories with her go, and checkpoints, which do not say whose they are.
     checkpoint = tmp_path / "prior-0123456789ab" / "checkpoint_2026"
@@ -227,6 +232,8 @@ def test_a_mistake_is_refused_before_anything_is_written(world: World) -> None:
     tables = Iceberg(f"sqlite:///{world.out('iceberg.db')}", world.out("warehouse"), "other")
     with pytest.raises(InputError, match="has no namespace other; give the one that `rebeca catalog export"):
         forget(world.catalog, [ANN], Places(iceberg=tables))
+    with pytest.raises(InputError, match="namespace 'rebeca.': has an empty part; give one such as rebeca"):
+        forget(world.catalog, [ANN], Places(iceberg=replace(tables, namespace="rebeca.")))
     Path(list_files(f"{world.catalog}/snapshots", "/manifest.json")[0]).write_text("{}")
     with pytest.raises(InputError, match="nobody can be erased from .*/snapshots/run_date=2026-03-02"):
         forget(world.catalog, [ANN], Places(), dry_run=True)
@@ -323,6 +330,44 @@ def test_a_prior_loses_its_row_and_nobody_else_changes(world: World, tmp_path: P
     forget(world.catalog, [BEN], Places(folders=[uri]))  # from a folder with versions
     assert [name for name in list_files(uri) if BEN.encode() in Path(name).read_bytes()] == []
     assert len(list_files(uri, "/config.json")) == 1
+
+
+def test_a_training_that_publishes_while_an_erasure_waits_keeps_its_prior_without_the_erased_user(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = str(tmp_path / "prior")
+    prior = load_prior(world.inputs.prior)
+    with replace_version(uri, "prior", "train") as version:
+        publish_prior(prior, version, None)
+    (unfinished,) = Path(uri, "_versions").iterdir()
+    config = (unfinished / "config.json").read_bytes()
+    (unfinished / "config.json").unlink()
+    pointer = Path(uri, "prior.json").read_bytes()
+    Path(uri, "prior.json").write_text(json.dumps({**json.loads(pointer), "snapshot": None}))
+
+    def publish_then_lead(*arguments: Any) -> AbstractContextManager[NewVersion]:
+        (unfinished / "config.json").write_bytes(config)
+        Path(uri, "prior.json").write_bytes(pointer)
+        return replace_version(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prior_erasure, "replace_version", publish_then_lead)
+        forget(world.catalog, [ANN], Places(folders=[uri]))
+    users = load_prior(uri).users
+    assert users is not None
+    assert prior.users is not None
+    assert {*users["user_id"].to_pylist()} == {*prior.users["user_id"].to_pylist()} - {ANN}
+
+
+def test_what_a_first_training_left_when_it_was_killed_is_erased(world: World, tmp_path: Path) -> None:
+    uri = str(tmp_path / "prior")
+    with hold_lease(uri, "train", 60, "prior"):
+        folder = Path(uri, "_versions", "00000001-torn")
+        folder.mkdir(parents=True)
+        (folder / "users.parquet").write_bytes(ANN.encode())
+    removed = forget(world.catalog, [ANN], Places(folders=[uri])).removed
+    assert removed.counts["unfinished priors"] == 1
+    assert [name for name in list_files(uri) if ANN.encode() in Path(name).read_bytes()] == []
 
 
 def test_an_erasure_on_s3(

@@ -1,9 +1,11 @@
 """Notifications: each event reaches a real process and a real server, and no failure of theirs matters."""
 
 import json
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -154,6 +156,25 @@ def test_a_secret_address_is_never_logged(
     end(attempt_of(tmp_path, settings_of(url="env:HOOK_URL", events=("success",))))
     assert len(warnings(caplog)) == 1
     assert "5ec2e7" not in caplog.text
+
+
+def test_an_answer_that_is_no_http_is_not_blamed_on_the_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65_536)
+                connection.sendall(b"\x15\x03\x01\n")  # as a port that speaks TLS alone
+
+        answering = Thread(target=answer)
+        answering.start()
+        monkeypatch.setenv("HOOK_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        end(attempt_of(tmp_path, settings_of(url="env:HOOK_URL", events=("success",))))
+        answering.join()
+    assert "was not delivered (the answer is no HTTP (BadStatusLine))" in caplog.text
 
 
 def test_the_line_break_of_a_mounted_secret_is_no_part_of_it(

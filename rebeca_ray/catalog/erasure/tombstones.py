@@ -50,7 +50,7 @@ class Tombstones:
 
 def hash_of(text: str, key: str) -> str:
     """Return 32 hex digits of the BLAKE2b of a text, keyed by the BLAKE2b of the key."""
-    secret = hashlib.blake2b(key.encode()).digest()
+    secret = hashlib.blake2b(os.fsencode(key)).digest()
     return hashlib.blake2b(text.encode(), key=secret, digest_size=16).hexdigest()
 
 

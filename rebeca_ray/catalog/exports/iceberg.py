@@ -16,7 +16,7 @@ from rebeca_ray.catalog.layout import outside
 from rebeca_ray.catalog.read import Snapshot
 from rebeca_ray.catalog.read_errors import explained
 from rebeca_ray.config.fields import absolute
-from rebeca_ray.errors import Failure, InputError, ResumableError, StorageError, UserError, describe
+from rebeca_ray.errors import Failure, InputError, ResumableError, StorageError, UserError, describe, redacted
 from rebeca_ray.schemas import TABLES, VERSION_3_NAMES
 from rebeca_ray.storage.failures import only_warn
 from rebeca_ray.storage.leftovers import no_return
@@ -51,8 +51,7 @@ def register_snapshot(
     another writer commits at the same time.
     """
     outside(snapshot.root, warehouse, "warehouse")
-    if not all(namespace.split(".")):
-        raise InputError(f"namespace {namespace!r}: has an empty part; give one such as rebeca")
+    check_namespace(namespace)
     iceberg = connected(catalog, warehouse)
     from pyiceberg.exceptions import CommitFailedException, ValidationException
     from sqlalchemy.exc import SQLAlchemyError
@@ -94,6 +93,28 @@ def register_snapshot(
             raise
         raise refused(catalog, error) from None
     return done
+
+
+def check_namespace(namespace: str) -> None:
+    """Raise InputError for the name of a namespace with an empty part."""
+    if not all(namespace.split(".")):
+        raise InputError(f"namespace {namespace!r}: has an empty part; give one such as rebeca")
+
+
+def require_namespace(catalog: str, warehouse: str, namespace: str) -> None:
+    """Raise InputError for a catalog without a namespace, StorageError for one that does not answer."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    check_namespace(namespace)
+    try:
+        exists = connected(catalog, warehouse).namespace_exists(namespace)
+    except SQLAlchemyError as error:
+        raise refused(catalog, error) from None
+    if not exists:
+        raise InputError(
+            f"iceberg {redacted(catalog)}: has no namespace {namespace}; "
+            "give the one that `rebeca catalog export iceberg` wrote"
+        )
 
 
 def connected(catalog: str, warehouse: str) -> "Catalog":
