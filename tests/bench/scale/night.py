@@ -56,7 +56,7 @@ from tests.tiny_decoder import write_tiny_decoder
 
 D, USERS_PER_BUCKET, ITEMS_PER_USER, RATINGS_PER_USER, REAL_ITEMS = 32, 5_000, 1, 2, 1_000
 IMAGES_PER_FILE = 2_500
-RATED_USERS = 1_000_000  # of more users, nobody reads the ratings
+RATED_USERS = 1_000_000  # of more users, the others are new
 NETWORK = NetworkSettings(num_layers=1, num_heads=2, width=16, num_tokens=4, max_history=8)
 ROWS_AT_ONCE = 500_000
 
