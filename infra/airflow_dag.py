@@ -59,7 +59,7 @@ with DAG(
         task_id="nightly",
         namespace="rebeca",  # of the cluster, with its token, its service's name and its network policy
         service_account_name="rebeca-submitter",
-        image="rebeca-client:0.1.0",
+        image="rebeca-client:0.1.0",  # of your registry
         cmds=["bash", "-uc"],
         arguments=[SUBMIT],
         env_vars={

@@ -31,6 +31,7 @@ SCHEMAS = "1.31"  # of Kubernetes
 PART_OF = {"app.kubernetes.io/part-of": "rebeca"}
 QUEUE = {"kueue.x-k8s.io/queue-name": "rebeca"}
 HEAD_LABEL = {"ray.io/node-type": "head"}  # KubeRay adds it
+THEIR_SUBMITTERS = {"rebeca-submits": "true"}  # pods of an orchestrator, which no manifest here makes
 OTHER_NAMESPACES = ("kube-system", "ray-system")
 RESOURCES = {"cpu", "memory", "ephemeral-storage", "nvidia.com/gpu"}
 CONFIGS = "/etc/rebeca"
@@ -283,7 +284,7 @@ def selects(selector: Document, labels: dict[str, str]) -> bool:
 
 def check_selectors(documents: list[Document], pods: list[dict[str, str]]) -> None:
     """Require that every selector matches a pod. Kubernetes also takes one that matches none."""
-    candidates = [*pods, *[labels | HEAD_LABEL for labels in pods]]
+    candidates = [*pods, *[labels | HEAD_LABEL for labels in pods], THEIR_SUBMITTERS]
     for mapping in walk(documents):
         if "namespaceSelector" in mapping:
             ((label, name),) = mapping["namespaceSelector"]["matchLabels"].items()

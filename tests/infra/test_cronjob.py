@@ -118,7 +118,7 @@ def test_the_submitter_retries_and_ends_with_the_exit_code_of_the_job(
         assert options["no_wait"] is True
 
 
-@pytest.mark.parametrize("name", ["rebeca-again", "rebeca-again-1"])
+@pytest.mark.parametrize("name", ["rebeca-again", "rebeca-again-1", "rebeca-20260302"])
 def test_a_job_that_a_person_makes_runs_the_night_of_today(tmp_path: Path, name: str) -> None:
     code, calls = run_submitter(tmp_path, "0", name)
     assert code == 0

@@ -8,6 +8,7 @@ import pytest
 
 from tests.infra.kustomize import Document, one, rendered
 from tests.infra.manifests import (
+    THEIR_SUBMITTERS,
     at,
     check_auth,
     check_configs,
@@ -165,7 +166,8 @@ def test_network_policies_select_our_pods_and_admit_no_others() -> None:
     assert between_ray_pods == {"from": [{"podSelector": {"matchLabels": {"app": "rebeca-ray"}}}]}
     assert [rule["port"] for rule in dashboard["ports"]] == [8265]
     assert dashboard["from"][0] == {"podSelector": {"matchLabels": {"app": "rebeca-submitter"}}}
-    assert len(dashboard["from"]) == 2
+    assert dashboard["from"][1] == {"podSelector": {"matchLabels": THEIR_SUBMITTERS}}
+    assert len(dashboard["from"]) == 3
     assert submitter["spec"]["ingress"] == []
     for policy in (cluster, submitter):
         assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
