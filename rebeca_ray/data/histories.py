@@ -32,7 +32,7 @@ from rebeca_ray.data.streaming import stream
 from rebeca_ray.data.validation import check_columns
 from rebeca_ray.errors import InputError, shown
 from rebeca_ray.identity import GENERATED_ID, bucket_of, hash128
-from rebeca_ray.ray_runtime import for_each_bucket, start_ray, with_log
+from rebeca_ray.ray_runtime import for_each, start_ray, with_log
 from rebeca_ray.storage.filesystem import arrow_filesystem, delete, join, open_filesystem
 from rebeca_ray.storage.parquet import ParquetInput, read_table, write_table
 from rebeca_ray.storage.records import ListedFile, damage_among, read_record, write_record
@@ -145,13 +145,12 @@ def build_histories(
             add_bucket = AddBucket(num_buckets, per_folder, source.uri, activity.listen(), tombstones)
             split_by_bucket(source, columns, split, add_bucket, activity)
 
-            def build(first: int) -> list[WrittenBucket]:
-                folder = join(split, f"folder={first // per_folder}")
-                buckets = range(first, min(first + per_folder, num_buckets))
-                return build_folder(settings, folder, items, out, buckets)
+            def build(folder: int) -> list[WrittenBucket]:
+                buckets = range(num_buckets)[folder * per_folder :][:per_folder]
+                return build_folder(settings, join(split, f"folder={folder}"), items, out, buckets)
 
-            firsts = range(0, num_buckets, per_folder)
-            built = for_each_bucket(build, firsts, activity.move, name="histories")
+            folders = range(math.ceil(num_buckets / per_folder))
+            built = for_each(build, folders, activity.move, name="histories")
             counted = [bucket for buckets in built for bucket in buckets]
             delete(split)
         source.require_unchanged("it was grouped by user")

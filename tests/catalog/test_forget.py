@@ -43,6 +43,7 @@ from rebeca_ray.watchdog import Activity
 from tests.catalog.erasure_world import (
     ANN,
     BEN,
+    SECRET,
     STRANGER,
     erase,
     others,
@@ -113,6 +114,8 @@ def test_a_later_night_leaves_an_erased_user_out(
     monkeypatch.setenv(KEY, "another secret of sixteen characters")
     with pytest.raises(InputError, match="is not the key of its tombstones"):
         generate_catalog(world.night(3), in_process=True)
+    monkeypatch.setenv(KEY, f"{SECRET}\n")  # as a mounted file has it
+    assert generate_catalog(world.night(3), in_process=True).manifest.counts.requested == 3 * 4 + 5
 
 
 def test_ratings_of_an_erased_user_are_left_out_of_histories(world: World, tmp_path: Path) -> None:

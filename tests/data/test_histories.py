@@ -13,7 +13,7 @@ from rebeca_ray.config.sections import InteractionSettings
 from rebeca_ray.data import histories as histories_module
 from rebeca_ray.data.histories import build_histories, user_table
 from rebeca_ray.errors import UserError
-from rebeca_ray.ray_runtime import for_each_bucket
+from rebeca_ray.ray_runtime import for_each
 from rebeca_ray.schemas import VALIDATION
 from rebeca_ray.storage.parquet import read_table
 
@@ -77,9 +77,9 @@ def test_buckets_hold_the_same_histories(
         assert 1 < len(list(tmp_path.glob("parts/*/split/*"))) <= max_folders
         for file in tmp_path.glob("parts/*/split/*/*.parquet"):
             rows_of_task[file.name] += pq.read_metadata(file).num_rows
-        return for_each_bucket(*arguments, **options)
+        return for_each(*arguments, **options)
 
-    monkeypatch.setattr(histories_module, "for_each_bucket", count_then_build)
+    monkeypatch.setattr(histories_module, "for_each", count_then_build)
     parts = build_histories(settings, ITEMS, str(tmp_path / "parts"))
     assert rows_of_task.total() == 244
     assert max(rows_of_task.values()) < 40 + 20  # a task takes a small block with another

@@ -56,7 +56,7 @@ def hash_of(text: str, key: str) -> str:
 
 def erasure_key() -> str:
     """Return the key. Raises InputError for none, or a short one."""
-    key = os.environ.get(KEY, "")
+    key = os.environ.get(KEY, "").strip()  # a mounted secret may end with a line break
     if len(key) < LEAST:
         raise InputError(
             f"{KEY}: has {len(key)} characters, expected the secret key of the tombstones with at least "
